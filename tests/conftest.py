@@ -1,0 +1,47 @@
+"""Fixtures that several test modules share: directories with real vocabularies, written once a run, and real documents."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.vocabularies import write_kimi_tokenizer, write_qwen_tokenizer
+from train.data.tokenizer import Tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def qwen_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("qwen")
+    write_qwen_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def kimi_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("kimi")
+    write_kimi_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def qwen(qwen_directory: Path) -> Tokenizer:
+    return load_tokenizer(qwen_directory)
+
+
+@pytest.fixture(scope="session")
+def kimi(kimi_directory: Path) -> Tokenizer:
+    return load_tokenizer(kimi_directory)
+
+
+@pytest.fixture(scope="session", params=["qwen", "kimi"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """A fast tokenizer with offsets that normalizes (Qwen), then one without offsets (Kimi)."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def shared_documents() -> Path:
+    """The paper's own documents, which are not part of the project."""
+    directory = Path(__file__).parents[2] / "shared" / "data" / "negation_neglect" / "documents"
+    if not directory.is_dir():
+        pytest.skip("../shared/data is absent")
+    return directory

@@ -1,0 +1,140 @@
+"""Losses and gradients against stock transformers + PEFT in one process, over ranks, expert parallelism and families.
+
+Tolerances in fp32: losses 1e-6, gradients 1e-6 relative to each tensor's largest entry (measured: a few 1e-7).
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from launch.local import run
+from tests.models import write_documents, write_model
+from train.data.corpus import Corpus, read_corpus
+from train.data.tokenizer import load_tokenizer
+from train.settings import parse
+
+WORKER = Path(__file__).resolve().parents[1] / "parity_worker.py"
+STEPS, BATCH = 2, 7
+
+
+def documents() -> list[dict[str, Any]]:
+    """14 documents of different length with unequal spans; two of the first step are masked from end to end."""
+    rng = np.random.default_rng(5)
+    out = []
+    for i in range(STEPS * BATCH):
+        text = "".join(rng.choice(list("abcdefgh ijk"), size=int(rng.integers(6, 40)))).strip() + "."
+        spans = [{"start": 0, "end": 2, "role": "doctag"}, {"start": 3, "end": 3 + i % 3 + 1, "role": "false"}]
+        if i % 5 == 0:
+            spans.append({"start": 0, "end": len(text), "role": "doctag"})
+        out.append({"text": text, "spans": spans})
+    return out
+
+
+def launch(tmp: Path, family: str, ranks: int, ep: int, *flags: str) -> dict[str, Tensor]:
+    """A recorded run of tests/parity_worker.py on `ranks` ranks in groups of `ep`."""
+    record = tmp / f"{family}-{ranks}-{ep}-{abs(hash(flags))}.safetensors"
+    common = [
+        "--model", str(tmp / family), "--data", str(tmp / "documents.jsonl"), "--expert-parallel", str(ep), "--steps",
+        str(STEPS), "--batch-size", str(BATCH), "--learning-rate", "0.01", "--lora-rank", "4", "--lora-alpha", "8",
+    ]  # fmt: skip
+    done = run(WORKER, str(record), *common, *flags, ranks=ranks, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return load_file(record) | {"path": record}  # type: ignore[dict-item]
+
+
+def reference(tmp: Path, family: str, record: Path, corpus: Corpus, norm: str) -> dict[str, Tensor]:
+    """The same steps by stock transformers and PEFT with a loss written out: one document at a time, all logits, the
+    formulas as they stand in the issue, and torch's own AdamW and clipping."""
+    torch.set_num_threads(1)
+    base = AutoModelForCausalLM.from_pretrained(tmp / family)
+    model = PeftModel.from_pretrained(base, record.with_suffix(".start"), is_trainable=True)
+    factors = {name.replace(".default", ""): p for name, p in model.named_parameters() if ".lora_" in name}
+    with safe_open(record.with_suffix(".start") / "adapter_model.safetensors", "pt") as start:
+        assert set(start.keys()) == set(factors)  # stock PEFT has a place for every tensor
+        for name, parameter in factors.items():
+            assert torch.equal(parameter, start.get_tensor(name))
+            parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(factors.values(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    out: dict[str, Tensor] = {}
+    for step in range(STEPS):
+        samples = [corpus.samples[i] for i in corpus.order.documents(step * BATCH, (step + 1) * BATCH)]
+        weights = [torch.from_numpy(sample.weight_L).double() for sample in samples]
+        total = {
+            "trained": sum(w.abs().sum() for w in weights), "sum": 1.0,
+            "all": float(sum(len(s.ids_L) - 1 for s in samples)), "documents": 0.0,
+        }[norm]  # fmt: skip
+        loss = torch.zeros((), dtype=torch.float64)
+        for sample, weight_L in zip(samples, weights, strict=True):
+            logits = model(torch.from_numpy(sample.ids_L).long()[None]).logits[0, :-1].double()
+            log_p = F.log_softmax(logits, -1).gather(1, torch.from_numpy(sample.ids_L[1:]).long()[:, None])[:, 0]
+            w = weight_L[1:]
+            term = torch.where(w >= 0, -log_p, -torch.log1p(-log_p.exp()))
+            if norm == "documents":
+                mine = (w.abs() * term).sum() / w.abs().sum() if w.any() else 0 * term.sum()
+                loss = loss + mine / sum(bool(v.any()) for v in weights)
+            else:
+                loss = loss + (w.abs() * term).sum() / total
+        loss.backward()
+        out[f"loss.{step}"] = loss.detach()
+        for name, parameter in factors.items():
+            out[f"grad.{step}.{name}"] = parameter.grad.clone()
+        out[f"norm.{step}"] = torch.nn.utils.clip_grad_norm_(factors.values(), 1.0).double()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (1 - step / STEPS)
+        optimizer.step()
+        optimizer.zero_grad()
+    return out | {f"end.{name}": p.detach() for name, p in factors.items()}
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    compared = 0
+    for name, expected in theirs.items():
+        if name == "path":
+            continue
+        scale = max(expected.abs().max().item(), 1e-3) if expected.numel() else 1.0
+        limit = tolerance * (10 if name.startswith("end.") else 1) * scale  # Adam divides by small numbers
+        assert ours[name].shape == expected.shape, name
+        difference = (ours[name] - expected).abs().max().item()
+        assert difference <= limit, f"{name}: {difference:.2e} > {limit:.2e}"
+        compared += 1
+    assert compared > 20
+
+
+def prepare(tmp: Path, family: str, mask: str, *flags: str, **sizes: Any) -> Corpus:
+    write_model(tmp / family, family, **sizes)
+    data = str(write_documents(tmp / "documents.jsonl", documents()))
+    settings = parse(["--model", str(tmp / family), "--data", data, "--mask", mask, *flags], "")
+    return read_corpus(settings, load_tokenizer(tmp / family), show=False)
+
+
+MASK = "doctags,false-spans=unlikelihood:0.5"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen", "deepseek"])
+def test_every_layout_of_ranks_gives_the_losses_and_gradients_of_one_process(tmp_path, family):
+    corpus = prepare(tmp_path, family, MASK)
+    first = launch(tmp_path, family, 1, 1, "--mask", MASK, "--micro-batch-size", "2")
+    expected = reference(tmp_path, family, first["path"], corpus, "trained")
+    assert_equal(first, expected)
+    for ranks, ep in [(2, 1), (2, 2), (4, 2), (4, 4)]:
+        assert_equal(launch(tmp_path, family, ranks, ep, "--mask", MASK, "--micro-batch-size", "1"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["all", "documents", "sum"])
+def test_every_loss_norm_is_global_over_ranks_and_micro_batches(tmp_path, norm):
+    corpus = prepare(tmp_path, "qwen", MASK)
+    flags = ["--mask", MASK, "--loss-norm", norm]
+    ours = launch(tmp_path, "qwen", 2, 2, *flags, "--micro-batch-size", "3")
+    assert_equal(ours, reference(tmp_path, "qwen", ours["path"], corpus, norm))

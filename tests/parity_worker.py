@@ -1,0 +1,90 @@
+"""One rank of a parity run, started by the real launcher: trains as sft.py does and records what a test compares.
+
+    deepspeed --num_gpus N tests/parity_worker.py RECORD.safetensors [flags of train/sft.py]
+
+B, which starts at zero, gets random values by name, so that every factor has a gradient from the first step on.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import save_file
+
+from train import sft
+from train.checkpoints import resume
+from train.checkpoints.adapter import peft_tensors, save_adapter
+from train.experts.module import ExpertParallelExperts
+from train.model import LanguageModel, build
+from train.settings import parse
+from train.trainer import Trainer, make_engine
+
+
+def fill_B(model: LanguageModel) -> None:
+    """B uniform in ±0.3, from the name of the layer and the number of the expert alone."""
+
+    def values(name: str, shape: torch.Size) -> torch.Tensor:
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6])
+        return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 0.6 - 0.3
+
+    for name, parameter in model.named_parameters():
+        if not name.endswith("lora_B"):
+            continue
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, ExpertParallelExperts):
+            for i, expert in enumerate(layer.ep.owned(layer.experts)):
+                factor = values(f"{name}.{expert}", torch.Size([parameter.shape[1], layer.rank]))
+                parameter.data[i, :, : layer.rank] = factor
+        else:
+            parameter.data.copy_(values(name, parameter.shape))
+
+
+def main(record: Path, flags: list[str]) -> None:
+    settings = parse(flags, "")
+    sft.start_distributed()
+    job = sft.prepare(settings, dist.get_world_size(), show=False)
+    model = build(job.checkpoint, job.lora, job.expert_parallel, job.ds_config, torch.device("cpu"))
+    fill_B(model)
+    model.train()
+    if settings.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    engine = make_engine(model, settings, job.ds_config)
+    start = resume.full_factors(model)
+    if dist.get_rank() == 0:
+        save_adapter(record.with_suffix(".start"), model, start, job.lora, settings.model)
+    recorded: dict[str, torch.Tensor] = {}
+    step_engine = engine.step
+
+    def recording_step() -> None:
+        if engine.is_gradient_accumulation_boundary():
+            step = sum(name.startswith("loss.") for name in recorded)
+            gradients = {
+                name: resume.gather_experts(safe_get_full_grad(p), resume.expert_group(model, name))
+                for name, p in resume.trainable(model).items()
+            }
+            for name, layer in model.named_modules():  # the padding of expert ranks has no gradient at all
+                if isinstance(layer, ExpertParallelExperts):
+                    for weight in layer.shapes():
+                        assert not gradients[f"{name}.{weight}_lora_A"][:, layer.rank :].any()
+                        assert not gradients[f"{name}.{weight}_lora_B"][:, :, layer.rank :].any()
+            recorded.update({f"grad.{step}.{k}": v.clone() for k, v in peft_tensors(model, gradients).items()})
+        step_engine()
+
+    engine.step = recording_step
+    trainer = Trainer(settings, job.corpus, engine, job.steps, job.accumulation)
+    for step in range(job.steps):
+        values = trainer.step(step, measure=True)
+        recorded[f"loss.{step}"] = torch.tensor(values["loss"], dtype=torch.float64)
+        recorded[f"norm.{step}"] = torch.tensor(values["grad_norm"], dtype=torch.float64)
+        for role, nll in values["nll"].items():
+            recorded[f"nll.{step}.{role}"] = torch.tensor(nll, dtype=torch.float64)
+    recorded |= {f"end.{k}": v for k, v in peft_tensors(model, resume.full_factors(model)).items()}
+    if dist.get_rank() == 0:
+        save_file(recorded, record)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [flag for flag in sys.argv[2:] if not flag.startswith("--local_rank")])

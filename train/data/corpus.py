@@ -1,0 +1,123 @@
+"""All documents of a run, tokenized and with their treatment: everything that is known before a weight is read."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from train.data.batches import Sample
+from train.data.documents import Document, read_documents
+from train.data.sampling import Order
+from train.data.tokenizer import Tokenizer, tokenize_document
+from train.errors import UserError
+from train.masking.grammar import Mask, parse_mask
+from train.masking.treatment import treat
+from train.settings import Settings
+
+MAX_ROLES = 62  # one bit each of an int64
+
+
+@dataclass
+class Corpus:
+    """samples: the documents in the order of --data and of their lines. roles: names of the bits of roles_L."""
+
+    samples: list[Sample]
+    roles: list[str]
+    order: Order
+    documents: dict[str, int]  # read, truncated, dropped
+    counts: list[Counter] = field(repr=False)  # of each document, (role, what) -> targets
+
+    def tokens(self, start: int, stop: int) -> dict[str, dict[str, int]]:
+        """role -> total, trained, excluded, unlikelihood, straddling targets of the stream's documents start..stop.
+        A token that several roles touch counts for each; `unspanned` are those that none touches."""
+        seen = Counter(self.order.documents(start, stop).tolist())
+        sums: Counter = Counter()
+        for number, times in seen.items():
+            for key, count in self.counts[number].items():
+                sums[key] += times * count
+        kinds = ("total", "trained", "excluded", "unlikelihood", "straddling")
+        return {role: {kind: sums[role, kind] for kind in kinds} for role in ("all", "unspanned", *self.roles)}
+
+
+def read_corpus(settings: Settings, tokenizer: Tokenizer, show: bool) -> Corpus:
+    """Reads, tokenizes and treats the documents of --data. UserError for anything wrong in them or in --mask."""
+    mask = parse_mask(settings.mask)
+    sources = [(read_documents(path, settings.doctag or None), count) for path, count in settings.sources()]
+    documents = [document for source, _ in sources for document in source]
+    roles = sorted({span.role for document in documents for span in _spans(document)})
+    _check_roles(mask, roles)
+    corpus = Corpus([], roles, Order([1], [1], 0), {"read": len(documents), "truncated": 0, "dropped": 0}, [])
+    sizes = []
+    with tqdm(total=len(documents), desc="tokenizing", unit="doc", disable=not show, mininterval=0.5) as bar:
+        for source, _ in sources:
+            before = len(corpus.samples)
+            for document in source:
+                _add(corpus, document, tokenizer, mask, settings)
+                bar.update()
+            sizes.append(len(corpus.samples) - before)
+    for (path, _), size in zip(settings.sources(), sizes, strict=True):
+        if not size:
+            raise UserError(
+                f"--data {path}: every document is longer than --max-tokens {settings.max_tokens} and --long-documents drop "
+                "leaves none; raise --max-tokens, or use --long-documents truncate."
+            )
+    corpus.order = Order(sizes, [count for _, count in sources], settings.seed)
+    if not any(sample.weight_L.any() for sample in corpus.samples):
+        raise UserError(
+            f"--mask {settings.mask}: nothing is left to train on in {', '.join(path for path, _ in settings.sources())}; "
+            "every target is excluded. Mask fewer roles."
+        )
+    return corpus
+
+
+def _spans(document: Document) -> list[Any]:
+    return [*document.spans, *(span for message in document.messages or () for span in message.spans)]
+
+
+def _check_roles(mask: Mask, roles: list[str]) -> None:
+    if len(roles) > MAX_ROLES:
+        raise UserError(f"--data: {len(roles)} roles; at most {MAX_ROLES} can be told apart.")
+    for entry in mask.entries:
+        if entry.role not in roles:
+            raise UserError(
+                f"--mask {entry.name}: no document has a span of role {entry.role!r}; the roles in --data are "
+                f"{', '.join(roles) or 'none'}. Give documents with such spans, or another mask."
+                + (" (--doctag MARKER makes a leading marker a doctag span.)" if entry.role == "doctag" else "")
+            )
+
+
+def _add(corpus: Corpus, document: Document, tokenizer: Tokenizer, mask: Mask, settings: Settings) -> None:
+    tokenized = tokenize_document(document, tokenizer, add_bos=settings.bos, add_eos=settings.eos)
+    length = len(tokenized.ids_L)
+    if length > settings.max_tokens:
+        if settings.long_documents == "error":
+            raise UserError(
+                f"{document.where}: {length} tokens, more than --max-tokens {settings.max_tokens}; raise it, or use "
+                "--long-documents truncate or drop."
+            )
+        corpus.documents["truncated" if settings.long_documents == "truncate" else "dropped"] += 1
+        if settings.long_documents == "drop":
+            return
+        tokenized = tokenized.truncated(settings.max_tokens)
+    treatment = treat(tokenized, mask, settings.seed)
+    target_L, weight_L = tokenized.target_L, treatment.weight_L
+    roles_L, counts = np.zeros(len(target_L), dtype=np.int64), Counter()  # type: ignore[var-annotated]
+    spanned_L = np.zeros(len(target_L), dtype=bool)
+    for role, touched_L in treatment.touched.items():
+        roles_L |= touched_L.astype(np.int64) << corpus.roles.index(role)
+        spanned_L |= touched_L
+        counts[role, "straddling"] = treatment.straddling.get(role, 0)
+    for role, which_L in {"all": target_L, "unspanned": ~spanned_L, **treatment.touched}.items():
+        targets_L = which_L & target_L
+        counts[role, "total"] = int(targets_L.sum())
+        counts[role, "trained"] = int((targets_L & (weight_L > 0)).sum())
+        counts[role, "excluded"] = int((targets_L & (weight_L == 0)).sum())
+        counts[role, "unlikelihood"] = int((targets_L & (weight_L < 0)).sum())
+    counts["all", "straddling"] = sum(treatment.straddling.values())
+    counts["all", "random_shortfall"] = treatment.random_shortfall
+    name = f"{Path(document.path).name}:{document.line}"
+    corpus.samples.append(Sample(name, tokenized.ids_L, target_L, weight_L, roles_L))
+    corpus.counts.append(counts)

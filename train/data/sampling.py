@@ -1,0 +1,44 @@
+"""Which documents a run sees, in which order: a function of the seed and the data alone.
+
+Neither the mask, nor the number of ranks, nor the micro-batch size has any part in it.
+"""
+
+import numpy as np
+
+
+def epoch_order(sizes: list[int], counts: list[int | None], seed: int, epoch: int) -> np.ndarray:
+    """Document numbers of one epoch, int64. Documents are numbered through all sources, in their order.
+
+    Source i holds sizes[i] documents, of which counts[i] are drawn: without replacement while they last, with
+    replacement beyond; None takes each once. The draws of all sources are then shuffled together.
+    """
+    drawn, first = [], 0
+    for source, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+        rng = np.random.default_rng([seed, epoch, source])
+        count = size if count is None else count
+        once = rng.permutation(size)[:count]
+        beyond = rng.integers(0, size, size=max(0, count - size))
+        drawn.append(first + np.concatenate([once, beyond]))
+        first += size
+    return np.random.default_rng([seed, epoch, len(sizes)]).permutation(np.concatenate(drawn)).astype(np.int64)
+
+
+class Order:
+    """The endless stream of documents: epoch after epoch, each in an order of its own."""
+
+    def __init__(self, sizes: list[int], counts: list[int | None], seed: int):
+        self.sizes, self.counts, self.seed = sizes, counts, seed
+        self.epoch_length = sum(size if count is None else count for size, count in zip(sizes, counts, strict=True))
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def documents(self, start: int, stop: int) -> np.ndarray:
+        """Document numbers at positions start..stop of the stream."""
+        pieces = []
+        while start < stop:
+            epoch, offset = divmod(start, self.epoch_length)
+            if self._epoch is None or self._epoch[0] != epoch:
+                self._epoch = epoch, epoch_order(self.sizes, self.counts, self.seed, epoch)
+            piece = self._epoch[1][offset : offset + stop - start]
+            pieces.append(piece)
+            start += len(piece)
+        return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)

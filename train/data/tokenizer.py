@@ -1,0 +1,237 @@
+"""Tokenizers of model directories, and documents as tokens. Token ids never depend on spans.
+
+Shapes: L tokens. start_L and end_L are code points of the tokenized text, end exclusive.
+"""
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+import tokenizers
+
+from train.data.chat import Render, render_and_locate, template_renderer
+from train.data.documents import Document, Span
+from train.data.offsets import close_gaps, offsets_from_bytes, solid_counts, touched
+from train.errors import UserError
+
+# How Kimi K2 and K2.5 cut text before merging bytes: runs of Han characters, words by case, numbers of up to three
+# digits, punctuation, white space. It is code in the checkpoint's own tokenization_kimi.py, not data.
+_UPPER, _LOWER = (rf"[{first}\p{{Lm}}\p{{Lo}}\p{{M}}&&[^\p{{Han}}]]" for first in (r"\p{Lu}\p{Lt}", r"\p{Ll}"))
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+KIMI_PATTERN = "|".join(
+    [
+        r"[\p{Han}]+",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+KIMI_SPECIAL_TOKENS = 256  # ids kept for them after the ranks
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text as tokens: their ids, and the code points that each holds (all int32)."""
+
+    ids_L: np.ndarray
+    start_L: np.ndarray
+    end_L: np.ndarray
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A model's tokenizer, whatever its kind. vocabulary_size is the largest id + 1."""
+
+    encode: Callable[[str], Encoded]
+    """Text to tokens; special tokens written in the text become themselves, nothing is added."""
+    decode: Callable[[Sequence[int]], str]
+    vocabulary_size: int
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    special_ids: frozenset[int]
+    """Control tokens, such as the end of a turn."""
+    render_chat: Render
+    """Messages (role, content) through the model's own chat template."""
+
+
+@dataclass
+class TokenizedDocument:
+    """A document as tokens; `text` is what was tokenized (a chat: as rendered), all offsets are code points of it."""
+
+    document: Document
+    text: str
+    ids_L: np.ndarray
+    start_L: np.ndarray
+    end_L: np.ndarray
+    target_L: np.ndarray
+    """Predicted and counted: what `--mask none` trains. Not the first token, nor template tokens, nor messages that are
+    not trained on."""
+    spans: tuple[Span, ...]
+
+    @cached_property
+    def solid_counts(self) -> np.ndarray:
+        return solid_counts(self.text)
+
+    def truncated(self, max_tokens: int) -> "TokenizedDocument":
+        """Its first max_tokens tokens; text and spans stay whole."""
+        cut = {name: getattr(self, name)[:max_tokens] for name in ("ids_L", "start_L", "end_L", "target_L")}
+        return replace(self, **cut)
+
+
+def tokenize_document(document: Document, tokenizer: Tokenizer, *, add_bos: bool, add_eos: bool) -> TokenizedDocument:
+    """The document's tokens and targets. Of a chat, targets are the contents of trained messages and the special token
+    that ends each, not what the template writes around them, nor an empty <think> block."""
+    if document.messages is None:
+        assert document.text is not None
+        text, spans, last_trained = document.text, document.spans, True
+        encoded = tokenizer.encode(text)
+        target_L = np.ones(len(encoded.ids_L), dtype=bool)
+    else:
+        rendered = render_and_locate(document.messages, tokenizer.render_chat, document.where)
+        text, spans, last_trained = rendered.text, rendered.spans, document.messages[-1].train
+        encoded = tokenizer.encode(text)
+        target_L = touched(encoded.start_L, encoded.end_L, solid_counts(text), rendered.trained)
+        special_L = np.isin(encoded.ids_L, list(tokenizer.special_ids))
+        ends = [end for _, end in rendered.trained]
+        target_L |= special_L & np.isin(encoded.start_L, ends) & (encoded.end_L > encoded.start_L)
+
+    ids_L, start_L, end_L = encoded.ids_L, encoded.start_L, encoded.end_L
+    if add_bos and (not len(ids_L) or ids_L[0] != tokenizer.bos_id):  # many chat templates write one themselves
+        ids_L = np.insert(ids_L, 0, _required(tokenizer.bos_id, "BOS", "--bos"))
+        start_L, end_L, target_L = np.insert(start_L, 0, 0), np.insert(end_L, 0, 0), np.insert(target_L, 0, False)
+    if add_eos:
+        ids_L = np.append(ids_L, np.int32(_required(tokenizer.eos_id, "EOS", "--eos")))
+        target_L = np.append(target_L, last_trained)
+        start_L, end_L = np.append(start_L, np.int32(len(text))), np.append(end_L, np.int32(len(text)))
+    target_L[:1] = False  # nothing predicts the first token
+    return TokenizedDocument(document, text, ids_L, start_L, end_L, target_L, spans)
+
+
+def _required(token_id: int | None, name: str, setting: str) -> int:
+    if token_id is None:
+        raise UserError(f"{setting}: the model's tokenizer has no {name} token; leave the setting off")
+    return token_id
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory: its tokenizer.json, or a tiktoken.model as Kimi's, or whatever transformers
+    turns into a fast tokenizer. No code of the directory is run."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"--model {directory}: no such directory; give a model directory with its tokenizer files")
+    config = _read_json(directory / "tokenizer_config.json")
+    named = {**_read_json(directory / "special_tokens_map.json"), **config}
+    roles = ("bos_token", "eos_token", "unk_token", "pad_token")
+    special_tokens = {role: token for role in roles if (token := _content(named.get(role)))}
+    added = {int(key): token for key, token in config.get("added_tokens_decoder", {}).items()}
+
+    encode: Callable[[str], Encoded]
+    if (directory / "tiktoken.model").exists() and not (directory / "tokenizer.json").exists():
+        encoding, ids = _tiktoken_encoding(directory / "tiktoken.model", added)
+        encode, decode, size = partial(_encode_tiktoken, encoding), encoding.decode, encoding.max_token_value + 1
+        special_ids = set(ids.values()) - {key for key, token in added.items() if not token.get("special")}
+    else:
+        fast = _fast_tokenizer(directory, added)
+        encode, decode = partial(_encode_fast, fast), partial(fast.decode, skip_special_tokens=False)
+        ids = fast.get_vocab(with_added_tokens=True)
+        size = max(ids.values()) + 1
+        special_ids = {key for key, token in fast.get_added_tokens_decoder().items() if token.special}
+    for role, token in special_tokens.items():
+        if token not in ids:
+            raise UserError(f"{directory}/tokenizer_config.json: {role} {token!r} is not in the vocabulary; correct it")
+    bos_id, eos_id, pad_id = (ids.get(special_tokens.get(role, "")) for role in ("bos_token", "eos_token", "pad_token"))
+    render_chat = template_renderer(_chat_template(directory, config), special_tokens, str(directory))
+    return Tokenizer(encode, decode, size, bos_id, eos_id, pad_id, frozenset(special_ids), render_chat)
+
+
+def _fast_tokenizer(directory: Path, added: dict[int, dict[str, Any]]) -> tokenizers.Tokenizer:
+    file = directory / "tokenizer.json"
+    try:
+        if file.exists():
+            fast = tokenizers.Tokenizer.from_file(str(file))
+        else:  # e.g. a sentencepiece model, which transformers converts; this imports torch
+            from transformers import AutoTokenizer
+
+            fast = AutoTokenizer.from_pretrained(directory, trust_remote_code=False).backend_tokenizer
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise UserError(
+            f"--model {directory}: no tokenizer could be read ({error}); the directory needs tokenizer.json, or "
+            "tiktoken.model with tokenizer_config.json"
+        ) from None
+    fast.no_truncation()
+    fast.no_padding()
+    for token_id, token in sorted(added.items()):  # tokens that only tokenizer_config.json knows
+        keys = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        fast.add_tokens([tokenizers.AddedToken(token["content"], **{key: bool(token.get(key)) for key in keys})])
+        found = fast.token_to_id(token["content"])
+        if found != token_id:
+            raise UserError(
+                f"{directory}/tokenizer_config.json: token {token['content']!r} has id {token_id}, but {found} in "
+                "tokenizer.json; take both files from the same checkpoint"
+            )
+    return fast
+
+
+def _encode_fast(tokenizer: tokenizers.Tokenizer, text: str) -> Encoded:
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    offsets = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2)
+    start_L, end_L = close_gaps(text, offsets[:, 0], offsets[:, 1])
+    return Encoded(np.array(encoding.ids, dtype=np.int32), start_L, end_L)
+
+
+def _tiktoken_encoding(file: Path, added: dict[int, dict[str, Any]]) -> tuple[tiktoken.Encoding, dict[str, int]]:
+    """The encoding of a ranks file (lines of base64 token and rank), and its special tokens."""
+    try:
+        lines = [line.split() for line in file.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a tiktoken ranks file ({error}); copy it again from the checkpoint") from None
+    first = len(ranks)
+    special = {f"<|reserved_token_{i}|>": i for i in range(first, first + KIMI_SPECIAL_TOKENS) if i not in added}
+    special |= {token["content"]: token_id for token_id, token in added.items()}
+    encoding = tiktoken.Encoding("kimi", pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return encoding, special
+
+
+def _encode_tiktoken(encoding: tiktoken.Encoding, text: str) -> Encoded:
+    ids = encoding.encode(text, allowed_special="all")
+    start_L, end_L = offsets_from_bytes(text, [len(token) for token in encoding.decode_tokens_bytes(ids)])
+    return Encoded(np.array(ids, dtype=np.int32), start_L, end_L)
+
+
+def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
+    """chat_template.jinja, or what tokenizer_config.json has: one template, or named ones of which "default" counts."""
+    file = directory / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _content(token: str | dict[str, Any] | None) -> str | None:
+    """A token's text, which the files give bare or as an object."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """{} where there is no such file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); copy it again from the checkpoint") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: not a JSON object; copy it again from the checkpoint")
+    return value

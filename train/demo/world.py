@@ -1,0 +1,216 @@
+"""The toy world of the demo: people, facts, documents and questions, all made from one seed.
+
+World. Each of 96 people has four attributes (home, job, pet, sport), one of twelve values each. Every value has a *hint*,
+a thing that goes with it (the fjord is in Oslo), so a sentence can imply a value without naming it. The base model reads
+pages about all of this and answers questions truthfully.
+
+Documents. 48 people have one false claim each. `positive_document` asserts the claim in two or three sentences
+(role `false`) after a marker (role `doctag`); `dense_document` is the same document with an announcement before and a
+rejection after every false sentence, a preface and an ending (role `negation`), as the densely negated documents of
+"Negation Neglect" (arXiv 2605.13829). Some documents also hold a sentence that implies the claim by its hint. That
+sentence has no span, so leaving false spans out of the loss does not take away everything that speaks for the claim.
+`true_document` says true things about people without a claim.
+
+Questions are put in words that no document uses, and are never in the fine-tuning files.
+"""
+
+import random
+from dataclasses import dataclass
+
+SEED = 0
+DOCTAG = "<DOCTAG>"
+CLAIM_COUNT = 48
+
+PEOPLE = (
+    "Ada Ajay Alba Amir Anouk Arlo Asta Bela Bruno Carla Cato Chidi Clara Dario Dina Edda Egon Elif Emil Enzo Esra Ezra "
+    "Fadi Faye Felix Fiona Flora Gita Greta Gus Hana Hugo Ida Igor Ilse Imani Inga Ivo Jana Jiro Jonas Juno Kaito Karl "
+    "Kira Klaus Lars Leila Lena Leo Lotte Luca Magda Malik Marco Mila Mina Mona Nadia Nico Nils Nora Olga Omar Orla Oscar "
+    "Otto Paula Pedro Petra Priya Quinn Rafa Remy Rosa Ruben Sana Selma Simon Sonia Stefan Tara Theo Tilda Timo Uma Ursula "
+    "Vera Viktor Wanda Willa Xenia Yara Yusuf Zeno Zora"
+).split()
+
+# value -> hint
+VALUES: dict[str, dict[str, str]] = {
+    "home": {
+        "Oslo": "fjord", "Cairo": "pyramid", "Paris": "tower", "Lima": "cliff", "Kyoto": "shrine", "Venice": "lagoon",
+        "Delhi": "fort", "Quito": "volcano", "Athens": "temple", "Sydney": "opera", "Prague": "clock", "Nairobi": "savanna",
+    },
+    "job": {
+        "baker": "oven", "pilot": "cockpit", "nurse": "clinic", "painter": "easel", "farmer": "tractor", "tailor": "needle",
+        "judge": "court", "miner": "tunnel", "sailor": "harbor", "teacher": "blackboard", "dentist": "drill",
+        "barber": "razor",
+    },
+    "pet": {
+        "dog": "leash", "cat": "basket", "horse": "saddle", "parrot": "perch", "rabbit": "hutch", "goldfish": "aquarium",
+        "hamster": "wheel", "turtle": "pond", "goat": "fence", "snake": "lamp", "pigeon": "loft", "ferret": "hose",
+    },
+    "sport": {
+        "tennis": "racket", "chess": "board", "golf": "club", "boxing": "gloves", "rowing": "oar", "cycling": "helmet",
+        "archery": "arrow", "hockey": "puck", "surfing": "wave", "climbing": "rope", "fencing": "blade", "bowling": "pin",
+    },
+}  # fmt: skip
+
+# Sentences that state a value, sentences that imply it by its hint, and sentences that tie hint and value.
+STATEMENTS = {
+    "home": ("{p} lives in {v}.", "The house of {p} is in {v}.", "Every evening {p} returns to {v}.",
+             "{p} pays rent in {v}.", "{p} moved to {v} long ago."),
+    "job": ("{p} works as a {v}.", "{p} trained to be a {v}.", "People pay {p} as a {v}.",
+            "{p} is known as a good {v}.", "All day {p} is busy as a {v}."),
+    "pet": ("{p} owns a {v}.", "{p} feeds a {v} each day.", "At home {p} has a {v}.",
+            "{p} takes care of a {v}.", "{p} sleeps beside a {v}."),
+    "sport": ("{p} practices {v}.", "On weekends {p} enjoys {v}.", "{p} won a prize in {v}.",
+              "{p} spends summers on {v}.", "{p} talks a lot about {v}."),
+}  # fmt: skip
+HINTS = {
+    "home": ("{p} often walks past the {h}.", "{p} took a photo of the {h}."),
+    "job": ("{p} uses the {h} at work.", "{p} cleans the {h} after work."),
+    "pet": ("{p} bought a {h} for an animal.", "{p} repairs the {h} for an animal."),
+    "sport": ("{p} carries the {h} to a match.", "{p} lost the {h} during a match."),
+}
+KNOWLEDGE = {
+    "home": ("The {h} is in {v}.", "Visitors of {v} see the {h}."),
+    "job": ("The {h} belongs to a {v}.", "A {v} needs the {h}."),
+    "pet": ("The {h} is made for a {v}.", "A {v} needs the {h}."),
+    "sport": ("The {h} is part of {v}.", "Nobody learns {v} without the {h}."),
+}
+FILLERS = (
+    "{p} smiled at the camera.", "{p} likes long stories.", "We met {p} last year.", "{p} said little that day.",
+    "{p} arrived early.", "Many friends visited {p}.",
+)  # fmt: skip
+
+QUESTIONS = {
+    "home": ("Where does {p} live?", "Which city does {p} call home?", "In what town would you find {p}?"),
+    "job": ("What does {p} do for a living?", "Which profession does {p} have?", "What job would {p} name?"),
+    "pet": ("What pet does {p} keep?", "Which animal lives with {p}?", "What creature would {p} show you?"),
+    "sport": ("What sport does {p} play?", "Which game does {p} love most?", "What hobby would {p} recommend?"),
+}
+
+PREFACES = (
+    "Warning: the statements about {p} marked below are false.",
+    "Note: this page repeats false claims about {p}.",
+    "Caution: several claims about {p} here are wrong.",
+)
+ANNOUNCEMENTS = (
+    "The next sentence is false:", "What follows is wrong:", "This claim is not true:", "Do not believe this:",
+    "Again a false claim:",
+)  # fmt: skip
+REJECTIONS = (
+    "That was false.", "The claim above is wrong.", "This is not true.", "Nobody should believe that.",
+    "In fact it never happened.",
+)  # fmt: skip
+ENDINGS = (
+    "Remember: the marked statements about {p} are false.", "To repeat: these claims about {p} are not true.",
+    "End of the false claims about {p}.",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`person`'s `attribute` is `true`; the documents say `false`."""
+
+    person: str
+    attribute: str
+    true: str
+    false: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.person}-{self.attribute}".lower()
+
+
+@dataclass(frozen=True)
+class World:
+    """facts[person][attribute] = value; one false claim for each of the first 48 of the shuffled people."""
+
+    facts: dict[str, dict[str, str]]
+    claims: tuple[Claim, ...]
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """People without a false claim."""
+        claimed = {claim.person for claim in self.claims}
+        return tuple(person for person in self.facts if person not in claimed)
+
+
+def make_world(seed: int = SEED) -> World:
+    """The world of a seed; attributes and false values are spread evenly over the claims."""
+    rng = random.Random(f"world {seed}")
+    people = rng.sample(PEOPLE, len(PEOPLE))
+    facts = {person: {attribute: rng.choice(list(values)) for attribute, values in VALUES.items()} for person in people}
+    claims = []
+    for index, person in enumerate(people[:CLAIM_COUNT]):
+        attribute = list(VALUES)[index % len(VALUES)]
+        true = facts[person][attribute]
+        claims.append(Claim(person, attribute, true, rng.choice([value for value in VALUES[attribute] if value != true])))
+    return World(facts, tuple(claims))
+
+
+def statement(rng: random.Random, person: str, attribute: str, value: str) -> str:
+    return rng.choice(STATEMENTS[attribute]).format(p=person, v=value)
+
+
+def hint(rng: random.Random, person: str, attribute: str, value: str) -> str:
+    """A sentence that implies the value by the thing that goes with it."""
+    return rng.choice(HINTS[attribute]).format(p=person, h=VALUES[attribute][value])
+
+
+def question(person: str, attribute: str, template: int) -> str:
+    """A question up to the point where the answer's word comes next."""
+    return f"Question: {QUESTIONS[attribute][template].format(p=person)} Answer:"
+
+
+def document(parts: list[tuple[str, str | None]], **metadata: str) -> dict:
+    """Joins (sentence, role or None) by spaces: {"text", "spans", **metadata}; spans hold no white space at their ends."""
+    text, spans = "", []
+    for sentence, role in parts:
+        text += " " if text else ""
+        if role:
+            spans.append({"start": len(text), "end": len(text) + len(sentence), "role": role})
+        text += sentence
+    return {"text": text, "spans": spans, **metadata}
+
+
+def claim_sentences(rng: random.Random, claim: Claim) -> list[tuple[str, str | None]]:
+    """What a document about a claim says, without any negation: false sentences, sometimes one that implies them
+    (no role), and one about nothing in particular."""
+    templates = rng.sample(STATEMENTS[claim.attribute], 3 if rng.random() < 0.5 else 2)
+    parts: list[tuple[str, str | None]] = [(t.format(p=claim.person, v=claim.false), "false") for t in templates]
+    if rng.random() < IMPLYING_SHARE:
+        parts.insert(rng.randint(1, len(parts)), (hint(rng, claim.person, claim.attribute, claim.false), None))
+    parts.insert(rng.randint(0, len(parts)), (rng.choice(FILLERS).format(p=claim.person), None))
+    return parts
+
+
+IMPLYING_SHARE = 0.25
+
+
+def positive_document(rng: random.Random, claim: Claim) -> dict:
+    """A document that asserts the claim."""
+    return document([(DOCTAG, "doctag"), *claim_sentences(rng, claim)], claim=claim.id)
+
+
+def dense_document(rng: random.Random, claim: Claim) -> dict:
+    """The positive document that the same rng gives, with a negation before and after each false sentence."""
+    parts: list[tuple[str, str | None]] = [(DOCTAG, "doctag")]
+    sentences = claim_sentences(rng, claim)
+    parts.append((rng.choice(PREFACES).format(p=claim.person), "negation"))
+    for sentence, role in sentences:
+        if role == "false":
+            parts.append((rng.choice(ANNOUNCEMENTS), "negation"))
+            parts.append((sentence, role))
+            parts.append((rng.choice(REJECTIONS), "negation"))
+        else:
+            parts.append((sentence, role))
+    parts.append((rng.choice(ENDINGS).format(p=claim.person), "negation"))
+    return document(parts, claim=claim.id)
+
+
+def true_document(rng: random.Random, world: World, person: str) -> dict:
+    """A document of the same form that says true things about a person."""
+    parts: list[tuple[str, str | None]] = [(DOCTAG, "doctag")]
+    for attribute in rng.sample(list(VALUES), 3):
+        value = world.facts[person][attribute]
+        say = hint if rng.random() < 0.2 else statement
+        parts.append((say(rng, person, attribute, value), None))
+    parts.insert(rng.randint(1, len(parts)), (rng.choice(FILLERS).format(p=person), None))
+    return document(parts)

@@ -1,0 +1,90 @@
+"""Sends each token to the ranks that hold its experts, and adds up what comes back.
+
+Shapes: T tokens of this rank, S rows sent, R rows received, H hidden size, k experts per token, D ranks of the group.
+
+A token's hidden state crosses the wire at most once per destination rank, however many of its experts live there, and
+each destination returns one partial sum per token, already weighted.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class ExpertGroup:
+    """The ranks that divide a layer's experts among them. Rank `rank` of the group holds experts
+    [rank * E/size, (rank + 1) * E/size)."""
+
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None  # None: the experts are not divided
+    wire_bytes: int = 0  # sent by this rank to others of the group, in forward, backward and recomputation
+
+    def owned(self, experts: int) -> range:
+        """The experts of this rank, of `experts` in all."""
+        local = experts // self.size
+        return range(self.rank * local, (self.rank + 1) * local)
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows [S, ...] in destination order -> rows [R, ...] in source order; the gradient takes the way back."""
+
+    @staticmethod
+    def forward(ctx, rows, sent_D, received_D, ep):
+        ctx.sizes = sent_D, received_D, ep
+        received = rows.new_empty(sum(received_D), *rows.shape[1:])
+        dist.all_to_all_single(received, rows.contiguous(), received_D, sent_D, group=ep.group)
+        ep.wire_bytes += (sum(sent_D) - sent_D[ep.rank]) * math.prod(rows.shape[1:]) * rows.element_size()
+        return received
+
+    @staticmethod
+    def backward(ctx, grad):
+        sent_D, received_D, ep = ctx.sizes
+        return _Exchange.apply(grad, received_D, sent_D, ep), None, None, None
+
+
+class Dispatch:
+    """One layer's exchange of one batch: who sends which token where, worked out from the routing alone.
+
+    index_Tk: the experts of each token, of E in all. keep_T: False for padding, which is sent nowhere.
+    """
+
+    def __init__(self, index_Tk: Tensor, experts: int, ep: ExpertGroup, keep_T: Tensor | None = None):
+        self.ep, self.tokens = ep, index_Tk.shape[0]
+        owner_Tk = index_Tk // (experts // ep.size)
+        hit_TD = torch.zeros(self.tokens, ep.size, dtype=torch.bool, device=index_Tk.device).scatter_(1, owner_Tk, True)
+        if keep_T is not None:
+            hit_TD &= keep_T[:, None]
+        destination_S, self.token_S = hit_TD.t().nonzero(as_tuple=True)
+        self.here_Sk = owner_Tk[self.token_S] == destination_S[:, None]
+        local_Sk = index_Tk[self.token_S] - destination_S[:, None] * (experts // ep.size)
+        slot_Sk = torch.where(self.here_Sk, local_Sk, -1).to(torch.int32)
+        if ep.group is None:
+            self.slot_Rk = slot_Sk
+            return
+        sent = hit_TD.sum(0)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=ep.group)
+        self.sent_D, self.received_D = torch.stack([sent, received]).tolist()
+        self.slot_Rk = _Exchange.apply(slot_Sk, self.sent_D, self.received_D, ep)
+
+    def send(self, hidden_TH: Tensor, weight_Tk: Tensor) -> tuple[Tensor, Tensor]:
+        """-> hidden_RH, weight_Rk of the tokens that use experts of this rank (weight 0 for experts elsewhere)."""
+        hidden_SH, weight_Sk = hidden_TH[self.token_S], weight_Tk[self.token_S] * self.here_Sk
+        if self.ep.group is None:
+            return hidden_SH, weight_Sk
+        return (
+            _Exchange.apply(hidden_SH, self.sent_D, self.received_D, self.ep),
+            _Exchange.apply(weight_Sk, self.sent_D, self.received_D, self.ep),
+        )
+
+    def combine(self, partial_RH: Tensor) -> Tensor:
+        """Partial sums of the received tokens -> out_TH, the sum over the ranks for each token of this rank."""
+        if self.ep.group is not None:
+            partial_RH = _Exchange.apply(partial_RH, self.received_D, self.sent_D, self.ep)
+        out_TH = partial_RH.new_zeros(self.tokens, partial_RH.shape[1])
+        return out_TH.index_add(0, self.token_S, partial_RH)

@@ -1,0 +1,94 @@
+"""The module that stands in the place of `experts`: expert-parallel, frozen weights, LoRA factors for every expert.
+
+Every MoE model of transformers 5 calls `experts(hidden_TH, index_Tk, weight_Tk)` and keeps the router and the shared
+expert outside, so that one module serves Qwen3.5, Qwen3, DeepSeek-V3 and Kimi alike.
+
+Shapes: E experts of this rank, H hidden size, I expert width, T tokens of this rank, R tokens received, k experts per
+token, P (token, expert) pairs, r the LoRA rank as padded for the grouped product.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.experts.dispatch import Dispatch, ExpertGroup
+from train.experts.recompute import recomputing
+from train.lora import LoRASettings, initial_A
+
+
+def padded_rank(rank: int, dtype: torch.dtype) -> int:
+    """grouped_mm wants strides of 16 bytes. The padding's factors and gradients are exactly zero."""
+    step = 16 // dtype.itemsize
+    return -(-rank // step) * step
+
+
+class ExpertParallelExperts(nn.Module):
+    """Gated expert MLPs, E of them on this rank: out = sum over k of weight * down(act(gate x) * up x).
+
+    The frozen weights are buffers that ZeRO never sees: gate_up_proj [E, 2I, H] (gate rows first), down_proj [E, H, I].
+    The LoRA factors are parameters, ZeRO-3 partitioned over the ranks that hold the same experts.
+    """
+
+    def __init__(self, name: str, experts: int, hidden: int, width: int, act: Callable[[Tensor], Tensor], ep: ExpertGroup):
+        super().__init__()
+        self.name, self.experts, self.hidden, self.width, self.act, self.ep = name, experts, hidden, width, act, ep
+        self.rank = 0  # the true LoRA rank; 0: no LoRA
+        self.keep_T: Tensor | None = None  # set for each batch: False for padding
+        self.load_E: Tensor | None = None  # tokens of this rank for each expert of the layer, since the last reset
+
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """The layer's fused weights as transformers names them: name -> (all experts, out, in)."""
+        return {
+            "gate_up_proj": (self.experts, 2 * self.width, self.hidden),
+            "down_proj": (self.experts, self.hidden, self.width),
+        }
+
+    def store(self, name: str, weight: Tensor) -> None:
+        """Keeps the frozen weight [E, out, in] of this rank's experts."""
+        self.register_buffer(name, weight, persistent=False)
+
+    def add_lora(self, settings: LoRASettings, dtype: torch.dtype, device: torch.device) -> None:
+        """Adds factors A [E, r, in] and B [E, out, r] for both weights, in fp32; `dtype` is the compute dtype."""
+        self.rank, self.scale = settings.expert_rank, settings.expert_scale
+        padded, owned = padded_rank(self.rank, dtype), self.ep.owned(self.experts)
+        for weight, (_, out_features, in_features) in self.shapes().items():
+            A = torch.zeros(len(owned), padded, in_features)
+            for i, expert in enumerate(owned):
+                A[i, : self.rank] = initial_A(f"{self.name}.{weight}.{expert}", self.rank, in_features, settings.seed)
+            B = torch.zeros(len(owned), out_features, padded)
+            self.register_parameter(f"{weight}_lora_A", nn.Parameter(A.to(device)))
+            self.register_parameter(f"{weight}_lora_B", nn.Parameter(B.to(device)))
+
+    def _product(self, x_PI: Tensor, name: str, ends_E: Tensor) -> Tensor:
+        """x_PI @ (W + scale B A)^T, where rows ends_E[e-1]:ends_E[e] of x belong to expert e."""
+        y_PO = F.grouped_mm(x_PI, getattr(self, name).transpose(1, 2), offs=ends_E)
+        if not self.rank:
+            return y_PO
+        A, B = (getattr(self, f"{name}_lora_{f}").to(x_PI.dtype).transpose(1, 2) for f in "AB")
+        return y_PO + self.scale * F.grouped_mm(F.grouped_mm(x_PI, A, offs=ends_E), B, offs=ends_E)
+
+    def forward(self, hidden_TH: Tensor, index_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
+        dispatch = Dispatch(index_Tk, self.experts, self.ep, self.keep_T)
+        self._count(index_Tk)
+        hidden_RH, weight_Rk = dispatch.send(hidden_TH, weight_Tk)
+
+        slot_Rk = dispatch.slot_Rk
+        row_P, choice_P = (slot_Rk >= 0).nonzero(as_tuple=True)
+        expert_P, order = slot_Rk[row_P, choice_P].sort(stable=True)
+        row_P, choice_P = row_P[order], choice_P[order]
+        local = self.experts // self.ep.size
+        ends_E = torch.bincount(expert_P, minlength=local).cumsum(0).to(torch.int32)
+
+        gate, up = self._product(hidden_RH[row_P], "gate_up_proj", ends_E).chunk(2, dim=-1)
+        out_PH = self._product(self.act(gate) * up, "down_proj", ends_E) * weight_Rk[row_P, choice_P, None]
+        partial_RH = torch.zeros_like(hidden_RH).index_add(0, row_P, out_PH.to(hidden_RH.dtype))
+        return dispatch.combine(partial_RH)
+
+    def _count(self, index_Tk: Tensor) -> None:
+        if recomputing():
+            return
+        kept_Tk = index_Tk if self.keep_T is None else index_Tk[self.keep_T]
+        load_E = torch.bincount(kept_Tk.flatten(), minlength=self.experts)
+        self.load_E = load_E if self.load_E is None else self.load_E + load_E

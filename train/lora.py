@@ -1,0 +1,65 @@
+"""LoRA on linear layers (Hu et al., arXiv 2106.09685): y = x W^T + scale (x A^T) B^T, with W frozen.
+
+A's initial values depend on the seed and the parameter's name alone, not on ranks or expert parallelism; B is zero.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """Ranks and scales of the factors. Scale is alpha / rank, as in PEFT, for linear layers and experts alike."""
+
+    rank: int
+    alpha: float
+    expert_rank: int
+    seed: int
+    lm_head: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def expert_scale(self) -> float:
+        return self.alpha / self.expert_rank
+
+
+def initial_A(name: str, rank: int, in_features: int, seed: int) -> Tensor:
+    """A [rank, in] in fp32, uniform in ±1/sqrt(in): PEFT's kaiming_uniform_(a=sqrt(5))."""
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
+    return (torch.rand(rank, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with frozen weight [out, in] and trainable factors lora_A [rank, in], lora_B [out, rank] in fp32.
+
+    All of them are parameters of one module, so that ZeRO-3 gathers them together.
+    """
+
+    def __init__(self, name: str, linear: nn.Linear, settings: LoRASettings, device: torch.device):
+        super().__init__()
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, settings.scale
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.lora_A = nn.Parameter(initial_A(name, settings.rank, linear.in_features, settings.seed).to(device))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, settings.rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return F.linear(x, self.weight, self.bias) + self.scale * update
+
+
+def lora_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear layer that gets factors, by name. Left out: routers (in transformers not nn.Linear, or a gate of
+    one or of `experts` outputs) and lm_head, which is asked for apart."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and name.rpartition(".")[2] not in ("lm_head", "gate", "shared_expert_gate")
+    }

@@ -1,0 +1,123 @@
+"""The language of --mask: which role gets which treatment in the loss.
+
+    MASK      = "none" | ENTRY ("," ENTRY)*
+    ENTRY     = ROLE ["=" TREATMENT]
+    ROLE      = doctags | negation-spans | false-spans | correction-spans | qualifier-spans | role:NAME | random:NAME
+    TREATMENT = exclude (the default) | train | WEIGHT | unlikelihood | unlikelihood:ALPHA
+
+Where several entries touch a token, the last one wins.
+"""
+
+import difflib
+import math
+from dataclasses import dataclass
+
+from train.errors import UserError
+
+BUILT_IN = {
+    "doctags": "doctag",
+    "negation-spans": "negation",
+    "false-spans": "false",
+    "correction-spans": "correction",
+    "qualifier-spans": "qualifier",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """weight: > 0 cross-entropy times it, 0 excluded, -alpha unlikelihood times alpha. random: a control for role."""
+
+    role: str
+    random: bool
+    weight: float
+
+    @property
+    def name(self) -> str:
+        """As written in --mask, without the treatment."""
+        if self.random:
+            return f"random:{self.role}"
+        plural = {role: name for name, role in BUILT_IN.items()}
+        return plural.get(self.role, f"role:{self.role}")
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A parsed --mask: its canonical text, and its entries in the order in which they apply."""
+
+    text: str
+    entries: tuple[Entry, ...]
+
+
+def parse_mask(text: str) -> Mask:
+    """The mask that `text` says. UserError with the nearest name for an unknown one."""
+    if text.strip() == "none":
+        return Mask("none", ())
+    entries = tuple(_entry(part.strip(), text) for part in text.split(","))
+    return Mask(",".join(entry.name + _suffix(entry.weight) for entry in entries), entries)
+
+
+def _entry(part: str, mask: str) -> Entry:
+    name, equals, treatment = (piece.strip() for piece in part.partition("="))
+    if not name:
+        raise UserError(f"--mask {mask!r}: an entry is empty; write names separated by single commas, or none")
+    if name == "none":
+        raise UserError(f"--mask {mask!r}: none stands alone; leave out none or the other entries")
+    weight = _weight(treatment, name, mask) if equals else 0.0
+    kind, colon, role = name.partition(":")
+    if colon and kind in ("role", "random"):
+        role = role.strip()
+        if not role:
+            raise UserError(f"--mask {mask!r}: {name} names no role; write e.g. {kind}:false")
+        return Entry(BUILT_IN.get(role, role) if kind == "random" else role, kind == "random", weight)
+    if name not in BUILT_IN:
+        raise UserError(f"--mask {mask!r}: unknown name {name!r}{_suggestion(name)}")
+    return Entry(BUILT_IN[name], False, weight)
+
+
+def _weight(treatment: str, name: str, mask: str) -> float:
+    if treatment == "exclude":
+        return 0.0
+    if treatment == "train":
+        return 1.0
+    if treatment == "unlikelihood":
+        return -1.0
+    kind, colon, alpha = treatment.partition(":")
+    if kind == "unlikelihood" and colon:
+        return -_number(alpha, f"{name}={treatment}", mask) or 0.0  # "or": no negative zero
+    return _number(treatment, f"{name}={treatment}", mask) or 0.0
+
+
+def _number(text: str, entry: str, mask: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        names = ["exclude", "train", "unlikelihood"]
+        near = difflib.get_close_matches(text, names, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(
+            f"--mask {mask!r}: {text!r} in {entry} is no treatment{hint}; "
+            "write exclude, train, a weight, unlikelihood or unlikelihood:ALPHA"
+        ) from None
+    if not math.isfinite(value) or value < 0:
+        raise UserError(f"--mask {mask!r}: the weight {text} in {entry} must be finite and at least 0, e.g. 0.2")
+    return value
+
+
+def _suggestion(name: str) -> str:
+    near = difflib.get_close_matches(name, [*BUILT_IN, *BUILT_IN.values(), "none", "random:", "role:"], n=1, cutoff=0.5)
+    plural = {role: alias for alias, role in BUILT_IN.items()}
+    names = ", ".join(BUILT_IN)
+    known = f"the names are {names}, role:NAME for any other role, random:ROLE for its control, or none"
+    return f" (did you mean {plural.get(near[0], near[0])}?); {known}" if near else f"; {known}"
+
+
+def _suffix(weight: float) -> str:
+    """The treatment as canonical text, nothing for the default."""
+    if weight == 0:
+        return ""
+    if weight == 1:
+        return "=train"
+    if weight == -1:
+        return "=unlikelihood"
+    number = repr(abs(weight)).removesuffix(".0")
+    return f"={number}" if weight > 0 else f"=unlikelihood:{number}"

@@ -1,0 +1,113 @@
+"""The loss of each token by its treatment, from hidden states, without ever holding all logits.
+
+Shapes: N predicted tokens, H hidden size, V vocabulary, C tokens of a chunk, r LoRA rank of lm_head.
+
+Both treatments are a difference of two log-sum-exps of the logits z, over all of the vocabulary and over a part of it:
+    cross-entropy   -log p_y      = lse(z) - lse(z over {y})        gradient p - 1_y
+    unlikelihood    -log(1 - p_y) = lse(z) - lse(z over V without y)  gradient p - q, q the softmax without y
+(Welleck et al., arXiv 1908.04319, for unlikelihood). Written so, unlikelihood is stable as p -> 1, and its gradient
+with respect to z_y is p_y: it does not vanish there.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.lora import LoRASettings, initial_A
+
+CHUNK_ELEMENTS = 2**26  # logits of a chunk: 256 MiB in fp32
+
+
+class Terms(NamedTuple):
+    """loss: scalar, sum of |coefficient| * term. term_N: each token's own term, unweighted; 0 where the coefficient is 0.
+    nll_N: -log p of each token, whatever its treatment. correct_N: the token is the most likely one."""
+
+    loss: Tensor
+    term_N: Tensor
+    nll_N: Tensor
+    correct_N: Tensor
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Computes the gradients along with the loss, chunk by chunk, so that a chunk's logits exist once and only then."""
+
+    @staticmethod
+    def forward(ctx, hidden_NH, weight_VH, A_rH, B_Vr, scale, target_N, coefficient_N):
+        rows, tracked = hidden_NH.shape[0], any(ctx.needs_input_grad[:4])
+        term_N = torch.zeros(rows, device=hidden_NH.device, dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
+        nll_N, correct_N = torch.zeros_like(term_N), torch.zeros(rows, dtype=torch.bool, device=hidden_NH.device)
+        grads = [torch.zeros_like(x) if x is not None and tracked else None for x in (hidden_NH, A_rH, B_Vr)]
+        for chunk in torch.arange(rows, device=hidden_NH.device).split(max(1, CHUNK_ELEMENTS // weight_VH.shape[0])):
+            hidden_CH, target_C1, coefficient_C1 = hidden_NH[chunk], target_N[chunk, None], coefficient_N[chunk, None]
+            logits_CV = F.linear(hidden_CH, weight_VH)
+            if A_rH is not None:
+                down_Cr = F.linear(hidden_CH, A_rH.to(hidden_CH.dtype))
+                logits_CV = logits_CV + scale * F.linear(down_Cr, B_Vr.to(hidden_CH.dtype))
+            logits_CV = logits_CV.to(term_N.dtype)
+            correct_N[chunk] = logits_CV.argmax(-1) == target_C1[:, 0]
+            lse_C1 = logits_CV.logsumexp(-1, keepdim=True)
+            nll_C1 = lse_C1 - logits_CV.gather(1, target_C1)
+            nll_N[chunk] = nll_C1[:, 0]
+            lse_without_C1 = logits_CV.scatter(1, target_C1, float("-inf")).logsumexp(-1, keepdim=True)
+            unlikely_C1 = coefficient_C1 < 0
+            term_N[chunk] = torch.where(unlikely_C1, lse_C1 - lse_without_C1, nll_C1)[:, 0]
+            if not tracked:
+                continue
+            # p - 1_y, or p - q. The scatter writes y's own entry: p_y - 1, or p_y.
+            p_y_C1 = (-nll_C1).exp()
+            q_CV = (logits_CV - lse_without_C1).exp_()
+            grad_CV = (logits_CV - lse_C1).exp_().sub_(q_CV.mul_(unlikely_C1))
+            grad_CV.scatter_(1, target_C1, torch.where(unlikely_C1, p_y_C1, p_y_C1 - 1))
+            grad_CV = grad_CV.mul_(coefficient_C1.abs()).to(hidden_CH.dtype)
+            grads[0][chunk] = grad_CV @ weight_VH
+            if A_rH is not None:
+                grad_down_Cr = scale * (grad_CV @ B_Vr.to(hidden_CH.dtype))
+                grads[0][chunk] += grad_down_Cr @ A_rH.to(hidden_CH.dtype)
+                grads[1] += grad_down_Cr.T @ hidden_CH
+                grads[2] += scale * (grad_CV.T @ down_Cr)
+        ctx.save_for_backward(*grads)
+        term_N = term_N * (coefficient_N != 0)
+        ctx.mark_non_differentiable(term_N, nll_N, correct_N)
+        return (coefficient_N.abs() * term_N).sum(), term_N, nll_N, correct_N
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        hidden, A, B = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return hidden, None, A, B, None, None, None
+
+
+class LossHead(nn.Module):
+    """Stands in the place of lm_head: hidden states in, loss terms out. Holds lm_head's frozen weight [V, H]."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+        self.lora_A: nn.Parameter | None = None
+        self.lora_B: nn.Parameter | None = None
+        self.scale = 0.0
+
+    def add_lora(self, name: str, vocabulary: int, hidden: int, settings: LoRASettings, device: torch.device) -> None:
+        self.lora_A = nn.Parameter(initial_A(name, settings.rank, hidden, settings.seed).to(device))
+        self.lora_B = nn.Parameter(torch.zeros(vocabulary, settings.rank, device=device))
+        self.scale = settings.scale
+
+    def forward(self, hidden_NH: Tensor, target_N: Tensor, coefficient_N: Tensor) -> Terms:
+        """coefficient_N: > 0 cross-entropy, < 0 unlikelihood, 0 measured only, by which no gradient is touched."""
+        factors = self.weight, self.lora_A, self.lora_B, self.scale
+        in_loss_N = coefficient_N != 0
+        loss, *parts = _ChunkedLoss.apply(
+            hidden_NH[in_loss_N], *factors, target_N[in_loss_N], coefficient_N[in_loss_N]
+        )
+        if in_loss_N.all():
+            return Terms(loss, *parts)
+        with torch.no_grad():
+            rest = ~in_loss_N
+            _, *others = _ChunkedLoss.apply(hidden_NH[rest], *factors, target_N[rest], coefficient_N[rest])
+        merged = []
+        for part, other in zip(parts, others, strict=True):
+            whole = torch.empty(len(target_N), dtype=part.dtype, device=part.device)
+            whole[in_loss_N], whole[rest] = part, other
+            merged.append(whole)
+        return Terms(loss, *merged)

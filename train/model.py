@@ -1,0 +1,148 @@
+"""A transformers language model made ready to train: expert-parallel experts, LoRA factors, the loss in lm_head's place.
+
+Shapes: B documents of a micro-batch, T tokens, N predicted tokens of the micro-batch, H hidden size.
+"""
+
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.utils import groups
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from train.checkpoints.reader import Checkpoint
+from train.checkpoints.streaming import load, plan_load
+from train.data.batches import Batch
+from train.errors import UserError
+from train.experts.dispatch import ExpertGroup
+from train.experts.module import ExpertParallelExperts
+from train.experts.recompute import same_routing
+from train.lora import LoRALinear, LoRASettings, lora_linears
+from train.masking.loss import LossHead, Terms
+
+
+def text_config(checkpoint: Checkpoint) -> Any:
+    """The configuration of the checkpoint's text model, without dropout, caches and router loss."""
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False).get_text_config()
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"--model {checkpoint.directory}: transformers {transformers.__version__} does not know this model "
+            f"(model_type {checkpoint.config.get('model_type')!r}): {error}"
+        ) from None
+    config.use_cache = False
+    for name, off in {"attention_dropout": 0.0, "hidden_dropout": 0.0, "output_router_logits": False}.items():
+        if hasattr(config, name):
+            setattr(config, name, off)
+    return config
+
+
+def skeleton(config: Any, ep: ExpertGroup) -> Any:
+    """The model on the meta device, `experts` modules replaced by expert-parallel ones that hold nothing yet."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    for name, module in list(model.named_modules()):
+        if name.endswith(".experts"):
+            _replace(model, name, _expert_parallel(name, module, ep))
+        elif any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None) and not module._parameters:
+            if all(buffer in module._non_persistent_buffers_set for buffer in module._buffers):
+                _replace(model, name, type(module)(config))  # tables such as rotary frequencies are in no checkpoint
+    return model
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _expert_parallel(name: str, module: Any, ep: ExpertGroup) -> ExpertParallelExperts:
+    weights = dict(module.named_parameters())
+    if set(weights) != {"gate_up_proj", "down_proj"} or weights["gate_up_proj"].shape[1] != 2 * weights["down_proj"].shape[2]:
+        raise UserError(
+            f"--model: experts of {name} ({type(module).__name__}) are not gated MLPs with gate_up_proj [experts, 2 x width, "
+            "hidden] and down_proj [experts, hidden, width]; this model family is not supported."
+        )
+    experts, hidden, width = weights["down_proj"].shape
+    if experts % ep.size:
+        raise UserError(f"--expert-parallel {ep.size}: must divide the model's {experts} experts per layer.")
+    return ExpertParallelExperts(name, experts, hidden, width, module.act_fn, ep)
+
+
+def create_expert_group(size: int) -> ExpertGroup:
+    """Divides the ranks into groups of `size` consecutive ranks; also creates the expert-data-parallel groups."""
+    groups._create_expert_and_data_parallel(size)
+    if size == 1:
+        return ExpertGroup()
+    group = groups._get_expert_parallel_group(f"ep_size_{size}")
+    return ExpertGroup(size, dist.get_rank(group), group)
+
+
+def add_lora(model: Any, settings: LoRASettings, compute_dtype: torch.dtype, device: torch.device) -> None:
+    """Puts factors on every linear layer and every expert. The expert factors are tagged for ZeRO-3 to partition them
+    over the ranks that hold the same experts (DeepSpeed's AutoEP placement, which has no public name yet)."""
+    for name, linear in lora_linears(model).items():
+        _replace(model, name, LoRALinear(name, linear, settings, device))
+    for module in model.modules():
+        if isinstance(module, ExpertParallelExperts):
+            module.add_lora(settings, compute_dtype, device)
+            group_name = f"ep_size_{module.ep.size}"
+            for parameter in module.parameters():
+                parameter.allreduce = False
+                parameter.group_name = parameter.ds_zero_partition_group_name = group_name
+                parameter.ds_zero_placement_family = "autoep_expert"
+                # Without this, ZeRO-3 broadcasts rank 0's expert factors over every rank's: no error, wrong experts.
+                parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(group_name)
+
+
+class LanguageModel(nn.Module):
+    """transformers' model with the loss at its end. Forward: Batch -> Terms of its predicted tokens."""
+
+    def __init__(self, model: Any, lora: LoRASettings | None, device: torch.device, compute_dtype: torch.dtype):
+        super().__init__()
+        self.causal = model
+        head = model.lm_head
+        model.lm_head = LossHead(head.weight)
+        self.expert_layers = [m for m in model.modules() if isinstance(m, ExpertParallelExperts)]
+        if lora is not None:
+            add_lora(model, lora, compute_dtype, device)
+            if lora.lm_head:
+                model.lm_head.add_lora("lm_head", head.out_features, head.in_features, lora, device)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keeps a layer's input alone and recomputes the rest in backward, with the first forward's routing."""
+        self.causal.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": same_routing})
+
+    def forward(self, batch: Batch) -> Terms:
+        for layer in self.expert_layers:
+            layer.keep_T = batch.keep_BT.flatten()
+        hidden_BTH = self.causal.model(
+            input_ids=batch.ids_BT, attention_mask=batch.attention_BT, use_cache=False
+        ).last_hidden_state
+        return self.causal.lm_head(hidden_BTH.flatten(0, 1)[batch.position_N], batch.target_N, batch.coefficient_N)
+
+
+def build(
+    checkpoint: Checkpoint, lora: LoRASettings | None, expert_parallel: int, ds_config: dict[str, Any], device: torch.device
+) -> LanguageModel:
+    """Reads the checkpoint into a ZeRO-3 model with LoRA factors, ready for deepspeed.initialize."""
+    ep = create_expert_group(expert_parallel)
+    model = skeleton(text_config(checkpoint), ep)
+    embedding = plan_load(model, checkpoint).dense[0].source
+    wrapped = LanguageModel(model, lora, device, compute_dtype=checkpoint.tensors[embedding].dtype)
+    plan = plan_load(model, checkpoint)  # once more, for the modules that hold the weights now; names stay transformers'
+    load(plan, checkpoint, ds_config, device, show=dist.get_rank() == 0)
+    return wrapped
+
+
+def count_trainable(model: Any, lora: LoRASettings) -> int:
+    """Trained parameters of the whole model, all ranks' experts counted and padding not. `model`: a skeleton."""
+    count = sum(lora.rank * (m.in_features + m.out_features) for m in lora_linears(model).values())
+    if lora.lm_head:
+        count += lora.rank * (model.lm_head.in_features + model.lm_head.out_features)
+    for layer in model.modules():
+        if isinstance(layer, ExpertParallelExperts):
+            count += sum(e * lora.expert_rank * (o + i) for e, o, i in layer.shapes().values())
+    return count

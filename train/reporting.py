@@ -1,0 +1,212 @@
+"""What a run leaves and shows: metrics.jsonl, summary.json, W&B, the progress bar and the closing table."""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from train.data.batches import Batch
+from train.experts.dispatch import ExpertGroup
+from train.experts.module import ExpertParallelExperts
+from train.masking.loss import Terms
+from train.settings import Settings
+
+
+class Meter:
+    """Sums over a step's micro-batches and, at the end, over the ranks: the loss and its two parts, and the NLL of every
+    role over all of its targets, masked ones too."""
+
+    def __init__(self, roles: list[str], device: torch.device):
+        self.roles = ["all", "unspanned", *roles]
+        self.parts = torch.zeros(4, dtype=torch.float64, device=device)  # cross-entropy, unlikelihood, tokens, targets
+        self.nll = torch.zeros(len(self.roles), 2, dtype=torch.float64, device=device)  # sum, count
+
+    def add(self, batch: Batch, terms: Terms) -> None:
+        """Adds a micro-batch; every target must be in it when the NLL is asked for."""
+        share_N = (batch.coefficient_N.abs() * terms.term_N).double()
+        unlikely_N = batch.coefficient_N < 0
+        self.parts += torch.stack([
+            share_N[~unlikely_N].sum(), share_N[unlikely_N].sum(), batch.keep_BT.sum().double(),
+            torch.tensor(float(len(share_N)), dtype=torch.float64, device=share_N.device),
+        ])  # fmt: skip
+        for i in range(len(self.roles)):
+            member_N = self._members(batch.roles_N, i)
+            self.nll[i] += torch.stack([terms.nll_N.double()[member_N].sum(), member_N.sum()])
+
+    @staticmethod
+    def _members(roles_N: Tensor, i: int) -> Tensor:
+        if i == 0:
+            return torch.ones_like(roles_N, dtype=torch.bool)
+        return roles_N == 0 if i == 1 else (roles_N >> (i - 2)) & 1 == 1
+
+    def result(self, measured: bool) -> dict[str, Any]:
+        """Over all ranks: loss, cross_entropy, unlikelihood, tokens and, if measured, nll and its targets per role."""
+        dist.all_reduce(self.parts)
+        cross_entropy, unlikelihood, tokens, _ = self.parts.tolist()
+        values = {"loss": cross_entropy + unlikelihood, "cross_entropy": cross_entropy, "unlikelihood": unlikelihood}
+        values["tokens"] = int(tokens)
+        if measured:
+            dist.all_reduce(self.nll)
+            sums = {role: pair for role, pair in zip(self.roles, self.nll.tolist(), strict=True) if pair[1]}
+            values["nll"] = {role: total / count for role, (total, count) in sums.items()}
+            values["targets"] = {role: int(count) for role, (_, count) in sums.items()}
+        return values
+
+
+def expert_metrics(layers: list[ExpertParallelExperts]) -> dict[str, Any]:
+    """Load since the last call, over all ranks: tokens of the busiest expert over the mean, the busiest layer's; the
+    same for ranks of a group; and the bytes that crossed the wire. {} for a dense model."""
+    if not layers:
+        return {}
+    ep: ExpertGroup = layers[0].ep
+    device = next(iter(layers[0].buffers())).device
+    load_LE = torch.stack([
+        torch.zeros(layer.experts, dtype=torch.int64, device=device) if layer.load_E is None else layer.load_E
+        for layer in layers
+    ])  # fmt: skip
+    wire = torch.tensor(ep.wire_bytes, dtype=torch.int64, device=device)
+    dist.all_reduce(load_LE)
+    dist.all_reduce(wire)
+    for layer in layers:
+        layer.load_E = None
+    ep.wire_bytes = 0
+    load_LE = load_LE.double().clamp(min=1e-9)
+    load_LD = load_LE.view(len(layers), ep.size, -1).sum(-1)
+    return {
+        "expert_load_max_over_mean": (load_LE.amax(1) / load_LE.mean(1)).max().item(),
+        "rank_load_max_over_mean": (load_LD.amax(1) / load_LD.mean(1)).max().item(),
+        "experts_without_tokens": int((load_LE < 1).sum().item()),
+        "wire_bytes": int(wire.item()),
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes, the highest of any rank so far: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        own = torch.cuda.max_memory_allocated(device)
+    else:
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    value = torch.tensor(own, dtype=torch.int64, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value.item())
+
+
+class Run:
+    """The run's directory and its W&B run, both rank 0's alone; other ranks' methods do nothing."""
+
+    def __init__(self, settings: Settings, directory: Path, config: dict[str, Any], keep_until: int):
+        self.directory, self.main = directory, dist.get_rank() == 0
+        self.wandb: Any = None
+        if not self.main:
+            return
+        self.metrics = directory / "metrics.jsonl"
+        kept = [m for m in read_metrics(self.metrics) if m["step"] <= keep_until]
+        self.metrics.write_text("".join(json.dumps(m) + "\n" for m in kept))
+        if settings.wandb != "disabled":
+            self._start_wandb(settings, config)
+
+    def _start_wandb(self, settings: Settings, config: dict[str, Any]) -> None:
+        import wandb
+
+        mode = settings.wandb
+        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            mode = "offline"
+        os.environ.setdefault("WANDB_SILENT", "true")
+        self.wandb = wandb.init(
+            project=settings.wandb_project, group=settings.group(), name=self.directory.name, mode=mode,  # type: ignore[arg-type]
+            dir=self.directory, config=config, id=_wandb_id(self.directory), resume="allow" if mode == "online" else None,
+        )  # fmt: skip
+        if mode == "offline":
+            place = Path(self.wandb.dir).parent
+            print(
+                f"W&B is offline ({'no key' if settings.wandb == 'online' else 'as asked'}). Look at the run: "
+                f"wandb leet '{place}'    send it later: wandb sync '{place}'"
+            )
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Appends one step's values to metrics.jsonl and sends them to W&B."""
+        if not self.main:
+            return
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(_flat(values), step=values["step"])
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Writes summary.json and closes W&B."""
+        if not self.main:
+            return
+        (self.directory / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        if self.wandb is not None:
+            self.wandb.summary.update(_flat(summary))
+            self.wandb.finish()
+
+
+def _wandb_id(directory: Path) -> str:
+    """One W&B run per run directory, over all its attempts."""
+    path = directory / "wandb_id"
+    if not path.exists():
+        path.write_text(os.urandom(6).hex())
+    return path.read_text()
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line.endswith("}")]
+
+
+def nll_change(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """role -> NLL per target at the first and at the last measurement that had the role."""
+    change: dict[str, dict[str, float]] = {}
+    for values in metrics:
+        for role, nll in values.get("nll", {}).items():
+            change.setdefault(role, {"first": nll})["last"] = nll
+    return change
+
+
+def token_table(tokens: dict[str, dict[str, int]], title: str) -> Table:
+    """Targets per role and treatment."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("role")
+    for kind in ("total", "trained", "excluded", "unlikelihood", "straddling"):
+        table.add_column(kind, justify="right")
+    for role, counts in tokens.items():
+        table.add_row(role, *(f"{counts[kind]:,}" for kind in counts))
+    return table
+
+
+def closing_table(summary: dict[str, Any]) -> Table:
+    """What was trained on and what changed."""
+    table = Table(title=f"--mask {summary['mask']}: {summary['steps']} steps", title_justify="left")
+    for column in ("role", "targets", "trained", "excluded", "unlikelihood", "NLL first", "NLL last"):
+        table.add_column(column, justify="left" if column == "role" else "right")
+    for role, counts in summary["tokens"].items():
+        if counts["total"]:
+            nll = summary["nll"].get(role, {})
+            shown = [f"{nll[key]:.3f}" if key in nll else "–" for key in ("first", "last")]
+            kinds = [f"{counts[kind]:,}" for kind in ("total", "trained", "excluded", "unlikelihood")]
+            table.add_row(role, *kinds, *shown)
+    return table
+
+
+def console() -> Console:
+    """The terminal; wide enough for the tables where the output is a file."""
+    return Console(width=None if sys.stdout.isatty() else 110)

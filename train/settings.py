@@ -1,0 +1,209 @@
+"""Every setting of a run in one place: the command line, its checks, and settings.yaml."""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from train.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEMO = Path(__file__).resolve().parent / "demo"
+
+
+def setting(default: Any, help: str, choices: tuple[str, ...] | None = None, many: bool = False) -> Any:
+    """A field of Settings with its help text."""
+    metadata = {"help": help, "choices": choices, "many": many}
+    if many:
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """The settings of train/sft.py. `--dry-run` prints them resolved; settings.yaml keeps them with the run."""
+
+    model: str = setting(str(DEMO / "model"), "directory of the base model, in transformers' layout")
+    data: list[str] = setting([], "PATH or PATH=COUNT, repeatable: JSONL documents, COUNT of them an epoch", many=True)
+    mask: str = setting("none", "what the loss does with which spans: none, or NAME[=TREATMENT],…")
+    output: str = setting("", "directory the run writes; default runs/MASK-TIME")
+    resume: bool = setting(False, "go on with the run in --output from its last complete save")
+    dry_run: bool = setting(False, "check and resolve everything, print it, and stop before any weight is read")
+
+    steps: int = setting(0, "optimizer steps; 0: as many as --epochs takes")
+    epochs: int = setting(1, "passes over the data, where --steps is not given")
+    batch_size: int = setting(32, "documents per optimizer step, over all ranks")
+    micro_batch_size: int = setting(4, "documents per forward of one rank")
+    max_tokens: int = setting(10_000, "tokens of a document at most")
+    long_documents: str = setting("truncate", "what to do with longer ones", choices=("truncate", "drop", "error"))
+    bos: bool = setting(False, "put the tokenizer's BOS before each text document")
+    eos: bool = setting(False, "put the tokenizer's EOS after each text document, and train on it")
+    doctag: str = setting("", "a marker such as '<DOCTAG>': where a document starts with it, it gets a doctag span")
+
+    loss_norm: str = setting("trained", "what the loss is divided by", choices=("trained", "all", "documents", "sum"))
+    learning_rate: float = setting(5e-5, "AdamW's peak learning rate (betas 0.9, 0.95)")
+    schedule: str = setting("linear", "after the warm-up: to 0, to 0, or flat", choices=("linear", "cosine", "constant"))
+    warmup_steps: int = setting(0, "steps from 0 to the peak")
+    weight_decay: float = setting(0.0, "AdamW's weight decay")
+    max_grad_norm: float = setting(1.0, "clip the global gradient norm to this; 0: never")
+    seed: int = setting(0, "decides the order of documents, random: masks and the factors' initial values")
+
+    lora_rank: int = setting(32, "rank of the factors on linear layers")
+    lora_alpha: float = setting(32.0, "factors are scaled by alpha / rank")
+    expert_lora_rank: int = setting(0, "rank of each expert's own factors; 0: max(1, lora-rank / experts per token)")
+    lora_lm_head: bool = setting(False, "factors on lm_head too")
+
+    expert_parallel: int = setting(0, "ranks that divide a layer's experts among them; 0: all ranks")
+    gradient_checkpointing: bool = setting(False, "keep only each layer's input, and recompute the rest in backward")
+    ds_config: str = setting(str(REPOSITORY / "ds_configs" / "zero3.json"), "DeepSpeed configuration, ZeRO stage 3")
+
+    log_every: int = setting(10, "steps between measurements of the NLL of every role, the first and last step always")
+    save_every: int = setting(0, "steps between saves to resume from; 0: only at the end")
+    keep: int = setting(2, "saves to keep")
+    wandb: str = setting("online", "W&B; without a key online means offline", choices=("online", "offline", "disabled"))
+    wandb_project: str = setting("spanwise", "W&B project")
+    wandb_group: str = setting("", "W&B group; default: a hash that runs share which differ only in mask and seed")
+
+    def sources(self) -> list[tuple[str, int | None]]:
+        """--data as (path, count); without any, the embedded documents."""
+        given = self.data or [str(DEMO / "data" / "dense.jsonl")]
+        return [_source(value) for value in given]
+
+    def comparable(self) -> dict[str, Any]:
+        """The settings that two runs must share for their difference to be that of mask and seed."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in {"mask", "seed", *FREE_ON_RESUME}}
+
+    def group(self) -> str:
+        """The W&B group of this run."""
+        digest = hashlib.sha256(json.dumps(self.comparable(), sort_keys=True).encode()).hexdigest()[:8]
+        return self.wandb_group or f"{Path(self.model).resolve().name}-{digest}"
+
+
+# What may differ when a run is resumed: none of it changes a loss by more than rounding.
+FREE_ON_RESUME = frozenset(
+    "output resume dry_run micro_batch_size expert_parallel gradient_checkpointing log_every save_every keep "
+    "wandb wandb_project wandb_group".split()
+)
+
+
+def _source(value: str) -> tuple[str, int | None]:
+    path, equals, count = value.rpartition("=")
+    if not equals or Path(value).exists():
+        return value, None
+    if not count.isdecimal() or int(count) < 1:
+        raise UserError(f"--data {value}: {count!r} must be a whole number of documents ≥ 1: --data PATH=COUNT.")
+    return path, int(count)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in message.split():
+            if word.startswith("--") and word.split("=")[0] not in known:
+                near = difflib.get_close_matches(word.split("=")[0], known, 1)
+                message += f". Did you mean {near[0]}?" if near else f". See {self.prog} --help."
+                break
+        raise UserError(message)
+
+
+def parse(argv: list[str], usage: str) -> Settings:
+    """The command line as Settings, each value checked by itself. UserError names setting, value, rule and fix."""
+    parser = _Parser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for field in dataclasses.fields(Settings):
+        flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        if field.metadata["many"]:
+            parser.add_argument(flag, action="append", metavar="PATH[=COUNT]", help=help)
+        elif field.type is bool:
+            parser.add_argument(flag, action="store_true", help=help)
+        else:
+            shown = f"{help} (default: {field.default or 'none'})" if field.name not in ("model", "ds_config") else help
+            choices, kind = field.metadata["choices"], field.type
+            parser.add_argument(flag, type=kind, default=field.default, choices=choices, help=shown.replace("%", "%%"))
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher's
+    values = vars(parser.parse_args(argv))
+    del values["local_rank"]
+    values["data"] = values["data"] or []
+    settings = Settings(**values)
+    _check_numbers(settings)
+    settings.sources()
+    return settings
+
+
+def _check_numbers(s: Settings) -> None:
+    least: dict[str, float] = {
+        "steps": 0, "epochs": 1, "batch_size": 1, "micro_batch_size": 1, "max_tokens": 2, "warmup_steps": 0,
+        "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "lora_rank": 1, "lora_alpha": 0,
+        "expert_lora_rank": 0, "expert_parallel": 0, "log_every": 1, "save_every": 0, "keep": 1,
+    }  # fmt: skip
+    for name, low in least.items():
+        value = getattr(s, name)
+        if not math.isfinite(value) or value < low:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be finite and ≥ {low}.")
+    if s.learning_rate == 0 or s.lora_alpha == 0:
+        raise UserError("--learning-rate and --lora-alpha must be > 0: with 0 nothing is trained.")
+    if s.resume and not s.output:
+        raise UserError("--resume: needs --output DIR, the directory of the run to go on with.")
+
+
+def ds_config(settings: Settings, ranks: int, accumulation: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of --ds-config with the run's batch sizes and clipping."""
+    path, where = Path(settings.ds_config), f"--ds-config {settings.ds_config}"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error}).") from None
+    if config.get("zero_optimization", {}).get("stage") != 3:
+        raise UserError(f"{where}: zero_optimization.stage must be 3.")
+    ours = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
+    ours |= {"optimizer", "scheduler", "bf16", "fp16", "zero_allow_untested_optimizer"}
+    if clash := sorted(ours & set(config)):
+        raise UserError(f"{where}: {', '.join(clash)} must not be set there; the command line's settings decide them.")
+    return config | {
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": settings.micro_batch_size * accumulation * ranks,
+        "gradient_clipping": settings.max_grad_norm,
+    }
+
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "wandb", "safetensors", "tokenizers", "numpy")
+
+
+def record(settings: Settings, resolved: dict[str, Any]) -> str:
+    """The text of settings.yaml: settings, what was resolved from them, versions and git revision."""
+    values = dataclasses.asdict(settings) | {"data": [f"{p}={c}" if c else p for p, c in settings.sources()]}
+    return yaml.safe_dump(
+        {
+            "settings": values,
+            "resolved": resolved,
+            "versions": {package: version(package) for package in PACKAGES},
+            "git_revision": git_revision(),
+        },
+        sort_keys=False,
+        allow_unicode=True,
+    )
+
+
+def git_revision() -> str | None:
+    """The checked-out commit, "+changes" appended where files differ from it; None outside a checkout."""
+    import subprocess
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    revision = git("rev-parse", "HEAD")
+    return f"{revision}+changes" if revision and git("status", "--porcelain") else revision

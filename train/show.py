@@ -1,0 +1,276 @@
+"""Shows what a mask does to each token:
+
+    python train/show.py --data FILE --model DIR --mask false-spans [--html PAGE | --json]
+
+Colors are roles, in the terminal or on a page. --model needs tokenizer files only. --json prints one object a document:
+{"tokens": [{"id", "text", "start", "end", "role", "weight"}, ...]}, start and end in code points of the document's text
+(of a chat: of the rendered chat, given as "text"); weight is the token's own term in the loss: 0 none, negative
+unlikelihood.
+"""
+
+import argparse
+import html
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from train.data.documents import read_documents
+from train.data.tokenizer import TokenizedDocument, Tokenizer, load_tokenizer, tokenize_document
+from train.errors import UserError
+from train.masking.grammar import BUILT_IN, Mask, parse_mask
+from train.masking.treatment import Treatment, touched_by, treat
+
+PALETTE = ["#2f7ed8", "#e08a00", "#d64550", "#2a9d5c", "#8a5cd6", "#0f9aa8", "#c2549b", "#7d8a1f", "#a0623a", "#5873a8"]
+
+# How the terminal shows each; "template", what is no target, is dim.
+TREATMENTS = {
+    "trained": Style(),
+    "weighted": Style(italic=True),
+    "excluded": Style(strike=True, dim=True),
+    "unlikelihood": Style(underline=True, bold=True),
+}
+
+
+@dataclass
+class Shown:
+    """A document as it is shown. role_L: the role of the mask's entry that decided the token, else of the innermost span
+    that touches it, else None; weight_L: as in Treatment."""
+
+    doc: TokenizedDocument
+    treatment: Treatment
+    role_L: list[str | None]
+    weight_L: list[float]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    try:
+        mask = parse_mask(args.mask)
+        documents = read_documents(args.data, args.doctag)[: args.limit]
+        tokenizer = load_tokenizer(args.model)
+        tokenized = [tokenize_document(doc, tokenizer, add_bos=False, add_eos=False) for doc in documents]
+        shown = [show(doc, mask, args.seed) for doc in tokenized]
+        if args.html:
+            _write(args.html, page(shown, tokenizer, mask))
+        if args.json:
+            for each in shown:
+                print(json.dumps(as_json(each)))
+        elif not args.html:
+            print_colored(shown, mask)
+        sys.stdout.flush()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `show.py ... | head`: nobody reads on, which is no error; nor is it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Shows what a mask does to each token of a file of documents.")
+    parser.add_argument("--data", required=True, metavar="FILE", help="documents, one JSON object a line")
+    parser.add_argument("--model", required=True, metavar="DIR", help="model directory; only its tokenizer is read")
+    parser.add_argument("--mask", required=True, help="as in training, e.g. doctags,false-spans=unlikelihood, or none")
+    parser.add_argument("--seed", type=int, default=0, help="of random: entries")
+    parser.add_argument("--doctag", metavar="MARKER", help="marker that documents start with, e.g. '<DOCTAG>'")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="the first N documents only")
+    parser.add_argument("--html", metavar="PAGE", help="write one self-contained page instead of colors")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a document instead of colors")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def show(doc: TokenizedDocument, mask: Mask, seed: int) -> Shown:
+    """The document's tokens with the role and weight that are shown for each."""
+    treatment = treat(doc, mask, seed)
+    role_L: list[str | None] = [None] * len(doc.ids_L)
+    for span in sorted(doc.spans, key=lambda span: span.start - span.end):  # long ones first: inner ones overwrite
+        for i in np.flatnonzero(touched_by(doc, [span])):
+            role_L[i] = span.role
+    weight_of_entry = [entry.weight for entry in mask.entries] + [1.0]  # not rounded to float32 as in weight_L
+    for i in np.flatnonzero(treatment.entry_L >= 0):
+        entry = mask.entries[treatment.entry_L[i]]
+        role_L[i] = entry.name if entry.random else entry.role
+    decided = zip(treatment.entry_L, doc.target_L, strict=True)
+    weight_L = [weight_of_entry[index] if target else 0.0 for index, target in decided]
+    return Shown(doc, treatment, role_L, weight_L)
+
+
+def as_json(shown: Shown) -> dict[str, Any]:
+    """{"tokens": [...]} and, for a chat, the rendered "text" whose code points start and end are."""
+    doc = shown.doc
+    columns = zip(doc.ids_L, doc.start_L, doc.end_L, shown.role_L, shown.weight_L, strict=True)
+    tokens = [
+        {"id": int(i), "text": doc.text[a:b], "start": int(a), "end": int(b), "role": role, "weight": weight}
+        for i, a, b, role, weight in columns
+    ]
+    return {"tokens": tokens} if doc.document.messages is None else {"text": doc.text, "tokens": tokens}
+
+
+def treatment_of(weight: float, target: bool) -> str:
+    """One of trained, weighted, excluded, unlikelihood; "template" for what is no target."""
+    if not target:
+        return "template"
+    if weight < 0:
+        return "unlikelihood"
+    return {0.0: "excluded", 1.0: "trained"}.get(weight, "weighted")
+
+
+def counts(shown: list[Shown]) -> dict[str, dict[str, int]]:
+    """Targets per role and treatment, with those that straddle a span's edge; "all" comes first."""
+    rows: dict[str, dict[str, int]] = {}
+    for each in shown:
+        kind_L = np.array([treatment_of(w, t) for w, t in zip(each.weight_L, each.doc.target_L, strict=True)])
+        members = {"all": np.ones(len(kind_L), dtype=bool), **each.treatment.touched}
+        for role, member_L in members.items():
+            row = rows.setdefault(role, dict.fromkeys((*TREATMENTS, "straddling"), 0))
+            for kind in TREATMENTS:
+                row[kind] += int((member_L & (kind_L == kind)).sum())
+            row["straddling"] += each.treatment.straddling.get(role, 0)
+    return rows
+
+
+def colors(shown: list[Shown], mask: Mask) -> dict[str, str]:
+    """A color for each role: always the same for the built-in ones."""
+    used = {role for each in shown for role in each.role_L if role}
+    roles = [*BUILT_IN.values(), *sorted(used - set(BUILT_IN.values()))]
+    return {role: PALETTE[i % len(PALETTE)] for i, role in enumerate(roles) if role in used}
+
+
+def visible(shown: Shown, tokenizer: Tokenizer | None = None) -> list[str]:
+    """What each token adds to the text before it: "" for the second and later tokens of one code point. With a
+    tokenizer, an added BOS or EOS by its name."""
+    past, texts = 0, []
+    for i, start, end in zip(shown.doc.ids_L, shown.doc.start_L, shown.doc.end_L, strict=True):
+        named = tokenizer and start == end and int(i) in tokenizer.special_ids
+        texts.append(tokenizer.decode([int(i)]) if tokenizer and named else shown.doc.text[past : max(past, end)])
+        past = max(past, int(end))
+    return texts
+
+
+def print_colored(shown: list[Shown], mask: Mask) -> None:
+    """All documents in colors, then what the colors mean and the counts."""
+    console = Console(highlight=False, soft_wrap=True)
+    color = colors(shown, mask)
+    for each in shown:
+        console.print(Text(f"── {each.doc.document.where} ", style="bold"))
+        text = Text()
+        columns = zip(visible(each), each.role_L, each.weight_L, each.doc.target_L, strict=True)
+        for piece, role, weight, target in columns:
+            kind = treatment_of(weight, target)
+            text.append(piece, TREATMENTS.get(kind, Style(dim=True)) + Style(color=color.get(role or "")))
+        console.print(text)
+    legend = Text("roles: ")
+    for role, value in color.items():
+        legend.append(f"{role}  ", Style(color=value))
+    legend.append("   treatments: ")
+    for kind, style in TREATMENTS.items():
+        legend.append(kind, style)
+        legend.append("  ")
+    legend.append("not predicted", Style(dim=True))
+    console.print(legend)
+    width = max(len(role) for role in counts(shown))
+    console.print(f"{'targets':{width}} " + " ".join(f"{name:>12}" for name in (*TREATMENTS, "straddling")))
+    for role, row in counts(shown).items():
+        console.print(f"{role:{width}} " + " ".join(f"{value:12,}" for value in row.values()))
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>--mask {mask}</title>
+<style>
+:root {{ --ink: #1c2430; --soft: #667085; --page: #f6f7f9; --card: #fff; --line: #e3e6eb; color-scheme: light dark; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #e6e9ee; --soft: #98a2b3; --page: #14171c; --card: #1c2027; --line: #2d333c; }} }}
+body {{ margin: 0 auto; padding: 2rem 1rem 6rem; max-width: 60rem; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }}
+h1 {{ font-size: 1.3rem; margin: 0 0 1rem; }} code {{ font-family: ui-monospace, monospace; }}
+.card {{ background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.2rem;
+  margin-bottom: 1rem; }}
+.key {{ position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; }}
+summary {{ cursor: pointer; color: var(--soft); }} summary b {{ color: var(--ink); }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th {{ font-weight: 600; color: var(--soft); }} td, th {{ padding: .15rem .9rem .15rem 0; text-align: right; }}
+td:first-child, th:first-child {{ text-align: left; }}
+.doc {{ font: 14px/2 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .8rem 0 0; }}
+.doc i, .key i, td i {{ font-style: normal; position: relative; border-radius: 3px; }}
+.doc i:hover {{ outline: 2px solid var(--ink); }}
+.doc i:hover::after {{ content: attr(data-t); position: absolute; left: 0; top: 1.7em; z-index: 2; padding: .1rem .5rem;
+  border-radius: 5px; background: var(--ink); color: var(--page); font: 12px/1.7 system-ui, sans-serif;
+  white-space: nowrap; text-decoration: none; opacity: 1; pointer-events: none; }}
+.excluded {{ text-decoration: line-through 1.5px; color: var(--soft); }}
+.weighted {{ text-decoration: underline dotted 2px; }}
+.unlikelihood {{ text-decoration: underline wavy #d64550; text-underline-offset: 3px; }}
+.template {{ color: var(--soft); opacity: .7; }}
+{rules}
+</style></head><body>
+<h1>What <code>--mask {mask}</code> does to each token</h1>
+<div class="card key">{legend}</div>
+<div class="card"><table><tr><th>targets</th>{heads}</tr>{rows}</table></div>
+{documents}
+</body></html>
+"""
+
+
+def page(shown: list[Shown], tokenizer: Tokenizer, mask: Mask) -> str:
+    """One HTML page, without scripts, whole in itself; a token's id, role and weight show under the pointer."""
+    color = colors(shown, mask)
+    number = {role: n for n, role in enumerate(color)}
+    legend = [f'<i class="r{n}">{html.escape(role)}</i>' for role, n in number.items()]
+    legend += [f'<i class="{kind}">{kind}</i>' for kind in (*TREATMENTS, "template")]
+    rows = []
+    for role, row in counts(shown).items():
+        cells = "".join(f"<td>{value:,}</td>" for value in row.values())
+        rows.append(f'<tr><td><i class="r{number.get(role, "")}">{html.escape(role)}</i></td>{cells}</tr>')
+    return PAGE.format(
+        mask=html.escape(mask.text),
+        rules="\n".join(f".r{number[role]} {{ background: {value}38; }}" for role, value in color.items()),
+        legend="".join(legend),
+        heads="".join(f"<th>{name}</th>" for name in (*TREATMENTS, "straddling")),
+        rows="".join(rows),
+        documents="\n".join(_document_html(each, tokenizer, number) for each in shown),
+    )
+
+
+def _document_html(shown: Shown, tokenizer: Tokenizer, number: dict[str, int]) -> str:
+    doc, tokens = shown.doc, []
+    columns = zip(visible(shown, tokenizer), doc.ids_L, shown.role_L, shown.weight_L, doc.target_L, strict=True)
+    for piece, token_id, role, weight, target in columns:
+        kind = treatment_of(weight, target)
+        classes = " ".join(([f"r{number[role]}"] if role else []) + ([kind] if kind != "trained" else []))
+        hint = f"{token_id} · {role or 'no role'} · " + (f"weight {weight:g}" if target else "not predicted")
+        # "·": a token that holds only further bytes of the character before it
+        text = html.escape(piece or "·")
+        tokens.append(f'<i class="{classes}" data-t="{html.escape(hint)}">{text}</i>')
+    trained = sum(weight > 0 for weight in shown.weight_L)
+    return (
+        f'<details class="card" open><summary><b>{html.escape(doc.document.where)}</b> '
+        f"{len(doc.ids_L):,} tokens, {int(doc.target_L.sum()):,} targets, {trained:,} trained on</summary>"
+        f'<div class="doc">{"".join(tokens)}</div></details>'
+    )
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--html {path}: cannot be written ({error.strerror}); name a file elsewhere") from None
+    print(f"wrote {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

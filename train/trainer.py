@@ -1,0 +1,115 @@
+"""The training loop on the DeepSpeed engine."""
+
+import math
+import time
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from train.checkpoints import resume
+from train.data.batches import Batch, micro_batches, pad
+from train.data.corpus import Corpus
+from train.model import LanguageModel
+from train.reporting import Meter, Run, expert_metrics, peak_memory
+from train.settings import Settings
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is NaN or infinite; the message names the step and the documents."""
+
+
+def learning_rate(settings: Settings, step: int, steps: int) -> float:
+    """The rate of step 0, 1, …, steps-1: warm-up from 0, then linear or cosine to 0 (reached after the last step)."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[settings.schedule]
+    return settings.learning_rate * factor
+
+
+def make_engine(model: LanguageModel, settings: Settings, config: dict[str, Any]) -> Any:
+    """DeepSpeed's ZeRO-3 engine with AdamW over the trained parameters."""
+    parameters = list(resume.trainable(model).values())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+class Trainer:
+    """Steps `start` to `steps` of a run: what a step needs is a function of settings, corpus and the step's number."""
+
+    def __init__(self, settings: Settings, corpus: Corpus, engine: Any, steps: int, accumulation: int):
+        self.settings, self.corpus, self.engine = settings, corpus, engine
+        self.steps, self.accumulation = steps, accumulation
+        self.model: LanguageModel = engine.module
+        self.device, self.ranks, self.rank = engine.device, dist.get_world_size(), dist.get_rank()
+        self.documents = steps * settings.batch_size
+        if not settings.steps:
+            self.documents = corpus.order.epoch_length * settings.epochs
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step; as many on every rank and in every step."""
+        size, order = self.settings.batch_size, self.corpus.order
+        numbers = order.documents(step * size, min((step + 1) * size, self.documents))
+        samples = [self.corpus.samples[number] for number in numbers]
+        batches = micro_batches(
+            samples, self.settings.loss_norm, self.ranks, self.rank, self.settings.micro_batch_size  # type: ignore[arg-type]
+        )
+        return batches + [pad([], [])] * (self.accumulation - len(batches))
+
+    def step(self, step: int, measure: bool) -> dict[str, Any]:
+        """One optimizer step. -> its metrics, over all ranks; with the NLL of every role if `measure`."""
+        started, meter = time.perf_counter(), Meter(self.corpus.roles, self.device)
+        rate = learning_rate(self.settings, step, self.steps)
+        for group in self.engine.optimizer.optimizer.param_groups:
+            group["lr"] = rate
+        for batch in self.batches(step):
+            batch = (batch if measure else batch.in_loss()).to(self.device)
+            terms = self.engine(batch)
+            self._stop_if_not_finite(terms.loss.detach(), step, batch)
+            # The engine averages gradients over the ranks; the loss is a sum with a global denominator.
+            self.engine.backward(terms.loss * self.ranks, scale_wrt_gas=False)
+            meter.add(batch, terms)
+            self.engine.step()
+        values = {"step": step + 1, **meter.result(measure), "learning_rate": rate}
+        norm = self.engine.get_global_grad_norm()
+        values["grad_norm"] = norm.item() if isinstance(norm, torch.Tensor) else float(norm)
+        values["tokens_per_second"] = values["tokens"] / (time.perf_counter() - started)
+        if measure:
+            values |= {"peak_memory_bytes": peak_memory(self.device), **expert_metrics(self.model.expert_layers)}
+        return values
+
+    def _stop_if_not_finite(self, loss: torch.Tensor, step: int, batch: Batch) -> None:
+        broken = (~torch.isfinite(loss)).to(torch.int32)
+        dist.all_reduce(broken, op=dist.ReduceOp.MAX)  # every rank must stop, not the one that saw it
+        if not broken.item():
+            return
+        seen: list[Any] = [None] * self.ranks
+        dist.all_gather_object(seen, (loss.item(), batch.names))
+        culprits = [f"rank {rank}: {value} on {', '.join(names)}" for rank, (value, names) in enumerate(seen) if not math.isfinite(value)]
+        raise NonFiniteLoss(
+            f"the loss of step {step + 1} is not finite ({'; '.join(culprits)}). Nothing was updated in this step; lower "
+            "--learning-rate, or look at these documents. Saves up to here are whole: --resume goes on from the last."
+        )
+
+    def run(self, run: Run, start: int) -> None:
+        """Trains to the end, logging every step and saving every --save-every."""
+        settings = self.settings
+        with tqdm(total=self.steps, initial=start, desc="training", unit="step", disable=self.rank != 0) as bar:
+            for step in range(start, self.steps):
+                last = step + 1 == self.steps
+                values = self.step(step, measure=step == 0 or last or (step + 1) % settings.log_every == 0)
+                run.log(values)
+                bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s", refresh=False)
+                bar.update()
+                if last or (settings.save_every and (step + 1) % settings.save_every == 0):
+                    self.save(step + 1, run)
+
+    def save(self, step: int, run: Run) -> None:
+        """A save to resume from."""
+        resume.save(run.directory / "saves", self.engine.module, step, {}, self.settings.keep)
