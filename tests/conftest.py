@@ -1,4 +1,4 @@
-"""Fixtures that several test modules share: directories with real vocabularies, written once a run, and real documents."""
+"""Fixtures of several test modules: directories with real vocabularies, written once a run, and real documents."""
 
 from pathlib import Path
 

@@ -87,4 +87,5 @@ def main(record: Path, flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [flag for flag in sys.argv[2:] if not flag.startswith("--local_rank")])
+    given = [flag for flag in sys.argv[1:] if not flag.startswith("--local_rank")]
+    main(Path(given[0]), given[1:])

@@ -107,7 +107,10 @@ WHOLE = {"start": 0, "end": 1, "role": "x"}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (with_span(start=3, end=11, role="x"), f"spans[0]: end 11 is past the end of the text (10 code points); {RULE}"),
+        (
+            with_span(start=3, end=11, role="x"),
+            f"spans[0]: end 11 is past the end of the text (10 code points); {RULE}",
+        ),
         (with_span(start=3, end=3, role="x"), f"spans[0]: start 3 is not before end 3; {RULE}"),
         (with_span(start=4, end=3, role="x"), f"spans[0]: start 4 is not before end 3; {RULE}"),
         (with_span(start=-1, end=3, role="x"), f"spans[0]: start -1 is negative; {RULE}"),
@@ -124,7 +127,10 @@ WHOLE = {"start": 0, "end": 1, "role": "x"}
         (with_span(start=0, end=3, role=False), "spans[0]: role is a boolean; it must be a string"),
         (with_span(start=0, end=3, role="all"), 'spans[0]: role "all" is a key of the run\'s summary; choose another'),
         (with_span(start=0, end=3, role="unspanned"), 'spans[0]: role "unspanned" is a key of the run\'s summary'),
-        ({"text": "a", "spans": [WHOLE, [0, 1]]}, "spans[1]: a span is a JSON object with start, end and role, not a l"),
+        (
+            {"text": "a", "spans": [WHOLE, [0, 1]]},
+            "spans[1]: a span is a JSON object with start, end and role, not a l",
+        ),
         ({"text": "a", "spans": {"start": 0}}, 'spans is an object; it is a list of {"start", "end", "role"}'),
         ({"text": ""}, "text is empty; leave the document out"),
         ({"text": None}, "text is null; it must be a string"),

@@ -1,6 +1,6 @@
 """Losses and gradients against stock transformers + PEFT in one process, over ranks, expert parallelism and families.
 
-Tolerances in fp32: losses 1e-6, gradients 1e-6 relative to each tensor's largest entry (measured: a few 1e-7).
+Everything here is in fp32; bf16 stands in test_bf16.
 """
 
 import math
@@ -45,7 +45,7 @@ def launch(tmp: Path, family: str, ranks: int, ep: int, *flags: str) -> dict[str
     record = tmp / f"{family}-{ranks}-{ep}-{abs(hash(flags))}.safetensors"
     common = [
         "--model", str(tmp / family), "--data", str(tmp / "documents.jsonl"), "--expert-parallel", str(ep), "--steps",
-        str(STEPS), "--batch-size", str(BATCH), "--learning-rate", "0.01", "--lora-rank", "4", "--lora-alpha", "8",
+        str(STEPS), "--batch-size", str(BATCH), "--learning-rate", "0.001", "--lora-rank", "4", "--lora-alpha", "8",
     ]  # fmt: skip
     done = run(WORKER, str(record), *common, *flags, ranks=ranks, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -64,7 +64,7 @@ def reference(tmp: Path, family: str, record: Path, corpus: Corpus, norm: str) -
         for name, parameter in factors.items():
             assert torch.equal(parameter, start.get_tensor(name))
             parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(factors.values(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(factors.values(), lr=0.001, betas=(0.9, 0.95), weight_decay=0.0)
     out: dict[str, Tensor] = {}
     for step in range(STEPS):
         samples = [corpus.samples[i] for i in corpus.order.documents(step * BATCH, (step + 1) * BATCH)]
@@ -90,21 +90,29 @@ def reference(tmp: Path, family: str, record: Path, corpus: Corpus, norm: str) -
             out[f"grad.{step}.{name}"] = parameter.grad.clone()
         out[f"norm.{step}"] = torch.nn.utils.clip_grad_norm_(factors.values(), 1.0).double()
         for group in optimizer.param_groups:
-            group["lr"] = 0.01 * (1 - step / STEPS)
+            group["lr"] = 0.001 * (1 - step / STEPS)
         optimizer.step()
         optimizer.zero_grad()
     return out | {f"end.{name}": p.detach() for name, p in factors.items()}
 
 
-def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Losses and gradient norms to 1e-6; the first step's gradient entries to 1e-6 of the global norm and to 1e-5 of the
+    largest entry of their tensor. Adam's step is the gradient's sign at first, also where the gradient is rounding: the
+    next step's gradients to 1e-5 of the norm, and the trained factors to 1e-5."""
     compared = 0
     for name, expected in theirs.items():
-        if name == "path":
+        if name == "path" or name.startswith("nll."):
             continue
-        scale = max(expected.abs().max().item(), 1e-3) if expected.numel() else 1.0
-        limit = tolerance * (10 if name.startswith("end.") else 1) * scale  # Adam divides by small numbers
         assert ours[name].shape == expected.shape, name
         difference = (ours[name] - expected).abs().max().item()
+        kind, step, *_ = name.split(".")
+        largest = expected.abs().max().item()
+        if kind == "grad":
+            norm = theirs[f"norm.{step}"].item()
+            limit = min(1e-6 * norm, max(1e-5 * largest, 1e-9)) if step == "0" else 1e-5 * norm
+        else:
+            limit = 1e-5 if kind == "end" else 1e-6 * max(1.0, largest)
         assert difference <= limit, f"{name}: {difference:.2e} > {limit:.2e}"
         compared += 1
     assert compared > 20

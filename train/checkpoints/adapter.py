@@ -5,7 +5,6 @@ Experts are `target_parameters`: for a weight [E, out, in], PEFT keeps lora_A as
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +47,10 @@ def _has_factors(module: nn.Module) -> bool:
 
 def peft_config(model: LanguageModel, lora: LoRASettings, base: str) -> LoraConfig:
     """The configuration under which stock peft loads every one of `peft_tensors`."""
-    modules, parameters, ranks = [], [], {}
+    modules, parameters = [], []
     for name, module in model.causal.named_modules():
         if isinstance(module, ExpertParallelExperts) and module.rank:
-            for weight in module.shapes():
-                parameters.append(f"{name}.{weight}")
-                if lora.expert_rank != lora.rank:
-                    ranks[re.escape(f"{name}.{weight}")] = lora.expert_rank
+            parameters += [f"{name}.{weight}" for weight in module.shapes()]
         elif _has_factors(module):
             if model.expert_layers and name.rpartition(".")[2] in MLP_PROJECTIONS:
                 parameters.append(f"{name}.weight")
@@ -65,7 +61,8 @@ def peft_config(model: LanguageModel, lora: LoRASettings, base: str) -> LoraConf
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it; a float is as good
         target_modules=sorted(modules),
         target_parameters=sorted(parameters) or None,
-        rank_pattern=ranks,
+        # PEFT warns that this matched no module and was ignored; it does match the parameters, and is not.
+        rank_pattern={r"experts\.(gate_up_proj|down_proj)": lora.expert_rank} if lora.expert_rank != lora.rank else {},
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
         inference_mode=True,

@@ -25,7 +25,7 @@ from train.data.offsets import solid_counts
 from train.errors import UserError
 
 TAG = re.compile(r"<[^<>\s]{1,40}>")  # templates look for <think>, <tool_response>, ...: no marker may touch these
-EMPTY_THINK = re.compile(r"<think>\s*</think>\n*")
+EMPTY_THINK = re.compile(r"(<think>\s*</think>)\n*")
 MARKERS = range(0xF0000, 0x10FFFD)  # private use: no document has a meaning for them
 
 Render = Callable[[list[dict[str, str]]], str]
@@ -59,7 +59,7 @@ def render_and_locate(messages: Sequence[Message], render: Render, where: str) -
     marked = rendered({i: _marked(contents[i], pieces[i]) for i in wanted})
     positions = _marker_positions(marked, plain, where)
 
-    empty = [block.span() for block in EMPTY_THINK.finditer(plain)]
+    empty = [(block.start(), block.end(1), block.end()) for block in EMPTY_THINK.finditer(plain)]
     trained: list[tuple[int, int]] = []
     spans: list[Span] = []
     for i in wanted:
@@ -69,8 +69,8 @@ def render_and_locate(messages: Sequence[Message], render: Render, where: str) -
         spans += _moved(messages[i].spans, contents[i], at_C, f"{where}: messages[{i}]")
         if messages[i].train and (at_C >= 0).any():
             start, end = int(at_C[at_C >= 0][0]), int(at_C.max()) + 1
-            # the template may have written part of an empty block itself: none of it is content
-            start = next((past for first, past in empty if first <= start < past), start)
+            # an empty block is never content, even where the message has it too, or its end only
+            start = next((past for first, tags_end, past in empty if first <= start < tags_end), start)
             trained += [(start, end)] if start < end else []
     return RenderedChat(plain, trained, tuple(spans))
 

@@ -69,12 +69,12 @@ def offsets_from_bytes(text: str, lengths_L: Sequence[int]) -> tuple[np.ndarray,
     """start_L, end_L of tokens that are the given numbers of UTF-8 bytes: a token that holds any byte of a code point
     holds that code point."""
     data = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
-    end_byte_L = np.cumsum(np.asarray(lengths_L, dtype=np.int64))
-    total = int(end_byte_L[-1]) if len(end_byte_L) else 0
-    assert total == len(data), f"the tokens hold {total} bytes, the text {len(data)}"
+    bytes_L = np.asarray(lengths_L, dtype=np.int64)
+    end_byte_L = np.cumsum(bytes_L)
+    assert bytes_L.sum() == len(data), f"the tokens hold {bytes_L.sum()} bytes, the text {len(data)}"
     # bytes 0b10xxxxxx continue a code point, all others begin one
     code_point = np.append(np.cumsum((data & 0xC0) != 0x80) - 1, len(text))
-    start_L = code_point[end_byte_L - lengths_L]
+    start_L = code_point[end_byte_L - bytes_L]
     end_L = code_point[end_byte_L - 1] + 1
     return start_L.astype(np.int32), end_L.astype(np.int32)
 

