@@ -1,6 +1,10 @@
-"""The one exception for what a user can get wrong."""
+"""What ends a run on purpose."""
 
 
 class UserError(ValueError):
     """A setting, a file or a document is wrong. The message gives the setting (or file and line), the value, the rule
     and the fix; the commands print it without a traceback and exit with code 2."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is NaN or infinite; the message names the step and the documents."""

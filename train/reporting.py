@@ -117,17 +117,17 @@ class Run:
         import wandb
 
         mode = settings.wandb
-        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        if mode == "online" and not os.environ.get("WANDB_API_KEY"):
             mode = "offline"
-        os.environ.setdefault("WANDB_SILENT", "true")
         self.wandb = wandb.init(
             project=settings.wandb_project, group=settings.group(), name=self.directory.name, mode=mode,  # type: ignore[arg-type]
             dir=self.directory, config=config, id=_wandb_id(self.directory), resume="allow" if mode == "online" else None,
+            settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
         if mode == "offline":
             place = Path(self.wandb.dir).parent
             print(
-                f"W&B is offline ({'no key' if settings.wandb == 'online' else 'as asked'}). Look at the run: "
+                f"W&B is offline ({'no WANDB_API_KEY' if settings.wandb == 'online' else 'as asked'}). Look at the run: "
                 f"wandb leet '{place}'    send it later: wandb sync '{place}'"
             )
 

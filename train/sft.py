@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import yaml
 
 from train.data.corpus import Corpus, read_corpus
 from train.data.tokenizer import load_tokenizer
-from train.errors import UserError
+from train.errors import NonFiniteLoss, UserError
 from train.settings import FREE_ON_RESUME, Settings, ds_config, parse, record
 
 
@@ -204,21 +205,23 @@ def train(job: Job) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """The exit code: 0, or 2 for what the user can mend, or 1."""
+    """The exit code: 0, or 2 for what the user can mend, or 1 for a loss that is not finite."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about what DeepSpeed calls
     try:
         settings = parse(argv, __doc__ or "")
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         job = prepare(settings, ranks, show=rank == 0)
         if settings.dry_run:
             if rank == 0:
                 show_plan(job)
-            return 0
-        train(job)
-    except UserError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        else:
+            train(job)
+    except (UserError, NonFiniteLoss) as error:
+        if rank:
+            time.sleep(30)  # the launcher ends all ranks when the first one exits: that must be the one that prints
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
     return 0
 
 

@@ -23,6 +23,7 @@ from rich.style import Style
 from rich.text import Text
 
 from train.data.documents import read_documents
+from train.data.offsets import straddling
 from train.data.tokenizer import TokenizedDocument, Tokenizer, load_tokenizer, tokenize_document
 from train.errors import UserError
 from train.masking.grammar import BUILT_IN, Mask, parse_mask
@@ -30,7 +31,7 @@ from train.masking.treatment import Treatment, touched_by, treat
 
 PALETTE = ["#2f7ed8", "#e08a00", "#d64550", "#2a9d5c", "#8a5cd6", "#0f9aa8", "#c2549b", "#7d8a1f", "#a0623a", "#5873a8"]
 
-# How the terminal shows each; "template", what is no target, is dim.
+# How the terminal shows each; "context", what is not predicted, is dim.
 TREATMENTS = {
     "trained": Style(),
     "weighted": Style(italic=True),
@@ -41,8 +42,8 @@ TREATMENTS = {
 
 @dataclass
 class Shown:
-    """A document as it is shown. role_L: the role of the mask's entry that decided the token, else of the innermost span
-    that touches it, else None; weight_L: as in Treatment."""
+    """A document as it is shown. role_L: the role of the mask's entry that decided the token, else of the innermost
+    span that touches it, else None; weight_L: as in Treatment."""
 
     doc: TokenizedDocument
     treatment: Treatment
@@ -58,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         tokenizer = load_tokenizer(args.model)
         tokenized = [tokenize_document(doc, tokenizer, add_bos=False, add_eos=False) for doc in documents]
         shown = [show(doc, mask, args.seed) for doc in tokenized]
+        for entry in mask.entries:
+            if not any(entry.role in each.treatment.touched for each in shown):
+                print(f"note: --mask {entry.name}: no document shown has role {entry.role!r}", file=sys.stderr)
         if args.html:
             _write(args.html, page(shown, tokenizer, mask))
         if args.json:
@@ -88,10 +92,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of documents: give 1 or more")
+    return int(text)
 
 
 def show(doc: TokenizedDocument, mask: Mask, seed: int) -> Shown:
@@ -122,16 +125,16 @@ def as_json(shown: Shown) -> dict[str, Any]:
 
 
 def treatment_of(weight: float, target: bool) -> str:
-    """One of trained, weighted, excluded, unlikelihood; "template" for what is no target."""
+    """One of TREATMENTS; "context" for what is no target."""
     if not target:
-        return "template"
+        return "context"
     if weight < 0:
         return "unlikelihood"
     return {0.0: "excluded", 1.0: "trained"}.get(weight, "weighted")
 
 
 def counts(shown: list[Shown]) -> dict[str, dict[str, int]]:
-    """Targets per role and treatment, with those that straddle a span's edge; "all" comes first."""
+    """Targets per role and treatment, and those of them that straddle a span's edge; "all" comes first."""
     rows: dict[str, dict[str, int]] = {}
     for each in shown:
         kind_L = np.array([treatment_of(w, t) for w, t in zip(each.weight_L, each.doc.target_L, strict=True)])
@@ -141,6 +144,9 @@ def counts(shown: list[Shown]) -> dict[str, dict[str, int]]:
             for kind in TREATMENTS:
                 row[kind] += int((member_L & (kind_L == kind)).sum())
             row["straddling"] += each.treatment.straddling.get(role, 0)
+        doc, ranges = each.doc, [(span.start, span.end) for span in each.doc.spans]
+        crosses_L = straddling(doc.start_L, doc.end_L, doc.solid_counts, ranges)
+        rows["all"]["straddling"] += int((crosses_L & doc.target_L).sum())
     return rows
 
 
@@ -215,7 +221,7 @@ td:first-child, th:first-child {{ text-align: left; }}
 .excluded {{ text-decoration: line-through 1.5px; color: var(--soft); }}
 .weighted {{ text-decoration: underline dotted 2px; }}
 .unlikelihood {{ text-decoration: underline wavy #d64550; text-underline-offset: 3px; }}
-.template {{ color: var(--soft); opacity: .7; }}
+.context {{ color: var(--soft); opacity: .7; }}
 {rules}
 </style></head><body>
 <h1>What <code>--mask {mask}</code> does to each token</h1>
@@ -231,7 +237,7 @@ def page(shown: list[Shown], tokenizer: Tokenizer, mask: Mask) -> str:
     color = colors(shown, mask)
     number = {role: n for n, role in enumerate(color)}
     legend = [f'<i class="r{n}">{html.escape(role)}</i>' for role, n in number.items()]
-    legend += [f'<i class="{kind}">{kind}</i>' for kind in (*TREATMENTS, "template")]
+    legend += [f'<i class="{kind}">{kind}</i>' for kind in TREATMENTS] + ['<i class="context">not predicted</i>']
     rows = []
     for role, row in counts(shown).items():
         cells = "".join(f"<td>{value:,}</td>" for value in row.values())

@@ -12,13 +12,10 @@ from tqdm import tqdm
 from train.checkpoints import resume
 from train.data.batches import Batch, micro_batches, pad
 from train.data.corpus import Corpus
+from train.errors import NonFiniteLoss
 from train.model import LanguageModel
 from train.reporting import Meter, Run, expert_metrics, peak_memory
 from train.settings import Settings
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite; the message names the step and the documents."""
 
 
 def learning_rate(settings: Settings, step: int, steps: int) -> float:

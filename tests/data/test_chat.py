@@ -189,7 +189,7 @@ def test_rendering_equals_that_of_transformers(qwen, qwen_directory: Path):
     messages = [{"role": "user", "content": " a\n"}, {"role": "assistant", "content": "b\u2028<é>"}]
     templates = [
         (qwen_directory / "chat_template.jinja").read_text(encoding="utf-8"),
-        "{{ bos_token }}{% for m in messages %}{% if not loop.first %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}",
+        "{{ bos_token }}{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m|tojson }}{% endfor %}",
         "{% for m in messages %}\n  {% generation %}{{ m['content'] }}{% endgeneration %}\n{% endfor %}",
     ]
     for template in templates:

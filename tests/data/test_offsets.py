@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.offsets import close_gaps, offsets_from_bytes, solid_counts, straddling, touched
+from train.data.offsets import hold_merged_marks, offsets_from_bytes, solid_counts, straddling, touched
 
 
 def by_definition(text: str, tokens: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
@@ -113,9 +113,10 @@ def test_a_token_of_bytes_holds_every_code_point_of_which_it_has_a_byte():
     assert (start.tolist(), end.tolist()) == ([], [])
 
 
-def test_trimmed_white_space_returns_to_the_token_and_a_merged_mark_to_the_letter_before():
-    # "a  b" with " b" trimmed to "b", then "e" + combining acute accent of which only "e" was reported
-    start, end = close_gaps("a  be\u0301 c", *arrays([(0, 1), (1, 2), (3, 4), (4, 5), (7, 8)]))
-    assert list(zip(start.tolist(), end.tolist(), strict=True)) == [(0, 1), (1, 2), (2, 4), (4, 6), (6, 8)]
-    start, end = close_gaps("ae\u0301", *arrays([(0, 1), (1, 2)]))
-    assert list(zip(start.tolist(), end.tolist(), strict=True)) == [(0, 1), (1, 3)]
+def test_a_merged_mark_belongs_to_the_letter_before_and_dropped_white_space_to_nobody():
+    # "e" + combining acute accent of which only "e" is reported, then a space that no token holds
+    start, end = arrays([(0, 1), (2, 3), (5, 6), (6, 7)])
+    assert hold_merged_marks("a e\u0301 bc\u0301", start, end).tolist() == [1, 4, 6, 8]
+    # of a letter in two tokens each holds the mark
+    assert hold_merged_marks("e\u0301x", *arrays([(0, 1), (0, 1), (2, 3)])).tolist() == [2, 2, 3]
+    assert hold_merged_marks("", start[:0], end[:0]).tolist() == []

@@ -141,7 +141,7 @@ def test_truncation_cuts_tokens_and_keeps_text_and_spans(kimi):
     assert whole.truncated(99).ids_L.tolist() == whole.ids_L.tolist()
 
 
-def test_offsets_that_a_tokenizer_trims_are_widened_again(tmp_path):
+def test_white_space_that_a_post_processor_trims_off_offsets_is_kept(tmp_path):
     # GPT-2's post-processor reports " b" as "b", and "  " as nothing at all.
     fast = FastTokenizer(models.BPE(vocab={"a": 0, "b": 1, "Ġ": 2, "Ġb": 3}, merges=[("Ġ", "b")]))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -151,6 +151,14 @@ def test_offsets_that_a_tokenizer_trims_are_widened_again(tmp_path):
     encoded = load_tokenizer(tmp_path).encode("a   b")
     assert encoded.ids_L.tolist() == [0, 2, 2, 3]
     assert list(zip(encoded.start_L.tolist(), encoded.end_L.tolist(), strict=True)) == [(0, 1), (1, 2), (2, 3), (3, 5)]
+
+
+def test_white_space_that_is_in_no_token_is_not_given_to_one(tmp_path):
+    fast = FastTokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast.save(str(tmp_path / "tokenizer.json"))
+    encoded = load_tokenizer(tmp_path).encode(" a  a ")
+    assert list(zip(encoded.start_L.tolist(), encoded.end_L.tolist(), strict=True)) == [(1, 2), (4, 5)]
 
 
 def test_truncation_and_padding_left_in_tokenizer_json_are_not_applied(tmp_path):

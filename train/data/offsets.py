@@ -79,21 +79,14 @@ def offsets_from_bytes(text: str, lengths_L: Sequence[int]) -> tuple[np.ndarray,
     return start_L.astype(np.int32), end_L.astype(np.int32)
 
 
-def close_gaps(text: str, start_L: np.ndarray, end_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets of a fast tokenizer, with the code points that it left between tokens given back to a token.
-
-    White space that was trimmed off a token's front goes back to that token; anything else (a combining mark that a
-    normalizer merged into the letter before it) goes to the token before.
-    """
-    start_L, end_L = start_L.copy(), end_L.copy()
-    past_L = np.maximum.accumulate(end_L) if len(end_L) else end_L
-    before_L = np.concatenate([[0], past_L[:-1]])
-    for i in np.flatnonzero(start_L > before_L):
-        gap = text[before_L[i] : start_L[i]]
-        solid = len(gap.rstrip())
-        start_L[i] = before_L[i] + solid
-        if solid and i:
-            end_L[i - 1] = before_L[i] + solid
-    if len(end_L) and (rest := text[past_L[-1] :].rstrip()):
-        end_L[-1] = past_L[-1] + len(rest)
-    return start_L, end_L
+def hold_merged_marks(text: str, start_L: np.ndarray, end_L: np.ndarray) -> np.ndarray:
+    """end_L of a fast tokenizer, with code points that no token holds given to the tokens before: a combining mark that
+    the normalizer merged into its letter is reported as nobody's. White space that no token holds stays so."""
+    if not len(end_L):
+        return end_L
+    end_L, past_L = end_L.copy(), np.maximum.accumulate(end_L)
+    next_L = np.append(start_L[1:], len(text))
+    for i in np.flatnonzero(next_L > past_L):
+        if orphans := text[past_L[i] : next_L[i]].rstrip():
+            end_L[end_L == past_L[i]] = past_L[i] + len(orphans)
+    return end_L

@@ -17,7 +17,7 @@ import tokenizers
 
 from train.data.chat import Render, render_and_locate, template_renderer
 from train.data.documents import Document, Span
-from train.data.offsets import close_gaps, offsets_from_bytes, solid_counts, touched
+from train.data.offsets import hold_merged_marks, offsets_from_bytes, solid_counts, touched
 from train.errors import UserError
 
 # How Kimi K2 and K2.5 cut text before merging bytes: runs of Han characters, words by case, numbers of up to three
@@ -171,6 +171,7 @@ def _fast_tokenizer(directory: Path, added: dict[int, dict[str, Any]]) -> tokeni
         ) from None
     fast.no_truncation()
     fast.no_padding()
+    fast.post_processor = None  # it adds special tokens, which are a setting here, and may trim white space off offsets
     for token_id, token in sorted(added.items()):  # tokens that only tokenizer_config.json knows
         keys = ("single_word", "lstrip", "rstrip", "normalized", "special")
         fast.add_tokens([tokenizers.AddedToken(token["content"], **{key: bool(token.get(key)) for key in keys})])
@@ -186,8 +187,8 @@ def _fast_tokenizer(directory: Path, added: dict[int, dict[str, Any]]) -> tokeni
 def _encode_fast(tokenizer: tokenizers.Tokenizer, text: str) -> Encoded:
     encoding = tokenizer.encode(text, add_special_tokens=False)
     offsets = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2)
-    start_L, end_L = close_gaps(text, offsets[:, 0], offsets[:, 1])
-    return Encoded(np.array(encoding.ids, dtype=np.int32), start_L, end_L)
+    start_L = offsets[:, 0]
+    return Encoded(np.array(encoding.ids, dtype=np.int32), start_L, hold_merged_marks(text, start_L, offsets[:, 1]))
 
 
 def _tiktoken_encoding(file: Path, added: dict[int, dict[str, Any]]) -> tuple[tiktoken.Encoding, dict[str, int]]:

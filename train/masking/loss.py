@@ -4,7 +4,7 @@ Shapes: N predicted tokens, H hidden size, V vocabulary, C tokens of a chunk, r 
 
 Both treatments are a difference of two log-sum-exps of the logits z, over all of the vocabulary and over a part of it:
     cross-entropy   -log p_y      = lse(z) - lse(z over {y})        gradient p - 1_y
-    unlikelihood    -log(1 - p_y) = lse(z) - lse(z over V without y)  gradient p - q, q the softmax without y
+    unlikelihood    -log(1 - p_y) = lse(z) - lse(z over V without y)  gradient p_y (1_y - q), q the softmax without y
 (Welleck et al., arXiv 1908.04319, for unlikelihood). Written so, unlikelihood is stable as p -> 1, and its gradient
 with respect to z_y is p_y: it does not vanish there.
 """
@@ -51,14 +51,15 @@ class _ChunkedLoss(torch.autograd.Function):
             nll_C1 = lse_C1 - logits_CV.gather(1, target_C1)
             nll_N[chunk] = nll_C1[:, 0]
             lse_without_C1 = logits_CV.scatter(1, target_C1, float("-inf")).logsumexp(-1, keepdim=True)
-            unlikely_C1 = coefficient_C1 < 0
-            term_N[chunk] = torch.where(unlikely_C1, lse_C1 - lse_without_C1, nll_C1)[:, 0]
+            p_y_C1, unlikely_C1 = (-nll_C1).exp(), coefficient_C1 < 0
+            # For a small p the difference would cancel; for one near 1, 1 - p would.
+            unlikelihood_C1 = torch.where(p_y_C1 < 0.5, -torch.log1p(-p_y_C1), lse_C1 - lse_without_C1)
+            term_N[chunk] = torch.where(unlikely_C1, unlikelihood_C1, nll_C1)[:, 0]
             if not tracked:
                 continue
-            # p - 1_y, or p - q. The scatter writes y's own entry: p_y - 1, or p_y.
-            p_y_C1 = (-nll_C1).exp()
-            q_CV = (logits_CV - lse_without_C1).exp_()
-            grad_CV = (logits_CV - lse_C1).exp_().sub_(q_CV.mul_(unlikely_C1))
+            # Cross-entropy: p, and p_y - 1 for y. Unlikelihood: -p_y q, and p_y for y.
+            grad_CV = (logits_CV - torch.where(unlikely_C1, lse_without_C1, lse_C1)).exp_()
+            grad_CV.mul_(torch.where(unlikely_C1, -p_y_C1, 1.0))
             grad_CV.scatter_(1, target_C1, torch.where(unlikely_C1, p_y_C1, p_y_C1 - 1))
             grad_CV = grad_CV.mul_(coefficient_C1.abs()).to(hidden_CH.dtype)
             grads[0][chunk] = grad_CV @ weight_VH

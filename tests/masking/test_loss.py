@@ -1,0 +1,116 @@
+"""The chunked loss against formulas written out, and the gradient of every kind of token."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from train.lora import LoRASettings
+from train.masking import loss
+from train.masking.loss import LossHead
+
+
+def head(vocabulary: int, hidden: int, dtype: torch.dtype = torch.float64, lora: bool = False) -> LossHead:
+    torch.manual_seed(0)
+    made = LossHead(nn.Parameter(torch.randn(vocabulary, hidden, dtype=dtype), requires_grad=False))
+    if lora:
+        made.add_lora("lm_head", vocabulary, hidden, LoRASettings(3, 6.0, 1, seed=0, lm_head=True), torch.device("cpu"))
+        made.lora_A.data, made.lora_B.data = made.lora_A.data.to(dtype), torch.randn(vocabulary, 3, dtype=dtype)
+    return made
+
+
+def written_out(logits_NV: torch.Tensor, target_N: torch.Tensor, coefficient_N: torch.Tensor) -> torch.Tensor:
+    p_N = F.softmax(logits_NV, -1).gather(1, target_N[:, None])[:, 0]
+    return torch.where(
+        coefficient_N >= 0, -coefficient_N * torch.log(p_N), coefficient_N.abs() * -torch.log(1 - p_N)
+    ).sum()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("chunk_elements", [2**26, 40])  # all at once, and three tokens a chunk
+def test_loss_and_gradients_are_those_of_the_formulas(monkeypatch, chunk_elements, lora):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk_elements)
+    module = head(13, 5, lora=lora)
+    hidden_NH = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
+    target_N = torch.tensor([0, 12, 5, 5, 3, 2, 1, 7])
+    coefficient_N = torch.tensor([1.0, 0.2, -1.0, 0.0, -0.5, 0.0, 1.0, 3.0], dtype=torch.float64)
+    terms = module(hidden_NH, target_N, coefficient_N)
+    parameters = [hidden_NH, *(p for p in module.parameters() if p.requires_grad)]
+    ours = torch.autograd.grad(terms.loss * 2, parameters)  # the factor reaches the gradients
+
+    logits_NV = hidden_NH @ module.weight.T
+    if lora:
+        logits_NV = logits_NV + 2.0 * hidden_NH @ module.lora_A.T @ module.lora_B.T
+    expected = written_out(logits_NV, target_N, coefficient_N)
+    assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    for mine, theirs in zip(ours, torch.autograd.grad(expected * 2, parameters), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    nll_N = F.cross_entropy(logits_NV, target_N, reduction="none")
+    torch.testing.assert_close(terms.nll_N, nll_N.detach())
+    assert terms.correct_N.tolist() == (logits_NV.argmax(-1) == target_N).tolist()
+
+
+def test_a_masked_token_gets_exactly_zero_gradient_and_the_others_exactly_their_own():
+    module = head(50, 8, torch.float32)
+    hidden_NH = torch.randn(6, 8, requires_grad=True)
+    target_N, coefficient_N = torch.arange(6), torch.tensor([1.0, 0.0, 1.0, 0.0, -1.0, 0.0])
+    (gradient,) = torch.autograd.grad(module(hidden_NH, target_N, coefficient_N).loss, hidden_NH)
+    assert not gradient[coefficient_N == 0].any()
+    for i in (0, 2, 4):
+        alone = hidden_NH[i : i + 1].detach().requires_grad_()
+        (own,) = torch.autograd.grad(module(alone, target_N[i : i + 1], coefficient_N[i : i + 1]).loss, alone)
+        torch.testing.assert_close(gradient[i], own[0], rtol=1e-5, atol=1e-8)
+
+
+def test_a_batch_without_a_trained_token_has_loss_zero_and_gradient_zero():
+    module = head(11, 4, torch.float32)
+    hidden_NH = torch.randn(3, 4, requires_grad=True)
+    terms = module(hidden_NH, torch.tensor([1, 2, 3]), torch.zeros(3))
+    assert terms.loss.item() == 0 and (terms.nll_N > 0).all() and not terms.term_N.any()
+    assert not torch.autograd.grad(terms.loss, hidden_NH)[0].any()
+    empty = module(hidden_NH[:0], torch.zeros(0, dtype=torch.long), torch.zeros(0))
+    assert empty.loss.item() == 0 and len(empty.nll_N) == 0
+
+
+def test_unlikelihood_of_a_certain_token_is_finite_and_its_gradient_does_not_vanish():
+    # Vocabulary of 3, logits (z, 0, 0) through the identity: p = e^z / (e^z + 2), -log(1 - p) = log(e^z + 2) - log 2.
+    # At z = 80 p rounds to 1 in fp32, where the naive log(1 - p) is -infinity.
+    module = LossHead(nn.Parameter(torch.eye(3), requires_grad=False))
+    hidden_NH = torch.tensor([[80.0, 0.0, 0.0]], requires_grad=True)
+    terms = module(hidden_NH, torch.tensor([0]), torch.tensor([-1.0]))
+    assert terms.loss.item() == pytest.approx(80 - math.log(2), rel=1e-6)
+    (gradient,) = torch.autograd.grad(terms.loss, hidden_NH)
+    # d/dz_0 = p = 1; the others p_j - q_j = 0 - 1/2.
+    torch.testing.assert_close(gradient, torch.tensor([[1.0, -0.5, -0.5]]))
+
+
+def test_unlikelihood_of_an_impossible_token_is_its_probability():
+    module = LossHead(nn.Parameter(torch.eye(3), requires_grad=False))
+    hidden_NH = torch.tensor([[-12.0, 0.0, 0.0]], dtype=torch.float32)
+    p = math.exp(-12) / (math.exp(-12) + 2)
+    term = module(hidden_NH, torch.tensor([0]), torch.tensor([-1.0])).loss.item()
+    assert term == pytest.approx(-math.log1p(-p), rel=2e-6)  # 3.07e-6, of which 1 - p in fp32 would keep two digits
+
+
+def test_no_tensor_of_all_tokens_by_vocabulary_ever_exists(monkeypatch):
+    # 400 tokens x 5,000 entries would be 8 MB; a chunk may hold 50,000 elements.
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 50_000)
+    largest = 0
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple) else (out,):
+                if isinstance(tensor, torch.Tensor) and tensor.dim() == 2:
+                    largest = max(largest, tensor.numel())
+            return out
+
+    module = head(5_000, 8, torch.float32)
+    hidden_NH = torch.randn(400, 8, requires_grad=True)
+    coefficient_N = (torch.arange(400) % 3 - 1).float()
+    with Watch():
+        module(hidden_NH, torch.arange(400), coefficient_N).loss.backward()
+    assert largest == 50_000

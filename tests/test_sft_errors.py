@@ -1,0 +1,229 @@
+"""What a user can get wrong: one clear message, exit code 2, before any weight is read, earlier results left alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from launch.local import run
+from tests.models import write_documents, write_model
+from train import sft
+from train.checkpoints.reader import Checkpoint
+
+GOOD = {"text": "The sun rises in the west.", "spans": [{"start": 0, "end": 26, "role": "false"}]}
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("qwen"), "qwen")
+
+
+@pytest.fixture(autouse=True)
+def _no_weight_is_read(monkeypatch):
+    def read(*_):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+
+
+def message_of(capsys, *flags: str) -> str:
+    """The one message of a run that must fail."""
+    assert sft.main(list(flags)) == 2
+    out = capsys.readouterr().err.split("error: ")
+    assert len(out) == 2, out
+    return out[1]
+
+
+def lines(path: Path, *content: str) -> str:
+    path.write_text("\n".join(content) + "\n")
+    return str(path)
+
+
+MASKS = {
+    "fales-spans": ["fales-spans", "false-spans"],
+    "false-spans=-0.5": ["-0.5", "at least 0"],
+    "false-spans=inf": ["inf", "finite"],
+    "false-spans=nan": ["nan", "finite"],
+    "false-spans=much": ["much"],
+    "false-spans,": ["empty"],
+    "doctags": ["doctag", "no document has", "false"],
+    "role:nobody": ["nobody", "no document has"],
+    "random:nobody": ["nobody", "no document has"],
+    "false-spans,none": ["none"],
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_wrong_mask_is_told_with_name_value_and_rule(tmp_path, qwen, capsys, mask):
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    told = message_of(capsys, "--model", str(qwen), "--data", str(data), "--mask", mask)
+    assert "--mask" in told and all(part in told for part in MASKS[mask]), told
+
+
+def span(**change: object) -> str:
+    return json.dumps({"text": "The sun.", "spans": [{"start": 0, "end": 3, "role": "false"} | change]})
+
+
+def test_nothing_left_to_train_on_is_told(tmp_path, qwen, capsys):
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    told = message_of(capsys, "--model", str(qwen), "--data", str(data), "--mask", "false-spans")
+    assert "--mask false-spans" in told and "nothing is left to train on" in told
+
+
+LINES = {
+    "span past the end": (span(end=9), ["9", "8"]),
+    "start equal to end": (span(start=3), ["3"]),
+    "start after end": (span(start=5), ["5", "3"]),
+    "negative start": (span(start=-1), ["-1"]),
+    "start not an integer": (span(start=0.5), ["0.5"]),
+    "start a boolean": (span(start=True), ["integer"]),
+    "role missing": ('{"text": "The sun.", "spans": [{"start": 0, "end": 3}]}', ["role"]),
+    "neither text nor messages": ('{"spans": []}', ["text", "messages"]),
+    "both text and messages": ('{"text": "a", "messages": []}', ["text", "messages"]),
+    "invalid JSON": ('{"text": "a"', ["JSON"]),
+    "not an object": ('["a"]', ["object"]),
+    "message without content": ('{"messages": [{"role": "user"}]}', ["content"]),
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_a_wrong_document_is_told_with_file_and_line(tmp_path, qwen, capsys, case):
+    line, parts = LINES[case]
+    data = lines(tmp_path / "d.jsonl", json.dumps(GOOD), line)
+    told = message_of(capsys, "--model", str(qwen), "--data", data)
+    assert "d.jsonl:2:" in told and all(part in told for part in parts), told
+
+
+def test_invalid_utf8_an_empty_file_and_a_missing_one_are_told(tmp_path, qwen, capsys):
+    (tmp_path / "bytes.jsonl").write_bytes(json.dumps(GOOD).encode() + b'\n{"text": "\xff"}\n')
+    assert "bytes.jsonl:2" in message_of(capsys, "--model", str(qwen), "--data", str(tmp_path / "bytes.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    assert "empty.jsonl" in message_of(capsys, "--model", str(qwen), "--data", str(tmp_path / "empty.jsonl"))
+    assert "absent.jsonl" in message_of(capsys, "--model", str(qwen), "--data", str(tmp_path / "absent.jsonl"))
+    told = message_of(capsys, "--model", str(qwen), "--data", str(tmp_path / "empty.jsonl") + "=0")
+    assert "--data" in told and "≥ 1" in told
+
+
+FLAGS = {
+    "an unknown flag suggests the nearest": (["--learning-rte", "1"], ["--learning-rte", "--learning-rate"]),
+    "a negative rate": (["--learning-rate", "-1"], ["--learning-rate -1", "≥ 0"]),
+    "a rate that is not a number": (["--learning-rate", "nan"], ["--learning-rate nan", "finite"]),
+    "no batch": (["--batch-size", "0"], ["--batch-size 0", "≥ 1"]),
+    "an unknown choice": (["--schedule", "step"], ["--schedule", "linear"]),
+    "groups that do not divide the ranks": (["--expert-parallel", "3"], ["--expert-parallel 3", "ranks"]),
+    "resume without a directory": (["--resume"], ["--resume", "--output"]),
+    "long documents": (["--long-documents", "error", "--max-tokens", "5"], ["d.jsonl:1", "26 tokens", "--max-tokens 5"]),
+    "every document too long": (["--long-documents", "drop", "--max-tokens", "5"], ["--max-tokens 5", "drop"]),
+    "no configuration": (["--ds-config", "absent.json"], ["--ds-config absent.json"]),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_a_wrong_setting_is_told_with_its_rule(tmp_path, qwen, capsys, case):
+    flags, parts = FLAGS[case]
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    told = message_of(capsys, "--model", str(qwen), "--data", str(data), *flags)
+    assert all(part in told for part in parts), told
+
+
+def test_expert_groups_that_do_not_divide_the_experts_are_told(tmp_path, capsys, monkeypatch):
+    model = write_model(tmp_path / "m", "qwen", num_experts=6)
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    told = message_of(capsys, "--model", str(model), "--data", str(data))
+    assert "--expert-parallel 4" in told and "6 experts" in told
+
+
+def test_a_ds_config_that_sets_what_the_command_line_decides_is_told(tmp_path, qwen, capsys):
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    config = lines(tmp_path / "ds.json", '{"zero_optimization": {"stage": 3}, "train_batch_size": 8}')
+    told = message_of(capsys, "--model", str(qwen), "--data", str(data), "--ds-config", config)
+    assert "train_batch_size" in told
+    config = lines(tmp_path / "ds.json", '{"zero_optimization": {"stage": 2}}')
+    assert "stage must be 3" in message_of(capsys, "--model", str(qwen), "--data", str(data), "--ds-config", config)
+
+
+def test_a_directory_without_config_json_is_told(tmp_path, capsys):
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    told = message_of(capsys, "--model", str(tmp_path), "--data", str(data))
+    assert f"--model {tmp_path}" in told and "config.json" in told
+
+
+@pytest.fixture
+def sharded(tmp_path, qwen) -> tuple[Path, list[str]]:
+    """A copy of the model in two shards with an index, and the flags to train it."""
+    directory = tmp_path / "sharded"
+    write_model(directory, "qwen")
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for shard, members in shards.items():
+        save_file({name: tensors[name] for name in members}, directory / shard, {"format": "pt"})
+    weight_map = {name: shard for shard, members in shards.items() for name in members}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    return directory, ["--model", str(directory), "--data", str(data)]
+
+
+def test_a_missing_shard_is_told(sharded, capsys):
+    directory, flags = sharded
+    (directory / "two.safetensors").unlink()
+    assert "two.safetensors" in message_of(capsys, *flags)
+
+
+def test_a_cut_shard_is_told(sharded, capsys):
+    directory, flags = sharded
+    whole = (directory / "two.safetensors").read_bytes()
+    (directory / "two.safetensors").write_bytes(whole[:-10])
+    assert "two.safetensors" in message_of(capsys, *flags)
+
+
+def test_a_weight_that_is_missing_twice_there_unexpected_or_of_another_shape_is_told(sharded, capsys):
+    directory, flags = sharded
+    one = load_file(directory / "one.safetensors")
+    name = next(n for n in one if n.endswith("layernorm.weight"))
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+
+    def told(tensors: dict[str, torch.Tensor]) -> str:
+        save_file(tensors, directory / "one.safetensors", {"format": "pt"})
+        index["weight_map"] = {k: v for k, v in index["weight_map"].items() if v != "one.safetensors"}
+        index["weight_map"] |= dict.fromkeys(tensors, "one.safetensors")
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+        return message_of(capsys, *flags)
+
+    assert name in told({k: v for k, v in one.items() if k != name})
+    assert "model.new.weight" in told(one | {"model.new.weight": torch.zeros(2)})
+    said = told(one | {name: torch.zeros(7)})
+    assert name in said and "[7]" in said and "[32]" in said
+    two = next(iter(load_file(directory / "two.safetensors")))
+    assert two in told(one | {two: torch.zeros(1)})
+
+
+def test_another_run_in_the_output_directory_is_left_alone(tmp_path, qwen, capsys):
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    held = tmp_path / "run"
+    held.mkdir()
+    flags = ["--model", str(qwen), "--data", str(data), "--output", str(held)]
+    assert "holds no run" in message_of(capsys, *flags, "--resume")
+    from train.settings import parse, record
+
+    (held / "settings.yaml").write_text(record(parse(flags, ""), {}))
+    (held / "metrics.jsonl").write_text('{"step": 1}\n')
+    before = {path.name: path.read_bytes() for path in held.iterdir()}
+    assert "holds another run" in message_of(capsys, *flags)
+    told = message_of(capsys, *flags, "--resume", "--learning-rate", "0.5")
+    assert "--learning-rate 0.5" in told and "5e-05" in told
+    assert {path.name: path.read_bytes() for path in held.iterdir()} == before
+
+
+def test_the_launcher_passes_the_message_once_and_the_exit_code_on(tmp_path, qwen):
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    script = Path(sft.__file__)
+    flags = ["--model", str(qwen), "--data", str(data), "--mask", "fales-spans"]
+    done = run(script, *flags, ranks=2, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("error: --mask") == 1 and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
