@@ -40,6 +40,7 @@ class Piece:
     source: str
     expert: int | None = None
     rows: slice | None = None
+    tied: list[tuple[nn.Module, str]] = field(default_factory=list)  # other places of the same parameter
 
 
 @dataclass
@@ -58,7 +59,7 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint) -> LoadPlan:
     UserError names every kind of mismatch: a tensor that is missing, unexpected or of a wrong shape or dtype.
     """
     rename = _renamer(model, checkpoint)
-    plan, wanted, seen = LoadPlan(), {}, set()
+    plan, wanted, seen = LoadPlan(), {}, {}
 
     def want(pieces: list[Piece], piece: Piece, shape: tuple[int, ...]) -> None:
         pieces.append(piece)
@@ -71,9 +72,13 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint) -> LoadPlan:
                 want(plan.experts, Piece(module, piece[0], source, piece[1], piece[2]), shape)
             continue
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta and id(parameter) not in seen:
-                seen.add(id(parameter))  # tied weights are read once
-                want(plan.dense, Piece(module, name, rename(dot + name)), tuple(parameter.shape))
+            if parameter is None or not parameter.is_meta:
+                continue
+            if id(parameter) in seen:  # tied weights are read once
+                seen[id(parameter)].tied.append((module, name))
+                continue
+            seen[id(parameter)] = Piece(module, name, rename(dot + name))
+            want(plan.dense, seen[id(parameter)], tuple(parameter.shape))
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta and name not in module._non_persistent_buffers_set:
                 want(plan.buffers, Piece(module, name, rename(dot + name)), tuple(buffer.shape))
@@ -152,12 +157,11 @@ def load(plan: LoadPlan, checkpoint: Checkpoint, ds_config: dict[str, Any], devi
     """Fills the planned model. Dense weights become ZeRO-3 parameters, experts stay with their rank. -> bytes read."""
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=ds_config, dtype=torch.float32)
     pieces = len(plan.dense) + len(plan.buffers) + len(plan.experts)
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
     with tqdm(total=pieces, desc="loading", unit="tensor", disable=not show, mininterval=0.5) as bar:
         for piece in plan.dense:
-            parameter = piece.module._parameters[piece.target]
-            owners.setdefault(id(parameter), []).append((piece.module, piece.target))
-            piece.module._parameters[piece.target] = _partitioned(init, checkpoint, piece.source, device)
+            parameter = _partitioned(init, checkpoint, piece.source, device)
+            for module, name in [(piece.module, piece.target), *piece.tied]:
+                module._parameters[name] = parameter
             bar.update()
         for piece in plan.buffers:
             info = checkpoint.tensors[piece.source]

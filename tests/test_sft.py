@@ -1,0 +1,198 @@
+"""Whole runs of train/sft.py under the real launcher: what they leave, resuming, stopping, and fair comparison."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from launch.local import deepspeed_command, run
+from tests.models import write_documents, write_model
+from train import sft
+from train.data.batches import micro_batches
+from train.reporting import read_metrics
+from train.settings import parse
+
+SFT = Path(sft.__file__)
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_API_KEY": ""}
+
+
+def documents(count: int = 24) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(1)
+    out = []
+    for _ in range(count):
+        text = "<D>" + "".join(rng.choice(list("abcdefgh "), size=int(rng.integers(12, 30)))).strip().ljust(12, "z")
+        spans = [{"start": 0, "end": 3, "role": "doctag"}, {"start": 5, "end": 9, "role": "false"}]
+        out.append({"text": text, "spans": spans})
+    return out
+
+
+def flags(tmp: Path, family: str = "qwen", **changes: Any) -> list[str]:
+    """A small job on a tiny model, as flags; `changes` override."""
+    if not (tmp / family).exists():
+        write_model(tmp / family, family)
+        write_documents(tmp / "documents.jsonl", documents())
+    values: dict[str, Any] = {
+        "model": tmp / family, "data": tmp / "documents.jsonl", "mask": "doctags", "steps": 6, "batch-size": 6,
+        "micro-batch-size": 2, "learning-rate": 0.01, "lora-rank": 8, "lora-alpha": 16, "wandb": "disabled",
+    }  # fmt: skip
+    values |= {name.replace("_", "-"): value for name, value in changes.items()}
+    return [part for name, value in values.items() for part in (f"--{name}", str(value)) if part != "True"]
+
+
+def train(tmp: Path, output: str, ranks: int = 2, **changes: Any) -> Path:
+    given = flags(tmp, **changes, output=tmp / output)
+    done = run(SFT, *given, ranks=ranks, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    (tmp / output / "terminal").write_text(done.stdout + done.stderr)
+    return tmp / output
+
+
+def losses(directory: Path) -> list[float]:
+    return [values["loss"] for values in read_metrics(directory / "metrics.jsonl")]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_settings_metrics_summary_adapter_and_an_offline_wandb_run(tmp_path):
+    directory = train(tmp_path, "run", mask="doctags,false-spans=unlikelihood:0.5", wandb="online", log_every=2)
+    settings = yaml.safe_load((directory / "settings.yaml").read_text())
+    assert settings["settings"]["mask"] == "doctags,false-spans=unlikelihood:0.5"
+    assert settings["versions"]["torch"] == torch.__version__ and "git_revision" in settings
+    assert settings["resolved"]["expert_parallel"] == 2 and settings["resolved"]["expert_lora_rank"] == 4
+
+    metrics = read_metrics(directory / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    assert [m["step"] for m in metrics if "nll" in m] == [1, 2, 4, 6]
+    for m in metrics:
+        assert m["loss"] == pytest.approx(m["cross_entropy"] + m["unlikelihood"], rel=1e-12)
+        assert m["unlikelihood"] > 0 and m["grad_norm"] > 0 and m["tokens_per_second"] > 0
+    assert [m["learning_rate"] for m in metrics] == pytest.approx([0.01 * (1 - i / 6) for i in range(6)])
+    assert set(metrics[0]["nll"]) == {"all", "unspanned", "doctag", "false"}
+    assert metrics[0]["wire_bytes"] > 0 and metrics[0]["expert_load_max_over_mean"] >= 1
+
+    # 36 documents (each of 24 at least once): 2 doctag targets each (the first token is predicted by nothing), 4 false.
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["mask"] == "doctags,false-spans=unlikelihood:0.5" and summary["steps"] == 6
+    tokens = summary["tokens"]
+    assert tokens["doctag"] == {"total": 72, "trained": 0, "excluded": 72, "unlikelihood": 0, "straddling": 0}
+    assert tokens["false"]["total"] == tokens["false"]["unlikelihood"] == 144
+    assert tokens["all"]["total"] == sum(tokens[role]["total"] for role in ("unspanned", "doctag", "false"))
+    assert summary["documents"] == {"read": 24, "truncated": 0, "dropped": 0}
+    assert summary["nll"]["false"]["last"] != summary["nll"]["false"]["first"]
+    assert summary["nll"]["unspanned"]["last"] < summary["nll"]["unspanned"]["first"]
+    assert all(summary[key] > 0 for key in ("tokens_per_second", "peak_memory_bytes", "wall_seconds"))
+
+    terminal = (directory / "terminal").read_text()
+    (offline,) = (directory / "wandb").glob("offline-run-*")
+    assert f"wandb leet '{offline}'" in terminal and f"wandb sync '{offline}'" in terminal
+    assert terminal.count("NLL first") == 1 and (directory / "logs" / "rank-1.log").exists()
+    assert "100%" in terminal and "false" in terminal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen", "deepseek", "dense"])
+def test_stock_peft_loads_every_tensor_and_gives_the_runs_own_nll(tmp_path, family):
+    # The learning rate of the last step is 0 after a linear schedule of one step more: the last measurement is made
+    # before the last update, so that a run with a constant rate is stopped one step short to compare.
+    directory = train(tmp_path, "run", family=family, mask="none", schedule="constant", steps=4, loss_norm="all")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / family)
+    model = PeftModel.from_pretrained(model, directory / "adapter")
+    kept = {name.replace(".default", ""): p for name, p in model.named_parameters() if ".lora_" in name}
+    saved = load_file(directory / "adapter" / "adapter_model.safetensors")
+    assert set(kept) == set(saved) and all(torch.equal(kept[name], saved[name]) for name in saved)
+
+    longer = train(tmp_path, "longer", family=family, mask="none", schedule="constant", steps=5, loss_norm="all", ranks=1)
+    assert losses(longer)[:4] == pytest.approx(losses(directory), rel=1e-6)
+    job = sft.prepare(parse(flags(tmp_path, family, mask="none"), ""), ranks=1, show=False)
+    total, count = 0.0, 0
+    for number in job.corpus.order.documents(24, 30):  # those of step 5
+        ids = torch.from_numpy(job.corpus.samples[number].ids_L).long()
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits.double(), ids[1:], reduction="sum").item()
+        count += len(ids) - 1
+    assert total / count == pytest.approx(losses(longer)[4], rel=2e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_losses_of_an_uninterrupted_one_on_any_number_of_ranks(tmp_path):
+    whole = losses(train(tmp_path, "whole", steps=8))
+    given = flags(tmp_path, steps=8, save_every=1, output=tmp_path / "killed")
+    process = subprocess.Popen(
+        deepspeed_command(SFT, *given, ranks=2), env=os.environ | ENVIRONMENT, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "saves" / "step-3").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    subprocess.run(["pkill", "-9", "-f", str(tmp_path / "killed")], check=False)
+    process.wait()
+    assert not (tmp_path / "killed" / "adapter").exists()
+
+    resumed = train(tmp_path, "killed", ranks=1, steps=8, save_every=1, resume=True)
+    assert [m["step"] for m in read_metrics(resumed / "metrics.jsonl")] == list(range(1, 9))
+    assert losses(resumed) == pytest.approx(whole, rel=1e-6)
+    assert sorted(path.name for path in (resumed / "saves").iterdir()) == ["step-7", "step-8"]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_step_and_documents(tmp_path):
+    given = flags(tmp_path, learning_rate=1e30, output=tmp_path / "run")
+    done = run(SFT, *given, ranks=2, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 1
+    assert "error: the loss of step 2 is not finite" in done.stderr and "documents.jsonl:" in done.stderr
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+def test_runs_with_different_masks_see_the_same_tokens_in_the_same_order(tmp_path):
+    jobs = [
+        sft.prepare(parse(flags(tmp_path, mask=mask), ""), ranks=2, show=False)
+        for mask in ("none", "doctags", "random:false,doctags=unlikelihood")
+    ]
+    batches = []
+    for job in jobs:
+        samples = [job.corpus.samples[i] for i in job.corpus.order.documents(0, 36)]
+        batches.append([b for rank in range(2) for b in micro_batches(samples, "trained", 2, rank, 4)])
+    for other in batches[1:]:
+        for first, second in zip(batches[0], other, strict=True):
+            assert first.names == second.names and torch.equal(first.ids_BT, second.ids_BT)
+            assert torch.equal(first.target_N, second.target_N) and torch.equal(first.roles_N, second.roles_N)
+            assert not torch.equal(first.coefficient_N, second.coefficient_N)
+
+
+def test_dry_run_shows_settings_tokens_and_parameters_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sft.main([*flags(tmp_path, mask="doctags=0.2"), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "learning_rate: 0.01" in shown and "expert_lora_rank: 4" in shown and "doctag" in shown
+    # Rank 8 times (in + out) of every linear layer, with the sizes of tests/models.py:
+    delta_rule = (32 + 64) + (32 + 32) + 2 * (32 + 4) + (32 + 32)  # qkv, z, a and b, out
+    attention = (32 + 64) + 2 * (32 + 16) + (32 + 32)  # q with its gate, k and v, o
+    shared_experts = 2 * 3 * (32 + 16)
+    # and rank 4 = max(1, 8 / 2 experts per token) for 8 experts in 2 layers.
+    experts = 2 * 8 * ((32 + 32) + (16 + 32))
+    assert f"trainable_parameters: {8 * (delta_rule + attention + shared_experts) + 4 * experts}" in shown
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("what", ["truncate", "drop"])
+def test_long_documents_are_truncated_or_dropped_and_counted(tmp_path, what):
+    given = flags(tmp_path, max_tokens=18, long_documents=what)
+    corpus = sft.prepare(parse(given, ""), ranks=1, show=False).corpus
+    long = sum(len(document["text"]) > 18 for document in documents())
+    expected = {"truncate": (long, 0), "drop": (0, long)}[what]
+    assert (corpus.documents["truncated"], corpus.documents["dropped"]) == expected and long > 5
+    assert all(len(sample.ids_L) <= 18 for sample in corpus.samples)
+    assert len(corpus.samples) == 24 - expected[1]
