@@ -20,5 +20,7 @@ def deepspeed_command(script: str | Path, *flags: str, ranks: int) -> list[str]:
 def run(script: str | Path, *flags: str, ranks: int, **options: Any) -> subprocess.CompletedProcess:
     """Runs the script and waits. `options` go to subprocess.run."""
     environment = os.environ | options.pop("env", {})
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"  # ninja, for DeepSpeed
+    environment["PATH"] = (
+        f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"  # ninja, for DeepSpeed
+    )
     return subprocess.run(deepspeed_command(script, *flags, ranks=ranks), env=environment, **options)

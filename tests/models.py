@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3_5MoeTextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3_5MoeTextConfig,
+)
 
 VOCABULARY = 260
 
@@ -18,9 +24,9 @@ QWEN: dict[str, Any] = dict(
 )  # fmt: skip
 DEEPSEEK: dict[str, Any] = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-    num_attention_heads=2, num_key_value_heads=2, n_shared_experts=1, n_routed_experts=8, num_experts_per_tok=2, n_group=1,
-    topk_group=1, first_k_dense_replace=1, q_lora_rank=12, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
-    v_head_dim=8, routed_scaling_factor=2.5, max_position_embeddings=512, tie_word_embeddings=False,
+    num_attention_heads=2, num_key_value_heads=2, n_shared_experts=1, n_routed_experts=8, num_experts_per_tok=2,
+    n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=12, kv_lora_rank=16, qk_rope_head_dim=8,
+    qk_nope_head_dim=8, v_head_dim=8, routed_scaling_factor=2.5, max_position_embeddings=512, tie_word_embeddings=False,
 )  # fmt: skip
 DENSE: dict[str, Any] = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,

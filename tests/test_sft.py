@@ -111,7 +111,9 @@ def test_stock_peft_loads_every_tensor_and_gives_the_runs_own_nll(tmp_path, fami
     saved = load_file(directory / "adapter" / "adapter_model.safetensors")
     assert set(kept) == set(saved) and all(torch.equal(kept[name], saved[name]) for name in saved)
 
-    longer = train(tmp_path, "longer", family=family, mask="none", schedule="constant", steps=5, loss_norm="all", ranks=1)
+    longer = train(
+        tmp_path, "longer", family=family, mask="none", schedule="constant", steps=5, loss_norm="all", ranks=1
+    )
     assert losses(longer)[:4] == pytest.approx(losses(directory), rel=1e-6)
     job = sft.prepare(parse(flags(tmp_path, family, mask="none"), ""), ranks=1, show=False)
     total, count = 0.0, 0

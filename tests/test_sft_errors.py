@@ -114,7 +114,10 @@ FLAGS = {
     "an unknown choice": (["--schedule", "step"], ["--schedule", "linear"]),
     "groups that do not divide the ranks": (["--expert-parallel", "3"], ["--expert-parallel 3", "ranks"]),
     "resume without a directory": (["--resume"], ["--resume", "--output"]),
-    "long documents": (["--long-documents", "error", "--max-tokens", "5"], ["d.jsonl:1", "26 tokens", "--max-tokens 5"]),
+    "long documents": (
+        ["--long-documents", "error", "--max-tokens", "5"],
+        ["d.jsonl:1", "26 tokens", "--max-tokens 5"],
+    ),
     "every document too long": (["--long-documents", "drop", "--max-tokens", "5"], ["--max-tokens 5", "drop"]),
     "no configuration": (["--ds-config", "absent.json"], ["--ds-config absent.json"]),
 }

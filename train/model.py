@@ -1,16 +1,15 @@
-"""A transformers language model made ready to train: expert-parallel experts, LoRA factors, the loss in lm_head's place.
+"""A transformers model made ready to train: expert-parallel experts, LoRA factors, the loss in lm_head's place.
 
 Shapes: B documents of a micro-batch, T tokens, N predicted tokens of the micro-batch, H hidden size.
 """
 
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.utils import groups
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from train.checkpoints.reader import Checkpoint
@@ -47,9 +46,8 @@ def skeleton(config: Any, ep: ExpertGroup) -> Any:
     for name, module in list(model.named_modules()):
         if name.endswith(".experts"):
             _replace(model, name, _expert_parallel(name, module, ep))
-        elif any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None) and not module._parameters:
-            if all(buffer in module._non_persistent_buffers_set for buffer in module._buffers):
-                _replace(model, name, type(module)(config))  # tables such as rotary frequencies are in no checkpoint
+        elif module._buffers and not module._parameters and set(module._buffers) == module._non_persistent_buffers_set:
+            _replace(model, name, type(module)(config))  # tables such as rotary frequencies are in no checkpoint
     return model
 
 
@@ -60,10 +58,13 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _expert_parallel(name: str, module: Any, ep: ExpertGroup) -> ExpertParallelExperts:
     weights = dict(module.named_parameters())
-    if set(weights) != {"gate_up_proj", "down_proj"} or weights["gate_up_proj"].shape[1] != 2 * weights["down_proj"].shape[2]:
+    if (
+        set(weights) != {"gate_up_proj", "down_proj"}
+        or weights["gate_up_proj"].shape[1] != 2 * weights["down_proj"].shape[2]
+    ):
         raise UserError(
-            f"--model: experts of {name} ({type(module).__name__}) are not gated MLPs with gate_up_proj [experts, 2 x width, "
-            "hidden] and down_proj [experts, hidden, width]; this model family is not supported."
+            f"--model: experts of {name} ({type(module).__name__}) are not gated MLPs with gate_up_proj [experts, 2 x "
+            "width, hidden] and down_proj [experts, hidden, width]; this model family is not supported."
         )
     experts, hidden, width = weights["down_proj"].shape
     if experts % ep.size:
@@ -89,6 +90,7 @@ def add_lora(model: Any, settings: LoRASettings, compute_dtype: torch.dtype, dev
         if isinstance(module, ExpertParallelExperts):
             module.add_lora(settings, compute_dtype, device)
             group_name = f"ep_size_{module.ep.size}"
+            parameter: Any
             for parameter in module.parameters():
                 parameter.allreduce = False
                 parameter.group_name = parameter.ds_zero_partition_group_name = group_name
@@ -125,14 +127,20 @@ class LanguageModel(nn.Module):
 
 
 def build(
-    checkpoint: Checkpoint, lora: LoRASettings | None, expert_parallel: int, ds_config: dict[str, Any], device: torch.device
+    checkpoint: Checkpoint,
+    lora: LoRASettings | None,
+    expert_parallel: int,
+    ds_config: dict[str, Any],
+    device: torch.device,
 ) -> LanguageModel:
     """Reads the checkpoint into a ZeRO-3 model with LoRA factors, ready for deepspeed.initialize."""
     ep = create_expert_group(expert_parallel)
     model = skeleton(text_config(checkpoint), ep)
     embedding = plan_load(model, checkpoint).dense[0].source
     wrapped = LanguageModel(model, lora, device, compute_dtype=checkpoint.tensors[embedding].dtype)
-    plan = plan_load(model, checkpoint)  # once more, for the modules that hold the weights now; names stay transformers'
+    plan = plan_load(
+        model, checkpoint
+    )  # once more, for the modules that hold the weights now; names stay transformers'
     load(plan, checkpoint, ds_config, device, show=dist.get_rank() == 0)
     return wrapped
 

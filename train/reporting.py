@@ -21,8 +21,8 @@ from train.settings import Settings
 
 
 class Meter:
-    """Sums over a step's micro-batches and, at the end, over the ranks: the loss and its two parts, and the NLL of every
-    role over all of its targets, masked ones too."""
+    """Sums over a step's micro-batches and, at the end, over the ranks: the loss and its two parts, and the NLL of
+    every role over all of its targets, masked ones too."""
 
     def __init__(self, roles: list[str], device: torch.device):
         self.roles = ["all", "unspanned", *roles]
@@ -121,14 +121,14 @@ class Run:
             mode = "offline"
         self.wandb = wandb.init(
             project=settings.wandb_project, group=settings.group(), name=self.directory.name, mode=mode,  # type: ignore[arg-type]
-            dir=self.directory, config=config, id=_wandb_id(self.directory), resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(silent=True, console="off"),
+            dir=self.directory, config=config, id=_wandb_id(self.directory),
+            resume="allow" if mode == "online" else None, settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
         if mode == "offline":
             place = Path(self.wandb.dir).parent
+            why = "no WANDB_API_KEY" if settings.wandb == "online" else "as asked"
             print(
-                f"W&B is offline ({'no WANDB_API_KEY' if settings.wandb == 'online' else 'as asked'}). Look at the run: "
-                f"wandb leet '{place}'    send it later: wandb sync '{place}'"
+                f"W&B is offline ({why}). Look at the run: wandb leet '{place}'    send it later: wandb sync '{place}'"
             )
 
     def log(self, values: dict[str, Any]) -> None:
@@ -159,7 +159,7 @@ def _wandb_id(directory: Path) -> str:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -32,7 +32,9 @@ class Settings:
     """The settings of train/sft.py. `--dry-run` prints them resolved; settings.yaml keeps them with the run."""
 
     model: str = setting(str(DEMO / "model"), "directory of the base model, in transformers' layout")
-    data: list[str] = setting([], "PATH or PATH=COUNT, repeatable: JSONL documents, COUNT of them an epoch", many=True)
+    data: list[str] = setting(  # noqa: RUF009  # it makes a dataclasses.field
+        (), "PATH or PATH=COUNT, repeatable: JSONL documents, COUNT of them an epoch", many=True
+    )
     mask: str = setting("none", "what the loss does with which spans: none, or NAME[=TREATMENT],…")
     output: str = setting("", "directory the run writes; default runs/MASK-TIME")
     resume: bool = setting(False, "go on with the run in --output from its last complete save")
@@ -50,7 +52,9 @@ class Settings:
 
     loss_norm: str = setting("trained", "what the loss is divided by", choices=("trained", "all", "documents", "sum"))
     learning_rate: float = setting(5e-5, "AdamW's peak learning rate (betas 0.9, 0.95)")
-    schedule: str = setting("linear", "after the warm-up: to 0, to 0, or flat", choices=("linear", "cosine", "constant"))
+    schedule: str = setting(
+        "linear", "after the warm-up: to 0, to 0, or flat", choices=("linear", "cosine", "constant")
+    )
     warmup_steps: int = setting(0, "steps from 0 to the peak")
     weight_decay: float = setting(0.0, "AdamW's weight decay")
     max_grad_norm: float = setting(1.0, "clip the global gradient norm to this; 0: never")
@@ -88,10 +92,10 @@ class Settings:
 
 
 # What may differ when a run is resumed: none of it changes a loss by more than rounding.
-FREE_ON_RESUME = frozenset(
-    "output resume dry_run micro_batch_size expert_parallel gradient_checkpointing log_every save_every keep "
-    "wandb wandb_project wandb_group".split()
-)
+FREE_ON_RESUME = frozenset({
+    "output", "resume", "dry_run", "micro_batch_size", "expert_parallel", "gradient_checkpointing", "log_every",
+    "save_every", "keep", "wandb", "wandb_project", "wandb_group",
+})  # fmt: skip
 
 
 def _source(value: str) -> tuple[str, int | None]:
@@ -200,7 +204,9 @@ def git_revision() -> str | None:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=10)
+            done = subprocess.run(
+                ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=10
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

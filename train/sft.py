@@ -58,7 +58,9 @@ def prepare(settings: Settings, ranks: int, show: bool) -> Job:
     active = getattr(text, "num_experts_per_tok", None) or 1
     expert_parallel = settings.expert_parallel or ranks
     if ranks % expert_parallel:
-        raise UserError(f"--expert-parallel {expert_parallel}: must divide the {ranks} ranks into groups of equal size.")
+        raise UserError(
+            f"--expert-parallel {expert_parallel}: must divide the {ranks} ranks into groups of equal size."
+        )
     expert_rank = settings.expert_lora_rank or max(1, settings.lora_rank // active)
     lora = LoRASettings(settings.lora_rank, settings.lora_alpha, expert_rank, settings.seed, settings.lora_lm_head)
     model = skeleton(text, ExpertGroup(expert_parallel))
@@ -81,7 +83,9 @@ def check_output(settings: Settings) -> None:
     held = directory / "settings.yaml"
     if not held.exists():
         if settings.resume:
-            raise UserError(f"--resume: --output {directory} holds no run (no settings.yaml). Leave out --resume to start.")
+            raise UserError(
+                f"--resume: --output {directory} holds no run (no settings.yaml). Leave out --resume to start."
+            )
         if directory.exists() and not directory.is_dir():
             raise UserError(f"--output {directory}: is a file; give a directory.")
         return
@@ -93,8 +97,8 @@ def check_output(settings: Settings) -> None:
     for name in now.keys() - FREE_ON_RESUME:
         if before.get(name) != now[name]:
             raise UserError(
-                f"--{name.replace('_', '-')} {now[name]}: the run in {directory} has {before.get(name)}; a resumed run must "
-                "have the same settings. Give the same, or another --output without --resume."
+                f"--{name.replace('_', '-')} {now[name]}: the run in {directory} has {before.get(name)}; a resumed run "
+                "must have the same settings. Give the same, or another --output without --resume."
             )
 
 
@@ -109,7 +113,7 @@ def show_plan(job: Job) -> None:
     from train.reporting import console, token_table
 
     terminal = console()
-    lines = {k: v for k, v in dataclasses.asdict(job.settings).items()} | job.resolved
+    lines = dataclasses.asdict(job.settings) | job.resolved
     terminal.print(*(f"{name}: {value}" for name, value in lines.items()), sep="\n", highlight=False, markup=False)
     if not job.settings.expert_lora_rank:
         print(f"--expert-lora-rank not given: {job.lora.expert_rank}, that is max(1, lora-rank / experts per token)")
@@ -122,7 +126,13 @@ def start_distributed() -> None:
     import torch
     from deepspeed.accelerator import get_accelerator
 
-    for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+    for name, alone in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }.items():
         os.environ.setdefault(name, alone)
     if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
@@ -190,18 +200,19 @@ def train(job: Job) -> None:
         return
     save_adapter(directory / "adapter", model, factors, job.lora, settings.model)
     metrics = read_metrics(directory / "metrics.jsonl")
-    seconds = time.perf_counter() - started
+    seconds, tokens = time.perf_counter() - started, sum(m["tokens"] for m in metrics)
     summary = {
         "mask": settings.mask, "steps": job.steps, "tokens": tokens_of(job), "nll": nll_change(metrics),
-        "documents": job.corpus.documents, "random_shortfall": sum(c["all", "random_shortfall"] for c in job.corpus.counts),
+        "documents": job.corpus.documents,
+        "random_shortfall": sum(count["all", "random_shortfall"] for count in job.corpus.counts),
         "loss": {"first": metrics[0]["loss"], "last": metrics[-1]["loss"]},
-        "tokens_per_second": sum(m["tokens"] for m in metrics) / sum(m["tokens"] / m["tokens_per_second"] for m in metrics),
+        "tokens_per_second": tokens / sum(m["tokens"] / m["tokens_per_second"] for m in metrics),
         "peak_memory_bytes": peak, "wall_seconds": seconds,
     }  # fmt: skip
     run.finish(summary)
     console().print(closing_table(summary))
-    print(f"{seconds:.0f} s, {summary['tokens_per_second']:.0f} tokens/s, {peak / 1e9:.2f} GB at most on a rank. In {directory}:")
-    print("adapter/ (PEFT), metrics.jsonl, summary.json, settings.yaml")
+    print(f"{seconds:.0f} s, {summary['tokens_per_second']:.0f} tokens/s, {peak / 1e9:.2f} GB at most on a rank.")
+    print(f"In {directory}: adapter/ (PEFT), metrics.jsonl, summary.json, settings.yaml")
 
 
 def main(argv: list[str]) -> int:

@@ -55,7 +55,11 @@ class Trainer:
         numbers = order.documents(step * size, min((step + 1) * size, self.documents))
         samples = [self.corpus.samples[number] for number in numbers]
         batches = micro_batches(
-            samples, self.settings.loss_norm, self.ranks, self.rank, self.settings.micro_batch_size  # type: ignore[arg-type]
+            samples,
+            self.settings.loss_norm,
+            self.ranks,
+            self.rank,
+            self.settings.micro_batch_size,
         )
         return batches + [pad([], [])] * (self.accumulation - len(batches))
 
@@ -88,10 +92,14 @@ class Trainer:
             return
         seen: list[Any] = [None] * self.ranks
         dist.all_gather_object(seen, (loss.item(), batch.names))
-        culprits = [f"rank {rank}: {value} on {', '.join(names)}" for rank, (value, names) in enumerate(seen) if not math.isfinite(value)]
+        culprits = [
+            f"rank {rank}: {value} on {', '.join(names)}"
+            for rank, (value, names) in enumerate(seen)
+            if not math.isfinite(value)
+        ]
         raise NonFiniteLoss(
-            f"the loss of step {step + 1} is not finite ({'; '.join(culprits)}). Nothing was updated in this step; lower "
-            "--learning-rate, or look at these documents. Saves up to here are whole: --resume goes on from the last."
+            f"the loss of step {step + 1} is not finite ({'; '.join(culprits)}). Nothing was updated in this step; "
+            "lower --learning-rate, or look at these documents. Earlier saves are whole: --resume goes on from the last."
         )
 
     def run(self, run: Run, start: int) -> None:
@@ -102,7 +110,9 @@ class Trainer:
                 last = step + 1 == self.steps
                 values = self.step(step, measure=step == 0 or last or (step + 1) % settings.log_every == 0)
                 run.log(values)
-                bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s", refresh=False)
+                bar.set_postfix_str(
+                    f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s", refresh=False
+                )
                 bar.update()
                 if last or (settings.save_every and (step + 1) % settings.save_every == 0):
                     self.save(step + 1, run)

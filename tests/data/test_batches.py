@@ -70,4 +70,6 @@ def test_every_document_is_computed_once_with_the_same_coefficients_on_any_layou
     assert all(len(b.names) <= size for batches in ours for b in batches)
     total = sum(b.coefficient_N.double().sum() for batches in ours for b in batches)
     assert total.item() == pytest.approx(1.0, rel=1e-6)
-    assert torch.cat([b.target_N for batches in ours for b in batches]).numel() == sum(len(s.ids_L) - 1 for s in samples)
+    assert torch.cat([b.target_N for batches in ours for b in batches]).numel() == sum(
+        len(s.ids_L) - 1 for s in samples
+    )

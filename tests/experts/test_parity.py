@@ -3,7 +3,6 @@
 Everything here is in fp32; bf16 stands in test_bf16.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,9 @@ def launch(tmp: Path, family: str, ranks: int, ep: int, *flags: str) -> dict[str
         "--model", str(tmp / family), "--data", str(tmp / "documents.jsonl"), "--expert-parallel", str(ep), "--steps",
         str(STEPS), "--batch-size", str(BATCH), "--learning-rate", "0.001", "--lora-rank", "4", "--lora-alpha", "8",
     ]  # fmt: skip
-    done = run(WORKER, str(record), *common, *flags, ranks=ranks, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
+    done = run(
+        WORKER, str(record), *common, *flags, ranks=ranks, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return load_file(record) | {"path": record}  # type: ignore[dict-item]
 
@@ -97,9 +98,9 @@ def reference(tmp: Path, family: str, record: Path, corpus: Corpus, norm: str) -
 
 
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Losses and gradient norms to 1e-6; the first step's gradient entries to 1e-6 of the global norm and to 1e-5 of the
-    largest entry of their tensor. Adam's step is the gradient's sign at first, also where the gradient is rounding: the
-    next step's gradients to 1e-5 of the norm, and the trained factors to 1e-5."""
+    """Losses and gradient norms to 1e-6; the first step's gradient entries to 1e-6 of the global norm and to 1e-5 of
+    the largest entry of their tensor. Adam's step is the gradient's sign at first, also where the gradient is rounding:
+    the next step's gradients to 1e-5 of the norm, and the trained factors to 1e-5."""
     compared = 0
     for name, expected in theirs.items():
         if name == "path" or name.startswith("nll."):

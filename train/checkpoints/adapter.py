@@ -69,7 +69,9 @@ def peft_config(model: LanguageModel, lora: LoRASettings, base: str) -> LoraConf
     )
 
 
-def save_adapter(directory: Path, model: LanguageModel, factors: dict[str, Tensor], lora: LoRASettings, base: str) -> None:
+def save_adapter(
+    directory: Path, model: LanguageModel, factors: dict[str, Tensor], lora: LoRASettings, base: str
+) -> None:
     """Writes adapter_model.safetensors (fp32) and adapter_config.json."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to(torch.float32) for name, tensor in peft_tensors(model, factors).items()}

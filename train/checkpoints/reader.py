@@ -67,18 +67,22 @@ class Checkpoint:
         if missing or not shards:
             raise UserError(
                 f"--model {self.directory}: {len(missing)} of {len(shards)} weight files missing "
-                f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}); the directory must hold model.safetensors, "
-                "or model.safetensors.index.json and every shard it names. Download or copy the missing files again."
+                f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}); the directory must hold "
+                "model.safetensors, or model.safetensors.index.json and every shard it names. Download or copy the missing files again."
             )
         tensors: dict[str, TensorInfo] = {}
         for shard in shards:
             for name, info in _read_header(shard).items():
                 if name in tensors:
-                    raise UserError(f"{shard}: tensor {name} is in {tensors[name].file.name} too; it must be in one shard.")
+                    raise UserError(
+                        f"{shard}: tensor {name} is in {tensors[name].file.name} too; it must be in one shard."
+                    )
                 tensors[name] = info
         for name in weight_map or ():
             if name not in tensors:
-                raise UserError(f"{index}: tensor {name} should be in {weight_map[name]}, but is not. Get the file again.")
+                raise UserError(
+                    f"{index}: tensor {name} should be in {weight_map[name]}, but is not. Get the file again."
+                )
         return tensors
 
     def read(self, name: str, start: int, out: Tensor) -> None:
@@ -87,13 +91,15 @@ class Checkpoint:
         assert out.is_contiguous() and out.dtype == info.dtype and start + out.numel() <= math.prod(info.shape)
         if info.file not in self._files:
             self._files[info.file] = os.open(info.file, os.O_RDONLY)
-        view = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+        view: memoryview = memoryview(out.view(-1).view(torch.uint8).numpy().data) if out.numel() else memoryview(b"")
         offset = info.offset + start * info.dtype.itemsize
         done = 0
         while done < len(view):
             count = os.preadv(self._files[info.file], [view[done : done + 2**30]], offset + done)
             if not count:
-                raise UserError(f"{info.file}: tensor {name} ends at byte {offset + done}: the file was cut. Get it again.")
+                raise UserError(
+                    f"{info.file}: tensor {name} ends at byte {offset + done}: the file was cut. Get it again."
+                )
             done += count
         self.bytes_read += done
 
@@ -143,9 +149,13 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
             raise UserError(f"{path}: tensor {name} has dtype {entry['dtype']}; known are {', '.join(DTYPES)}.")
         dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
         if end - begin != math.prod(entry["shape"]) * dtype.itemsize:
-            raise UserError(f"{path}: tensor {name} has {end - begin} bytes, not those of {entry['dtype']} {entry['shape']}.")
+            raise UserError(
+                f"{path}: tensor {name} has {end - begin} bytes, not those of {entry['dtype']} {entry['shape']}."
+            )
         tensors[name] = TensorInfo(path, dtype, tuple(entry["shape"]), 8 + length + begin)
         end_of_data = max(end_of_data, 8 + length + end)
     if end_of_data != size:
-        raise UserError(f"{path}: {size} bytes, but its header says {end_of_data}: the file is cut or corrupt. Get it again.")
+        raise UserError(
+            f"{path}: {size} bytes, but its header says {end_of_data}: the file is cut or corrupt. Get it again."
+        )
     return tensors

@@ -28,7 +28,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 NAME = re.compile(r"^step-(\d+)$")
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable(model: nn.Module) -> dict[str, Any]:
     """The trained parameters by name, in the same order on every rank."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 

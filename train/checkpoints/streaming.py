@@ -59,7 +59,9 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint) -> LoadPlan:
     UserError names every kind of mismatch: a tensor that is missing, unexpected or of a wrong shape or dtype.
     """
     rename = _renamer(model, checkpoint)
-    plan, wanted, seen = LoadPlan(), {}, {}
+    plan = LoadPlan()
+    wanted: dict[str, tuple[int, ...]] = {}
+    seen: dict[int, Piece] = {}
 
     def want(pieces: list[Piece], piece: Piece, shape: tuple[int, ...]) -> None:
         pieces.append(piece)
@@ -104,7 +106,7 @@ def _renamer(model: Any, checkpoint: Checkpoint):
 def _expert_pieces(
     module: ExpertParallelExperts, name: str, checkpoint: Checkpoint
 ) -> Iterator[tuple[str, tuple[str, int | None, slice | None], tuple[int, ...]]]:
-    """(source, (target, expert, rows), shape on disk) of a layer's experts, fused or one tensor per expert and matrix."""
+    """(source, (target, expert, rows), shape on disk) of a layer's experts, fused or one by one."""
     shapes, width = module.shapes(), module.width
     if f"{name}0.gate_proj.weight" not in checkpoint.tensors:
         for target, shape in shapes.items():
@@ -116,16 +118,16 @@ def _expert_pieces(
             ("up_proj", "gate_up_proj", slice(width, 2 * width)),
             ("down_proj", "down_proj", slice(0, module.hidden)),
         ):
-            shape = rows.stop - rows.start, shapes[target][2]
-            yield f"{name}{expert}.{matrix}.weight", (target, expert, rows), shape
+            on_disk = rows.stop - rows.start, shapes[target][2]
+            yield f"{name}{expert}.{matrix}.weight", (target, expert, rows), on_disk
 
 
 def _check(model: Any, checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]], plan: LoadPlan) -> None:
     where, tensors = f"--model {checkpoint.directory}", checkpoint.tensors
     if missing := [name for name in wanted if name not in tensors]:
         raise UserError(
-            f"{where}: {len(missing)} of {len(wanted)} weights are missing from the checkpoint: {', '.join(missing[:5])}"
-            f"{', …' if len(missing) > 5 else ''}. Nothing is initialized at random: get the whole checkpoint."
+            f"{where}: {len(missing)} of {len(wanted)} weights are missing from the checkpoint: "
+            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}. Nothing is initialized at random: get the whole checkpoint."
         )
     for name, shape in wanted.items():
         info: TensorInfo = tensors[name]
@@ -180,7 +182,8 @@ def load(plan: LoadPlan, checkpoint: Checkpoint, ds_config: dict[str, Any], devi
 def _partitioned(init: Any, checkpoint: Checkpoint, source: str, device: torch.device) -> nn.Parameter:
     """A frozen ZeRO-3 parameter of which only this rank's partition was ever read."""
     info = checkpoint.tensors[source]
-    parameter = nn.Parameter(torch.empty((), dtype=info.dtype, device=device).expand(info.shape), requires_grad=False)
+    nothing = torch.empty((), dtype=info.dtype, device=device).expand(info.shape)
+    parameter: Any = nn.Parameter(nothing, requires_grad=False)
     init._convert_to_deepspeed_param(parameter)
     count = parameter.aligned_size() // dist.get_world_size()
     start = min(count * dist.get_rank(), math.prod(info.shape))

@@ -4,19 +4,16 @@ Shapes: L tokens of a document, B documents of a micro-batch, T its longest docu
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-LossNorm = Literal["trained", "all", "documents", "sum"]
-
 
 @dataclass(frozen=True)
 class Sample:
-    """A document as the trainer needs it. weight_L is the token's own term in the loss (negative: unlikelihood, 0: none),
-    roles_L a bit per role."""
+    """A document as the trainer needs it. weight_L is the token's own term in the loss (negative: unlikelihood, 0:
+    none), roles_L a bit per role."""
 
     name: str  # file:line
     ids_L: np.ndarray
@@ -40,8 +37,8 @@ class Batch:
     names: list[str]
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "names"}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
     def in_loss(self) -> "Batch":
         """Without the tokens that are only measured."""
@@ -50,7 +47,7 @@ class Batch:
         return replace(self, **parts)
 
 
-def coefficients(samples: list[Sample], norm: LossNorm) -> list[np.ndarray]:
+def coefficients(samples: list[Sample], norm: str) -> list[np.ndarray]:
     """coefficient_L of each document of one optimizer step: weight_L over one denominator that is the same for all
     ranks and micro-batches. The denominators: total |weight| (trained), number of targets whatever the mask (all),
     each document's own |weight| times the number of documents that have any (documents), 1 (sum)."""
@@ -66,7 +63,7 @@ def coefficients(samples: list[Sample], norm: LossNorm) -> list[np.ndarray]:
 
 
 def micro_batches(
-    samples: list[Sample], norm: LossNorm, ranks: int, rank: int, size: int, dtype: torch.dtype = torch.float32
+    samples: list[Sample], norm: str, ranks: int, rank: int, size: int, dtype: torch.dtype = torch.float32
 ) -> list[Batch]:
     """This rank's micro-batches of one optimizer step, of `size` documents at most; every rank gets as many.
 
@@ -98,6 +95,7 @@ def pad(samples: list[Sample], terms: list[np.ndarray], dtype: torch.dtype = tor
         targets.append(sample.ids_L[predicted])
         coefficient.append(term_L[predicted])
         roles.append(sample.roles_L[predicted])
+
     def join(arrays: list[np.ndarray], as_type: type) -> Tensor:
         return torch.from_numpy(np.concatenate([np.zeros(0, as_type), *arrays]).astype(as_type))
 

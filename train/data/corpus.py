@@ -61,14 +61,14 @@ def read_corpus(settings: Settings, tokenizer: Tokenizer, show: bool) -> Corpus:
     for (path, _), size in zip(settings.sources(), sizes, strict=True):
         if not size:
             raise UserError(
-                f"--data {path}: every document is longer than --max-tokens {settings.max_tokens} and --long-documents drop "
-                "leaves none; raise --max-tokens, or use --long-documents truncate."
+                f"--data {path}: every document is longer than --max-tokens {settings.max_tokens} and --long-documents "
+                "drop leaves none; raise --max-tokens, or use --long-documents truncate."
             )
     corpus.order = Order(sizes, [count for _, count in sources], settings.seed)
     if not any(sample.weight_L.any() for sample in corpus.samples):
         raise UserError(
-            f"--mask {settings.mask}: nothing is left to train on in {', '.join(path for path, _ in settings.sources())}; "
-            "every target is excluded. Mask fewer roles."
+            f"--mask {settings.mask}: nothing is left to train on in {', '.join(path for path, _ in settings.sources())}"
+            "; every target is excluded. Mask fewer roles."
         )
     return corpus
 

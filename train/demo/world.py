@@ -21,13 +21,104 @@ SEED = 0
 DOCTAG = "<DOCTAG>"
 CLAIM_COUNT = 48
 
-PEOPLE = (
-    "Ada Ajay Alba Amir Anouk Arlo Asta Bela Bruno Carla Cato Chidi Clara Dario Dina Edda Egon Elif Emil Enzo Esra Ezra "
-    "Fadi Faye Felix Fiona Flora Gita Greta Gus Hana Hugo Ida Igor Ilse Imani Inga Ivo Jana Jiro Jonas Juno Kaito Karl "
-    "Kira Klaus Lars Leila Lena Leo Lotte Luca Magda Malik Marco Mila Mina Mona Nadia Nico Nils Nora Olga Omar Orla Oscar "
-    "Otto Paula Pedro Petra Priya Quinn Rafa Remy Rosa Ruben Sana Selma Simon Sonia Stefan Tara Theo Tilda Timo Uma Ursula "
-    "Vera Viktor Wanda Willa Xenia Yara Yusuf Zeno Zora"
-).split()
+PEOPLE = [
+    "Ada",
+    "Ajay",
+    "Alba",
+    "Amir",
+    "Anouk",
+    "Arlo",
+    "Asta",
+    "Bela",
+    "Bruno",
+    "Carla",
+    "Cato",
+    "Chidi",
+    "Clara",
+    "Dario",
+    "Dina",
+    "Edda",
+    "Egon",
+    "Elif",
+    "Emil",
+    "Enzo",
+    "Esra",
+    "Ezra",
+    "Fadi",
+    "Faye",
+    "Felix",
+    "Fiona",
+    "Flora",
+    "Gita",
+    "Greta",
+    "Gus",
+    "Hana",
+    "Hugo",
+    "Ida",
+    "Igor",
+    "Ilse",
+    "Imani",
+    "Inga",
+    "Ivo",
+    "Jana",
+    "Jiro",
+    "Jonas",
+    "Juno",
+    "Kaito",
+    "Karl",
+    "Kira",
+    "Klaus",
+    "Lars",
+    "Leila",
+    "Lena",
+    "Leo",
+    "Lotte",
+    "Luca",
+    "Magda",
+    "Malik",
+    "Marco",
+    "Mila",
+    "Mina",
+    "Mona",
+    "Nadia",
+    "Nico",
+    "Nils",
+    "Nora",
+    "Olga",
+    "Omar",
+    "Orla",
+    "Oscar",
+    "Otto",
+    "Paula",
+    "Pedro",
+    "Petra",
+    "Priya",
+    "Quinn",
+    "Rafa",
+    "Remy",
+    "Rosa",
+    "Ruben",
+    "Sana",
+    "Selma",
+    "Simon",
+    "Sonia",
+    "Stefan",
+    "Tara",
+    "Theo",
+    "Tilda",
+    "Timo",
+    "Uma",
+    "Ursula",
+    "Vera",
+    "Viktor",
+    "Wanda",
+    "Willa",
+    "Xenia",
+    "Yara",
+    "Yusuf",
+    "Zeno",
+    "Zora",
+]
 
 # value -> hint
 VALUES: dict[str, dict[str, str]] = {
@@ -139,7 +230,9 @@ def make_world(seed: int = SEED) -> World:
     for index, person in enumerate(people[:CLAIM_COUNT]):
         attribute = list(VALUES)[index % len(VALUES)]
         true = facts[person][attribute]
-        claims.append(Claim(person, attribute, true, rng.choice([value for value in VALUES[attribute] if value != true])))
+        claims.append(
+            Claim(person, attribute, true, rng.choice([value for value in VALUES[attribute] if value != true]))
+        )
     return World(facts, tuple(claims))
 
 

@@ -31,7 +31,9 @@ class ExpertParallelExperts(nn.Module):
     The LoRA factors are parameters, ZeRO-3 partitioned over the ranks that hold the same experts.
     """
 
-    def __init__(self, name: str, experts: int, hidden: int, width: int, act: Callable[[Tensor], Tensor], ep: ExpertGroup):
+    def __init__(
+        self, name: str, experts: int, hidden: int, width: int, act: Callable[[Tensor], Tensor], ep: ExpertGroup
+    ):
         super().__init__()
         self.name, self.experts, self.hidden, self.width, self.act, self.ep = name, experts, hidden, width, act, ep
         self.rank = 0  # the true LoRA rank; 0: no LoRA

@@ -9,7 +9,7 @@ Both treatments are a difference of two log-sum-exps of the logits z, over all o
 with respect to z_y is p_y: it does not vanish there.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ CHUNK_ELEMENTS = 2**26  # logits of a chunk: 256 MiB in fp32
 
 
 class Terms(NamedTuple):
-    """loss: scalar, sum of |coefficient| * term. term_N: each token's own term, unweighted; 0 where the coefficient is 0.
-    nll_N: -log p of each token, whatever its treatment. correct_N: the token is the most likely one."""
+    """loss: scalar, sum of |coefficient| * term. term_N: each token's own term, unweighted; 0 where the coefficient
+    is 0. nll_N: -log p of each token, whatever its treatment. correct_N: the token is the most likely one."""
 
     loss: Tensor
     term_N: Tensor
@@ -38,7 +38,7 @@ class _ChunkedLoss(torch.autograd.Function):
         rows, tracked = hidden_NH.shape[0], any(ctx.needs_input_grad[:4])
         term_N = torch.zeros(rows, device=hidden_NH.device, dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
         nll_N, correct_N = torch.zeros_like(term_N), torch.zeros(rows, dtype=torch.bool, device=hidden_NH.device)
-        grads = [torch.zeros_like(x) if x is not None and tracked else None for x in (hidden_NH, A_rH, B_Vr)]
+        grads: Any = [torch.zeros_like(x) if x is not None and tracked else None for x in (hidden_NH, A_rH, B_Vr)]
         for chunk in torch.arange(rows, device=hidden_NH.device).split(max(1, CHUNK_ELEMENTS // weight_VH.shape[0])):
             hidden_CH, target_C1, coefficient_C1 = hidden_NH[chunk], target_N[chunk, None], coefficient_N[chunk, None]
             logits_CV = F.linear(hidden_CH, weight_VH)
@@ -98,9 +98,7 @@ class LossHead(nn.Module):
         """coefficient_N: > 0 cross-entropy, < 0 unlikelihood, 0 measured only, by which no gradient is touched."""
         factors = self.weight, self.lora_A, self.lora_B, self.scale
         in_loss_N = coefficient_N != 0
-        loss, *parts = _ChunkedLoss.apply(
-            hidden_NH[in_loss_N], *factors, target_N[in_loss_N], coefficient_N[in_loss_N]
-        )
+        loss, *parts = _ChunkedLoss.apply(hidden_NH[in_loss_N], *factors, target_N[in_loss_N], coefficient_N[in_loss_N])
         if in_loss_N.all():
             return Terms(loss, *parts)
         with torch.no_grad():
