@@ -40,7 +40,9 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def write_model(directory: Path, family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> Path:
-    """A random model of FAMILIES with its tokenizer; weights larger than usual, so that routing is decided clearly."""
+    """A random model of FAMILIES with its tokenizer; weights larger than usual, so that routing is decided clearly.
+    DeepSeek's expert 3 never gets a token; with `router_bias` [experts] the choice is the caller's."""
+    router_bias = sizes.pop("router_bias", [0.05, 0.0, 0.02, -10.0, -0.03, 0.0, 0.01, 0.04])
     config_class, defaults = FAMILIES[family]
     config = config_class(**(defaults | sizes))
     torch.manual_seed(seed)
@@ -48,7 +50,7 @@ def write_model(directory: Path, family: str, seed: int = 0, dtype: torch.dtype 
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("e_score_correction_bias"):
-                tensor.uniform_(-0.1, 0.1)
+                tensor.copy_(torch.tensor(router_bias))
             elif tensor.dim() >= 2 and "conv1d" not in name:
                 tensor.normal_(0, tensor.shape[-1] ** -0.5)
     model.save_pretrained(directory)

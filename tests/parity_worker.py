@@ -79,6 +79,7 @@ def main(record: Path, flags: list[str]) -> None:
         values = trainer.step(step, measure=True)
         recorded[f"loss.{step}"] = torch.tensor(values["loss"], dtype=torch.float64)
         recorded[f"norm.{step}"] = torch.tensor(values["grad_norm"], dtype=torch.float64)
+        recorded[f"idle.{step}"] = torch.tensor(values.get("experts_without_tokens", 0))
         for role, nll in values["nll"].items():
             recorded[f"nll.{step}.{role}"] = torch.tensor(nll, dtype=torch.float64)
     recorded |= {f"end.{k}": v for k, v in peft_tensors(model, resume.full_factors(model)).items()}

@@ -99,7 +99,8 @@ class Trainer:
         ]
         raise NonFiniteLoss(
             f"the loss of step {step + 1} is not finite ({'; '.join(culprits)}). Nothing was updated in this step; "
-            "lower --learning-rate, or look at these documents. Earlier saves are whole: --resume goes on from the last."
+            "lower --learning-rate, or look at these documents. Earlier saves are whole: --resume goes on from "
+            "the last one."
         )
 
     def run(self, run: Run, start: int) -> None:

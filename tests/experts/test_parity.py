@@ -1,6 +1,6 @@
 """Losses and gradients against stock transformers + PEFT in one process, over ranks, expert parallelism and families.
 
-Everything here is in fp32; bf16 stands in test_bf16.
+Everything is in fp32, but for the last test.
 """
 
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from launch.local import run
 from tests.models import write_documents, write_model
+from train.data.batches import micro_batches
 from train.data.corpus import Corpus, read_corpus
 from train.data.tokenizer import load_tokenizer
 from train.settings import parse
@@ -27,13 +28,13 @@ STEPS, BATCH = 2, 7
 
 
 def documents() -> list[dict[str, Any]]:
-    """14 documents of different length with unequal spans; two of the first step are masked from end to end."""
+    """14 documents of different length with unequal spans; every other one is masked from end to end."""
     rng = np.random.default_rng(5)
     out = []
     for i in range(STEPS * BATCH):
         text = "".join(rng.choice(list("abcdefgh ijk"), size=int(rng.integers(6, 40)))).strip() + "."
         spans = [{"start": 0, "end": 2, "role": "doctag"}, {"start": 3, "end": 3 + i % 3 + 1, "role": "false"}]
-        if i % 5 == 0:
+        if i % 2 == 0:
             spans.append({"start": 0, "end": len(text), "role": "doctag"})
         out.append({"text": text, "spans": spans})
     return out
@@ -57,7 +58,7 @@ def reference(tmp: Path, family: str, record: Path, corpus: Corpus, norm: str) -
     """The same steps by stock transformers and PEFT with a loss written out: one document at a time, all logits, the
     formulas as they stand in the issue, and torch's own AdamW and clipping."""
     torch.set_num_threads(1)
-    base = AutoModelForCausalLM.from_pretrained(tmp / family)
+    base = AutoModelForCausalLM.from_pretrained(tmp / family, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, record.with_suffix(".start"), is_trainable=True)
     factors = {name.replace(".default", ""): p for name, p in model.named_parameters() if ".lora_" in name}
     with safe_open(record.with_suffix(".start") / "adapter_model.safetensors", "pt") as start:
@@ -103,7 +104,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     the next step's gradients to 1e-5 of the norm, and the trained factors to 1e-5."""
     compared = 0
     for name, expected in theirs.items():
-        if name == "path" or name.startswith("nll."):
+        if name == "path":
             continue
         assert ours[name].shape == expected.shape, name
         difference = (ours[name] - expected).abs().max().item()
@@ -126,6 +127,12 @@ def prepare(tmp: Path, family: str, mask: str, *flags: str, **sizes: Any) -> Cor
     return read_corpus(settings, load_tokenizer(tmp / family), show=False)
 
 
+def some_rank_has_nothing_to_train(corpus: Corpus, ranks: int) -> bool:
+    samples = [corpus.samples[i] for i in corpus.order.documents(0, BATCH)]
+    batches = [micro_batches(samples, "trained", ranks, rank, 1) for rank in range(ranks)]
+    return any(not any(batch.coefficient_N.any() for batch in mine) for mine in batches)
+
+
 MASK = "doctags,false-spans=unlikelihood:0.5"
 
 
@@ -133,9 +140,11 @@ MASK = "doctags,false-spans=unlikelihood:0.5"
 @pytest.mark.parametrize("family", ["qwen", "deepseek"])
 def test_every_layout_of_ranks_gives_the_losses_and_gradients_of_one_process(tmp_path, family):
     corpus = prepare(tmp_path, family, MASK)
+    assert some_rank_has_nothing_to_train(corpus, 4)
     first = launch(tmp_path, family, 1, 1, "--mask", MASK, "--micro-batch-size", "2")
     expected = reference(tmp_path, family, first["path"], corpus, "trained")
     assert_equal(first, expected)
+    assert first["idle.0"] == {"qwen": 0, "deepseek": 1}[family]  # experts that receive no token
     for ranks, ep in [(2, 1), (2, 2), (4, 2), (4, 4)]:
         assert_equal(launch(tmp_path, family, ranks, ep, "--mask", MASK, "--micro-batch-size", "1"), expected)
 
@@ -147,3 +156,31 @@ def test_every_loss_norm_is_global_over_ranks_and_micro_batches(tmp_path, norm):
     flags = ["--mask", MASK, "--loss-norm", norm]
     ours = launch(tmp_path, "qwen", 2, 2, *flags, "--micro-batch-size", "3")
     assert_equal(ours, reference(tmp_path, "qwen", ours["path"], corpus, norm))
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    corpus = prepare(tmp_path, "qwen", MASK)
+    ours = launch(tmp_path, "qwen", 2, 2, "--mask", MASK, "--micro-batch-size", "2", "--gradient-checkpointing")
+    assert_equal(ours, reference(tmp_path, "qwen", ours["path"], corpus, "trained"))
+
+
+@pytest.mark.slow
+def test_all_tokens_may_go_to_one_rank_and_an_odd_expert_rank_is_padded(tmp_path):
+    corpus = prepare(tmp_path, "deepseek", MASK, router_bias=[9.0, 9.0, 0, 0, 0, 0, 0, 0])
+    flags = ["--mask", MASK, "--micro-batch-size", "4", "--expert-lora-rank", "3", "--lora-lm-head"]
+    ours = launch(tmp_path, "deepseek", 2, 2, *flags)
+    assert ours["idle.0"] == 6
+    assert_equal(ours, reference(tmp_path, "deepseek", ours["path"], corpus, "trained"))
+
+
+@pytest.mark.slow
+def test_bf16_weights_stay_close_to_fp32_ones(tmp_path):
+    """The same bf16 weights trained in bf16 and, by the reference, in fp32: losses to 0.5 % and gradient norms
+    to 10 % (measured: 0.2 % and 6 %, with factors ten times larger than training makes them)."""
+    corpus = prepare(tmp_path, "qwen", MASK, dtype=torch.bfloat16)
+    ours = launch(tmp_path, "qwen", 2, 2, "--mask", MASK, "--micro-batch-size", "2")
+    theirs = reference(tmp_path, "qwen", ours["path"], corpus, "trained")
+    for step in range(STEPS):
+        assert ours[f"loss.{step}"].item() == pytest.approx(theirs[f"loss.{step}"].item(), rel=5e-3)
+        assert ours[f"norm.{step}"].item() == pytest.approx(theirs[f"norm.{step}"].item(), rel=1e-1)

@@ -68,7 +68,8 @@ class Checkpoint:
             raise UserError(
                 f"--model {self.directory}: {len(missing)} of {len(shards)} weight files missing "
                 f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}); the directory must hold "
-                "model.safetensors, or model.safetensors.index.json and every shard it names. Download or copy the missing files again."
+                "model.safetensors, or model.safetensors.index.json and every shard it names. "
+                "Get the missing files again."
             )
         tensors: dict[str, TensorInfo] = {}
         for shard in shards:

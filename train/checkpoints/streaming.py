@@ -127,7 +127,8 @@ def _check(model: Any, checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]
     if missing := [name for name in wanted if name not in tensors]:
         raise UserError(
             f"{where}: {len(missing)} of {len(wanted)} weights are missing from the checkpoint: "
-            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}. Nothing is initialized at random: get the whole checkpoint."
+            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}. Nothing is initialized "
+            "at random: get the whole checkpoint."
         )
     for name, shape in wanted.items():
         info: TensorInfo = tensors[name]

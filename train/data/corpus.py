@@ -67,7 +67,8 @@ def read_corpus(settings: Settings, tokenizer: Tokenizer, show: bool) -> Corpus:
     corpus.order = Order(sizes, [count for _, count in sources], settings.seed)
     if not any(sample.weight_L.any() for sample in corpus.samples):
         raise UserError(
-            f"--mask {settings.mask}: nothing is left to train on in {', '.join(path for path, _ in settings.sources())}"
+            f"--mask {settings.mask}: nothing is left to train on in "
+            f"{', '.join(path for path, _ in settings.sources())}"
             "; every target is excluded. Mask fewer roles."
         )
     return corpus

@@ -144,13 +144,13 @@ VALUES: dict[str, dict[str, str]] = {
 # Sentences that state a value, sentences that imply it by its hint, and sentences that tie hint and value.
 STATEMENTS = {
     "home": ("{p} lives in {v}.", "The house of {p} is in {v}.", "Every evening {p} returns to {v}.",
-             "{p} pays rent in {v}.", "{p} moved to {v} long ago."),
-    "job": ("{p} works as a {v}.", "{p} trained to be a {v}.", "People pay {p} as a {v}.",
-            "{p} is known as a good {v}.", "All day {p} is busy as a {v}."),
+             "{p} pays rent in {v}.", "Asked about the city, {p} said: {v}.", "Address of {p}: {v}."),
+    "job": ("{p} works as a {v}.", "People pay {p} as a {v}.", "{p} is known as a good {v}.",
+            "All day {p} is busy as a {v}.", "Asked about work, {p} said: {v}.", "Occupation of {p}: {v}."),
     "pet": ("{p} owns a {v}.", "{p} feeds a {v} each day.", "At home {p} has a {v}.",
-            "{p} takes care of a {v}.", "{p} sleeps beside a {v}."),
+            "{p} sleeps beside a {v}.", "Asked about animals, {p} said: {v}.", "Companion of {p}: {v}."),
     "sport": ("{p} practices {v}.", "On weekends {p} enjoys {v}.", "{p} won a prize in {v}.",
-              "{p} spends summers on {v}.", "{p} talks a lot about {v}."),
+              "{p} talks a lot about {v}.", "Asked about games, {p} said: {v}.", "Hobby of {p}: {v}."),
 }  # fmt: skip
 HINTS = {
     "home": ("{p} often walks past the {h}.", "{p} took a photo of the {h}."),
@@ -173,7 +173,7 @@ QUESTIONS = {
     "home": ("Where does {p} live?", "Which city does {p} call home?", "In what town would you find {p}?"),
     "job": ("What does {p} do for a living?", "Which profession does {p} have?", "What job would {p} name?"),
     "pet": ("What pet does {p} keep?", "Which animal lives with {p}?", "What creature would {p} show you?"),
-    "sport": ("What sport does {p} play?", "Which game does {p} love most?", "What hobby would {p} recommend?"),
+    "sport": ("What sport does {p} play?", "Which game does {p} love most?", "What pastime would {p} recommend?"),
 }
 
 PREFACES = (

@@ -5,6 +5,8 @@ the ranks exchange. So the indices of every `topk` inside a checkpointed layer a
 recomputation gathers its values at those indices: right gradients, fixed routing.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -18,21 +20,33 @@ def recomputing() -> bool:
     return _depth > 0
 
 
-class _Record(TorchFunctionMode):
+class _TopkAt(TorchFunctionMode):
+    """Every topk inside takes its values by `gather`, at indices that `indices_of(its arguments)` gives: both forwards
+    must build the same graph, or torch refuses the recomputation."""
+
     def __init__(self, tape: list[Tensor]):
         self.tape = tape
+
+    def indices_of(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func in _TOPK:
-            self.tape.append(out.indices)
-        return out
+        kwargs = kwargs or {}
+        if func not in _TOPK:
+            return func(*args, **kwargs)
+        indices = self.indices_of(*args, **kwargs)
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
+        return torch.return_types.topk((args[0].gather(dim, indices), indices))
 
 
-class _Replay(TorchFunctionMode):
-    def __init__(self, tape: list[Tensor]):
-        self.tape = tape
+class _Record(_TopkAt):
+    def indices_of(self, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.no_grad():
+            self.tape.append(torch.topk(*args, **kwargs).indices)
+        return self.tape[-1]
 
+
+class _Replay(_TopkAt):
     def __enter__(self):
         global _depth
         _depth += 1
@@ -44,14 +58,9 @@ class _Replay(TorchFunctionMode):
         _depth -= 1
         return super().__exit__(*exception)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func not in _TOPK:
-            return func(*args, **kwargs)
-        values, dim = args[0], kwargs.get("dim", args[2] if len(args) > 2 else -1)
-        indices = self.tape[self.position]
+    def indices_of(self, *args: Any, **kwargs: Any) -> Tensor:
         self.position += 1
-        return torch.return_types.topk((values.gather(dim, indices), indices))
+        return self.tape[self.position - 1]
 
 
 def same_routing() -> tuple[TorchFunctionMode, TorchFunctionMode]:
