@@ -1,0 +1,109 @@
+"""The expert-parallel module in one process: against transformers' own experts, and the factors' initial values."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen3_5MoeTextConfig
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
+
+from tests.models import QWEN
+from train.experts.dispatch import ExpertGroup
+from train.experts.module import ExpertParallelExperts, padded_rank
+from train.lora import LoRASettings
+
+LORA = LoRASettings(rank=8, alpha=16.0, expert_rank=3, seed=4)
+
+
+def pair(ep: ExpertGroup | None = None) -> tuple[Qwen3_5MoeExperts, ExpertParallelExperts]:
+    """transformers' module and ours with the same weights; ours holds the experts of `ep`."""
+    torch.manual_seed(0)
+    stock = Qwen3_5MoeExperts(Qwen3_5MoeTextConfig(**QWEN))
+    ours = ExpertParallelExperts("layers.0.mlp.experts", 8, 32, 16, stock.act_fn, ep or ExpertGroup())
+    owned = ours.ep.owned(8)
+    for name, parameter in stock.named_parameters():
+        nn.init.normal_(parameter, std=0.2)
+        ours.store(name, parameter.data[owned.start : owned.stop].clone())
+    return stock, ours
+
+
+def routing(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    hidden_TH = torch.randn(tokens, 32, requires_grad=True)
+    index_Tk = torch.stack([torch.randperm(7)[:2] for _ in range(tokens)])  # expert 7 gets nothing
+    weight_Tk = torch.rand(tokens, 2, requires_grad=True)
+    return hidden_TH, index_Tk, weight_Tk
+
+
+def test_output_and_gradients_are_those_of_transformers():
+    stock, ours = pair()
+    hidden_TH, index_Tk, weight_Tk = routing(20)
+    grad_TH = torch.randn(20, 32)
+    expected = torch.autograd.grad(stock(hidden_TH, index_Tk, weight_Tk), (hidden_TH, weight_Tk), grad_TH)
+    found = torch.autograd.grad(ours(hidden_TH, index_Tk, weight_Tk), (hidden_TH, weight_Tk), grad_TH)
+    torch.testing.assert_close(ours(hidden_TH, index_Tk, weight_Tk), stock(hidden_TH, index_Tk, weight_Tk))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_lora_is_the_frozen_layer_with_w_plus_scale_b_a():
+    stock, ours = pair()
+    ours.add_lora(LORA, torch.float32, torch.device("cpu"))
+    for name, parameter in ours.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data[:, :, :3] = torch.randn_like(parameter[:, :, :3]) * 0.1
+    with torch.no_grad():
+        for name, parameter in stock.named_parameters():
+            A, B = (getattr(ours, f"{name}_lora_{f}") for f in "AB")
+            parameter += 16 / 3 * B @ A
+    hidden_TH, index_Tk, weight_Tk = routing(20)
+    torch.testing.assert_close(
+        ours(hidden_TH, index_Tk, weight_Tk), stock(hidden_TH, index_Tk, weight_Tk), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_padding_is_sent_nowhere_and_counted_nowhere():
+    stock, ours = pair()
+    hidden_TH, index_Tk, weight_Tk = routing(6)
+    ours.keep_T = torch.tensor([True, True, False, True, False, True])
+    out_TH = ours(hidden_TH, index_Tk, weight_Tk)
+    expected_TH = stock(hidden_TH, index_Tk, weight_Tk)
+    torch.testing.assert_close(out_TH[ours.keep_T], expected_TH[ours.keep_T])
+    assert not out_TH[~ours.keep_T].any()
+    assert ours.load_E.tolist() == torch.bincount(index_Tk[ours.keep_T].flatten(), minlength=8).tolist()
+
+
+def test_without_any_token_the_output_is_zero_and_every_factor_has_a_zero_gradient():
+    _, ours = pair()
+    ours.add_lora(LORA, torch.float32, torch.device("cpu"))
+    hidden_TH, index_Tk, weight_Tk = routing(3)
+    ours.keep_T = torch.zeros(3, dtype=torch.bool)
+    out_TH = ours(hidden_TH, index_Tk, weight_Tk)
+    out_TH.backward(torch.ones(3, 32))
+    assert not out_TH.any()
+    assert all(p.grad is not None and not p.grad.any() for p in ours.parameters())  # ZeRO-3 waits for each of them
+
+
+def test_initial_factors_depend_on_seed_and_name_alone_and_not_on_the_group():
+    _, whole = pair()
+    whole.add_lora(LORA, torch.float32, torch.device("cpu"))
+    for rank in range(4):
+        _, part = pair(ExpertGroup(size=4, rank=rank))
+        part.add_lora(LORA, torch.bfloat16, torch.device("cpu"))  # pads to 8 instead of 4
+        for name, parameter in part.named_parameters():
+            axis = 1 if name.endswith("A") else 2
+            mine, theirs = (
+                parameter.narrow(axis, 0, 3),
+                getattr(whole, name)[2 * rank : 2 * rank + 2].narrow(axis, 0, 3),
+            )
+            assert torch.equal(mine, theirs)
+            assert not parameter.narrow(axis, 3, 5).any()
+    A_Erh = whole.gate_up_proj_lora_A[:, :3]
+    assert A_Erh.abs().max() <= 32**-0.5 and len({tuple(a.flatten().tolist()) for a in A_Erh}) == 8
+
+
+@pytest.mark.parametrize(
+    ("rank", "dtype", "padded"),
+    [(1, torch.float32, 4), (4, torch.float32, 4), (5, torch.bfloat16, 8), (8, torch.bfloat16, 8)],
+)
+def test_ranks_are_padded_to_16_bytes(rank, dtype, padded):
+    assert padded_rank(rank, dtype) == padded
