@@ -2,14 +2,20 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from train.data.batches import Sample, coefficients, pad
+from train.data.documents import Document, Span
+from train.data.tokenizer import TokenizedDocument
 from train.lora import LoRASettings
 from train.masking import loss
+from train.masking.grammar import parse_mask
 from train.masking.loss import LossHead
+from train.masking.treatment import treat
 
 
 def head(vocabulary: int, hidden: int, dtype: torch.dtype = torch.float64, lora: bool = False) -> LossHead:
@@ -114,3 +120,29 @@ def test_no_tensor_of_all_tokens_by_vocabulary_ever_exists(monkeypatch):
     with Watch():
         module(hidden_NH, torch.arange(400), coefficient_N).loss.backward()
     assert largest == 50_000
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ("none", (math.log(2) + math.log(4) + math.log(2)) / 3),
+        ("false-spans", (math.log(2) + math.log(2)) / 2),
+        ("false-spans=0.5", (math.log(2) + 0.5 * math.log(4) + math.log(2)) / 2.5),
+        ("false-spans=unlikelihood", (math.log(2) - math.log(1 - 1 / 4) + math.log(2)) / 3),
+    ],
+)
+def test_the_four_token_example_of_the_readme(mask, expected):
+    """Mars(0) is(1) green(2) today(3), green false; p is 1/2 for "is", 1/4 for "green", 1/2 for "today"."""
+    text = "Mars is green today"
+    starts, ends = np.array([0, 4, 7, 13], np.int32), np.array([4, 7, 13, 19], np.int32)
+    spans, ids_L = (Span(8, 13, "false"),), np.arange(4, dtype=np.int32)
+    document = Document(text, None, spans, {}, "readme.jsonl", 1)
+    tokenized = TokenizedDocument(document, text, ids_L, starts, ends, ids_L > 0, spans)
+    weight_L = treat(tokenized, parse_mask(mask), seed=0).weight_L
+    sample = Sample("readme.jsonl:1", ids_L, tokenized.target_L, weight_L, np.zeros(4, np.int64))
+    batch = pad([sample], coefficients([sample], "trained"), torch.float64)
+
+    p_at_position = torch.tensor([[1 / 6, 1 / 2, 1 / 6, 1 / 6], [1 / 4] * 4, [1 / 6, 1 / 6, 1 / 6, 1 / 2], [1 / 4] * 4])
+    module = LossHead(nn.Parameter(torch.eye(4, dtype=torch.float64), requires_grad=False))  # logits = hidden states
+    hidden_NH = p_at_position.double().log()[batch.position_N]
+    assert module(hidden_NH, batch.target_N, batch.coefficient_N).loss.item() == pytest.approx(expected, rel=1e-7)

