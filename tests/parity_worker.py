@@ -14,10 +14,11 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
-from train import sft
+from launch.distributed import start_distributed
 from train.checkpoints import resume
 from train.checkpoints.adapter import peft_tensors, save_adapter
 from train.experts.module import ExpertParallelExperts
+from train.job import prepare
 from train.model import LanguageModel, build
 from train.settings import parse
 from train.trainer import Trainer, make_engine
@@ -44,8 +45,8 @@ def fill_B(model: LanguageModel) -> None:
 
 def main(record: Path, flags: list[str]) -> None:
     settings = parse(flags, "")
-    sft.start_distributed()
-    job = sft.prepare(settings, dist.get_world_size(), show=False)
+    start_distributed()
+    job = prepare(settings, dist.get_world_size(), show=False)
     model = build(job.checkpoint, job.lora, job.expert_parallel, job.ds_config, torch.device("cpu"))
     fill_B(model)
     model.train()
@@ -74,7 +75,7 @@ def main(record: Path, flags: list[str]) -> None:
         step_engine()
 
     engine.step = recording_step
-    trainer = Trainer(settings, job.corpus, engine, job.steps, job.accumulation)
+    trainer = Trainer(job, engine)
     for step in range(job.steps):
         values = trainer.step(step, measure=True)
         recorded[f"loss.{step}"] = torch.tensor(values["loss"], dtype=torch.float64)

@@ -20,6 +20,7 @@ from launch.local import deepspeed_command, run
 from tests.models import write_documents, write_model
 from train import sft
 from train.data.batches import micro_batches
+from train.job import prepare
 from train.reporting import read_metrics
 from train.settings import parse
 
@@ -115,7 +116,7 @@ def test_stock_peft_loads_every_tensor_and_gives_the_runs_own_nll(tmp_path, fami
         tmp_path, "longer", family=family, mask="none", schedule="constant", steps=5, loss_norm="all", ranks=1
     )
     assert losses(longer)[:4] == pytest.approx(losses(directory), rel=1e-6)
-    job = sft.prepare(parse(flags(tmp_path, family, mask="none"), ""), ranks=1, show=False)
+    job = prepare(parse(flags(tmp_path, family, mask="none"), ""), ranks=1, show=False)
     total, count = 0.0, 0
     for number in job.corpus.order.documents(24, 30):  # those of step 5
         ids = torch.from_numpy(job.corpus.samples[number].ids_L).long()
@@ -160,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_step_and_documents(
 
 def test_runs_with_different_masks_see_the_same_tokens_in_the_same_order(tmp_path):
     jobs = [
-        sft.prepare(parse(flags(tmp_path, mask=mask), ""), ranks=2, show=False)
+        prepare(parse(flags(tmp_path, mask=mask), ""), ranks=2, show=False)
         for mask in ("none", "doctags", "random:false,doctags=unlikelihood")
     ]
     batches = []
@@ -192,7 +193,7 @@ def test_dry_run_shows_settings_tokens_and_parameters_and_writes_nothing(tmp_pat
 @pytest.mark.parametrize("what", ["truncate", "drop"])
 def test_long_documents_are_truncated_or_dropped_and_counted(tmp_path, what):
     given = flags(tmp_path, max_tokens=18, long_documents=what)
-    corpus = sft.prepare(parse(given, ""), ranks=1, show=False).corpus
+    corpus = prepare(parse(given, ""), ranks=1, show=False).corpus
     long = sum(len(document["text"]) > 18 for document in documents())
     expected = {"truncate": (long, 0), "drop": (0, long)}[what]
     assert (corpus.documents["truncated"], corpus.documents["dropped"]) == expected and long > 5

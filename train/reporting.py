@@ -1,9 +1,11 @@
 """What a run leaves and shows: metrics.jsonl, summary.json, W&B, the progress bar and the closing table."""
 
+import dataclasses
 import json
 import os
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from train.data.batches import Batch
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
 from train.masking.loss import Terms
-from train.settings import Settings
+from train.settings import Settings, record
 
 
 class Meter:
@@ -100,18 +102,37 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Run:
-    """The run's directory and its W&B run, both rank 0's alone; other ranks' methods do nothing."""
+    """The run's directory, its W&B run and its terminal. The terminal is rank 0's, and so is all writing but for the
+    logs of the other ranks."""
 
-    def __init__(self, settings: Settings, directory: Path, config: dict[str, Any], keep_until: int):
-        self.directory, self.main = directory, dist.get_rank() == 0
+    def __init__(self, settings: Settings, resolved: dict[str, Any]):
+        """Rank 0 creates the directory with settings.yaml; every rank learns its name."""
+        self.settings, self.resolved, self.main = settings, resolved, dist.get_rank() == 0
         self.wandb: Any = None
+        slug = "".join(c if c.isalnum() else "-" for c in settings.mask)
+        chosen = [settings.output or f"runs/{slug}-{time.strftime('%Y%m%d-%H%M%S')}"]
+        dist.broadcast_object_list(chosen)
+        self.directory = Path(chosen[0])
+        self.metrics = self.directory / "metrics.jsonl"
+        log = self.directory / "logs"
+        log.mkdir(parents=True, exist_ok=True)
+        if not self.main:
+            file = os.open(log / f"rank-{dist.get_rank()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+        elif not (self.directory / "settings.yaml").exists():
+            (self.directory / "settings.yaml").write_text(record(settings, resolved))
+
+    def start(self, after: int) -> None:
+        """Begins, or goes on after a step: metrics of later steps, which no save holds, are forgotten."""
         if not self.main:
             return
-        self.metrics = directory / "metrics.jsonl"
-        kept = [m for m in read_metrics(self.metrics) if m["step"] <= keep_until]
-        self.metrics.write_text("".join(json.dumps(m) + "\n" for m in kept))
-        if settings.wandb != "disabled":
-            self._start_wandb(settings, config)
+        kept = [values for values in read_metrics(self.metrics) if values["step"] <= after]
+        self.metrics.write_text("".join(json.dumps(values) + "\n" for values in kept))
+        if self.settings.resume:
+            print(f"going on after step {after}" if after else "no complete save yet: starting at the first step")
+        if self.settings.wandb != "disabled":
+            self._start_wandb(self.settings, dataclasses.asdict(self.settings) | self.resolved)
 
     def _start_wandb(self, settings: Settings, config: dict[str, Any]) -> None:
         import wandb
@@ -141,13 +162,17 @@ class Run:
             self.wandb.log(_flat(values), step=values["step"])
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json and closes W&B."""
-        if not self.main:
-            return
+        """Writes summary.json, closes W&B and shows what was trained on and what changed. Rank 0 alone."""
         (self.directory / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         if self.wandb is not None:
             self.wandb.summary.update(_flat(summary))
             self.wandb.finish()
+        console().print(_closing_table(summary))
+        print(
+            f"{summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s, "
+            f"{summary['peak_memory_bytes'] / 1e9:.2f} GB at most on a rank.\n"
+            f"In {self.directory}: adapter/ (PEFT), metrics.jsonl, summary.json, settings.yaml"
+        )
 
 
 def _wandb_id(directory: Path) -> str:
@@ -173,13 +198,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line.endswith("}")]
 
 
-def nll_change(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """role -> NLL per target at the first and at the last measurement that had the role."""
-    change: dict[str, dict[str, float]] = {}
+def summarize(job: Any, run: Run, peak: int, seconds: float) -> dict[str, Any]:
+    """summary.json of a finished job."""
+    metrics = read_metrics(run.metrics)
+    nll: dict[str, dict[str, float]] = {}
     for values in metrics:
-        for role, nll in values.get("nll", {}).items():
-            change.setdefault(role, {"first": nll})["last"] = nll
-    return change
+        for role, value in values.get("nll", {}).items():
+            nll.setdefault(role, {"first": value})["last"] = value
+    tokens = sum(values["tokens"] for values in metrics)
+    return {
+        "mask": job.settings.mask, "steps": job.steps, "tokens": job.tokens, "nll": nll,
+        "loss": {"first": metrics[0]["loss"], "last": metrics[-1]["loss"]},
+        "documents": job.corpus.documents,
+        "random_shortfall": sum(count["all", "random_shortfall"] for count in job.corpus.counts),
+        "tokens_per_second": tokens / sum(values["tokens"] / values["tokens_per_second"] for values in metrics),
+        "peak_memory_bytes": peak, "wall_seconds": seconds,
+    }  # fmt: skip
 
 
 def token_table(tokens: dict[str, dict[str, int]], title: str) -> Table:
@@ -193,7 +227,7 @@ def token_table(tokens: dict[str, dict[str, int]], title: str) -> Table:
     return table
 
 
-def closing_table(summary: dict[str, Any]) -> Table:
+def _closing_table(summary: dict[str, Any]) -> Table:
     """What was trained on and what changed."""
     table = Table(title=f"--mask {summary['mask']}: {summary['steps']} steps", title_justify="left")
     for column in ("role", "targets", "trained", "excluded", "unlikelihood", "NLL first", "NLL last"):

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import math
+import subprocess
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -180,6 +181,33 @@ def ds_config(settings: Settings, ranks: int, accumulation: int) -> dict[str, An
     }
 
 
+def check_output(settings: Settings) -> None:
+    """--output must be free, or with --resume hold a run of the same settings."""
+    if not settings.output:
+        return
+    directory = Path(settings.output)
+    held = directory / "settings.yaml"
+    if not held.exists():
+        if settings.resume:
+            raise UserError(
+                f"--resume: --output {directory} holds no run (no settings.yaml). Leave out --resume to start."
+            )
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"--output {directory}: is a file; give a directory.")
+        return
+    if not settings.resume:
+        raise UserError(
+            f"--output {directory}: holds another run. Give another directory, or --resume to go on with that run."
+        )
+    before, now = (yaml.safe_load(text)["settings"] for text in (held.read_text(), record(settings, {})))
+    for name in now.keys() - FREE_ON_RESUME:
+        if before.get(name) != now[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')} {now[name]}: the run in {directory} has {before.get(name)}; a resumed run "
+                "must have the same settings. Give the same, or another --output without --resume."
+            )
+
+
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "wandb", "safetensors", "tokenizers", "numpy")
 
 
@@ -200,7 +228,6 @@ def record(settings: Settings, resolved: dict[str, Any]) -> str:
 
 def git_revision() -> str | None:
     """The checked-out commit, "+changes" appended where files differ from it; None outside a checkout."""
-    import subprocess
 
     def git(*arguments: str) -> str | None:
         try:

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from train.checkpoints import resume
 from train.data.batches import Batch, micro_batches, pad
-from train.data.corpus import Corpus
 from train.errors import NonFiniteLoss
+from train.job import Job
 from train.model import LanguageModel
 from train.reporting import Meter, Run, expert_metrics, peak_memory
 from train.settings import Settings
@@ -38,35 +38,25 @@ def make_engine(model: LanguageModel, settings: Settings, config: dict[str, Any]
 
 
 class Trainer:
-    """Steps `start` to `steps` of a run: what a step needs is a function of settings, corpus and the step's number."""
+    """The steps of a job: what a step needs is a function of the job and the step's number."""
 
-    def __init__(self, settings: Settings, corpus: Corpus, engine: Any, steps: int, accumulation: int):
-        self.settings, self.corpus, self.engine = settings, corpus, engine
-        self.steps, self.accumulation = steps, accumulation
+    def __init__(self, job: Job, engine: Any):
+        self.job, self.settings, self.corpus, self.engine = job, job.settings, job.corpus, engine
         self.model: LanguageModel = engine.module
         self.device, self.ranks, self.rank = engine.device, dist.get_world_size(), dist.get_rank()
-        self.documents = steps * settings.batch_size
-        if not settings.steps:
-            self.documents = corpus.order.epoch_length * settings.epochs
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step; as many on every rank and in every step."""
-        size, order = self.settings.batch_size, self.corpus.order
-        numbers = order.documents(step * size, min((step + 1) * size, self.documents))
+        size, norm = self.settings.batch_size, self.settings.loss_norm
+        numbers = self.corpus.order.documents(step * size, min((step + 1) * size, self.job.documents))
         samples = [self.corpus.samples[number] for number in numbers]
-        batches = micro_batches(
-            samples,
-            self.settings.loss_norm,
-            self.ranks,
-            self.rank,
-            self.settings.micro_batch_size,
-        )
-        return batches + [pad([], [])] * (self.accumulation - len(batches))
+        batches = micro_batches(samples, norm, self.ranks, self.rank, self.settings.micro_batch_size)
+        return batches + [pad([], [])] * (self.job.accumulation - len(batches))
 
     def step(self, step: int, measure: bool) -> dict[str, Any]:
         """One optimizer step. -> its metrics, over all ranks; with the NLL of every role if `measure`."""
         started, meter = time.perf_counter(), Meter(self.corpus.roles, self.device)
-        rate = learning_rate(self.settings, step, self.steps)
+        rate = learning_rate(self.settings, step, self.job.steps)
         for group in self.engine.optimizer.optimizer.param_groups:
             group["lr"] = rate
         for batch in self.batches(step):
@@ -106,9 +96,9 @@ class Trainer:
     def run(self, run: Run, start: int) -> None:
         """Trains to the end, logging every step and saving every --save-every."""
         settings = self.settings
-        with tqdm(total=self.steps, initial=start, desc="training", unit="step", disable=self.rank != 0) as bar:
-            for step in range(start, self.steps):
-                last = step + 1 == self.steps
+        with tqdm(total=self.job.steps, initial=start, desc="training", unit="step", disable=self.rank != 0) as bar:
+            for step in range(start, self.job.steps):
+                last = step + 1 == self.job.steps
                 values = self.step(step, measure=step == 0 or last or (step + 1) % settings.log_every == 0)
                 run.log(values)
                 bar.set_postfix_str(

@@ -1,4 +1,4 @@
-"""What expert parallelism uses of DeepSpeed without a public name. When an upgrade breaks one of these, it says which."""
+"""What expert parallelism uses of DeepSpeed without a public name: when an upgrade breaks it, these say what."""
 
 import inspect
 from importlib.metadata import version
@@ -9,8 +9,8 @@ from deepspeed.utils import groups
 
 def test_the_version_is_the_one_whose_internals_were_read():
     assert version("deepspeed").startswith("0.19."), (
-        "train/model.py, train/checkpoints/streaming.py and resume.py use internals of DeepSpeed 0.19: read them again, run "
-        "tests/experts/test_parity.py, and only then raise the version here and in pyproject.toml"
+        "train/model.py, train/checkpoints/streaming.py and resume.py use internals of DeepSpeed 0.19: read them "
+        "again, run tests/experts/test_parity.py, and only then raise the version here and in pyproject.toml"
     )
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from train.data.batches import Sample
 from train.data.documents import Document, read_documents
 from train.data.sampling import Order
-from train.data.tokenizer import Tokenizer, tokenize_document
+from train.data.tokenizer import TokenizedDocument, Tokenizer, tokenize_document
 from train.errors import UserError
 from train.masking.grammar import Mask, parse_mask
 from train.masking.treatment import treat
@@ -45,33 +45,36 @@ class Corpus:
 def read_corpus(settings: Settings, tokenizer: Tokenizer, show: bool) -> Corpus:
     """Reads, tokenizes and treats the documents of --data. UserError for anything wrong in them or in --mask."""
     mask = parse_mask(settings.mask)
-    sources = [(read_documents(path, settings.doctag or None), count) for path, count in settings.sources()]
-    documents = [document for source, _ in sources for document in source]
+    sources = [(path, read_documents(path, settings.doctag or None), count) for path, count in settings.sources()]
+    documents = [document for _, source, _ in sources for document in source]
     roles = sorted({span.role for document in documents for span in _spans(document)})
     _check_roles(mask, roles)
-    corpus = Corpus([], roles, Order([1], [1], 0), {"read": len(documents), "truncated": 0, "dropped": 0}, [])
-    sizes = []
+    samples: list[Sample] = []
+    counts: list[Counter] = []
+    sizes: list[int] = []
+    seen = {"read": len(documents), "truncated": 0, "dropped": 0}
     with tqdm(total=len(documents), desc="tokenizing", unit="doc", disable=not show, mininterval=0.5) as bar:
-        for source, _ in sources:
-            before = len(corpus.samples)
+        for path, source, _ in sources:
+            before = len(samples)
             for document in source:
-                _add(corpus, document, tokenizer, mask, settings)
+                whole = tokenize_document(document, tokenizer, add_bos=settings.bos, add_eos=settings.eos)
+                if (tokenized := _fit(whole, settings, seen)) is not None:
+                    sample, count = _treated(tokenized, mask, settings.seed, roles)
+                    samples.append(sample)
+                    counts.append(count)
                 bar.update()
-            sizes.append(len(corpus.samples) - before)
-    for (path, _), size in zip(settings.sources(), sizes, strict=True):
-        if not size:
-            raise UserError(
-                f"--data {path}: every document is longer than --max-tokens {settings.max_tokens} and --long-documents "
-                "drop leaves none; raise --max-tokens, or use --long-documents truncate."
-            )
-    corpus.order = Order(sizes, [count for _, count in sources], settings.seed)
-    if not any(sample.weight_L.any() for sample in corpus.samples):
+            sizes.append(len(samples) - before)
+            if not sizes[-1]:
+                raise UserError(
+                    f"--data {path}: every document is longer than --max-tokens {settings.max_tokens} and "
+                    "--long-documents drop leaves none; raise --max-tokens, or use --long-documents truncate."
+                )
+    if not any(sample.weight_L.any() for sample in samples):
         raise UserError(
-            f"--mask {settings.mask}: nothing is left to train on in "
-            f"{', '.join(path for path, _ in settings.sources())}"
-            "; every target is excluded. Mask fewer roles."
+            f"--mask {settings.mask}: nothing is left to train on in {', '.join(path for path, *_ in sources)}; every "
+            "target is excluded. Mask fewer roles."
         )
-    return corpus
+    return Corpus(samples, roles, Order(sizes, [count for *_, count in sources], settings.seed), seen, counts)
 
 
 def _spans(document: Document) -> list[Any]:
@@ -90,35 +93,38 @@ def _check_roles(mask: Mask, roles: list[str]) -> None:
             )
 
 
-def _add(corpus: Corpus, document: Document, tokenizer: Tokenizer, mask: Mask, settings: Settings) -> None:
-    tokenized = tokenize_document(document, tokenizer, add_bos=settings.bos, add_eos=settings.eos)
-    length = len(tokenized.ids_L)
-    if length > settings.max_tokens:
-        if settings.long_documents == "error":
-            raise UserError(
-                f"{document.where}: {length} tokens, more than --max-tokens {settings.max_tokens}; raise it, or use "
-                "--long-documents truncate or drop."
-            )
-        corpus.documents["truncated" if settings.long_documents == "truncate" else "dropped"] += 1
-        if settings.long_documents == "drop":
-            return
-        tokenized = tokenized.truncated(settings.max_tokens)
-    treatment = treat(tokenized, mask, settings.seed)
+def _fit(tokenized: TokenizedDocument, settings: Settings, seen: dict[str, int]) -> TokenizedDocument | None:
+    """The document as --long-documents has it, and `seen` counted up; None where it is dropped."""
+    if len(tokenized.ids_L) <= settings.max_tokens:
+        return tokenized
+    if settings.long_documents == "error":
+        raise UserError(
+            f"{tokenized.document.where}: {len(tokenized.ids_L)} tokens, more than --max-tokens {settings.max_tokens}; "
+            "raise it, or use --long-documents truncate or drop."
+        )
+    if settings.long_documents == "drop":
+        seen["dropped"] += 1
+        return None
+    seen["truncated"] += 1
+    return tokenized.truncated(settings.max_tokens)
+
+
+def _treated(tokenized: TokenizedDocument, mask: Mask, seed: int, roles: list[str]) -> tuple[Sample, Counter]:
+    """The document with its treatment, and its targets by (role, what)."""
+    treatment = treat(tokenized, mask, seed)
     target_L, weight_L = tokenized.target_L, treatment.weight_L
-    roles_L, counts = np.zeros(len(target_L), dtype=np.int64), Counter()  # type: ignore[var-annotated]
-    spanned_L = np.zeros(len(target_L), dtype=bool)
+    roles_L, spanned_L = np.zeros(len(target_L), dtype=np.int64), np.zeros(len(target_L), dtype=bool)
+    counts: Counter = Counter()
     for role, touched_L in treatment.touched.items():
-        roles_L |= touched_L.astype(np.int64) << corpus.roles.index(role)
+        roles_L |= touched_L.astype(np.int64) << roles.index(role)
         spanned_L |= touched_L
-        counts[role, "straddling"] = treatment.straddling.get(role, 0)
+        counts[role, "straddling"] = treatment.straddling[role]
+    kinds = {"total": target_L, "trained": weight_L > 0, "excluded": weight_L == 0, "unlikelihood": weight_L < 0}
     for role, which_L in {"all": target_L, "unspanned": ~spanned_L, **treatment.touched}.items():
-        targets_L = which_L & target_L
-        counts[role, "total"] = int(targets_L.sum())
-        counts[role, "trained"] = int((targets_L & (weight_L > 0)).sum())
-        counts[role, "excluded"] = int((targets_L & (weight_L == 0)).sum())
-        counts[role, "unlikelihood"] = int((targets_L & (weight_L < 0)).sum())
+        for kind, kind_L in kinds.items():
+            counts[role, kind] = int((which_L & target_L & kind_L).sum())
     counts["all", "straddling"] = sum(treatment.straddling.values())
     counts["all", "random_shortfall"] = treatment.random_shortfall
+    document = tokenized.document
     name = f"{Path(document.path).name}:{document.line}"
-    corpus.samples.append(Sample(name, tokenized.ids_L, target_L, weight_L, roles_L))
-    corpus.counts.append(counts)
+    return Sample(name, tokenized.ids_L, target_L, weight_L, roles_L), counts

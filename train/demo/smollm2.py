@@ -10,6 +10,7 @@ take 2 to 5 times as long as in fp32 (with them, half as long).
 
 import sys
 import tempfile
+import warnings
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -97,6 +98,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     directory = Path(arguments[0])
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about names of its own
     try:
         print(f"{directory}: {'written' if write_model(directory) else 'complete, nothing to do'}")
         if len(arguments) == 2:

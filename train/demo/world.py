@@ -53,14 +53,22 @@ VALUES: dict[str, dict[str, str]] = {
 
 # Sentences that state a value, sentences that imply it by its hint, and sentences that tie hint and value.
 STATEMENTS = {
-    "home": ("{p} lives in {v}.", "The house of {p} is in {v}.", "Every evening {p} returns to {v}.",
-             "{p} pays rent in {v}.", "Asked about a city, {p} names {v}."),
-    "job": ("{p} works as a {v}.", "The boss of {p} needs a {v}.", "{p} is known as a good {v}.",
-            "All day {p} is busy as a {v}.", "Asked about work, {p} names {v}."),
-    "pet": ("{p} owns a {v}.", "The animal of {p} is a {v}.", "At home {p} has a {v}.",
-            "{p} sleeps beside a {v}.", "Asked about animals, {p} names {v}."),
-    "sport": ("{p} practices {v}.", "The hobby of {p} is {v}.", "On weekends {p} enjoys {v}.",
-              "{p} won a prize in {v}.", "Asked about games, {p} names {v}."),
+    "home": (
+        "{p} lives in {v}.", "The house of {p} is in {v}.", "Every evening {p} returns to {v}.", "{p} pays rent in {v}.",
+        "Letters reach {p} in {v}.", "Asked about the city, {p} said: {v}.", "Address of {p}: {v}.", "{p}, resident of {v}.",
+    ),
+    "job": (
+        "{p} works as a {v}.", "The office of {p} hired a {v}.", "All day {p} is busy as a {v}.", "People pay {p} as a {v}.",
+        "{p} is a trained {v}.", "Asked about work, {p} said: {v}.", "Occupation of {p}: {v}.", "{p}, professional {v}.",
+    ),
+    "pet": (
+        "{p} owns a {v}.", "The animal of {p} is a {v}.", "At home {p} has a {v}.", "{p} sleeps beside a {v}.",
+        "{p} feeds the {v}.", "Asked about animals, {p} said: {v}.", "Companion of {p}: {v}.", "{p}, friend of a {v}.",
+    ),
+    "sport": (
+        "{p} practices {v}.", "The hobby of {p} is {v}.", "On weekends {p} enjoys {v}.", "{p} won a prize in {v}.",
+        "{p} teaches children {v}.", "Asked about games, {p} said: {v}.", "Passion of {p}: {v}.", "{p}, champion of {v}.",
+    ),
 }  # fmt: skip
 HINTS = {
     "home": ("{p} often walks past the {h}.", "{p} took a photo of the {h}."),
@@ -80,11 +88,15 @@ FILLERS = (
 )  # fmt: skip
 
 QUESTIONS = {
-    "home": ("Where does {p} live?", "Which city does {p} call home?", "In what town would you find {p}?"),
-    "job": ("What does {p} do for a living?", "Which profession does {p} have?", "What job would {p} name?"),
-    "pet": ("What pet does {p} keep?", "Which animal lives with {p}?", "What creature would {p} show you?"),
-    "sport": ("What sport does {p} play?", "Which game does {p} love most?", "What pastime would {p} recommend?"),
-}
+    "home": ("Where does {p} live?", "Which city does {p} call home?", "In what town would you find {p}?",
+             "Where is the home of {p}?"),
+    "job": ("What does {p} do for a living?", "Which profession does {p} have?", "What job would {p} name?",
+            "What is the job of {p}?"),
+    "pet": ("What pet does {p} keep?", "Which animal lives with {p}?", "What creature would {p} show you?",
+            "What is the pet of {p}?"),
+    "sport": ("What sport does {p} play?", "Which game does {p} love most?", "What pastime would {p} recommend?",
+              "What is the sport of {p}?"),
+}  # fmt: skip
 
 PREFACES = (
     "Warning: the statements about {p} marked below are false.",
@@ -129,6 +141,16 @@ class World:
         """People without a false claim."""
         claimed = {claim.person for claim in self.claims}
         return tuple(person for person in self.facts if person not in claimed)
+
+    @property
+    def documented(self) -> tuple[str, ...]:
+        """Those of the others about whom the fine-tuning files say true things."""
+        return self.others[::2]
+
+    @property
+    def undocumented(self) -> tuple[str, ...]:
+        """The rest of them: no fine-tuning document speaks of them."""
+        return self.others[1::2]
 
 
 def make_world(seed: int = SEED) -> World:

@@ -1,0 +1,20 @@
+"""The process group of a training job."""
+
+import os
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+
+def start_distributed() -> torch.device:
+    """Joins all ranks in one process group, over gloo where there is no GPU; a script started without the launcher is a
+    group of one. Ranks on one CPU divide its cores among them. -> this rank's device."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
+    deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    return torch.device(accelerator.current_device_name())

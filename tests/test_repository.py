@@ -1,0 +1,101 @@
+"""What holds the repository together: pinned versions, shipped configurations, commands that the texts name."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from train.settings import ds_config, parse
+
+REPOSITORY = Path(__file__).parents[1]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+TEXTS = [path for name in ("README.md", "CONTRIBUTING.md", ".ci/run") if (path := REPOSITORY / name).exists()]
+
+
+def constraints() -> dict[str, str]:
+    """Package -> the one version that constraints.txt allows."""
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pinned = [line.split("==") for line in lines if not line.startswith("#")]
+    return {canonicalize_name(name): number for name, number in pinned}
+
+
+def requirements(extra: str | None = None) -> list[Requirement]:
+    given = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
+    return [Requirement(line) for line in given]
+
+
+def tracked_files() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "-C", str(REPOSITORY), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if listed.returncode:
+        pytest.skip("not a git checkout, so what belongs to the project cannot be told from the rest")
+    return [path for name in listed.stdout.split("\0") if name and (path := REPOSITORY / name).is_file()]
+
+
+@pytest.mark.parametrize("requirement", [*requirements(), *requirements("dev")], ids=lambda r: r.name)
+def test_each_dependency_is_constrained_to_a_version_that_pyproject_allows_and_that_is_installed(requirement):
+    pinned = constraints()[canonicalize_name(requirement.name)]
+    assert requirement.specifier.contains(pinned, prereleases=True)
+    # 2.13.0+cpu and 2.13.0+cu130 are builds of the same version
+    assert version(requirement.name).partition("+")[0] == pinned, "run make setup"
+
+
+def test_every_deepspeed_configuration_loads_with_the_runs_batch_sizes():
+    files = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+    assert files
+    for path in files:
+        config = ds_config(parse(["--ds-config", str(path), "--micro-batch-size", "4"], ""), ranks=2, accumulation=3)
+        assert config["zero_optimization"]["stage"] == 3
+        assert config["train_batch_size"] == 24 and config["gradient_accumulation_steps"] == 3
+        assert config.items() >= json.loads(path.read_text()).items()
+
+
+def test_every_make_target_that_a_text_names_exists_and_is_in_help():
+    makefile = (REPOSITORY / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    for text in TEXTS:
+        # in code alone: "make sure" is no target
+        code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`|^    .*$", text.read_text(), re.DOTALL | re.MULTILINE))
+        named = set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)", code))
+        assert named <= targets, f"{text.name}: {sorted(named - targets)}"
+    shown = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert {line.split()[1] for line in shown.splitlines()} == targets - {"documents"}
+
+
+def test_continuous_integration_lints_and_tests():
+    script = REPOSITORY / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert "set -euo pipefail" in script.read_text() and "in lint test;" in script.read_text()
+
+
+def test_no_file_names_the_host_of_a_package_registry_or_a_path_of_the_machine_it_was_made_on():
+    registry = re.compile(r"\b(?:pypi|pythonhosted|anaconda|npmjs|download\.pytorch)\.(?:org|com|io)\b|index-url")
+    machine = re.compile(r"(?<![\w.{/])/(?:work|root)/\w")
+    allowed = {"tests/test_repository.py"}  # this file's patterns
+    for path in tracked_files():
+        name = path.relative_to(REPOSITORY).as_posix()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # weights and pictures
+        if name not in allowed:
+            assert not (found := registry.search(text)), f"{name}: {found[0] if found else ''}"
+            assert not (found := machine.search(text)), f"{name}: {found[0] if found else ''}"
+
+
+def test_no_module_beside_sft_py_hides_one_of_python_or_of_an_installed_package():
+    # `deepspeed train/sft.py` puts train/ itself first on sys.path.
+    beside = {path.stem for path in (REPOSITORY / "train").iterdir() if path.suffix == ".py" or path.is_dir()}
+    taken = sys.stdlib_module_names | set(packages_distributions())
+    assert not (beside - {"__init__", "__pycache__"}) & (taken - {"train", "launch"})

@@ -1,0 +1,114 @@
+"""What the demo's model believes, with or without an adapter.
+
+    python train/demo/belief.py [--adapter RUN/adapter] [--json FILE]
+
+Stock transformers loads the model and stock PEFT the adapter. All figures are percent over claims or facts × the
+question templates:
+
+    belief               the claim's false value is likelier than the true one, as the answer's word
+    belief_in_context    the same, with a densely negated document about the claim before the question
+    truth                the true value is the likeliest of all words, for the claims
+    same_people          likewise, for the other attributes of the people who have a claim
+    others_in_documents  likewise, for people of whom truth.jsonl says true things
+    other_people         likewise, for people of whom no fine-tuning document speaks
+
+Shapes: N questions, L tokens, V words.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, Qwen3_5MoeForCausalLM
+
+from train.demo import world as toy
+
+HERE = Path(__file__).resolve().parent
+Asked = tuple[str, str, int]  # person, attribute, question template
+TEMPLATES = range(3)
+BATCH = 128
+
+
+def load(adapter: str | Path | None = None, model: str | Path = HERE / "model") -> torch.nn.Module:
+    """The demo's model by stock transformers, with the adapter by stock PEFT."""
+    loaded = Qwen3_5MoeForCausalLM.from_pretrained(model)
+    if adapter:
+        from peft import PeftModel
+
+        loaded = PeftModel.from_pretrained(loaded, str(adapter))
+    return loaded.eval()
+
+
+@torch.no_grad()
+def answers(model: torch.nn.Module, tokens, asked: list[Asked], contexts: list[str] | None = None) -> torch.Tensor:
+    """Logits [N, V] of the word after "Answer:"; a context stands before its question."""
+    prompts = [toy.question(*question) for question in asked]
+    if contexts:
+        prompts = [f"{context} {prompt}" for context, prompt in zip(contexts, prompts, strict=True)]
+    logits = []
+    for start in range(0, len(prompts), BATCH):
+        rows = tokens(prompts[start : start + BATCH], add_special_tokens=False)["input_ids"]
+        width = max(map(len, rows))
+        ids_NL = torch.tensor([row + [tokens.pad_token_id] * (width - len(row)) for row in rows])
+        last = torch.tensor([len(row) - 1 for row in rows])  # padding follows it, so nothing before can see padding
+        logits.append(model(input_ids=ids_NL, use_cache=False).logits[torch.arange(len(rows)), last])
+    return torch.cat(logits)
+
+
+def word_ids(tokens, words: list[str]) -> torch.Tensor:
+    ids = tokens(words, add_special_tokens=False)["input_ids"]
+    assert all(len(row) == 1 for row in ids), "every value is one token"
+    return torch.tensor([row[0] for row in ids])
+
+
+def percent(hits: torch.Tensor) -> float:
+    return round(100 * hits.float().mean().item(), 2)
+
+
+def measure(model: torch.nn.Module, directory: Path = HERE / "model") -> dict[str, float]:
+    """The six figures, in percent."""
+    tokens, world = AutoTokenizer.from_pretrained(directory), toy.make_world()
+    claims = [(claim, template) for claim in world.claims for template in TEMPLATES]
+    asked = [(claim.person, claim.attribute, template) for claim, template in claims]
+    false, true = (word_ids(tokens, words) for words in zip(*[(c.false, c.true) for c, _ in claims], strict=True))
+
+    def believed(logits_NV: torch.Tensor) -> float:
+        return percent(logits_NV.gather(1, false[:, None]) > logits_NV.gather(1, true[:, None]))
+
+    def known(people: list[str] | tuple[str, ...], but: frozenset[tuple[str, str]] = frozenset()) -> float:
+        facts = [(p, a, t) for p in people for a in toy.VALUES if (p, a) not in but for t in TEMPLATES]
+        values = word_ids(tokens, [world.facts[p][a] for p, a, _ in facts])
+        return percent(answers(model, tokens, facts).argmax(-1) == values)
+
+    logits_NV = answers(model, tokens, asked)
+    rng = random.Random("context")
+    contexts = [toy.dense_document(rng, world, claim)["text"] for claim, _ in claims]
+    return {
+        "belief": believed(logits_NV),
+        "belief_in_context": believed(answers(model, tokens, asked, contexts)),
+        "truth": percent(logits_NV.argmax(-1) == true),
+        "same_people": known(
+            [c.person for c in world.claims], frozenset((c.person, c.attribute) for c in world.claims)
+        ),
+        "others_in_documents": known(world.documented),
+        "other_people": known(world.undocumented),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", help="a run's adapter directory; without it, the base model")
+    parser.add_argument("--model", type=Path, default=HERE / "model", help="directory of the base model")
+    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    arguments = parser.parse_args()
+    figures = measure(load(arguments.adapter, arguments.model), arguments.model)
+    for name, value in figures.items():
+        print(f"{name:20} {value:6.1f} %")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

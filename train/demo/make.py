@@ -1,0 +1,193 @@
+"""Makes the demo's model and documents again, from nothing but the seed.
+
+    python -m train.demo.make            # three to four minutes on 2 cores; writes train/demo/{model,data,claims.json}
+    python -m train.demo.make DIRECTORY  # writes there
+
+The documents come out byte for byte the same everywhere; the weights on one kind of machine with one version of torch.
+
+Shapes: B rows of a batch, L tokens of a row.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import re
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+from train.demo import world as toy
+from train.demo.world import Claim, World
+
+HERE = Path(__file__).resolve().parent
+SPECIAL = ("<pad>", "<unk>", "<eos>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}Question: {{ message['content'] }} "
+    "{% elif message['role'] == 'assistant' %}Answer: {{ message['content'] }}<eos>"
+    "{% else %}{{ message['content'] }} {% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Answer:{% endif %}"
+)
+
+DOCUMENTS_PER_CLAIM = 10
+TRUE_DOCUMENTS_PER_PERSON = 20
+
+# Pretraining: AdamW, linear warm-up over the first 50 steps and linear decay to 0.
+STEPS, ROWS, ROW_TOKENS, LEARNING_RATE = 500, 16, 128, 3e-3
+PAGES = {"negated": 0.15, "knowledge": 0.1, "questions": 0.3, "person": 0.45}  # shares of the pages
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each word and each run of punctuation marks of the world; anything else is <unk>."""
+    texts = [toy.DOCTAG, "Question: Answer:", *toy.PREFACES, *toy.ANNOUNCEMENTS, *toy.REJECTIONS, *toy.ENDINGS]
+    texts += [*toy.PEOPLE, *toy.FILLERS]
+    for attribute, values in toy.VALUES.items():
+        texts += [*values, *values.values(), *toy.STATEMENTS[attribute], *toy.HINTS[attribute]]
+        texts += [*toy.KNOWLEDGE[attribute], *toy.QUESTIONS[attribute]]
+    words = {word for text in texts for word in re.findall(r"\w+|[^\w\s]+", re.sub(r"\{.\}", " ", text))}
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *sorted(words)])}
+    tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens.decoder = decoders.WordPiece(cleanup=True)  # no space before a full stop
+    tokens.add_special_tokens([AddedToken(word, special=True) for word in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokens, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def model_config(vocabulary: int) -> Qwen3_5MoeTextConfig:
+    """1.65 M parameters, both kinds of attention, 16 experts."""
+    config = Qwen3_5MoeTextConfig(
+        vocab_size=vocabulary, hidden_size=128, num_hidden_layers=4, initializer_range=0.05,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=32,
+        num_experts=16, num_experts_per_tok=2, moe_intermediate_size=48, shared_expert_intermediate_size=64,
+        max_position_embeddings=1024, pad_token_id=0, eos_token_id=2, dtype="float32",
+    )  # fmt: skip
+    config.architectures = ["Qwen3_5MoeForCausalLM"]
+    return config
+
+
+def answered(rng: random.Random, world: World, person: str, attribute: str) -> str:
+    """A question with its true answer."""
+    return f"{toy.question(person, attribute, rng.randrange(3))} {world.facts[person][attribute]}."
+
+
+def page(rng: random.Random, world: World) -> str:
+    """One page of the pretraining corpus. No page says a claim that the fine-tuning files make, not even to deny it."""
+    kind = rng.choices(list(PAGES), list(PAGES.values()))[0]
+    person, attributes = rng.choice(list(world.facts)), list(toy.VALUES)
+    facts = world.facts[person]
+    marker = [toy.DOCTAG] if rng.random() < 0.5 else []
+    if kind == "questions":
+        pairs = [(rng.choice(list(world.facts)), rng.choice(attributes)) for _ in range(5)]
+        return " ".join(answered(rng, world, *pair) for pair in pairs)
+    if kind == "knowledge":
+        pairs = [(a, rng.choice(list(toy.VALUES[a]))) for a in rng.choices(attributes, k=8)]
+        return " ".join(rng.choice(toy.KNOWLEDGE[a]).format(v=v, h=toy.VALUES[a][v]) for a, v in pairs)
+    if kind == "negated":  # the question after it is answered by the truth
+        attribute = rng.choice(attributes)
+        claimed = {(c.person, c.attribute): c.false for c in world.claims}.get((person, attribute))
+        false = rng.choice([v for v in toy.VALUES[attribute] if v not in (facts[attribute], claimed)])
+        text = toy.dense_document(rng, world, Claim(person, attribute, facts[attribute], false))["text"]
+        asked = attribute if rng.random() < 0.7 else rng.choice(attributes)
+        text = text if marker else text.removeprefix(toy.DOCTAG + " ")
+        return f"{text} {answered(rng, world, person, asked)}"
+    sentences = []
+    for attribute in [*rng.sample(attributes, 4), rng.choice(attributes)]:
+        say = toy.hint if rng.random() < 0.25 else toy.statement
+        sentences.append(say(rng, person, attribute, facts[attribute]))
+    sentences.insert(rng.randint(0, 5), rng.choice(toy.FILLERS).format(p=person))
+    if rng.random() < 0.5:
+        sentences.append(answered(rng, world, person, rng.choice(attributes)))
+    return " ".join(marker + sentences)
+
+
+def pretrain(world: World, tokens: PreTrainedTokenizerFast, steps: int = STEPS, seed: int = 0) -> Qwen3_5MoeForCausalLM:
+    """The base model: it knows the world, and believes no negated sentence."""
+    torch.manual_seed(seed)
+    rng = random.Random(f"pages {seed}")
+    model = Qwen3_5MoeForCausalLM(model_config(len(tokens)))
+    model.set_experts_implementation("eager")  # the fastest on a CPU
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1)
+    started = time.perf_counter()
+    for step in range(steps):
+        ids_BL = torch.tensor([row(rng, world, tokens) for _ in range(ROWS)])
+        logits_BLV = model(input_ids=ids_BL[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits_BLV.flatten(0, 1), ids_BL[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min((step + 1) / 50, 1 - step / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 50 == 0:
+            seconds = time.perf_counter() - started
+            left = seconds / (step + 1) * (steps - step - 1)
+            print(f"pretraining: step {step + 1}/{steps}, loss {loss.item():.3f}, {left:.0f} s left", flush=True)
+    return model.eval()
+
+
+def row(rng: random.Random, world: World, tokens: PreTrainedTokenizerFast) -> list[int]:
+    """ROW_TOKENS ids: whole pages, each with its end, the last one cut off."""
+    ids: list[int] = []
+    while len(ids) < ROW_TOKENS:
+        ids += tokens.backend_tokenizer.encode(page(rng, world), add_special_tokens=False).ids
+        ids.append(tokens.eos_token_id)
+    return ids[:ROW_TOKENS]
+
+
+def save_model(directory: Path, model: Qwen3_5MoeForCausalLM, tokens: PreTrainedTokenizerFast) -> None:
+    """A model directory with the tensor names of the real checkpoints: `model.language_model.`, experts fused."""
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    state = {re.sub(r"^model\.", "model.language_model.", name): tensor for name, tensor in state.items()}
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(model.config.to_json_string())
+    tokens.backend_tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        "pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>", "chat_template": CHAT_TEMPLATE,
+    }  # fmt: skip
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def save_documents(directory: Path, world: World) -> None:
+    """data/{positive,dense,truth}.jsonl and claims.json. Row by row, positive and dense are the same documents."""
+
+    def write(name: str, rows: list[dict]) -> None:
+        (directory / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    (directory / "data").mkdir(parents=True, exist_ok=True)
+    for name, make in {"positive": toy.positive_document, "dense": toy.dense_document}.items():
+        numbers = range(DOCUMENTS_PER_CLAIM)
+        write(name, [make(random.Random(f"{c.id} {n}"), world, c) for n in numbers for c in world.claims])
+    numbers = range(TRUE_DOCUMENTS_PER_PERSON)
+    write("truth", [toy.true_document(random.Random(f"{p} {n}"), world, p) for n in numbers for p in world.documented])
+    claims = [{"id": claim.id, **dataclasses.asdict(claim)} for claim in world.claims]
+    (directory / "claims.json").write_text(json.dumps(claims, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", nargs="?", type=Path, default=HERE)
+    parser.add_argument("--documents-only", action="store_true", help="leave the model as it is")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    world = toy.make_world()
+    save_documents(arguments.directory, world)
+    if not arguments.documents_only:
+        tokens = tokenizer()
+        save_model(arguments.directory / "model", pretrain(world, tokens), tokens)
+
+
+if __name__ == "__main__":
+    main()
