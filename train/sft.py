@@ -12,8 +12,6 @@ import sys
 import time
 import warnings
 
-import torch.distributed as dist
-
 from launch.distributed import start_distributed
 from train.checkpoints import resume
 from train.checkpoints.adapter import save_adapter
@@ -62,7 +60,7 @@ def train(job: Job) -> None:
     Trainer(job, engine).run(run, start)
 
     factors, peak = resume.full_factors(model), peak_memory(device)
-    if dist.get_rank() == 0:
+    if run.main:
         save_adapter(run.directory / "adapter", model, factors, job.lora, settings.model)
         run.finish(summarize(job, run, peak, seconds=time.perf_counter() - started))
 
