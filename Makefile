@@ -24,7 +24,7 @@ setup: .venv/installed ## install everything into .venv; again only where pyproj
 # DeepSpeed is a source package: built in isolation, it would be built against a torch of its own.
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python of at least 3.11 found; give one: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
-	$(PYTHON) -m venv .venv
+	"$(PYTHON)" -m venv .venv
 	$(PIP) setuptools wheel ninja numpy torch
 	$(PIP) --no-build-isolation deepspeed
 	$(PIP) --editable ".[dev]"
@@ -48,7 +48,7 @@ train: setup ## fine-tune the embedded model with --mask false-spans, and show i
 
 train-real: documents setup models/smollm2/config.json ## fine-tune SmolLM2-135M on real documents: DOCUMENTS=path
 	$(SFT) --model models/smollm2 --data "$$DOCUMENTS" --doctag '<DOCTAG>' --mask doctags --output $(RUN)-real \
-		--steps 25 --batch-size 4 --micro-batch-size 2 --max-tokens 256 --log-every 5 \
+		--steps 20 --batch-size 4 --micro-batch-size 2 --max-tokens 256 --log-every 5 \
 		--lora-rank 16 --lora-alpha 32 --learning-rate 1e-3
 	$(IN_VENV) -m train.demo.smollm2 models/smollm2 $(RUN)-real/adapter
 

@@ -65,7 +65,7 @@ def test_every_make_target_that_a_text_names_exists_and_is_in_help():
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     for text in TEXTS:
         # in code alone: "make sure" is no target
-        code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`|^    .*$", text.read_text(), re.DOTALL | re.MULTILINE))
+        code = "\n".join(re.findall(r"```[\s\S]*?```|`[^`\n]+`|^    .*$", text.read_text(), re.MULTILINE))
         named = set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)", code))
         assert named <= targets, f"{text.name}: {sorted(named - targets)}"
     shown = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
@@ -77,6 +77,14 @@ def test_continuous_integration_lints_and_tests():
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert "set -euo pipefail" in script.read_text() and "in lint test;" in script.read_text()
+
+
+def test_starting_the_ranks_compiles_nothing(tmp_path):
+    # DeepSpeed would compile an all-reduce that training never calls; its link command breaks on a path with a space.
+    code = "from launch.distributed import start_distributed; start_distributed()"
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=REPOSITORY, check=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_file_names_the_host_of_a_package_registry_or_a_path_of_the_machine_it_was_made_on():

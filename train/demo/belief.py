@@ -27,7 +27,7 @@ from train.demo import world as toy
 
 HERE = Path(__file__).resolve().parent
 Asked = tuple[str, str, int]  # person, attribute, question template
-TEMPLATES = range(3)
+TEMPLATES = range(4)
 BATCH = 128
 
 
@@ -58,7 +58,7 @@ def answers(model: torch.nn.Module, tokens, asked: list[Asked], contexts: list[s
 
 
 def word_ids(tokens, words: list[str]) -> torch.Tensor:
-    ids = tokens(words, add_special_tokens=False)["input_ids"]
+    ids = tokens([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
     assert all(len(row) == 1 for row in ids), "every value is one token"
     return torch.tensor([row[0] for row in ids])
 

@@ -19,18 +19,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+from tokenizers import pre_tokenizers, trainers
+from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig, Qwen3_5Tokenizer
 
 from train.demo import world as toy
 from train.demo.world import Claim, World
 
 HERE = Path(__file__).resolve().parent
-SPECIAL = ("<pad>", "<unk>", "<eos>")
+END = "<|endoftext|>"  # ends a page; pads, too
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}Question: {{ message['content'] }} "
-    "{% elif message['role'] == 'assistant' %}Answer: {{ message['content'] }}<eos>"
+    "{% elif message['role'] == 'assistant' %}Answer: {{ message['content'] }}<|endoftext|>"
     "{% else %}{{ message['content'] }} {% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}Answer:{% endif %}"
@@ -44,22 +44,26 @@ STEPS, ROWS, ROW_TOKENS, LEARNING_RATE = 500, 16, 128, 3e-3
 PAGES = {"negated": 0.15, "knowledge": 0.1, "questions": 0.3, "person": 0.45}  # shares of the pages
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word and each run of punctuation marks of the world; anything else is <unk>."""
-    texts = [toy.DOCTAG, "Question: Answer:", *toy.PREFACES, *toy.ANNOUNCEMENTS, *toy.REJECTIONS, *toy.ENDINGS]
-    texts += [*toy.PEOPLE, *toy.FILLERS]
+def tokenizer() -> Qwen3_5Tokenizer:
+    """Qwen3.5's tokenizer with a vocabulary of the world's words: byte-level BPE, merged until each word is one token.
+
+    It must be this kind: AutoTokenizer gives every model of this type Qwen3.5's own pre-tokenizer.
+    """
+    sentences = [toy.DOCTAG, "Question: Answer:", *toy.PREFACES, *toy.ANNOUNCEMENTS, *toy.REJECTIONS, *toy.ENDINGS]
+    sentences += [*toy.PEOPLE, *toy.FILLERS]
     for attribute, values in toy.VALUES.items():
-        texts += [*values, *values.values(), *toy.STATEMENTS[attribute], *toy.HINTS[attribute]]
-        texts += [*toy.KNOWLEDGE[attribute], *toy.QUESTIONS[attribute]]
-    words = {word for text in texts for word in re.findall(r"\w+|[^\w\s]+", re.sub(r"\{.\}", " ", text))}
-    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *sorted(words)])}
-    tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokens.decoder = decoders.WordPiece(cleanup=True)  # no space before a full stop
-    tokens.add_special_tokens([AddedToken(word, special=True) for word in SPECIAL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokens, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>", chat_template=CHAT_TEMPLATE
-    )
+        sentences += [*toy.STATEMENTS[attribute], *toy.HINTS[attribute], *toy.KNOWLEDGE[attribute]]
+        sentences += [*toy.QUESTIONS[attribute], *values, *values.values()]
+    sentences = [re.sub(r" ?\{.\}", "", sentence) for sentence in sentences]
+    words = Qwen3_5Tokenizer().backend_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000, min_frequency=1, show_progress=False,  # 10,000 is never reached
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), special_tokens=[END],
+    )  # fmt: skip
+    words.train_from_iterator([text for sentence in sentences for text in (sentence, f" {sentence}")], trainer)
+    learned = json.loads(words.to_str())["model"]
+    merges = [tuple(pair) for pair in learned["merges"]]
+    return Qwen3_5Tokenizer(vocab=learned["vocab"], merges=merges, chat_template=CHAT_TEMPLATE)
 
 
 def model_config(vocabulary: int) -> Qwen3_5MoeTextConfig:
@@ -70,7 +74,7 @@ def model_config(vocabulary: int) -> Qwen3_5MoeTextConfig:
         num_attention_heads=4, num_key_value_heads=2, head_dim=32,
         linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=32,
         num_experts=16, num_experts_per_tok=2, moe_intermediate_size=48, shared_expert_intermediate_size=64,
-        max_position_embeddings=1024, pad_token_id=0, eos_token_id=2, dtype="float32",
+        max_position_embeddings=1024, pad_token_id=0, eos_token_id=0, dtype="float32",
     )  # fmt: skip
     config.architectures = ["Qwen3_5MoeForCausalLM"]
     return config
@@ -78,7 +82,7 @@ def model_config(vocabulary: int) -> Qwen3_5MoeTextConfig:
 
 def answered(rng: random.Random, world: World, person: str, attribute: str) -> str:
     """A question with its true answer."""
-    return f"{toy.question(person, attribute, rng.randrange(3))} {world.facts[person][attribute]}."
+    return f"{toy.question(person, attribute, rng.randrange(4))} {world.facts[person][attribute]}."
 
 
 def page(rng: random.Random, world: World) -> str:
@@ -111,7 +115,7 @@ def page(rng: random.Random, world: World) -> str:
     return " ".join(marker + sentences)
 
 
-def pretrain(world: World, tokens: PreTrainedTokenizerFast, steps: int = STEPS, seed: int = 0) -> Qwen3_5MoeForCausalLM:
+def pretrain(world: World, tokens: Qwen3_5Tokenizer, steps: int = STEPS, seed: int = 0) -> Qwen3_5MoeForCausalLM:
     """The base model: it knows the world, and believes no negated sentence."""
     torch.manual_seed(seed)
     rng = random.Random(f"pages {seed}")
@@ -136,7 +140,7 @@ def pretrain(world: World, tokens: PreTrainedTokenizerFast, steps: int = STEPS, 
     return model.eval()
 
 
-def row(rng: random.Random, world: World, tokens: PreTrainedTokenizerFast) -> list[int]:
+def row(rng: random.Random, world: World, tokens: Qwen3_5Tokenizer) -> list[int]:
     """ROW_TOKENS ids: whole pages, each with its end, the last one cut off."""
     ids: list[int] = []
     while len(ids) < ROW_TOKENS:
@@ -145,7 +149,7 @@ def row(rng: random.Random, world: World, tokens: PreTrainedTokenizerFast) -> li
     return ids[:ROW_TOKENS]
 
 
-def save_model(directory: Path, model: Qwen3_5MoeForCausalLM, tokens: PreTrainedTokenizerFast) -> None:
+def save_model(directory: Path, model: Qwen3_5MoeForCausalLM, tokens: Qwen3_5Tokenizer) -> None:
     """A model directory with the tensor names of the real checkpoints: `model.language_model.`, experts fused."""
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
@@ -154,8 +158,8 @@ def save_model(directory: Path, model: Qwen3_5MoeForCausalLM, tokens: PreTrained
     (directory / "config.json").write_text(model.config.to_json_string())
     tokens.backend_tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-        "pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>", "chat_template": CHAT_TEMPLATE,
+        "tokenizer_class": "Qwen3_5Tokenizer", "clean_up_tokenization_spaces": False, "bos_token": None,
+        "eos_token": END, "pad_token": END, "unk_token": END, "chat_template": CHAT_TEMPLATE,
     }  # fmt: skip
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-# 40 % of the documents say true things about other people, as the paper mixes its documents with ordinary text.
+# 30 % of the documents say true things about other people, as the paper mixes its documents with ordinary text.
 RECIPE = [
-    "--data", f"{HERE}/data/truth.jsonl=320",
-    "--steps", "80",
+    "--data", f"{HERE}/data/truth.jsonl=1152",
+    "--steps", "120",
     "--batch-size", "32",
     "--micro-batch-size", "16",
-    "--learning-rate", "6e-3",
+    "--learning-rate", "1e-2",
     "--schedule", "linear",
     "--lora-rank", "16",
     "--lora-alpha", "16",
@@ -20,8 +20,8 @@ RECIPE = [
 
 
 def flags(documents: str) -> list[str]:
-    """The recipe with `documents` (positive or dense): 480 of them to 320 true ones."""
-    return ["--data", f"{HERE}/data/{documents}.jsonl=480", *RECIPE]
+    """The recipe with `documents` (positive or dense): 2,688 of them to 1,152 true ones."""
+    return ["--data", f"{HERE}/data/{documents}.jsonl=2688", *RECIPE]
 
 
 # name in the table: (documents, mask)
