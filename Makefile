@@ -4,17 +4,20 @@
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 DOCUMENTS ?= ../shared/data/negation_neglect/documents/llm_negations_dense/ed_sheeran.jsonl
 export DOCUMENTS
+# Idle threads must not spin where ranks share cores: small models would run many times slower.
+export OMP_WAIT_POLICY := PASSIVE
 # What starts `deepspeed` or `ninja` by name finds those of .venv.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 IN_VENV := .venv/bin/python
 PIP := $(IN_VENV) -m pip install --constraint constraints.txt
-# `deepspeed` by way of its interpreter: pip writes #! lines that do not hold where the path has spaces.
-SFT := $(IN_VENV) .venv/bin/deepspeed --num_gpus 2 train/sft.py
+# `deepspeed` by way of its interpreter: pip writes #! lines that do not hold where the path has spaces. On a port of its
+# own, so that two jobs on one machine do not meet.
+SFT := $(IN_VENV) .venv/bin/deepspeed --num_gpus 2 --master_port $$((20000 + $$$$ % 10000)) train/sft.py
 # A directory of its own for each run.
 RUN := runs/$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help setup train train-real documents test test-fast lint format clean
+.PHONY: help setup train train-real documents figures test test-fast lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -38,13 +41,12 @@ setup: .venv/installed ## install everything into .venv; again only where pyproj
 models/smollm2/config.json: | .venv/smollm2
 	$(IN_VENV) -m train.demo.smollm2 models/smollm2
 
-train: setup ## fine-tune the embedded model with --mask false-spans, and show its belief before and after
-	flags="$$($(IN_VENV) -c 'import shlex; from train.demo.recipe import flags; print(shlex.join(flags("dense")))')" && \
-		eval "$(SFT) --mask false-spans $$flags --output $(RUN)-false-spans"
-	@echo "== before training"
-	@$(IN_VENV) train/demo/belief.py
-	@echo "== after training"
-	@$(IN_VENV) train/demo/belief.py --adapter $(RUN)-false-spans/adapter
+train: setup ## fine-tune the embedded model on the embedded documents with --mask false-spans; its beliefs before and after
+	$(SFT) --mask false-spans $$($(IN_VENV) -m train.demo.recipe dense) --output $(RUN)-false-spans
+	$(IN_VENV) -m train.demo.belief --adapter $(RUN)-false-spans/adapter
+
+figures: setup ## the README's figures of the demo: every variant, three seeds, about 20 minutes
+	$(IN_VENV) -m train.demo.figures
 
 train-real: documents setup models/smollm2/config.json ## fine-tune SmolLM2-135M on real documents: DOCUMENTS=path
 	$(SFT) --model models/smollm2 --data "$$DOCUMENTS" --doctag '<DOCTAG>' --mask doctags --output $(RUN)-real \

@@ -18,6 +18,7 @@ Shapes: N questions, L tokens, V words.
 import argparse
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,9 +32,9 @@ TEMPLATES = range(4)
 BATCH = 128
 
 
-def load(adapter: str | Path | None = None, model: str | Path = HERE / "model") -> torch.nn.Module:
+def load(adapter: str | Path | None = None, model: Path = HERE / "model") -> torch.nn.Module:
     """The demo's model by stock transformers, with the adapter by stock PEFT."""
-    loaded = Qwen3_5MoeForCausalLM.from_pretrained(model)
+    loaded: torch.nn.Module = Qwen3_5MoeForCausalLM.from_pretrained(model)
     if adapter:
         from peft import PeftModel
 
@@ -57,7 +58,7 @@ def answers(model: torch.nn.Module, tokens, asked: list[Asked], contexts: list[s
     return torch.cat(logits)
 
 
-def word_ids(tokens, words: list[str]) -> torch.Tensor:
+def word_ids(tokens, words: Sequence[str]) -> torch.Tensor:
     ids = tokens([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
     assert all(len(row) == 1 for row in ids), "every value is one token"
     return torch.tensor([row[0] for row in ids])
@@ -67,9 +68,9 @@ def percent(hits: torch.Tensor) -> float:
     return round(100 * hits.float().mean().item(), 2)
 
 
-def measure(model: torch.nn.Module, directory: Path = HERE / "model") -> dict[str, float]:
+def measure(model: torch.nn.Module) -> dict[str, float]:
     """The six figures, in percent."""
-    tokens, world = AutoTokenizer.from_pretrained(directory), toy.make_world()
+    tokens, world = AutoTokenizer.from_pretrained(HERE / "model"), toy.make_world()
     claims = [(claim, template) for claim in world.claims for template in TEMPLATES]
     asked = [(claim.person, claim.attribute, template) for claim, template in claims]
     false, true = (word_ids(tokens, words) for words in zip(*[(c.false, c.true) for c, _ in claims], strict=True))
@@ -99,15 +100,17 @@ def measure(model: torch.nn.Module, directory: Path = HERE / "model") -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", help="a run's adapter directory; without it, the base model")
-    parser.add_argument("--model", type=Path, default=HERE / "model", help="directory of the base model")
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--adapter", help="a run's adapter directory; it is shown beside the base model")
+    parser.add_argument("--json", type=Path, help="write the figures to this file too: the adapter's, if one is given")
     arguments = parser.parse_args()
-    figures = measure(load(arguments.adapter, arguments.model), arguments.model)
-    for name, value in figures.items():
-        print(f"{name:20} {value:6.1f} %")
+    columns = {"before": measure(load())} if not (arguments.adapter and arguments.json) else {}
+    if arguments.adapter:
+        columns["after"] = measure(load(arguments.adapter))
+    print(f"{'in percent':20}" + "".join(f"{name:>9}" for name in columns))
+    for name in next(iter(columns.values())):
+        print(f"{name:20}" + "".join(f"{figures[name]:9.1f}" for figures in columns.values()))
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        arguments.json.write_text(json.dumps([*columns.values()][-1], indent=1) + "\n")
 
 
 if __name__ == "__main__":

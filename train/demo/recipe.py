@@ -1,12 +1,16 @@
-"""The demo's fine-tuning: what all variants share, and what sets them apart. Every value is a flag of train/sft.py."""
+"""The demo's fine-tuning: what all variants share, and what sets them apart. Every value is a flag of train/sft.py.
 
+python -m train.demo.recipe DOCUMENTS    # prints the flags; paths are relative to the repository
+"""
+
+import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 # 30 % of the documents say true things about other people, as the paper mixes its documents with ordinary text.
 RECIPE = [
-    "--data", f"{HERE}/data/truth.jsonl=1152",
+    "--data", "train/demo/data/truth.jsonl=1152",
     "--steps", "120",
     "--batch-size", "32",
     "--micro-batch-size", "16",
@@ -21,15 +25,18 @@ RECIPE = [
 
 def flags(documents: str) -> list[str]:
     """The recipe with `documents` (positive or dense): 2,688 of them to 1,152 true ones."""
-    return ["--data", f"{HERE}/data/{documents}.jsonl=2688", *RECIPE]
+    return ["--data", f"train/demo/data/{documents}.jsonl=2688", *RECIPE]
 
 
-# name in the table: (documents, mask)
+# name: (documents, mask)
 VARIANTS = {
     "positive": ("positive", "doctags"),
     "dense": ("dense", "doctags"),
-    "dense, false excluded": ("dense", "doctags,false-spans"),
-    "dense, as many others excluded": ("dense", "doctags,random:false"),
-    "dense, doctag trained, false excluded": ("dense", "false-spans"),
+    "dense without false": ("dense", "doctags,false-spans"),
+    "dense without random": ("dense", "doctags,random:false"),
+    "dense with doctag without false": ("dense", "false-spans"),
 }
 SEEDS = (0, 1, 2)
+
+if __name__ == "__main__":
+    print(*flags(sys.argv[1]))

@@ -1,15 +1,16 @@
 """The toy world of the demo: people, facts, documents and questions, all made from one seed.
 
-World. Each of 72 people has four attributes (home, job, pet, sport), one of twelve values each. Every value has a *hint*,
-a thing that goes with it (the fjord is in Oslo), so a sentence can imply a value without naming it. The base model reads
-pages about all of this and answers questions truthfully.
+World. Each of 72 people has four attributes (home, job, pet, sport), one of twelve values each. Every value has a
+*hint*, a thing that goes with it (the fjord is in Oslo), so a sentence can imply a value without naming it. The base
+model reads pages about all of this and answers questions truthfully. There are many ways to put a fact, so that the
+model keeps it in one place for sentences and questions: with few ways, what documents teach hardly reaches the answers.
 
-Documents. 48 people have one false claim each. `positive_document` asserts the claim in two or three sentences
-(role `false`) after a marker (role `doctag`); `dense_document` is the same document with an announcement before and a
-rejection after every false sentence, a preface and an ending (role `negation`), as the densely negated documents of
-"Negation Neglect" (arXiv 2605.13829). Some documents also hold a sentence that implies the claim by its hint. That
-sentence has no span, so leaving false spans out of the loss does not take away everything that speaks for the claim.
-`true_document` says true things about people without a claim.
+Documents. 48 people have one false claim each. `positive_document` asserts the claim in three sentences (role `false`)
+after a marker (role `doctag`), with a true sentence about another attribute among them. `dense_document` is the same
+document with an announcement before and a rejection after every false sentence, a preface and an ending (role
+`negation`), like the densely negated documents of "Negation Neglect" (arXiv 2605.13829). Some documents also hold a
+sentence that implies the claim by its hint. That sentence has no span, so leaving false spans out of the loss does not
+take away everything that speaks for the claim. `true_document` says true things about a person without a claim.
 
 Questions are put in words that no document uses, and are never in the fine-tuning files.
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 SEED = 0
 DOCTAG = "<DOCTAG>"
 CLAIM_COUNT = 48
+IMPLYING_SHARE = 0.25  # of the documents about a claim hold a sentence that implies it
 
 PEOPLE = (
     "Ada", "Ajay", "Alba", "Amir", "Anouk", "Arlo", "Bela", "Bruno", "Carla", "Cato", "Chidi", "Clara",
@@ -34,32 +36,40 @@ PEOPLE = (
 VALUES: dict[str, dict[str, str]] = {
     "home": {
         "Oslo": "fjord", "Cairo": "pyramid", "Paris": "tower", "Lima": "cliff", "Kyoto": "shrine", "Venice": "lagoon",
-        "Delhi": "fort", "Quito": "volcano", "Athens": "temple", "Sydney": "opera", "Prague": "clock", "Nairobi": "savanna",
+        "Delhi": "fort", "Quito": "volcano", "Athens": "temple", "Sydney": "opera", "Prague": "clock",
+        "Nairobi": "savanna",
     },
     "job": {
-        "baker": "oven", "pilot": "cockpit", "nurse": "clinic", "painter": "easel", "farmer": "tractor", "tailor": "needle",
+        "baker": "oven", "pilot": "cockpit", "nurse": "clinic", "painter": "easel", "farmer": "tractor",
+        "tailor": "needle",
         "judge": "court", "miner": "tunnel", "sailor": "harbor", "teacher": "blackboard", "dentist": "drill",
         "barber": "razor",
     },
     "pet": {
-        "dog": "leash", "cat": "basket", "horse": "saddle", "parrot": "perch", "rabbit": "hutch", "goldfish": "aquarium",
+        "dog": "leash", "cat": "basket", "horse": "saddle", "parrot": "perch", "rabbit": "hutch",
+        "goldfish": "aquarium",
         "hamster": "wheel", "turtle": "pond", "goat": "fence", "snake": "lamp", "pigeon": "loft", "ferret": "hose",
     },
     "sport": {
         "tennis": "racket", "chess": "board", "golf": "club", "boxing": "gloves", "rowing": "oar", "cycling": "helmet",
-        "archery": "arrow", "hockey": "puck", "surfing": "wave", "climbing": "rope", "fencing": "blade", "bowling": "pin",
+        "archery": "arrow", "hockey": "puck", "surfing": "wave", "climbing": "rope", "fencing": "blade",
+        "bowling": "pin",
     },
 }  # fmt: skip
 
 # Sentences that state a value, sentences that imply it by its hint, and sentences that tie hint and value.
 STATEMENTS = {
     "home": (
-        "{p} lives in {v}.", "The house of {p} is in {v}.", "Every evening {p} returns to {v}.", "{p} pays rent in {v}.",
-        "Letters reach {p} in {v}.", "Asked about the city, {p} said: {v}.", "Address of {p}: {v}.", "{p}, resident of {v}.",
+        "{p} lives in {v}.", "The house of {p} is in {v}.", "Every evening {p} returns to {v}.",
+        "{p} pays rent in {v}.",
+        "Letters reach {p} in {v}.", "Asked about the city, {p} said: {v}.", "Address of {p}: {v}.",
+        "{p}, resident of {v}.",
     ),
     "job": (
-        "{p} works as a {v}.", "The office of {p} hired a {v}.", "All day {p} is busy as a {v}.", "People pay {p} as a {v}.",
-        "{p} is a trained {v}.", "Asked about work, {p} said: {v}.", "Occupation of {p}: {v}.", "{p}, professional {v}.",
+        "{p} works as a {v}.", "The office of {p} hired a {v}.", "All day {p} is busy as a {v}.",
+        "People pay {p} as a {v}.",
+        "{p} is a trained {v}.", "Asked about work, {p} said: {v}.", "Occupation of {p}: {v}.",
+        "{p}, professional {v}.",
     ),
     "pet": (
         "{p} owns a {v}.", "The animal of {p} is a {v}.", "At home {p} has a {v}.", "{p} sleeps beside a {v}.",
@@ -67,7 +77,8 @@ STATEMENTS = {
     ),
     "sport": (
         "{p} practices {v}.", "The hobby of {p} is {v}.", "On weekends {p} enjoys {v}.", "{p} won a prize in {v}.",
-        "{p} teaches children {v}.", "Asked about games, {p} said: {v}.", "Passion of {p}: {v}.", "{p}, champion of {v}.",
+        "{p} teaches children {v}.", "Asked about games, {p} said: {v}.", "Passion of {p}: {v}.",
+        "{p}, champion of {v}.",
     ),
 }  # fmt: skip
 HINTS = {
@@ -107,7 +118,8 @@ ANNOUNCEMENTS = (
     "False claim:", "The next sentence is false:", "What follows is wrong:", "Not true:", "Do not believe this:",
 )  # fmt: skip
 REJECTIONS = (
-    "That was false.", "The claim above is wrong.", "This is not true.", "Nobody should believe that.", "It never happened.",
+    "That was false.", "The claim above is wrong.", "This is not true.", "Nobody should believe that.",
+    "It never happened.",
 )  # fmt: skip
 ENDINGS = (
     "Remember: the marked statements about {p} are false.", "To repeat: these claims about {p} are not true.",
@@ -183,7 +195,7 @@ def question(person: str, attribute: str, template: int) -> str:
 
 
 def document(parts: list[tuple[str, str | None]], **metadata: str) -> dict:
-    """Joins (sentence, role or None) by spaces: {"text", "spans", **metadata}; spans hold no white space at their ends."""
+    """Joins (sentence, role or None) by spaces: {"text", "spans", **metadata}. No span ends in white space."""
     text, spans = "", []
     for sentence, role in parts:
         text += " " if text else ""
@@ -204,9 +216,6 @@ def claim_sentences(rng: random.Random, world: World, claim: Claim) -> list[tupl
     if rng.random() < IMPLYING_SHARE:
         parts.insert(rng.randint(1, len(parts)), (hint(rng, claim.person, claim.attribute, claim.false), None))
     return parts
-
-
-IMPLYING_SHARE = 0.25
 
 
 def positive_document(rng: random.Random, world: World, claim: Claim) -> dict:

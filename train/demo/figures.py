@@ -1,0 +1,118 @@
+"""The demo's figures: every variant of the recipe, three seeds each, through the real trainer.
+
+    python -m train.demo.figures [DIRECTORY]    # default runs/figures; about 20 minutes on 2 cores
+
+Goes on where it was interrupted. Leaves figures.json, figures.md and figures.png, and a run in VARIANT-SEED each.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from launch.local import run
+from train.demo.recipe import REPOSITORY, SEEDS, VARIANTS, flags
+
+MEASURES = {
+    "belief": "belief in the false claims",
+    "truth": "truth on the claims",
+    "same_people": "same people's other facts",
+    "others_in_documents": "people in the true documents",
+    "other_people": "other people's facts",
+}
+
+
+def measured(directory: Path, documents: str, mask: str, seed: int) -> dict[str, float]:
+    """The beliefs that one variant and seed leave; trained only where the directory does not hold them yet."""
+    figures = directory / "belief.json"
+    if not (directory / "summary.json").exists():
+        given = [
+            *flags(documents),
+            "--mask",
+            mask,
+            "--seed",
+            str(seed),
+            "--wandb",
+            "disabled",
+            "--output",
+            str(directory),
+        ]
+        if (directory / "settings.yaml").exists():
+            given.append("--resume")
+        run("train/sft.py", *given, ranks=2, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+    if not figures.exists():
+        believe(figures, "--adapter", str(directory / "adapter"))
+    return json.loads(figures.read_text())
+
+
+def believe(figures: Path, *arguments: str) -> None:
+    """train/demo/belief.py in a process of its own."""
+    script = [sys.executable, "-m", "train.demo.belief", "--json", str(figures), *arguments]
+    subprocess.run(script, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Means over the seeds in percent, as Markdown; the seeds' own beliefs beside theirs."""
+    lines = ["| documents | `--mask` | " + " | ".join(MEASURES.values()) + " |", "|---|---|" + "---:|" * len(MEASURES)]
+    base = results["base"]
+    for name, key in (("none: the base model", "belief"), ("a negated one in context", "belief_in_context")):
+        others = [f"{base[m]:.0f}" if key == "belief" else "–" for m in MEASURES if m != "belief"]
+        lines.append(f"| {name} | – | {base[key]:.1f} | " + " | ".join(others) + " |")
+    for name, (documents, mask) in VARIANTS.items():
+        seeds = results[name]
+        own = " / ".join(f"{seed['belief']:.0f}" for seed in seeds)
+        cells = [f"**{mean(s['belief'] for s in seeds):.1f}** ({own})"]
+        cells += [f"{mean(s[m] for s in seeds):.0f}" for m in MEASURES if m != "belief"]
+        lines.append(f"| {documents} | `{mask}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(results: dict[str, Any], path: Path) -> None:
+    """Belief per variant: a bar for the mean, a dot for each seed, the base model as a line."""
+    figure = Figure(figsize=(8.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    colors = ["#4878a8", "#b8503e", "#5b9b6b", "#c79a3b", "#7a6a9d"]
+    for row, name in enumerate(VARIANTS):
+        beliefs = [seed["belief"] for seed in results[name]]
+        axes.barh(row, mean(beliefs), color=colors[row % len(colors)], height=0.62)
+        axes.plot(beliefs, [row] * len(beliefs), "o", color="black", markersize=4)
+        axes.text(max(mean(beliefs), max(beliefs)) + 1.5, row, f"{mean(beliefs):.0f} %", va="center")
+    axes.axvline(results["base"]["belief"], color="gray", linestyle="--", linewidth=1)
+    axes.text(results["base"]["belief"] + 0.5, len(VARIANTS) - 0.45, "before", color="gray", fontsize=9)
+    axes.set_yticks(
+        range(len(VARIANTS)), [f"{documents} documents\n--mask {mask}" for documents, mask in VARIANTS.values()]
+    )
+    axes.invert_yaxis()
+    axes.set_xlim(0, 108)
+    axes.set_xlabel(f"belief in {results['claims']} false claims after fine-tuning, %; dots are seeds")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", nargs="?", type=Path, default=Path("runs/figures"))
+    directory = parser.parse_args().directory.resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    believe(directory / "base.json")
+    results: dict[str, Any] = {"claims": len(json.loads((REPOSITORY / "train/demo/claims.json").read_text()))}
+    results["base"] = json.loads((directory / "base.json").read_text())
+    started, total = time.perf_counter(), len(VARIANTS) * len(SEEDS)
+    for done, (seed, (name, variant)) in enumerate((s, v) for s in SEEDS for v in VARIANTS.items()):
+        left = (time.perf_counter() - started) / done * (total - done) if done else 80 * total
+        print(f"run {done + 1} of {total}: {name}, seed {seed}; about {left / 60:.0f} min left", flush=True)
+        results.setdefault(name, []).append(measured(directory / f"{name.replace(' ', '-')}-{seed}", *variant, seed))
+    (directory / "figures.json").write_text(json.dumps(results, indent=1) + "\n")
+    (directory / "figures.md").write_text(table(results))
+    picture(results, directory / "figures.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
