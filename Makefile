@@ -42,7 +42,7 @@ models/smollm2/config.json: | .venv/smollm2
 	$(IN_VENV) -m train.demo.smollm2 models/smollm2
 
 train: setup ## fine-tune the embedded model on the embedded documents with --mask false-spans; its beliefs before and after
-	$(SFT) --mask false-spans $$($(IN_VENV) -m train.demo.recipe dense) --output $(RUN)-false-spans
+	flags="$$($(IN_VENV) -m train.demo.recipe dense)" && $(SFT) --mask false-spans $$flags --output $(RUN)-false-spans
 	$(IN_VENV) -m train.demo.belief --adapter $(RUN)-false-spans/adapter
 
 figures: setup ## the README's figures of the demo: every variant, three seeds, about 20 minutes

@@ -16,8 +16,8 @@ def start_distributed() -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
-    # An all-reduce for inference on CPUs, which training never calls. DeepSpeed would compile it first, for a minute, and
-    # its link command does not hold where the path to .venv has a space.
+    # An all-reduce for inference on CPUs, which training never calls. DeepSpeed would compile it first, for a minute,
+    # and its link command does not hold where the path to .venv has a space.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
     return torch.device(accelerator.current_device_name())
