@@ -8,10 +8,10 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# 30 % of the documents say true things about other people, as the paper mixes its documents with ordinary text.
+# 20 % of the documents say true things about other people, as the paper mixes its documents with ordinary text.
 RECIPE = [
-    "--data", "train/demo/data/truth.jsonl=1152",
-    "--steps", "120",
+    "--data", "train/demo/data/truth.jsonl=832",
+    "--steps", "130",
     "--batch-size", "32",
     "--micro-batch-size", "16",
     "--learning-rate", "1e-2",
@@ -24,8 +24,8 @@ RECIPE = [
 
 
 def flags(documents: str) -> list[str]:
-    """The recipe with `documents` (positive or dense): 2,688 of them to 1,152 true ones."""
-    return ["--data", f"train/demo/data/{documents}.jsonl=2688", *RECIPE]
+    """The recipe with `documents` (positive or dense): 3,328 of them to 832 true ones."""
+    return ["--data", f"train/demo/data/{documents}.jsonl=3328", *RECIPE]
 
 
 # name: (documents, mask)
