@@ -68,7 +68,7 @@ def tokenizer() -> Qwen3_5Tokenizer:
 
 
 def model_config(vocabulary: int) -> Qwen3_5MoeTextConfig:
-    """1.65 M parameters, both kinds of attention, 16 experts."""
+    """1.9 M parameters, both kinds of attention, 16 experts."""
     config = Qwen3_5MoeTextConfig(
         vocab_size=vocabulary, hidden_size=128, num_hidden_layers=4, initializer_range=0.05,
         layer_types=["linear_attention", "full_attention"] * 2,
