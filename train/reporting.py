@@ -28,18 +28,17 @@ class Meter:
 
     def __init__(self, roles: list[str], device: torch.device):
         self.roles = ["all", "unspanned", *roles]
-        self.parts = torch.zeros(4, dtype=torch.float64, device=device)  # cross-entropy, unlikelihood, tokens, targets
+        self.parts = torch.zeros(3, dtype=torch.float64, device=device)  # cross-entropy, unlikelihood, tokens
         self.nll = torch.zeros(len(self.roles), 2, dtype=torch.float64, device=device)  # sum, count
 
-    def add(self, batch: Batch, terms: Terms) -> None:
-        """Adds a micro-batch; every target must be in it when the NLL is asked for."""
+    def add(self, batch: Batch, terms: Terms, measured: bool) -> None:
+        """Adds a micro-batch; if measured, with the NLL of every role, for which every target must be in the batch."""
         share_N = (batch.coefficient_N.abs() * terms.term_N).double()
         unlikely_N = batch.coefficient_N < 0
         self.parts += torch.stack([
             share_N[~unlikely_N].sum(), share_N[unlikely_N].sum(), batch.keep_BT.sum().double(),
-            torch.tensor(float(len(share_N)), dtype=torch.float64, device=share_N.device),
         ])  # fmt: skip
-        for i in range(len(self.roles)):
+        for i in range(len(self.roles)) if measured else ():
             member_N = self._members(batch.roles_N, i)
             self.nll[i] += torch.stack([terms.nll_N.double()[member_N].sum(), member_N.sum()])
 
@@ -52,7 +51,7 @@ class Meter:
     def result(self, measured: bool) -> dict[str, Any]:
         """Over all ranks: loss, cross_entropy, unlikelihood, tokens and, if measured, nll and its targets per role."""
         dist.all_reduce(self.parts)
-        cross_entropy, unlikelihood, tokens, _ = self.parts.tolist()
+        cross_entropy, unlikelihood, tokens = self.parts.tolist()
         values = {"loss": cross_entropy + unlikelihood, "cross_entropy": cross_entropy, "unlikelihood": unlikelihood}
         values["tokens"] = int(tokens)
         if measured:

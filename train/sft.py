@@ -54,7 +54,7 @@ def train(job: Job) -> None:
         model.enable_gradient_checkpointing()
     engine = make_engine(model, settings, job.ds_config)
 
-    saved = resume.saves(run.directory / "saves")
+    saved = resume.saves(run.directory / "saves") if settings.resume else []
     start = resume.restore(saved[-1], model, engine.optimizer)["step"] if saved else 0
     run.start(after=start)
     Trainer(job, engine).run(run, start)

@@ -65,7 +65,7 @@ class Trainer:
             self._stop_if_not_finite(terms.loss.detach(), step, batch)
             # The engine averages gradients over the ranks; the loss is a sum with a global denominator.
             self.engine.backward(terms.loss * self.ranks, scale_wrt_gas=False)
-            meter.add(batch, terms)
+            meter.add(batch, terms, measure)
             self.engine.step()
         values = {"step": step + 1, **meter.result(measure), "learning_rate": rate}
         norm = self.engine.get_global_grad_norm()
@@ -106,8 +106,4 @@ class Trainer:
                 )
                 bar.update()
                 if last or (settings.save_every and (step + 1) % settings.save_every == 0):
-                    self.save(step + 1, run)
-
-    def save(self, step: int, run: Run) -> None:
-        """A save to resume from."""
-        resume.save(run.directory / "saves", self.engine.module, step, {}, self.settings.keep)
+                    resume.save(run.directory / "saves", self.model, step + 1, settings.keep)

@@ -55,7 +55,6 @@ def test_loss_and_gradients_are_those_of_the_formulas(monkeypatch, chunk_element
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
     nll_N = F.cross_entropy(logits_NV, target_N, reduction="none")
     torch.testing.assert_close(terms.nll_N, nll_N.detach())
-    assert terms.correct_N.tolist() == (logits_NV.argmax(-1) == target_N).tolist()
 
 
 def test_a_masked_token_gets_exactly_zero_gradient_and_the_others_exactly_their_own():

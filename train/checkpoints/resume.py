@@ -57,7 +57,7 @@ def full_factors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def save(directory: Path, model: nn.Module, step: int, state: dict[str, Any], keep: int) -> None:
+def save(directory: Path, model: nn.Module, step: int, keep: int) -> None:
     """Writes directory/step-N and removes older saves but the last `keep`. All ranks must call it."""
     tensors = full_factors(model)
     for name, parameter in trainable(model).items():
@@ -71,7 +71,7 @@ def save(directory: Path, model: nn.Module, step: int, state: dict[str, Any], ke
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         save_file(tensors, partial / "state.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": step, **state}))
+        (partial / "state.json").write_text(json.dumps({"step": step}))
         for path in (*partial.iterdir(), partial):
             _flush(path)
         final = directory / f"step-{step}"

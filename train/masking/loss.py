@@ -22,12 +22,11 @@ CHUNK_ELEMENTS = 2**26  # logits of a chunk: 256 MiB in fp32
 
 class Terms(NamedTuple):
     """loss: scalar, sum of |coefficient| * term. term_N: each token's own term, unweighted; 0 where the coefficient
-    is 0. nll_N: -log p of each token, whatever its treatment. correct_N: the token is the most likely one."""
+    is 0. nll_N: -log p of each token, whatever its treatment."""
 
     loss: Tensor
     term_N: Tensor
     nll_N: Tensor
-    correct_N: Tensor
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -37,7 +36,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx, hidden_NH, weight_VH, A_rH, B_Vr, scale, target_N, coefficient_N):
         rows, tracked = hidden_NH.shape[0], any(ctx.needs_input_grad[:4])
         term_N = torch.zeros(rows, device=hidden_NH.device, dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
-        nll_N, correct_N = torch.zeros_like(term_N), torch.zeros(rows, dtype=torch.bool, device=hidden_NH.device)
+        nll_N = torch.zeros_like(term_N)
         grads: Any = [torch.zeros_like(x) if x is not None and tracked else None for x in (hidden_NH, A_rH, B_Vr)]
         for chunk in torch.arange(rows, device=hidden_NH.device).split(max(1, CHUNK_ELEMENTS // weight_VH.shape[0])):
             hidden_CH, target_C1, coefficient_C1 = hidden_NH[chunk], target_N[chunk, None], coefficient_N[chunk, None]
@@ -46,7 +45,6 @@ class _ChunkedLoss(torch.autograd.Function):
                 down_Cr = F.linear(hidden_CH, A_rH.to(hidden_CH.dtype))
                 logits_CV = logits_CV + scale * F.linear(down_Cr, B_Vr.to(hidden_CH.dtype))
             logits_CV = logits_CV.to(term_N.dtype)
-            correct_N[chunk] = logits_CV.argmax(-1) == target_C1[:, 0]
             lse_C1 = logits_CV.logsumexp(-1, keepdim=True)
             nll_C1 = lse_C1 - logits_CV.gather(1, target_C1)
             nll_N[chunk] = nll_C1[:, 0]
@@ -70,8 +68,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 grads[2] += scale * (grad_CV.T @ down_Cr)
         ctx.save_for_backward(*grads)
         term_N = term_N * (coefficient_N != 0)
-        ctx.mark_non_differentiable(term_N, nll_N, correct_N)
-        return (coefficient_N.abs() * term_N).sum(), term_N, nll_N, correct_N
+        ctx.mark_non_differentiable(term_N, nll_N)
+        return (coefficient_N.abs() * term_N).sum(), term_N, nll_N
 
     @staticmethod
     def backward(ctx, grad, *_):
