@@ -47,16 +47,22 @@ def main(record: Path, flags: list[str]) -> None:
     settings = parse(flags, "")
     start_distributed()
     job = prepare(settings, dist.get_world_size(), show=False)
-    model = build(job.checkpoint, job.lora, job.expert_parallel, job.ds_config, torch.device("cpu"))
+    model, _ = build(
+        job.checkpoint, settings.method, job.lora, "", job.expert_parallel, job.ds_config, torch.device("cpu")
+    )
     fill_B(model)
     model.train()
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     engine = make_engine(model, settings, job.ds_config)
     start = resume.full_factors(model)
-    if dist.get_rank() == 0:
-        save_adapter(record.with_suffix(".start"), model, start, job.lora, settings.model)
+    save_adapter(record.with_suffix(".start"), model, start, job.lora, settings.model)
     recorded: dict[str, torch.Tensor] = {}
+
+    def in_peft_layout(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        inside = {name.removeprefix("causal."): value for name, value in values.items()}
+        return peft_tensors(model.causal, job.lora, model.architecture, inside)
+
     step_engine = engine.step
 
     def recording_step() -> None:
@@ -71,7 +77,7 @@ def main(record: Path, flags: list[str]) -> None:
                     for weight in layer.shapes():
                         assert not gradients[f"{name}.{weight}_lora_A"][:, layer.rank :].any()
                         assert not gradients[f"{name}.{weight}_lora_B"][:, :, layer.rank :].any()
-            recorded.update({f"grad.{step}.{k}": v.clone() for k, v in peft_tensors(model, gradients).items()})
+            recorded.update({f"grad.{step}.{k}": v.clone() for k, v in in_peft_layout(gradients).items()})
         step_engine()
 
     engine.step = recording_step
@@ -83,8 +89,9 @@ def main(record: Path, flags: list[str]) -> None:
         recorded[f"idle.{step}"] = torch.tensor(values.get("experts_without_tokens", 0))
         for role, nll in values["nll"].items():
             recorded[f"nll.{step}.{role}"] = torch.tensor(nll, dtype=torch.float64)
-    recorded |= {f"end.{k}": v for k, v in peft_tensors(model, resume.full_factors(model)).items()}
+    end = resume.full_factors(model)
     if dist.get_rank() == 0:
+        recorded |= {f"end.{k}": v for k, v in in_peft_layout(end).items()}
         save_file(recorded, record)
 
 

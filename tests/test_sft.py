@@ -190,6 +190,18 @@ def test_dry_run_shows_settings_tokens_and_parameters_and_writes_nothing(tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_role_may_have_the_name_of_a_key_of_the_summary(tmp_path):
+    given = flags(tmp_path, mask="role:all,doctags")
+    rows = [
+        {"text": "abcdef", "spans": [{"start": 1, "end": 3, "role": "all"}, {"start": 4, "end": 5, "role": "doctag"}]}
+    ]
+    write_documents(tmp_path / "documents.jsonl", rows)
+    tokens = prepare(parse(given, ""), ranks=1, show=False).corpus.tokens(0, 1)
+    assert {role: (count["total"], count["excluded"]) for role, count in tokens.items()} == {
+        "all": (5, 3), "unspanned": (2, 0), "role:all": (2, 2), "doctag": (1, 1),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("what", ["truncate", "drop"])
 def test_long_documents_are_truncated_or_dropped_and_counted(tmp_path, what):
     given = flags(tmp_path, max_tokens=18, long_documents=what)

@@ -3,16 +3,20 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from train.checkpoints.adapter import check_adapter
+from train.checkpoints.layout import LoadPlan, plan_load
 from train.checkpoints.reader import Checkpoint
-from train.checkpoints.streaming import plan_load
 from train.data.corpus import Corpus, read_corpus
 from train.data.tokenizer import load_tokenizer
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.lora import LoRASettings
-from train.model import count_trainable, skeleton, text_config
+from train.model import architecture, count_trainable, skeleton, text_config
 from train.reporting import console, token_table
 from train.settings import Settings, check_output, ds_config
 
@@ -25,7 +29,7 @@ class Job:
     settings: Settings
     corpus: Corpus
     checkpoint: Checkpoint
-    lora: LoRASettings
+    lora: LoRASettings | None
     expert_parallel: int
     steps: int
     documents: int
@@ -42,7 +46,7 @@ class Job:
         """Settings and targets per role on the terminal."""
         terminal, lines = console(), dataclasses.asdict(self.settings) | self.resolved
         terminal.print(*(f"{name}: {value}" for name, value in lines.items()), sep="\n", highlight=False, markup=False)
-        if not self.settings.expert_lora_rank:
+        if self.lora and not self.settings.expert_lora_rank:
             print(
                 f"--expert-lora-rank not given: {self.lora.expert_rank}, that is max(1, lora-rank / experts per token)"
             )
@@ -52,31 +56,57 @@ class Job:
 def prepare(settings: Settings, ranks: int, show: bool) -> Job:
     """Checks everything that a user can get wrong; UserError says what. show: progress on the terminal."""
     check_output(settings)
-    checkpoint = Checkpoint(settings.model)
-    corpus = read_corpus(settings, load_tokenizer(settings.model), show)
     accumulation = math.ceil(settings.batch_size / (ranks * settings.micro_batch_size))
     config = ds_config(settings, ranks, accumulation)
-
-    text = text_config(checkpoint)
     expert_parallel = settings.expert_parallel or ranks
     if ranks % expert_parallel:
         raise UserError(
             f"--expert-parallel {expert_parallel}: must divide the {ranks} ranks into groups of equal size."
         )
-    active = getattr(text, "num_experts_per_tok", None) or 1
-    expert_rank = settings.expert_lora_rank or max(1, settings.lora_rank // active)
-    lora = LoRASettings(settings.lora_rank, settings.lora_alpha, expert_rank, settings.seed, settings.lora_lm_head)
+
+    checkpoint = Checkpoint(settings.model)
+    text = text_config(checkpoint)
     model = skeleton(text, ExpertGroup(expert_parallel))
     plan = plan_load(model, checkpoint)
+    lora = None if settings.method == "full" else _lora(settings, text)
+    if lora is None:
+        config |= _full_precision(settings, plan)
+    elif settings.adapter:
+        check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint))
+    corpus = read_corpus(settings, load_tokenizer(settings.model), show)
 
     documents = settings.steps * settings.batch_size or corpus.order.epoch_length * settings.epochs
     steps = math.ceil(documents / settings.batch_size)
     resolved = {
         "ranks": ranks, "expert_parallel": expert_parallel, "steps": steps, "micro_batches_per_step": accumulation,
-        "expert_lora_rank": expert_rank, "documents": corpus.documents, "roles": corpus.roles,
-        "trainable_parameters": count_trainable(model, lora), "left_out_tensors": len(plan.left_out),
+        "documents": corpus.documents, "roles": corpus.roles,
+        "expert_lora_rank": lora.expert_rank if lora else None,
+        "trainable_parameters": count_trainable(model, lora), "left_out_tensors": plan.left_out,
         "wandb_group": settings.group(),
     }  # fmt: skip
     return Job(
         settings, corpus, checkpoint, lora, expert_parallel, steps, documents, accumulation, config, resolved
     )  # fmt: skip
+
+
+def _lora(settings: Settings, text: Any) -> LoRASettings:
+    active = getattr(text, "num_experts_per_tok", None) or 1
+    expert_rank = settings.expert_lora_rank or max(1, settings.lora_rank // active)
+    return LoRASettings(
+        settings.lora_rank, settings.lora_alpha, expert_rank, settings.seed, settings.lora_lm_head, settings.rslora
+    )
+
+
+def _full_precision(settings: Settings, plan: LoadPlan) -> dict[str, Any]:
+    """What --method full adds to DeepSpeed's configuration: F32 weights are trained as they are; BF16 ones in BF16 with
+    fp32 masters in the optimizer, the few F32 ones among them rounded to BF16 (buffers stay F32)."""
+    where = f"--method full --model {settings.model}"
+    pieces: list[Any] = [*plan.dense, *plan.experts]
+    if quantized := next((piece.format.kind for piece in pieces if piece.format.kind != "plain"), None):
+        raise UserError(
+            f"{where}: holds {quantized} weights, which cannot be trained themselves. Turn it into BF16 first "
+            "(python train/merge.py --model DIR --output DIR), or train factors: --method lora."
+        )
+    if plan.dtype not in (torch.float32, torch.bfloat16):
+        raise UserError(f"{where}: weights are {plan.dtype}; full training takes F32 and BF16. Convert it to BF16.")
+    return {"bf16": {"enabled": True}} if plan.dtype == torch.bfloat16 else {}

@@ -14,21 +14,26 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """Ranks and scales of the factors. Scale is alpha / rank, as in PEFT, for linear layers and experts alike."""
+    """Ranks and scales of the factors. Scale is alpha / rank, as in PEFT, for linear layers and experts alike; with
+    `rslora`, alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732)."""
 
     rank: int
     alpha: float
     expert_rank: int
     seed: int
     lm_head: bool = False
+    rslora: bool = False
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self._scale(self.rank)
 
     @property
     def expert_scale(self) -> float:
-        return self.alpha / self.expert_rank
+        return self._scale(self.expert_rank)
+
+    def _scale(self, rank: int) -> float:
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 def initial_A(name: str, rank: int, in_features: int, seed: int) -> Tensor:

@@ -3,6 +3,7 @@
 Shapes: B documents of a micro-batch, T tokens, N predicted tokens of the micro-batch, H hidden size.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ import torch.distributed as dist
 import transformers
 from deepspeed.utils import groups
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config
 
+from train.checkpoints.adapter import load_adapter
+from train.checkpoints.layout import plan_load
 from train.checkpoints.reader import Checkpoint
-from train.checkpoints.streaming import load, plan_load
+from train.checkpoints.streaming import Loaded, load
 from train.data.batches import Batch
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
@@ -26,10 +29,14 @@ from train.masking.loss import LossHead, Terms
 def text_config(checkpoint: Checkpoint) -> Any:
     """The configuration of the checkpoint's text model, without dropout, caches and router loss."""
     try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False).get_text_config()
-    except (ValueError, KeyError) as error:
+        if checkpoint.config.get("model_type") == "kimi_k2":  # DeepSeek-V3 by another name, which transformers lacks
+            own = {"model_type", "auto_map", "architectures", "quantization_config"}
+            config: Any = DeepseekV3Config(**{k: v for k, v in checkpoint.config.items() if k not in own})
+        else:
+            config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False).get_text_config()
+    except Exception as error:  # transformers raises what it likes for a value that it does not
         raise UserError(
-            f"--model {checkpoint.directory}: transformers {transformers.__version__} does not know this model "
+            f"--model {checkpoint.directory}: transformers {transformers.__version__} does not take its config.json "
             f"(model_type {checkpoint.config.get('model_type')!r}): {error}"
         ) from None
     config.use_cache = False
@@ -37,6 +44,11 @@ def text_config(checkpoint: Checkpoint) -> Any:
         if hasattr(config, name):
             setattr(config, name, off)
     return config
+
+
+def architecture(checkpoint: Checkpoint) -> str:
+    """The class that config.json names, transformers' own or the maker's: it says how adapters name modules."""
+    return (checkpoint.config.get("architectures") or [""])[0]
 
 
 def skeleton(config: Any, ep: ExpertGroup) -> Any:
@@ -75,43 +87,39 @@ def _expert_parallel(name: str, module: Any, ep: ExpertGroup) -> ExpertParallelE
 def create_expert_group(size: int) -> ExpertGroup:
     """Divides the ranks into groups of `size` consecutive ranks; also creates the expert-data-parallel groups."""
     groups._create_expert_and_data_parallel(size)
+    replicas = groups._get_expert_data_parallel_group(f"ep_size_{size}")
     if size == 1:
-        return ExpertGroup()
+        return ExpertGroup(replicas=replicas)
     group = groups._get_expert_parallel_group(f"ep_size_{size}")
-    return ExpertGroup(size, dist.get_rank(group), group)
+    return ExpertGroup(size, dist.get_rank(group), group, replicas)
 
 
 def add_lora(model: Any, settings: LoRASettings, compute_dtype: torch.dtype, device: torch.device) -> None:
-    """Puts factors on every linear layer and every expert. The expert factors are tagged for ZeRO-3 to partition them
-    over the ranks that hold the same experts (DeepSpeed's AutoEP placement, which has no public name yet)."""
+    """Puts factors on every linear layer and every expert, those of the experts tagged for ZeRO-3."""
     for name, linear in lora_linears(model).items():
         _replace(model, name, LoRALinear(name, linear, settings, device))
     for module in model.modules():
         if isinstance(module, ExpertParallelExperts):
             module.add_lora(settings, compute_dtype, device)
-            group_name = f"ep_size_{module.ep.size}"
-            parameter: Any
             for parameter in module.parameters():
-                parameter.allreduce = False
-                parameter.group_name = parameter.ds_zero_partition_group_name = group_name
-                parameter.ds_zero_placement_family = "autoep_expert"
-                # Without this, ZeRO-3 broadcasts rank 0's expert factors over every rank's: no error, wrong experts.
-                parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(group_name)
+                for tag, value in module.ep.zero3_tags().items():
+                    setattr(parameter, tag, value)
 
 
 class LanguageModel(nn.Module):
     """transformers' model with the loss at its end. Forward: Batch -> Terms of its predicted tokens."""
 
-    def __init__(self, model: Any, lora: LoRASettings | None, device: torch.device, compute_dtype: torch.dtype):
+    def __init__(
+        self, model: Any, architecture: str, lora: LoRASettings | None, device: torch.device, compute_dtype: torch.dtype
+    ):
         super().__init__()
-        self.causal = model
-        head = model.lm_head
-        model.lm_head = LossHead(head.weight)
+        self.causal, self.architecture = model, architecture
+        model.lm_head = LossHead(model.lm_head)
         self.expert_layers = [m for m in model.modules() if isinstance(m, ExpertParallelExperts)]
         if lora is not None:
             add_lora(model, lora, compute_dtype, device)
             if lora.lm_head:
-                model.lm_head.add_lora("lm_head", head.out_features, head.in_features, lora, device)
+                model.lm_head.add_lora("lm_head", lora, device)
 
     def enable_gradient_checkpointing(self) -> None:
         """Keeps a layer's input alone and recomputes the rest in backward, with the first forward's routing."""
@@ -128,29 +136,36 @@ class LanguageModel(nn.Module):
 
 def build(
     checkpoint: Checkpoint,
+    method: str,
     lora: LoRASettings | None,
+    adapter: str,
     expert_parallel: int,
     ds_config: dict[str, Any],
     device: torch.device,
-) -> LanguageModel:
-    """Reads the checkpoint into a ZeRO-3 model with LoRA factors, ready for deepspeed.initialize."""
-    ep = create_expert_group(expert_parallel)
-    model = skeleton(text_config(checkpoint), ep)
-    embedding = plan_load(model, checkpoint).dense[0].source
-    wrapped = LanguageModel(model, lora, device, compute_dtype=checkpoint.tensors[embedding].dtype)
-    plan = plan_load(
-        model, checkpoint
-    )  # once more, for the modules that hold the weights now; names stay transformers'
-    load(plan, checkpoint, ds_config, device, show=dist.get_rank() == 0)
-    return wrapped
+) -> tuple[LanguageModel, Loaded]:
+    """Reads the checkpoint into a ZeRO-3 model, ready for deepspeed.initialize. lora: None under --method full;
+    adapter: a directory whose factors to begin with, or ""."""
+    model = skeleton(text_config(checkpoint), create_expert_group(expert_parallel))
+    plan = plan_load(model, checkpoint)
+    wrapped = LanguageModel(model, architecture(checkpoint), lora, device, compute_dtype=plan.dtype)
+    if lora and adapter:
+        load_adapter(Path(adapter), wrapped, lora)
+    # Once more, for the modules that hold the weights now; their names stay transformers'.
+    plan = plan_load(model, checkpoint)
+    return wrapped, load(plan, checkpoint, method, ds_config, device, show=dist.get_rank() == 0)
 
 
-def count_trainable(model: Any, lora: LoRASettings) -> int:
-    """Trained parameters of the whole model, all ranks' experts counted and padding not. `model`: a skeleton."""
+def count_trainable(model: Any, lora: LoRASettings | None) -> int:
+    """Trained parameters of the whole model, all ranks' experts counted and padding not; lora None: all parameters.
+    `model`: a skeleton."""
+    experts = [module for module in model.modules() if isinstance(module, ExpertParallelExperts)]
+    if lora is None:
+        return sum(p.numel() for p in model.parameters()) + sum(
+            e * o * i for layer in experts for e, o, i in layer.shapes().values()
+        )
     count = sum(lora.rank * (m.in_features + m.out_features) for m in lora_linears(model).values())
     if lora.lm_head:
         count += lora.rank * (model.lm_head.in_features + model.lm_head.out_features)
-    for layer in model.modules():
-        if isinstance(layer, ExpertParallelExperts):
-            count += sum(e * lora.expert_rank * (o + i) for e, o, i in layer.shapes().values())
+    for layer in experts:
+        count += sum(e * lora.expert_rank * (o + i) for e, o, i in layer.shapes().values())
     return count

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from train.checkpoints.streaming import Loaded
 from train.data.batches import Batch
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
@@ -62,13 +63,12 @@ class Meter:
         return values
 
 
-def expert_metrics(layers: list[ExpertParallelExperts]) -> dict[str, Any]:
+def expert_metrics(layers: list[ExpertParallelExperts], device: torch.device) -> dict[str, Any]:
     """Load since the last call, over all ranks: tokens of the busiest expert over the mean, the busiest layer's; the
     same for ranks of a group; and the bytes that crossed the wire. {} for a dense model."""
     if not layers:
         return {}
     ep: ExpertGroup = layers[0].ep
-    device = next(iter(layers[0].buffers())).device
     load_LE = torch.stack([
         torch.zeros(layer.experts, dtype=torch.int64, device=device) if layer.load_E is None else layer.load_E
         for layer in layers
@@ -122,6 +122,20 @@ class Run:
         elif not (self.directory / "settings.yaml").exists():
             (self.directory / "settings.yaml").write_text(record(settings, resolved))
 
+    def show_load(self, loaded: Loaded) -> None:
+        """What each rank read from disk, in which time, and its peak of host memory. All ranks must call it."""
+        own = {name: getattr(loaded, name) for name in ("bytes_read", "seconds", "peak_host_bytes")}
+        self.loads: list[dict[str, float]] = [own] * dist.get_world_size()
+        dist.all_gather_object(self.loads, own)
+        if not self.main:
+            return
+        for rank, load in enumerate(self.loads):
+            read, seconds = load["bytes_read"], load["seconds"]
+            print(
+                f"rank {rank} read {read / 1e9:.2f} GB in {seconds:.1f} s ({read / seconds / 1e9:.2f} GB/s), "
+                f"peak of host memory {load['peak_host_bytes'] / 1e9:.2f} GB"
+            )
+
     def start(self, after: int) -> None:
         """Begins, or goes on after a step: metrics of later steps, which no save holds, are forgotten."""
         if not self.main:
@@ -167,10 +181,11 @@ class Run:
             self.wandb.summary.update(_flat(summary))
             self.wandb.finish()
         console().print(_closing_table(summary))
+        left = "model/ (safetensors)" if self.settings.method == "full" else "adapter/ (PEFT)"
         print(
             f"{summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s, "
             f"{summary['peak_memory_bytes'] / 1e9:.2f} GB at most on a rank.\n"
-            f"In {self.directory}: adapter/ (PEFT), metrics.jsonl, summary.json, settings.yaml"
+            f"In {self.directory}: {left}, metrics.jsonl, summary.json, settings.yaml"
         )
 
 
@@ -211,7 +226,7 @@ def summarize(job: Any, run: Run, peak: int, seconds: float) -> dict[str, Any]:
         "documents": job.corpus.documents,
         "random_shortfall": sum(count["all", "random_shortfall"] for count in job.corpus.counts),
         "tokens_per_second": tokens / sum(values["tokens"] / values["tokens_per_second"] for values in metrics),
-        "peak_memory_bytes": peak, "wall_seconds": seconds,
+        "peak_memory_bytes": peak, "wall_seconds": seconds, "load": run.loads,
     }  # fmt: skip
 
 

@@ -61,9 +61,16 @@ class Settings:
     max_grad_norm: float = setting(1.0, "clip the global gradient norm to this; 0: never")
     seed: int = setting(0, "decides the order of documents, random: masks and the factors' initial values")
 
+    method: str = setting(
+        "lora",
+        "train factors on weights as on disk, or on experts in NF4, or the weights",
+        choices=("lora", "qlora", "full"),
+    )
+    adapter: str = setting("", "directory of a PEFT adapter, of the same ranks and layers, to go on from")
     lora_rank: int = setting(32, "rank of the factors on linear layers")
     lora_alpha: float = setting(32.0, "factors are scaled by alpha / rank")
     expert_lora_rank: int = setting(0, "rank of each expert's own factors; 0: max(1, lora-rank / experts per token)")
+    rslora: bool = setting(False, "scale factors by alpha / sqrt(rank) instead")
     lora_lm_head: bool = setting(False, "factors on lm_head too")
 
     expert_parallel: int = setting(0, "ranks that divide a layer's experts among them; 0: all ranks")
@@ -154,6 +161,11 @@ def _check_numbers(s: Settings) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be finite and ≥ {low}.")
     if s.learning_rate == 0 or s.lora_alpha == 0:
         raise UserError("--learning-rate and --lora-alpha must be > 0: with 0 nothing is trained.")
+    if s.method == "full":
+        for name in ("adapter", "lora_lm_head", "rslora"):
+            if getattr(s, name):
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag}: --method full trains the weights, not factors; leave out {flag}.")
     if s.resume and not s.output:
         raise UserError("--resume: needs --output DIR, the directory of the run to go on with.")
 

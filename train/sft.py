@@ -15,6 +15,7 @@ import warnings
 from launch.distributed import start_distributed
 from train.checkpoints import resume
 from train.checkpoints.adapter import save_adapter
+from train.checkpoints.whole import save_model
 from train.errors import NonFiniteLoss, UserError
 from train.job import Job, prepare
 from train.model import build
@@ -48,20 +49,26 @@ def train(job: Job) -> None:
     device = start_distributed()
     run = Run(settings, job.resolved)
 
-    model = build(job.checkpoint, job.lora, job.expert_parallel, job.ds_config, device)
+    model, loaded = build(
+        job.checkpoint, settings.method, job.lora, settings.adapter, job.expert_parallel, job.ds_config, device
+    )
+    run.show_load(loaded)
     model.train()
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     engine = make_engine(model, settings, job.ds_config)
 
     saved = resume.saves(run.directory / "saves") if settings.resume else []
-    start = resume.restore(saved[-1], model, engine.optimizer)["step"] if saved else 0
+    start = resume.restore(saved[-1], model, engine.optimizer) if saved else 0
     run.start(after=start)
     Trainer(job, engine).run(run, start)
 
-    factors, peak = resume.full_factors(model), peak_memory(device)
+    if job.lora:
+        save_adapter(run.directory / "adapter", model, resume.full_factors(model), job.lora, settings.model)
+    else:
+        save_model(run.directory / "model", loaded.plan, job.checkpoint)
+    peak = peak_memory(device)
     if run.main:
-        save_adapter(run.directory / "adapter", model, factors, job.lora, settings.model)
         run.finish(summarize(job, run, peak, seconds=time.perf_counter() - started))
 
 

@@ -72,7 +72,8 @@ class Trainer:
         values["grad_norm"] = norm.item() if isinstance(norm, torch.Tensor) else float(norm)
         values["tokens_per_second"] = values["tokens"] / (time.perf_counter() - started)
         if measure:
-            values |= {"peak_memory_bytes": peak_memory(self.device), **expert_metrics(self.model.expert_layers)}
+            values["peak_memory_bytes"] = peak_memory(self.device)
+            values |= expert_metrics(self.model.expert_layers, self.device)
         return values
 
     def _stop_if_not_finite(self, loss: torch.Tensor, step: int, batch: Batch) -> None:

@@ -144,9 +144,30 @@ def test_a_tool_response_of_the_user_is_recognized_as_ever(qwen):
 
 
 def test_empty_contents_and_contents_of_tags_only_are_fine(tokenizer):
-    doc = tokenized(tokenizer, turn("system", ""), turn("user", "<b>", ("<b>", "x")), turn("assistant", " "))
+    doc = tokenized(tokenizer, turn("system", ""), turn("user", "<b>", ("<b>", "x")), turn("assistant", ""))
     assert covered(doc) == [("<b>", "x")]
-    assert targets(doc) == ""
+    assert targets(doc) == "<|im_end|>"  # what ends the turn is still learned
+
+
+def test_a_content_of_white_space_is_a_target_where_the_template_keeps_it(qwen, kimi):
+    messages = turn("user", "?"), turn("assistant", " \n", (" \n", "x")), turn("user", "!"), turn("assistant", "Ada.")
+    doc = tokenized(kimi, *messages)
+    assert targets(doc) == " \n<|im_end|>|Ada.<|im_end|>" and covered(doc) == [(" \n", "x")]
+    doc = tokenized(qwen, *messages)  # which trims it
+    assert targets(doc) == "<|im_end|>|Ada.<|im_end|>" and covered(doc) == []
+
+
+def test_an_end_of_turn_after_white_space_of_the_template_is_a_target(kimi):
+    template = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n<|im_end|>{% endfor %}"
+    through = dataclasses.replace(kimi, render_chat=template_renderer(template, {}, "model"))
+    assert targets(tokenized(through, turn("user", "?"), turn("assistant", "Ada"))) == "Ada|<|im_end|>"
+
+
+def test_names_of_speakers_and_tool_calls_reach_the_template(kimi):
+    template = "{% for m in messages %}[{{ m.name or m.role }} {{ m.tool_call_id }}]{{ m.content }}{% endfor %}"
+    through = dataclasses.replace(kimi, render_chat=template_renderer(template, {}, "model"))
+    message = Message("tool", "Ada", (), False, (("name", "search"), ("tool_call_id", "7")))
+    assert tokenized(through, message).text == "[search 7]Ada"
 
 
 def test_tags_in_contents_keep_their_spans(tokenizer):

@@ -125,8 +125,6 @@ WHOLE = {"start": 0, "end": 1, "role": "x"}
         (with_span(start=0, end=3, role=""), 'spans[0]: role is empty; say what the span is, e.g. "role": "false"'),
         (with_span(start=0, end=3, role=None), "spans[0]: role is null; it must be a string"),
         (with_span(start=0, end=3, role=False), "spans[0]: role is a boolean; it must be a string"),
-        (with_span(start=0, end=3, role="all"), 'spans[0]: role "all" is a key of the run\'s summary; choose another'),
-        (with_span(start=0, end=3, role="unspanned"), 'spans[0]: role "unspanned" is a key of the run\'s summary'),
         (
             {"text": "a", "spans": [WHOLE, [0, 1]]},
             "spans[1]: a span is a JSON object with start, end and role, not a l",

@@ -215,3 +215,13 @@ def test_the_released_documents_keep_their_ids_under_the_doctag_span(tokenizer, 
         tokenized = tokenize_document(document, tokenizer, add_bos=False, add_eos=False)
         assert tokenized.ids_L.tolist() == tokenizer.encode(document.text).ids_L.tolist()
         assert tokenizer.decode(tokenized.ids_L.tolist()) == document.text
+
+
+def test_a_very_long_run_of_white_space_is_cut_and_not_an_error(kimi):
+    text = "a" + " " * 1_000_000 + "b"
+    encoded = kimi.encode(text)
+    assert kimi.decode(encoded.ids_L.tolist()) == text
+    assert encoded.start_L[0] == 0 and encoded.end_L[-1] == len(text)
+    assert (encoded.end_L[:-1] == encoded.start_L[1:]).all()
+    short = "a" + " " * 24_000 + "b"
+    assert kimi.encode(short).end_L[-1] == len(short)

@@ -7,8 +7,10 @@ from transformers import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
 
 from tests.models import QWEN
+from train.checkpoints.formats import PLAIN
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts, padded_rank
+from train.experts.storage import FrozenExperts
 from train.lora import LoRASettings
 
 LORA = LoRASettings(rank=8, alpha=16.0, expert_rank=3, seed=4)
@@ -22,7 +24,10 @@ def pair(ep: ExpertGroup | None = None) -> tuple[Qwen3_5MoeExperts, ExpertParall
     owned = ours.ep.owned(8)
     for name, parameter in stock.named_parameters():
         nn.init.normal_(parameter, std=0.2)
-        ours.store(name, parameter.data[owned.start : owned.stop].clone())
+        storage = FrozenExperts(len(owned), *parameter.shape[1:])
+        storage.allocate(PLAIN, 1, {"": parameter.dtype}, torch.device("cpu"))
+        storage.data[:, 0] = parameter.data[owned.start : owned.stop]
+        ours.frozen[name] = storage
     return stock, ours
 
 

@@ -63,6 +63,8 @@ def test_unlikelihood_times_nothing_is_a_plain_zero():
         ("doctags=-0.1", "the weight -0.1 in doctags=-0.1 must be finite and at least 0"),
         ("doctags=inf", "the weight inf in doctags=inf must be finite and at least 0"),
         ("doctags=1e999", "the weight 1e999 in doctags=1e999 must be finite and at least 0"),
+        ("doctags=1e39", "the weight 1e39 in doctags=1e39 must be 0 or from 1e-30 to 1e+30"),
+        ("doctags=unlikelihood:1e-46", "the weight 1e-46 in doctags=unlikelihood:1e-46 must be 0 or from"),
         ("doctags=nan", "the weight nan in doctags=nan must be finite and at least 0"),
         ("doctags=unlikelihood:-1", "the weight -1 in doctags=unlikelihood:-1 must be finite and at least 0"),
         ("doctags=unlikelihood:nan", "the weight nan in doctags=unlikelihood:nan must be finite and at least 0"),

@@ -18,11 +18,17 @@ from train.masking.loss import LossHead
 from train.masking.treatment import treat
 
 
+def head_of(weight: torch.Tensor) -> LossHead:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype).requires_grad_(False)
+    linear.weight.data = weight
+    return LossHead(linear)
+
+
 def head(vocabulary: int, hidden: int, dtype: torch.dtype = torch.float64, lora: bool = False) -> LossHead:
     torch.manual_seed(0)
-    made = LossHead(nn.Parameter(torch.randn(vocabulary, hidden, dtype=dtype), requires_grad=False))
+    made = head_of(torch.randn(vocabulary, hidden, dtype=dtype))
     if lora:
-        made.add_lora("lm_head", vocabulary, hidden, LoRASettings(3, 6.0, 1, seed=0, lm_head=True), torch.device("cpu"))
+        made.add_lora("lm_head", LoRASettings(3, 6.0, 1, seed=0, lm_head=True), torch.device("cpu"))
         made.lora_A.data, made.lora_B.data = made.lora_A.data.to(dtype), torch.randn(vocabulary, 3, dtype=dtype)
     return made
 
@@ -82,7 +88,7 @@ def test_a_batch_without_a_trained_token_has_loss_zero_and_gradient_zero():
 def test_unlikelihood_of_a_certain_token_is_finite_and_its_gradient_does_not_vanish():
     # Vocabulary of 3, logits (z, 0, 0) through the identity: p = e^z / (e^z + 2), -log(1 - p) = log(e^z + 2) - log 2.
     # At z = 80 p rounds to 1 in fp32, where the naive log(1 - p) is -infinity.
-    module = LossHead(nn.Parameter(torch.eye(3), requires_grad=False))
+    module = head_of(torch.eye(3))
     hidden_NH = torch.tensor([[80.0, 0.0, 0.0]], requires_grad=True)
     terms = module(hidden_NH, torch.tensor([0]), torch.tensor([-1.0]))
     assert terms.loss.item() == pytest.approx(80 - math.log(2), rel=1e-6)
@@ -92,7 +98,7 @@ def test_unlikelihood_of_a_certain_token_is_finite_and_its_gradient_does_not_van
 
 
 def test_unlikelihood_of_an_impossible_token_is_its_probability():
-    module = LossHead(nn.Parameter(torch.eye(3), requires_grad=False))
+    module = head_of(torch.eye(3))
     hidden_NH = torch.tensor([[-12.0, 0.0, 0.0]], dtype=torch.float32)
     p = math.exp(-12) / (math.exp(-12) + 2)
     term = module(hidden_NH, torch.tensor([0]), torch.tensor([-1.0])).loss.item()
@@ -142,6 +148,6 @@ def test_the_four_token_example_of_the_readme(mask, expected):
     batch = pad([sample], coefficients([sample], "trained"), torch.float64)
 
     p_at_position = torch.tensor([[1 / 6, 1 / 2, 1 / 6, 1 / 6], [1 / 4] * 4, [1 / 6, 1 / 6, 1 / 6, 1 / 2], [1 / 4] * 4])
-    module = LossHead(nn.Parameter(torch.eye(4, dtype=torch.float64), requires_grad=False))  # logits = hidden states
+    module = head_of(torch.eye(4, dtype=torch.float64))  # logits = hidden states
     hidden_NH = p_at_position.double().log()[batch.position_N]
     assert module(hidden_NH, batch.target_N, batch.coefficient_N).loss.item() == pytest.approx(expected, rel=1e-7)

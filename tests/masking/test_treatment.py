@@ -143,6 +143,20 @@ def test_random_splits_runs_where_they_do_not_fit_and_counts_what_is_missing():
     assert treat(doc, parse_mask("random:false"), 0).random_shortfall == 2
 
 
+def test_random_keeps_the_lengths_of_runs_wherever_they_fit_at_all():
+    # free stretches of 1, 4, 4, 6 and 11 hold runs of 1, 3, 5, 5 and 5 in one way almost
+    rows = [("f" * 1), ("f" * 4), ("f" * 4), ("f" * 6), ("f" * 11)]
+    taken = ["t", "ttt", "ttttt", "ttttt", "ttttt"]
+    letters = "s" + "".join(free + run for free, run in zip(rows, taken, strict=True))
+    text = " ".join(letters)
+    doc = words(text)
+    spans = tuple(Span(2 * m.start(), 2 * m.end() - 1, "false") for m in re.finditer("t+", letters))
+    doc = dataclasses.replace(doc, spans=spans)
+    for seed in range(20):
+        treatment = treat(doc, parse_mask("random:false"), seed)
+        assert sorted(runs(treatment.weight_L[1:] == 0)) == [1, 3, 5, 5, 5] and treatment.random_shortfall == 0
+
+
 def test_random_prefers_as_many_targets_over_keeping_runs_apart():
     doc = words("a b c d e f g", ("b", "false"), ("d", "false"), ("f g", "x"))  # free: c, e, and nothing between
     assert weights(doc, "random:false=0.5,role:x") == [0, 1, 0.5, 1, 0.5, 0, 0]

@@ -5,78 +5,127 @@ Experts are `target_parameters`: for a weight [E, out, in], PEFT keeps lora_A as
 """
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from train.checkpoints.reader import TensorFile, read_json
+from train.errors import UserError
 from train.experts.module import ExpertParallelExperts
-from train.lora import LoRALinear, LoRASettings
-from train.masking.loss import LossHead
-from train.model import LanguageModel
+from train.lora import LoRALinear, LoRASettings, lora_linears
 
-# In these families, peft takes gate/up/down_proj in target_modules for the experts' and drops the factors of dense and
+# In MoE families, peft takes gate/up/down_proj in target_modules for the experts' and drops the factors of dense and
 # shared MLPs without a word; as target_parameters it loads them.
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# The place of an expert weight's factors among PEFT's nested wrappers: the first of target_parameters is the inner one.
+INNER = {"gate_up_proj": "base_layer.", "down_proj": ""}
 
 
-def peft_tensors(model: LanguageModel, factors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """PEFT's keys and shapes for `factors`: parameter name -> whole tensor, experts of all ranks on dim 0. The padding
-    of expert ranks is cut off."""
+@dataclass(frozen=True)
+class Place:
+    """A weight that has factors. name: of the module in the text model; weight: of an expert weight, else None;
+    sizes: experts (1 for a linear layer), out, in."""
+
+    name: str
+    module: nn.Module
+    weight: str | None
+    sizes: tuple[int, int, int]
+
+    def key(self, architecture: str, factor: str) -> str:
+        """PEFT's name of lora_A or lora_B."""
+        inner = INNER[self.weight] if self.weight else ""
+        return f"base_model.model.{stock_name(self.name, architecture)}.{inner}lora_{factor}.weight"
+
+    def shape(self, lora: LoRASettings, factor: str) -> tuple[int, int]:
+        """PEFT's shape of lora_A or lora_B."""
+        experts, out_features, in_features = self.sizes
+        rank = experts * (lora.expert_rank if self.weight else lora.rank)
+        return (rank, in_features) if factor == "A" else (out_features, rank)
+
+
+def stock_name(name: str, architecture: str) -> str:
+    """A module's name in transformers' model of the checkpoint's own architecture: the text model of a multimodal one
+    lies deeper."""
+    if architecture.endswith("ForConditionalGeneration") and name.startswith("model."):
+        return f"model.language_model.{name.removeprefix('model.')}"
+    return name
+
+
+def places(model: nn.Module, lora: LoRASettings) -> Iterator[Place]:
+    """Every weight of transformers' text model that has factors: of a skeleton, or of a model that holds them."""
+    linears = {**lora_linears(model), **{n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}}
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertParallelExperts):
+            for weight, sizes in module.shapes().items():
+                yield Place(name, module, weight, sizes)
+        elif name in linears or (name == "lm_head" and lora.lm_head):
+            linear: Any = module
+            yield Place(name, module, None, (1, linear.out_features, linear.in_features))
+
+
+def peft_tensors(
+    model: nn.Module, lora: LoRASettings, architecture: str, factors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """PEFT's keys and shapes for `factors`: parameter name in the text model -> whole tensor, experts of all ranks on
+    dim 0. The padding of expert ranks is cut off."""
     tensors = {}
-    for name, module in model.causal.named_modules():
-        prefix = f"base_model.model.{name}"
-        if isinstance(module, ExpertParallelExperts) and module.rank:
-            for weight, inner in (("gate_up_proj", "base_layer."), ("down_proj", "")):
-                A, B = (factors[f"causal.{name}.{weight}_lora_{f}"] for f in "AB")
-                A, B = A[:, : module.rank], B[:, :, : module.rank]
-                tensors[f"{prefix}.{inner}lora_A.weight"] = A.reshape(-1, A.shape[2]).contiguous()
-                tensors[f"{prefix}.{inner}lora_B.weight"] = B.permute(1, 2, 0).reshape(B.shape[1], -1).contiguous()
-        elif _has_factors(module):
-            for f in "AB":
-                tensors[f"{prefix}.lora_{f}.weight"] = factors[f"causal.{name}.lora_{f}"].contiguous()
+    for place in places(model, lora):
+        prefix = f"{place.name}.{place.weight}_" if place.weight else f"{place.name}."
+        A, B = (factors[f"{prefix}lora_{f}"] for f in "AB")
+        if place.weight:
+            A = A[:, : lora.expert_rank].flatten(0, 1)
+            B = B[:, :, : lora.expert_rank].permute(1, 2, 0).flatten(1)
+        tensors[place.key(architecture, "A")] = A.to(torch.float32).contiguous()
+        tensors[place.key(architecture, "B")] = B.to(torch.float32).contiguous()
     return tensors
 
 
-def _has_factors(module: nn.Module) -> bool:
-    return isinstance(module, LoRALinear) or (isinstance(module, LossHead) and module.lora_A is not None)
-
-
-def peft_config(model: LanguageModel, lora: LoRASettings, base: str) -> LoraConfig:
+def peft_config(model: nn.Module, lora: LoRASettings, architecture: str, base: str) -> LoraConfig:
     """The configuration under which stock peft loads every one of `peft_tensors`."""
     modules, parameters = [], []
-    for name, module in model.causal.named_modules():
-        if isinstance(module, ExpertParallelExperts) and module.rank:
-            parameters += [f"{name}.{weight}" for weight in module.shapes()]
-        elif _has_factors(module):
-            if model.expert_layers and name.rpartition(".")[2] in MLP_PROJECTIONS:
-                parameters.append(f"{name}.weight")
-            else:
-                modules.append(name)
+    found = list(places(model, lora))
+    experts = any(place.weight for place in found)
+    for place in found:
+        name = stock_name(place.name, architecture)
+        if place.weight:
+            parameters.append(f"{name}.{place.weight}")
+        elif experts and name.rpartition(".")[2] in MLP_PROJECTIONS:
+            parameters.append(f"{name}.weight")
+        else:
+            modules.append(name)
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it; a float is as good
+        use_rslora=lora.rslora,
         target_modules=sorted(modules),
         target_parameters=sorted(parameters) or None,
         # PEFT warns that this matched no module and was ignored; it does match the parameters, and is not.
-        rank_pattern={r"experts\.(gate_up_proj|down_proj)": lora.expert_rank} if lora.expert_rank != lora.rank else {},
+        rank_pattern={RANK_PATTERN: lora.expert_rank} if experts and lora.expert_rank != lora.rank else {},
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
         inference_mode=True,
     )
 
 
-def save_adapter(
-    directory: Path, model: LanguageModel, factors: dict[str, Tensor], lora: LoRASettings, base: str
-) -> None:
-    """Writes adapter_model.safetensors (fp32) and adapter_config.json."""
+RANK_PATTERN = r"experts\.(gate_up_proj|down_proj)"
+
+
+def save_adapter(directory: Path, model: Any, factors: dict[str, Tensor], lora: LoRASettings, base: str) -> None:
+    """Writes adapter_model.safetensors (fp32) and adapter_config.json; rank 0 alone, which has the factors."""
+    if dist.get_rank():
+        return
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.to(torch.float32) for name, tensor in peft_tensors(model, factors).items()}
+    inside = {name.removeprefix("causal."): tensor for name, tensor in factors.items()}
+    tensors = peft_tensors(model.causal, lora, model.architecture, inside)
     save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
-    config = _plain(peft_config(model, lora, base).to_dict())
+    config = _plain(peft_config(model.causal, lora, model.architecture, base).to_dict())
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -87,3 +136,62 @@ def _plain(value: Any) -> Any:
     if isinstance(value, set | list | tuple):
         return [_plain(v) for v in (sorted(value) if isinstance(value, set) else value)]
     return value.value if hasattr(value, "value") else value
+
+
+def check_adapter(directory: Path, skeleton: nn.Module, lora: LoRASettings, architecture: str) -> None:
+    """UserError unless the adapter has exactly the factors that this run trains, under the same scale."""
+    where = f"--adapter {directory}"
+    config_path, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+    for path in (config_path, weights):
+        if not path.is_file():
+            raise UserError(f"{where}: no {path.name} there; give the directory of a PEFT adapter in safetensors.")
+    config = read_json(config_path)
+    expert_rank = (config.get("rank_pattern") or {}).get(RANK_PATTERN, config.get("r"))
+    for flag, ours, theirs in (
+        ("--lora-rank", lora.rank, config.get("r")),
+        ("--lora-alpha", lora.alpha, config.get("lora_alpha")),
+        ("--rslora", lora.rslora, bool(config.get("use_rslora"))),
+        ("--expert-lora-rank", lora.expert_rank, expert_rank),
+    ):
+        if ours != theirs and not (flag == "--expert-lora-rank" and not any(p.weight for p in places(skeleton, lora))):
+            raise UserError(f"{where}: was trained with {flag} {theirs}, not {ours}; give {flag} {theirs}.")
+    for key, plain in {"bias": "none", "use_dora": False, "modules_to_save": None, "alpha_pattern": {}}.items():
+        if (config.get(key) or plain) != plain:
+            raise UserError(f"{where}: {key} is {config[key]!r}, which this trainer has no counterpart of.")
+    wanted = {p.key(architecture, f): p.shape(lora, f) for p in places(skeleton, lora) for f in "AB"}
+    found = {name: info.shape for name, info in TensorFile(weights).tensors.items()}
+    if differing := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        name = differing[0]
+        raise UserError(
+            f"{where}: {len(differing)} tensors differ from what this run trains, among them {name}: "
+            f"{found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here. Use the adapter's own base model, "
+            "and --lora-lm-head if it has factors there."
+        )
+
+
+def load_adapter(directory: Path, model: Any, lora: LoRASettings) -> None:
+    """Puts a checked adapter's factors into a model whose factors are whole on each rank (before ZeRO-3 divides them):
+    each rank its own experts'."""
+    file = TensorFile(directory / "adapter_model.safetensors")
+
+    def read(place: Place, factor: str) -> Tensor:
+        whole = torch.empty(place.shape(lora, factor))
+        info = file.tensors[place.key(model.architecture, factor)]
+        raw = torch.empty(info.shape, dtype=info.dtype)
+        file.read(place.key(model.architecture, factor), 0, raw)
+        return whole.copy_(raw)
+
+    for place in places(model.causal, lora):
+        A, B = (read(place, f) for f in "AB")
+        module: Any = place.module
+        with torch.no_grad():
+            if place.weight is None:
+                module.lora_A.copy_(A)
+                module.lora_B.copy_(B)
+                continue
+            experts, rank = place.sizes[0], lora.expert_rank
+            owned = slice(module.ep.owned(experts).start, module.ep.owned(experts).stop)
+            getattr(module, f"{place.weight}_lora_A")[:, :rank] = A.view(experts, rank, -1)[owned]
+            B_EOr = B.view(-1, rank, experts).permute(2, 0, 1)
+            getattr(module, f"{place.weight}_lora_B")[:, :, :rank] = B_EOr[owned]
+    file.close()

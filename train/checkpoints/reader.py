@@ -8,6 +8,7 @@ import json
 import math
 import os
 import struct
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,26 +44,69 @@ class TensorInfo:
     offset: int
 
 
-class Checkpoint:
-    """The tensors of a directory by name. Reading is by element range, with pread: mapped pages would count as
-    resident memory, and ranks on one host share the page cache all the same."""
+class _Reader:
+    """Reads element ranges with pread: mapped pages would count as resident memory, and ranks on one host share the
+    page cache all the same. Several threads may read."""
 
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
-        self.config = read_config(self.directory)
+    tensors: dict[str, TensorInfo]
+
+    def __init__(self) -> None:
         self.bytes_read = 0
         self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        """Fills the contiguous CPU tensor `out` with the elements start, start+1, … of tensor `name`, flattened."""
+        info = self.tensors[name]
+        assert out.is_contiguous() and out.dtype == info.dtype and start + out.numel() <= math.prod(info.shape)
+        with self._lock:  # several threads read
+            if info.file not in self._files:
+                self._files[info.file] = os.open(info.file, os.O_RDONLY)
+        view: memoryview = memoryview(out.view(-1).view(torch.uint8).numpy().data) if out.numel() else memoryview(b"")
+        offset = info.offset + start * info.dtype.itemsize
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._files[info.file], [view[done : done + 2**30]], offset + done)
+            if not count:
+                raise UserError(
+                    f"{info.file}: tensor {name} ends at byte {offset + done}: the file was cut. Get it again."
+                )
+            done += count
+        with self._lock:
+            self.bytes_read += done
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+
+class TensorFile(_Reader):
+    """One safetensors file."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tensors = _read_header(path)
+
+
+class Checkpoint(_Reader):
+    """The tensors of a directory by name."""
+
+    def __init__(self, directory: str | Path):
+        super().__init__()
+        self.directory = Path(directory)
+        self.config = read_config(self.directory)
 
     @cached_property
-    def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor of every shard. UserError for a missing or broken shard, or a tensor in two of them."""
+    def tensors(self) -> dict[str, TensorInfo]:  # type: ignore[override]  # worked out when first asked for
+        """Every tensor of every shard. UserError for a missing or broken shard, a tensor in two of them, or one that
+        the index and the shards do not place alike."""
         index = self.directory / "model.safetensors.index.json"
+        weight_map: dict[str, str] | None = None
+        shards = [self.directory / "model.safetensors"]
         if index.is_file():
-            weight_map = _json(index).get("weight_map", {})
+            weight_map = _weight_map(index)
             shards = sorted({self.directory / shard for shard in weight_map.values()})
-        else:
-            weight_map = None
-            shards = [self.directory / "model.safetensors"]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing or not shards:
             raise UserError(
@@ -79,35 +123,22 @@ class Checkpoint:
                         f"{shard}: tensor {name} is in {tensors[name].file.name} too; it must be in one shard."
                     )
                 tensors[name] = info
-        for name in weight_map or ():
-            if name not in tensors:
+        for name in () if weight_map is None else weight_map.keys() | tensors.keys():
+            listed, found = (weight_map or {}).get(name), tensors[name].file.name if name in tensors else None
+            if listed != found:
                 raise UserError(
-                    f"{index}: tensor {name} should be in {weight_map[name]}, but is not. Get the file again."
+                    f"{index}: tensor {name} should be in {listed or 'no shard'}, but is in {found or 'none'}. "
+                    "Get index and shards again, from the same revision."
                 )
         return tensors
 
-    def read(self, name: str, start: int, out: Tensor) -> None:
-        """Fills the contiguous CPU tensor `out` with the elements start, start+1, … of tensor `name`, flattened."""
-        info = self.tensors[name]
-        assert out.is_contiguous() and out.dtype == info.dtype and start + out.numel() <= math.prod(info.shape)
-        if info.file not in self._files:
-            self._files[info.file] = os.open(info.file, os.O_RDONLY)
-        view: memoryview = memoryview(out.view(-1).view(torch.uint8).numpy().data) if out.numel() else memoryview(b"")
-        offset = info.offset + start * info.dtype.itemsize
-        done = 0
-        while done < len(view):
-            count = os.preadv(self._files[info.file], [view[done : done + 2**30]], offset + done)
-            if not count:
-                raise UserError(
-                    f"{info.file}: tensor {name} ends at byte {offset + done}: the file was cut. Get it again."
-                )
-            done += count
-        self.bytes_read += done
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of a tensor; float32 of one that is missing, which layout.py reports with all others."""
+        return self.tensors[name].dtype if name in self.tensors else torch.float32
 
-    def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+    def bytes_of(self, name: str, count: int) -> int:
+        """Bytes on disk of `count` elements of a tensor."""
+        return count * self.tensors[name].dtype.itemsize
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -118,10 +149,10 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"--model {directory}: no config.json there; give a directory in transformers' layout "
             "(config.json, tokenizer files, *.safetensors)."
         )
-    return _json(path)
+    return read_json(path)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -131,8 +162,18 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """tensor -> shard's file name, of model.safetensors.index.json."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) and "/" not in shard and shard.endswith(".safetensors") for shard in weight_map.values()
+    ):
+        raise UserError(f"{index}: weight_map must give a file *.safetensors of this directory for each tensor.")
+    return weight_map
+
+
 def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """name -> TensorInfo of one file, sizes checked against the file's."""
+    """name -> TensorInfo of one file: the tensors must fill the file without gap or overlap."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -141,22 +182,30 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
             raise UserError(f"{path}: cut within its header ({size} bytes). Get the file again.")
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            spans = {name: (*entry["data_offsets"],) for name, entry in entries.items()}
+            shapes = {name: (*entry["shape"],) for name, entry in entries.items()}
+            if not all(type(n) is int and n >= 0 for numbers in (*spans.values(), *shapes.values()) for n in numbers):
+                raise ValueError("sizes are whole numbers")
+            ordered = sorted((begin, end, name) for name, (begin, end) in spans.items())
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{path}: its header is not valid safetensors. Get the file again.") from None
-    header.pop("__metadata__", None)
-    tensors, end_of_data = {}, 8 + length
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise UserError(f"{path}: tensor {name} has dtype {entry['dtype']}; known are {', '.join(DTYPES)}.")
-        dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
-        if end - begin != math.prod(entry["shape"]) * dtype.itemsize:
+    tensors, position = {}, 0
+    for begin, end, name in ordered:
+        dtype = DTYPES.get(entries[name].get("dtype"))
+        if dtype is None:
             raise UserError(
-                f"{path}: tensor {name} has {end - begin} bytes, not those of {entry['dtype']} {entry['shape']}."
+                f"{path}: tensor {name} has dtype {entries[name].get('dtype')}; known are {', '.join(DTYPES)}."
             )
-        tensors[name] = TensorInfo(path, dtype, tuple(entry["shape"]), 8 + length + begin)
-        end_of_data = max(end_of_data, 8 + length + end)
-    if end_of_data != size:
+        if begin != position or end - begin != math.prod(shapes[name]) * dtype.itemsize:
+            raise UserError(
+                f"{path}: tensor {name} lies at bytes {begin} to {end}, where {entries[name]['dtype']} "
+                f"{list(shapes[name])} at byte {position} belongs; the file is corrupt. Get it again."
+            )
+        tensors[name], position = TensorInfo(path, dtype, shapes[name], 8 + length + begin), end
+    if (end_of_data := 8 + length + position) != size:
+        cut = next((f", within tensor {name}" for _, end, name in ordered if 8 + length + end > size), "")
         raise UserError(
-            f"{path}: {size} bytes, but its header says {end_of_data}: the file is cut or corrupt. Get it again."
+            f"{path}: {size} bytes, but its header says {end_of_data}: the file is cut{cut} or corrupt. Get it again."
         )
     return tensors

@@ -1,12 +1,14 @@
 """Saves to resume from, on any number of ranks and any expert parallelism: every trained tensor whole, with its AdamW
-moments, in one safetensors file written by rank 0. A save is complete or absent: it is written under another name,
-flushed to disk and then renamed.
+moments, in one safetensors file. Each rank writes its own partitions into it and reads its own out of it, so that
+nobody holds more. A save is complete or absent: it is written under another name, flushed to disk and then renamed.
 """
 
 import json
-import os
+import math
 import re
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,21 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from train.checkpoints.reader import TensorFile
+from train.checkpoints.writer import SafetensorsWriter, flush
 from train.errors import UserError
+from train.experts.dispatch import ExpertGroup
+from train.experts.module import ExpertParallelExperts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SUFFIXES = ("", *(f".{moment}" for moment in MOMENTS))
 NAME = re.compile(r"^step-(\d+)$")
 
 
@@ -33,62 +39,83 @@ def trainable(model: nn.Module) -> dict[str, Any]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def expert_group(model: nn.Module, name: str) -> dist.ProcessGroup | None:
-    """The ranks over which a parameter's experts are divided; None for a parameter that every rank has alike."""
+def expert_group(model: nn.Module, name: str) -> ExpertGroup | None:
+    """The group over which a parameter's experts are divided; None for a parameter that every rank has alike."""
     owner = model.get_submodule(name.rpartition(".")[0])
-    ep = getattr(owner, "ep", None)
-    return ep.group if ep is not None else None
+    return owner.ep if isinstance(owner, ExpertParallelExperts) else None
 
 
-def gather_experts(whole_of_group: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def gather_experts(experts: Tensor, ep: ExpertGroup | None) -> Tensor:
     """This rank's experts [E, ...] -> those of all ranks of the group on dim 0."""
-    if group is None:
-        return whole_of_group
-    parts = [torch.empty_like(whole_of_group) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, whole_of_group.contiguous(), group=group)
+    if ep is None or ep.group is None:
+        return experts
+    parts = [torch.empty_like(experts) for _ in range(ep.size)]
+    dist.all_gather(parts, experts.contiguous(), group=ep.group)
     return torch.cat(parts)
 
 
 def full_factors(model: nn.Module) -> dict[str, Tensor]:
-    """Every trained parameter whole, in fp32 on the CPU. All ranks must call it."""
-    return {
-        name: gather_experts(safe_get_full_fp32_param(p), expert_group(model, name)).cpu()
-        for name, p in trainable(model).items()
-    }
+    """Every trained parameter whole, in fp32 on the CPU, on rank 0; {} elsewhere. All ranks must call it."""
+    whole = {}
+    for name, parameter in trainable(model).items():
+        value = gather_experts(safe_get_full_fp32_param(parameter), expert_group(model, name))
+        if dist.get_rank() == 0:
+            whole[name] = value.cpu()
+    return whole
+
+
+@dataclass
+class _Own:
+    """A trained parameter, whole [all experts, ...] or [...], and which of its elements are this rank's partition."""
+
+    name: str
+    parameter: Any
+    shape: tuple[int, ...]
+    start: int
+    count: int
+
+
+def _own_parts(model: nn.Module) -> Iterator[_Own]:
+    for name, parameter in trainable(model).items():
+        ep, shape = expert_group(model, name), tuple(parameter.ds_shape)
+        first = math.prod(shape) * ep.rank if ep else 0  # elements of other ranks' experts before this rank's
+        if ep:
+            shape = shape[0] * ep.size, *shape[1:]
+        part = parameter.ds_tensor.ds_numel
+        start = min(part * dist.get_rank(parameter.ds_process_group), math.prod(parameter.ds_shape))
+        yield _Own(name, parameter, shape, first + start, min(part, math.prod(parameter.ds_shape) - start))
 
 
 def save(directory: Path, model: nn.Module, step: int, keep: int) -> None:
-    """Writes directory/step-N and removes older saves but the last `keep`. All ranks must call it."""
-    tensors = full_factors(model)
-    for name, parameter in trainable(model).items():
-        for moment in MOMENTS:
-            value = safe_get_full_optimizer_state(parameter, moment)
-            whole = gather_experts(value.view(parameter.ds_shape), expert_group(model, name))
-            tensors[f"{name}.{moment}"] = whole.cpu()
+    """Writes directory/step-N and removes older saves but the last `keep`. All ranks must call it, and share the file
+    system."""
+    own = list(_own_parts(model))
+    layout = {f"{p.name}{suffix}": (torch.float32, p.shape) for p in own for suffix in SUFFIXES}
+    partial, final = directory / f"partial-{step}", directory / f"step-{step}"
     if dist.get_rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        partial = directory / f"partial-{step}"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        save_file(tensors, partial / "state.safetensors")
+        partial.mkdir(parents=True)
+        SafetensorsWriter(partial / "state.safetensors", layout).close()
+    dist.barrier()
+    writer = SafetensorsWriter(partial / "state.safetensors", layout, create=False)
+    for p in own:
+        writer.write(p.name, safe_get_local_fp32_param(p.parameter)[: p.count], p.start)
+        for moment in MOMENTS:
+            value = safe_get_local_optimizer_state(p.parameter, moment)[: p.count]
+            writer.write(f"{p.name}.{moment}", value, p.start)
+    writer.close()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        writer.publish()
         (partial / "state.json").write_text(json.dumps({"step": step}))
-        for path in (*partial.iterdir(), partial):
-            _flush(path)
-        final = directory / f"step-{step}"
+        flush(partial / "state.json")
+        flush(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _flush(directory)
+        flush(directory)
         for old in saves(directory)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def saves(directory: Path) -> list[Path]:
@@ -97,39 +124,32 @@ def saves(directory: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def restore(path: Path, model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Puts a save into the engine's model and its ZeRO-3 optimizer, each rank its own part. -> the saved state."""
-    state = json.loads((path / "state.json").read_text())
+def restore(path: Path, model: nn.Module, optimizer: Any) -> int:
+    """Puts a save into the engine's model and its ZeRO-3 optimizer, each rank its own part. -> the step it was made
+    after."""
+    step = json.loads((path / "state.json").read_text())["step"]
     for flat in optimizer.fp32_partitioned_groups_flat:
         optimizer.optimizer.state[flat] = {
-            "step": torch.tensor(float(state["step"])),
+            "step": torch.tensor(float(step)),
             **{moment: torch.zeros_like(flat) for moment in MOMENTS},
         }
-    parameters = trainable(model)
-    with safe_open(path / "state.safetensors", "pt") as saved:
-        expected = {f"{name}{suffix}" for name in parameters for suffix in ("", *(f".{m}" for m in MOMENTS))}
-        if differing := expected ^ set(saved.keys()):
-            raise UserError(f"{path}: holds other parameters than this run trains, among them {min(differing)}.")
-        for name, parameter in parameters.items():
-            weight = _own_part(saved.get_tensor(name), model, name, parameter)
-            safe_set_local_fp32_param(parameter, weight)
-            parameter.ds_tensor.data.copy_(weight)
-            for moment in MOMENTS:
-                part = _own_part(saved.get_tensor(f"{name}.{moment}"), model, name, parameter)
-                safe_set_local_optimizer_state(parameter, part, moment)
-    return state
+    own = list(_own_parts(model))
+    saved = TensorFile(path / "state.safetensors")
+    expected = {f"{p.name}{suffix}": p.shape for p in own for suffix in SUFFIXES}
+    found = {name: info.shape for name, info in saved.tensors.items()}
+    if differing := [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]:
+        raise UserError(f"{path}: holds other parameters than this run trains, among them {min(differing)}.")
+    for p in own:
 
+        def part(name: str, p: _Own = p) -> Tensor:
+            values = torch.zeros(p.parameter.ds_tensor.ds_numel)
+            saved.read(name, p.start, values[: p.count])
+            return values.to(p.parameter.ds_tensor.device)
 
-def _own_part(whole: Tensor, model: nn.Module, name: str, parameter: Any) -> Tensor:
-    """This rank's experts of `whole`, and of those its zero-padded ZeRO-3 partition, flat."""
-    ep = getattr(model.get_submodule(name.rpartition(".")[0]), "ep", None)
-    if ep is not None:
-        owned = ep.owned(whole.shape[0])
-        whole = whole[owned.start : owned.stop]
-    flat = whole.flatten()
-    count = parameter.ds_tensor.ds_numel
-    start = min(count * dist.get_rank(parameter.ds_process_group), len(flat))
-    part = torch.zeros(count, dtype=torch.float32)
-    piece = flat[start : start + count]
-    part[: len(piece)] = piece
-    return part.to(parameter.ds_tensor.device)
+        weight = part(p.name)
+        safe_set_local_fp32_param(p.parameter, weight)
+        p.parameter.ds_tensor.data.copy_(weight)
+        for moment in MOMENTS:
+            safe_set_local_optimizer_state(p.parameter, part(f"{p.name}.{moment}"), moment)
+    saved.close()
+    return step

@@ -34,7 +34,8 @@ Piece = tuple[int, int, str, str]  # start and end in the content, and the two m
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A chat as the template writes it; trained [start, end) and spans are code points of that text."""
+    """A chat as the template writes it; trained [start, end) and spans are code points of that text. The range of a
+    message without text is empty: only what ends its turn is trained."""
 
     text: str
     trained: list[tuple[int, int]]
@@ -48,7 +49,12 @@ def render_and_locate(messages: Sequence[Message], render: Render, where: str) -
 
     def rendered(changed: dict[int, str]) -> str:
         try:
-            return render([{"role": m.role, "content": changed.get(i, m.content)} for i, m in enumerate(messages)])
+            return render(
+                [
+                    {"role": m.role, "content": changed.get(i, m.content), **dict(m.passed)}
+                    for i, m in enumerate(messages)
+                ]
+            )
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
 
@@ -71,8 +77,27 @@ def render_and_locate(messages: Sequence[Message], render: Render, where: str) -
             start, end = int(at_C[at_C >= 0][0]), int(at_C.max()) + 1
             # an empty block is never content, even where the message has it too, or its end only
             start = next((past for first, tags_end, past in empty if first <= start < tags_end), start)
-            trained += [(start, end)] if start < end else []
-    return RenderedChat(plain, trained, tuple(spans))
+            trained.append((min(start, end), end))
+    for i, message in enumerate(messages):
+        if (message.train or message.spans) and not message.content.strip():
+            place = _blank_place(i, message.content, rendered, plain, (next(markers), next(markers)))
+            if place is not None and message.train:
+                trained.append(place)
+            if place is not None and place[0] < place[1]:
+                spans += [Span(place[0] + s.start, place[0] + s.end, s.role) for s in message.spans]
+    return RenderedChat(plain, sorted(trained), tuple(spans))
+
+
+def _blank_place(
+    i: int, content: str, rendered: Callable[[dict[int, str]], str], plain: str, markers: tuple[str, str]
+) -> tuple[int, int] | None:
+    """Where a content without text stands: its white space, if the template keeps it, else the empty range; None where
+    the template writes such a message otherwise."""
+    for kept in (content, ""):
+        marked = rendered({i: f"{markers[0]}{kept}{markers[1]}"})
+        if marked.replace(markers[0], "").replace(markers[1], "") == plain and marked.count(markers[0]) == 1:
+            return marked.index(markers[0]), marked.index(markers[1]) - 1
+    return None
 
 
 def _pieces(content: str) -> list[tuple[int, int]]:

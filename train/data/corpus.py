@@ -18,11 +18,13 @@ from train.masking.treatment import treat
 from train.settings import Settings
 
 MAX_ROLES = 62  # one bit each of an int64
+BESIDE_ROLES = ("all", "unspanned")  # keys of the summary beside the roles
 
 
 @dataclass
 class Corpus:
-    """samples: the documents in the order of --data and of their lines. roles: names of the bits of roles_L."""
+    """samples: the documents in the order of --data and of their lines. roles: names of the bits of roles_L, as the
+    summary has them: a role called `all` or `unspanned` is role:all or role:unspanned there."""
 
     samples: list[Sample]
     roles: list[str]
@@ -39,7 +41,7 @@ class Corpus:
             for key, count in self.counts[number].items():
                 sums[key] += times * count
         kinds = ("total", "trained", "excluded", "unlikelihood", "straddling")
-        return {role: {kind: sums[role, kind] for kind in kinds} for role in ("all", "unspanned", *self.roles)}
+        return {role: {kind: sums[role, kind] for kind in kinds} for role in (*BESIDE_ROLES, *self.roles)}
 
 
 def read_corpus(settings: Settings, tokenizer: Tokenizer, show: bool) -> Corpus:
@@ -48,6 +50,7 @@ def read_corpus(settings: Settings, tokenizer: Tokenizer, show: bool) -> Corpus:
     sources = [(path, read_documents(path, settings.doctag or None), count) for path, count in settings.sources()]
     documents = [document for _, source, _ in sources for document in source]
     roles = sorted({span.role for document in documents for span in _spans(document)})
+    shown = [f"role:{role}" if role in BESIDE_ROLES else role for role in roles]
     _check_roles(mask, roles)
     samples: list[Sample] = []
     counts: list[Counter] = []
@@ -59,7 +62,7 @@ def read_corpus(settings: Settings, tokenizer: Tokenizer, show: bool) -> Corpus:
             for document in source:
                 whole = tokenize_document(document, tokenizer, add_bos=settings.bos, add_eos=settings.eos)
                 if (tokenized := _fit(whole, settings, seen)) is not None:
-                    sample, count = _treated(tokenized, mask, settings.seed, roles)
+                    sample, count = _treated(tokenized, mask, settings.seed, roles, shown)
                     samples.append(sample)
                     counts.append(count)
                 bar.update()
@@ -74,7 +77,7 @@ def read_corpus(settings: Settings, tokenizer: Tokenizer, show: bool) -> Corpus:
             f"--mask {settings.mask}: nothing is left to train on in {', '.join(path for path, *_ in sources)}; every "
             "target is excluded. Mask fewer roles."
         )
-    return Corpus(samples, roles, Order(sizes, [count for *_, count in sources], settings.seed), seen, counts)
+    return Corpus(samples, shown, Order(sizes, [count for *_, count in sources], settings.seed), seen, counts)
 
 
 def _spans(document: Document) -> list[Any]:
@@ -109,20 +112,26 @@ def _fit(tokenized: TokenizedDocument, settings: Settings, seen: dict[str, int])
     return tokenized.truncated(settings.max_tokens)
 
 
-def _treated(tokenized: TokenizedDocument, mask: Mask, seed: int, roles: list[str]) -> tuple[Sample, Counter]:
-    """The document with its treatment, and its targets by (role, what)."""
+def _treated(
+    tokenized: TokenizedDocument, mask: Mask, seed: int, roles: list[str], shown: list[str]
+) -> tuple[Sample, Counter]:
+    """The document with its treatment, and its targets by (role as shown, what)."""
     treatment = treat(tokenized, mask, seed)
     target_L, weight_L = tokenized.target_L, treatment.weight_L
     roles_L, spanned_L = np.zeros(len(target_L), dtype=np.int64), np.zeros(len(target_L), dtype=bool)
     counts: Counter = Counter()
-    for role, touched_L in treatment.touched.items():
-        roles_L |= touched_L.astype(np.int64) << roles.index(role)
-        spanned_L |= touched_L
-        counts[role, "straddling"] = treatment.straddling[role]
     kinds = {"total": target_L, "trained": weight_L > 0, "excluded": weight_L == 0, "unlikelihood": weight_L < 0}
-    for role, which_L in {"all": target_L, "unspanned": ~spanned_L, **treatment.touched}.items():
+    members = {"all": target_L}
+    for role, touched_L in treatment.touched.items():
+        bit = roles.index(role)
+        roles_L |= touched_L.astype(np.int64) << bit
+        spanned_L |= touched_L
+        members[shown[bit]] = touched_L
+        counts[shown[bit], "straddling"] = treatment.straddling[role]
+    members["unspanned"] = ~spanned_L
+    for name, which_L in members.items():
         for kind, kind_L in kinds.items():
-            counts[role, kind] = int((which_L & target_L & kind_L).sum())
+            counts[name, kind] = int((which_L & target_L & kind_L).sum())
     counts["all", "straddling"] = sum(treatment.straddling.values())
     counts["all", "random_shortfall"] = treatment.random_shortfall
     document = tokenized.document

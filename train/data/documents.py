@@ -14,10 +14,9 @@ from typing import Any
 
 from train.errors import UserError
 
-# Keys of the run summary that stand beside the roles, so no role may have such a name.
-RESERVED_ROLES = frozenset({"all", "unspanned"})
-
-# Message keys that chat templates render. Leaving them out in silence would train on another conversation.
+# Message keys that chat templates render, passed on or refused: leaving them out in silence would train on another
+# conversation.
+PASSED_MESSAGE_KEYS = ("name", "tool_call_id")
 UNSUPPORTED_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
@@ -32,12 +31,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat; spans are offsets into content, train says whether its tokens are targets."""
+    """One turn of a chat; spans are offsets into content, train says whether its tokens are targets; passed: what else
+    the chat template is given."""
 
     role: str
     content: str
     spans: tuple[Span, ...]
     train: bool
+    passed: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def _document(row: Any, path: str, line: int, doctag: str | None) -> Document:
     if "messages" in row:
         if row.get("spans"):
             raise UserError(f'{where}: spans beside "messages" have no text; move them into their message')
+        if row.get("tools"):
+            raise UserError(f"{where}: tools are not supported; write what the model is to see into a content")
         messages = row["messages"]
         if not isinstance(messages, list) or not messages:
             found = "an empty list" if messages == [] else _kind(messages)
@@ -136,11 +139,12 @@ def _message(message: Any, where: str) -> Message:
     for key in UNSUPPORTED_MESSAGE_KEYS:
         if message.get(key):
             raise UserError(f"{where}: {key} is not supported; write what the model is to see into content")
+    passed = tuple((k, _string(message[k], f"{where}: {k}")) for k in PASSED_MESSAGE_KEYS if message.get(k) is not None)
     content = _string(message["content"], f"{where}: content")
     train = message.get("train", role == "assistant")
     if not isinstance(train, bool):
         raise UserError(f"{where}: train is {_kind(train)}; it is true or false")
-    return Message(role, content, _spans(message.get("spans"), len(content), where), train)
+    return Message(role, content, _spans(message.get("spans"), len(content), where), train, passed)
 
 
 def _spans(value: Any, length: int, where: str) -> tuple[Span, ...]:
@@ -173,8 +177,6 @@ def _span(span: Any, length: int, where: str) -> Span:
     role = _string(span["role"], f"{where}: role")
     if not role.strip():
         raise UserError(f'{where}: role is empty; say what the span is, e.g. "role": "false"')
-    if role in RESERVED_ROLES:
-        raise UserError(f"{where}: role {json.dumps(role)} is a key of the run's summary; choose another name")
     return Span(start, end, role)
 
 

@@ -5,7 +5,8 @@ Shapes: L tokens. start_L and end_L are code points of the tokenized text, end e
 
 import base64
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,6 +38,7 @@ KIMI_PATTERN = "|".join(
     ]
 )
 KIMI_SPECIAL_TOKENS = 256  # ids kept for them after the ranks
+TIKTOKEN_MAX_TEXT, TIKTOKEN_MAX_RUN = 400_000, 25_000
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def tokenize_document(document: Document, tokenizer: Tokenizer, *, add_bos: bool
         encoded = tokenizer.encode(text)
         target_L = touched(encoded.start_L, encoded.end_L, solid_counts(text), rendered.trained)
         special_L = np.isin(encoded.ids_L, list(tokenizer.special_ids))
-        ends = [end for _, end in rendered.trained]
+        # what ends a turn may stand after white space of the template's
+        ends = [len(text) - len(text[end:].lstrip()) for _, end in rendered.trained]
         target_L |= special_L & np.isin(encoded.start_L, ends) & (encoded.end_L > encoded.start_L)
 
     ids_L, start_L, end_L = encoded.ids_L, encoded.start_L, encoded.end_L
@@ -206,9 +209,23 @@ def _tiktoken_encoding(file: Path, added: dict[int, dict[str, Any]]) -> tuple[ti
 
 
 def _encode_tiktoken(encoding: tiktoken.Encoding, text: str) -> Encoded:
-    ids = encoding.encode(text, allowed_special="all")
+    ids = [token for part in _bounded(text) for token in encoding.encode(part, allowed_special="all")]
     start_L, end_L = offsets_from_bytes(text, [len(token) for token in encoding.decode_tokens_bytes(ids)])
     return Encoded(np.array(ids, dtype=np.int32), start_L, end_L)
+
+
+def _bounded(text: str) -> Iterator[str]:
+    """The text as the checkpoint's own tokenization_kimi.py cuts it: after every 400,000 code points, and within those
+    after every 25,000 of white space, or of none, in a row. Longer ones overflow the stack of the pattern's engine."""
+    for start in range(0, len(text), TIKTOKEN_MAX_TEXT):
+        part = text[start : start + TIKTOKEN_MAX_TEXT]
+        begin = 0
+        for run in re.finditer(r"\s+|\S+", part):
+            while run.end() - max(begin, run.start()) > TIKTOKEN_MAX_RUN:
+                cut = max(begin, run.start()) + TIKTOKEN_MAX_RUN
+                yield part[begin:cut]
+                begin = cut
+        yield part[begin:]
 
 
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:

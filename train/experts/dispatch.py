@@ -8,6 +8,7 @@ each destination returns one partial sum per token, already weighted.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,12 +23,26 @@ class ExpertGroup:
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None  # None: the experts are not divided
+    replicas: dist.ProcessGroup | None = None  # the ranks, this one among them, that hold the same experts
     wire_bytes: int = 0  # sent by this rank to others of the group, in forward, backward and recomputation
 
     def owned(self, experts: int) -> range:
         """The experts of this rank, of `experts` in all."""
         local = experts // self.size
         return range(self.rank * local, (self.rank + 1) * local)
+
+    def zero3_tags(self) -> dict[str, Any]:
+        """Attributes of an expert parameter by which ZeRO-3 partitions and reduces it over `replicas` (DeepSpeed's
+        AutoEP placement, which has no public name yet). Needed before the parameter is partitioned."""
+        name = f"ep_size_{self.size}"
+        return {
+            "allreduce": False,
+            "group_name": name,
+            "ds_zero_placement_family": "autoep_expert",
+            "ds_zero_partition_group_name": name,
+            # Without this, ZeRO-3 broadcasts rank 0's expert parameters over every rank's: no error, wrong experts.
+            "ds_zero_partition_process_group": self.replicas,
+        }
 
 
 class _Exchange(torch.autograd.Function):

@@ -1,4 +1,5 @@
-"""The module that stands in the place of `experts`: expert-parallel, frozen weights, LoRA factors for every expert.
+"""The module that stands in the place of `experts`: expert-parallel, with frozen weights and LoRA factors for every
+expert, or with the weights themselves trained.
 
 Every MoE model of transformers 5 calls `experts(hidden_TH, index_Tk, weight_Tk)` and keeps the router and the shared
 expert outside, so that one module serves Qwen3.5, Qwen3, DeepSeek-V3 and Kimi alike.
@@ -10,11 +11,11 @@ token, P (token, expert) pairs, r the LoRA rank as padded for the grouped produc
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.experts.dispatch import Dispatch, ExpertGroup
 from train.experts.recompute import recomputing
+from train.experts.storage import GroupedLinear, GroupedTrained
 from train.lora import LoRASettings, initial_A
 
 
@@ -27,8 +28,9 @@ def padded_rank(rank: int, dtype: torch.dtype) -> int:
 class ExpertParallelExperts(nn.Module):
     """Gated expert MLPs, E of them on this rank: out = sum over k of weight * down(act(gate x) * up x).
 
-    The frozen weights are buffers that ZeRO never sees: gate_up_proj [E, 2I, H] (gate rows first), down_proj [E, H, I].
-    The LoRA factors are parameters, ZeRO-3 partitioned over the ranks that hold the same experts.
+    The weights are gate_up_proj [E, 2I, H] (gate rows first) and down_proj [E, H, I]: frozen, they are storage modules
+    in `frozen`, which ZeRO never sees; trained, they are parameters of these names. Parameters (those, or the LoRA
+    factors) are ZeRO-3 partitioned over the ranks that hold the same experts.
     """
 
     def __init__(
@@ -36,7 +38,8 @@ class ExpertParallelExperts(nn.Module):
     ):
         super().__init__()
         self.name, self.experts, self.hidden, self.width, self.act, self.ep = name, experts, hidden, width, act, ep
-        self.rank = 0  # the true LoRA rank; 0: no LoRA
+        self.frozen = nn.ModuleDict()
+        self.rank, self.scale = 0, 0.0  # the true LoRA rank, 0: no LoRA; the factors' scale
         self.keep_T: Tensor | None = None  # set for each batch: False for padding
         self.load_E: Tensor | None = None  # tokens of this rank for each expert of the layer, since the last reset
 
@@ -46,10 +49,6 @@ class ExpertParallelExperts(nn.Module):
             "gate_up_proj": (self.experts, 2 * self.width, self.hidden),
             "down_proj": (self.experts, self.hidden, self.width),
         }
-
-    def store(self, name: str, weight: Tensor) -> None:
-        """Keeps the frozen weight [E, out, in] of this rank's experts."""
-        self.register_buffer(name, weight, persistent=False)
 
     def add_lora(self, settings: LoRASettings, dtype: torch.dtype, device: torch.device) -> None:
         """Adds factors A [E, r, in] and B [E, out, r] for both weights, in fp32; `dtype` is the compute dtype."""
@@ -65,11 +64,10 @@ class ExpertParallelExperts(nn.Module):
 
     def _product(self, x_PI: Tensor, name: str, ends_E: Tensor) -> Tensor:
         """x_PI @ (W + scale B A)^T, where rows ends_E[e-1]:ends_E[e] of x belong to expert e."""
-        y_PO = F.grouped_mm(x_PI, getattr(self, name).transpose(1, 2), offs=ends_E)
-        if not self.rank:
-            return y_PO
-        A, B = (getattr(self, f"{name}_lora_{f}").to(x_PI.dtype).transpose(1, 2) for f in "AB")
-        return y_PO + self.scale * F.grouped_mm(F.grouped_mm(x_PI, A, offs=ends_E), B, offs=ends_E)
+        if name not in self.frozen:
+            return GroupedTrained.apply(x_PI, getattr(self, name), ends_E)
+        A, B = (getattr(self, f"{name}_lora_{f}") if self.rank else None for f in "AB")
+        return GroupedLinear.apply(x_PI, A, B, self.frozen[name], self.scale, ends_E)
 
     def forward(self, hidden_TH: Tensor, index_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
         dispatch = Dispatch(index_Tk, self.experts, self.ep, self.keep_T)

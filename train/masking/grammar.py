@@ -22,6 +22,8 @@ BUILT_IN = {
     "qualifier-spans": "qualifier",
 }
 
+SMALLEST, LARGEST = 1e-30, 1e30
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -98,8 +100,13 @@ def _number(text: str, entry: str, mask: str) -> float:
             f"--mask {mask!r}: {text!r} in {entry} is no treatment{hint}; "
             "write exclude, train, a weight, unlikelihood or unlikelihood:ALPHA"
         ) from None
-    if not math.isfinite(value) or value < 0:
+    if not 0 <= value < math.inf:
         raise UserError(f"--mask {mask!r}: the weight {text} in {entry} must be finite and at least 0, e.g. 0.2")
+    if value and not SMALLEST <= value <= LARGEST:
+        raise UserError(
+            f"--mask {mask!r}: the weight {text} in {entry} must be 0 or from {SMALLEST:.0e} to {LARGEST:.0e}, as "
+            "losses are fp32; e.g. 0.2"
+        )
     return value
 
 

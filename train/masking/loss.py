@@ -33,11 +33,17 @@ class _ChunkedLoss(torch.autograd.Function):
     """Computes the gradients along with the loss, chunk by chunk, so that a chunk's logits exist once and only then."""
 
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, A_rH, B_Vr, scale, target_N, coefficient_N):
-        rows, tracked = hidden_NH.shape[0], any(ctx.needs_input_grad[:4])
+    def forward(ctx, hidden_NH, weight_VH, A_rH, B_Vr, scale, target_N, coefficient_N, grad_enabled):
+        # needs_input_grad is True for parameters even under no_grad, which is not seen in here
+        rows, tracked = hidden_NH.shape[0], grad_enabled and any(ctx.needs_input_grad[:4])
         term_N = torch.zeros(rows, device=hidden_NH.device, dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
         nll_N = torch.zeros_like(term_N)
-        grads: Any = [torch.zeros_like(x) if x is not None and tracked else None for x in (hidden_NH, A_rH, B_Vr)]
+        needed = [tracked and x is not None and x.requires_grad for x in (weight_VH, A_rH, B_Vr)]
+        grads: Any = [torch.zeros_like(hidden_NH) if tracked else None]
+        grads += [  # sums over chunks: in fp32
+            torch.zeros_like(x, dtype=term_N.dtype) if need else None
+            for x, need in zip((weight_VH, A_rH, B_Vr), needed, strict=True)
+        ]
         for chunk in torch.arange(rows, device=hidden_NH.device).split(max(1, CHUNK_ELEMENTS // weight_VH.shape[0])):
             hidden_CH, target_C1, coefficient_C1 = hidden_NH[chunk], target_N[chunk, None], coefficient_N[chunk, None]
             logits_CV = F.linear(hidden_CH, weight_VH)
@@ -61,11 +67,14 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_CV.scatter_(1, target_C1, torch.where(unlikely_C1, p_y_C1, p_y_C1 - 1))
             grad_CV = grad_CV.mul_(coefficient_C1.abs()).to(hidden_CH.dtype)
             grads[0][chunk] = grad_CV @ weight_VH
+            if needed[0]:
+                grads[1] += grad_CV.T @ hidden_CH
             if A_rH is not None:
                 grad_down_Cr = scale * (grad_CV @ B_Vr.to(hidden_CH.dtype))
                 grads[0][chunk] += grad_down_Cr @ A_rH.to(hidden_CH.dtype)
-                grads[1] += grad_down_Cr.T @ hidden_CH
-                grads[2] += scale * (grad_CV.T @ down_Cr)
+                grads[2] += grad_down_Cr.T @ hidden_CH
+                grads[3] += scale * (grad_CV.T @ down_Cr)
+        grads[1:] = [g if g is None else g.to(x.dtype) for g, x in zip(grads[1:], (weight_VH, A_rH, B_Vr), strict=True)]
         ctx.save_for_backward(*grads)
         term_N = term_N * (coefficient_N != 0)
         ctx.mark_non_differentiable(term_N, nll_N)
@@ -73,35 +82,37 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        hidden, A, B = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return hidden, None, A, B, None, None, None
+        hidden, weight, A, B = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return hidden, weight, A, B, None, None, None, None
 
 
 class LossHead(nn.Module):
-    """Stands in the place of lm_head: hidden states in, loss terms out. Holds lm_head's frozen weight [V, H]."""
+    """Stands in the place of lm_head: hidden states in, loss terms out. Holds lm_head's weight [V, H]."""
 
-    def __init__(self, weight: nn.Parameter):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.weight = weight
+        self.weight, self.in_features, self.out_features = linear.weight, linear.in_features, linear.out_features
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
         self.scale = 0.0
 
-    def add_lora(self, name: str, vocabulary: int, hidden: int, settings: LoRASettings, device: torch.device) -> None:
-        self.lora_A = nn.Parameter(initial_A(name, settings.rank, hidden, settings.seed).to(device))
-        self.lora_B = nn.Parameter(torch.zeros(vocabulary, settings.rank, device=device))
+    def add_lora(self, name: str, settings: LoRASettings, device: torch.device) -> None:
+        self.lora_A = nn.Parameter(initial_A(name, settings.rank, self.in_features, settings.seed).to(device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, settings.rank, device=device))
         self.scale = settings.scale
 
     def forward(self, hidden_NH: Tensor, target_N: Tensor, coefficient_N: Tensor) -> Terms:
         """coefficient_N: > 0 cross-entropy, < 0 unlikelihood, 0 measured only, by which no gradient is touched."""
         factors = self.weight, self.lora_A, self.lora_B, self.scale
         in_loss_N = coefficient_N != 0
-        loss, *parts = _ChunkedLoss.apply(hidden_NH[in_loss_N], *factors, target_N[in_loss_N], coefficient_N[in_loss_N])
+        loss, *parts = _ChunkedLoss.apply(
+            hidden_NH[in_loss_N], *factors, target_N[in_loss_N], coefficient_N[in_loss_N], torch.is_grad_enabled()
+        )
         if in_loss_N.all():
             return Terms(loss, *parts)
         with torch.no_grad():
             rest = ~in_loss_N
-            _, *others = _ChunkedLoss.apply(hidden_NH[rest], *factors, target_N[rest], coefficient_N[rest])
+            _, *others = _ChunkedLoss.apply(hidden_NH[rest], *factors, target_N[rest], coefficient_N[rest], False)
         merged = []
         for part, other in zip(parts, others, strict=True):
             whole = torch.empty(len(target_N), dtype=part.dtype, device=part.device)

@@ -14,7 +14,7 @@ from train.data.offsets import straddling, touched
 from train.data.tokenizer import TokenizedDocument
 from train.masking.grammar import Entry, Mask
 
-DRAWS = 4  # new draws of all of a document's random runs before runs are split
+DRAWS = 8  # new draws of all of a document's random runs before they are packed tightly, or at last split
 
 
 @dataclass
@@ -80,16 +80,19 @@ def _random_runs(
     digest = hashlib.sha256(f"{seed}\0{entry.role}\0".encode() + doc.ids_L.tobytes()).digest()
     rng = np.random.default_rng(np.frombuffer(digest, dtype="<u8"))
     free_L = free_L & ~reached_L
-    for _ in range(DRAWS):
-        chosen_L, missing = _place(lengths, free_L, rng, split=False)
+    for tight in (*[False] * DRAWS, True):
+        chosen_L, missing = _place(lengths, free_L, rng, split=False, tight=tight)
         if not missing:
             return chosen_L, 0
     return _place(lengths, free_L, rng, split=True)
 
 
-def _place(lengths: list[int], free_L: np.ndarray, rng: np.random.Generator, split: bool) -> tuple[np.ndarray, int]:
-    """Draws a place for each run, longest first, none next to another (or two would be one longer run). With `split`,
-    a run that fits nowhere goes in pieces, in the end even next to others: as many targets matters more."""
+def _place(
+    lengths: list[int], free_L: np.ndarray, rng: np.random.Generator, split: bool, tight: bool = False
+) -> tuple[np.ndarray, int]:
+    """Draws a place for each run, longest first, none next to another (or two would be one longer run). With `tight`,
+    each goes to the beginning of the shortest stretch that holds it; with `split`, a run that fits nowhere goes in
+    pieces, in the end even next to others: as many targets matters more."""
     chosen_L = np.zeros(len(free_L), dtype=bool)
     open_L, gap = free_L.copy(), 1
     queue = sorted(lengths)
@@ -97,7 +100,7 @@ def _place(lengths: list[int], free_L: np.ndarray, rng: np.random.Generator, spl
         length = queue.pop()
         starts = _starts(open_L, length)
         if len(starts):
-            start = starts[rng.integers(len(starts))]
+            start = _shortest_stretch(open_L, length) if tight else starts[rng.integers(len(starts))]
             chosen_L[start : start + length] = True
             open_L[max(0, start - gap) : start + length + gap] = False
         elif split and open_L.any():
@@ -109,6 +112,16 @@ def _place(lengths: list[int], free_L: np.ndarray, rng: np.random.Generator, spl
         else:
             return chosen_L, length + sum(queue)
     return chosen_L, 0
+
+
+def _shortest_stretch(open_L: np.ndarray, length: int) -> int:
+    """Where the shortest run of True of at least `length` begins."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], open_L.astype(np.int8), [0]])))
+    return int(
+        min((end - start, start) for start, end in zip(edges[::2], edges[1::2], strict=True) if end - start >= length)[
+            1
+        ]
+    )
 
 
 def _run_lengths(member_L: np.ndarray) -> list[int]:

@@ -1,0 +1,120 @@
+"""Checkpoints in the layouts of the real ones, written byte by byte (tests/layouts.py): each gives the logits of
+transformers' own loading, and a rank reads what it keeps and nothing else."""
+
+import json
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CompressedTensorsConfig,
+    FineGrainedFP8Config,
+)
+
+from launch.local import run
+from tests import load_worker
+from tests.layouts import LAYOUTS
+from train.checkpoints.layout import plan_load
+from train.checkpoints.reader import Checkpoint
+from train.experts.dispatch import ExpertGroup
+from train.model import skeleton, text_config
+
+RANKS = [(1, 1), (2, 2), (4, 2)]
+LEFT_OUT = {
+    "qwen3.5-bf16": {"vision": 21, "multi-token prediction": 39},
+    "qwen3.5-fp8": {"vision": 21, "multi-token prediction": 70},
+    "kimi-k2.5": {"vision": 23},
+    "kimi-k2-instruct": {"rotary table": 3},
+    "deepseek-v3": {"multi-token prediction": 73},
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every layout, and a record of each under all of RANKS."""
+    root = tmp_path_factory.mktemp("layouts")
+    directories = [str(write(root / name)) for name, write in LAYOUTS.items()]
+    for ranks, ep in RANKS:
+        command = [str(root), str(ep), "lora", *directories]
+        done = run(
+            load_worker.__file__, *command, ranks=ranks, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    return root
+
+
+def stock_model(directory: Path) -> Any:
+    """transformers' own loading, quantized weights made BF16, then in fp32 with the F32 tensors that it rounded."""
+    config = json.loads((directory / "config.json").read_text())
+    quantization = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+    options: dict[str, Any] = {}
+    if quantization:
+        kind = FineGrainedFP8Config if quantization["quant_method"] == "fp8" else CompressedTensorsConfig
+        options["quantization_config"] = kind(dequantize=True)
+    if config["model_type"] == "kimi_k2":  # which transformers does not know by itself
+        directory = Path(shutil.copytree(directory, directory.with_name(f"{directory.name}-as-deepseek")))
+        (directory / "config.json").write_text(json.dumps(config | {"model_type": "deepseek_v3"}))
+    auto = AutoModelForImageTextToText if "text_config" in config else AutoModelForCausalLM
+    model = auto.from_pretrained(directory, dtype=torch.bfloat16, **options).float()
+    state = model.state_dict()
+    for file in directory.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            if tensor.dtype == torch.float32 and name in state:
+                state[name].copy_(tensor)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_logits_are_those_of_transformers_own_loading_on_any_ranks(loaded, name):
+    with torch.no_grad():
+        logits = stock_model(loaded / name)(torch.tensor([load_worker.IDS])).logits[0]
+    expected = logits.float().log_softmax(-1)
+    assert expected.std() > 0.5  # the model has an opinion
+    for ranks, ep in RANKS:
+        found = load_file(loaded / f"{name}-{ranks}-{ep}.safetensors")["log_p"]
+        assert (found - expected).abs().max() < 1e-5, (ranks, ep)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_all_ranks_together_read_each_wanted_element_once(loaded, name):
+    """The frozen experts once in each expert-parallel group, the scales of an FP8 block once on each rank that holds a
+    part of the block, buffers on every rank."""
+    checkpoint = Checkpoint(loaded / name)
+    plan = plan_load(skeleton(text_config(checkpoint), ExpertGroup()), checkpoint)
+    experts = {read.name for piece in plan.experts for e in range(8) for m in piece.reads(e) for read in m.values()}
+    buffers = {piece.source for piece in plan.buffers}
+    scales = {f"{piece.source}_scale_inv" for piece in plan.dense if piece.format.kind == "fp8"}
+    wanted = {piece.source for piece in plan.dense} | experts | buffers | scales
+    for ranks, ep in RANKS:
+        record = load_file(loaded / f"{name}-{ranks}-{ep}.safetensors")
+        read: Counter[str] = Counter()
+        for key, count in record.items():
+            if key.startswith("read."):
+                read[key.split(".", 2)[2]] += int(count)
+        assert read.keys() == wanted
+        for tensor in wanted:
+            whole = math.prod(checkpoint.tensors[tensor].shape)
+            times = ranks // ep if tensor in experts else ranks if tensor in buffers else 1
+            if tensor in scales:
+                assert whole <= read[tensor] <= ranks * whole
+            else:
+                assert read[tensor] == times * whole, (tensor, ranks, ep)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_has_no_place_in_the_text_model_is_left_out_and_counted(tmp_path, name):
+    checkpoint = Checkpoint(LAYOUTS[name](tmp_path))
+    plan = plan_load(skeleton(text_config(checkpoint), ExpertGroup()), checkpoint)
+    assert plan.left_out == LEFT_OUT.get(name, {})
+    f32 = {p.source.rpartition(".")[2] for p in (*plan.dense, *plan.buffers) if p.dtype == torch.float32}
+    expected = {"A_log", "weight"} if name.startswith("qwen3.5") else {"e_score_correction_bias"}
+    assert f32 == (set() if name == "qwen3-moe" else expected)  # kept as on disk

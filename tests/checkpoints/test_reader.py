@@ -1,0 +1,179 @@
+"""What is wrong with a checkpoint is told from its headers, before a weight is read, by file and tensor."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.layouts import write_kimi, write_qwen3, write_qwen35
+from train.checkpoints.layout import plan_load
+from train.checkpoints.reader import Checkpoint
+from train.errors import UserError
+from train.experts.dispatch import ExpertGroup
+from train.model import skeleton, text_config
+
+
+def check(directory: Path) -> None:
+    checkpoint = Checkpoint(directory)
+    plan_load(skeleton(text_config(checkpoint), ExpertGroup()), checkpoint)
+
+
+def message(directory: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        check(directory)
+    return str(caught.value).replace(str(directory), "DIR")
+
+
+def edit_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes a file's header and leaves its data."""
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+def shard_of(directory: Path, tensor: str) -> Path:
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    return directory / index["weight_map"][tensor]
+
+
+def rename(directory: Path, old: str, new: str) -> str:
+    """Gives a tensor another name, in its shard and in the index. -> the shard's name."""
+    path = shard_of(directory, old)
+    edit_header(path, lambda header: header.update({new: header.pop(old)}))
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    index["weight_map"][new] = index["weight_map"].pop(old)
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path.name
+
+
+NORM = "model.norm.weight"
+
+
+def test_a_missing_and_an_unexpected_tensor_are_named(tmp_path):
+    write_qwen3(tmp_path)
+    rename(tmp_path, NORM, "model.norm.bias")
+    assert message(tmp_path).startswith(
+        "--model DIR: 1 of 69 weights are missing from the checkpoint: model.norm.weight."
+    )
+    rename(tmp_path, "model.norm.bias", NORM)
+    check(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    (tmp_path / "more.safetensors").write_bytes(one_tensor("model.layers.9.x.weight"))
+    index["weight_map"]["model.layers.9.x.weight"] = "more.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert message(tmp_path).startswith(
+        "--model DIR: 1 tensors have no place in Qwen3MoeForCausalLM: model.layers.9.x.weight (in more.safetensors)."
+    )
+
+
+def one_tensor(name: str, dtype: str = "BF16", size: int = 2) -> bytes:
+    text = json.dumps({name: {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}}).encode()
+    return struct.pack("<Q", len(text)) + text + b"\0" * size
+
+
+def test_a_wrong_shape_and_a_wrong_dtype_are_named_with_what_was_expected(tmp_path):
+    write_qwen3(tmp_path)
+    name = shard_of(tmp_path, NORM)
+    edit_header(name, lambda header: header[NORM].update(shape=[2, 64]))
+    assert message(tmp_path) == (f"DIR/{name.name}: tensor model.norm.weight is [2, 64]; config.json makes it [128].")
+    edit_header(name, lambda header: header[NORM].update(shape=[128], dtype="F16"))
+    assert message(tmp_path).startswith(
+        f"DIR/{name.name}: tensor model.norm.weight has dtype F16; here it must be BF16, by config.json and"
+    )
+    edit_header(name, lambda header: header[NORM].update(dtype="F4"))
+    assert message(tmp_path).startswith(f"DIR/{name.name}: tensor model.norm.weight has dtype F4; known are F64, F32,")
+
+
+def test_a_scale_that_is_missing_or_of_a_wrong_shape_is_named(tmp_path):
+    write_qwen35(tmp_path / "fp8", fp8=True)
+    scale = "model.language_model.layers.1.mlp.experts.3.up_proj.weight_scale_inv"
+    rename(tmp_path / "fp8", scale, f"mtp.{scale}")
+    assert f"weights are missing from the checkpoint: {scale}." in message(tmp_path / "fp8")
+    write_kimi(tmp_path / "int4", "k2.5")
+    scale = "language_model.model.layers.2.mlp.experts.3.up_proj.weight_scale"
+    file = shard_of(tmp_path / "int4", scale)
+    edit_header(file, lambda header: header[scale].update(shape=[4, 128]))
+    assert message(tmp_path / "int4") == f"DIR/{file.name}: tensor {scale} is [4, 128]; config.json makes it [128, 4]."
+
+
+def test_a_tensor_in_two_shards_or_in_another_than_the_index_says_is_named(tmp_path):
+    write_qwen3(tmp_path)
+    index_path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    (tmp_path / "model-00003.safetensors").write_bytes(one_tensor(NORM))
+    index["weight_map"]["x"] = "model-00003.safetensors"
+    index_path.write_text(json.dumps(index))
+    assert "tensor model.norm.weight is in model-0000" in message(tmp_path)
+    del index["weight_map"]["x"]
+    first, second = sorted(set(index["weight_map"].values()))
+    index["weight_map"][NORM] = first
+    index_path.write_text(json.dumps(index))
+    assert message(tmp_path).startswith(
+        f"DIR/model.safetensors.index.json: tensor {NORM} should be in {first}, but is in {second}."
+    )
+    del index["weight_map"][NORM]
+    index_path.write_text(json.dumps(index))
+    assert f"tensor {NORM} should be in no shard, but is in {second}." in message(tmp_path)
+    index["weight_map"][NORM] = "../elsewhere.safetensors"
+    index_path.write_text(json.dumps(index))
+    assert "weight_map must give a file *.safetensors of this directory for each tensor" in message(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [1, 100, 40_000])
+def test_a_file_that_was_cut_is_named_with_the_tensor_where_it_ends(tmp_path, cut):
+    write_qwen3(tmp_path)
+    file = shard_of(tmp_path, NORM)
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-cut])
+    found = message(tmp_path)
+    assert found.startswith(f"DIR/{file.name}: {len(raw) - cut} bytes, but its header says {len(raw)}: the file is cut")
+    assert "within tensor lm_head.weight" in found  # the last one, of 66,560 bytes
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw[:5],
+        lambda raw: raw[:500],
+        lambda raw: raw[:8] + b"x" * (len(raw) - 8),
+        lambda raw: struct.pack("<Q", 2**62) + raw[8:],
+    ],
+)
+def test_a_broken_header_is_told_with_its_file(tmp_path, change):
+    write_qwen3(tmp_path)
+    file = shard_of(tmp_path, NORM)
+    file.write_bytes(change(file.read_bytes()))
+    assert message(tmp_path).startswith(f"DIR/{file.name}: ")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"data_offsets": [0, 256]},
+        {"data_offsets": [-256, 0]},
+        {"data_offsets": "x"},
+        {"shape": [-128]},
+        {"shape": [127]},
+        {"shape": None},
+    ],
+)
+def test_a_header_whose_tensors_overlap_or_leave_gaps_is_refused(tmp_path, wrong):
+    write_qwen3(tmp_path)
+    file = shard_of(tmp_path, NORM)
+    edit_header(file, lambda header: header[NORM].update(wrong))
+    assert message(tmp_path).startswith(f"DIR/{file.name}: ")
+
+
+def test_a_value_of_config_json_that_transformers_refuses_is_told(tmp_path):
+    write_qwen3(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": "many"}))
+    assert message(tmp_path).startswith("--model DIR: transformers ")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "no_such_model"}))
+    assert "(model_type 'no_such_model')" in message(tmp_path)

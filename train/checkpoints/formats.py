@@ -1,0 +1,154 @@
+"""How a weight matrix is written in a checkpoint, and how it becomes a plain matrix again.
+
+plain   one tensor NAME [out, in] in F32, BF16 or F16.
+fp8     NAME in F8_E4M3 and NAME_scale_inv [ceil(out/b), ceil(in/b)], one scale a block of b x b (b = 128):
+        W = float(w8) * scale_inv[block], rounded once to BF16 (DeepSeek-V3, arXiv 2412.19437, section 3.3).
+int4    NAME_packed [out, in/8] I32, NAME_scale [out, in/g] and NAME_shape [2]: compressed-tensors' `pack-quantized`,
+        symmetric, one scale a group of g inputs (g = 32). Eight values a word along the input, lowest bits first,
+        offset by 8: q = ((word >> 4j) & 15) - 8, W = q * scale, rounded once to BF16.
+
+All functions take any leading dimensions.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from train.errors import UserError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FP8_MAX = 448.0  # the largest finite F8_E4M3
+
+
+Tensors = dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]  # name -> its possible dtypes, its shape
+
+
+@dataclass(frozen=True)
+class Format:
+    """The tensors of a matrix: what its name ends in, past the plain name, and their dtypes and shapes.
+
+    `block` is the edge of fp8's blocks [rows, columns], or int4's group size [1, columns].
+    """
+
+    kind: str = "plain"  # plain | fp8 | int4
+    block: tuple[int, int] = (1, 1)
+
+    def tensors(self, out_features: int, in_features: int) -> Tensors:
+        """suffix -> (dtypes that it may have, shape); the first is the one with most of the bytes."""
+        blocks = -(-out_features // self.block[0]), -(-in_features // self.block[1])
+        if self.kind == "fp8":
+            return {
+                "": ((torch.float8_e4m3fn,), (out_features, in_features)),
+                "_scale_inv": ((torch.bfloat16, torch.float32), blocks),
+            }
+        if self.kind == "int4":
+            return {
+                "_packed": ((torch.int32,), (out_features, in_features // 8)),
+                "_scale": ((torch.bfloat16, torch.float16, torch.float32), blocks),
+            }
+        return {"": (FLOATS, (out_features, in_features))}
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """suffix -> tensor [..., rows, columns] to the matrix [..., out, in]; BF16 but for plain."""
+        if self.kind == "fp8":
+            return fp8_decode(parts[""], parts["_scale_inv"], self.block)
+        if self.kind == "int4":
+            return int4_decode(parts["_packed"], parts["_scale"], self.block[1])
+        return parts[""]
+
+
+PLAIN = Format()
+
+
+def blocks_to_elements(scale: Tensor, block: tuple[int, int], rows: int, columns: int) -> Tensor:
+    """[..., ceil(rows/b0), ceil(columns/b1)] -> [..., rows, columns], each value over its block."""
+    return scale.repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[..., :columns]
+
+
+def fp8_decode(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """[..., out, in] F8 and its block scales -> BF16."""
+    return (weight.float() * blocks_to_elements(scale.float(), block, *weight.shape[-2:])).bfloat16()
+
+
+def fp8_decode_range(raw: Tensor, scale: Tensor, block: tuple[int, int], start: int, columns: int) -> Tensor:
+    """Elements start, start+1, … of a flattened F8 matrix of `columns` -> BF16. scale: of the rows of blocks from the
+    first that the range touches. One row of blocks at a time, so that what it needs beside the result is small."""
+    out = torch.empty(len(raw), dtype=torch.bfloat16)
+    first = start // columns // block[0]
+    scale_RB = scale.float().view(-1, -(-columns // block[1]))
+    position = start
+    while position < start + len(raw):
+        row = position // columns // block[0]
+        stop = min((row + 1) * block[0] * columns, start + len(raw))
+        here = slice(position - start, stop - start)
+        lead, tail = position % columns, -stop % columns  # to whole rows
+        values = F.pad(raw[here].float(), (lead, tail)).view(-1, columns)
+        values = values * scale_RB[row - first].repeat_interleave(block[1])[:columns]
+        out[here] = values.flatten()[lead : lead + stop - position].bfloat16()
+        position = stop
+    return out
+
+
+def fp8_encode(weight: Tensor, block: tuple[int, int], scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[out, in] -> F8 and scales [ceil(out/b0), ceil(in/b1)], absmax of a block / 448, such as DeepSeek's."""
+    out_features, in_features = weight.shape
+    rows, columns = -(-out_features // block[0]), -(-in_features // block[1])
+    padded = weight.float().new_zeros(rows * block[0], columns * block[1])
+    padded[:out_features, :in_features] = weight
+    absmax = padded.view(rows, block[0], columns, block[1]).abs().amax((1, 3))
+    scale = torch.where(absmax > 0, absmax / FP8_MAX, torch.ones_like(absmax)).to(scale_dtype)
+    quotient = weight.float() / blocks_to_elements(scale.float(), block, out_features, in_features)
+    return quotient.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+
+
+def int4_decode(packed: Tensor, scale: Tensor, group: int) -> Tensor:
+    """[..., out, in/8] words and scales [..., out, in/g] -> BF16 [..., out, in]."""
+    octets = packed.contiguous().view(torch.uint8)  # little-endian: byte b holds elements 2b (low) and 2b + 1 (high)
+    q = torch.stack([octets & 15, octets >> 4], -1).flatten(-2).to(torch.int8) - 8
+    return (q.unflatten(-1, (-1, group)).to(scale.dtype) * scale[..., None]).flatten(-2).bfloat16()
+
+
+def int4_encode(weight: Tensor, scale: Tensor, group: int) -> Tensor:
+    """[out, in] with given scales [out, in/g] -> words [out, in/8]; the nearest of -8..7 for each."""
+    grouped = weight.float().unflatten(-1, (-1, group)) / scale.float()[..., None]
+    u = (grouped.round().clamp(-8, 7) + 8).flatten(-2).to(torch.uint8).unflatten(-1, (-1, 2))
+    return (u[..., 0] | (u[..., 1] << 4)).contiguous().view(torch.int32)
+
+
+def quantized_format(config: Mapping[str, Any], where: str) -> Format:
+    """The format of a checkpoint's quantized matrices from its config.json, whose quantization_config may be inside
+    text_config; PLAIN without one. UserError for a kind that cannot be read."""
+    text = config.get("text_config") or {}
+    quantization = config.get("quantization_config") or text.get("quantization_config")
+    if not quantization:
+        return PLAIN
+    method = quantization.get("quant_method")
+    if method == "fp8":
+        block = quantization.get("weight_block_size")
+        if not (isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)):
+            raise UserError(
+                f"{where}/config.json: quantization_config.weight_block_size is {block!r}; FP8 checkpoints are read "
+                "with block scales alone, such as [128, 128]. Use such a checkpoint, or a BF16 one."
+            )
+        return Format("fp8", (block[0], block[1]))
+    if method == "compressed-tensors":
+        groups = list((quantization.get("config_groups") or {}).values())
+        weights: Mapping[str, Any] = (groups[0].get("weights") or {}) if len(groups) == 1 else {}
+        wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+        wrong = {key: weights.get(key) for key, value in wanted.items() if weights.get(key) != value}
+        group = weights.get("group_size")
+        if quantization.get("format") != "pack-quantized" or wrong or not isinstance(group, int) or group < 1:
+            raise UserError(
+                f"{where}/config.json: quantization_config is format {quantization.get('format')!r}, weights "
+                f"{dict(weights)}; of compressed-tensors, one group of pack-quantized symmetric INT4 weights with a "
+                "scale a group of inputs can be read, as in Kimi K2.5. Use such a checkpoint, or a BF16 one."
+            )
+        return Format("int4", (1, group))
+    raise UserError(
+        f"{where}/config.json: quantization_config.quant_method is {method!r}; fp8 and compressed-tensors can be read. "
+        "Use such a checkpoint, or a BF16 one."
+    )

@@ -1,0 +1,296 @@
+"""Which tensors of a checkpoint fill which weights of the model, and which bytes of them a rank reads: all of it known
+from config.json and the safetensors headers, before any weight is read.
+
+Three things differ between publishers and are told apart here: the prefix of the text model's names, whether a layer's
+experts are one tensor or one an expert, and the format of a matrix (formats.py).
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.checkpoints.formats import PLAIN, Format, Tensors, quantized_format
+from train.checkpoints.reader import DTYPES, Checkpoint
+from train.errors import UserError
+from train.experts.module import ExpertParallelExperts
+
+# How checkpoints name the text model's tensors, where transformers says model.* and lm_head.*
+PREFIXES = (
+    ("model.", "lm_head."),  # text-only checkpoints
+    ("model.language_model.", "lm_head."),  # Qwen3.5
+    ("language_model.model.", "language_model.lm_head."),  # Kimi K2.5
+)
+# What the text model has no place for.
+LEFT_OUT = {
+    "vision": re.compile(r"^(model\.)?(visual|vision_tower|mm_projector|multi_modal_projector)\."),
+    "multi-token prediction": re.compile(r"^mtp\."),
+    "rotary table": re.compile(r"\.rotary_emb\.inv_freq$"),  # computed
+}
+# May be F32 where all else is BF16, and stays so: decay rates, the gated norm, the router's balancing bias.
+F32_TOO = re.compile(r"\.(linear_attn\.(A_log|dt_bias|norm\.weight)|e_score_correction_bias)$")
+# The matrices of one expert, as they are named where each is a tensor, in the order of the fused rows.
+MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+@dataclass(frozen=True)
+class Range:
+    """`count` elements of tensor `name`, flattened, from `start` on."""
+
+    name: str
+    start: int
+    count: int
+
+
+@dataclass
+class Piece:
+    """Tensor `source` fills `target` of `module`, and of every module of `tied`. dtype: that of its values, on disk or
+    as decoded."""
+
+    module: nn.Module
+    target: str
+    source: str
+    shape: tuple[int, ...]
+    format: Format
+    dtype: torch.dtype
+    tied: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    def partition(self, rank: int, ranks: int) -> range:
+        """The elements that ZeRO-3 leaves with a rank."""
+        numel = torch.Size(self.shape).numel()
+        part = -(-numel // ranks)
+        return range(min(part * rank, numel), min(part * (rank + 1), numel))
+
+    def reads(self, rank: int, ranks: int) -> dict[str, Range]:
+        """suffix -> what a rank reads: its partition and, of FP8, the scales of the blocks that it touches."""
+        own = self.partition(rank, ranks)
+        out = {"": Range(self.source, own.start, len(own))}
+        if self.format.kind == "fp8" and own:
+            (b0, b1), columns = self.format.block, self.shape[1]
+            first, last, width = own.start // columns // b0, (own.stop - 1) // columns // b0, -(-columns // b1)
+            out["_scale_inv"] = Range(f"{self.source}_scale_inv", first * width, (last + 1 - first) * width)
+        return out
+
+
+@dataclass
+class ExpertPiece:
+    """A weight of a layer's experts, [all experts, out, in] as transformers has it, and where it lies: in one tensor
+    `fused`, or in the tensors `{prefix}{expert}.{matrix}.weight`."""
+
+    module: ExpertParallelExperts
+    target: str
+    prefix: str
+    format: Format
+    fused: str | None
+    matrices: tuple[str, ...]
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """[out, in] of a matrix as it lies on disk."""
+        _, out_features, in_features = self.module.shapes()[self.target]
+        return out_features // len(self.matrices), in_features
+
+    def reads(self, expert: int) -> list[dict[str, Range]]:
+        """For each matrix of an expert, in the order of the fused rows: suffix -> what is read."""
+        parts = self.format.tensors(*self.matrix_shape)
+        sizes = {suffix: torch.Size(shape).numel() for suffix, (_, shape) in parts.items()}
+        if self.fused:
+            return [{"": Range(self.fused, expert * sizes[""], sizes[""])}]
+        names = [f"{self.prefix}{expert}.{matrix}.weight" for matrix in self.matrices]
+        return [{suffix: Range(name + suffix, 0, size) for suffix, size in sizes.items()} for name in names]
+
+    def sources(self) -> Iterator[str]:
+        """Every tensor of the layer's experts that this piece reads, on any rank."""
+        if self.fused:
+            yield self.fused
+            return
+        for expert in range(self.module.experts):
+            yield from (read.name for matrix in self.reads(expert) for read in matrix.values())
+
+    def partition_reads(self, rank: int, ranks: int) -> Iterator[tuple[int, Range]]:
+        """What fills a rank's ZeRO-3 partition of its group's experts, of plain format: (place in it, what is read).
+        rank: in the expert-data-parallel group of `ranks` that hold the same experts."""
+        owned = self.module.ep.owned(self.module.experts)
+        matrix = torch.Size(self.matrix_shape).numel()
+        numel = len(owned) * len(self.matrices) * matrix
+        part = -(-numel // ranks)
+        start, stop = min(part * rank, numel), min(part * (rank + 1), numel)
+        position = start
+        while position < stop:
+            local, within = divmod(position, len(self.matrices) * matrix)
+            index, offset = divmod(within, matrix)
+            read = self.reads(owned[local])[index][""]
+            count = min(matrix - offset, stop - position)
+            yield position - start, Range(read.name, read.start + offset, count)
+            position += count
+
+
+@dataclass
+class LoadPlan:
+    """Which tensor goes where, and what stays on disk."""
+
+    dtype: torch.dtype  # of all that is neither quantized nor named in F32_TOO
+    dense: list[Piece] = field(default_factory=list)
+    buffers: list[Piece] = field(default_factory=list)
+    experts: list[ExpertPiece] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)  # what -> tensors
+
+    def reads(self, rank: int, ranks: int, method: str) -> Iterator[Range]:
+        """Everything that a rank reads."""
+        for piece in self.dense:
+            yield from piece.reads(rank, ranks).values()
+        for piece in self.buffers:
+            yield from piece.reads(0, 1).values()
+        for layer in self.experts:
+            ep = layer.module.ep
+            if method == "full":
+                yield from (read for _, read in layer.partition_reads(rank // ep.size, ranks // ep.size))
+                continue
+            for expert in ep.owned(layer.module.experts):
+                for matrix in layer.reads(expert):
+                    yield from matrix.values()
+
+
+def plan_load(model: Any, checkpoint: Checkpoint) -> LoadPlan:
+    """Matches every weight of `model` (on the meta device) with a tensor; no weight is read.
+
+    UserError names every kind of mismatch: a tensor that is missing, unexpected or of a wrong shape or dtype.
+    """
+    rename, dtype = _names(model, checkpoint)
+    quantized = quantized_format(checkpoint.config, f"--model {checkpoint.directory}")
+    plan, wanted = LoadPlan(dtype), Tensors()
+    seen: dict[int, Piece] = {}
+
+    def want(name: str, format: Format, shape: tuple[int, ...]) -> None:
+        if format.kind == "plain":
+            wanted[name] = ((dtype, torch.float32) if F32_TOO.search(name) else (dtype,)), shape
+        else:
+            wanted.update({name + suffix: tensor for suffix, tensor in format.tensors(*shape).items()})
+
+    for prefix, module in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        if isinstance(module, ExpertParallelExperts):
+            for piece in _expert_pieces(module, rename(dot), quantized, checkpoint):
+                plan.experts.append(piece)
+                _want_experts(piece, want, wanted)
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            if id(parameter) in seen:  # tied weights are read once
+                seen[id(parameter)].tied.append((module, name))
+                continue
+            source, shape = rename(dot + name), tuple(parameter.shape)
+            fp8 = quantized.kind == "fp8" and checkpoint.dtype_of(source) == torch.float8_e4m3fn and len(shape) == 2
+            kept = torch.bfloat16 if fp8 else checkpoint.dtype_of(source)
+            plan.dense.append(Piece(module, name, source, shape, quantized if fp8 else PLAIN, kept))
+            seen[id(parameter)] = plan.dense[-1]
+            want(source, plan.dense[-1].format, shape)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta and name not in module._non_persistent_buffers_set:
+                source, shape = rename(dot + name), tuple(buffer.shape)
+                plan.buffers.append(Piece(module, name, source, shape, PLAIN, checkpoint.dtype_of(source)))
+                want(source, PLAIN, shape)
+    _check(wanted, checkpoint)
+    plan.left_out = _left_out(model, checkpoint, wanted)
+    return plan
+
+
+def _names(model: Any, checkpoint: Checkpoint) -> tuple[Any, torch.dtype]:
+    """How the checkpoint names the model's weights, and the dtype of its embedding."""
+    embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings()) + ".weight"
+    for body, head in PREFIXES:
+
+        def rename(name: str, body: str = body, head: str = head) -> str:
+            return head + name[8:] if name.startswith("lm_head.") else re.sub(r"^model\.", body, name)
+
+        if rename(embedding) in checkpoint.tensors:
+            return rename, checkpoint.tensors[rename(embedding)].dtype
+    raise UserError(
+        f"--model {checkpoint.directory}: weight {embedding} is missing from the checkpoint under any known prefix "
+        f"({', '.join(body for body, _ in PREFIXES)}). The directory must hold the whole model."
+    )
+
+
+def _expert_pieces(
+    module: ExpertParallelExperts, prefix: str, quantized: Format, checkpoint: Checkpoint
+) -> Iterator[ExpertPiece]:
+    for target in module.shapes():
+        each = f"{prefix}0.{MATRICES[target][0]}.weight"
+        if f"{each}_packed" in checkpoint.tensors and quantized.kind == "int4":
+            yield ExpertPiece(module, target, prefix, quantized, None, MATRICES[target])
+        elif each in checkpoint.tensors:
+            fp8 = quantized.kind == "fp8" and checkpoint.dtype_of(each) == torch.float8_e4m3fn
+            yield ExpertPiece(module, target, prefix, quantized if fp8 else PLAIN, None, MATRICES[target])
+        else:
+            yield ExpertPiece(module, target, prefix, PLAIN, prefix + target, (target,))
+
+
+def _want_experts(piece: ExpertPiece, want: Any, wanted: Tensors) -> None:
+    if piece.fused:
+        want(piece.fused, PLAIN, piece.module.shapes()[piece.target])
+        return
+    out_features, in_features = piece.matrix_shape
+    if piece.format.kind == "int4" and (in_features % 8 or in_features % piece.format.block[1]):
+        raise UserError(
+            f"--model: experts {piece.prefix}*.{piece.matrices[0]} have {in_features} inputs; packed INT4 has eight to "
+            f"a word and a scale for each {piece.format.block[1]}, of both of which the inputs must be a multiple."
+        )
+    for expert in range(piece.module.experts):
+        for matrix in piece.matrices:
+            name = f"{piece.prefix}{expert}.{matrix}.weight"
+            want(name, piece.format, (out_features, in_features))
+            if piece.format.kind == "int4":  # looked for, and not read: nothing depends on what it says
+                wanted[f"{name}_shape"] = (torch.int32, torch.int64), (2,)
+
+
+def _check(wanted: Tensors, checkpoint: Checkpoint) -> None:
+    where, tensors = f"--model {checkpoint.directory}", checkpoint.tensors
+    if missing := [name for name in wanted if name not in tensors]:
+        raise UserError(
+            f"{where}: {len(missing)} of {len(wanted)} weights are missing from the checkpoint: "
+            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}. Nothing is initialized "
+            "at random: get the whole checkpoint."
+        )
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    for name, (dtypes, shape) in wanted.items():
+        info = tensors[name]
+        if info.shape != shape:
+            raise UserError(f"{info.file}: tensor {name} is {list(info.shape)}; config.json makes it {list(shape)}.")
+        if info.dtype not in dtypes:
+            raise UserError(
+                f"{info.file}: tensor {name} has dtype {names[info.dtype]}; here it must be "
+                f"{' or '.join(names.get(dtype, str(dtype)) for dtype in dtypes)}, by config.json and the embedding's "
+                "dtype. Is config.json this checkpoint's own?"
+            )
+
+
+def _left_out(model: Any, checkpoint: Checkpoint, wanted: Tensors) -> dict[str, int]:
+    """What the text model has no place for, kind -> tensors. UserError for tensors of no known kind."""
+    config = model.config
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    layers = config.num_hidden_layers
+    extra = range(layers, layers + (getattr(config, "num_nextn_predict_layers", None) or 0))
+    counts: dict[str, int] = {}
+    unexpected = []
+    for name in checkpoint.tensors.keys() - wanted.keys():
+        kind = next((kind for kind, pattern in LEFT_OUT.items() if pattern.search(name)), None)
+        layer = re.match(r"^model\.layers\.(\d+)\.", name)
+        if layer and int(layer[1]) in extra:  # DeepSeek-V3's, after the last layer
+            kind = "multi-token prediction"
+        if name in tied:
+            kind = "tied head"
+        if kind:
+            counts[kind] = counts.get(kind, 0) + 1
+        else:
+            unexpected.append(name)
+    if unexpected:
+        raise UserError(
+            f"--model {checkpoint.directory}: {len(unexpected)} tensors have no place in {type(model).__name__}: "
+            f"{', '.join(sorted(unexpected)[:5])}{', …' if len(unexpected) > 5 else ''} (in "
+            f"{checkpoint.tensors[min(unexpected)].file.name}). Is config.json this checkpoint's own?"
+        )
+    return counts

@@ -1,0 +1,81 @@
+"""Whole checkpoints written anew, shard by shard, in the source's own layout: what is not changed is carried over byte
+for byte (vision, multi-token prediction, tokenizer, configuration)."""
+
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_local_fp32_param
+
+from train.checkpoints.layout import LoadPlan
+from train.checkpoints.reader import Checkpoint
+from train.checkpoints.writer import SafetensorsWriter, flush
+
+CHUNK = 2**26  # bytes copied at a time
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".partial"}
+
+
+def copy_tensor(checkpoint: Checkpoint, name: str, writer: SafetensorsWriter) -> None:
+    """A tensor's bytes as they are, a piece at a time."""
+    info = checkpoint.tensors[name]
+    count, step = torch.Size(info.shape).numel(), CHUNK // info.dtype.itemsize
+    for start in range(0, count, step):
+        part = torch.empty(min(step, count - start), dtype=info.dtype)
+        checkpoint.read(name, start, part)
+        writer.write(name, part, start)
+
+
+def copy_other_files(source: Path, target: Path) -> None:
+    """Tokenizer, configuration and all else beside the weights that is a file."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix not in WEIGHTS:
+            shutil.copyfile(path, target / path.name)
+
+
+def by_shard(checkpoint: Checkpoint) -> dict[Path, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    """shard -> its tensors in the order of the file, name -> dtype, shape."""
+    shards: dict[Path, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
+    for name, info in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
+        shards.setdefault(info.file, {})[name] = info.dtype, info.shape
+    return shards
+
+
+def save_model(directory: Path, plan: LoadPlan, checkpoint: Checkpoint) -> None:
+    """Writes a model whose weights were trained, as `checkpoint` was laid out: each rank the partitions that it read at
+    the start, into the same places. All ranks must call it, and share the file system."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    partial, shards = directory.with_name(directory.name + ".partial"), by_shard(checkpoint)
+    trained = {piece.source for piece in plan.dense}
+    trained |= {name for piece in plan.experts for name in piece.sources()}
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        copy_other_files(checkpoint.directory, partial)
+        for shard, layout in shards.items():
+            writer = SafetensorsWriter(partial / shard.name, layout)
+            for name in layout.keys() - trained:
+                copy_tensor(checkpoint, name, writer)
+            writer.close()
+    dist.barrier()
+    writers = {shard: SafetensorsWriter(partial / shard.name, layout, create=False) for shard, layout in shards.items()}
+    for dense in plan.dense:
+        read = dense.reads(rank, ranks)[""]
+        values = safe_get_local_fp32_param(getattr(dense.module, dense.target))
+        writers[checkpoint.tensors[read.name].file].write(read.name, values[: read.count], read.start)
+    for experts in plan.experts:
+        ep = experts.module.ep
+        values = safe_get_local_fp32_param(getattr(experts.module, experts.target))
+        for place, read in experts.partition_reads(rank // ep.size, ranks // ep.size):
+            part = values[place : place + read.count]
+            writers[checkpoint.tensors[read.name].file].write(read.name, part, read.start)
+    for writer in writers.values():
+        writer.close()
+    dist.barrier()
+    if rank == 0:
+        for writer in writers.values():
+            writer.publish()
+        flush(partial)
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    checkpoint.close()

@@ -1,0 +1,174 @@
+"""Frozen expert weights as a rank keeps them, and their grouped product.
+
+Shapes: E experts of this rank, P (token, expert) pairs sorted by expert, `ends_E` the end of each expert's rows.
+
+Weights stay in the checkpoint's own format (BF16, FP8 blocks, packed INT4) or become NF4 as they are read. A quantized
+matrix exists in full for one expert at a time, while its product is computed: in forward and again in backward, for
+experts that have tokens. ZeRO never sees these weights: they are buffers.
+"""
+
+from collections.abc import Iterator
+
+import bitsandbytes.functional as bnb
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.checkpoints.formats import Format
+
+NF4_BLOCK = 64
+
+
+class FrozenExperts(nn.Module):
+    """Weights [E, out, in] in the checkpoint's own format; gate and up, where they are two matrices, one under the
+    other. For each suffix of the format there is a buffer [E, matrices, ...], filled through `matrix_parts`."""
+
+    data: Tensor
+
+    def __init__(self, experts: int, out_features: int, in_features: int):
+        super().__init__()
+        self.experts, self.out_features, self.in_features = experts, out_features, in_features
+
+    def allocate(self, format: Format, matrices: int, dtypes: dict[str, torch.dtype], device: torch.device) -> None:
+        """Makes room for all experts. dtypes: suffix -> dtype, as on disk."""
+        self.format, self.suffixes = format, list(dtypes)
+        for suffix, (_, shape) in format.tensors(self.out_features // matrices, self.in_features).items():
+            buffer = torch.empty(self.experts, matrices, *shape, dtype=dtypes[suffix], device=device)
+            self.register_buffer(f"data{suffix}", buffer, persistent=False)
+
+    def matrix_parts(self, expert: int, matrix: int) -> dict[str, Tensor]:
+        """suffix -> the place of an expert's matrix."""
+        return {suffix: getattr(self, f"data{suffix}")[expert, matrix] for suffix in self.suffixes}
+
+    def weight(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """One expert's weight [out, in], dequantized."""
+        parts = {suffix: getattr(self, f"data{suffix}")[expert] for suffix in self.suffixes}
+        return self.format.decode(parts).flatten(0, 1).to(dtype)
+
+    @property
+    def plain(self) -> Tensor | None:
+        """All weights [E, out, in], where they need no dequantization."""
+        return self.data.flatten(1, 2) if self.format.kind == "plain" else None
+
+
+class NF4Experts(nn.Module):
+    """Weights [E, out, in] in bitsandbytes' NF4: 4 bits a value, blocks of 64, their scales quantized again (QLoRA,
+    Dettmers et al., arXiv 2305.14314): 4.127 bits a weight."""
+
+    plain = None
+    packed: Tensor
+    absmax: Tensor
+    absmax2: Tensor
+    offset: Tensor
+    code: Tensor
+    code2: Tensor
+
+    def __init__(self, experts: int, out_features: int, in_features: int):
+        super().__init__()
+        self.experts, self.out_features, self.in_features = experts, out_features, in_features
+
+    def allocate(self, device: torch.device) -> None:
+        count = self.out_features * self.in_features
+        blocks = -(-count // NF4_BLOCK)
+        for name, size, dtype in (
+            ("packed", -(-count // 2), torch.uint8),
+            ("absmax", blocks, torch.uint8),
+            ("absmax2", -(-blocks // 256), torch.float32),
+            ("offset", 1, torch.float32),
+        ):
+            buffer = torch.empty(self.experts, size, dtype=dtype, device=device)
+            self.register_buffer(name, buffer, persistent=False)
+
+    def quantize(self, expert: int, weight: Tensor) -> None:
+        """Keeps an expert's weight [out, in], on the device on which it comes."""
+        packed, state = bnb.quantize_4bit(weight, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4")
+        self.packed[expert], self.absmax[expert] = packed.flatten(), state.absmax
+        self.absmax2[expert], self.offset[expert] = state.state2.absmax, state.offset
+        if not hasattr(self, "code"):  # the same tables for every expert
+            self.register_buffer("code", state.code, persistent=False)
+            self.register_buffer("code2", state.state2.code, persistent=False)
+            self.dtype = weight.dtype
+
+    def weight(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """One expert's weight [out, in], dequantized."""
+        absmax = bnb.dequantize_blockwise(
+            self.absmax[expert], absmax=self.absmax2[expert], code=self.code2, blocksize=256
+        )
+        shape = torch.Size((self.out_features, self.in_features))
+        state = bnb.QuantState(absmax + self.offset[expert], shape, self.code, NF4_BLOCK, "nf4", self.dtype)
+        return bnb.dequantize_4bit(self.packed[expert][:, None], state).to(dtype)
+
+
+Storage = FrozenExperts | NF4Experts
+
+
+def occupied(ends_E: Tensor) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for the experts that have any."""
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        if end > start:
+            yield expert, slice(start, end)
+        start = end
+
+
+def frozen_product(x_PI: Tensor, storage: Storage, ends_E: Tensor, transposed: bool = False) -> Tensor:
+    """x @ W^T, or with `transposed` x @ W, each row with the weight of its expert. Not tracked by autograd."""
+    weight_EOI = storage.plain
+    if weight_EOI is not None:
+        return F.grouped_mm(x_PI, weight_EOI if transposed else weight_EOI.transpose(1, 2), offs=ends_E)
+    y_PO = x_PI.new_empty(len(x_PI), storage.in_features if transposed else storage.out_features)
+    for expert, rows in occupied(ends_E):
+        weight_OI = storage.weight(expert, x_PI.dtype)
+        torch.mm(x_PI[rows], weight_OI if transposed else weight_OI.T, out=y_PO[rows])
+    return y_PO
+
+
+class GroupedLinear(torch.autograd.Function):
+    """y = x W^T + scale (x A^T) B^T for rows grouped by expert, W frozen in `storage`; A [E, r, in] and B [E, out, r]
+    may be None. Keeps x and x A^T alone for backward, and A and B as the parameters themselves: what ZeRO-3 gathered
+    for the forward can go, and is gathered again."""
+
+    @staticmethod
+    def forward(ctx, x_PI, A_ErI, B_EOr, storage, scale, ends_E):
+        y_PO = frozen_product(x_PI, storage, ends_E)
+        h_Pr = None
+        if A_ErI is not None:
+            A, B = A_ErI.to(x_PI.dtype), B_EOr.to(x_PI.dtype)
+            h_Pr = F.grouped_mm(x_PI, A.transpose(1, 2), offs=ends_E)
+            y_PO.add_(F.grouped_mm(h_Pr, B.transpose(1, 2), offs=ends_E), alpha=scale)
+        ctx.save_for_backward(*((x_PI, h_Pr, A_ErI, B_EOr) if A_ErI is not None else ()), ends_E)
+        ctx.storage, ctx.scale = storage, scale
+        return y_PO
+
+    @staticmethod
+    def backward(ctx, grad_PO):
+        *lora, ends_E = ctx.saved_tensors
+        grad_PO = grad_PO.contiguous()
+        grad_PI = frozen_product(grad_PO, ctx.storage, ends_E, transposed=True) if ctx.needs_input_grad[0] else None
+        if not lora:
+            return grad_PI, None, None, None, None, None
+        x_PI, h_Pr, A_ErI, B_EOr = lora
+        A, B = A_ErI.to(x_PI.dtype), B_EOr.to(x_PI.dtype)
+        scaled_Pr = F.grouped_mm(grad_PO, B, offs=ends_E).mul_(ctx.scale)
+        grad_B = F.grouped_mm(grad_PO.T, h_Pr, offs=ends_E).mul_(ctx.scale)
+        grad_A = F.grouped_mm(scaled_Pr.T, x_PI, offs=ends_E)
+        if grad_PI is not None:
+            grad_PI.add_(F.grouped_mm(scaled_Pr, A, offs=ends_E))
+        return grad_PI, grad_A.to(A_ErI.dtype), grad_B.to(B_EOr.dtype), None, None, None
+
+
+class GroupedTrained(torch.autograd.Function):
+    """y = x W^T for rows grouped by expert, with W [E, out, in] itself trained. Keeps the parameter, not a view of it,
+    which would keep what ZeRO-3 gathered."""
+
+    @staticmethod
+    def forward(ctx, x_PI, weight_EOI, ends_E):
+        ctx.save_for_backward(x_PI, weight_EOI, ends_E)
+        return F.grouped_mm(x_PI, weight_EOI.transpose(1, 2), offs=ends_E)
+
+    @staticmethod
+    def backward(ctx, grad_PO):
+        x_PI, weight_EOI, ends_E = ctx.saved_tensors
+        grad_PO = grad_PO.contiguous()
+        grad_PI = F.grouped_mm(grad_PO, weight_EOI, offs=ends_E) if ctx.needs_input_grad[0] else None
+        return grad_PI, F.grouped_mm(grad_PO.T, x_PI, offs=ends_E), None
