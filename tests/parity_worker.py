@@ -1,6 +1,6 @@
-"""One rank of a parity run, started by the real launcher: trains as sft.py does and records what a test compares.
+"""One rank of parity runs, started by the real launcher: each trains as sft.py does and records what a test compares.
 
-    deepspeed --num_gpus N tests/parity_worker.py RECORD.safetensors [flags of train/sft.py]
+    deepspeed --num_gpus N tests/parity_worker.py RECORD.safetensors [flags of train/sft.py] [--then RECORD ...]
 
 B, which starts at zero, gets random values by name, so that every factor has a gradient from the first step on.
 """
@@ -45,23 +45,26 @@ def fill_B(model: LanguageModel) -> None:
 
 def main(record: Path, flags: list[str]) -> None:
     settings = parse(flags, "")
-    start_distributed()
     job = prepare(settings, dist.get_world_size(), show=False)
     model, _ = build(
-        job.checkpoint, settings.method, job.lora, "", job.expert_parallel, job.ds_config, torch.device("cpu")
-    )
-    fill_B(model)
+        job.checkpoint, settings.method, job.lora, settings.adapter, job.expert_parallel, job.ds_config,
+        torch.device("cpu"),
+    )  # fmt: skip
+    if not settings.adapter:
+        fill_B(model)
     model.train()
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     engine = make_engine(model, settings, job.ds_config)
     start = resume.full_factors(model)
-    save_adapter(record.with_suffix(".start"), model, start, job.lora, settings.model)
+    if job.lora:
+        save_adapter(record.with_suffix(".start"), model, start, job.lora, settings.model)
     recorded: dict[str, torch.Tensor] = {}
 
-    def in_peft_layout(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def as_stock(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """By the names of PEFT, or where the weights themselves are trained of transformers."""
         inside = {name.removeprefix("causal."): value for name, value in values.items()}
-        return peft_tensors(model.causal, job.lora, model.architecture, inside)
+        return peft_tensors(model.causal, job.lora, model.architecture, inside) if job.lora else inside
 
     step_engine = engine.step
 
@@ -73,11 +76,11 @@ def main(record: Path, flags: list[str]) -> None:
                 for name, p in resume.trainable(model).items()
             }
             for name, layer in model.named_modules():  # the padding of expert ranks has no gradient at all
-                if isinstance(layer, ExpertParallelExperts):
+                if isinstance(layer, ExpertParallelExperts) and layer.rank:
                     for weight in layer.shapes():
                         assert not gradients[f"{name}.{weight}_lora_A"][:, layer.rank :].any()
                         assert not gradients[f"{name}.{weight}_lora_B"][:, :, layer.rank :].any()
-            recorded.update({f"grad.{step}.{k}": v.clone() for k, v in in_peft_layout(gradients).items()})
+            recorded.update({f"grad.{step}.{k}": v.clone() for k, v in as_stock(gradients).items()})
         step_engine()
 
     engine.step = recording_step
@@ -91,10 +94,14 @@ def main(record: Path, flags: list[str]) -> None:
             recorded[f"nll.{step}.{role}"] = torch.tensor(nll, dtype=torch.float64)
     end = resume.full_factors(model)
     if dist.get_rank() == 0:
-        recorded |= {f"end.{k}": v for k, v in in_peft_layout(end).items()}
+        recorded |= {f"end.{k}": v for k, v in as_stock(end).items()}
         save_file(recorded, record)
 
 
 if __name__ == "__main__":
     given = [flag for flag in sys.argv[1:] if not flag.startswith("--local_rank")]
-    main(Path(given[0]), given[1:])
+    start_distributed()
+    while given:
+        end = given.index("--then") if "--then" in given else len(given)
+        main(Path(given[0]), given[1:end])
+        given = given[end + 1 :]
