@@ -138,28 +138,40 @@ def _plain(value: Any) -> Any:
     return value.value if hasattr(value, "value") else value
 
 
-def check_adapter(directory: Path, skeleton: nn.Module, lora: LoRASettings, architecture: str) -> None:
-    """UserError unless the adapter has exactly the factors that this run trains, under the same scale."""
+def adapter_settings(directory: Path) -> LoRASettings:
+    """Ranks and scales of an adapter directory. UserError if it is none, or one that this trainer does not make."""
     where = f"--adapter {directory}"
     config_path, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
     for path in (config_path, weights):
         if not path.is_file():
             raise UserError(f"{where}: no {path.name} there; give the directory of a PEFT adapter in safetensors.")
     config = read_json(config_path)
-    expert_rank = (config.get("rank_pattern") or {}).get(RANK_PATTERN, config.get("r"))
-    for flag, ours, theirs in (
-        ("--lora-rank", lora.rank, config.get("r")),
-        ("--lora-alpha", lora.alpha, config.get("lora_alpha")),
-        ("--rslora", lora.rslora, bool(config.get("use_rslora"))),
-        ("--expert-lora-rank", lora.expert_rank, expert_rank),
-    ):
-        if ours != theirs and not (flag == "--expert-lora-rank" and not any(p.weight for p in places(skeleton, lora))):
-            raise UserError(f"{where}: was trained with {flag} {theirs}, not {ours}; give {flag} {theirs}.")
-    for key, plain in {"bias": "none", "use_dora": False, "modules_to_save": None, "alpha_pattern": {}}.items():
-        if (config.get(key) or plain) != plain:
-            raise UserError(f"{where}: {key} is {config[key]!r}, which this trainer has no counterpart of.")
+    patterns = dict(config.get("rank_pattern") or {})
+    expert_rank = patterns.pop(RANK_PATTERN, config.get("r"))
+    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "modules_to_save": None, "alpha_pattern": {}}
+    for key, value in {**plain, "fan_in_fan_out": False}.items():
+        if (config.get(key) or value) != value:
+            raise UserError(f"{config_path}: {key} is {config[key]!r}; adapters that train/sft.py makes are read.")
+    rank, alpha = config.get("r", 0), config.get("lora_alpha", 0)
+    numbers = (rank, expert_rank, alpha)
+    if patterns or not all(isinstance(n, int | float) and n > 0 for n in numbers):
+        raise UserError(f"{config_path}: r, lora_alpha or rank_pattern are not those of an adapter of train/sft.py.")
+    lm_head = any(".lm_head." in name for name in TensorFile(weights).tensors)
+    return LoRASettings(int(rank), float(alpha), int(expert_rank), 0, lm_head, bool(config.get("use_rslora")))
+
+
+def check_adapter(directory: Path, skeleton: nn.Module, lora: LoRASettings, architecture: str) -> None:
+    """UserError unless the adapter has exactly the factors that `lora` gives the model, under the same scale."""
+    where, theirs = f"--adapter {directory}", adapter_settings(directory)
+    flags = {"rank": "--lora-rank", "alpha": "--lora-alpha", "rslora": "--rslora", "expert_rank": "--expert-lora-rank"}
+    experts = any(place.weight for place in places(skeleton, lora))
+    for field, flag in flags.items():
+        here, there = getattr(lora, field), getattr(theirs, field)
+        if here != there and (experts or field != "expert_rank"):
+            fix = f"give {flag} {there}" if field != "rslora" else f"{'give' if there else 'leave out'} {flag}"
+            raise UserError(f"{where}: was trained with {flag} {there}, not {here}; {fix}.")
     wanted = {p.key(architecture, f): p.shape(lora, f) for p in places(skeleton, lora) for f in "AB"}
-    found = {name: info.shape for name, info in TensorFile(weights).tensors.items()}
+    found = {name: info.shape for name, info in TensorFile(directory / "adapter_model.safetensors").tensors.items()}
     if differing := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         name = differing[0]
         raise UserError(

@@ -52,6 +52,15 @@ class Format:
             }
         return {"": (FLOATS, (out_features, in_features))}
 
+    def encode(self, weight: Tensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A changed matrix [out, in], fp32, in this format. parts: as it was, whose scales are kept wherever the new
+        values fit in them: so what did not change keeps its bits."""
+        if self.kind == "fp8":
+            return dict(zip(("", "_scale_inv"), fp8_encode(weight, parts["_scale_inv"], self.block), strict=True))
+        if self.kind == "int4":
+            return dict(zip(("_packed", "_scale"), int4_encode(weight, parts["_scale"], self.block[1]), strict=True))
+        return {"": weight.to(parts[""].dtype)}
+
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
         """suffix -> tensor [..., rows, columns] to the matrix [..., out, in]; BF16 but for plain."""
         if self.kind == "fp8":
@@ -93,15 +102,17 @@ def fp8_decode_range(raw: Tensor, scale: Tensor, block: tuple[int, int], start: 
     return out
 
 
-def fp8_encode(weight: Tensor, block: tuple[int, int], scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[out, in] -> F8 and scales [ceil(out/b0), ceil(in/b1)], absmax of a block / 448, such as DeepSeek's."""
+def fp8_encode(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """[out, in] -> F8 and scales, in the dtype of those given, which are kept where no value of the block rounds to
+    more than 448 of them; else absmax / 448."""
     out_features, in_features = weight.shape
-    rows, columns = -(-out_features // block[0]), -(-in_features // block[1])
+    rows, columns = scale.shape
     padded = weight.float().new_zeros(rows * block[0], columns * block[1])
     padded[:out_features, :in_features] = weight
-    absmax = padded.view(rows, block[0], columns, block[1]).abs().amax((1, 3))
-    scale = torch.where(absmax > 0, absmax / FP8_MAX, torch.ones_like(absmax)).to(scale_dtype)
+    needed = padded.view(rows, block[0], columns, block[1]).abs().amax((1, 3)) / FP8_MAX
+    scale = torch.where(needed > (1 + 2**-5) * scale.float().abs(), needed.to(scale.dtype), scale)
     quotient = weight.float() / blocks_to_elements(scale.float(), block, out_features, in_features)
+    quotient = quotient.nan_to_num(0.0)  # of a block whose scale is 0, all values are
     return quotient.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
 
@@ -112,11 +123,15 @@ def int4_decode(packed: Tensor, scale: Tensor, group: int) -> Tensor:
     return (q.unflatten(-1, (-1, group)).to(scale.dtype) * scale[..., None]).flatten(-2).bfloat16()
 
 
-def int4_encode(weight: Tensor, scale: Tensor, group: int) -> Tensor:
-    """[out, in] with given scales [out, in/g] -> words [out, in/8]; the nearest of -8..7 for each."""
-    grouped = weight.float().unflatten(-1, (-1, group)) / scale.float()[..., None]
-    u = (grouped.round().clamp(-8, 7) + 8).flatten(-2).to(torch.uint8).unflatten(-1, (-1, 2))
-    return (u[..., 0] | (u[..., 1] << 4)).contiguous().view(torch.int32)
+def int4_encode(weight: Tensor, scale: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """[out, in] -> words [out, in/8] and scales, in the dtype of those given, which are kept where no value of the
+    group is beyond 8 of them; else absmax / 7.5 (compressed-tensors' rule). The nearest of -8..7 for each value."""
+    grouped = weight.float().unflatten(-1, (-1, group))
+    absmax = grouped.abs().amax(-1)
+    scale = torch.where(absmax > 8 * scale.float().abs(), (absmax / 7.5).to(scale.dtype), scale)
+    u = ((grouped / scale.float()[..., None]).nan_to_num(0.0).round().clamp(-8, 7) + 8).flatten(-2).to(torch.uint8)
+    u = u.unflatten(-1, (-1, 2))
+    return (u[..., 0] | (u[..., 1] << 4)).contiguous().view(torch.int32), scale
 
 
 def quantized_format(config: Mapping[str, Any], where: str) -> Format:
