@@ -128,6 +128,38 @@ def test_stock_peft_loads_every_tensor_and_gives_the_runs_own_nll(tmp_path, fami
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_training_leaves_a_model_that_stock_transformers_loads(tmp_path, dtype):
+    """On four ranks, two to each half of the experts. In bf16 the loss of the next step is that of the saved weights to
+    1 %: the run's own are these, but activations round otherwise."""
+    write_model(tmp_path / "qwen", "qwen", dtype=dtype)
+    write_documents(tmp_path / "documents.jsonl", documents())
+    common = dict(mask="none", schedule="constant", method="full", learning_rate=0.001)
+    directory = train(tmp_path, "run", ranks=4, expert_parallel=2, steps=4, **common)
+    longer = train(tmp_path, "longer", ranks=1, steps=5, **common)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    assert losses(longer)[:4] == pytest.approx(losses(directory), rel=tolerance)
+    assert not (directory / "adapter").exists()
+    saved, base = (
+        load_file(directory / "model" / "model.safetensors"),
+        load_file(tmp_path / "qwen" / "model.safetensors"),
+    )
+    assert {n: (t.dtype, t.shape) for n, t in saved.items()} == {n: (t.dtype, t.shape) for n, t in base.items()}
+    assert sum(not torch.equal(saved[name], base[name]) for name in base) > 0.9 * len(base)
+
+    model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)
+    job = prepare(parse(flags(tmp_path, mask="none"), ""), ranks=1, show=False)
+    total, count = 0.0, 0
+    for number in job.corpus.order.documents(24, 30):  # those of step 5
+        ids = torch.from_numpy(job.corpus.samples[number].ids_L).long()
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits.double(), ids[1:], reduction="sum").item()
+        count += len(ids) - 1
+    assert total / count == pytest.approx(losses(longer)[4], rel=2e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_losses_of_an_uninterrupted_one_on_any_number_of_ranks(tmp_path):
     whole = losses(train(tmp_path, "whole", steps=8))
     given = flags(tmp_path, steps=8, save_every=1, output=tmp_path / "killed")
