@@ -1,10 +1,21 @@
 """The process group of a training job."""
 
 import os
+import resource
+from pathlib import Path
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+
+
+def peak_host_bytes() -> int:
+    """The peak resident set of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage has the peak of the process that started this one in it
+        high_water = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(high_water.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def start_distributed() -> torch.device:

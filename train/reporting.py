@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from launch.distributed import peak_host_bytes
 from train.checkpoints.streaming import Loaded
 from train.data.batches import Batch
 from train.experts.dispatch import ExpertGroup
@@ -91,10 +91,7 @@ def expert_metrics(layers: list[ExpertParallelExperts], device: torch.device) ->
 
 def peak_memory(device: torch.device) -> int:
     """Bytes, the highest of any rank so far: allocated on the GPU, or resident on a CPU."""
-    if device.type == "cuda":
-        own = torch.cuda.max_memory_allocated(device)
-    else:
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    own = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_bytes()
     value = torch.tensor(own, dtype=torch.int64, device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return int(value.item())

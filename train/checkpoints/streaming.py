@@ -5,7 +5,6 @@ expert layer's weights are read matrix by matrix, for the experts of this rank a
 (storage.py); what is quantized, is quantized as it arrives, on the GPU where there is one.
 """
 
-import resource
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, 
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from launch.distributed import peak_host_bytes
 from train.checkpoints.formats import fp8_decode_range
 from train.checkpoints.layout import ExpertPiece, LoadPlan, Piece, Range
 from train.checkpoints.reader import Checkpoint
@@ -55,8 +55,7 @@ def load(
             for count in pool.map(lambda task: task(), work):
                 bar.update(count)
     checkpoint.close()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Loaded(plan, checkpoint.bytes_read, time.perf_counter() - started, peak)
+    return Loaded(plan, checkpoint.bytes_read, time.perf_counter() - started, peak_host_bytes())
 
 
 class _Loader:

@@ -1,0 +1,160 @@
+"""Forward and backward of expert LoRA: ours, stock PEFT's `target_parameters`, and frozen experts alone (the floor).
+
+    python tests/benchmarks/experts.py [--json FILE] [--experts 64 256 512]
+
+One layer of Qwen3.5's experts (hidden 512, width 256, top 8, fp32), 1,024 tokens, rank 8. The three take turns in one
+process; the floor is the faster of transformers' own implementations of that layer, with gradients for its input alone.
+Memory is the peak resident set of a process that does one of them only.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from typing import Any
+
+import torch
+from harness import alone, finish, header
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import Qwen3_5MoeTextConfig
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
+
+from launch.distributed import peak_host_bytes
+from train.checkpoints.formats import PLAIN
+from train.experts.dispatch import ExpertGroup
+from train.experts.module import ExpertParallelExperts
+from train.experts.storage import FrozenExperts
+from train.lora import LoRASettings
+
+HIDDEN, WIDTH, TOP, TOKENS, RANK = 512, 256, 8, 1024, 8
+CONTENDERS = ("ours", "peft", "floor-grouped", "floor-eager")
+
+
+class Holder(nn.Module):
+    """PEFT wants a model with its target inside."""
+
+    def __init__(self, experts: nn.Module):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, *arguments: Tensor) -> Tensor:
+        return self.experts(*arguments)
+
+
+def stock(experts: int, implementation: str) -> Qwen3_5MoeExperts:
+    config = Qwen3_5MoeTextConfig(
+        hidden_size=HIDDEN, moe_intermediate_size=WIDTH, num_experts=experts, num_experts_per_tok=TOP
+    )
+    config._experts_implementation = implementation
+    module = Qwen3_5MoeExperts(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data.normal_(0, 0.02, generator=generator)
+        parameter.requires_grad_(False)
+    return module
+
+
+def make(name: str, experts: int) -> nn.Module:
+    """A contender, its factors B filled so that their gradients are of the usual kind."""
+    if name == "ours":
+        module = ExpertParallelExperts("experts", experts, HIDDEN, WIDTH, nn.functional.silu, ExpertGroup())
+        generator = torch.Generator().manual_seed(0)
+        for weight, shape in module.shapes().items():
+            storage = FrozenExperts(*shape)
+            storage.allocate(PLAIN, 1, {"": torch.float32}, torch.device("cpu"))
+            storage.data.normal_(0, 0.02, generator=generator)
+            module.frozen[weight] = storage
+        module.add_lora(LoRASettings(RANK, 16.0, RANK, 0), torch.float32, torch.device("cpu"))
+        made: Any = module
+    elif name == "peft":
+        config = LoraConfig(
+            r=RANK, lora_alpha=16, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+        )
+        made = get_peft_model(Holder(stock(experts, "grouped_mm")), config)  # type: ignore[arg-type]
+    else:
+        return stock(experts, {"floor-grouped": "grouped_mm", "floor-eager": "eager"}[name])
+    for parameter_name, parameter in made.named_parameters():
+        if "lora_B" in parameter_name:
+            parameter.data.normal_(0, 0.01, generator=torch.Generator().manual_seed(1))
+    return made
+
+
+def inputs(experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.rand(TOKENS, experts, generator=generator)
+    weight, index = scores.topk(TOP, dim=-1)
+    hidden, grad = (torch.randn(TOKENS, HIDDEN, generator=generator) for _ in range(2))
+    return hidden, index, weight / weight.sum(-1, keepdim=True), grad
+
+
+def step(module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor, grad: Tensor) -> float:
+    """Seconds of one forward and backward."""
+    hidden = hidden.detach().requires_grad_()
+    module.zero_grad(set_to_none=True)
+    started = time.perf_counter()
+    module(hidden, index, weight).backward(grad)
+    return time.perf_counter() - started
+
+
+def peak(name: str, experts: int) -> int:
+    """Peak resident bytes of this process after three steps."""
+    module, given = make(name, experts), inputs(experts)
+    for _ in range(3):
+        step(module, *given)
+    return peak_host_bytes()
+
+
+def measure(experts: int, rounds: int) -> dict[str, Any]:
+    contenders = {name: make(name, experts) for name in CONTENDERS}
+    given = inputs(experts)
+    outputs = {name: module(*given[:3]).detach() for name, module in contenders.items()}
+    for a, b in (("floor-eager", "floor-grouped"),):
+        torch.testing.assert_close(outputs[a], outputs[b], rtol=1e-3, atol=1e-4)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name, module in contenders.items():
+            taken = step(module, *given)
+            if turn:  # the first warms up
+                seconds[name].append(taken)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    floor = min(median["floor-grouped"], median["floor-eager"])
+    memory = {name: alone(f"experts:{name}:{experts}", __file__) for name in ("ours", "peft", "floor-grouped")}
+    return {
+        "experts": experts, "speedup_over_peft": median["peft"] / median["ours"],
+        "time_over_floor": median["ours"] / floor, "memory_over_peft": memory["ours"] / memory["peft"],
+        "seconds": median, "spread": {n: max(v) / min(v) for n, v in seconds.items()}, "peak_bytes": memory,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--experts", type=int, nargs="+", default=[64, 256, 512])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if args.alone:
+        _, name, experts = args.alone.split(":")
+        print(peak(name, int(experts)))
+        return
+    header()
+    rows = []
+    for experts in args.experts:
+        rows.append(row := measure(experts, args.rounds))
+        seconds, memory = row["seconds"], row["peak_bytes"]
+        print(
+            f"{experts} experts: "
+            + ", ".join(f"{n} {seconds[n] * 1e3:.0f} ms (spread {row['spread'][n]:.2f})" for n in seconds)
+            + "; "
+            + ", ".join(f"{n} {memory[n] / 1e6:.0f} MB" for n in memory)
+            + f"\n    {row['speedup_over_peft']:.2f} x as fast as PEFT, {row['time_over_floor']:.2f} x the floor's "
+            f"time, {row['memory_over_peft']:.2f} x PEFT's memory",
+            flush=True,
+        )
+    finish(rows, args.json)
+
+
+if __name__ == "__main__":
+    main()
