@@ -7,6 +7,7 @@ matrix exists in full for one expert at a time, while its product is computed: i
 experts that have tokens. ZeRO never sees these weights: they are buffers.
 """
 
+import threading
 from collections.abc import Iterator
 
 import bitsandbytes.functional as bnb
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from train.checkpoints.formats import Format
 
 NF4_BLOCK = 64
+_QUANTIZING = threading.Lock()
 
 
 class FrozenExperts(nn.Module):
@@ -80,8 +82,10 @@ class NF4Experts(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
 
     def quantize(self, expert: int, weight: Tensor) -> None:
-        """Keeps an expert's weight [out, in], on the device on which it comes."""
-        packed, state = bnb.quantize_4bit(weight, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4")
+        """Keeps an expert's weight [out, in], on the device on which it comes. One at a time, whatever thread asks:
+        bitsandbytes takes some 14 bytes a weight for it on a CPU."""
+        with _QUANTIZING:
+            packed, state = bnb.quantize_4bit(weight, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4")
         self.packed[expert], self.absmax[expert] = packed.flatten(), state.absmax
         self.absmax2[expert], self.offset[expert] = state.state2.absmax, state.offset
         if not hasattr(self, "code"):  # the same tables for every expert
