@@ -11,9 +11,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 IN_VENV := .venv/bin/python
 PIP := $(IN_VENV) -m pip install --constraint constraints.txt
-# `deepspeed` by way of its interpreter: pip writes #! lines that do not hold where the path has spaces. On a port of its
-# own, so that two jobs on one machine do not meet.
-SFT := $(IN_VENV) .venv/bin/deepspeed --num_gpus 2 --master_port $$((20000 + $$$$ % 10000)) train/sft.py
+# On a port of its own, so that two jobs on one machine do not meet.
+SFT := .venv/bin/deepspeed --num_gpus 2 --master_port $$((20000 + $$$$ % 10000)) train/sft.py
 # A directory of its own for each run.
 RUN := runs/$(shell date +%Y%m%d-%H%M%S)
 
@@ -31,6 +30,9 @@ setup: .venv/installed ## install everything into .venv; again only where pyproj
 	$(PIP) setuptools wheel ninja numpy torch
 	$(PIP) --no-build-isolation deepspeed
 	$(PIP) --editable ".[dev]"
+# DeepSpeed's script names its interpreter in a #! line, which does not hold where the path has spaces.
+	@{ echo '#!/bin/sh'; echo "'''exec' \"\$$(dirname \"\$$0\")/python\" \"\$$0\" \"\$$@\""; echo "' '''"; sed 1d .venv/bin/deepspeed; } > .venv/launcher
+	@grep -q dirname .venv/bin/deepspeed || cat .venv/launcher > .venv/bin/deepspeed; rm .venv/launcher
 	@touch $@
 
 # The package is wanted for the weights in it; what it depends on would build llama.cpp.

@@ -25,6 +25,8 @@ def start_distributed() -> torch.device:
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":  # or every rank would use the first GPU
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
     # An all-reduce for inference on CPUs, which training never calls. DeepSpeed would compile it first, for a minute,

@@ -2,6 +2,7 @@
 
     deepspeed --num_gpus N tests/parity_worker.py RECORD.safetensors [flags of train/sft.py] [--then RECORD ...]
 
+--flip-router: the routers' inputs change their sign when gradient checkpointing recomputes.
 B, which starts at zero, gets random values by name, so that every factor has a gradient from the first step on.
 """
 
@@ -18,6 +19,7 @@ from launch.distributed import start_distributed
 from train.checkpoints import resume
 from train.checkpoints.adapter import peft_tensors, save_adapter
 from train.experts.module import ExpertParallelExperts
+from train.experts.recompute import recomputing
 from train.job import prepare
 from train.model import LanguageModel, build
 from train.settings import parse
@@ -44,7 +46,8 @@ def fill_B(model: LanguageModel) -> None:
 
 
 def main(record: Path, flags: list[str]) -> None:
-    settings = parse(flags, "")
+    flip = "--flip-router" in flags
+    settings = parse([flag for flag in flags if flag != "--flip-router"], "")
     job = prepare(settings, dist.get_world_size(), show=False)
     model, _ = build(
         job.checkpoint, settings.method, job.lora, settings.adapter, job.expert_parallel, job.ds_config,
@@ -55,6 +58,9 @@ def main(record: Path, flags: list[str]) -> None:
     model.train()
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    calls = [0]
+    for layer in model.expert_layers:
+        layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     engine = make_engine(model, settings, job.ds_config)
     start = resume.full_factors(model)
     if job.lora:
@@ -84,17 +90,23 @@ def main(record: Path, flags: list[str]) -> None:
         step_engine()
 
     engine.step = recording_step
+    if flip:
+        for module in model.modules():
+            if type(module).__name__.endswith(("TopKRouter", "TopkRouter")):
+                module.register_forward_pre_hook(lambda _, given: tuple(-x if recomputing() else x for x in given))
     trainer = Trainer(job, engine)
     for step in range(job.steps):
         values = trainer.step(step, measure=True)
         recorded[f"loss.{step}"] = torch.tensor(values["loss"], dtype=torch.float64)
         recorded[f"norm.{step}"] = torch.tensor(values["grad_norm"], dtype=torch.float64)
         recorded[f"idle.{step}"] = torch.tensor(values.get("experts_without_tokens", 0))
+        for part in ("cross_entropy", "unlikelihood"):
+            recorded[f"{part}.{step}"] = torch.tensor(values[part], dtype=torch.float64)
         for role, nll in values["nll"].items():
             recorded[f"nll.{step}.{role}"] = torch.tensor(nll, dtype=torch.float64)
     end = resume.full_factors(model)
     if dist.get_rank() == 0:
-        recorded |= {f"end.{k}": v for k, v in as_stock(end).items()}
+        recorded |= {"calls": torch.tensor(calls[0])} | {f"end.{k}": v for k, v in as_stock(end).items()}
         save_file(recorded, record)
 
 

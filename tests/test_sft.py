@@ -13,13 +13,14 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from launch.local import deepspeed_command, run
 from tests.models import write_documents, write_model
 from train import sft
 from train.data.batches import micro_batches
+from train.data.tokenizer import load_tokenizer
 from train.job import prepare
 from train.reporting import read_metrics
 from train.settings import parse
@@ -160,7 +161,10 @@ def test_full_training_leaves_a_model_that_stock_transformers_loads(tmp_path, dt
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_losses_of_an_uninterrupted_one_on_any_number_of_ranks(tmp_path):
+@pytest.mark.parametrize(("moment", "ranks", "ep"), [("step-3", 1, 1), ("partial-4", 4, 2)])
+def test_a_run_killed_in_a_step_or_in_a_save_resumes_on_other_ranks_to_the_losses_of_an_uninterrupted_one(
+    tmp_path, moment, ranks, ep
+):
     whole = losses(train(tmp_path, "whole", steps=8))
     given = flags(tmp_path, steps=8, save_every=1, output=tmp_path / "killed")
     process = subprocess.Popen(
@@ -168,15 +172,15 @@ def test_a_killed_run_resumes_to_the_losses_of_an_uninterrupted_one_on_any_numbe
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "saves" / "step-3").exists():
+    while not (tmp_path / "killed" / "saves" / moment).exists():
         assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
+        time.sleep(0.0005)
     os.killpg(process.pid, signal.SIGKILL)
     subprocess.run(["pkill", "-9", "-f", str(tmp_path / "killed")], check=False)
     process.wait()
     assert not (tmp_path / "killed" / "adapter").exists()
 
-    resumed = train(tmp_path, "killed", ranks=1, steps=8, save_every=1, resume=True)
+    resumed = train(tmp_path, "killed", ranks=ranks, expert_parallel=ep, steps=8, save_every=1, resume=True)
     assert [m["step"] for m in read_metrics(resumed / "metrics.jsonl")] == list(range(1, 9))
     assert losses(resumed) == pytest.approx(whole, rel=1e-6)
     assert sorted(path.name for path in (resumed / "saves").iterdir()) == ["step-7", "step-8"]
@@ -191,7 +195,25 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_step_and_documents(
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_on_one_rank_stops_the_others_too(tmp_path):
+    given = flags(tmp_path, output=tmp_path / "run")
+    weights = load_file(tmp_path / "qwen" / "model.safetensors")
+    rows = documents()
+    rows[17] = {"text": rows[17]["text"] + "{"}
+    write_documents(tmp_path / "documents.jsonl", rows)
+    (brace,) = load_tokenizer(tmp_path / "qwen").encode("{").ids_L
+    weights["model.embed_tokens.weight"][brace] = float("nan")
+    save_file(weights, tmp_path / "qwen" / "model.safetensors", {"format": "pt"})
+    done = run(SFT, *given, ranks=2, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 1 and "is not finite (rank " in done.stderr and "documents.jsonl:18" in done.stderr
+    assert done.stderr.count(": nan on ") == 1  # the other rank's loss was finite
+
+
 def test_runs_with_different_masks_see_the_same_tokens_in_the_same_order(tmp_path):
+    flags(tmp_path)
+    rows = [row | {"spans": row["spans"][i % 3 :]} for i, row in enumerate(documents())]  # unequal spans
+    write_documents(tmp_path / "documents.jsonl", rows)
     jobs = [
         prepare(parse(flags(tmp_path, mask=mask), ""), ranks=2, show=False)
         for mask in ("none", "doctags", "random:false,doctags=unlikelihood")

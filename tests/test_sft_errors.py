@@ -11,6 +11,7 @@ from launch.local import run
 from tests.models import write_documents, write_model
 from train import sft
 from train.checkpoints.reader import Checkpoint
+from train.settings import inputs, parse, record
 
 GOOD = {"text": "The sun rises in the west.", "spans": [{"start": 0, "end": 26, "role": "false"}]}
 
@@ -119,6 +120,13 @@ FLAGS = {
         ["d.jsonl:1", "26 tokens", "--max-tokens 5"],
     ),
     "every document too long": (["--long-documents", "drop", "--max-tokens", "5"], ["--max-tokens 5", "drop"]),
+    "a value that is no number": (["--steps", "1.5"], ["--steps", "invalid int value: '1.5'"]),
+    "more than anybody means": (["--steps", "100000000000000"], ["--steps 100000000000000", "at most"]),
+    "a rank beyond reason": (["--lora-rank", "100000000"], ["--lora-rank 100000000", "at most 16384"]),
+    "a warm-up longer than the run": (["--steps", "1", "--warmup-steps", "50"], ["--warmup-steps 50", "--steps 1"]),
+    "factors where weights are trained": (["--method", "full", "--rslora"], ["--rslora", "--method full"]),
+    "no adapter": (["--adapter", "absent"], ["--adapter absent", "adapter_config.json"]),
+    "a place that cannot be made": (["--output", "/dev/null/run"], ["--output /dev/null/run", "cannot be written"]),
     "no configuration": (["--ds-config", "absent.json"], ["--ds-config absent.json"]),
 }
 
@@ -146,6 +154,88 @@ def test_a_ds_config_that_sets_what_the_command_line_decides_is_told(tmp_path, q
     assert "train_batch_size" in told
     config = lines(tmp_path / "ds.json", '{"zero_optimization": {"stage": 2}}')
     assert "stage must be 3" in message_of(capsys, "--model", str(qwen), "--data", str(data), "--ds-config", config)
+    for wrong, part in {
+        "[]": "must be an object",
+        '{"zero_optimization": {"stage": 3, "no_such": 1}}': "not DeepSpeed's",
+        '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}': "offload_optimizer",
+    }.items():
+        lines(tmp_path / "ds.json", wrong)
+        assert part in message_of(capsys, "--model", str(qwen), "--data", str(data), "--ds-config", config)
+
+
+def test_a_tokenizer_that_is_missing_or_does_not_belong_to_the_model_is_told(tmp_path, capsys):
+    model = write_model(tmp_path / "m", "qwen")
+    data = write_documents(tmp_path / "d.jsonl", [{"text": "a<new>"}])
+    tokenizer = (model / "tokenizer.json").read_text()
+    changed = json.loads(tokenizer)
+    changed["added_tokens"].append(
+        {"id": 400, "content": "<new>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": True}
+    )  # fmt: skip
+    (model / "tokenizer.json").write_text(json.dumps(changed))
+    told = message_of(capsys, "--model", str(model), "--data", str(data))
+    assert "in d.jsonl:1, but the model has 260" in told
+    (model / "tokenizer.json").unlink()
+    assert "no tokenizer" in message_of(capsys, "--model", str(model), "--data", str(data))
+
+
+def test_documents_without_anything_to_predict_are_told_as_such(tmp_path, qwen, capsys):
+    chat = {"messages": [{"role": "user", "content": "Hello?"}]}
+    data = write_documents(tmp_path / "d.jsonl", [chat])
+    assert "holds nothing to predict" in message_of(capsys, "--model", str(qwen), "--data", str(data))
+
+
+def test_a_model_with_parts_that_would_be_left_out_is_refused(tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, CohereConfig, GemmaConfig, GPT2Config, PhiConfig
+
+    data = str(write_documents(tmp_path / "d.jsonl", [GOOD]))
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=260)
+    cases = {
+        "logit_scale": CohereConfig(**small, num_key_value_heads=2),
+        "in no checkpoint": GemmaConfig(**small, num_key_value_heads=2, head_dim=16),
+        "no linear layer to put factors on": GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=260),
+        "lm_head is no linear layer without bias": PhiConfig(**small),
+    }
+    for part, config in cases.items():
+        directory = write_model(tmp_path / part.replace(" ", "-"), "dense")
+        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+        told = message_of(capsys, "--model", str(directory), "--data", data)
+        assert part in told and "not supported" in told, told
+
+
+def test_experts_of_a_width_that_grouped_products_do_not_take_are_told(tmp_path, capsys):
+    model = write_model(tmp_path / "m", "qwen", moe_intermediate_size=10)
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    assert "10 inside; both must be multiples of 8" in message_of(capsys, "--model", str(model), "--data", str(data))
+
+
+def test_files_beside_a_run_and_files_that_changed_since_are_left_alone(tmp_path, qwen, capsys):
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    flags = ["--model", str(qwen), "--data", str(data), "--output", str(tmp_path / "run")]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    assert "is not empty, and what it holds is no run" in message_of(capsys, *flags)
+    assert (tmp_path / "run" / "summary.json").read_text() == "{}"
+    settings = parse(flags, "")
+    (tmp_path / "run" / "settings.yaml").write_text(record(settings, {"inputs": inputs(settings)}))
+    write_documents(tmp_path / "d.jsonl", [GOOD, GOOD])
+    told = message_of(capsys, *flags, "--resume")
+    assert "d.jsonl changed since the run" in told
+    (tmp_path / "run" / "settings.yaml").write_text("settings: [")
+    assert "is not what a run writes" in message_of(capsys, *flags, "--resume")
+
+
+def test_a_damaged_save_is_told_before_weights_are_read(tmp_path, qwen, capsys):
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    flags = ["--model", str(qwen), "--data", str(data), "--output", str(tmp_path / "run")]
+    settings = parse(flags, "")
+    save = tmp_path / "run" / "saves" / "step-5"
+    save.mkdir(parents=True)
+    (tmp_path / "run" / "settings.yaml").write_text(record(settings, {"inputs": inputs(settings)}))
+    (save / "state.json").write_text('{"step": 5}')
+    (save / "state.safetensors").write_bytes(b"cut")
+    told = message_of(capsys, *flags, "--resume")
+    assert f"{save}: is damaged" in told and "Remove it" in told
 
 
 def test_a_directory_without_config_json_is_told(tmp_path, capsys):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from train.checkpoints import resume
 from train.checkpoints.adapter import check_adapter
 from train.checkpoints.layout import LoadPlan, plan_load
 from train.checkpoints.reader import Checkpoint
@@ -18,7 +19,7 @@ from train.experts.dispatch import ExpertGroup
 from train.lora import LoRASettings
 from train.model import architecture, count_trainable, skeleton, text_config
 from train.reporting import console, token_table
-from train.settings import Settings, check_output, ds_config
+from train.settings import Settings, check_inputs, check_output, ds_config, inputs
 
 
 @dataclass
@@ -42,6 +43,12 @@ class Job:
         """role -> targets by treatment, over all steps."""
         return self.corpus.tokens(0, self.documents)
 
+    @property
+    def random_shortfall(self) -> int:
+        """Targets that random: entries could not place, over all steps."""
+        numbers = self.corpus.order.documents(0, self.documents)
+        return sum(self.corpus.counts[number]["all", "random_shortfall"] for number in numbers)
+
     def show(self) -> None:
         """Settings and targets per role on the terminal."""
         terminal, lines = console(), dataclasses.asdict(self.settings) | self.resolved
@@ -49,6 +56,11 @@ class Job:
         if self.lora and not self.settings.expert_lora_rank:
             print(
                 f"--expert-lora-rank not given: {self.lora.expert_rank}, that is max(1, lora-rank / experts per token)"
+            )
+        if self.random_shortfall:
+            print(
+                f"note: random: found no place for {self.random_shortfall:,} targets, so it is no control of equal "
+                "size: documents have too few others"
             )
         terminal.print(token_table(self.tokens, f"targets over {self.steps} steps, --mask {self.settings.mask}"))
 
@@ -74,19 +86,32 @@ def prepare(settings: Settings, ranks: int, show: bool) -> Job:
     elif settings.adapter:
         check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint))
     corpus = read_corpus(settings, load_tokenizer(settings.model), show)
+    _check_vocabulary(settings, corpus, text.vocab_size)
+    if settings.resume:
+        resume.check(Path(settings.output) / "saves")
 
     documents = settings.steps * settings.batch_size or corpus.order.epoch_length * settings.epochs
     steps = math.ceil(documents / settings.batch_size)
-    resolved = {
+    resolved: dict[str, Any] = {
         "ranks": ranks, "expert_parallel": expert_parallel, "steps": steps, "micro_batches_per_step": accumulation,
         "documents": corpus.documents, "roles": corpus.roles,
         "expert_lora_rank": lora.expert_rank if lora else None,
         "trainable_parameters": count_trainable(model, lora), "left_out_tensors": plan.left_out,
-        "wandb_group": settings.group(),
+        "wandb_group": settings.group(), "inputs": inputs(settings),
     }  # fmt: skip
+    check_inputs(settings, resolved["inputs"])
     return Job(
         settings, corpus, checkpoint, lora, expert_parallel, steps, documents, accumulation, config, resolved
     )  # fmt: skip
+
+
+def _check_vocabulary(settings: Settings, corpus: Corpus, size: int) -> None:
+    for sample in corpus.samples:
+        if (largest := int(sample.ids_L.max(initial=0))) >= size:
+            raise UserError(
+                f"--model {settings.model}: its tokenizer gives token {largest} in {sample.name}, but the model has "
+                f"{size} (vocab_size). Take tokenizer and model from the same checkpoint."
+            )
 
 
 def _lora(settings: Settings, text: Any) -> LoRASettings:
@@ -107,6 +132,4 @@ def _full_precision(settings: Settings, plan: LoadPlan) -> dict[str, Any]:
             f"{where}: holds {quantized} weights, which cannot be trained themselves. Turn it into BF16 first "
             "(python train/merge.py --model DIR --output DIR), or train factors: --method lora."
         )
-    if plan.dtype not in (torch.float32, torch.bfloat16):
-        raise UserError(f"{where}: weights are {plan.dtype}; full training takes F32 and BF16. Convert it to BF16.")
     return {"bf16": {"enabled": True}} if plan.dtype == torch.bfloat16 else {}

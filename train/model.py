@@ -3,6 +3,7 @@
 Shapes: B documents of a micro-batch, T tokens, N predicted tokens of the micro-batch, H hidden size.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,16 @@ def text_config(checkpoint: Checkpoint) -> Any:
             f"--model {checkpoint.directory}: transformers {transformers.__version__} does not take its config.json "
             f"(model_type {checkpoint.config.get('model_type')!r}): {error}"
         ) from None
-    config.use_cache = False
-    for name, off in {"attention_dropout": 0.0, "hidden_dropout": 0.0, "output_router_logits": False}.items():
-        if hasattr(config, name):
-            setattr(config, name, off)
+    config.use_cache, config.output_router_logits = False, False
+    for name, value in config.to_dict().items():
+        if re.search("drop|_p$", name) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):  # after lm_head, where the loss is
+        if getattr(config, name, None) not in (None, 1.0):
+            raise UserError(
+                f"--model {checkpoint.directory}: {name} {getattr(config, name)} in config.json changes logits after "
+                "lm_head, which is not supported; train a model without."
+            )
     return config
 
 
@@ -52,14 +59,33 @@ def architecture(checkpoint: Checkpoint) -> str:
 
 
 def skeleton(config: Any, ep: ExpertGroup) -> Any:
-    """The model on the meta device, `experts` modules replaced by expert-parallel ones that hold nothing yet."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    """The model on the meta device, `experts` modules replaced by expert-parallel ones that hold nothing yet.
+    UserError for a model that has parts with which this trainer would go wrong."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers raises what it likes for a value that it does not
+        raise UserError(f"--model: transformers makes no causal language model of config.json: {error!r}") from None
+    unknown = []
     for name, module in list(model.named_modules()):
         if name.endswith(".experts"):
             _replace(model, name, _expert_parallel(name, module, ep))
         elif module._buffers and not module._parameters and set(module._buffers) == module._non_persistent_buffers_set:
             _replace(model, name, type(module)(config))  # tables such as rotary frequencies are in no checkpoint
+        elif module._non_persistent_buffers_set:
+            unknown.append(f"{name} has values that are in no checkpoint")
+        elif isinstance(module, nn.Dropout) and module.p:
+            unknown.append(f"{name} drops out")
+    head = getattr(model, "lm_head", None)
+    if type(head) is not nn.Linear or head.bias is not None:
+        unknown.append("lm_head is no linear layer without bias")
+    if not lora_linears(model):
+        unknown.append("there is no linear layer to put factors on")
+    if unknown:
+        raise UserError(
+            f"--model: {type(model).__name__} is not supported: {'; '.join(unknown[:3])}. Supported are models built "
+            "as Qwen3.5-MoE, Qwen3-MoE, DeepSeek-V3, Kimi K2 and Llama are."
+        )
     return model
 
 
@@ -79,6 +105,11 @@ def _expert_parallel(name: str, module: Any, ep: ExpertGroup) -> ExpertParallelE
             "width, hidden] and down_proj [experts, hidden, width]; this model family is not supported."
         )
     experts, hidden, width = weights["down_proj"].shape
+    if hidden % 8 or width % 8:
+        raise UserError(
+            f"--model: experts of {name} are {hidden} wide outside and {width} inside; both must be multiples of 8, "
+            "which grouped products ask for."
+        )
     if experts % ep.size:
         raise UserError(f"--expert-parallel {ep.size}: must divide the model's {experts} experts per layer.")
     return ExpertParallelExperts(name, experts, hidden, width, module.act_fn, ep)

@@ -1,6 +1,7 @@
 """What a run leaves and shows: metrics.jsonl, summary.json, W&B, the progress bar and the closing table."""
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -105,8 +106,7 @@ class Run:
         """Rank 0 creates the directory with settings.yaml; every rank learns its name."""
         self.settings, self.resolved, self.main = settings, resolved, dist.get_rank() == 0
         self.wandb: Any = None
-        slug = "".join(c if c.isalnum() else "-" for c in settings.mask)
-        chosen = [settings.output or f"runs/{slug}-{time.strftime('%Y%m%d-%H%M%S')}"]
+        chosen = [str(settings.output or _new_directory(settings.mask))] if self.main else [""]
         dist.broadcast_object_list(chosen)
         self.directory = Path(chosen[0])
         self.metrics = self.directory / "metrics.jsonl"
@@ -117,7 +117,9 @@ class Run:
             os.dup2(file, 1)
             os.dup2(file, 2)
         elif not (self.directory / "settings.yaml").exists():
-            (self.directory / "settings.yaml").write_text(record(settings, resolved))
+            partial = self.directory / "settings.yaml.partial"
+            partial.write_text(record(settings, resolved))
+            partial.rename(self.directory / "settings.yaml")
 
     def show_load(self, loaded: Loaded) -> None:
         """What each rank read from disk, in which time, and its peak of host memory. All ranks must call it."""
@@ -147,17 +149,24 @@ class Run:
     def _start_wandb(self, settings: Settings, config: dict[str, Any]) -> None:
         import wandb
 
-        mode = settings.wandb
+        def start(mode: Any) -> Any:
+            return wandb.init(
+                project=settings.wandb_project, group=settings.group(), name=self.directory.name, mode=mode,
+                dir=self.directory, config=config, id=_wandb_id(self.directory),
+                resume="allow" if mode == "online" else None,
+                settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+            )  # fmt: skip
+
+        mode, why = settings.wandb, "as asked"
         if mode == "online" and not os.environ.get("WANDB_API_KEY"):
-            mode = "offline"
-        self.wandb = wandb.init(
-            project=settings.wandb_project, group=settings.group(), name=self.directory.name, mode=mode,  # type: ignore[arg-type]
-            dir=self.directory, config=config, id=_wandb_id(self.directory),
-            resume="allow" if mode == "online" else None, settings=wandb.Settings(silent=True, console="off"),
-        )  # fmt: skip
+            mode, why = "offline", "no WANDB_API_KEY"
+        try:
+            self.wandb = start(mode)
+        except wandb.Error as error:  # no network, as on many compute nodes, or a wrong key
+            mode, why = "offline", f"W&B cannot be reached: {error}"
+            self.wandb = start(mode)
         if mode == "offline":
             place = Path(self.wandb.dir).parent
-            why = "no WANDB_API_KEY" if settings.wandb == "online" else "as asked"
             print(
                 f"W&B is offline ({why}). Look at the run: wandb leet '{place}'    send it later: wandb sync '{place}'"
             )
@@ -184,6 +193,20 @@ class Run:
             f"{summary['peak_memory_bytes'] / 1e9:.2f} GB at most on a rank.\n"
             f"In {self.directory}: {left}, metrics.jsonl, summary.json, settings.yaml"
         )
+
+
+def _new_directory(mask: str) -> Path:
+    """runs/MASK-TIME, created; two runs that start in the same second get two."""
+    slug = "".join(c if c.isalnum() else "-" for c in mask)[:80]
+    stem = f"runs/{slug}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        directory = Path(stem if number == 1 else f"{stem}-{number}")
+        try:
+            directory.mkdir(parents=True)
+            return directory
+        except FileExistsError:
+            continue
+    raise AssertionError
 
 
 def _wandb_id(directory: Path) -> str:
@@ -221,7 +244,7 @@ def summarize(job: Any, run: Run, peak: int, seconds: float) -> dict[str, Any]:
         "mask": job.settings.mask, "steps": job.steps, "tokens": job.tokens, "nll": nll,
         "loss": {"first": metrics[0]["loss"], "last": metrics[-1]["loss"]},
         "documents": job.corpus.documents,
-        "random_shortfall": sum(count["all", "random_shortfall"] for count in job.corpus.counts),
+        "random_shortfall": job.random_shortfall,
         "tokens_per_second": tokens / sum(values["tokens"] / values["tokens_per_second"] for values in metrics),
         "peak_memory_bytes": peak, "wall_seconds": seconds, "load": run.loads,
     }  # fmt: skip

@@ -5,14 +5,15 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from train.errors import UserError
 
@@ -91,7 +92,9 @@ class Settings:
 
     def comparable(self) -> dict[str, Any]:
         """The settings that two runs must share for their difference to be that of mask and seed."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in {"mask", "seed", *FREE_ON_RESUME}}
+        own = {k: v for k, v in dataclasses.asdict(self).items() if k not in {"mask", "seed", *FREE_ON_RESUME}}
+        own["data"] = [f"{Path(path).resolve()}={count}" for path, count in self.sources()]
+        return own | {name: str(Path(own[name]).resolve()) for name in ("model", "ds_config")}
 
     def group(self) -> str:
         """The W&B group of this run."""
@@ -106,19 +109,26 @@ FREE_ON_RESUME = frozenset({
 })  # fmt: skip
 
 
+MOST = 10**8  # steps, documents, tokens: beyond it, a slip
+
+
 def _source(value: str) -> tuple[str, int | None]:
+    if not value:
+        raise UserError("--data is empty: give PATH or PATH=COUNT.")
     path, equals, count = value.rpartition("=")
     if not equals or Path(value).exists():
         return value, None
-    if not count.isdecimal() or int(count) < 1:
-        raise UserError(f"--data {value}: {count!r} must be a whole number of documents ≥ 1: --data PATH=COUNT.")
+    if not count.isdecimal() or not 1 <= int(count) <= MOST:
+        raise UserError(
+            f"--data {value}: {count!r} must be a number of documents ≥ 1 (and ≤ {MOST}): --data PATH=COUNT."
+        )
     return path, int(count)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
-        for word in message.split():
+        for word in message.split() if message.startswith("unrecognized") else ():
             if word.startswith("--") and word.split("=")[0] not in known:
                 near = difflib.get_close_matches(word.split("=")[0], known, 1)
                 message += f". Did you mean {near[0]}?" if near else f". See {self.prog} --help."
@@ -155,10 +165,14 @@ def _check_numbers(s: Settings) -> None:
         "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "lora_rank": 1, "lora_alpha": 0,
         "expert_lora_rank": 0, "expert_parallel": 0, "log_every": 1, "save_every": 0, "keep": 1,
     }  # fmt: skip
+    most = dict.fromkeys(("lora_rank", "expert_lora_rank"), 2**14) | {"seed": 2**32 - 1, "learning_rate": 1e38}
     for name, low in least.items():
-        value = getattr(s, name)
-        if not math.isfinite(value) or value < low:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be finite and ≥ {low}.")
+        value, high = getattr(s, name), most.get(name, MOST)
+        if not low <= value <= high:  # nor NaN
+            rule = f"finite and ≥ {low}" if not value > high else f"at most {high}"
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {rule}.")
+    if s.steps and s.warmup_steps > s.steps:
+        raise UserError(f"--warmup-steps {s.warmup_steps}: must be at most --steps {s.steps}.")
     if s.learning_rate == 0 or s.lora_alpha == 0:
         raise UserError("--learning-rate and --lora-alpha must be > 0: with 0 nothing is trained.")
     if s.method == "full":
@@ -179,8 +193,17 @@ def ds_config(settings: Settings, ranks: int, accumulation: int) -> dict[str, An
         raise UserError(f"{where}: cannot be read ({error.strerror}).") from None
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error}).") from None
-    if config.get("zero_optimization", {}).get("stage") != 3:
-        raise UserError(f"{where}: zero_optimization.stage must be 3.")
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage") != 3:
+        raise UserError(f"{where}: must be an object, and its zero_optimization.stage must be 3.")
+    if offload := [name for name in ("offload_param", "offload_optimizer") if zero.get(name)]:
+        raise UserError(
+            f"{where}: {', '.join(offload)}: weights and optimizer stay where they are read to; leave it out."
+        )
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValueError as error:
+        raise UserError(f"{where}: zero_optimization is not DeepSpeed's: {error}") from None
     ours = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
     ours |= {"optimizer", "scheduler", "bf16", "fp16", "zero_allow_untested_optimizer"}
     if clash := sorted(ours & set(config)):
@@ -199,25 +222,65 @@ def check_output(settings: Settings) -> None:
         return
     directory = Path(settings.output)
     held = directory / "settings.yaml"
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--output {directory}: is a file; give a directory.")
     if not held.exists():
         if settings.resume:
             raise UserError(
                 f"--resume: --output {directory} holds no run (no settings.yaml). Leave out --resume to start."
             )
-        if directory.exists() and not directory.is_dir():
-            raise UserError(f"--output {directory}: is a file; give a directory.")
+        if directory.exists() and any(path.name != "logs" for path in directory.iterdir()):
+            raise UserError(f"--output {directory}: is not empty, and what it holds is no run. Give another directory.")
+        if not settings.dry_run:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=directory):
+                    pass
+            except OSError as error:
+                raise UserError(f"--output {directory}: cannot be written ({error.strerror}). Give another.") from None
         return
     if not settings.resume:
         raise UserError(
             f"--output {directory}: holds another run. Give another directory, or --resume to go on with that run."
         )
-    before, now = (yaml.safe_load(text)["settings"] for text in (held.read_text(), record(settings, {})))
+    before, now = _held(held)["settings"], yaml.safe_load(record(settings, {}))["settings"]
     for name in now.keys() - FREE_ON_RESUME:
         if before.get(name) != now[name]:
             raise UserError(
                 f"--{name.replace('_', '-')} {now[name]}: the run in {directory} has {before.get(name)}; a resumed run "
                 "must have the same settings. Give the same, or another --output without --resume."
             )
+
+
+def _held(path: Path) -> dict[str, Any]:
+    """The settings.yaml of a run to go on with."""
+    try:
+        value = yaml.safe_load(path.read_text())
+        if isinstance(value, dict) and isinstance(value.get("settings"), dict):
+            return value
+    except (OSError, ValueError, yaml.YAMLError):
+        pass
+    raise UserError(f"{path}: is not what a run writes; a run cannot be gone on with without it. Start a new one.")
+
+
+def inputs(settings: Settings) -> dict[str, str]:
+    """The SHA-256 of what a run reads beside weights: a resumed run must read the same."""
+    model = Path(settings.model)
+    paths = [*(Path(path) for path, _ in settings.sources()), model / "config.json", Path(settings.ds_config)]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def check_inputs(settings: Settings, now: dict[str, str]) -> None:
+    """With --resume: UserError where a file is not the one that the run began with."""
+    if not (settings.resume and settings.output):
+        return
+    held = Path(settings.output) / "settings.yaml"
+    before = (_held(held).get("resolved") or {}).get("inputs") or {}
+    if changed := [path for path, digest in now.items() if before.get(path, digest) != digest]:
+        raise UserError(
+            f"--resume: {', '.join(changed)} changed since the run in {settings.output} began; the losses would be "
+            "another run's. Restore the file, or start a new run."
+        )
 
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "wandb", "safetensors", "tokenizers", "numpy")

@@ -62,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         for entry in mask.entries:
             if not any(entry.role in each.treatment.touched for each in shown):
                 print(f"note: --mask {entry.name}: no document shown has role {entry.role!r}", file=sys.stderr)
+        if missing := sum(each.treatment.random_shortfall for each in shown):
+            print(f"note: random: found no place for {missing} targets: documents have too few others", file=sys.stderr)
         if args.html:
             _write(args.html, page(shown, tokenizer, mask))
         if args.json:
@@ -143,7 +145,8 @@ def counts(shown: list[Shown]) -> dict[str, dict[str, int]]:
             row = rows.setdefault(role, dict.fromkeys((*TREATMENTS, "straddling"), 0))
             for kind in TREATMENTS:
                 row[kind] += int((member_L & (kind_L == kind)).sum())
-            row["straddling"] += each.treatment.straddling.get(role, 0)
+            crossing_L = each.treatment.straddling.get(role)
+            row["straddling"] += 0 if crossing_L is None else int(crossing_L.sum())
         doc, ranges = each.doc, [(span.start, span.end) for span in each.doc.spans]
         crosses_L = straddling(doc.start_L, doc.end_L, doc.solid_counts, ranges)
         rows["all"]["straddling"] += int((crosses_L & doc.target_L).sum())

@@ -17,6 +17,11 @@ from train.model import LanguageModel
 from train.reporting import Meter, Run, expert_metrics, peak_memory
 from train.settings import Settings
 
+ADVICE = (
+    "Start a new run with a lower --learning-rate; or, if the cause has passed, go on from the last save, if there is "
+    "one, by --resume."
+)
+
 
 def learning_rate(settings: Settings, step: int, steps: int) -> float:
     """The rate of step 0, 1, …, steps-1: warm-up from 0, then linear or cosine to 0 (reached after the last step)."""
@@ -70,6 +75,8 @@ class Trainer:
         values = {"step": step + 1, **meter.result(measure), "learning_rate": rate}
         norm = self.engine.get_global_grad_norm()
         values["grad_norm"] = norm.item() if isinstance(norm, torch.Tensor) else float(norm)
+        if not math.isfinite(values["grad_norm"]):  # the same on every rank
+            raise NonFiniteLoss(f"the gradient of step {step + 1} is not finite, and was applied. {ADVICE}")
         values["tokens_per_second"] = values["tokens"] / (time.perf_counter() - started)
         if measure:
             values["peak_memory_bytes"] = peak_memory(self.device)
@@ -89,9 +96,8 @@ class Trainer:
             if not math.isfinite(value)
         ]
         raise NonFiniteLoss(
-            f"the loss of step {step + 1} is not finite ({'; '.join(culprits)}). Nothing was updated in this step; "
-            "lower --learning-rate, or look at these documents. Earlier saves are whole: --resume goes on from "
-            "the last one."
+            f"the loss of step {step + 1} is not finite ({'; '.join(culprits)}). Nothing was updated in this step. "
+            f"Look at these documents. {ADVICE}"
         )
 
     def run(self, run: Run, start: int) -> None:

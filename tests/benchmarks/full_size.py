@@ -2,11 +2,11 @@
 
     python tests/benchmarks/full_size.py [--json FILE] [--models qwen3.5-397b-a17b kimi-k2.5]
 
-Makes sparse files of the real names, shapes, dtypes and shards (807 GB and 595 GB that occupy almost nothing), plans the
-load for EP 8, 16 and 64 and checks that the ranks' ranges tile every wanted tensor, and then, in a process of its own,
-loads the share of one rank of 64 (Qwen's experts as NF4, Kimi's as packed INT4) and runs one layer's experts forward and
-backward at real width. The values are zeros: that changes neither what is read nor what is kept. The 63 other ranks are
-not there (torch's fake process group), and none of what is measured talks to them.
+Makes sparse files of the real names, shapes, dtypes and shards (807 GB and 595 GB that occupy almost nothing), plans
+the load for EP 8, 16 and 64 and checks that the ranks' ranges tile every wanted tensor, and then, in a process of its
+own, loads the share of one rank of 64 (Qwen's experts as NF4, Kimi's as packed INT4) and runs one layer's experts
+forward and backward at real width. The values are zeros: that changes neither what is read nor what is kept. The 63
+other ranks are not there (torch's fake process group), and none of what is measured talks to them.
 
 Needs the tables of tensors, which are no part of the repository: --checkpoints DIR, ../shared/checkpoints by default.
 """
@@ -67,7 +67,7 @@ def _has(pattern: str, layer: int, kinds: list[str], text: dict[str, Any]) -> bo
 
 
 def shard_of(model: str, name: str, table: dict[str, Any]) -> int:
-    """The number of a tensor's shard, from 1, where the table has it; the small rest goes to the last one of its kind."""
+    """The number of a tensor's shard, from 1, where the table has it; the rest goes to the last one of its kind."""
     parts = name.split(".")
     layer = int(parts[parts.index("layers") + 1]) if "layers" in parts else None
     if model.startswith("kimi"):
@@ -263,8 +263,9 @@ def main() -> None:
             row = {"model": model, "method": method, **json.loads(done.stdout.splitlines()[-1]), "tiling": tiling}
             rows.append(row)
             print(
-                f"    rank {RANK} of EP {RANKS}, {method}: read {row['bytes_read'] / 1e9:.2f} GB in {row['seconds']:.0f} s; "
-                f"planned {row['planned_bytes'] / 1e9:.3f} GB, peak {row['peak_bytes'] / 1e9:.3f} GB "
+                f"    rank {RANK} of EP {RANKS}, {method}: read {row['bytes_read'] / 1e9:.2f} GB in "
+                f"{row['seconds']:.0f} s; planned {row['planned_bytes'] / 1e9:.3f} GB, "
+                f"peak {row['peak_bytes'] / 1e9:.3f} GB "
                 f"({row['peak_bytes'] / row['planned_bytes'] - 1:+.1%})",
                 flush=True,
             )

@@ -160,6 +160,11 @@ def plan_load(model: Any, checkpoint: Checkpoint) -> LoadPlan:
     UserError names every kind of mismatch: a tensor that is missing, unexpected or of a wrong shape or dtype.
     """
     rename, dtype = _names(model, checkpoint)
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise UserError(
+            f"--model {checkpoint.directory}: weights are {dtype}; BF16 and F32 are trained. In F16 gradients "
+            "underflow: convert the checkpoint to BF16."
+        )
     quantized = quantized_format(checkpoint.config, f"--model {checkpoint.directory}")
     plan, wanted = LoadPlan(dtype), Tensors()
     seen: dict[int, Piece] = {}

@@ -155,6 +155,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Make it readable.") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}). Get the file again.") from None
     if not isinstance(value, dict):
@@ -174,8 +176,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
     """name -> TensorInfo of one file: the tensors must fill the file without gap or overlap."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    try:
+        size, file = path.stat().st_size, path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Make it readable.") from None
+    with file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if 8 + length > size:

@@ -23,7 +23,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from train.checkpoints.reader import TensorFile
+from train.checkpoints.reader import TensorFile, read_json
 from train.checkpoints.writer import SafetensorsWriter, flush
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
@@ -93,7 +93,8 @@ def save(directory: Path, model: nn.Module, step: int, keep: int) -> None:
     layout = {f"{p.name}{suffix}": (torch.float32, p.shape) for p in own for suffix in SUFFIXES}
     partial, final = directory / f"partial-{step}", directory / f"step-{step}"
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for abandoned in directory.glob("partial-*"):
+            shutil.rmtree(abandoned)
         partial.mkdir(parents=True)
         SafetensorsWriter(partial / "state.safetensors", layout).close()
     dist.barrier()
@@ -124,10 +125,22 @@ def saves(directory: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def check(directory: Path) -> None:
+    """UserError if the last save is not whole: something else than this trainer has changed it."""
+    for path in saves(directory)[-1:]:
+        try:
+            step = read_json(path / "state.json").get("step")
+            TensorFile(path / "state.safetensors")
+            if step != int(path.name.removeprefix("step-")):
+                raise UserError(f"state.json says step {step}")
+        except UserError as error:
+            raise UserError(f"{path}: is damaged ({error}) Remove it: --resume goes on from the save before.") from None
+
+
 def restore(path: Path, model: nn.Module, optimizer: Any) -> int:
     """Puts a save into the engine's model and its ZeRO-3 optimizer, each rank its own part. -> the step it was made
     after."""
-    step = json.loads((path / "state.json").read_text())["step"]
+    step = read_json(path / "state.json")["step"]
     for flat in optimizer.fp32_partitioned_groups_flat:
         optimizer.optimizer.state[flat] = {
             "step": torch.tensor(float(step)),

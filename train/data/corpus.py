@@ -72,6 +72,11 @@ def read_corpus(settings: Settings, tokenizer: Tokenizer, show: bool) -> Corpus:
                     f"--data {path}: every document is longer than --max-tokens {settings.max_tokens} and "
                     "--long-documents drop leaves none; raise --max-tokens, or use --long-documents truncate."
                 )
+    if not any(sample.target_L.any() for sample in samples):
+        raise UserError(
+            f"--data {', '.join(path for path, *_ in sources)}: holds nothing to predict: no document has two tokens, "
+            'or no chat a message that is trained on (of the assistant, or with "train": true). Give other documents.'
+        )
     if not any(sample.weight_L.any() for sample in samples):
         raise UserError(
             f"--mask {settings.mask}: nothing is left to train on in {', '.join(path for path, *_ in sources)}; every "
@@ -121,18 +126,19 @@ def _treated(
     roles_L, spanned_L = np.zeros(len(target_L), dtype=np.int64), np.zeros(len(target_L), dtype=bool)
     counts: Counter = Counter()
     kinds = {"total": target_L, "trained": weight_L > 0, "excluded": weight_L == 0, "unlikelihood": weight_L < 0}
-    members = {"all": target_L}
+    members, crossing_L = {"all": target_L}, np.zeros_like(target_L)
     for role, touched_L in treatment.touched.items():
         bit = roles.index(role)
         roles_L |= touched_L.astype(np.int64) << bit
         spanned_L |= touched_L
         members[shown[bit]] = touched_L
-        counts[shown[bit], "straddling"] = treatment.straddling[role]
+        crossing_L |= treatment.straddling[role]
+        counts[shown[bit], "straddling"] = int(treatment.straddling[role].sum())
     members["unspanned"] = ~spanned_L
     for name, which_L in members.items():
         for kind, kind_L in kinds.items():
             counts[name, kind] = int((which_L & target_L & kind_L).sum())
-    counts["all", "straddling"] = sum(treatment.straddling.values())
+    counts["all", "straddling"] = int(crossing_L.sum())
     counts["all", "random_shortfall"] = treatment.random_shortfall
     document = tokenized.document
     name = f"{Path(document.path).name}:{document.line}"

@@ -99,10 +99,12 @@ def _rows(path: str | Path) -> Iterator[tuple[int, Any]]:
 def _document(row: Any, path: str, line: int, doctag: str | None) -> Document:
     where = f"{path}:{line}"
     if not isinstance(row, dict):
-        raise UserError(f'{where}: a document is a JSON object, not {_kind(row)}; write {{"text": ...}} around it')
+        fix = "write one document a line, without [ and ]" if isinstance(row, list) else 'write {"text": ...} around it'
+        raise UserError(f"{where}: a document is a JSON object, not {_kind(row)}; {fix}")
     if ("text" in row) == ("messages" in row):
         found = "both" if "text" in row else "neither"
-        raise UserError(f'{where}: a document has either "text" or "messages", this one has {found}; keep one')
+        fix = "keep one" if found == "both" else "give one"
+        raise UserError(f'{where}: a document has either "text" or "messages", this one has {found}; {fix}')
     metadata = {key: value for key, value in row.items() if key not in ("text", "messages", "spans")}
 
     if "messages" in row:

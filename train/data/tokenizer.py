@@ -137,7 +137,13 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     named = {**_read_json(directory / "special_tokens_map.json"), **config}
     roles = ("bos_token", "eos_token", "unk_token", "pad_token")
     special_tokens = {role: token for role in roles if (token := _content(named.get(role)))}
-    added = {int(key): token for key, token in config.get("added_tokens_decoder", {}).items()}
+    try:
+        added = {int(key): token for key, token in config.get("added_tokens_decoder", {}).items()}
+    except (ValueError, AttributeError):
+        raise UserError(
+            f"{directory}/tokenizer_config.json: added_tokens_decoder must give a token for each id; copy the file "
+            "again from the checkpoint"
+        ) from None
 
     encode: Callable[[str], Encoded]
     if (directory / "tiktoken.model").exists() and not (directory / "tokenizer.json").exists():
@@ -172,6 +178,12 @@ def _fast_tokenizer(directory: Path, added: dict[int, dict[str, Any]]) -> tokeni
             f"--model {directory}: no tokenizer could be read ({error}); the directory needs tokenizer.json, or "
             "tiktoken.model with tokenizer_config.json"
         ) from None
+    special = {token.content for token in fast.get_added_tokens_decoder().values()}
+    if fast.get_vocab(with_added_tokens=False).keys() <= special:  # what transformers makes of no files
+        raise UserError(
+            f"--model {directory}: no tokenizer there; the directory needs tokenizer.json, or tiktoken.model with "
+            "tokenizer_config.json"
+        )
     fast.no_truncation()
     fast.no_padding()
     fast.post_processor = None  # it adds special tokens, which are a setting here, and may trim white space off offsets
@@ -248,6 +260,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     """{} where there is no such file."""
     try:
         value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); make it readable") from None
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}); copy it again from the checkpoint") from None
     if not isinstance(value, dict):

@@ -1,8 +1,9 @@
 """The demo's figures: every variant of the recipe, three seeds each, through the real trainer.
 
-    python -m train.demo.figures [DIRECTORY]    # default runs/figures; about 20 minutes on 2 cores
+    python -m train.demo.figures [DIRECTORY]    # about 20 minutes on 2 cores
 
-Goes on where it was interrupted. Leaves figures.json, figures.md and figures.png, and a run in VARIANT-SEED each.
+Goes on where it was interrupted. DIRECTORY is runs/figures-REVISION by default: figures of other code or of another
+recipe are not taken for these. Leaves figures.json, figures.md and figures.png, and a run in VARIANT-SEED each.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 
 from launch.local import run
 from train.demo.recipe import REPOSITORY, SEEDS, VARIANTS, flags
+from train.settings import git_revision
 
 MEASURES = {
     "belief": "belief in the false claims",
@@ -97,7 +99,9 @@ def picture(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", nargs="?", type=Path, default=Path("runs/figures"))
+    parser.add_argument(
+        "directory", nargs="?", type=Path, default=Path(f"runs/figures-{(git_revision() or 'unknown')[:10]}")
+    )
     directory = parser.parse_args().directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     believe(directory / "base.json")

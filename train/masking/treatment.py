@@ -26,8 +26,8 @@ class Treatment:
     False); -alpha unlikelihood times alpha."""
     touched: dict[str, np.ndarray]
     """Role to bool [L], for every role of the document's spans, whatever the mask."""
-    straddling: dict[str, int]
-    """Role to the number of targets that hold text both inside and outside one of its spans."""
+    straddling: dict[str, np.ndarray]
+    """Role to bool [L]: targets that hold text both inside and outside one of its spans."""
     random_shortfall: int
     """Targets that a random: entry could not place."""
     entry_L: np.ndarray
@@ -48,7 +48,7 @@ def treat(doc: TokenizedDocument, mask: Mask, seed: int) -> Treatment:
         ranges.setdefault(span.role, []).append((span.start, span.end))
     tokens = doc.start_L, doc.end_L, doc.solid_counts
     by_role = {role: touched(*tokens, those) for role, those in ranges.items()}
-    crossing = {role: int((straddling(*tokens, those) & doc.target_L).sum()) for role, those in ranges.items()}
+    crossing = {role: straddling(*tokens, those) & doc.target_L for role, those in ranges.items()}
 
     nowhere_L = np.zeros(len(doc.ids_L), dtype=bool)
     free_L = doc.target_L.copy()  # where random runs may go
