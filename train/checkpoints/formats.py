@@ -119,8 +119,11 @@ def fp8_encode(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> tuple[T
 def int4_decode(packed: Tensor, scale: Tensor, group: int) -> Tensor:
     """[..., out, in/8] words and scales [..., out, in/g] -> BF16 [..., out, in]."""
     octets = packed.contiguous().view(torch.uint8)  # little-endian: byte b holds elements 2b (low) and 2b + 1 (high)
-    q = torch.stack([octets & 15, octets >> 4], -1).flatten(-2).to(torch.int8) - 8
-    return (q.unflatten(-1, (-1, group)).to(scale.dtype) * scale[..., None]).flatten(-2).bfloat16()
+    out = torch.empty(*packed.shape[:-1], packed.shape[-1] * 8, dtype=scale.dtype, device=packed.device)
+    halves = out.unflatten(-1, (-1, 2))
+    halves[..., 0], halves[..., 1] = octets & 15, octets >> 4
+    out.sub_(8).unflatten(-1, (-1, group)).mul_(scale[..., None])
+    return out.bfloat16()
 
 
 def int4_encode(weight: Tensor, scale: Tensor, group: int) -> tuple[Tensor, Tensor]:
