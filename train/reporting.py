@@ -166,7 +166,7 @@ class Run:
             mode, why = "offline", f"W&B cannot be reached: {error}"
             self.wandb = start(mode)
         if mode == "offline":
-            place = Path(self.wandb.dir).parent
+            place = Path(self.wandb.dir).resolve().parent
             print(
                 f"W&B is offline ({why}). Look at the run: wandb leet '{place}'    send it later: wandb sync '{place}'"
             )
