@@ -3,7 +3,8 @@
     deepspeed --num_gpus N tests/load_worker.py RECORD EXPERT_PARALLEL METHOD DIR [DIR ...]
 
 For each DIR, RECORD/NAME-N-EP.safetensors gets the log-probabilities of the whole vocabulary at every position of
-tests.load_worker.IDS, and of each rank the bytes that it read, by tensor.
+tests.load_worker.IDS, without factors and with random ones, which RECORD/NAME-N-EP.adapter gets, and of each rank the
+elements that it read, by tensor.
 """
 
 import sys
@@ -16,10 +17,14 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from launch.distributed import start_distributed
+from tests.parity_worker import fill_B
+from train.checkpoints.adapter import save_adapter
 from train.checkpoints.reader import Checkpoint
+from train.checkpoints.resume import full_factors
 from train.data.batches import Batch
+from train.experts.module import ExpertParallelExperts
 from train.experts.storage import FrozenExperts
-from train.lora import LoRASettings
+from train.lora import LoRALinear, LoRASettings
 from train.model import build
 from train.settings import ds_config, parse
 
@@ -66,15 +71,23 @@ def main(record: Path, expert_parallel: int, method: str, directories: list[str]
         lora = LoRASettings(rank=4, alpha=8.0, expert_rank=2, seed=0)
         model, _ = build(checkpoint, method, lora, "", expert_parallel, config, device)
         in_fp32(model)
+        fill_B(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(trained), config=config)
         engine.eval()
-        values = {"log_p": every_log_probability(engine, model.causal.config.vocab_size).contiguous()}
+        size = model.causal.config.vocab_size
+        values = {"adapted": every_log_probability(engine, size).contiguous()}
+        name = f"{Path(directory).name}-{ranks}-{expert_parallel}"
+        save_adapter(record / f"{name}.adapter", model, full_factors(model), lora, directory)
+        for module in model.modules():
+            if isinstance(module, LoRALinear | ExpertParallelExperts):
+                module.scale = 0.0
+        values["log_p"] = every_log_probability(engine, size).contiguous()
         seen: list[Counter[str]] = [Counter()] * ranks
         dist.all_gather_object(seen, read)
         values |= {f"read.{rank}.{name}": torch.tensor(n) for rank, c in enumerate(seen) for name, n in c.items()}
         if dist.get_rank() == 0:
-            save_file(values, record / f"{Path(directory).name}-{ranks}-{expert_parallel}.safetensors")
+            save_file(values, record / f"{name}.safetensors")
 
 
 if __name__ == "__main__":

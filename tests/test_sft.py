@@ -81,6 +81,11 @@ def test_a_run_leaves_settings_metrics_summary_adapter_and_an_offline_wandb_run(
     assert [m["learning_rate"] for m in metrics] == pytest.approx([0.01 * (1 - i / 6) for i in range(6)])
     assert set(metrics[0]["nll"]) == {"all", "unspanned", "doctag", "false"}
     assert metrics[0]["wire_bytes"] > 0 and metrics[0]["expert_load_max_over_mean"] >= 1
+    # two experts for each token, in each of two layers
+    assert {sum(loads) for loads in metrics[0]["expert_load"].values()} == {2 * metrics[0]["tokens"]}
+    assert list(metrics[0]["expert_load"]) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    halves = [sum(sum(loads[r : r + 4]) for loads in metrics[0]["expert_load"].values()) for r in (0, 4)]
+    assert metrics[0]["rank_load"] == {"0": halves[0], "1": halves[1]}
 
     # 36 documents (each of 24 at least once): 2 doctag targets each (the first token is predicted by nothing), 4 false.
     summary = json.loads((directory / "summary.json").read_text())

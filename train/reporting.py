@@ -65,8 +65,9 @@ class Meter:
 
 
 def expert_metrics(layers: list[ExpertParallelExperts], device: torch.device) -> dict[str, Any]:
-    """Load since the last call, over all ranks: tokens of the busiest expert over the mean, the busiest layer's; the
-    same for ranks of a group; and the bytes that crossed the wire. {} for a dense model."""
+    """Load since the last call, over all ranks: tokens of each expert by layer, and of each rank of a group; those of
+    the busiest expert over the mean, in the layer where that is most, and the same for ranks; and the bytes that
+    crossed the wire. {} for a dense model."""
     if not layers:
         return {}
     ep: ExpertGroup = layers[0].ep
@@ -80,6 +81,8 @@ def expert_metrics(layers: list[ExpertParallelExperts], device: torch.device) ->
     for layer in layers:
         layer.load_E = None
     ep.wire_bytes = 0
+    loads = {layer.name: load_E for layer, load_E in zip(layers, load_LE.tolist(), strict=True)}
+    rank_load = load_LE.view(len(layers), ep.size, -1).sum((0, 2)).tolist()
     load_LE = load_LE.double().clamp(min=1e-9)
     load_LD = load_LE.view(len(layers), ep.size, -1).sum(-1)
     return {
@@ -87,6 +90,8 @@ def expert_metrics(layers: list[ExpertParallelExperts], device: torch.device) ->
         "rank_load_max_over_mean": (load_LD.amax(1) / load_LD.mean(1)).max().item(),
         "experts_without_tokens": int((load_LE < 1).sum().item()),
         "wire_bytes": int(wire.item()),
+        "rank_load": {str(rank): load for rank, load in enumerate(rank_load)},
+        "expert_load": loads,
     }
 
 
@@ -178,7 +183,10 @@ class Run:
         with self.metrics.open("a") as file:
             file.write(json.dumps(values) + "\n")
         if self.wandb is not None:
-            self.wandb.log(_flat(values), step=values["step"])
+            import wandb
+
+            flat = {k: wandb.Histogram(v) if isinstance(v, list) else v for k, v in _flat(values).items()}
+            self.wandb.log(flat, step=values["step"])
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, closes W&B and shows what was trained on and what changed. Rank 0 alone."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -44,8 +45,9 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for ranks, ep in RANKS:
         command = [str(root), str(ep), "lora", *directories]
         done = run(
-            load_worker.__file__, *command, ranks=ranks, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"}
-        )
+            load_worker.__file__, *command, ranks=ranks, capture_output=True, text=True,
+            env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     return root
 
@@ -59,7 +61,9 @@ def stock_model(directory: Path) -> Any:
         kind = FineGrainedFP8Config if quantization["quant_method"] == "fp8" else CompressedTensorsConfig
         options["quantization_config"] = kind(dequantize=True)
     if config["model_type"] == "kimi_k2":  # which transformers does not know by itself
-        directory = Path(shutil.copytree(directory, directory.with_name(f"{directory.name}-as-deepseek")))
+        directory = Path(
+            shutil.copytree(directory, directory.with_name(f"{directory.name}-as-deepseek"), dirs_exist_ok=True)
+        )
         (directory / "config.json").write_text(json.dumps(config | {"model_type": "deepseek_v3"}))
     auto = AutoModelForImageTextToText if "text_config" in config else AutoModelForCausalLM
     model = auto.from_pretrained(directory, dtype=torch.bfloat16, **options).float()
@@ -74,12 +78,34 @@ def stock_model(directory: Path) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_logits_are_those_of_transformers_own_loading_on_any_ranks(loaded, name):
-    with torch.no_grad():
-        logits = stock_model(loaded / name)(torch.tensor([load_worker.IDS])).logits[0]
-    expected = logits.float().log_softmax(-1)
+    expected = log_p(stock_model(loaded / name))
     assert expected.std() > 0.5  # the model has an opinion
     for ranks, ep in RANKS:
         found = load_file(loaded / f"{name}-{ranks}-{ep}.safetensors")["log_p"]
+        assert (found - expected).abs().max() < 1e-5, (ranks, ep)
+
+
+def log_p(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([load_worker.IDS])).logits[0].float().log_softmax(-1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_stock_peft_puts_the_adapter_on_the_checkpoints_own_architecture(loaded, name):
+    """Every tensor of it, from any number of ranks, with the logits of the run to 1e-5 (of up to 12 or so)."""
+    base = stock_model(loaded / name)
+    plain = log_p(base)
+    first = load_file(loaded / f"{name}-1-1.adapter" / "adapter_model.safetensors")
+    model = PeftModel.from_pretrained(base, loaded / f"{name}-1-1.adapter")
+    taken = {n.replace(".default", ""): p for n, p in model.named_parameters() if ".lora_" in n}
+    assert taken.keys() == first.keys() and all(torch.equal(taken[key], first[key]) for key in first)
+    expected = log_p(model)
+    assert (expected - plain).abs().max() > 0.5  # the factors do something
+    for ranks, ep in RANKS:
+        saved = load_file(loaded / f"{name}-{ranks}-{ep}.adapter" / "adapter_model.safetensors")
+        assert saved.keys() == first.keys() and all(torch.equal(saved[key], first[key]) for key in first)
+        found = load_file(loaded / f"{name}-{ranks}-{ep}.safetensors")["adapted"]
         assert (found - expected).abs().max() < 1e-5, (ranks, ep)
 
 
