@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from launch.local import deepspeed_command, run
+from tests.layouts import LAYOUTS
 from tests.models import write_documents, write_model
 from train import sft
 from train.data.batches import micro_batches
@@ -58,6 +60,19 @@ def train(tmp: Path, output: str, ranks: int = 2, **changes: Any) -> Path:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     (tmp / output / "terminal").write_text(done.stdout + done.stderr)
     return tmp / output
+
+
+def nll_of_step_5(model: Any, tmp: Path, family: str) -> float:
+    """Per target, of the documents of step 5, by stock transformers."""
+    corpus = prepare(parse(flags(tmp, family, mask="none"), ""), ranks=1, show=False).corpus
+    total, count = 0.0, 0
+    for number in corpus.order.documents(24, 30):
+        ids = torch.from_numpy(corpus.samples[number].ids_L).long()
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits.double(), ids[1:], reduction="sum").item()
+        count += len(ids) - 1
+    return total / count
 
 
 def losses(directory: Path) -> list[float]:
@@ -122,15 +137,7 @@ def test_stock_peft_loads_every_tensor_and_gives_the_runs_own_nll(tmp_path, fami
         tmp_path, "longer", family=family, mask="none", schedule="constant", steps=5, loss_norm="all", ranks=1
     )
     assert losses(longer)[:4] == pytest.approx(losses(directory), rel=1e-6)
-    job = prepare(parse(flags(tmp_path, family, mask="none"), ""), ranks=1, show=False)
-    total, count = 0.0, 0
-    for number in job.corpus.order.documents(24, 30):  # those of step 5
-        ids = torch.from_numpy(job.corpus.samples[number].ids_L).long()
-        with torch.no_grad():
-            logits = model(ids[None]).logits[0, :-1]
-        total += torch.nn.functional.cross_entropy(logits.double(), ids[1:], reduction="sum").item()
-        count += len(ids) - 1
-    assert total / count == pytest.approx(losses(longer)[4], rel=2e-5)
+    assert nll_of_step_5(model, tmp_path, family) == pytest.approx(losses(longer)[4], rel=2e-5)
 
 
 @pytest.mark.slow
@@ -154,15 +161,32 @@ def test_full_training_leaves_a_model_that_stock_transformers_loads(tmp_path, dt
     assert sum(not torch.equal(saved[name], base[name]) for name in base) > 0.9 * len(base)
 
     model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)
-    job = prepare(parse(flags(tmp_path, mask="none"), ""), ranks=1, show=False)
-    total, count = 0.0, 0
-    for number in job.corpus.order.documents(24, 30):  # those of step 5
-        ids = torch.from_numpy(job.corpus.samples[number].ids_L).long()
-        with torch.no_grad():
-            logits = model(ids[None]).logits[0, :-1]
-        total += torch.nn.functional.cross_entropy(logits.double(), ids[1:], reduction="sum").item()
-        count += len(ids) - 1
-    assert total / count == pytest.approx(losses(longer)[4], rel=2e-5 if dtype == torch.float32 else 1e-2)
+    assert nll_of_step_5(model, tmp_path, "qwen") == pytest.approx(
+        losses(longer)[4], rel=2e-5 if dtype == torch.float32 else 1e-2
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "method"), [("qwen3.5-fp8", "qlora"), ("kimi-k2.5", "lora"), ("qwen3.5-bf16", "full")]
+)
+def test_real_layouts_train_by_each_method_and_resume_to_the_same_bits(tmp_path, layout, method):
+    LAYOUTS[layout](tmp_path / layout)
+    write_documents(tmp_path / "documents.jsonl", documents())
+    common = dict(family=layout, method=method, steps=4, save_every=1, keep=9, gradient_checkpointing=True)
+    whole = train(tmp_path, "whole", **common)
+    assert losses(whole)[-1] < losses(whole)[0]
+    summary = json.loads((whole / "summary.json").read_text())
+    assert len(summary["load"]) == 2 and all(load["bytes_read"] > 100_000 for load in summary["load"])
+    again = tmp_path / "again"
+    shutil.copytree(whole, again)
+    for step in (3, 4):
+        shutil.rmtree(again / "saves" / f"step-{step}")
+    train(tmp_path, "again", resume=True, **common)
+    assert losses(again) == losses(whole)
+    left = "model" if method == "full" else "adapter"
+    for file in (whole / left).glob("*.safetensors"):
+        assert file.read_bytes() == (again / left / file.name).read_bytes()
 
 
 @pytest.mark.slow
