@@ -216,6 +216,9 @@ def ds_config(settings: Settings, ranks: int, accumulation: int) -> dict[str, An
     }
 
 
+TRIAL = ".can-be-written-"  # of a file that comes and goes; other ranks may see it
+
+
 def check_output(settings: Settings) -> None:
     """--output must be free, or with --resume hold a run of the same settings."""
     if not settings.output:
@@ -229,12 +232,12 @@ def check_output(settings: Settings) -> None:
             raise UserError(
                 f"--resume: --output {directory} holds no run (no settings.yaml). Leave out --resume to start."
             )
-        if directory.exists() and any(path.name != "logs" for path in directory.iterdir()):
+        if directory.exists() and any(not path.name.startswith(("logs", TRIAL)) for path in directory.iterdir()):
             raise UserError(f"--output {directory}: is not empty, and what it holds is no run. Give another directory.")
         if not settings.dry_run:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=directory):
+                with tempfile.TemporaryFile(dir=directory, prefix=TRIAL):
                     pass
             except OSError as error:
                 raise UserError(f"--output {directory}: cannot be written ({error.strerror}). Give another.") from None
