@@ -11,6 +11,7 @@ counted.
 import argparse
 import json
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -103,6 +104,8 @@ def worker(kind: str, directory: str, out: str) -> None:
     dist.all_gather_object(every, own)
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(every))
+    dist.barrier()
+    os._exit(0)  # threads of transformers' loading have been seen to abort the interpreter's end
 
 
 def load(kind: str, directory: Path, out: Path) -> list[dict[str, Any]]:
