@@ -239,9 +239,7 @@ def merge(merger: Merger, output: Path, shard_done: Callable[[], None]) -> None:
         for shard in todo:
             bar.set_description(shard.name)
             writer = SafetensorsWriter(output / shard.name, outputs[shard])
-            for name in sorted(
-                outputs[shard], key=lambda name: (merger._owner(name)[0] or Matrix("", PLAIN, 0, (0, 0))).name
-            ):
+            for name in sorted(outputs[shard], key=merger.order):
                 merger.write(name, writer)
                 dtype, shape = outputs[shard][name]
                 bar.update(dtype.itemsize * math.prod(shape))
