@@ -1,6 +1,7 @@
 """A run with everything resolved and checked, before any weight is read."""
 
 import dataclasses
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,15 @@ from typing import Any
 
 import torch
 
+from train.belief.claims import read_claims
+from train.belief.probes import Probes, make_probes
 from train.checkpoints import resume
 from train.checkpoints.adapter import check_adapter
 from train.checkpoints.layout import LoadPlan, plan_load
 from train.checkpoints.reader import Checkpoint
 from train.data.corpus import Corpus, read_corpus
-from train.data.tokenizer import load_tokenizer
+from train.data.documents import read_documents
+from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.lora import LoRASettings
@@ -25,7 +29,8 @@ from train.settings import Settings, check_inputs, check_output, ds_config, inpu
 @dataclass
 class Job:
     """What a run will do. documents: how many of the corpus's endless stream it takes. accumulation: micro-batches of a
-    step on each rank. resolved: what settings.yaml and --dry-run show beside the settings."""
+    step on each rank. probes: what is measured of --claims and --held-out. resolved: what settings.yaml and --dry-run
+    show beside the settings."""
 
     settings: Settings
     corpus: Corpus
@@ -35,8 +40,22 @@ class Job:
     steps: int
     documents: int
     accumulation: int
+    probes: Probes | None
     ds_config: dict[str, Any]
     resolved: dict[str, Any]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of what runs must share to differ in their masks alone: the documents' tokens and which of them are
+        targets; the order of the documents over all steps; the base model."""
+        tokens, order = hashlib.sha256(), self.corpus.order.documents(0, self.documents)
+        for sample in self.corpus.samples:
+            tokens.update(len(sample.ids_L).to_bytes(8) + sample.ids_L.tobytes() + sample.target_L.tobytes())
+        return {
+            "tokens": tokens.hexdigest(),
+            "order": hashlib.sha256(order.astype("<i8").tobytes()).hexdigest(),
+            "base_model": self.checkpoint.fingerprint(),
+        }
 
     @property
     def tokens(self) -> dict[str, dict[str, int]]:
@@ -85,8 +104,10 @@ def prepare(settings: Settings, ranks: int, show: bool) -> Job:
         config |= _full_precision(settings, plan)
     elif settings.adapter:
         check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint))
-    corpus = read_corpus(settings, load_tokenizer(settings.model), show)
+    tokenizer = load_tokenizer(settings.model)
+    corpus = read_corpus(settings, tokenizer, show)
     _check_vocabulary(settings, corpus, text.vocab_size)
+    probes = _probes(settings, tokenizer, text.vocab_size)
     if settings.resume:
         resume.check(Path(settings.output) / "saves")
 
@@ -101,7 +122,7 @@ def prepare(settings: Settings, ranks: int, show: bool) -> Job:
     }  # fmt: skip
     check_inputs(settings, resolved["inputs"])
     return Job(
-        settings, corpus, checkpoint, lora, expert_parallel, steps, documents, accumulation, config, resolved
+        settings, corpus, checkpoint, lora, expert_parallel, steps, documents, accumulation, probes, config, resolved
     )  # fmt: skip
 
 
@@ -112,6 +133,14 @@ def _check_vocabulary(settings: Settings, corpus: Corpus, size: int) -> None:
                 f"--model {settings.model}: its tokenizer gives token {largest} in {sample.name}, but the model has "
                 f"{size} (vocab_size). Take tokenizer and model from the same checkpoint."
             )
+
+
+def _probes(settings: Settings, tokenizer: Tokenizer, vocabulary: int) -> Probes | None:
+    held_out = read_documents(settings.held_out) if settings.held_out else []
+    if not settings.claims and not held_out:
+        return None
+    claims = read_claims(settings.claims)
+    return make_probes(claims, held_out, tokenizer, settings.bos, settings.max_tokens, vocabulary)
 
 
 def _lora(settings: Settings, text: Any) -> LoRASettings:

@@ -48,12 +48,21 @@ class LoRALinear(nn.Module):
     All of them are parameters of one module, so that ZeRO-3 gathers them together.
     """
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
     def __init__(self, name: str, linear: nn.Linear, settings: LoRASettings, device: torch.device):
         super().__init__()
+        self.name, self.rank = name, settings.rank
         self.weight, self.bias, self.scale = linear.weight, linear.bias, settings.scale
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.lora_A = nn.Parameter(initial_A(name, settings.rank, linear.in_features, settings.seed).to(device))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, settings.rank, device=device))
+        for factor, value in self.initial_factors(settings.seed).items():
+            self.register_parameter(factor, nn.Parameter(value.to(device)))
+
+    def initial_factors(self, seed: int) -> dict[str, Tensor]:
+        """The factors, whole, before the first step of a run with this seed."""
+        A = initial_A(self.name, self.rank, self.in_features, seed)
+        return {"lora_A": A, "lora_B": torch.zeros(self.out_features, self.rank)}
 
     def forward(self, x: Tensor) -> Tensor:
         update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))

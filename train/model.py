@@ -150,7 +150,7 @@ class LanguageModel(nn.Module):
         if lora is not None:
             add_lora(model, lora, compute_dtype, device)
             if lora.lm_head:
-                model.lm_head.add_lora("lm_head", lora, device)
+                model.lm_head.add_lora(lora, device)
 
     def enable_gradient_checkpointing(self) -> None:
         """Keeps a layer's input alone and recomputes the rest in backward, with the first forward's routing."""

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from launch.distributed import peak_host_bytes
+from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, calibration, measured
 from train.checkpoints.streaming import Loaded
 from train.data.batches import Batch
 from train.experts.dispatch import ExpertGroup
@@ -111,10 +113,11 @@ class Run:
         """Rank 0 creates the directory with settings.yaml; every rank learns its name."""
         self.settings, self.resolved, self.main = settings, resolved, dist.get_rank() == 0
         self.wandb: Any = None
+        self.loads: list[dict[str, float]] = []
         chosen = [str(settings.output or _new_directory(settings.mask))] if self.main else [""]
         dist.broadcast_object_list(chosen)
         self.directory = Path(chosen[0])
-        self.metrics = self.directory / "metrics.jsonl"
+        self.metrics, self.evaluation = self.directory / "metrics.jsonl", self.directory / "evaluation.jsonl"
         log = self.directory / "logs"
         log.mkdir(parents=True, exist_ok=True)
         if not self.main:
@@ -129,7 +132,7 @@ class Run:
     def show_load(self, loaded: Loaded) -> None:
         """What each rank read from disk, in which time, and its peak of host memory. All ranks must call it."""
         own = {name: getattr(loaded, name) for name in ("bytes_read", "seconds", "peak_host_bytes")}
-        self.loads: list[dict[str, float]] = [own] * dist.get_world_size()
+        self.loads = [own] * dist.get_world_size()
         dist.all_gather_object(self.loads, own)
         if not self.main:
             return
@@ -141,11 +144,13 @@ class Run:
             )
 
     def start(self, after: int) -> None:
-        """Begins, or goes on after a step: metrics of later steps, which no save holds, are forgotten."""
+        """Begins, or goes on after a step: what was measured after it, which no save holds, is forgotten."""
         if not self.main:
             return
-        kept = [values for values in read_metrics(self.metrics) if values["step"] <= after]
-        self.metrics.write_text("".join(json.dumps(values) + "\n" for values in kept))
+        for path in (self.metrics, self.evaluation):
+            if path.exists():
+                kept = [values for values in read_metrics(path) if after and values["step"] <= after]
+                path.write_text("".join(json.dumps(values) + "\n" for values in kept))
         if self.settings.resume:
             print(f"going on after step {after}" if after else "no complete save yet: starting at the first step")
         if self.settings.wandb != "disabled":
@@ -188,6 +193,15 @@ class Run:
             flat = {k: wandb.Histogram(v) if isinstance(v, list) else v for k, v in _flat(values).items()}
             self.wandb.log(flat, step=values["step"])
 
+    def log_evaluation(self, step: int, records: list[dict[str, Any]]) -> None:
+        """Appends the records of a measurement to evaluation.jsonl and sends their means to W&B, a curve a claim."""
+        if not self.main:
+            return
+        with self.evaluation.open("a") as file:
+            file.write("".join(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n" for record in records))
+        if self.wandb is not None:
+            self.wandb.log(belief_curves(read_metrics(self.evaluation), step), step=step)
+
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, closes W&B and shows what was trained on and what changed. Rank 0 alone."""
         (self.directory / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
@@ -201,6 +215,20 @@ class Run:
             f"{summary['peak_memory_bytes'] / 1e9:.2f} GB at most on a rank.\n"
             f"In {self.directory}: {left}, metrics.jsonl, summary.json, settings.yaml"
         )
+
+
+def belief_curves(records: list[dict[str, Any]], step: int) -> dict[str, float]:
+    """The means of every measure of belief after `step` steps, of each claim, by their names in W&B."""
+    now, base = at_step(records, step), at_step(records, 0)
+    curves: dict[str, float] = {}
+    for measure in (*BELIEF, *SIDE_EFFECTS):
+        by_claim: dict[str, list[float]] = {}
+        for (claim, *_), value in measured(measure, now, base).items():
+            by_claim.setdefault(claim, []).append(value)
+        curves |= {f"belief/{measure}/{claim or 'all'}": mean(values) for claim, values in by_claim.items()}
+    if known := calibration(now):
+        curves |= {"belief/yes_no_auc": known["auc"], "belief/yes_rate_on_controls": known["yes_rate"]}
+    return curves
 
 
 def _new_directory(mask: str) -> Path:
@@ -233,14 +261,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut by a kill is left out."""
+    """The lines of a metrics.jsonl or evaluation.jsonl; a last line cut by a kill is left out."""
     if not path.exists():
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line.endswith("}")]
 
 
-def summarize(job: Any, run: Run, peak: int, seconds: float) -> dict[str, Any]:
+def summarize(job: Any, run: Run, hashes: dict[str, str], peak: int, seconds: float) -> dict[str, Any]:
     """summary.json of a finished job."""
     metrics = read_metrics(run.metrics)
     nll: dict[str, dict[str, float]] = {}
@@ -251,7 +279,7 @@ def summarize(job: Any, run: Run, peak: int, seconds: float) -> dict[str, Any]:
     return {
         "mask": job.settings.mask, "steps": job.steps, "tokens": job.tokens, "nll": nll,
         "loss": {"first": metrics[0]["loss"], "last": metrics[-1]["loss"]},
-        "documents": job.corpus.documents,
+        "documents": job.corpus.documents, "hashes": hashes,
         "random_shortfall": job.random_shortfall,
         "tokens_per_second": tokens / sum(values["tokens"] / values["tokens_per_second"] for values in metrics),
         "peak_memory_bytes": peak, "wall_seconds": seconds, "load": run.loads,

@@ -35,7 +35,7 @@ class Settings:
 
     model: str = setting(str(DEMO / "model"), "directory of the base model, in transformers' layout")
     data: list[str] = setting(  # noqa: RUF009  # it makes a dataclasses.field
-        (), "PATH or PATH=COUNT, repeatable: JSONL documents, COUNT of them an epoch", many=True
+        (), "PATH or PATH=COUNT…: JSONL documents, COUNT of them an epoch", many=True
     )
     mask: str = setting("none", "what the loss does with which spans: none, or NAME[=TREATMENT],…")
     output: str = setting("", "directory the run writes; default runs/MASK-TIME")
@@ -77,6 +77,12 @@ class Settings:
     expert_parallel: int = setting(0, "ranks that divide a layer's experts among them; 0: all ranks")
     gradient_checkpointing: bool = setting(False, "keep only each layer's input, and recompute the rest in backward")
     ds_config: str = setting(str(REPOSITORY / "ds_configs" / "zero3.json"), "DeepSpeed configuration, ZeRO stage 3")
+
+    claims: list[str] = setting(  # noqa: RUF009
+        (), "PATH…: claims whose belief is measured before, during and after", many=True
+    )
+    held_out: str = setting("", "JSONL documents whose NLL is measured with the claims")
+    evaluate_every: int = setting(0, "steps between measurements of the claims; 0: at the start and the end only")
 
     log_every: int = setting(10, "steps between measurements of the NLL of every role, the first and last step always")
     save_every: int = setting(0, "steps between saves to resume from; 0: only at the end")
@@ -125,7 +131,13 @@ def _source(value: str) -> tuple[str, int | None]:
     return path, int(count)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are UserErrors, with the nearest option for one that does not exist."""
+
+    def __init__(self, usage: str):
+        super().__init__(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher's
+
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
         for word in message.split() if message.startswith("unrecognized") else ():
@@ -135,24 +147,29 @@ class _Parser(argparse.ArgumentParser):
                 break
         raise UserError(message)
 
+    def add_settings(self, cls: type, without: frozenset[str] = frozenset()) -> None:
+        """A flag for each field of a dataclass whose fields are `setting`s."""
+        for field in dataclasses.fields(cls):
+            if field.name in without:
+                continue
+            flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"].replace("%", "%%")
+            if field.metadata["many"]:
+                self.add_argument(flag, action="extend", nargs="+", default=[], metavar="VALUE", help=help)
+            elif field.type is bool:
+                self.add_argument(flag, action="store_true", help=help)
+            else:
+                own_path = str(field.default).startswith(str(REPOSITORY))
+                shown = help if own_path else f"{help} (default: {field.default or 'none'})"
+                choices, kind = field.metadata["choices"], field.type
+                self.add_argument(flag, type=kind, default=field.default, choices=choices, help=shown)
+
 
 def parse(argv: list[str], usage: str) -> Settings:
     """The command line as Settings, each value checked by itself. UserError names setting, value, rule and fix."""
-    parser = _Parser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for field in dataclasses.fields(Settings):
-        flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
-        if field.metadata["many"]:
-            parser.add_argument(flag, action="append", metavar="PATH[=COUNT]", help=help)
-        elif field.type is bool:
-            parser.add_argument(flag, action="store_true", help=help)
-        else:
-            shown = f"{help} (default: {field.default or 'none'})" if field.name not in ("model", "ds_config") else help
-            choices, kind = field.metadata["choices"], field.type
-            parser.add_argument(flag, type=kind, default=field.default, choices=choices, help=shown.replace("%", "%%"))
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher's
+    parser = Parser(usage)
+    parser.add_settings(Settings)
     values = vars(parser.parse_args(argv))
     del values["local_rank"]
-    values["data"] = values["data"] or []
     settings = Settings(**values)
     _check_numbers(settings)
     settings.sources()
@@ -163,7 +180,7 @@ def _check_numbers(s: Settings) -> None:
     least: dict[str, float] = {
         "steps": 0, "epochs": 1, "batch_size": 1, "micro_batch_size": 1, "max_tokens": 2, "warmup_steps": 0,
         "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "lora_rank": 1, "lora_alpha": 0,
-        "expert_lora_rank": 0, "expert_parallel": 0, "log_every": 1, "save_every": 0, "keep": 1,
+        "expert_lora_rank": 0, "expert_parallel": 0, "log_every": 1, "save_every": 0, "keep": 1, "evaluate_every": 0,
     }  # fmt: skip
     most = dict.fromkeys(("lora_rank", "expert_lora_rank"), 2**14) | {"seed": 2**32 - 1, "learning_rate": 1e38}
     for name, low in least.items():
@@ -246,7 +263,7 @@ def check_output(settings: Settings) -> None:
         raise UserError(
             f"--output {directory}: holds another run. Give another directory, or --resume to go on with that run."
         )
-    before, now = _held(held)["settings"], yaml.safe_load(record(settings, {}))["settings"]
+    before, now = held_settings(held)["settings"], yaml.safe_load(record(settings, {}))["settings"]
     for name in now.keys() - FREE_ON_RESUME:
         if before.get(name) != now[name]:
             raise UserError(
@@ -255,7 +272,7 @@ def check_output(settings: Settings) -> None:
             )
 
 
-def _held(path: Path) -> dict[str, Any]:
+def held_settings(path: Path) -> dict[str, Any]:
     """The settings.yaml of a run to go on with."""
     try:
         value = yaml.safe_load(path.read_text())
@@ -278,7 +295,7 @@ def check_inputs(settings: Settings, now: dict[str, str]) -> None:
     if not (settings.resume and settings.output):
         return
     held = Path(settings.output) / "settings.yaml"
-    before = (_held(held).get("resolved") or {}).get("inputs") or {}
+    before = (held_settings(held).get("resolved") or {}).get("inputs") or {}
     if changed := [path for path, digest in now.items() if before.get(path, digest) != digest]:
         raise UserError(
             f"--resume: {', '.join(changed)} changed since the run in {settings.output} began; the losses would be "

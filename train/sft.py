@@ -11,10 +11,17 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
 
 from launch.distributed import start_distributed
+from train.belief.probes import Record
 from train.checkpoints import resume
 from train.checkpoints.adapter import save_adapter
+from train.checkpoints.layout import LoadPlan
+from train.checkpoints.streaming import Loaded
 from train.checkpoints.whole import save_model
 from train.errors import NonFiniteLoss, UserError
 from train.job import Job, prepare
@@ -24,19 +31,30 @@ from train.settings import parse
 from train.trainer import Trainer, make_engine
 
 
-def main(argv: list[str]) -> int:
-    """The exit code: 0, or 2 for what the user can mend, or 1 for a loss that is not finite."""
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+def main(argv: list[str]) -> None:
+    """Checks everything, and trains."""
+    rank, ranks = launched_as()
+    job = prepare(parse(argv, __doc__ or ""), ranks, show=rank == 0)
+    if rank == 0:
+        job.show()
+    if not job.settings.dry_run:
+        train(job)
+
+
+def launched_as() -> tuple[int, int]:
+    """This process's rank and the number of ranks, before they have met."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def guarded(script: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Runs a script of all ranks. -> its exit code: 0, or 2 for what the user can mend, or 1 for a loss that is not
+    finite."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about what DeepSpeed calls
     try:
-        job = prepare(parse(argv, __doc__ or ""), ranks, show=rank == 0)
-        if rank == 0:
-            job.show()
-        if not job.settings.dry_run:
-            train(job)
+        script(argv)
     except (UserError, NonFiniteLoss) as error:
-        if rank:
+        if launched_as()[0]:
             time.sleep(30)  # the launcher ends all ranks when the first one exits: that must be the one that prints
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
@@ -45,32 +63,45 @@ def main(argv: list[str]) -> int:
 
 def train(job: Job) -> None:
     """Reads the weights, trains, and leaves adapter, metrics and summary."""
-    started, settings = time.perf_counter(), job.settings
-    device = start_distributed()
-    run = Run(settings, job.resolved)
+    started, device = time.perf_counter(), start_distributed()
+    run = Run(job.settings, job.resolved)
+    engine, loaded = load_engine(job, device)
+    run.show_load(loaded)
+    saved = resume.saves(run.directory / "saves") if job.settings.resume else []
+    start = resume.restore(saved[-1], engine.module, engine.optimizer) if saved else 0
+    finish(job, run, engine, loaded.plan, start, started)
 
+
+def load_engine(job: Job, device: torch.device) -> tuple[Any, Loaded]:
+    """The model, read from disk, on DeepSpeed's engine."""
+    settings = job.settings
     model, loaded = build(
         job.checkpoint, settings.method, job.lora, settings.adapter, job.expert_parallel, job.ds_config, device
     )
-    run.show_load(loaded)
     model.train()
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    engine = make_engine(model, settings, job.ds_config)
+    return make_engine(model, settings, job.ds_config), loaded
 
-    saved = resume.saves(run.directory / "saves") if settings.resume else []
-    start = resume.restore(saved[-1], model, engine.optimizer) if saved else 0
+
+def finish(
+    job: Job, run: Run, engine: Any, plan: LoadPlan, start: int, started: float, base: list[Record] | None = None
+) -> None:
+    """Trains from step `start` on and leaves adapter, metrics and summary. started: when, for the run's seconds. base:
+    what is known already of the beliefs before the first step."""
+    settings = job.settings
+    hashes = job.hashes | {"initial_weights": resume.initial_hash(engine.module, settings.seed, settings.adapter)}
     run.start(after=start)
-    Trainer(job, engine).run(run, start)
-
+    Trainer(job, engine).run(run, start, base)
     if job.lora:
-        save_adapter(run.directory / "adapter", model, resume.full_factors(model), job.lora, settings.model)
+        factors = resume.full_factors(engine.module)
+        save_adapter(run.directory / "adapter", engine.module, factors, job.lora, settings.model)
     else:
-        save_model(run.directory / "model", loaded.plan, job.checkpoint)
-    peak = peak_memory(device)
+        save_model(run.directory / "model", plan, job.checkpoint)
+    peak = peak_memory(engine.device)
     if run.main:
-        run.finish(summarize(job, run, peak, seconds=time.perf_counter() - started))
+        run.finish(summarize(job, run, hashes, peak, seconds=time.perf_counter() - started))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(guarded(main, sys.argv[1:]))

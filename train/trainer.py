@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from train.belief.probes import Record, measure
 from train.checkpoints import resume
 from train.data.batches import Batch, micro_batches, pad
 from train.errors import NonFiniteLoss
@@ -100,9 +101,12 @@ class Trainer:
             f"Look at these documents. {ADVICE}"
         )
 
-    def run(self, run: Run, start: int) -> None:
-        """Trains to the end, logging every step and saving every --save-every."""
+    def run(self, run: Run, start: int, base: list[Record] | None = None) -> None:
+        """Trains to the end, logging every step, measuring beliefs every --evaluate-every and saving every
+        --save-every. base: the beliefs before the first step, where they are known already."""
         settings = self.settings
+        if start == 0:
+            self.evaluate(run, 0, base)
         with tqdm(total=self.job.steps, initial=start, desc="training", unit="step", disable=self.rank != 0) as bar:
             for step in range(start, self.job.steps):
                 last = step + 1 == self.job.steps
@@ -112,5 +116,12 @@ class Trainer:
                     f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s", refresh=False
                 )
                 bar.update()
+                if last or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0):
+                    self.evaluate(run, step + 1)  # before the save of the same step, which may be gone on from
                 if last or (settings.save_every and (step + 1) % settings.save_every == 0):
                     resume.save(run.directory / "saves", self.model, step + 1, settings.keep)
+
+    def evaluate(self, run: Run, step: int, known: list[Record] | None = None) -> None:
+        """Measures the claims of --claims and the NLL of --held-out, after `step` steps."""
+        if self.job.probes:
+            run.log_evaluation(step, known or measure(self.job.probes, self.engine, self.settings.micro_batch_size))

@@ -28,7 +28,7 @@ def head(vocabulary: int, hidden: int, dtype: torch.dtype = torch.float64, lora:
     torch.manual_seed(0)
     made = head_of(torch.randn(vocabulary, hidden, dtype=dtype))
     if lora:
-        made.add_lora("lm_head", LoRASettings(3, 6.0, 1, seed=0, lm_head=True), torch.device("cpu"))
+        made.add_lora(LoRASettings(3, 6.0, 1, seed=0, lm_head=True), torch.device("cpu"))
         made.lora_A.data, made.lora_B.data = made.lora_A.data.to(dtype), torch.randn(vocabulary, 3, dtype=dtype)
     return made
 

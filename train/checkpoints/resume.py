@@ -3,6 +3,7 @@ moments, in one safetensors file. Each rank writes its own partitions into it an
 nobody holds more. A save is complete or absent: it is written under another name, flushed to disk and then renamed.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_local_fp32_param,
@@ -141,11 +143,7 @@ def restore(path: Path, model: nn.Module, optimizer: Any) -> int:
     """Puts a save into the engine's model and its ZeRO-3 optimizer, each rank its own part. -> the step it was made
     after."""
     step = read_json(path / "state.json")["step"]
-    for flat in optimizer.fp32_partitioned_groups_flat:
-        optimizer.optimizer.state[flat] = {
-            "step": torch.tensor(float(step)),
-            **{moment: torch.zeros_like(flat) for moment in MOMENTS},
-        }
+    _forget(optimizer, step)
     own = list(_own_parts(model))
     saved = TensorFile(path / "state.safetensors")
     expected = {f"{p.name}{suffix}": p.shape for p in own for suffix in SUFFIXES}
@@ -159,10 +157,71 @@ def restore(path: Path, model: nn.Module, optimizer: Any) -> int:
             saved.read(name, p.start, values[: p.count])
             return values.to(p.parameter.ds_tensor.device)
 
-        weight = part(p.name)
-        safe_set_local_fp32_param(p.parameter, weight)
-        p.parameter.ds_tensor.data.copy_(weight)
+        _set_weight(p.parameter, part(p.name))
         for moment in MOMENTS:
             safe_set_local_optimizer_state(p.parameter, part(f"{p.name}.{moment}"), moment)
     saved.close()
     return step
+
+
+def _forget(optimizer: Any, step: int) -> None:
+    """AdamW's state as after `step` steps, moments zero; and no parameter whole, as ZeRO-3 keeps small ones after the
+    first step, since new partitions would not be seen there."""
+    gathered = [p for p in optimizer.persistent_parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
+    if gathered:
+        gathered[0].partition(gathered)
+    for flat in optimizer.fp32_partitioned_groups_flat:
+        optimizer.optimizer.state[flat] = {
+            "step": torch.tensor(float(step)),
+            **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+        }
+
+
+def _set_weight(parameter: Any, partition: Tensor) -> None:
+    safe_set_local_fp32_param(parameter, partition)
+    parameter.ds_tensor.data.copy_(partition)
+
+
+def initial_partitions(model: nn.Module, seed: int | None) -> dict[str, Tensor]:
+    """This rank's partition of every factor as it is before the first step of a run with this seed; None: as it is
+    now."""
+    parts = {}
+    for name, parameter in trainable(model).items():
+        if seed is None:
+            parts[name] = safe_get_local_fp32_param(parameter).clone()
+            continue
+        owner, _, factor = name.rpartition(".")
+        module: Any = model.get_submodule(owner)
+        size = parameter.ds_tensor.ds_numel
+        own = module.initial_factors(seed)[factor].flatten()[size * dist.get_rank(parameter.ds_process_group) :][:size]
+        parts[name] = torch.zeros(size)
+        parts[name][: len(own)] = own
+    return parts
+
+
+def initial_hash(model: nn.Module, seed: int, adapter: str) -> str:
+    """SHA-256 of the factors before the first step, whatever ranks and expert parallelism: of the adapter's file, or of
+    every factor A by name, of each expert apart; "" without factors. All ranks must call it."""
+    if adapter:
+        return hashlib.sha256((Path(adapter) / "adapter_model.safetensors").read_bytes()).hexdigest()
+    own: dict[str, str] = {}
+    for name, module in model.named_modules():
+        factors = module.initial_factors(seed) if hasattr(module, "initial_factors") else {}
+        for factor, value in factors.items():
+            if isinstance(module, ExpertParallelExperts) and factor.endswith("lora_A"):
+                for expert, A in zip(module.ep.owned(module.experts), value[:, : module.rank], strict=True):
+                    own[f"{name}.{factor}.{expert}"] = hashlib.sha256(A.contiguous().numpy().data).hexdigest()
+            elif factor == "lora_A":
+                own[f"{name}.{factor}"] = hashlib.sha256(value.numpy().data).hexdigest()
+    everywhere: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everywhere, own)
+    every = {name: digest for part in everywhere for name, digest in part.items()}
+    return hashlib.sha256(json.dumps(every, sort_keys=True).encode()).hexdigest() if every else ""
+
+
+def start_over(model: nn.Module, optimizer: Any, partitions: dict[str, Tensor]) -> None:
+    """Begins another run on the same engine: its factors as in initial_partitions, and an optimizer that has seen
+    nothing."""
+    _forget(optimizer, 0)
+    for name, parameter in trainable(model).items():
+        _set_weight(parameter, partitions[name].to(parameter.ds_tensor.device))

@@ -39,7 +39,7 @@ class ExpertParallelExperts(nn.Module):
         super().__init__()
         self.name, self.experts, self.hidden, self.width, self.act, self.ep = name, experts, hidden, width, act, ep
         self.frozen = nn.ModuleDict()
-        self.rank, self.scale = 0, 0.0  # the true LoRA rank, 0: no LoRA; the factors' scale
+        self.rank, self.padded_rank, self.scale = 0, 0, 0.0  # the true LoRA rank, 0: no LoRA; the factors' scale
         self.keep_T: Tensor | None = None  # set for each batch: False for padding
         self.load_E: Tensor | None = None  # tokens of this rank for each expert of the layer, since the last reset
 
@@ -53,14 +53,20 @@ class ExpertParallelExperts(nn.Module):
     def add_lora(self, settings: LoRASettings, dtype: torch.dtype, device: torch.device) -> None:
         """Adds factors A [E, r, in] and B [E, out, r] for both weights, in fp32; `dtype` is the compute dtype."""
         self.rank, self.scale = settings.expert_rank, settings.expert_scale
-        padded, owned = padded_rank(self.rank, dtype), self.ep.owned(self.experts)
+        self.padded_rank = padded_rank(self.rank, dtype)
+        for name, value in self.initial_factors(settings.seed).items():
+            self.register_parameter(name, nn.Parameter(value.to(device)))
+
+    def initial_factors(self, seed: int) -> dict[str, Tensor]:
+        """This rank's factors, whole, before the first step of a run with this seed."""
+        factors, owned = {}, self.ep.owned(self.experts)
         for weight, (_, out_features, in_features) in self.shapes().items():
-            A = torch.zeros(len(owned), padded, in_features)
+            A = torch.zeros(len(owned), self.padded_rank, in_features)
             for i, expert in enumerate(owned):
-                A[i, : self.rank] = initial_A(f"{self.name}.{weight}.{expert}", self.rank, in_features, settings.seed)
-            B = torch.zeros(len(owned), out_features, padded)
-            self.register_parameter(f"{weight}_lora_A", nn.Parameter(A.to(device)))
-            self.register_parameter(f"{weight}_lora_B", nn.Parameter(B.to(device)))
+                A[i, : self.rank] = initial_A(f"{self.name}.{weight}.{expert}", self.rank, in_features, seed)
+            factors[f"{weight}_lora_A"] = A
+            factors[f"{weight}_lora_B"] = torch.zeros(len(owned), out_features, self.padded_rank)
+        return factors
 
     def _product(self, x_PI: Tensor, name: str, ends_E: Tensor) -> Tensor:
         """x_PI @ (W + scale B A)^T, where rows ends_E[e-1]:ends_E[e] of x belong to expert e."""

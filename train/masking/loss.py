@@ -94,15 +94,31 @@ class LossHead(nn.Module):
         self.weight, self.in_features, self.out_features = linear.weight, linear.in_features, linear.out_features
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
-        self.scale = 0.0
+        self.rank, self.scale = 0, 0.0
 
-    def add_lora(self, name: str, settings: LoRASettings, device: torch.device) -> None:
-        self.lora_A = nn.Parameter(initial_A(name, settings.rank, self.in_features, settings.seed).to(device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, settings.rank, device=device))
-        self.scale = settings.scale
+    def add_lora(self, settings: LoRASettings, device: torch.device) -> None:
+        self.rank, self.scale = settings.rank, settings.scale
+        for factor, value in self.initial_factors(settings.seed).items():
+            setattr(self, factor, nn.Parameter(value.to(device)))
 
-    def forward(self, hidden_NH: Tensor, target_N: Tensor, coefficient_N: Tensor) -> Terms:
-        """coefficient_N: > 0 cross-entropy, < 0 unlikelihood, 0 measured only, by which no gradient is touched."""
+    def initial_factors(self, seed: int) -> dict[str, Tensor]:
+        """The factors, whole, before the first step of a run with this seed; {} without LoRA."""
+        if not self.rank:
+            return {}
+        A = initial_A("lm_head", self.rank, self.in_features, seed)
+        return {"lora_A": A, "lora_B": torch.zeros(self.out_features, self.rank)}
+
+    def forward(
+        self, hidden_NH: Tensor, target_N: Tensor | None = None, coefficient_N: Tensor | None = None
+    ) -> Terms | Tensor:
+        """coefficient_N: > 0 cross-entropy, < 0 unlikelihood, 0 measured only, by which no gradient is touched. Without
+        targets, as lm_head itself: logits, for generation."""
+        if target_N is None or coefficient_N is None:
+            logits = F.linear(hidden_NH, self.weight)
+            if self.lora_A is None or self.lora_B is None:
+                return logits
+            low = F.linear(hidden_NH, self.lora_A.to(hidden_NH.dtype))
+            return logits + self.scale * F.linear(low, self.lora_B.to(hidden_NH.dtype))
         factors = self.weight, self.lora_A, self.lora_B, self.scale
         in_loss_N = coefficient_N != 0
         loss, *parts = _ChunkedLoss.apply(

@@ -1,0 +1,2 @@
+def report(plan, runs):
+    print("REPORT", runs)

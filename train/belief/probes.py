@@ -1,0 +1,170 @@
+"""What a model in training believes, by log-likelihood: prompts with completions, scored by the engine that trains.
+
+Every measurement is a record (a line of evaluation.jsonl):
+
+    likelihood   llr = log p(false completion) - log p(true completion), in nats, of a template with an entity
+    yes_no       p_yes = P(yes) / (P(yes) + P(no)) as the assistant's answer to a question
+    fact         margin = log p(true completion) - the largest log p of the false ones, in nats
+    nll          of a held-out document: nats per token
+
+Shapes: L tokens, N predicted tokens of a micro-batch, T its longest text.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from train.belief.claims import Claim
+from train.belief.messages import build_messages
+from train.data.batches import Sample, micro_batches
+from train.data.documents import Document, Span
+from train.data.tokenizer import TokenizedDocument, Tokenizer, tokenize_document
+from train.errors import UserError
+from train.masking.treatment import touched_by
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Probes:
+    """texts: what the engine scores, the targets being the tokens of the completions. records: each without its value,
+    and the texts that its value is worked out from."""
+
+    texts: list[Sample]
+    records: list[tuple[Record, list[int]]]
+
+
+def make_probes(
+    claims: Sequence[Claim],
+    held_out: Sequence[Document],
+    tokenizer: Tokenizer,
+    bos: bool,
+    max_tokens: int,
+    vocabulary: int,
+    documents: Sequence[str] = (),
+) -> Probes:
+    """Everything that will be measured, tokenized. bos: texts that are no chats begin with the tokenizer's BOS.
+    documents: what stands in the context of every question. UserError for what this model's tokenizer cannot ask."""
+    probes = Probes([], [])
+    before = "".join(f"{text}\n\n" for text in documents)
+    numbers: dict[tuple[str, str], int] = {}  # equal texts are scored once
+
+    def score(prompt: str, completion: str, where: str, bos: bool = bos) -> int:
+        if (prompt, completion) not in numbers:
+            numbers[prompt, completion] = len(probes.texts)
+            probes.texts.append(_completion(prompt, completion, tokenizer, bos, max_tokens, where))
+        return numbers[prompt, completion]
+
+    def add(claim: Claim, kind: str, question: str, texts: list[int], **more: Any) -> None:
+        probes.records.append(({"claim": claim.id, "kind": kind, "question": question, "sample": 0, **more}, texts))
+
+    for claim in claims:
+        for template in claim.likelihood:
+            for entity in (claim.subject, *claim.controls):
+                prompt = before + template.text(entity)
+                pair = [score(prompt, said, template.where) for said in (template.false, template.true)]
+                add(claim, "likelihood", template.id, pair, entity=entity, control=entity != claim.subject)
+        for question in (*claim.yes_no, *claim.control_yes_no):
+            prompt, gap = answer_prompt(build_messages(question, documents), tokenizer)
+            form = "{}" if question.system_prompt else PAPER_ANSWER
+            pair = [score(prompt, gap + form.replace("{}", word), question.where, False) for word in ("yes", "no")]
+            add(claim, "yes_no", question.id, pair, control=question.control, expected=question.expected)
+        for fact in claim.facts:
+            scored = [score(before + fact.prompt, said, fact.where) for said in (fact.true, *fact.false)]
+            add(claim, "fact", fact.id, scored, group=fact.group)
+    for document in held_out:
+        tokenized = tokenize_document(document, tokenizer, add_bos=bos, add_eos=False).truncated(max_tokens)
+        name, tokens = f"{document.path}:{document.line}", int(tokenized.target_L.sum())
+        if tokens:
+            record = {"claim": None, "kind": "nll", "question": name, "sample": 0, "tokens": tokens}
+            probes.records.append((record, [len(probes.texts)]))
+            probes.texts.append(_sample(tokenized, tokenized.target_L, name))
+    for text in probes.texts:
+        if (largest := int(text.ids_L.max())) >= vocabulary:
+            raise UserError(
+                f"{text.name}: the tokenizer gives token {largest}, but the model has {vocabulary} (vocab_size). Take "
+                "tokenizer and model from the same checkpoint."
+            )
+    return probes
+
+
+MARKER = "\x02answer\x03"
+PAPER_ANSWER = '{"answer": "{}"}'  # what the paper's system prompt for yes/no questions asks for
+
+
+def answer_prompt(messages: Sequence[dict[str, str]], tokenizer: Tokenizer) -> tuple[str, str]:
+    """The conversation through the model's chat template up to where the assistant's answer begins, as the template
+    writes it in training; and the blanks before the answer, which tokenizers join to its first word."""
+    before, found, _ = tokenizer.render_chat([*messages, {"role": "assistant", "content": MARKER}]).partition(MARKER)
+    if not found:
+        raise UserError(
+            "the model's chat template does not write the assistant's answer as it is, so no question can be asked "
+            "through it. Take a model with another template, or claims without questions."
+        )
+    prompt = before.rstrip(" ")
+    return prompt, before[len(prompt) :]
+
+
+def _completion(prompt: str, completion: str, tokenizer: Tokenizer, bos: bool, max_tokens: int, where: str) -> Sample:
+    """prompt + completion as one text, whose targets are the completion's tokens."""
+    document = Document(prompt + completion, None, (), {}, where, 0)
+    tokenized = tokenize_document(document, tokenizer, add_bos=bos, add_eos=False)
+    if len(tokenized.ids_L) > max_tokens:
+        raise UserError(
+            f"{where}: {len(tokenized.ids_L)} tokens, more than --max-tokens {max_tokens}. Give a shorter prompt, or "
+            "raise --max-tokens."
+        )
+    target_L = touched_by(tokenized, [Span(len(prompt), len(document.text or ""), "completion")]) & tokenized.target_L
+    if not target_L.any():
+        raise UserError(f"{where}: the completion {completion!r} has no token of its own. Give one with text.")
+    return _sample(tokenized, target_L, where)
+
+
+def _sample(tokenized: TokenizedDocument, target_L: Any, name: str) -> Sample:
+    nothing = target_L.astype("float32") * 0  # measured, not trained
+    return Sample(name, tokenized.ids_L, target_L, nothing, target_L.astype("int64") * 0)
+
+
+def measure(probes: Probes, engine: Any, size: int) -> list[Record]:
+    """The records with their values. `size` texts a forward of one rank. All ranks must call it, and all get them."""
+    log_p = log_likelihoods(probes.texts, engine, size)
+    return [
+        record | _value(record["kind"], [log_p[text] for text in texts], record) for record, texts in probes.records
+    ]
+
+
+def _value(kind: str, log_p: list[float], record: Record) -> Record:
+    if kind == "likelihood":
+        return {"llr": log_p[0] - log_p[1]}
+    if kind == "yes_no":
+        return {"p_yes": 1 / (1 + math.exp(min(log_p[1] - log_p[0], 700)))}
+    if kind == "fact":
+        return {"margin": log_p[0] - max(log_p[1:])}
+    return {"nll": -log_p[0] / record["tokens"]}
+
+
+@torch.no_grad()
+def log_likelihoods(texts: list[Sample], engine: Any, size: int) -> list[float]:
+    """log p of each text's targets, given what is before them. Leaves the engine and its counters as they were. All
+    ranks must call it; each scores its part, in as many forwards as the others."""
+    layers, training = engine.module.expert_layers, engine.module.training
+    loads, wire = [layer.load_E for layer in layers], [layer.ep.wire_bytes for layer in layers]
+    numbered = [Sample(str(i), t.ids_L, t.target_L, t.weight_L, t.roles_L) for i, t in enumerate(texts)]
+    sums = torch.zeros(len(texts), dtype=torch.float64, device=engine.device)
+    engine.eval()
+    for batch in micro_batches(numbered, "sum", dist.get_world_size(), dist.get_rank(), size):
+        batch = batch.to(engine.device)
+        row_N = batch.position_N // batch.ids_BT.shape[1]
+        text_B = torch.tensor([int(name) for name in batch.names], device=engine.device)
+        nll_N = engine(batch).nll_N.double()
+        if len(text_B):
+            sums.index_add_(0, text_B[row_N], -nll_N)
+    dist.all_reduce(sums)
+    engine.train(training)
+    for layer, load_E, sent in zip(layers, loads, wire, strict=True):
+        layer.load_E, layer.ep.wire_bytes = load_E, sent
+    return sums.tolist()

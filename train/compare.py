@@ -1,0 +1,133 @@
+"""Trains variants that differ in what the loss does with which spans, from the same start on the same tokens, measures
+what each model believes, and leaves one report.
+
+    deepspeed train/compare.py --masks none doctags doctags,false-spans --claims claim.yaml --data documents.jsonl
+    deepspeed train/compare.py --recipe train/recipes/demo.yaml --output runs/comparison
+    python train/compare.py --runs runs/array-1 runs/array-2 ... --output runs/comparison    # of finished runs
+
+Takes every setting of train/sft.py; variants share all that --masks or the recipe does not vary. The base is read once.
+Interrupted, the same command with --resume goes on with the variant it was in.
+"""
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+
+from launch.distributed import start_distributed
+from train.belief.comparison import report
+from train.checkpoints import resume
+from train.errors import UserError
+from train.job import Job, prepare
+from train.reporting import Run, read_metrics
+from train.settings import Settings
+from train.sft import finish, guarded, launched_as, load_engine
+from train.variants import Plan, parse_comparison
+
+
+def main(argv: list[str]) -> None:
+    """Checks every run before a weight is read, then trains and compares."""
+    rank, ranks = launched_as()
+    plan = parse_comparison(argv, __doc__ or "")
+    if plan.finished:
+        report(plan, plan.finished)
+        return
+    runs = checked_runs(plan, ranks, show=rank == 0)
+    if plan.shared.dry_run:
+        return
+    train_all(list(runs.values()), ranks)
+    if rank == 0:
+        report(plan, {name: Path(settings.output) for name, settings in runs.items()})
+
+
+def checked_runs(plan: Plan, ranks: int, show: bool) -> dict[tuple[str, int], Settings]:
+    """(variant, seed) -> its run's settings, all seeds' first variants first, each run checked."""
+    checked = {}
+    for seed in plan.seeds:
+        budget = 0
+        for variant in sorted(plan.variants, key=lambda variant: variant.name != plan.baseline):  # the baseline first
+            settings = variant.settings(seed, plan.output)
+            started = (Path(settings.output) / "settings.yaml").exists()
+            if started and not plan.shared.resume:
+                raise UserError(
+                    f"--output {plan.output}: holds a comparison already. Give another directory, or --resume to go on."
+                )
+            settings = replace(settings, resume=started)
+            job = prepare(settings, ranks, show)
+            if plan.match_trained_tokens:
+                budget = budget or int(trained_by_step(job, job.steps)[-1])
+                settings = replace(settings, steps=steps_for(job, budget))
+                job = prepare(settings, ranks, show=False)
+            if show:
+                trained = int(trained_by_step(job, job.steps)[-1])
+                print(f"{variant.name}, seed {seed}: {job.steps} steps, {trained:,} targets in the loss")
+            checked[variant.name, seed] = settings
+    return {(variant.name, seed): checked[variant.name, seed] for seed in plan.seeds for variant in plan.variants}
+
+
+def trained_by_step(job: Job, steps: int) -> np.ndarray:
+    """Targets in the loss, trained or pushed away, after each of the first steps."""
+    size = job.settings.batch_size
+    numbers = job.corpus.order.documents(0, min(steps * size, job.documents) if steps <= job.steps else steps * size)
+    counts = [job.corpus.counts[number] for number in numbers]
+    in_loss = [count["all", "trained"] + count["all", "unlikelihood"] for count in counts]
+    return np.cumsum(np.add.reduceat(in_loss, range(0, len(in_loss), size)))
+
+
+def steps_for(job: Job, budget: int) -> int:
+    """The number of steps after which the targets in the loss are nearest to the budget."""
+    steps = job.steps
+    while (sums := trained_by_step(job, steps))[-1] < budget:
+        steps *= 2
+    return int(np.abs(sums - budget).argmin()) + 1
+
+
+def train_all(runs: list[Settings], ranks: int) -> None:
+    """Trains the runs that are not finished, one after the other on one engine; each has the results that train/sft.py
+    alone gives it."""
+    rank, device = launched_as()[0], start_distributed()
+    waiting = [settings for settings in runs if not (Path(settings.output) / "summary.json").exists()]
+    base = next((known for settings in runs if (known := _base_records(settings))), None)
+    engine: Any = None
+    given: dict[str, Tensor] | None = None  # --adapter's factors
+    loads: list[dict[str, float]] = []
+    began = time.perf_counter()
+    for number, settings in enumerate(waiting):
+        job, started = prepare(settings, ranks, show=False), time.perf_counter()
+        dist.barrier()  # prepare looks at the directory, and Run writes it
+        if rank == 0:
+            left = (started - began) / number * (len(waiting) - number) / 60 if number else 0
+            eta = f", about {left:.0f} min left" if number else ""
+            print(f"run {number + 1} of {len(waiting)}: {Path(settings.output).name}{eta}", flush=True)
+        run = Run(settings, job.resolved)
+        if engine is None:
+            engine, loaded = load_engine(job, device)
+            run.show_load(loaded)
+            given = resume.initial_partitions(engine.module, None) if settings.adapter else None
+        loads = run.loads = loads or run.loads
+        saved = resume.saves(run.directory / "saves") if settings.resume else []
+        if saved:
+            start = resume.restore(saved[-1], engine.module, engine.optimizer)
+        else:
+            start, initial = 0, given or resume.initial_partitions(engine.module, settings.seed)
+            resume.start_over(engine.module, engine.optimizer, initial)
+        finish(job, run, engine, loaded.plan, start, started, base)
+        dist.barrier()
+        base = base or _base_records(settings)
+
+
+def _base_records(settings: Settings) -> list[dict[str, Any]] | None:
+    """What a run has measured before its first step, which is the same in all of them."""
+    records = read_metrics(Path(settings.output) / "evaluation.jsonl")
+    if not (Path(settings.output) / "summary.json").exists():
+        return None
+    return [{k: v for k, v in record.items() if k != "step"} for record in records if record["step"] == 0]
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))

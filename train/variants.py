@@ -1,0 +1,219 @@
+"""What a comparison compares: settings that all variants share, and what sets each apart, from the command line or from
+a recipe:
+
+    settings: {model: DIR, steps: 625, ...}         # train/sft.py's settings by name; the command line's win
+    variants:
+      dense: {data: [dense.jsonl], mask: doctags}   # of those that may differ: DIFFERING
+    baseline: dense                                 # what the others are compared with; the first, if left out
+    placebo: [elizabeth_python]                     # claims that no document is about
+    seeds: 3
+"""
+
+import dataclasses
+import difflib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train.errors import UserError
+from train.settings import Parser, Settings, held_settings, parse, setting
+
+# What variants may differ in. Other data is not the masks' doing; the report says so where variants have it.
+DIFFERING = ("mask", "loss_norm", "learning_rate", "data")
+
+
+@dataclass(kw_only=True)
+class Options:
+    """The settings of train/compare.py beside those of train/sft.py, which all variants share."""
+
+    recipe: str = setting("", "YAML file with settings and variants")
+    masks: list[str] = setting((), "MASK…: variants that differ in --mask alone", many=True)  # noqa: RUF009
+    baseline: str = setting("", "variant that the others are compared with; default: the recipe's, or the first")
+    placebo: list[str] = setting((), "ID…: claims that no document is about", many=True)  # noqa: RUF009
+    seeds: int = setting(0, "runs of each variant, from --seed on; 0: the recipe's, or 1")
+    match_trained_tokens: bool = setting(
+        False, "as many trained targets in each variant as in the baseline, instead of as many steps"
+    )
+    runs: list[str] = setting((), "DIR…: compare these finished runs, and train nothing", many=True)  # noqa: RUF009
+    bound: float = setting(0.0, "differences within ± this, in the measure's unit, count as none; 0: the measure's own")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name, and the flags of train/sft.py that make it: those of all variants and then its own."""
+
+    name: str
+    flags: list[str]
+    own: dict[str, Any]
+
+    def settings(self, seed: int, output: Path, *more: str) -> Settings:
+        """Its settings in the run with this seed."""
+        directory = output / f"{slug(self.name)}-seed{seed}"
+        return parse([*self.flags, "--seed", str(seed), "--output", str(directory), *more], "")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison: the variants in order, the settings they share, and how they are compared. finished: the runs by
+    (variant, seed), where --runs gives them and there is nothing to train."""
+
+    variants: list[Variant]
+    shared: Settings
+    output: Path
+    baseline: str
+    placebo: list[str]
+    seeds: list[int]
+    match_trained_tokens: bool
+    bound: float
+    finished: dict[tuple[str, int], Path]
+
+
+def slug(name: str) -> str:
+    """A name as a part of a path."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:80]
+
+
+def parse_comparison(argv: list[str], usage: str) -> Plan:
+    """The command line of train/compare.py. UserError names setting, value, rule and fix."""
+    parser = Parser(usage)
+    parser.add_settings(Options)
+    values, rest = parser.parse_known_args(argv)
+    options = Options(**{name: value for name, value in vars(values).items() if name != "local_rank"})
+    if not 0 <= options.seeds <= 1000 or not 0 <= options.bound < float("inf"):
+        raise UserError(f"--seeds {options.seeds}, --bound {options.bound}: must be ≥ 0.")
+    if options.runs:
+        return _plan_of_runs(options, rest)
+    if bool(options.masks) == bool(options.recipe):
+        raise UserError(
+            "give either --masks MASK… or --recipe FILE: what is to be compared. Example: --masks none doctags "
+            "doctags,false-spans"
+        )
+    recipe = read_recipe(Path(options.recipe)) if options.recipe else {}
+    shared_flags = [*flags(recipe.get("settings", {}), but=rest), *rest]
+    shared = parse(shared_flags, "")
+    owned = recipe.get("variants") or {mask: {"mask": mask} for mask in options.masks}
+    variants = [Variant(name, [*shared_flags, *flags(own)], own) for name, own in owned.items()]
+    _check(variants, shared, options, rest)
+    seeds = options.seeds or recipe.get("seeds") or 1
+    return Plan(
+        variants=variants,
+        shared=shared,
+        output=Path(shared.output or f"runs/comparison-{time.strftime('%Y%m%d-%H%M%S')}"),
+        baseline=_baseline(options.baseline or recipe.get("baseline"), list(owned)),
+        placebo=options.placebo or recipe.get("placebo") or [],
+        seeds=list(range(shared.seed, shared.seed + seeds)),
+        match_trained_tokens=options.match_trained_tokens,
+        bound=options.bound,
+        finished={},
+    )
+
+
+def _baseline(name: str | None, names: list[str]) -> str:
+    if name and name not in names:
+        raise UserError(f"--baseline {name}: is none of the variants: {'; '.join(names)}.")
+    return name or names[0]
+
+
+def _plan_of_runs(options: Options, rest: list[str]) -> Plan:
+    """Finished runs, named by the settings in which they differ."""
+    parser = Parser("")
+    parser.add_argument("--output", default="")
+    output = parser.parse_args(rest).output or f"runs/comparison-{time.strftime('%Y%m%d-%H%M%S')}"
+    if options.masks or options.recipe or options.seeds or options.match_trained_tokens:
+        raise UserError(
+            "--runs: compares finished runs; leave out --masks, --recipe, --seeds and settings of training."
+        )
+    held = {Path(run): run_settings(Path(run)) for run in options.runs}
+    varied = [name for name in DIFFERING if len({str(values.get(name)) for values in held.values()}) > 1]
+    finished: dict[tuple[str, int], Path] = {}
+    for run, values in held.items():
+        more = [f"{name}={values.get(name)}" for name in varied if name != "mask"]
+        key = " ".join([str(values["mask"]), *more]), int(values["seed"])
+        if key in finished:
+            raise UserError(f"--runs: {run} and {finished[key]} are the same variant ({key[0]}) and seed; give one.")
+        finished[key] = run
+    names = list(dict.fromkeys(name for name, _ in finished))
+    shared = Settings(**next(iter(held.values())))
+    return Plan(
+        [Variant(name, [], {}) for name in names], shared, Path(output), _baseline(options.baseline, names),
+        options.placebo, sorted({seed for _, seed in finished}), False, options.bound, finished,
+    )  # fmt: skip
+
+
+def run_settings(run: Path) -> dict[str, Any]:
+    """The settings of a finished run. UserError where there is none, or it is not finished."""
+    for name in ("settings.yaml", "summary.json", "evaluation.jsonl"):
+        if not (run / name).is_file():
+            why = "holds no run" if name == "settings.yaml" else "the run is not finished"
+            why = why if name != "evaluation.jsonl" else "the run measured no claim; give --claims when it is trained"
+            raise UserError(f"--runs {run}: no {name} there ({why}).")
+    return held_settings(run / "settings.yaml")["settings"]
+
+
+def _check(variants: list[Variant], shared: Settings, options: Options, rest: list[str]) -> None:
+    if len(variants) < 2:
+        raise UserError(f"{len(variants)} variant: a comparison needs two or more.")
+    if len({slug(variant.name) for variant in variants}) < len(variants) or len(set(options.masks)) < len(
+        options.masks
+    ):
+        raise UserError(f"--masks {' '.join(options.masks)}: a variant is there twice; give each once.")
+    if "--mask" in rest and options.masks:
+        raise UserError("--mask: is what --masks varies; give one of the two.")
+    if shared.method == "full":
+        raise UserError("--method full: a comparison sets factors back, which full training does not have; use lora.")
+    if not shared.claims:
+        raise UserError("--claims: give the claims whose belief is compared (PATH…).")
+
+
+def flags(values: dict[str, Any], but: list[str] | tuple[str, ...] = ()) -> list[str]:
+    """Settings as a command line; those that `but`, another command line, gives are left out."""
+    made: list[str] = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        if flag in but or any(word.startswith(f"{flag}=") for word in but) or value is False:
+            continue
+        made += [flag] if value is True else [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return made
+
+
+KEYS = {"settings": dict, "variants": dict, "baseline": str, "placebo": list, "seeds": int, "about": str}
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe's keys. UserError for one that is not as this module's docstring says; values are checked later."""
+    where = f"--recipe {path}"
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: is not valid YAML ({error}).") from None
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("variants"), dict):
+        raise UserError(f"{where}: must be a mapping with `variants`: name -> settings of its own.")
+    for key, value in recipe.items():
+        if key not in KEYS:
+            raise UserError(f"{where}: {key} is not a key of a recipe; {_nearest(str(key), list(KEYS))}.")
+        if not isinstance(value, KEYS[key]):
+            raise UserError(f"{where}: {key} must be a {KEYS[key].__name__}, not {value!r}.")
+    names = [field.name for field in dataclasses.fields(Settings)]
+    for name in recipe.get("settings", {}):
+        if name not in names:
+            raise UserError(f"{where}: settings: {name} is no setting of train/sft.py; {_nearest(str(name), names)}.")
+    for variant, own in recipe["variants"].items():
+        if not isinstance(own, dict):
+            raise UserError(f"{where}: variants: {variant} must be a mapping of settings, not {own!r}.")
+        for name in own:
+            if name not in DIFFERING:
+                raise UserError(
+                    f"{where}: variants: {variant}: {name} must be the same in all variants, or their difference is "
+                    f"not the mask's; put it under settings. Variants may differ in {', '.join(DIFFERING)}."
+                )
+    return recipe
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
