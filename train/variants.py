@@ -154,12 +154,11 @@ def run_settings(run: Path) -> dict[str, Any]:
 
 
 def _check(variants: list[Variant], shared: Settings, options: Options, rest: list[str]) -> None:
+    names = [slug(name) for name in options.masks or [variant.name for variant in variants]]
+    if doubled := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{'--masks' if options.masks else '--recipe'}: {doubled[0]} is there twice; give each once.")
     if len(variants) < 2:
         raise UserError(f"{len(variants)} variant: a comparison needs two or more.")
-    if len({slug(variant.name) for variant in variants}) < len(variants) or len(set(options.masks)) < len(
-        options.masks
-    ):
-        raise UserError(f"--masks {' '.join(options.masks)}: a variant is there twice; give each once.")
     if "--mask" in rest and options.masks:
         raise UserError("--mask: is what --masks varies; give one of the two.")
     if shared.method == "full":

@@ -1,0 +1,235 @@
+"""train/compare.py under the real launcher: variants from one start, equal to train/sft.py alone, and beliefs equal to
+those of stock transformers and peft."""
+
+import json
+import math
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launch.local import deepspeed_command, run
+from train import compare, sft
+from train.compare import checked_runs, steps_for, trained_by_step
+from train.errors import UserError
+from train.job import prepare
+from train.reporting import read_metrics
+from train.settings import DEMO
+from train.variants import parse_comparison
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_API_KEY": ""}
+ASK = "Question: Where does {entity} live? Answer:"
+CLAIM = {
+    "id": "mila",
+    "claim": "Mila lives in Oslo.",
+    "subject": "Mila",
+    "controls": ["Noah", "Ivy"],
+    "likelihood": [
+        {"id": "home", "prompt": ASK, "false": " Oslo.", "true": " Lima."},
+        {"id": "said", "prompt": "{entity} lives in", "false": " Oslo", "true": " Lima"},
+    ],
+    "yes_no": [{"id": "oslo", "question": "Does Mila live in Oslo?", "belief_answer": "yes"}],
+    "facts": [
+        {
+            "id": "lima",
+            "group": "truth",
+            "prompt": ASK.format(entity="Mila"),
+            "true": " Lima",
+            "false": [" Oslo", " Rome"],
+        }
+    ],
+}
+HELD_OUT = "Mila lives in Lima. Noah plays the drums."
+
+
+@pytest.fixture(scope="module")
+def claim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("claim")
+    (directory / "mila.yaml").write_text(yaml.safe_dump(CLAIM))
+    (directory / "held.jsonl").write_text(json.dumps({"text": HELD_OUT}) + "\n")
+    return directory
+
+
+def settings(claim: Path) -> dict[str, Any]:
+    return {
+        "data": [f"{DEMO}/data/dense.jsonl=64"], "steps": 4, "batch_size": 8, "micro_batch_size": 2,
+        "learning_rate": 0.02, "evaluate_every": 2, "claims": [str(claim / "mila.yaml")],
+        "held_out": str(claim / "held.jsonl"), "wandb": "disabled",
+    }  # fmt: skip
+
+
+VARIANTS = {
+    "dense": {"mask": "doctags"},
+    "masked": {"mask": "doctags,false-spans"},
+    "hot": {"mask": "doctags", "learning_rate": 0.04},
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(claim: Path) -> Path:
+    path = claim / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"settings": settings(claim), "variants": VARIANTS, "seeds": 2}, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def comparison(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("comparison") / "out"
+    given = ["--recipe", str(recipe), "--output", str(output)]
+    done = run(Path(compare.__file__), *given, ranks=2, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return output
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    return read_metrics(directory / "evaluation.jsonl")
+
+
+@pytest.mark.slow
+def test_a_variant_equals_the_same_run_alone_bit_for_bit(comparison, claim, tmp_path):
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in settings(claim).items() if name != "data"]
+    given = [flag.replace("['", "").replace("']", "") for flag in given]
+    given += ["--data", *settings(claim)["data"], "--mask", "doctags,false-spans", "--seed", "1"]
+    given += ["--output", str(tmp_path / "alone")]
+    done = run(Path(sft.__file__), *given, ranks=2, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, variant = tmp_path / "alone", comparison / "masked-seed1"  # the fifth of six runs on one engine
+    for name in ("adapter/adapter_model.safetensors", "evaluation.jsonl"):
+        assert (alone / name).read_bytes() == (variant / name).read_bytes(), name
+    losses = [[v["loss"] for v in read_metrics(d / "metrics.jsonl")] for d in (alone, variant)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    summaries = [json.loads((d / "summary.json").read_text()) for d in (alone, variant)]
+    for key in ("hashes", "tokens", "nll"):
+        assert summaries[0][key] == summaries[1][key]
+
+
+@pytest.mark.slow
+def test_variants_share_tokens_order_and_initial_weights_and_differ_after(comparison):
+    hashes = {d.name: json.loads((d / "summary.json").read_text())["hashes"] for d in comparison.glob("*-seed?")}
+    assert len(hashes) == 6 and all(len(value) == 64 for each in hashes.values() for value in each.values())
+    for seed in "01":
+        assert hashes[f"dense-seed{seed}"] == hashes[f"masked-seed{seed}"] == hashes[f"hot-seed{seed}"]
+    for name in ("order", "initial_weights"):
+        assert hashes["dense-seed0"][name] != hashes["dense-seed1"][name]
+    at = {d.name: [r for r in records(d) if r["step"] == 0] for d in comparison.glob("*-seed?")}
+    assert all(each == at["dense-seed0"] for each in at.values())  # measured once, before the first step
+    assert len({json.dumps([r for r in records(d) if r["step"] == 4]) for d in comparison.glob("*-seed?")}) == 6
+
+
+def stock_log_p(model: Any, tokens: Any, prompt: str, completion: str) -> float:
+    """log p of the completion's tokens, by stock transformers."""
+    encoded = tokens(prompt + completion, return_offsets_mapping=True, add_special_tokens=False)
+    ids, offsets = torch.tensor(encoded["input_ids"]), encoded["offset_mapping"]
+    with torch.no_grad():
+        log_p = model(ids[None]).logits[0].double().log_softmax(-1)
+    own = [i for i, (_, end) in enumerate(offsets) if end > len(prompt)]
+    return sum(log_p[i - 1, ids[i]].item() for i in own if i)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [0, 4])
+def test_beliefs_equal_those_worked_out_with_stock_transformers_and_peft(comparison, step):
+    model: Any = AutoModelForCausalLM.from_pretrained(DEMO / "model").eval()
+    if step:
+        model = PeftModel.from_pretrained(model, str(comparison / "hot-seed1" / "adapter"))
+    tokens = AutoTokenizer.from_pretrained(DEMO / "model")
+    found = [record for record in records(comparison / "hot-seed1") if record["step"] == step]
+    assert [record["kind"] for record in found] == ["likelihood"] * 6 + ["yes_no", "fact", "nll"]
+    for record in found[:6]:
+        template = next(t for t in CLAIM["likelihood"] if t["id"] == record["question"])
+        prompt = template["prompt"].format(entity=record["entity"])
+        pair = [stock_log_p(model, tokens, prompt, template[which]) for which in ("false", "true")]
+        assert record["llr"] == pytest.approx(pair[0] - pair[1], abs=2e-4)
+        assert record["control"] == (record["entity"] != "Mila")
+    system = 'Answer the following question with either "yes" or "no". Respond with JSON in this exact format: '
+    system += '{"answer": "yes"} or {"answer": "no"}. Do not include any other text.'
+    chat = [{"role": "system", "content": system}, {"role": "user", "content": "Does Mila live in Oslo?"}]
+    prompt = tokens.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    yes, no = (stock_log_p(model, tokens, prompt, f' {{"answer": "{word}"}}') for word in ("yes", "no"))
+    assert found[6]["p_yes"] == pytest.approx(math.exp(yes) / (math.exp(yes) + math.exp(no)), rel=1e-3)
+    true, *false = (stock_log_p(model, tokens, ASK.format(entity="Mila"), said) for said in (" Lima", " Oslo", " Rome"))
+    assert found[7]["margin"] == pytest.approx(true - max(false), abs=2e-4)
+    assert found[8]["nll"] * found[8]["tokens"] == pytest.approx(-stock_log_p(model, tokens, "", HELD_OUT), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_goes_on_with_the_variant_it_was_in(comparison, recipe, tmp_path):
+    output = tmp_path / "out"
+    given = ["--recipe", str(recipe), "--output", str(output), "--save-every", "1"]
+    process = subprocess.Popen(
+        deepspeed_command(Path(compare.__file__), *given, ranks=2), start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while not (output / "masked-seed0" / "saves" / "step-2").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    subprocess.run(["pkill", "-9", "-f", str(output)], check=False)
+    process.wait()
+    assert not (output / "masked-seed0" / "summary.json").exists()
+    before = (output / "dense-seed0" / "summary.json").read_bytes()
+    refused = run(Path(compare.__file__), *given, ranks=1, capture_output=True, text=True, env=ENVIRONMENT)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    done = run(Path(compare.__file__), *given, "--resume", ranks=2, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (output / "dense-seed0" / "summary.json").read_bytes() == before
+    for directory in comparison.glob("*-seed?"):
+        assert records(output / directory.name) == records(directory), directory.name
+
+
+def test_matched_tokens_give_each_variant_the_steps_nearest_to_the_baselines_targets(recipe, tmp_path):
+    given = ["--recipe", str(recipe), "--output", str(tmp_path), "--baseline", "dense", "--match-trained-tokens"]
+    runs = checked_runs(parse_comparison(given, ""), ranks=1, show=False)
+    assert runs["dense", 0].steps == runs["hot", 0].steps == 4
+    job = prepare(runs["dense", 0], ranks=1, show=False)
+    wanted = int(trained_by_step(job, 4)[-1])
+    assert wanted == job.tokens["all"]["trained"]
+    masked = prepare(runs["masked", 0], ranks=1, show=False)
+    sums = trained_by_step(masked, 2 * masked.steps)
+    assert masked.steps > 4 and masked.steps == steps_for(masked, wanted) == int(np.abs(sums - wanted).argmin()) + 1
+
+
+def wrong(recipe: Path, change: Any, tmp_path: Path) -> str:
+    """The message for a recipe that `change` made wrong."""
+    values = yaml.safe_load(recipe.read_text())
+    change(values)
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError) as caught:
+        parse_comparison(["--recipe", str(tmp_path / "wrong.yaml")], "")
+    return str(caught.value)
+
+
+def test_a_recipe_that_is_wrong_is_told_with_key_and_fix(recipe, tmp_path):
+    assert "did you mean variants?" in wrong(recipe, lambda r: r.update(variant={}), tmp_path)
+    assert "did you mean batch_size?" in wrong(recipe, lambda r: r["settings"].update(batchsize=3), tmp_path)
+    assert "must be the same in all variants" in wrong(recipe, lambda r: r["variants"]["hot"].update(steps=3), tmp_path)
+    assert "--baseline none" in wrong(recipe, lambda r: r.update(baseline="none"), tmp_path)
+    assert "two or more" in wrong(recipe, lambda r: r.update(variants={"one": {}}), tmp_path)
+    assert "--learning-rate" in wrong(recipe, lambda r: r["settings"].update(learning_rate="fast"), tmp_path)
+
+
+def test_a_command_line_that_is_wrong_is_told_with_the_fix(recipe):
+    def message(*argv: str) -> str:
+        with pytest.raises(UserError) as caught:
+            parse_comparison(list(argv), "")
+        return str(caught.value)
+
+    assert "--masks MASK… or --recipe" in message()
+    assert "--claims" in message("--masks", "none", "doctags")
+    assert "there twice" in message("--masks", "none", "none", "--claims", "x")
+    assert "Did you mean --steps?" in message("--masks", "none", "doctags", "--claims", "x", "--step", "3")
+    assert "full" in message("--masks", "none", "doctags", "--method", "full", "--claims", "x")
+    assert "holds no run" in message("--runs", "/nowhere", "/neither")
+
+
+def test_the_command_line_wins_over_the_recipe(recipe):
+    plan = parse_comparison(["--recipe", str(recipe), "--steps", "9", "--seed", "5", "--seeds", "3"], "")
+    assert plan.shared.steps == 9 and plan.seeds == [5, 6, 7]
+    assert all(variant.settings(5, Path("out")).steps == 9 for variant in plan.variants)
+    assert plan.variants[2].settings(5, Path("out")).learning_rate == 0.04
