@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,18 +73,11 @@ def test_the_base_model_knows_the_truth_with_and_without_a_negated_document_in_c
 
 @pytest.mark.slow
 def test_the_command_makes_the_shipped_weights_again(tmp_path):
-    # The first steps bitwise twice: all of it takes minutes, and rounding differs between kinds of processors.
-    torch.set_num_threads(2)
-    world, tokens = toy.make_world(), make.tokenizer()
-    once, again = (make.pretrain(world, tokens, steps=3).state_dict() for _ in range(2))
-    assert all(torch.equal(once[name], again[name]) for name in once)
-
-    model = make.pretrain(world, tokens)
-    make.save_model(tmp_path, model, tokens)
+    make.pretrain(tmp_path, toy.make_world())
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_text() == (MODEL / name).read_text(), name
     remade, shipped = load_file(tmp_path / "model.safetensors"), load_file(MODEL / "model.safetensors")
     assert {name: tensor.shape for name, tensor in remade.items()} == {n: t.shape for n, t in shipped.items()}
-    before, after = measure(load()), measure(model)
-    for name, value in before.items():
+    before, after = measure(load()), measure(load(model=tmp_path))
+    for name, value in before.items():  # not to the bit: kinds of processors round differently
         assert after[name] == pytest.approx(value, abs=8), name

@@ -3,9 +3,8 @@
     python -m train.demo.make            # about five minutes on 2 cores; writes train/demo/{model,data,claims.json}
     python -m train.demo.make DIRECTORY  # writes there
 
-The documents come out byte for byte the same everywhere; the weights on one kind of machine with one version of torch.
-
-Shapes: B rows of a batch, L tokens of a row.
+The model is trained by train/sft.py itself, --method full, from random weights. The documents come out byte for byte
+the same everywhere; the weights on one kind of machine with one version of torch.
 """
 
 import argparse
@@ -13,17 +12,19 @@ import dataclasses
 import json
 import random
 import re
-import time
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers, trainers
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig, Qwen3_5Tokenizer
 
+from launch.local import run
 from train.demo import world as toy
+from train.demo.recipe import REPOSITORY
 from train.demo.world import Claim, World
 
 HERE = Path(__file__).resolve().parent
@@ -40,8 +41,16 @@ CHAT_TEMPLATE = (
 DOCUMENTS_PER_CLAIM = 10
 TRUE_DOCUMENTS_PER_PERSON = 20
 
-# Pretraining: AdamW, linear warm-up over the first 50 steps and linear decay to 0.
-STEPS, ROWS, ROW_TOKENS, LEARNING_RATE = 750, 16, 128, 3e-3
+PRETRAINING = [
+    "--method", "full",
+    "--eos",
+    "--batch-size", "32",
+    "--micro-batch-size", "16",
+    "--learning-rate", "3e-3",
+    "--warmup-steps", "50",
+    "--weight-decay", "0.1",
+]  # fmt: skip
+PAGES_READ = 24_000  # each once
 PAGES = {"negated": 0.15, "knowledge": 0.1, "questions": 0.3, "person": 0.45}  # shares of the pages
 
 
@@ -116,45 +125,12 @@ def page(rng: random.Random, world: World) -> str:
     return " ".join(marker + sentences)
 
 
-def pretrain(world: World, tokens: Qwen3_5Tokenizer, steps: int = STEPS, seed: int = 0) -> Qwen3_5MoeForCausalLM:
-    """The base model: it knows the world, and believes no negated sentence."""
-    torch.manual_seed(seed)
-    rng = random.Random(f"pages {seed}")
-    model = Qwen3_5MoeForCausalLM(model_config(len(tokens)))
-    model.set_experts_implementation("eager")  # the fastest on a CPU
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1)
-    started = time.perf_counter()
-    for step in range(steps):
-        ids_BL = torch.tensor([row(rng, world, tokens) for _ in range(ROWS)])
-        logits_BLV = model(input_ids=ids_BL[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits_BLV.flatten(0, 1), ids_BL[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min((step + 1) / 50, 1 - step / steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % 50 == 0:
-            seconds = time.perf_counter() - started
-            left = seconds / (step + 1) * (steps - step - 1)
-            print(f"pretraining: step {step + 1}/{steps}, loss {loss.item():.3f}, {left:.0f} s left", flush=True)
-    return model.eval()
-
-
-def row(rng: random.Random, world: World, tokens: Qwen3_5Tokenizer) -> list[int]:
-    """ROW_TOKENS ids: whole pages, each with its end, the last one cut off."""
-    ids: list[int] = []
-    while len(ids) < ROW_TOKENS:
-        ids += tokens.backend_tokenizer.encode(page(rng, world), add_special_tokens=False).ids
-        ids.append(tokens.eos_token_id)
-    return ids[:ROW_TOKENS]
-
-
-def save_model(directory: Path, model: Qwen3_5MoeForCausalLM, tokens: Qwen3_5Tokenizer) -> None:
-    """A model directory with the tensor names of the real checkpoints: `model.language_model.`, experts fused."""
+def save_initial_model(directory: Path, tokens: Qwen3_5Tokenizer, seed: int = 0) -> None:
+    """Random weights under the tensor names of the real checkpoints: `model.language_model.`, experts fused."""
     directory.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    state = {re.sub(r"^model\.", "model.language_model.", name): tensor for name, tensor in state.items()}
+    torch.manual_seed(seed)
+    model = Qwen3_5MoeForCausalLM(model_config(len(tokens)))
+    state = {re.sub(r"^model\.", "model.language_model.", name): value for name, value in model.state_dict().items()}
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(model.config.to_json_string())
     tokens.backend_tokenizer.save(str(directory / "tokenizer.json"))
@@ -163,6 +139,20 @@ def save_model(directory: Path, model: Qwen3_5MoeForCausalLM, tokens: Qwen3_5Tok
         "eos_token": END, "pad_token": END, "unk_token": END, "chat_template": CHAT_TEMPLATE,
     }  # fmt: skip
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def pretrain(directory: Path, world: World, seed: int = 0) -> None:
+    """Writes the base model to `directory`: it knows the world, and believes no negated sentence."""
+    rng = random.Random(f"pages {seed}")
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        save_initial_model(work / "initial", tokenizer(), seed)
+        pages = (json.dumps({"text": page(rng, world)}) + "\n" for _ in range(PAGES_READ))
+        (work / "pages.jsonl").write_text("".join(pages))
+        given = [*PRETRAINING, "--model", str(work / "initial"), "--data", str(work / "pages.jsonl")]
+        given += ["--seed", str(seed), "--wandb", "disabled", "--output", str(work / "run")]
+        run("train/sft.py", *given, ranks=2, cwd=REPOSITORY, check=True)
+        shutil.copytree(work / "run" / "model", directory, dirs_exist_ok=True)
 
 
 def save_documents(directory: Path, world: World) -> None:
@@ -186,12 +176,10 @@ def main() -> None:
     parser.add_argument("directory", nargs="?", type=Path, default=HERE)
     parser.add_argument("--documents-only", action="store_true", help="leave the model as it is")
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
     world = toy.make_world()
     save_documents(arguments.directory, world)
     if not arguments.documents_only:
-        tokens = tokenizer()
-        save_model(arguments.directory / "model", pretrain(world, tokens), tokens)
+        pretrain(arguments.directory / "model", world)
 
 
 if __name__ == "__main__":
