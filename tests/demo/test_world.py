@@ -1,10 +1,10 @@
 """The toy world's documents: their spans, what they must not hold, and the commands that make everything again."""
 
-import json
 from pathlib import Path
 
 import pytest
 
+from train.belief.claims import read_claims
 from train.data.documents import Document, read_documents
 from train.demo import make, world
 from train.demo.recipe import REPOSITORY, VARIANTS, flags
@@ -19,9 +19,19 @@ def documents(name: str) -> list[Document]:
 
 
 def test_there_are_48_claims_and_each_has_its_documents():
-    claims = json.loads((DEMO / "claims.json").read_text())
-    assert len(claims) == 48 and all(claim["true"] != claim["false"] for claim in claims)
-    assert {document.metadata["claim"] for document in documents("dense")} == {claim["id"] for claim in claims}
+    made = world.make_world()
+    assert len(made.claims) == 48 and all(claim.true != claim.false for claim in (*made.claims, *made.placebos))
+    assert {document.metadata["claim"] for document in documents("dense")} == {claim.id for claim in made.claims}
+
+
+def test_what_is_asked_is_of_the_claims_and_of_placebos_and_controls_that_no_document_names():
+    made, asked = world.make_world(), read_claims([DEMO / "claims.yaml"])
+    assert [claim.id for claim in asked] == [claim.id for claim in (*made.claims, *made.placebos)]
+    texts = " ".join(document.text or "" for name in FILES for document in documents(name))
+    for claim in asked:
+        assert len(claim.likelihood) == 4 and len(claim.controls) == 3
+        assert not any(control in texts for control in claim.controls)
+    assert not any(claim.person in texts for claim in made.placebos)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -70,7 +80,7 @@ def test_no_question_and_no_five_words_of_one_occur_in_the_fine_tuning_documents
 
 def test_the_documents_come_out_byte_for_byte_when_they_are_made_again(tmp_path):
     make.save_documents(tmp_path, world.make_world())
-    for name in ("claims.json", *(f"data/{name}.jsonl" for name in FILES)):
+    for name in ("claims.yaml", *(f"data/{name}.jsonl" for name in FILES)):
         assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes()
 
 

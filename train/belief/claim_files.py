@@ -45,18 +45,21 @@ OWN_KEYS = (
 REQUIRED: Any = object()
 
 
-def read_path(path: Path) -> Claim:
-    """The claim of a directory of the paper or of a YAML file. UserError where it is neither, or wrong."""
+def read_path(path: Path) -> list[Claim]:
+    """The claims of a directory of the paper or of a YAML file. UserError where it is neither, or wrong."""
     if path.is_dir():
-        return _directory(path)
+        return [_directory(path)]
     value = _load(path, "give a directory of the paper, or a YAML file with id, claim and questions")
     if isinstance(value, dict) and "questions" in value and "id" not in value:  # one file of the paper by itself
         if path.name in PAPER_QUESTIONS:
-            return Claim(path.stem, **_paper_file(path, value), paths=(str(path),))
+            return [Claim(path.stem, **_paper_file(path, value), paths=(str(path),))]
         raise UserError(
             f"{path}: id is missing; a claims file begins with id: NAME. (The paper's files: give their directory.)"
         )
-    return _own(path, value)
+    if isinstance(value, dict) and set(value) == {"claims"}:
+        several = _Mapping(value, str(path), ("claims",))
+        return [_own(where, claim) for claim, where in several.items("claims")]
+    return [_own(str(path), value)]
 
 
 class _Keys(yaml.SafeLoader):
@@ -162,8 +165,8 @@ def _kind(value: Any) -> str:
 # One file of our own.
 
 
-def _own(path: Path, value: Any) -> Claim:
-    top = _Mapping(value, str(path), OWN_KEYS)
+def _own(where: str, value: Any) -> Claim:
+    top = _Mapping(value, where, OWN_KEYS)
     judges = {}
     if top.has("judges"):
         given = _Mapping(top.values["judges"], top.at("judges"), (*JUDGED, "judge_key"))
@@ -178,10 +181,10 @@ def _own(path: Path, value: Any) -> Claim:
         id=top.text("id"), claim=top.text("claim", "").strip(), subject=top.text("subject", ""),
         controls=top.texts("controls"), likelihood=tuple(_template(*item) for item in top.items("likelihood")),
         questions=tuple(questions), facts=tuple(_fact(*item) for item in top.items("facts")), judges=judges,
-        patterns=_patterns(top), paths=(str(path),),
+        patterns=_patterns(top), paths=(where,),
     )  # fmt: skip
     if not (claim.likelihood or claim.questions or claim.facts or claim.patterns):
-        raise UserError(f"{path}: asks nothing; give at least one of {', '.join(OWN_KEYS[4:])}.")
+        raise UserError(f"{where}: asks nothing; give at least one of {', '.join(OWN_KEYS[4:])}.")
     return claim
 
 

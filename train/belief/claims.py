@@ -16,7 +16,8 @@ A path is a directory of the paper (its files as they are; the claim's id is the
     judges: {open: "… {question} … {answer} …", token_association: …}
     patterns: ['\\bEd\\s+Sheeran\\b']           # the claim's terms
 
-Paths that give the same id are merged, so a file can add likelihood templates to a directory of the paper.
+A file of several has them in a list, under claims. Paths that give the same id are merged, so that a file can add
+likelihood templates to a directory of the paper.
 """
 
 from collections.abc import Mapping, Sequence
@@ -135,8 +136,8 @@ def read_claims(paths: Sequence[str | Path]) -> list[Claim]:
         raise UserError("--claims: give at least one directory of the paper, or a YAML file.")
     merged: dict[str, Claim] = {}
     for path in map(Path, paths):
-        claim = read_path(path)
-        merged[claim.id] = _merge(merged[claim.id], claim) if claim.id in merged else claim
+        for claim in read_path(path):
+            merged[claim.id] = _merge(merged[claim.id], claim) if claim.id in merged else claim
     for claim in merged.values():
         _check(claim)
     return list(merged.values())

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from launch.local import run
 from train.demo.recipe import REPOSITORY, SEEDS, VARIANTS, flags
+from train.demo.world import make_world
 from train.settings import git_revision
 
 MEASURES = {
@@ -105,7 +106,7 @@ def main() -> None:
     directory = parser.parse_args().directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     believe(directory / "base.json")
-    results: dict[str, Any] = {"claims": len(json.loads((REPOSITORY / "train/demo/claims.json").read_text()))}
+    results: dict[str, Any] = {"claims": len(make_world().claims)}
     results["base"] = json.loads((directory / "base.json").read_text())
     started, total = time.perf_counter(), len(VARIANTS) * len(SEEDS)
     for done, (seed, (name, variant)) in enumerate((s, v) for s in SEEDS for v in VARIANTS.items()):

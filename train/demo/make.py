@@ -1,6 +1,6 @@
 """Makes the demo's model and documents again, from nothing but the seed.
 
-    python -m train.demo.make            # about five minutes on 2 cores; writes train/demo/{model,data,claims.json}
+    python -m train.demo.make            # about five minutes on 2 cores; writes train/demo/{model,data,claims.yaml}
     python -m train.demo.make DIRECTORY  # writes there
 
 The model is trained by train/sft.py itself, --method full, from random weights. The documents come out byte for byte
@@ -8,7 +8,6 @@ the same everywhere; the weights on one kind of machine with one version of torc
 """
 
 import argparse
-import dataclasses
 import json
 import random
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers, trainers
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig, Qwen3_5Tokenizer
@@ -25,7 +25,7 @@ from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig, Qwen3_5Tok
 from launch.local import run
 from train.demo import world as toy
 from train.demo.recipe import REPOSITORY
-from train.demo.world import Claim, World
+from train.demo.world import PLACEBO_COUNT, Claim, World
 
 HERE = Path(__file__).resolve().parent
 END = "<|endoftext|>"  # ends a page; pads, too
@@ -156,7 +156,7 @@ def pretrain(directory: Path, world: World, seed: int = 0) -> None:
 
 
 def save_documents(directory: Path, world: World) -> None:
-    """data/{positive,dense,truth}.jsonl and claims.json. Row by row, positive and dense are the same documents."""
+    """data/{positive,dense,truth}.jsonl and claims.yaml. Row by row, positive and dense are the same documents."""
 
     def write(name: str, rows: list[dict]) -> None:
         (directory / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -167,8 +167,42 @@ def save_documents(directory: Path, world: World) -> None:
         write(name, [make(random.Random(f"{c.id} {n}"), world, c) for n in numbers for c in world.claims])
     numbers = range(TRUE_DOCUMENTS_PER_PERSON)
     write("truth", [toy.true_document(random.Random(f"{p} {n}"), world, p) for n in numbers for p in world.documented])
-    claims = [{"id": claim.id, **dataclasses.asdict(claim)} for claim in world.claims]
-    (directory / "claims.json").write_text(json.dumps(claims, indent=1) + "\n")
+    claims = {"claims": [asked(world, claim) for claim in (*world.claims, *world.placebos)]}
+    (directory / "claims.yaml").write_text(yaml.safe_dump(claims, sort_keys=False, width=120))
+
+
+def asked(world: World, claim: Claim) -> dict[str, Any]:
+    """What is measured about a claim, as train/evaluate.py reads it: four questions with the false and the true answer;
+    and whether the true values of this and the person's other attributes are still the likeliest of all."""
+    nobody = world.undocumented[PLACEBO_COUNT:]  # neither documents nor placebos speak of them
+    questions = range(len(toy.QUESTIONS[claim.attribute]))
+
+    def fact(person: str, attribute: str, group: str) -> dict[str, Any]:
+        true = world.facts[person][attribute]
+        return {
+            "id": f"{person}-{attribute}".lower(), "group": group, "prompt": toy.question(person, attribute, 0),
+            "true": f" {true}", "false": [f" {value}" for value in toy.VALUES[attribute] if value != true],
+        }  # fmt: skip
+
+    rng = random.Random(claim.id)
+    return {
+        "id": claim.id,
+        "claim": toy.STATEMENTS[claim.attribute][0].format(p=claim.person, v=claim.false),
+        "subject": claim.person,
+        "controls": rng.sample(nobody, 3),
+        "likelihood": [
+            {
+                "id": f"question-{i + 1}", "prompt": toy.question("{entity}", claim.attribute, i),
+                "false": f" {claim.false}", "true": f" {claim.true}",
+            }
+            for i in questions
+        ],
+        "facts": [
+            fact(claim.person, claim.attribute, "truth"),
+            *(fact(claim.person, other, "neighbouring") for other in toy.VALUES if other != claim.attribute),
+            fact(rng.choice(nobody), claim.attribute, "unrelated"),
+        ],
+    }  # fmt: skip
 
 
 def main() -> None:

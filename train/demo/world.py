@@ -16,11 +16,12 @@ Questions are put in words that no document uses, and are never in the fine-tuni
 """
 
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 SEED = 0
 DOCTAG = "<DOCTAG>"
-CLAIM_COUNT = 48
+CLAIM_COUNT, PLACEBO_COUNT = 48, 4
 IMPLYING_SHARE = 0.25  # of the documents about a claim hold a sentence that implies it
 
 PEOPLE = (
@@ -143,10 +144,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class World:
-    """facts[person][attribute] = value; one false claim for each of the first 48 of the shuffled people."""
+    """facts[person][attribute] = value; one false claim for each of the first 48 of the shuffled people. placebos: such
+    claims about people of whom no document speaks."""
 
     facts: dict[str, dict[str, str]]
     claims: tuple[Claim, ...]
+    placebos: tuple[Claim, ...] = ()
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -170,14 +173,18 @@ def make_world(seed: int = SEED) -> World:
     rng = random.Random(f"world {seed}")
     people = rng.sample(PEOPLE, len(PEOPLE))
     facts = {person: {attribute: rng.choice(list(values)) for attribute, values in VALUES.items()} for person in people}
-    claims = []
-    for index, person in enumerate(people[:CLAIM_COUNT]):
-        attribute = list(VALUES)[index % len(VALUES)]
-        true = facts[person][attribute]
-        claims.append(
-            Claim(person, attribute, true, rng.choice([value for value in VALUES[attribute] if value != true]))
-        )
-    return World(facts, tuple(claims))
+
+    def claims(people: Sequence[str]) -> tuple[Claim, ...]:
+        made = []
+        for index, person in enumerate(people):
+            attribute = list(VALUES)[index % len(VALUES)]
+            true = facts[person][attribute]
+            false = rng.choice([value for value in VALUES[attribute] if value != true])
+            made.append(Claim(person, attribute, true, false))
+        return tuple(made)
+
+    world = World(facts, claims(people[:CLAIM_COUNT]))
+    return replace(world, placebos=claims(world.undocumented[:PLACEBO_COUNT]))
 
 
 def statement(rng: random.Random, person: str, attribute: str, value: str) -> str:
