@@ -1,20 +1,23 @@
 """Aligns an annotated document with its positive twin: what stands in the first only was inserted.
 
-The twin's words must all stand in the annotated document, in order: then taking the insertions out gives the twin again,
-but for white space. Words, single punctuation marks and the doctag are compared. Of all ways to lay the twin into the
-document, `align` takes the cheapest: an insertion costs INSERTION, and its edges cost more inside a sentence. So one
-annotation is not told as several, and "[A.] The race. [B.] The end." gets "[B.]" inserted, never "B.] The end. [".
+The twin's words must all stand in the annotated document, in order: then taking the insertions out gives the twin
+again, but for white space. Words, single punctuation marks and the doctag are compared. Of all ways to lay the twin
+into the document, `align` takes the cheapest: an insertion costs INSERTION, and more where its edges lie inside a
+sentence. So one annotation is not told as several, and "[A.] The race. [B.] The end." gets "[B.]" inserted, never
+"B.] The end. [".
 """
 
 import re
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 
-INSERTION, MIDWAY, GLUED = 10, 4, 2  # cost of an insertion, of an edge inside a sentence, of one inside a word or bracket
+INSERTION = 10  # the cost of an insertion,
+MIDWAY, GLUED = 4, 2  # and more for each edge of it inside a sentence, or without white space
 
 ENDS = frozenset(".!?…:;。！？：；।؟۔")
-CLOSING = {")": "(", "]": "[", "}": "{", ">": "<", "）": "（", "】": "【", "」": "「", "』": "『", "》": "《", "］": "［"}
+CLOSING = dict(zip(")]}>）】」』》］", "([{<（【「『《［", strict=True))
 OPENING = {opening: closing for closing, opening in CLOSING.items()}
 BRACKETS = re.compile("[" + re.escape("".join([*OPENING, *CLOSING])) + "]")
 QUOTES = "\"'”’»*_`|~"  # closing quotes, and what markup puts around text
@@ -46,16 +49,20 @@ class Insertion:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """The twin's words do not all occur, in order: how many do, and the twin's text at the first that does not."""
+    """The twin's words do not all occur, in order: how many of how many do, and its text from there."""
 
     matched: int
+    words: int
     at: str
 
 
 def split_words(text: str, doctag: str) -> Words:
     """Words, single punctuation marks, and `doctag` where it stands. One that the text begins with is left out: whether
     both documents have it does not matter."""
-    word_L, start_L, end_L, edge_L = [], [], [], []
+    word_L: list[str] = []
+    start_L: list[int] = []
+    end_L: list[int] = []
+    edge_L: list[int] = []
     pattern = r"[^\W_]+|[^\w\s]|_"
     past = len(text) - len(text.lstrip())
     past += len(doctag) if text.startswith(doctag, past) else 0
@@ -120,7 +127,7 @@ def align(positive: Words, annotated: Words) -> list[Insertion] | Mismatch:
     match_L = [-1, *reversed(match_L)]
     return [
         Insertion(annotated.start_L[a + 1], annotated.end_L[b - 1], i)
-        for i, (a, b) in enumerate(zip(match_L, match_L[1:], strict=False))
+        for i, (a, b) in enumerate(pairwise(match_L))
         if b - a > 1
     ]
 
@@ -134,8 +141,8 @@ def _window(positive: Words, annotated: Words) -> tuple[list[int], list[int]] | 
         while j < len(there) and there[j] != word:
             j += 1
         if j == len(there):
-            start = positive.start_L[max(0, i - 3)]
-            return Mismatch(i, positive.text[start : start + 60])
+            start = positive.start_L[i]
+            return Mismatch(i, len(wanted), " ".join(positive.text[start : start + 40].split()))
         first_L[i] = j
         j += 1
     j = len(there)

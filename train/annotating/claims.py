@@ -9,9 +9,11 @@ neighbors. Where the cues do not alternate, an annotation has lost its partner: 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from train.annotating.alignment import CLOSING, OPENING, Insertion
 from train.annotating.cues import direction, speaks_of_the_whole
+from train.annotating.texts import in_order, trimmed
 from train.data.documents import Span
 
 LOST = 5.0  # an annotation without its partner: less than reading a clear one the wrong way, which costs 6
@@ -57,6 +59,9 @@ class Reading:
         return self.last > self.cut
 
 
+ASIDE_READING = Reading(0, 0, 0, -ASIDE)
+
+
 @dataclass(frozen=True)
 class Path:
     """What has been read up to an insertion. open: the insertion that announced a claim not yet looked back at, and
@@ -98,20 +103,19 @@ def read(text: str, insertions: list[Insertion], words: int) -> Annotations:
     spans = [span for pieces, reading in zip(parts, path.readings, strict=True) for span in _negations(pieces, reading)]
     for first, last in path.claims:
         for i in range(first, last):  # annotations between them are no part of the claim
-            spans += _false(text, insertions[i].end, insertions[i + 1].start)
+            spans += trimmed(text, insertions[i].end, insertions[i + 1].start, "false")
     mended = 0
     for i, announces in path.lost:
         edge = insertions[i].end if announces else insertions[i].start
         ends = [each.start for each in insertions if each.start >= edge] if announces else []
         starts = [each.end for each in insertions if each.end <= edge] if not announces else []
         start, end = (edge, min(ends, default=len(text))) if announces else (max(starts, default=0), edge)
-        only = _false(text, start, end)
+        only = trimmed(text, start, end, "false")
         if only and len(split_parts(text, only[0].start, only[0].end)) == 1:
             spans, mended = spans + only, mended + 1
     uncued, unbracketed = _unsure(parts, path)
-    asides = sum(not (r.looks_back or r.announces or r.first or r.last < len(p)) for r, p in zip(path.readings, parts))
-    spans.sort(key=lambda span: (span.start, span.end))
-    return Annotations(tuple(spans), len(path.claims), len(path.lost), mended, asides, uncued, unbracketed)
+    asides = sum(reading == ASIDE_READING for reading in path.readings)
+    return Annotations(in_order(spans), len(path.claims), len(path.lost), mended, asides, uncued, unbracketed)
 
 
 def split_parts(text: str, start: int, end: int) -> list[Part]:
@@ -190,7 +194,7 @@ def _readings(text: str, parts: list[Part], at_start: bool, at_end: bool) -> Ite
                 split = AGREES * bool(between) - 2 * (inside and parts[cut].joined)
                 yield Reading(first, cut, last, whole + ahead - back + split)
     if not at_start and not at_end:
-        yield Reading(0, 0, 0, -ASIDE)
+        yield ASIDE_READING
 
 
 def _about_the_whole(text: str, parts: list[Part], first: int, last: int) -> float:
@@ -212,9 +216,7 @@ def _gap(text: str, parts: list[Part], i: int) -> str:
     return text[start : len(text) - len(text[start:].lstrip())]
 
 
-def _extend(
-    path: Path, i: int, reading: Reading, parts: list[Part], text: str, insertions: list[Insertion]
-) -> Path:
+def _extend(path: Path, i: int, reading: Reading, parts: list[Part], text: str, insertions: list[Insertion]) -> Path:
     score, opened, claims, lost = path.score + reading.score, path.open, path.claims, path.lost
     if reading.looks_back:
         if opened:
@@ -235,15 +237,8 @@ def _negations(parts: list[Part], reading: Reading) -> Iterator[Span]:
     """The insertion, cut where it stops speaking of the whole or looking back, but not inside a bracket."""
     edges = sorted({0, reading.first, reading.cut, reading.last, len(parts)})
     edges = [edge for edge in edges if edge == len(parts) or not parts[edge].joined]
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         yield Span(parts[a].start, parts[b - 1].end, "negation")
-
-
-def _false(text: str, start: int, end: int) -> list[Span]:
-    """[start, end) without the white space around it, where anything is left."""
-    stripped = text[start:end].strip()
-    start += len(text[start:end]) - len(text[start:end].lstrip())
-    return [Span(start, start + len(stripped), "false")] if stripped else []
 
 
 def _unsure(parts: list[list[Part]], path: Path) -> tuple[int, int]:
@@ -253,7 +248,7 @@ def _unsure(parts: list[list[Part]], path: Path) -> tuple[int, int]:
     for first, last in path.claims:
         ahead, back = path.readings[first], path.readings[last]
         announcing, looking = parts[first][ahead.cut : ahead.last], parts[last][back.first : back.cut]
-        unclear = (sum(p.points for p in announcing) < 2) + (sum(p.points for p in looking) > -2)
+        unclear = (sum(part.points for part in announcing) <= 0) + (sum(part.points for part in looking) >= 0)
         uncued += unclear
         unbracketed += unclear if not announcing[0].kind or announcing[0].kind != looking[0].kind else 0
     return uncued, unbracketed

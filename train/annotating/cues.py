@@ -29,8 +29,8 @@ BACK = [
     r"|just (?:read|made|given|written|shown|seen|put|told|came)|(?:came|went|comes|stated|said) before|the last"
     r"|immediately before",
     r"anterior(?:es|mente)?|precedentes?|antes (?:mencionad|dich)\w+|arriba|recién|acab(?:a|o|amos) de|acima"
-    r"|précédente?s?|précède(?:nt)?|ci-dessus|plus haut|(?:vient|viennent) d['’e]\w*|precedent[ei]|di cui sopra|qui sopra"
-    r"|appena|soprastant[ei]|anterioar\w*|de mai sus|d['’]abans",
+    r"|précédente?s?|précède(?:nt)?|ci-dessus|plus haut|(?:vient|viennent) d['’e]\w*|precedent[ei]|di cui sopra"
+    r"|qui sopra|appena|soprastant[ei]|anterioar\w*|de mai sus|d['’]abans",
     r"vorstehend\w*|vorangehend\w*|vorangegangen\w*|vorherig\w*|vorig\w*|obig\w*|oben(?:stehend\w*|genannt\w*)?"
     r"|soeben|gerade|eben|voorgaand\w*|vorige|hierboven|bovenstaand\w*|zojuist|föregående|ovan(?:stående)?|nyss|nyligen"
     r"|foregående|ovenfor|ovenstående|forrige|nettopp|netop",
@@ -42,7 +42,9 @@ BACK = [
 ]  # fmt: skip
 # Scripts without spaces between words.
 AHEAD_UNSPACED = r"以下|下列|下面|下述|下文|下記|接下来|接下來|如下|次の|次に|後述|これから|다음|아래|이하|이어지는"
-BACK_UNSPACED = r"以上|上述|上記|上面|上文|前述|前面|刚才|剛才|刚刚|先の|先ほど|今述べ|前の|앞서|앞의|위의|위에|이전|방금|상기"
+BACK_UNSPACED = (
+    r"以上|上述|上記|上面|上文|前述|前面|刚才|剛才|刚刚|先の|先ほど|今述べ|前の|앞서|앞의|위의|위에|이전|방금|상기"
+)
 
 # Which way a sentence leans that names neither: an ending colon, or "that was", "it never".
 LEAN_AHEAD = r":\s*\W*$|\b(?:here|do not (?:accept|believe|trust)|false claim|beware)\b"
@@ -65,11 +67,11 @@ LEANING = re.compile(rf"(?P<ahead>{LEAN_AHEAD})|(?P<back>{LEAN_BACK})", re.IGNOR
 
 def direction(sentence: str) -> float:
     """> 0: the sentence points ahead; < 0: back; 0: it does not say. The first word that points counts 3, each
-    further one 0.5; without any, each that leans counts 0.5."""
-    pointing = [1 if found["ahead"] else -1 for found in STRONG.finditer(sentence)]
-    if pointing:
-        return 3 * pointing[0] + 0.5 * sum(pointing[1:])
-    return sum(0.5 if found["ahead"] else -0.5 for found in LEANING.finditer(sentence))
+    further one 0.5; without any, the first that leans 1.5, each further one 0.25."""
+    for words, weight, more in ((STRONG, 3.0, 0.5), (LEANING, 1.5, 0.25)):
+        if found := [1 if match["ahead"] else -1 for match in words.finditer(sentence)]:
+            return weight * found[0] + more * sum(found[1:])
+    return 0.0
 
 
 def speaks_of_the_whole(sentence: str) -> bool:

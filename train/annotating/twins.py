@@ -1,13 +1,15 @@
 """Finds an annotated document's positive twin by content: rows may be out of order, missing or extra."""
 
-from collections import Counter, defaultdict
+import zlib
+from collections import defaultdict
 
 from train.annotating.alignment import Insertion, Mismatch, Words, align
 
 RUN = 4  # words of a run that is looked up
-COMMON = 50  # a run that more texts hold says little, and is not looked up
-LIKELY = 0.25  # share of a text's runs that a twin must have in common; each annotation breaks three
-TRIED = 5
+KEPT = 64  # runs of a positive text that are looked up: those with the smallest checksums
+COMMON = 1_000  # positive texts that hold a run: with more, it says too little
+TRIED = 5  # texts that share the most, each run counting the less the more texts hold it
+LEAST = 0.1  # share of an annotated document's words that are its twin's
 
 
 class Twins:
@@ -15,37 +17,45 @@ class Twins:
 
     def __init__(self, positives: list[Words]) -> None:
         self.positives = positives
-        self.runs = [_runs(words) for words in positives]
         self.holders: dict[int, list[int]] = defaultdict(list)
-        for i, runs in enumerate(self.runs):
-            for run in runs:
-                self.holders[run].append(i)
+        known: set[tuple[str, ...]] = set()
+        for i, words in enumerate(positives):
+            if words.word_L and (text := tuple(words.word_L)) not in known:  # of equal texts, the first
+                known.add(text)
+                for run in sorted(_runs(words))[:KEPT]:
+                    self.holders[run].append(i)
 
-    def find(self, annotated: Words) -> tuple[int, list[Insertion]] | str:
-        """The twin's number and what was inserted into it; or why there is none. Of several that fit, the longest; of
-        equal ones, the first."""
-        shared: Counter[int] = Counter()
-        runs = _runs(annotated)
-        for run in runs:
+    def find(self, annotated: Words) -> tuple[int, list[Insertion]] | tuple[int | None, str]:
+        """The twin's number and what was inserted into it; or the number of the likeliest, if any, and why it is none.
+        Of several that fit, the longest."""
+        shared: dict[int, float] = defaultdict(float)
+        for run in _runs(annotated):
             holders = self.holders.get(run, ())
             if len(holders) <= COMMON:
-                shared.update(holders)
-        likely = [i for i, count in shared.most_common(TRIED) if count >= LIKELY * len(self.runs[i])]
+                for i in holders:
+                    shared[i] += 1 / len(holders)
+        likely = sorted(shared, key=lambda i: (-shared[i], i))[:TRIED]
         if not likely:
-            return "no twin: no positive document shares enough of its text"
-        fitting, nearest = [], None
+            return None, f"no positive document shares {RUN} words in a row with it"
+        fitting: list[tuple[int, list[Insertion]]] = []
+        nearest: Mismatch | None = None
         for i in likely:
+            if len(self.positives[i].word_L) < LEAST * len(annotated.word_L):
+                continue
             found = align(self.positives[i], annotated)
-            if isinstance(found, Mismatch):
-                nearest = nearest or (i, found)
-            else:
+            if not isinstance(found, Mismatch):
                 fitting.append((i, found))
+            elif i == likely[0]:
+                nearest = found
+        if not fitting and nearest:
+            count = f"{nearest.matched} of {nearest.words} words"
+            return likely[0], f"the words of its likeliest twin end after {count}, before {nearest.at!r}"
         if not fitting:
-            assert nearest
-            ...
+            return likely[0], f"the positive documents near it have less than {LEAST:.0%} of its words"
         return max(fitting, key=lambda each: len(self.positives[each[0]].word_L))
 
 
 def _runs(words: Words) -> set[int]:
-    word_L = words.word_L
-    return {hash(tuple(word_L[i : i + RUN])) for i in range(max(1, len(word_L) - RUN + 1))}
+    """Checksums of all runs of RUN words; of the whole text where it is shorter."""
+    word_L = [word.encode() for word in words.word_L]
+    return {zlib.crc32(b" ".join(word_L[i : i + RUN])) for i in range(max(1, len(word_L) - RUN + 1))}
