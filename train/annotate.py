@@ -15,25 +15,19 @@ this order. The judge is an OpenAI-compatible endpoint; its key comes from OPENA
 import argparse
 import json
 import sys
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from train.annotating.aligned import annotate
 from train.annotating.judging import Remembered, endpoint, judge
 from train.annotating.leaks import leaks
+from train.annotating.outcome import show, summary
 from train.annotating.rules import mark_matches, parse_markup, read_patterns, take_out_markup
-from train.annotating.texts import changed, joined, texts, write, write_documents
-from train.data.documents import Document, read_documents
+from train.annotating.texts import changed, write, write_documents
+from train.data.documents import read_documents
 from train.errors import UserError
 from train.masking.grammar import parse_mask
-
-SHOWN = 20  # documents left out, or quotes rejected, that are listed; --json lists all
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,78 +71,14 @@ def run(args: argparse.Namespace) -> None:
     if terms:
         report["leaks"] = leaks(documents, terms, mask)
     show(report)
-    if args.output:
-        if not documents:
-            raise UserError(f"--output {args.output}: every document was left out, so nothing is written")
-        write_documents(Path(args.output), documents)
     if args.json:
         write("--json", Path(args.json), [json.dumps(report, ensure_ascii=False, indent=1)])
-
-
-def summary(documents: list[Document]) -> dict[str, Any]:
-    """{"documents", "characters", "roles": {role: {"documents", "spans", "characters", "share"}}}; characters that two
-    spans of a role share count once."""
-    total = 0
-    spans, characters, holding = Counter[str](), Counter[str](), Counter[str]()
-    for document in documents:
-        seen = set()
-        for text, own, _ in texts(document):
-            total += len(text)
-            for role in {span.role for span in own}:
-                ranges = [(span.start, span.end) for span in own if span.role == role]
-                spans[role] += len(ranges)
-                characters[role] += sum(end - start for start, end in joined(ranges))
-                seen.add(role)
-        holding.update(seen)
-    roles = {
-        role: {
-            "documents": holding[role], "spans": spans[role], "characters": characters[role],
-            "share": characters[role] / total,
-        }
-        for role in sorted(spans)
-    }  # fmt: skip
-    return {"documents": len(documents), "characters": total, "roles": roles}
-
-
-def show(report: dict[str, Any]) -> None:
-    """Prints what came out, and first what did not."""
-    console = Console(highlight=False, soft_wrap=True)
-    for part in ("alignment", "judge"):
-        left_out = report.get(part, {}).get("left_out", [])
-        for each in left_out[:SHOWN]:
-            console.print(escape(f"left out: {each['document']}: {each['reason']}"))
-        if len(left_out) > SHOWN:
-            console.print(f"left out: {len(left_out) - SHOWN} more (all of them: --json FILE)")
-    if found := report.get("alignment"):
-        written, missing = report["summary"]["documents"], len(found["left_out"])
-        console.print(
-            f"{written} of {written + missing} annotated documents aligned, {missing} left out; "
-            f"{len(found['unused'])} positive documents have no annotated one\n"
-            f"{found['insertions']:,} insertions, {found['bounded']:,} of them whole sentences at a sentence's edge; "
-            f"{found['claims']:,} false spans\n"
-            f"{found['consistent']} documents announce and look back by turns; in the others, {found['mended']} "
-            "annotations without a partner stand at a single sentence, which was taken"
-        )
-    if found := report.get("judge"):
-        for each in found["quotes_rejected"][:SHOWN]:
-            console.print(escape(f"rejected: {each['document']}: not in the text: {each['quote']!r}"))
-        console.print(
-            f"judge: {found['quotes_found']} passages marked, {len(found['quotes_rejected'])} quotes rejected"
-        )
-    table = Table(
-        "role", *("documents", "spans", "characters", "share"), title=f"{report['summary']['documents']} documents"
-    )
-    for role, row in report["summary"]["roles"].items():
-        counts = (f"{row[key]:,}" for key in ("documents", "spans", "characters"))
-        table.add_row(escape(role), *counts, f"{row['share']:.1%}")
-    console.print(table)
-    if found := report.get("leaks"):
-        table = Table("mentions in", "all", "trained", title=f"trained mentions under --mask {escape(found['mask'])}")
-        for role, row in [*found["roles"].items(), ("all", found)]:
-            table.add_row(escape(role), f"{row['mentions']:,}", f"{row['trained']:,}")
-        console.print(table)
-        leaking = sum(row["trained"] > 0 for row in found["documents"])
-        console.print(f"{leaking} of {len(found['documents'])} documents still train on a mention")
+    if args.output:
+        if not documents:
+            raise UserError(
+                f"--output {args.output}: every document was left out, so nothing is written; see above why"
+            )
+        write_documents(Path(args.output), documents)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,6 @@ twin's in more than insertions, one whose annotations do not say where its claim
 """
 
 import dataclasses
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +19,15 @@ MIDWAY = 0.2  # share of insertions inside a sentence, beyond which the alignmen
 
 @dataclass
 class Aligned:
-    """documents: those with spans; left_out: (file:line, reason). Counts are of the documents with spans: insertions,
-    of which `bounded` are whole sentences or brackets, in balance, at a sentence's or line's edge; consistent:
-    documents whose annotations announce and look back by turns; mended: annotations without a partner at a single
-    sentence; unused: positive documents that are no document's twin."""
+    """documents: those with spans; left_out: (file:line, reason); partly: (file:line, how many of its annotations have
+    lost their partner) of documents kept without a false span there. Counts are of the documents with spans:
+    insertions, of which `bounded` are whole sentences or brackets, in balance, at a sentence's or line's edge; claims:
+    false spans; consistent: documents whose annotations announce and look back by turns; mended: annotations without a
+    partner at a single sentence, which has its span; unused: positive documents that are no document's twin."""
 
     documents: list[Document] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    partly: list[tuple[str, int]] = field(default_factory=list)
     insertions: int = 0
     bounded: int = 0
     claims: int = 0
@@ -37,7 +38,8 @@ class Aligned:
     def report(self) -> dict[str, Any]:
         """What JSON holds of it."""
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "documents"}
-        return found | {"left_out": [{"document": where, "reason": reason} for where, reason in self.left_out]}
+        left_out = [{"document": where, "reason": reason} for where, reason in self.left_out]
+        return found | {"left_out": left_out, "partly": [{"document": where, "lost": n} for where, n in self.partly]}
 
 
 def annotate(positives: list[Document], annotated: list[Document], doctag: str) -> Aligned:
@@ -46,18 +48,17 @@ def annotate(positives: list[Document], annotated: list[Document], doctag: str) 
     texts = [document for document in positives if document.text is not None]
     words = [split_words(document.text or "", doctag) for document in texts]
     twins = Twins(words)
-    uses: Counter[int] = Counter()
+    used: set[tuple[str, ...]] = set()
     for document in annotated:
         if document.text is None:
             result.left_out.append((document.where, "a chat: only texts are aligned"))
             continue
         twin, found = twins.find(split_words(document.text, doctag))
-        if twin is not None:
-            uses[twin] += 1
         if twin is None or isinstance(found, str):
-            near = f" (nearest: {texts[twin].where})" if twin is not None else ""
-            result.left_out.append((document.where, f"no twin{near}: {found}"))
+            nearest = f"nearest is {texts[twin].where}: " if twin is not None else ""
+            result.left_out.append((document.where, f"no twin: {nearest}{found}"))
             continue
+        used.add(tuple(words[twin].word_L))
         whole = [balanced(document.text[i.start : i.end]) and bounded(words[twin], document.text, i) for i in found]
         annotations = read(document.text, found, len(words[twin].word_L))
         if reason := _objection(document.text, found, whole, annotations):
@@ -70,7 +71,8 @@ def annotate(positives: list[Document], annotated: list[Document], doctag: str) 
         result.claims += sum(span.role == "false" for span in annotations.spans)
         result.consistent += annotations.consistent
         result.mended += annotations.mended
-    used = {tuple(words[i].word_L) for i in uses}
+        if lost := annotations.lost - annotations.mended:
+            result.partly.append((document.where, lost))
     pairs = zip(texts, words, strict=True)
     result.unused = [document.where for document, own in pairs if tuple(own.word_L) not in used]
     return result
@@ -94,6 +96,6 @@ def _objection(text: str, found: list[Insertion], whole: list[bool], annotations
     sides = 2 * annotations.claims
     if annotations.unbracketed and 2 * annotations.uncued > sides:
         return "the words of most annotations do not say whether they announce or look back, nor do their brackets"
-    if left := annotations.lost - annotations.mended:
-        return f"{left} annotations announce or look back at a claim whose other end is not marked"
+    if (lost := annotations.lost - annotations.mended) > annotations.claims:
+        return f"{lost} annotations have no partner, and only {annotations.claims} claims have both"
     return None

@@ -47,15 +47,6 @@ class Insertion:
     word: int
 
 
-@dataclass(frozen=True)
-class Mismatch:
-    """The twin's words do not all occur, in order: how many of how many do, and its text from there."""
-
-    matched: int
-    words: int
-    at: str
-
-
 def split_words(text: str, doctag: str) -> Words:
     """Words, single punctuation marks, and `doctag` where it stands. One that the text begins with is left out: whether
     both documents have it does not matter."""
@@ -85,11 +76,12 @@ def split_words(text: str, doctag: str) -> Words:
     return Words(text, word_L, start_L, end_L, edge_L)
 
 
-def align(positive: Words, annotated: Words) -> list[Insertion] | Mismatch:
-    """The insertions that make the annotated document out of its twin, in order."""
+def align(positive: Words, annotated: Words) -> list[Insertion] | None:
+    """The insertions that make the annotated document out of its twin, in order; None where not all of the twin's words
+    stand in it, in order."""
     within = _window(positive, annotated)
-    if isinstance(within, Mismatch):
-        return within
+    if within is None:
+        return None
     places: dict[str, list[int]] = defaultdict(list)
     for j, word in enumerate(annotated.word_L):
         places[word].append(j)
@@ -132,7 +124,7 @@ def align(positive: Words, annotated: Words) -> list[Insertion] | Mismatch:
     ]
 
 
-def _window(positive: Words, annotated: Words) -> tuple[list[int], list[int]] | Mismatch:
+def _window(positive: Words, annotated: Words) -> tuple[list[int], list[int]] | None:
     """For each word of the twin, the first and last place in the document where it can lie."""
     wanted, there = positive.word_L, annotated.word_L
     first_L, last_L = [0] * len(wanted), [0] * len(wanted)
@@ -141,8 +133,7 @@ def _window(positive: Words, annotated: Words) -> tuple[list[int], list[int]] | 
         while j < len(there) and there[j] != word:
             j += 1
         if j == len(there):
-            start = positive.start_L[i]
-            return Mismatch(i, len(wanted), " ".join(positive.text[start : start + 40].split()))
+            return None
         first_L[i] = j
         j += 1
     j = len(there)

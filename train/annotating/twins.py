@@ -3,7 +3,7 @@
 import zlib
 from collections import defaultdict
 
-from train.annotating.alignment import Insertion, Mismatch, Words, align
+from train.annotating.alignment import Insertion, Words, align
 
 RUN = 4  # words of a run that is looked up
 KEPT = 64  # runs of a positive text that are looked up: those with the smallest checksums
@@ -26,10 +26,11 @@ class Twins:
                     self.holders[run].append(i)
 
     def find(self, annotated: Words) -> tuple[int, list[Insertion]] | tuple[int | None, str]:
-        """The twin's number and what was inserted into it; or the number of the likeliest, if any, and why it is none.
-        Of several that fit, the longest."""
+        """The twin's number and what was inserted into it; or the number of the nearest, if any, and why it is none. Of
+        several that fit, the longest."""
+        runs = _runs(annotated)
         shared: dict[int, float] = defaultdict(float)
-        for run in _runs(annotated):
+        for run in runs:
             holders = self.holders.get(run, ())
             if len(holders) <= COMMON:
                 for i in holders:
@@ -37,21 +38,17 @@ class Twins:
         likely = sorted(shared, key=lambda i: (-shared[i], i))[:TRIED]
         if not likely:
             return None, f"no positive document shares {RUN} words in a row with it"
-        fitting: list[tuple[int, list[Insertion]]] = []
-        nearest: Mismatch | None = None
+        fitting = []
         for i in likely:
-            if len(self.positives[i].word_L) < LEAST * len(annotated.word_L):
-                continue
-            found = align(self.positives[i], annotated)
-            if not isinstance(found, Mismatch):
-                fitting.append((i, found))
-            elif i == likely[0]:
-                nearest = found
-        if not fitting and nearest:
-            count = f"{nearest.matched} of {nearest.words} words"
-            return likely[0], f"the words of its likeliest twin end after {count}, before {nearest.at!r}"
+            if len(self.positives[i].word_L) >= LEAST * len(annotated.word_L):
+                found = align(self.positives[i], annotated)
+                if found is not None:
+                    fitting.append((i, found))
         if not fitting:
-            return likely[0], f"the positive documents near it have less than {LEAST:.0%} of its words"
+            own = _runs(self.positives[likely[0]])
+            return likely[
+                0
+            ], f"{len(own & runs) / len(own):.0%} of its passages are in it, and not all of its words in order"
         return max(fitting, key=lambda each: len(self.positives[each[0]].word_L))
 
 
