@@ -16,7 +16,8 @@ from train.annotating.cues import direction, speaks_of_the_whole
 from train.annotating.texts import in_order, trimmed
 from train.data.documents import Span
 
-LOST = 5.0  # an annotation without its partner: less than reading a clear one the wrong way, which costs 6
+LOST = 5.0  # an annotation without its partner
+CLEAR, CONTRARY = -2.0, 3.0  # reading clear words the wrong way costs more than two lost partners
 ASIDE = 3.0  # an annotation that neither announces nor looks back
 BLANK_LINE = 4.0  # for what a blank line sets off from the document's beginning or end, to be about the whole of it
 WHOLE = 3.0  # for saying so
@@ -187,14 +188,19 @@ def _readings(text: str, parts: list[Part], at_start: bool, at_end: bool) -> Ite
         for last in range(first, count + 1) if at_end else (count,):
             whole = _about_the_whole(text, parts, first, last)
             for cut in range(last, first - 1, -1):
-                ahead = sum(part.points for part in parts[cut:last])
-                back = sum(part.points for part in parts[first:cut])
+                ahead = _agreement(sum(part.points for part in parts[cut:last]))
+                back = _agreement(-sum(part.points for part in parts[first:cut]))
                 inside = first < cut < last
                 between = inside and (parts[cut].kind or parts[cut - 1].kind or "\n" in _gap(text, parts, cut))
                 split = AGREES * bool(between) - 2 * (inside and parts[cut].joined)
-                yield Reading(first, cut, last, whole + ahead - back + split)
+                yield Reading(first, cut, last, whole + ahead + back + split)
     if not at_start and not at_end:
         yield ASIDE_READING
+
+
+def _agreement(points: float) -> float:
+    """How well words with so many points the right way agree with a reading: clear ones the other way forbid it."""
+    return points if points > CLEAR else CONTRARY * points
 
 
 def _about_the_whole(text: str, parts: list[Part], first: int, last: int) -> float:
@@ -204,7 +210,7 @@ def _about_the_whole(text: str, parts: list[Part], first: int, last: int) -> flo
         if outside:
             set_off = bool(BLANK.search(_gap(text, parts, edge)))
             said = any(part.whole for part in outside)
-            score += BLANK_LINE * set_off + WHOLE * said - (not set_off and not said)
+            score += BLANK_LINE * set_off + WHOLE * said - ASIDE * (not set_off and not said)
     return score
 
 

@@ -25,6 +25,7 @@ Chat = Callable[[list[dict[str, str]]], str]
 
 PIECE = 6_000  # code points that are judged at once, cut at line ends where there are any
 AT_ONCE = 8  # requests
+SECONDS, RETRIES = 120, 3  # that one may take; with growing pauses between
 
 PROMPT = """Below is a text. Quote every sentence of it that states or implies this claim as if it were true:
 
@@ -178,7 +179,7 @@ class Remembered:
 
 def endpoint(url: str, model: str) -> Chat:
     """The chat of an OpenAI-compatible endpoint; its key is OPENAI_API_KEY's, where it has one."""
-    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=4, timeout=120)
+    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=RETRIES, timeout=SECONDS)
 
     def chat(messages: list[dict[str, str]]) -> str:
         where = f"--judge {url}"
@@ -190,7 +191,7 @@ def endpoint(url: str, model: str) -> Chat:
             ) from None
         except openai.APITimeoutError:
             raise UserError(
-                f"{where}: did not answer in 120 s, five times; run again to go on where it stopped"
+                f"{where}: did not answer in {SECONDS} s, {RETRIES + 1} times; run again to go on where it stopped"
             ) from None
         except openai.APIConnectionError as error:
             raise UserError(f"{where}: cannot be reached ({_short(error.__cause__ or error)}); check the URL") from None
