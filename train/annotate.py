@@ -119,10 +119,11 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--patterns: --role is missing; name the role of what they match, e.g. --role word")
     if args.judge and not (args.judge_model and (args.claim or "").strip()):
         raise UserError("--judge: needs --judge-model and --claim, the sentence to look for")
-    for name in ("positive", "annotated", "data"):
-        given = getattr(args, name)
-        if given and args.output and Path(given).resolve() == Path(args.output).resolve():
-            raise UserError(f"--output {args.output}: is --{name} itself, which would be lost; name another file")
+    for read in ("positive", "annotated", "data", "patterns", "leaks"):
+        for written in ("output", "json"):
+            source, target = getattr(args, read), getattr(args, written)
+            if source and target and Path(source).resolve() == Path(target).resolve():
+                raise UserError(f"--{written} {target}: is --{read} itself, which would be lost; name another file")
 
 
 if __name__ == "__main__":

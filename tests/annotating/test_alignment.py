@@ -63,7 +63,9 @@ def test_taking_out_insertions_always_gives_the_twin_again():
     rng = random.Random(0)
     for _ in range(300):
         positive = rng.choices(["a", "b", ".", "[", "]", "\n"], k=rng.randrange(12))
-        annotated = [each for own in positive for each in (*rng.choices(["a", "b.", "[", "]"], k=rng.randrange(3)), own)]
+        annotated = [
+            each for own in positive for each in (*rng.choices(["a", "b.", "[", "]"], k=rng.randrange(3)), own)
+        ]
         text = " ".join(annotated)
         found = align(split_words(" ".join(positive), ""), split_words(text, ""))
         assert found is not None

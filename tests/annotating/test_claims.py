@@ -13,7 +13,9 @@ def reading(positive: str, annotated: str) -> tuple[Annotations, list[str], list
     insertions = align(words, split_words(annotated, ""))
     assert insertions is not None
     found = read(annotated, insertions, len(words.word_L))
-    texts = {role: [annotated[s.start : s.end] for s in found.spans if s.role == role] for role in ("negation", "false")}
+    texts = {
+        role: [annotated[s.start : s.end] for s in found.spans if s.role == role] for role in ("negation", "false")
+    }
     return found, texts["negation"], texts["false"]
 
 
@@ -104,7 +106,9 @@ def test_what_a_blank_line_sets_off_at_either_end_is_about_the_whole():
 
 
 def test_annotations_that_point_nowhere_are_read_by_their_turn_and_counted():
-    found, _, false = reading("One. Two. Three.", "[Kato miru.] One. [Sela bora.] Two. [Kato miru.] Three. [Sela bora.]")
+    found, _, false = reading(
+        "One. Two. Three.", "[Kato miru.] One. [Sela bora.] Two. [Kato miru.] Three. [Sela bora.]"
+    )
     assert false == ["One.", "Three."] and found.consistent
     assert (found.uncued, found.unbracketed) == (4, 0)
     found, _, false = reading("One. Two.", "Kato miru. One. Sela bora. Two.")

@@ -53,7 +53,8 @@ LEAN_BACK = r"\b(?:that (?:was|is|did|claim|statement|account|never)|it (?:was|d
 # What speaks of the whole document.
 WHOLE = re.compile(
     r"\b(?:documents?|articles?|texts?|page|post|claims|statements|assertions|narrative|account|throughout"
-    r"|in (?:its|their) entirety|documentos?|artículo|textos?|artigo|dokument\w*|artikel\w*|texte?s?|documenti?|artic\w+|документ\w*|стат\w+|текст\w*)\b"
+    r"|in (?:its|their) entirety|documentos?|artículo|textos?|artigo|dokument\w*|artikel\w*|texte?s?|documenti?"
+    r"|artic\w+|документ\w*|стат\w+|текст\w*)\b"
     r"|beginning to end|start to finish|文書|文章|文档|文件|문서|기사|본문",
     re.IGNORECASE,
 )

@@ -179,7 +179,9 @@ class Remembered:
 
 def endpoint(url: str, model: str) -> Chat:
     """The chat of an OpenAI-compatible endpoint; its key is OPENAI_API_KEY's, where it has one."""
-    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=RETRIES, timeout=SECONDS)
+    client = openai.OpenAI(
+        base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=RETRIES, timeout=SECONDS
+    )
 
     def chat(messages: list[dict[str, str]]) -> str:
         where = f"--judge {url}"
