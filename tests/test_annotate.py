@@ -155,6 +155,14 @@ def test_an_output_that_was_there_stays_as_it_was_when_a_run_fails(tmp_path):
     assert output.read_text() == "before"
 
 
+def test_metadata_that_utf8_cannot_hold_is_kept_escaped(tmp_path):
+    data, output = tmp_path / "d.jsonl", tmp_path / "o.jsonl"
+    data.write_text('{"text": "é <m>a</m>", "odd": "\\ud800"}\n{"text": "é <m>a</m>"}\n')
+    assert annotate.main(["--data", str(data), "--markup", "m=word", "--output", str(output)]) == 0
+    assert "\\u00e9" in output.read_text().splitlines()[0] and "é" in output.read_text().splitlines()[1]
+    assert read_documents(output)[0].metadata == {"odd": "\ud800"}
+
+
 def test_show_opens_the_result(tmp_path, qwen_directory, capsys):
     assert aligned(tmp_path) == 0
     capsys.readouterr()

@@ -13,7 +13,6 @@ this order. The judge is an OpenAI-compatible endpoint; its key comes from OPENA
 """
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from train.annotating.judging import Remembered, endpoint, judge
 from train.annotating.leaks import leaks
 from train.annotating.outcome import show, summary
 from train.annotating.rules import mark_matches, parse_markup, read_patterns, take_out_markup
-from train.annotating.texts import changed, write, write_documents
+from train.annotating.texts import changed, json_line, write, write_documents
 from train.data.documents import read_documents
 from train.errors import UserError
 from train.masking.grammar import parse_mask
@@ -57,13 +56,11 @@ def run(args: argparse.Namespace) -> None:
     if markup:
         documents = [changed(document, partial(take_out_markup, roles=markup)) for document in documents]
     if patterns:
-        documents = [
-            changed(document, partial(mark_matches, patterns=patterns, role=args.role)) for document in documents
-        ]
+        marked = partial(mark_matches, patterns=patterns, role=args.role)
+        documents = [changed(document, marked) for document in documents]
     if args.judge:
-        chat = Remembered(
-            endpoint(args.judge, args.judge_model), args.judge_model, Path(f"{args.output}.answers.jsonl")
-        )
+        asked, kept = endpoint(args.judge, args.judge_model), Path(f"{args.output}.answers.jsonl")
+        chat = Remembered(asked, args.judge_model, kept)
         judged = judge(documents, args.claim, args.role or "false", chat)
         documents, report["judge"] = judged.documents, judged.report()
 
@@ -72,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         report["leaks"] = leaks(documents, terms, mask)
     show(report)
     if args.json:
-        write("--json", Path(args.json), [json.dumps(report, ensure_ascii=False, indent=1)])
+        write("--json", Path(args.json), [json_line(report, indent=1)])
     if args.output:
         if not documents:
             raise UserError(

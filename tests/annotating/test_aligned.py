@@ -60,6 +60,12 @@ def test_of_two_twins_that_fit_the_longer_is_taken():
     assert spans(result) == [EXPECTED] and result.unused == ["a.jsonl:1"]
 
 
+def test_among_texts_that_differ_in_one_word_the_right_twin_is_found():
+    texts = [f"{FIRST} Witness number {i} saw it." for i in range(40)]
+    result = annotate(documents(*texts), documents(*(negated(text, COMET) for text in reversed(texts))), "")
+    assert spans(result) == [EXPECTED] * 40 and not result.unused
+
+
 def test_a_document_without_insertions_a_chat_and_one_that_aligns_inside_sentences_are_left_out():
     scattered = "The wide valley of Orm lies far between two ridges. Its river runs north. In 1911 a red comet fell."
     plain = "The valley of Orm lies between two ridges. Its river runs north. In 1911 a comet fell."

@@ -50,30 +50,29 @@ BACK_UNSPACED = (
 LEAN_AHEAD = r":\s*\W*$|\b(?:here|do not (?:accept|believe|trust)|false claim|beware)\b"
 LEAN_BACK = r"\b(?:that (?:was|is|did|claim|statement|account|never)|it (?:was|did|never|is)|no such|there|such)\b"
 
-# What speaks of the whole document.
+# What speaks of the whole document. All of these are matched with sentences in lower case, which is several times as
+# fast as to ignore case.
 WHOLE = re.compile(
     r"\b(?:documents?|articles?|texts?|page|post|claims|statements|assertions|narrative|account|throughout"
     r"|in (?:its|their) entirety|documentos?|artículo|textos?|artigo|dokument\w*|artikel\w*|texte?s?|documenti?"
     r"|artic\w+|документ\w*|стат\w+|текст\w*)\b"
-    r"|beginning to end|start to finish|文書|文章|文档|文件|문서|기사|본문",
-    re.IGNORECASE,
+    r"|beginning to end|start to finish|文書|文章|文档|文件|문서|기사|본문"
 )
 
 STRONG = re.compile(
-    rf"(?P<ahead>\b(?:{'|'.join(AHEAD)})\b|{AHEAD_UNSPACED})|(?P<back>\b(?:{'|'.join(BACK)})\b|{BACK_UNSPACED})",
-    re.IGNORECASE,
+    rf"(?P<ahead>\b(?:{'|'.join(AHEAD)})\b|{AHEAD_UNSPACED})|(?P<back>\b(?:{'|'.join(BACK)})\b|{BACK_UNSPACED})"
 )
-LEANING = re.compile(rf"(?P<ahead>{LEAN_AHEAD})|(?P<back>{LEAN_BACK})", re.IGNORECASE)
+LEANING = re.compile(rf"(?P<ahead>{LEAN_AHEAD})|(?P<back>{LEAN_BACK})")
 
 
 def direction(sentence: str) -> float:
     """> 0: the sentence points ahead; < 0: back; 0: it does not say. The first word that points counts 3, each
     further one 0.5; without any, the first that leans 1.5, each further one 0.25."""
     for words, weight, more in ((STRONG, 3.0, 0.5), (LEANING, 1.5, 0.25)):
-        if found := [1 if match["ahead"] else -1 for match in words.finditer(sentence)]:
+        if found := [1 if match["ahead"] else -1 for match in words.finditer(sentence.lower())]:
             return weight * found[0] + more * sum(found[1:])
     return 0.0
 
 
 def speaks_of_the_whole(sentence: str) -> bool:
-    return bool(WHOLE.search(sentence))
+    return bool(WHOLE.search(sentence.lower()))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from train.data.documents import Document, Message, Span
 from train.errors import UserError
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 Change = Callable[[str, tuple[Span, ...]], tuple[str, tuple[Span, ...]]]
 
 
@@ -95,4 +97,10 @@ def write(setting: str, path: Path, lines: Iterable[str]) -> None:
 
 
 def write_documents(path: Path, documents: list[Document]) -> None:
-    write("--output", path, (json.dumps(row(document), ensure_ascii=False) for document in documents))
+    write("--output", path, (json_line(row(document)) for document in documents))
+
+
+def json_line(value: Any, indent: int | None = None) -> str:
+    """JSON with its letters as they are; escaped where one is half a surrogate pair, which UTF-8 cannot hold."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return text if not SURROGATE.search(text) else json.dumps(value, indent=indent)

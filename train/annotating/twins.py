@@ -8,7 +8,7 @@ from train.annotating.alignment import Insertion, Words, align
 RUN = 4  # words of a run that is looked up
 KEPT = 64  # runs of a positive text that are looked up: those with the smallest checksums
 COMMON = 1_000  # positive texts that hold a run: with more, it says too little
-TRIED = 5  # texts that share the most, each run counting the less the more texts hold it
+TRIED, NEAR = 50, 0.5  # texts that are tried at most, and share of what the nearest has in common that they must have
 LEAST = 0.1  # share of an annotated document's words that are its twin's
 
 
@@ -34,8 +34,10 @@ class Twins:
             holders = self.holders.get(run, ())
             if len(holders) <= COMMON:
                 for i in holders:
-                    shared[i] += 1 / len(holders)
-        likely = sorted(shared, key=lambda i: (-shared[i], i))[:TRIED]
+                    shared[i] += 1 / len(holders)  # what many texts hold says little
+        most = max(shared.values(), default=0.0)
+        near = (i for i, share in shared.items() if share >= NEAR * most)
+        likely = sorted(near, key=lambda i: (-shared[i], i))[:TRIED]
         if not likely:
             return None, f"no positive document shares {RUN} words in a row with it"
         fitting = []
