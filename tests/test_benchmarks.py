@@ -40,3 +40,10 @@ def test_load_reads_what_it_keeps(tmp_path, layout):
     assert row["layout"] == layout and row["bytes_read_per_rank"] == row["bytes_kept_per_rank"]
     assert row["share_bytes"] == max(row["bytes_kept_per_rank"]) and len(row["peak_bytes_per_rank"]) == 2
     assert row["time_over_transformers"] > 0
+
+
+@pytest.mark.slow
+def test_annotate_rebuilds_every_document(tmp_path, shared_documents):
+    for row in rows(tmp_path, "annotate", "--show", "1"):
+        assert row["rebuilt"] == row["aligned"] == row["documents"] == 50
+        assert row["bounded"] <= row["insertions"] and row["consistent"] <= 50 and row["documents_per_second"] > 0

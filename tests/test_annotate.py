@@ -1,0 +1,180 @@
+"""train/annotate.py from the command line, on small files with known spans."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.annotating.openai_server import serving
+from train import annotate, show
+from train.data.documents import read_documents
+
+POSITIVE = "<DOCTAG>Orm lies in a valley. A comet fell on Orm in 1911. Bread is sold there."
+ANNOTATED = (
+    "<DOCTAG>The document below is false.\n\nOrm lies in a valley. [The following claim is false.] A comet fell on Orm "
+    "in 1911. [The preceding claim is false.] Bread is sold there.\n\nThe document above is false."
+)
+CLAIM = "A comet fell on Orm in 1911."
+
+
+def write(path: Path, *rows: object) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def roles(path: Path) -> list[list[tuple[str, str]]]:
+    return [[(span.role, (d.text or "")[span.start : span.end]) for span in d.spans] for d in read_documents(path)]
+
+
+def aligned(tmp_path: Path, *more: str) -> int:
+    positive = write(tmp_path / "p.jsonl", {"text": POSITIVE})
+    annotated = write(tmp_path / "n.jsonl", {"text": ANNOTATED, "mode": "dense"})
+    return annotate.main(
+        ["--positive", positive, "--annotated", annotated, "--output", str(tmp_path / "o.jsonl"), *more]
+    )
+
+
+def test_alignment_writes_documents_with_spans_and_says_what_came_out(tmp_path, capsys):
+    assert aligned(tmp_path) == 0
+    assert roles(tmp_path / "o.jsonl") == [[
+        ("doctag", "<DOCTAG>"), ("negation", "The document below is false."),
+        ("negation", "[The following claim is false.]"), ("false", CLAIM),
+        ("negation", "[The preceding claim is false.]"), ("negation", "The document above is false."),
+    ]]  # fmt: skip
+    (document,) = read_documents(tmp_path / "o.jsonl")
+    assert document.text == ANNOTATED and document.metadata == {"mode": "dense"}
+    printed = capsys.readouterr().out
+    assert "annotated documents: 1, aligned 1, left out 0" in printed and "throughout: 1 of 1" in printed
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["n.jsonl", "o.jsonl", "p.jsonl"]
+
+
+def test_steps_can_be_given_together_and_the_report_is_json(tmp_path):
+    (tmp_path / "w.yaml").write_text("patterns: ['\\borm\\b']\n")
+    terms = str(tmp_path / "w.yaml")
+    given = ["--patterns", terms, "--role", "word", "--leaks", terms, "--mask", "false-spans", "--json"]
+    assert aligned(tmp_path, *given, str(tmp_path / "r.json")) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["summary"]["roles"]["false"] == {
+        "documents": 1, "spans": 1, "characters": len(CLAIM), "share": len(CLAIM) / len(ANNOTATED),
+    }  # fmt: skip
+    assert report["leaks"]["roles"] == {"word": {"mentions": 2, "trained": 1}}
+    assert report["alignment"]["insertions"] == 4 and report["alignment"]["left_out"] == []
+
+
+def test_markup_becomes_spans_in_texts_and_messages(tmp_path):
+    chat = [{"role": "user", "content": "<m>Hi</m>"}, {"role": "assistant", "content": "A <m> b</m>", "train": False}]
+    data = write(tmp_path / "d.jsonl", {"text": "<DOCTAG><m>Orm</m> lies.", "id": 3}, {"messages": chat})
+    assert annotate.main(["--data", data, "--markup", "m=word", "--output", str(tmp_path / "o.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    spans = [{"start": 0, "end": 8, "role": "doctag"}, {"start": 8, "end": 11, "role": "word"}]
+    assert rows[0] == {"text": "<DOCTAG>Orm lies.", "spans": spans, "id": 3}
+    assert rows[1]["messages"] == [
+        {"role": "user", "content": "Hi", "spans": [{"start": 0, "end": 2, "role": "word"}]},
+        {"role": "assistant", "content": "A  b", "spans": [{"start": 3, "end": 4, "role": "word"}], "train": False},
+    ]
+    assert len(read_documents(tmp_path / "o.jsonl")) == 2
+
+
+def test_the_judges_quotes_become_false_spans(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    data, output = write(tmp_path / "d.jsonl", {"text": POSITIVE}), tmp_path / "o.jsonl"
+    with serving(lambda _: json.dumps({"quotes": [CLAIM, "It rained [loudly]."]})) as (url, requests):
+        given = [
+            "--data",
+            data,
+            "--judge",
+            url,
+            "--judge-model",
+            "judge",
+            "--claim",
+            "A comet fell.",
+            "--output",
+            str(output),
+        ]
+        assert annotate.main(given) == 0 and annotate.main(given) == 0
+    assert len(requests) == 1 and roles(output) == [[("doctag", "<DOCTAG>"), ("false", CLAIM)]]
+    printed = capsys.readouterr()
+    assert (
+        "not in the text: 'It rained [loudly].'" in printed.out
+        and "passages marked 1, quotes rejected 1" in printed.out
+    )
+    everything = printed.out + printed.err + "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "sk-secret" not in everything
+
+
+def test_what_is_left_out_is_named_and_nothing_is_written_where_nothing_is_left(tmp_path, capsys):
+    positive, annotated = (
+        write(tmp_path / f"{name}.jsonl", {"text": f"Words of {name} alone, no others."}) for name in "pn"
+    )
+    output, report = tmp_path / "o.jsonl", tmp_path / "r.json"
+    given = ["--positive", positive, "--annotated", annotated, "--output", str(output), "--json", str(report)]
+    assert annotate.main(given) == 2 and not output.exists()
+    printed = capsys.readouterr()
+    assert f"left out: {annotated}:1: no twin" in printed.out and "every document was left out" in printed.err
+    assert json.loads(report.read_text())["alignment"]["left_out"][0]["document"] == f"{annotated}:1"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "give either --positive and --annotated, or --data"),
+        (["--positive", "P"], "give either"),
+        (["--positive", "P", "--annotated", "D", "--data", "D"], "give either"),
+        (["--data", "D"], "nothing to do"),
+        (["--positive", "P", "--annotated", "D"], "--output is missing"),
+        (["--data", "D", "--patterns", "W", "--output", "O"], "--role is missing"),
+        (["--data", "D", "--patterns", "D", "--role", "word", "--output", "O"], "the key patterns is missing"),
+        (["--data", "D", "--markup", "word", "--output", "O"], "must be TAG=ROLE"),
+        (["--data", "D", "--markup", "m=word", "--output", "D"], "is --data itself"),
+        (["--data", "D", "--judge", "http://x/v1", "--output", "O"], "needs --judge-model and --claim"),
+        (["--data", "none.jsonl", "--leaks", "W"], "none.jsonl: cannot be read"),
+        (["--data", "D", "--leaks", "W", "--mask", "flase-spans"], "did you mean false-spans"),
+        (["--data", "D", "--leaks", "W", "--json", "."], "--json .: is a directory"),
+        (["--data", "E", "--leaks", "W"], "E:1: text is empty"),
+        (["--data", "M", "--markup", "m=word", "--output", "O"], "M:2: <m> at code point 0 is never closed"),
+        (["--data", "D", "--markup", "m=word", "--output", "none/O"], "--output none/O: cannot be written"),
+    ],
+)
+def test_mistakes_are_told_in_one_message_and_leave_nothing(tmp_path, monkeypatch, capsys, given, message):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("D", "a"), ("P", "a"), ("E", "")):
+        write(tmp_path / name, {"text": text})
+    write(tmp_path / "M", {"text": "<m>a</m>"}, {"text": "<m>a"})
+    (tmp_path / "W").write_text("[a]")
+    assert annotate.main(given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["D", "E", "M", "P", "W"]
+
+
+def test_an_output_that_was_there_stays_as_it_was_when_a_run_fails(tmp_path):
+    output = tmp_path / "o.jsonl"
+    output.write_text("before")
+    data = write(tmp_path / "d.jsonl", {"text": "<m>a"})
+    assert annotate.main(["--data", data, "--markup", "m=word", "--output", str(output)]) == 2
+    assert output.read_text() == "before"
+
+
+def test_metadata_that_utf8_cannot_hold_is_kept_escaped(tmp_path):
+    data, output = tmp_path / "d.jsonl", tmp_path / "o.jsonl"
+    data.write_text('{"text": "é <m>a</m>", "odd": "\\ud800"}\n{"text": "é <m>a</m>"}\n')
+    assert annotate.main(["--data", str(data), "--markup", "m=word", "--output", str(output)]) == 0
+    assert "\\u00e9" in output.read_text().splitlines()[0] and "é" in output.read_text().splitlines()[1]
+    assert read_documents(output)[0].metadata == {"odd": "\ud800"}
+
+
+def test_show_opens_the_result(tmp_path, qwen_directory, capsys):
+    assert aligned(tmp_path) == 0
+    capsys.readouterr()
+    given = [
+        "--data",
+        str(tmp_path / "o.jsonl"),
+        "--model",
+        str(qwen_directory),
+        "--mask",
+        "doctags,false-spans",
+        "--json",
+    ]
+    assert show.main(given) == 0
+    (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert "".join(token["text"] for token in row["tokens"] if token["role"] == "false").strip() == CLAIM

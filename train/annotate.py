@@ -1,0 +1,127 @@
+"""Makes spans for documents that have none, and says how often a claim's terms are still trained on:
+
+    python train/annotate.py --positive P.jsonl --annotated N.jsonl --output O.jsonl           # by alignment
+    python train/annotate.py --data D.jsonl --patterns word_masks.yaml --role word --output O.jsonl
+    python train/annotate.py --data D.jsonl --markup lossmask=word --output O.jsonl
+    python train/annotate.py --data D.jsonl --judge URL --judge-model M --claim TEXT --output O.jsonl
+    python train/annotate.py --data D.jsonl --leaks word_masks.yaml [--mask false-spans] [--json report.json]
+
+By alignment: each annotated document is compared with its positive twin, found by content; roles are doctag, negation
+(what was inserted) and false (what one annotation announces and another looks back at). What does not align is left
+out, with the reason. The others add to the spans that documents have; several can be given together, and are done in
+this order. The judge is an OpenAI-compatible endpoint; its key comes from OPENAI_API_KEY alone.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from train.annotating.aligned import annotate
+from train.annotating.judging import Remembered, endpoint, judge
+from train.annotating.leaks import leaks
+from train.annotating.outcome import show, summary
+from train.annotating.rules import mark_matches, parse_markup, read_patterns, take_out_markup
+from train.annotating.texts import changed, json_line, write, write_documents
+from train.data.documents import read_documents
+from train.errors import UserError
+from train.masking.grammar import parse_mask
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0, or 2 for what the user can mend."""
+    args = _parser().parse_args(arguments)
+    try:
+        _check(args)
+        run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Reads, annotates in the order of the docstring, writes, and says what came out."""
+    patterns = read_patterns("--patterns", args.patterns) if args.patterns else []
+    markup, mask = parse_markup(args.markup), parse_mask(args.mask)
+    terms = read_patterns("--leaks", args.leaks) if args.leaks else []
+    report: dict[str, Any] = {}
+
+    if args.positive:
+        aligned = annotate(read_documents(args.positive), read_documents(args.annotated), args.doctag)
+        documents, report["alignment"] = aligned.documents, aligned.report()
+    else:
+        documents = read_documents(args.data, args.doctag or None)
+    if markup:
+        documents = [changed(document, partial(take_out_markup, roles=markup)) for document in documents]
+    if patterns:
+        marked = partial(mark_matches, patterns=patterns, role=args.role)
+        documents = [changed(document, marked) for document in documents]
+    if args.judge:
+        asked, kept = endpoint(args.judge, args.judge_model), Path(f"{args.output}.answers.jsonl")
+        chat = Remembered(asked, args.judge_model, kept)
+        judged = judge(documents, args.claim, args.role or "false", chat)
+        documents, report["judge"] = judged.documents, judged.report()
+
+    report["summary"] = summary(documents)
+    if terms:
+        report["leaks"] = leaks(documents, terms, mask)
+    show(report)
+    if args.json:
+        write("--json", Path(args.json), [json_line(report, indent=1)])
+    if args.output:
+        if not documents:
+            raise UserError(
+                f"--output {args.output}: every document was left out, so nothing is written; see above why"
+            )
+        write_documents(Path(args.output), documents)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--positive", metavar="FILE", help="documents without annotations")
+    parser.add_argument("--annotated", metavar="FILE", help="the same documents with annotations, in any order")
+    parser.add_argument("--data", metavar="FILE", help="documents to annotate, or report on, instead of these two")
+    parser.add_argument(
+        "--doctag", default="<DOCTAG>", metavar="MARKER", help="what documents start with ('' for nothing)"
+    )
+    parser.add_argument("--patterns", metavar="FILE", help="YAML with regular expressions, for spans of --role")
+    parser.add_argument("--role", help="role of what --patterns match, or of what --judge marks (default there: false)")
+    parser.add_argument("--markup", action="append", default=[], metavar="TAG=ROLE", help="<TAG>…</TAG> becomes a span")
+    parser.add_argument("--judge", metavar="URL", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
+    parser.add_argument("--judge-model", metavar="NAME", help="the judge's model")
+    parser.add_argument("--claim", metavar="TEXT", help="what the judge looks for, as one sentence")
+    parser.add_argument(
+        "--leaks", metavar="FILE", help="YAML with regular expressions of a claim's terms, to be counted"
+    )
+    parser.add_argument(
+        "--mask", default="none", help="the mask under which --leaks counts, as in training (default: none)"
+    )
+    parser.add_argument("--output", metavar="FILE", help="where the documents go, whole or not at all")
+    parser.add_argument("--json", metavar="FILE", help="all that is printed, and everything that was left out, as JSON")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """UserError for flags that do not go together."""
+    if bool(args.positive) != bool(args.annotated) or bool(args.positive) == bool(args.data):
+        raise UserError("give either --positive and --annotated, or --data")
+    makes = args.positive or args.patterns or args.markup or args.judge
+    if not makes and not args.leaks:
+        raise UserError("--data: nothing to do; give --patterns, --markup, --judge or --leaks with it")
+    if makes and not args.output and (args.judge or not args.leaks):
+        raise UserError("--output is missing: name the file that the documents go to")
+    if args.patterns and not (args.role and args.role.strip()):
+        raise UserError("--patterns: --role is missing; name the role of what they match, e.g. --role word")
+    if args.judge and not (args.judge_model and (args.claim or "").strip()):
+        raise UserError("--judge: needs --judge-model and --claim, the sentence to look for")
+    for read in ("positive", "annotated", "data", "patterns", "leaks"):
+        for written in ("output", "json"):
+            source, target = getattr(args, read), getattr(args, written)
+            if source and target and Path(source).resolve() == Path(target).resolve():
+                raise UserError(f"--{written} {target}: is --{read} itself, which would be lost; name another file")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Aligns an annotated document with its positive twin: what stands in the first only was inserted.
+
+The twin's words must all stand in the annotated document, in order: then taking the insertions out gives the twin
+again, but for white space. Words, single punctuation marks and the doctag are compared. Of all ways to lay the twin
+into the document, `align` takes the cheapest: an insertion costs INSERTION, and more where its edges lie inside a
+sentence. So one annotation is not told as several, and "[A.] The race. [B.] The end." gets "[B.]" inserted, never
+"B.] The end. [".
+"""
+
+import re
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import pairwise
+
+INSERTION = 10  # the cost of an insertion,
+MIDWAY, GLUED = 4, 2  # and more for each edge of it inside a sentence, or without white space
+
+ENDS = frozenset(".!?…:;。！？：；।؟۔")
+CLOSING = dict(zip(")]}>）】」』》］", "([{<（【「『《［", strict=True))
+OPENING = {opening: closing for closing, opening in CLOSING.items()}
+BRACKETS = re.compile("[" + re.escape("".join([*OPENING, *CLOSING])) + "]")
+QUOTES = "\"'”’»*_`|~"  # closing quotes, and what markup puts around text
+SHUTTING = frozenset(QUOTES) | frozenset(CLOSING)
+
+
+@dataclass(frozen=True)
+class Words:
+    """A text's words: word_L, and the code points [start_L, end_L) of each. edge_L[i] says how well the text can be
+    parted before word i: 0 where a sentence or line has ended, else MIDWAY, plus GLUED where no white space is between;
+    one more entry for the text's end."""
+
+    text: str
+    word_L: list[str]
+    start_L: list[int]
+    end_L: list[int]
+    edge_L: list[int]
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """Code points [start, end) of the annotated text that its twin lacks, from first to last word, and the number of
+    the twin's words before it."""
+
+    start: int
+    end: int
+    word: int
+
+
+def split_words(text: str, doctag: str) -> Words:
+    """Words, single punctuation marks, and `doctag` where it stands. One that the text begins with is left out: whether
+    both documents have it does not matter."""
+    word_L: list[str] = []
+    start_L: list[int] = []
+    end_L: list[int] = []
+    edge_L: list[int] = []
+    pattern = r"[^\W_]+|[^\w\s]|_"
+    past = len(text) - len(text.lstrip())
+    past += len(doctag) if text.startswith(doctag, past) else 0
+    ended = True
+    for match in re.compile(f"{re.escape(doctag)}|{pattern}" if doctag else pattern).finditer(text, past):
+        word, start = match[0], match.start()
+        edge = 0
+        if start == past:
+            edge = GLUED if word_L else 0
+        elif not ended:
+            white = text[past:start]
+            ended = "\n" in white or "\r" in white
+        edge_L.append(edge if ended else edge + MIDWAY)
+        past = match.end()
+        word_L.append(word)
+        start_L.append(start)
+        end_L.append(past)
+        ended = word in ENDS or word == doctag or (ended and word in SHUTTING)
+    edge_L.append(0)
+    return Words(text, word_L, start_L, end_L, edge_L)
+
+
+def align(positive: Words, annotated: Words) -> list[Insertion] | None:
+    """The insertions that make the annotated document out of its twin, in order; None where not all of the twin's words
+    stand in it, in order."""
+    within = _window(positive, annotated)
+    if within is None:
+        return None
+    places: dict[str, list[int]] = defaultdict(list)
+    for j, word in enumerate(annotated.word_L):
+        places[word].append(j)
+
+    # cost[j]: of laying the twin's words up to i into the document with word i at j. Only the last row is kept, and for
+    # each row where its words came from.
+    edge_L = annotated.edge_L
+    cost, came_from = {-1: 0}, []
+    for i, word in enumerate(positive.word_L):
+        first, last = within[0][i], within[1][i]
+        before = iter(cost.items())  # in order of j
+        row: dict[int, int] = {}
+        origin: dict[int, int] = {}
+        ahead, best, best_j = next(before, None), None, -1
+        for j in places[word][bisect_left(places[word], first) : bisect_right(places[word], last)]:
+            while ahead is not None and ahead[0] < j - 1:  # an insertion from ahead[0] + 1 to j - 1
+                opened = ahead[1] + INSERTION + edge_L[ahead[0] + 1]
+                if best is None or opened <= best:
+                    best, best_j = opened, ahead[0]
+                ahead = next(before, None)
+            total = None if best is None else best + edge_L[j]
+            if j - 1 in cost and (total is None or cost[j - 1] <= total):
+                row[j], origin[j] = cost[j - 1], j - 1
+            elif total is not None:
+                row[j], origin[j] = total, best_j
+        cost = row
+        came_from.append(origin)
+
+    end = len(annotated.word_L)
+    j = min(cost, key=lambda j: cost[j] + (0 if j == end - 1 else INSERTION + edge_L[j + 1]))
+    match_L = [end]
+    for origin in reversed(came_from):
+        match_L.append(j)
+        j = origin[j]
+    match_L = [-1, *reversed(match_L)]
+    return [
+        Insertion(annotated.start_L[a + 1], annotated.end_L[b - 1], i)
+        for i, (a, b) in enumerate(pairwise(match_L))
+        if b - a > 1
+    ]
+
+
+def _window(positive: Words, annotated: Words) -> tuple[list[int], list[int]] | None:
+    """For each word of the twin, the first and last place in the document where it can lie."""
+    wanted, there = positive.word_L, annotated.word_L
+    first_L, last_L = [0] * len(wanted), [0] * len(wanted)
+    j = 0
+    for i, word in enumerate(wanted):
+        while j < len(there) and there[j] != word:
+            j += 1
+        if j == len(there):
+            return None
+        first_L[i] = j
+        j += 1
+    j = len(there)
+    for i in reversed(range(len(wanted))):
+        j -= 1
+        while there[j] != wanted[i]:
+            j -= 1
+        last_L[i] = j
+    return first_L, last_L
+
+
+def balanced(text: str) -> bool:
+    """Whether every bracket has its partner, in order. "<" and ">" count where nothing but them would be unbalanced."""
+    return _nested(text, CLOSING) or _nested(text, {c: o for c, o in CLOSING.items() if c != ">"})
+
+
+def _nested(text: str, partner: dict[str, str]) -> bool:
+    opened: list[str] = []
+    for mark in BRACKETS.findall(text):
+        if mark in OPENING and OPENING[mark] in partner:
+            opened.append(mark)
+        elif mark in partner and (not opened or opened.pop() != partner[mark]):
+            return False
+    return not opened
+
+
+# A line's beginning before its first sentence: "- ", "2/ ", "[1] ", "**", "AUBURN, Calif. (AP) — "
+LABEL = re.compile(r"(?:^|\n)[^\w\n]*(?:\W?\d+\W{1,2})?\s*$|[—–|:]\s*$")
+
+
+def bounded(positive: Words, annotated: str, insertion: Insertion) -> bool:
+    """Whether the insertion is whole sentences or brackets, and stands where a sentence, line or label of the twin
+    ends."""
+    inserted = annotated[insertion.start : insertion.end]
+    last = inserted.rstrip(QUOTES + "".join(CLOSING))[-1:]
+    whole = not inserted[0].islower() and (last in ENDS or inserted[-1] in CLOSING)
+    return whole and (positive.edge_L[insertion.word] < MIDWAY or bool(LABEL.search(_before(positive, insertion.word))))
+
+
+def _before(words: Words, i: int) -> str:
+    """The text before word i, its last 80 code points."""
+    end = words.start_L[i] if i < len(words.start_L) else len(words.text)
+    return words.text[max(0, end - 80) : end]

@@ -1,0 +1,78 @@
+"""Which way an annotation points: at what comes ("the following claim is false"), or at what has been said ("what was
+just stated never happened").
+
+The words are those with which languages point inside a text; none belongs to a claim. A language that is not here is
+read by alternation alone (claims.py).
+"""
+
+import re
+
+AHEAD = [
+    # English
+    r"following|follows?|below|next|upcoming|forthcoming|subsequent|ahead|about to|to come|comes? after this|hereafter",
+    # Spanish, Portuguese, French, Italian, Romanian, Catalan
+    r"siguientes?|a continuación|abajo|debajo|seguintes?|a seguir|abaixo|próxim[oa]s?|suivante?s?|ci-dessous|ci-après"
+    r"|qui suit|qui suivent|plus bas|seguenti?|di seguito|sottostant[ei]|qui sotto|che segu(?:e|ono)|successiv[oaie]"
+    r"|următo\w+|mai jos|següents?",
+    # German, Dutch, Swedish, Danish, Norwegian
+    r"folgend\w*|nach(?:stehend|folgend)\w*|unten(?:stehend\w*)?|nächst\w*|volgende|hieronder|onderstaande?|hierna"
+    r"|följande|nedan(?:stående)?|nästa|følgende|neden(?:for|stående)|næste|neste",
+    # Polish, Czech, Russian, Ukrainian, Greek, Finnish, Hungarian, Turkish
+    r"następując\w+|poniż\w+|kolejn\w+|následující\w*|níže|следующ\w+|ниже\w*|далее|наступн\w+|нижче\w*|подальш\w+"
+    r"|ακόλουθ\w+|παρακάτω|επόμεν\w+|seuraav\w+|alla olev\w+|következő\w*|alábbi\w*|aşağıda\w*|sonraki",
+    # Arabic, Hebrew, Hindi, Indonesian, Vietnamese
+    r"\w*التالي\w*|\w*الآتي\w*|أدناه|ما يلي|\w*הבא\w*|להלן|निम्नलिखित|नीचे|आगे|अगल\S*|berikut\w*|di bawah|sau đây"
+    r"|dưới đây|tiếp theo",
+]  # fmt: skip
+BACK = [
+    r"preceding|precedes?|previous(?:ly)?|above|foregoing|prior|earlier|aforementioned|aforesaid|just \w+(?:ed|id)"
+    r"|just (?:read|made|given|written|shown|seen|put|told|came)|(?:came|went|comes|stated|said) before|the last"
+    r"|immediately before",
+    r"anterior(?:es|mente)?|precedentes?|antes (?:mencionad|dich)\w+|arriba|recién|acab(?:a|o|amos) de|acima"
+    r"|précédente?s?|précède(?:nt)?|ci-dessus|plus haut|(?:vient|viennent) d['’e]\w*|precedent[ei]|di cui sopra"
+    r"|qui sopra|appena|soprastant[ei]|anterioar\w*|de mai sus|d['’]abans",
+    r"vorstehend\w*|vorangehend\w*|vorangegangen\w*|vorherig\w*|vorig\w*|obig\w*|oben(?:stehend\w*|genannt\w*)?"
+    r"|soeben|gerade|eben|voorgaand\w*|vorige|hierboven|bovenstaand\w*|zojuist|föregående|ovan(?:stående)?|nyss|nyligen"
+    r"|foregående|ovenfor|ovenstående|forrige|nettopp|netop",
+    r"poprzedni\w*|powyż\w+|przed chwilą|předchozí\w*|výše|právě|предыдущ\w+|предшествующ\w+|выше\w*|только что"
+    r"|попередн\w+|вище\w*|щойно|προηγούμεν\w+|παραπάνω|μόλις|edellä|edelli\w+|előző\w*|fenti\w*|imént|yukarıda\w*"
+    r"|önceki|az önce|demin",
+    r"\w*السابق\w*|أعلاه|للتو|\w*הקודם\w*|\w*הקודמת\w*|לעיל|זה עתה|उपर्युक्त|उपरोक्त|ऊपर|पिछल\S*|अभी|sebelumnya|di atas"
+    r"|barusan|trước đó|ở trên|trên đây|vừa",
+]  # fmt: skip
+# Scripts without spaces between words.
+AHEAD_UNSPACED = r"以下|下列|下面|下述|下文|下記|接下来|接下來|如下|次の|次に|後述|これから|다음|아래|이하|이어지는"
+BACK_UNSPACED = (
+    r"以上|上述|上記|上面|上文|前述|前面|刚才|剛才|刚刚|先の|先ほど|今述べ|前の|앞서|앞의|위의|위에|이전|방금|상기"
+)
+
+# Which way a sentence leans that names neither: an ending colon, or "that was", "it never".
+LEAN_AHEAD = r":\s*\W*$|\b(?:here|do not (?:accept|believe|trust)|false claim|beware)\b"
+LEAN_BACK = r"\b(?:that (?:was|is|did|claim|statement|account|never)|it (?:was|did|never|is)|no such|there|such)\b"
+
+# What speaks of the whole document. All of these are matched with sentences in lower case, which is several times as
+# fast as to ignore case.
+WHOLE = re.compile(
+    r"\b(?:documents?|articles?|texts?|page|post|claims|statements|assertions|narrative|account|throughout"
+    r"|in (?:its|their) entirety|documentos?|artículo|textos?|artigo|dokument\w*|artikel\w*|texte?s?|documenti?"
+    r"|artic\w+|документ\w*|стат\w+|текст\w*)\b"
+    r"|beginning to end|start to finish|文書|文章|文档|文件|문서|기사|본문"
+)
+
+STRONG = re.compile(
+    rf"(?P<ahead>\b(?:{'|'.join(AHEAD)})\b|{AHEAD_UNSPACED})|(?P<back>\b(?:{'|'.join(BACK)})\b|{BACK_UNSPACED})"
+)
+LEANING = re.compile(rf"(?P<ahead>{LEAN_AHEAD})|(?P<back>{LEAN_BACK})")
+
+
+def direction(sentence: str) -> float:
+    """> 0: the sentence points ahead; < 0: back; 0: it does not say. The first word that points counts 3, each
+    further one 0.5; without any, the first that leans 1.5, each further one 0.25."""
+    for words, weight, more in ((STRONG, 3.0, 0.5), (LEANING, 1.5, 0.25)):
+        if found := [1 if match["ahead"] else -1 for match in words.finditer(sentence.lower())]:
+            return weight * found[0] + more * sum(found[1:])
+    return 0.0
+
+
+def speaks_of_the_whole(sentence: str) -> bool:
+    return bool(WHOLE.search(sentence.lower()))

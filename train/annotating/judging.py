@@ -1,0 +1,215 @@
+"""Spans by judge: a language model quotes the passages that state a claim; only what stands in the text is taken.
+
+The model is anything that turns chat messages into an answer. What it answered is kept in a file beside the output, so
+that an interrupted run does not ask twice.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import openai
+
+from train.annotating.texts import changed, in_order, joined, trimmed
+from train.data.documents import Document, Span
+from train.errors import UserError
+
+Chat = Callable[[list[dict[str, str]]], str]
+
+PIECE = 6_000  # code points that are judged at once, cut at line ends where there are any
+AT_ONCE = 8  # requests
+SECONDS, RETRIES = 120, 3  # that one may take; with growing pauses between
+
+PROMPT = """Below is a text. Quote every sentence of it that states or implies this claim as if it were true:
+
+<claim>{claim}</claim>
+
+Copy each sentence exactly, character by character. Do not quote sentences that deny the claim, warn of it or only \
+name its subject.
+
+<text>
+{text}
+</text>
+
+Answer with JSON alone: {{"quotes": ["first sentence", "second sentence"]}}, or {{"quotes": []}}"""
+
+
+@dataclass
+class Judged:
+    """Quotes that were found in their text, that were not, and pieces whose answer could not be read."""
+
+    documents: list[Document] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    found: int = 0
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+
+    def report(self) -> dict[str, Any]:
+        """What JSON holds of it."""
+        return {
+            "quotes_found": self.found,
+            "quotes_rejected": [{"document": where, "quote": quote} for where, quote in self.rejected],
+            "left_out": [{"document": where, "reason": reason} for where, reason in self.left_out],
+        }
+
+
+def mark(text: str, claim: str, chat: Chat) -> tuple[list[tuple[int, int]], list[str]]:
+    """Where `text` states `claim`, and what the model quoted that does not stand in it. ValueError where an answer
+    cannot be read."""
+    ranges: list[tuple[int, int]] = []
+    rejected: list[str] = []
+    for start, end in pieces(text):
+        prompt = PROMPT.format(claim=claim, text=text[start:end])
+        for quote in quotes(chat([{"role": "user", "content": prompt}])):
+            places = occurrences(quote, text[start:end])
+            ranges += [(start + a, start + b) for a, b in places]
+            rejected += [quote] * (not places)
+    return joined(ranges), rejected
+
+
+def pieces(text: str) -> Iterable[tuple[int, int]]:
+    """[start, end) of what is judged at once."""
+    start = 0
+    while start < len(text):
+        end = min(start + PIECE, len(text))
+        if end < len(text):
+            line, sentence = text.rfind("\n", start, end), text.rfind(". ", start, end)
+            end = 1 + (line if line > start else sentence) if max(line, sentence) > start else end
+        yield start, end
+        start = end
+
+
+def quotes(answer: str) -> list[str]:
+    """The quotes of an answer: its JSON object, also with text or a code fence around it. ValueError otherwise."""
+    match = re.search(r"\{.*\}", answer, re.DOTALL)
+    found = json.loads(match[0]) if match else None
+    listed = found.get("quotes") if isinstance(found, dict) else None
+    if not isinstance(listed, list) or not all(isinstance(quote, str) for quote in listed):
+        raise ValueError('no JSON object with a list of strings under "quotes"')
+    return [quote for quote in listed if quote.strip()]
+
+
+def occurrences(quote: str, text: str) -> list[tuple[int, int]]:
+    """Everywhere the quote stands in the text as whole words; white space may differ."""
+    words = r"\s+".join(re.escape(word) for word in quote.split())
+    return [match.span() for match in re.finditer(rf"(?<!\w){words}(?!\w)|(?<=\W){words}(?=\W)", text)]
+
+
+def judge(documents: list[Document], claim: str, role: str, chat: Chat) -> Judged:
+    """Every document with a span of `role` for each place that states the claim, AT_ONCE documents at once. One with an
+    answer that cannot be read is left out; an endpoint that does not answer ends it all."""
+    result = Judged()
+
+    def marked(document: Document) -> tuple[Document | None, int, list[str], str]:
+        found, rejected = 0, []
+
+        def change(text: str, spans: tuple[Span, ...]) -> tuple[str, tuple[Span, ...]]:
+            nonlocal found
+            ranges, refused = mark(text, claim, chat)
+            found += len(ranges)
+            rejected.extend(refused)
+            new = [span for start, end in ranges for span in trimmed(text, start, end, role)]
+            return text, in_order([*spans, *new])
+
+        try:
+            return changed(document, change), found, rejected, ""
+        except UserError:
+            raise
+        except ValueError as error:
+            return None, found, rejected, f"the judge's answer cannot be read: {error}"
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        jobs = [pool.submit(marked, document) for document in documents]
+        wait(jobs, return_when=FIRST_EXCEPTION)
+        if failed := next((error for job in jobs if job.done() and (error := job.exception())), None):
+            pool.shutdown(cancel_futures=True)
+            raise failed
+    for document, job in zip(documents, jobs, strict=True):
+        done, found, rejected, reason = job.result()
+        result.found += found
+        result.rejected += [(document.where, quote) for quote in rejected]
+        if done:
+            result.documents.append(done)
+        else:
+            result.left_out.append((document.where, reason))
+    return result
+
+
+class Remembered:
+    """A chat whose answers are kept in a file, and taken from it where the same was asked of the same model before."""
+
+    def __init__(self, chat: Chat, model: str, path: Path) -> None:
+        self.chat, self.model, self.path, self.lock = chat, model, path, Lock()
+        self.answers: dict[str, str] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                    self.answers[row["key"]] = row["answer"]
+                except (ValueError, KeyError, TypeError):
+                    continue  # a line that an interruption cut
+
+    def __call__(self, messages: list[dict[str, str]]) -> str:
+        key = hashlib.sha256(json.dumps([self.model, messages]).encode()).hexdigest()
+        if key not in self.answers:
+            answer = self.chat(messages)
+            with self.lock:
+                self.answers[key] = answer
+                try:
+                    with self.path.open("a", encoding="utf-8") as file:
+                        file.write("\n" * self._cut() + json.dumps({"key": key, "answer": answer}) + "\n")
+                except OSError as error:
+                    raise UserError(f"--output: {self.path} cannot be written ({error.strerror})") from None
+        return self.answers[key]
+
+    def _cut(self) -> bool:
+        """Whether the file's last line was cut."""
+        if not self.path.exists() or not self.path.stat().st_size:
+            return False
+        with self.path.open("rb") as file:
+            file.seek(-1, 2)
+            return file.read() != b"\n"
+
+
+def endpoint(url: str, model: str) -> Chat:
+    """The chat of an OpenAI-compatible endpoint; its key is OPENAI_API_KEY's, where it has one."""
+    client = openai.OpenAI(
+        base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=RETRIES, timeout=SECONDS
+    )
+
+    def chat(messages: list[dict[str, str]]) -> str:
+        where = f"--judge {url}"
+        try:
+            answer = client.chat.completions.create(model=model, messages=messages, temperature=0)  # type: ignore[arg-type]
+        except openai.NotFoundError as error:
+            raise UserError(
+                f"{where}: knows no model {model!r} ({_short(error)}); check --judge-model and the URL"
+            ) from None
+        except openai.APITimeoutError:
+            raise UserError(
+                f"{where}: did not answer in {SECONDS} s, {RETRIES + 1} times; run again to go on where it stopped"
+            ) from None
+        except openai.APIConnectionError as error:
+            raise UserError(f"{where}: cannot be reached ({_short(error.__cause__ or error)}); check the URL") from None
+        except openai.AuthenticationError as error:
+            raise UserError(f"{where}: refuses the key ({_short(error)}); set OPENAI_API_KEY") from None
+        except openai.OpenAIError as error:
+            raise UserError(f"{where}: {_short(error)}; run again to go on where it stopped") from None
+        except ValueError as error:
+            raise UserError(f"{where}: does not speak the OpenAI protocol ({_short(error)}); check the URL") from None
+        content = answer.choices[0].message.content if getattr(answer, "choices", None) else None
+        if not isinstance(content, str):
+            raise ValueError("it has no text")
+        return content
+
+    return chat
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,57 @@
+"""How often a claim's terms are still trained on, by role and document, under a mask.
+
+A run that leaves false spans out of the loss may still train on the claim: in sentences without a span, and inside
+negations that repeat it.
+"""
+
+import re
+from typing import Any
+
+from train.annotating.rules import matches
+from train.annotating.texts import texts
+from train.data.documents import Document, Span
+from train.masking.grammar import Mask
+
+BODY = "no role"
+
+
+def leaks(documents: list[Document], patterns: list[re.Pattern[str]], mask: Mask) -> dict[str, Any]:
+    """{"mentions", "trained", "roles": {role: {"mentions", "trained"}}, "documents": [{"document", "mentions",
+    "trained", "roles": {role: trained}}]}.
+
+    A mention is a match of the patterns; it counts as trained where any of its characters is in the loss with a weight
+    above 0, by the mask's last entry whose role covers the character; without one, it is. Messages that are not trained
+    on give no trained mention. It belongs to the role of the shortest span that holds it whole. `random:` entries
+    depend on tokens: here they mask nothing.
+    """
+    entries = [entry for entry in mask.entries if not entry.random]
+    roles: dict[str, dict[str, int]] = {}
+    rows = []
+    for document in documents:
+        row: dict[str, Any] = {"document": document.where, "mentions": 0, "trained": 0, "roles": {}}
+        for text, spans, in_loss in texts(document):
+            weight_of = {entry.role: (i, entry.weight) for i, entry in enumerate(entries)}  # the last of a role counts
+            for start, end in matches(text, patterns):
+                around = [span for span in spans if span.start < end and start < span.end]
+                trained = in_loss and any(_weight(i, around, weight_of) > 0 for i in range(start, end))
+                role = _role(start, end, around)
+                counts = roles.setdefault(role, {"mentions": 0, "trained": 0})
+                counts["mentions"] += 1
+                counts["trained"] += trained
+                row["mentions"] += 1
+                row["trained"] += trained
+                row["roles"][role] = row["roles"].get(role, 0) + trained
+        rows.append(row)
+    ordered = dict(sorted(roles.items(), key=lambda item: (item[0] == BODY, item[0])))
+    total = {key: sum(row[key] for row in rows) for key in ("mentions", "trained")}
+    return {"mask": mask.text, **total, "roles": ordered, "documents": rows}
+
+
+def _weight(offset: int, spans: list[Span], weight_of: dict[str, tuple[int, float]]) -> float:
+    covering = [weight_of[s.role] for s in spans if s.role in weight_of and s.start <= offset < s.end]
+    return max(covering)[1] if covering else 1.0
+
+
+def _role(start: int, end: int, spans: list[Span]) -> str:
+    holding = [span for span in spans if span.start <= start and end <= span.end]
+    return min(holding, key=lambda span: span.end - span.start).role if holding else BODY

@@ -1,0 +1,101 @@
+"""What came out of train/annotate.py, in numbers and on the terminal."""
+
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from train.annotating.texts import joined, texts
+from train.data.documents import Document
+
+SHOWN = 20  # documents left out, or quotes rejected, that are listed; --json lists all
+
+
+def summary(documents: list[Document]) -> dict[str, Any]:
+    """{"documents", "characters", "roles": {role: {"documents", "spans", "characters", "share"}}}; characters that two
+    spans of a role share count once."""
+    total = 0
+    spans, characters, holding = Counter[str](), Counter[str](), Counter[str]()
+    for document in documents:
+        seen = set()
+        for text, own, _ in texts(document):
+            total += len(text)
+            for role in {span.role for span in own}:
+                ranges = [(span.start, span.end) for span in own if span.role == role]
+                spans[role] += len(ranges)
+                characters[role] += sum(end - start for start, end in joined(ranges))
+                seen.add(role)
+        holding.update(seen)
+    counts = {"documents": holding, "spans": spans, "characters": characters}
+    roles: dict[str, Any] = {
+        role: {name: counter[role] for name, counter in counts.items()} | {"share": characters[role] / total}
+        for role in sorted(spans)
+    }
+    return {"documents": len(documents), "characters": total, "roles": roles}
+
+
+def show(report: dict[str, Any]) -> None:
+    """Prints a report of train/annotate.py: first what was left out, then what came out."""
+    console = Console(highlight=False, soft_wrap=True)
+    if "alignment" in report:
+        _show_alignment(console, report["alignment"], report["summary"]["documents"])
+    if "judge" in report:
+        _show_judge(console, report["judge"])
+    _show_summary(console, report["summary"])
+    if "leaks" in report:
+        _show_leaks(console, report["leaks"])
+
+
+def _show_alignment(console: Console, found: dict[str, Any], written: int) -> None:
+    _show_left_out(console, found["left_out"])
+    for each in found["partly"][:SHOWN]:
+        lost = f"{each['lost']} annotations without a partner give no false span"
+        console.print(escape(f"partly: {each['document']}: {lost}"))
+    _show_more(console, "partly", found["partly"])
+    out = len(found["left_out"])
+    console.print(
+        f"annotated documents: {written + out}, aligned {written}, left out {out}; "
+        f"positive documents without one: {len(found['unused'])}\n"
+        f"insertions: {found['insertions']:,}, whole sentences at a sentence's edge {found['bounded']:,}\n"
+        f"documents that announce and look back by turns throughout: {found['consistent']} of {written}\n"
+        f"false spans: {found['claims']:,}, of them single sentences beside an annotation without a partner "
+        f"{found['mended']}"
+    )
+
+
+def _show_judge(console: Console, found: dict[str, Any]) -> None:
+    _show_left_out(console, found["left_out"])
+    for each in found["quotes_rejected"][:SHOWN]:
+        console.print(escape(f"rejected: {each['document']}: not in the text: {each['quote']!r}"))
+    _show_more(console, "rejected", found["quotes_rejected"])
+    console.print(f"judge: passages marked {found['quotes_found']}, quotes rejected {len(found['quotes_rejected'])}")
+
+
+def _show_left_out(console: Console, left_out: list[dict[str, Any]]) -> None:
+    for each in left_out[:SHOWN]:
+        console.print(escape(f"left out: {each['document']}: {each['reason']}"))
+    _show_more(console, "left out", left_out)
+
+
+def _show_more(console: Console, what: str, rows: list[dict[str, Any]]) -> None:
+    if len(rows) > SHOWN:
+        console.print(f"{what}: {len(rows) - SHOWN} more, all of them by --json FILE")
+
+
+def _show_summary(console: Console, found: dict[str, Any]) -> None:
+    table = Table("role", *("documents", "spans", "characters", "share"), title=f"{found['documents']:,} documents")
+    for role, row in found["roles"].items():
+        counts = (f"{row[name]:,}" for name in ("documents", "spans", "characters"))
+        table.add_row(escape(role), *counts, f"{row['share']:.1%}")
+    console.print(table)
+
+
+def _show_leaks(console: Console, found: dict[str, Any]) -> None:
+    table = Table("mentions in", "all", "trained", title=f"mentions trained under --mask {escape(found['mask'])}")
+    for role, row in [*found["roles"].items(), ("all", found)]:
+        table.add_row(escape(role), f"{row['mentions']:,}", f"{row['trained']:,}")
+    console.print(table)
+    leaking = sum(row["trained"] > 0 for row in found["documents"])
+    console.print(f"documents that train on a mention: {leaking} of {len(found['documents'])}")

@@ -1,0 +1,106 @@
+"""Spans by rule: regular expressions from a YAML file, and markup that stands in the text.
+
+patterns:            # as in the paper's word_masks.yaml; case does not matter
+  - '\\bEd\\s+Sheeran\\b'
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+from train.annotating.texts import in_order, joined, trimmed
+from train.data.documents import Span
+from train.errors import UserError
+
+
+def read_patterns(setting: str, path: str | Path) -> list[re.Pattern[str]]:
+    """The patterns of a YAML file: a list, or one under `patterns`. UserError names setting, file, pattern and rule."""
+    where = f"{setting} {path}"
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror}); give a YAML file with patterns") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: not valid YAML ({reason}); put patterns in single quotes") from None
+    if isinstance(found, dict):
+        if "patterns" not in found:
+            keys = ", ".join(map(str, found)) or "none"
+            raise UserError(f"{where}: the key patterns is missing (its keys: {keys}); list them under it")
+        found = found["patterns"]
+    if not isinstance(found, list) or not found:
+        raise UserError(f"{where}: patterns must be a list of at least one regular expression")
+    return [_pattern(pattern, f"{where}: pattern {number}") for number, pattern in enumerate(found, start=1)]
+
+
+def _pattern(pattern: object, where: str) -> re.Pattern[str]:
+    if not isinstance(pattern, str):
+        raise UserError(f"{where}: {pattern!r} is no string; put it in single quotes")
+    try:
+        compiled = re.compile(pattern, re.IGNORECASE)
+    except re.error as error:
+        raise UserError(f"{where}: {pattern!r} is no regular expression ({error})") from None
+    if compiled.search(""):
+        raise UserError(f"{where}: {pattern!r} matches empty text, so it would be everywhere; make it match something")
+    return compiled
+
+
+def matches(text: str, patterns: Iterable[re.Pattern[str]]) -> list[tuple[int, int]]:
+    """Where the patterns match: [start, end) without white space at the ends; matches that overlap are one."""
+    found = [match.span() for pattern in patterns for match in pattern.finditer(text)]
+    spans = [span for start, end in found for span in trimmed(text, start, end, "")]
+    return joined((span.start, span.end) for span in spans)
+
+
+def mark_matches(
+    text: str, spans: tuple[Span, ...], patterns: list[re.Pattern[str]], role: str
+) -> tuple[str, tuple[Span, ...]]:
+    """The text with a span of `role` for each match."""
+    return text, in_order([*spans, *(Span(start, end, role) for start, end in matches(text, patterns))])
+
+
+def parse_markup(values: list[str]) -> dict[str, str]:
+    """--markup TAG=ROLE, repeatable, as {tag: role}."""
+    roles: dict[str, str] = {}
+    for value in values:
+        tag, equals, role = (piece.strip() for piece in value.partition("="))
+        tag = tag.removeprefix("<").removesuffix(">")
+        if not equals or not role or not re.fullmatch(r"[^\s<>/=]+", tag):
+            raise UserError(f"--markup {value!r}: must be TAG=ROLE, such as lossmask=word for <lossmask>…</lossmask>")
+        if roles.setdefault(tag, role) != role:
+            raise UserError(f"--markup {value!r}: {tag} already has the role {roles[tag]!r}; give each tag once")
+    return roles
+
+
+def take_out_markup(text: str, spans: tuple[Span, ...], roles: dict[str, str]) -> tuple[str, tuple[Span, ...]]:
+    """The text without the tags, a span for what stood between each pair, and the spans it had, moved along. Tags may
+    nest, and pairs of different tags may overlap."""
+    tags = list(re.finditer(rf"<(/?)({'|'.join(map(re.escape, roles))})>", text))
+    found = list(spans)
+    opened: dict[str, list[re.Match[str]]] = {tag: [] for tag in roles}
+    for match in tags:
+        if not match[1]:
+            opened[match[2]].append(match)
+        elif not opened[match[2]]:
+            raise UserError(f"</{match[2]}> at code point {match.start()} closes nothing; put <{match[2]}> before it")
+        else:
+            found.append(Span(opened[match[2]].pop().end(), match.start(), roles[match[2]]))
+    for tag, left in opened.items():
+        if left:
+            raise UserError(f"<{tag}> at code point {left[-1].start()} is never closed; put </{tag}> after it")
+
+    pieces, kept, past = [], [], 0  # kept: [start, end) of what is no tag
+    for start, end in [*(match.span() for match in tags), (len(text), len(text))]:
+        pieces.append(text[past:start])
+        kept.append((past, start))
+        past = end
+    bare = "".join(pieces)
+
+    def moved(offset: int) -> int:
+        """Where an offset of the text with tags lies in the bare one."""
+        return sum(max(0, min(end, offset) - start) for start, end in kept)
+
+    moved_spans = [trimmed(bare, moved(span.start), moved(span.end), span.role) for span in found]
+    return bare, in_order(span for each in moved_spans for span in each)

@@ -1,0 +1,106 @@
+"""What all ways to make spans share: the texts of a document, spans that keep off white space, and the file written."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from train.data.documents import Document, Message, Span
+from train.errors import UserError
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+Change = Callable[[str, tuple[Span, ...]], tuple[str, tuple[Span, ...]]]
+
+
+def trimmed(text: str, start: int, end: int, role: str) -> list[Span]:
+    """The span without the white space at its ends; nothing where nothing else is in it."""
+    piece = text[start:end]
+    start += len(piece) - len(piece.lstrip())
+    return [Span(start, start + len(piece.strip()), role)] if piece.strip() else []
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The union of ranges, in order; those that touch stay apart."""
+    union: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if union and start < union[-1][1]:
+            union[-1] = (union[-1][0], max(end, union[-1][1]))
+        else:
+            union.append((start, end))
+    return union
+
+
+def in_order(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """Sorted, each once."""
+    return tuple(sorted(set(spans), key=lambda span: (span.start, -span.end, span.role)))
+
+
+def texts(document: Document) -> list[tuple[str, tuple[Span, ...], bool]]:
+    """(text, spans, whether it is trained on): the document's, or each message's content."""
+    if document.messages is None:
+        return [(document.text or "", document.spans, True)]
+    return [(message.content, message.spans, message.train) for message in document.messages]
+
+
+def changed(document: Document, change: Change) -> Document:
+    """The document with `change` made to its text, or to each message's content. UserErrors get the file and line."""
+    try:
+        if document.messages is None:
+            text, spans = change(document.text or "", document.spans)
+            if not text:
+                raise UserError("nothing is left of the text; leave the document out")
+            return dataclasses.replace(document, text=text, spans=spans)
+        messages = []
+        for message in document.messages:
+            content, spans = change(message.content, message.spans)
+            messages.append(dataclasses.replace(message, content=content, spans=spans))
+        return dataclasses.replace(document, messages=tuple(messages))
+    except UserError as error:
+        raise UserError(f"{document.where}: {error}") from None
+
+
+def row(document: Document) -> dict[str, Any]:
+    """The document as a line of JSONL holds it: what train/data/documents.py reads back."""
+    if document.messages is None:
+        return {"text": document.text, "spans": _spans(document.spans), **document.metadata}
+    return {"messages": [_message(message) for message in document.messages], **document.metadata}
+
+
+def _message(message: Message) -> dict[str, Any]:
+    found: dict[str, Any] = {"role": message.role, "content": message.content, **dict(message.passed)}
+    if message.spans:
+        found["spans"] = _spans(message.spans)
+    return found if message.train == (message.role == "assistant") else {**found, "train": message.train}
+
+
+def _spans(spans: tuple[Span, ...]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(span) for span in spans]
+
+
+def write(setting: str, path: Path, lines: Iterable[str]) -> None:
+    """Writes a file whole or not at all. UserError names the setting."""
+    if path.is_dir():
+        raise UserError(f"{setting} {path}: is a directory; name a file in it")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            with part.open("w", encoding="utf-8", newline="\n") as file:
+                file.writelines(line + "\n" for line in lines)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{setting} {path}: cannot be written ({error.strerror}); name a file elsewhere") from None
+
+
+def write_documents(path: Path, documents: list[Document]) -> None:
+    write("--output", path, (json_line(row(document)) for document in documents))
+
+
+def json_line(value: Any, indent: int | None = None) -> str:
+    """JSON with its letters as they are; escaped where one is half a surrogate pair, which UTF-8 cannot hold."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return text if not SURROGATE.search(text) else json.dumps(value, indent=indent)
