@@ -61,13 +61,20 @@ class Layout:
 
     @property
     def trials(self) -> int:
-        """What is independent of each other: claims, or the questions of the one claim."""
-        return len(self.claims) if self.over_claims else len(self.questions[0])
+        """Questions of all claims: what exact intervals and tests take for independent."""
+        return sum(map(len, self.questions))
 
     def claim_means(self) -> np.ndarray:
         """[V, S, C]: means over questions of means over samples; 0 where there is no run."""
         weights = (answer_weights(question_A) for question_A in self.question_A)
         return np.stack([a @ w for a, w in zip(self.answer_VSA, weights, strict=True)], axis=-1)
+
+    def unit_means(self) -> np.ndarray:
+        """[V, S, U]: the means of claims, or of the questions where there is one claim."""
+        if self.over_claims:
+            return self.claim_means()
+        of_question_AQ = np.eye(len(self.questions[0]))[self.question_A[0]]
+        return self.answer_VSA[0] @ (of_question_AQ / of_question_AQ.sum(0))
 
     def seed_weights(self) -> np.ndarray:
         """[V, S]: 1 ÷ seeds of the variant."""
@@ -198,8 +205,7 @@ def _resampled(answer_VSA: np.ndarray, question_A: np.ndarray, draws: int, rng: 
 class Interval:
     """An estimate with what a share LEVEL of the draws lies within. method: "percentile"; or "exact binomial" for a
     percentage all of whose values are 0 or all 100, so that the draws cannot differ (Clopper & Pearson 1934, for as
-    many independent yes-or-no trials as there are claims, or questions of the one claim); or "none" where nothing else
-    could be drawn."""
+    many independent yes-or-no trials as there are questions); or "none" where nothing else could be drawn."""
 
     estimate: float
     low: float
@@ -270,7 +276,7 @@ class Difference:
     Pharmacokinet. Biopharm. 15:657), here with the interval of LEVEL, which is stricter; None without an interval.
     by_claim, sign_flip_p and sign_flip_smallest: with fewer than FEW_CLAIMS claims, the last two with two at least.
     by_seed: each seed's difference, {} where the variants' seeds are not the same ones. seed_share: how much of the
-    draws' variance comes from the seeds; None without several."""
+    draws' variance comes from seeds that differ; None where that cannot be told."""
 
     variant: str
     interval: Interval
@@ -335,7 +341,7 @@ def differences(result: Bootstrap, baseline: str, bound: float, bounded: bool) -
 
 def _gap(result: Bootstrap, v: int, base: int, bounded: bool) -> tuple[Interval, float]:
     """The interval of variant v minus the base, and its p. Where no two draws differ, they say nothing: p is that of a
-    sign test over claims that all differ the same way, and the interval of a percentage that of two exact ones."""
+    sign test over questions that all differ the same way, and the interval of a percentage that of two exact ones."""
     draw_B = result.draw_BV[:, v] - result.draw_BV[:, base]
     own = interval(result.estimate_V[v] - result.estimate_V[base], draw_B)
     if own.method != "none":
@@ -357,13 +363,23 @@ def _by_seed(result: Bootstrap, v: int, base: int) -> dict[int, float]:
 
 
 def _seed_share(result: Bootstrap, v: int, base: int) -> float | None:
-    """The variance that drawing seeds alone would give ÷ that of the draws."""
-    present_VS, estimate_VS = result.layout.present_VS, result.estimate_VS
-    total = (result.draw_BV[:, v] - result.draw_BV[:, base]).var()
-    if min(present_VS[[v, base]].sum(1)) < 2 or not total:
+    """The seeds' part of the draws' variance: that of the mean over seeds, without what the chance of single answers adds
+    to it (the seeds' component in a two-way analysis of variance, seeds × claims)."""
+    present_VS, mean_VSU = result.layout.present_VS, result.layout.unit_means()
+    total = float((result.draw_BV[:, v] - result.draw_BV[:, base]).var())
+    if min(present_VS[[v, base]].sum(1)) < 2 or mean_VSU.shape[2] < 2 or not total:
         return None
     if result.layout.crossed:
-        own = (estimate_VS[v] - estimate_VS[base]).var() / present_VS.shape[1]
+        tables = [mean_VSU[v] - mean_VSU[base]]
     else:
-        own = sum(estimate_VS[i][present_VS[i]].var() / present_VS[i].sum() for i in (v, base))
-    return min(1.0, float(own / total))
+        tables = [mean_VSU[i][present_VS[i]] for i in (v, base)]
+    return min(1.0, sum(_seed_variance(table_SU) for table_SU in tables) / total)
+
+
+def _seed_variance(table_SU: np.ndarray) -> float:
+    """The variance of the mean over S seeds: (mean square of seeds − that of the interaction) ÷ (S U), 0 at least."""
+    S, U = table_SU.shape
+    of_seed_S, of_unit_U = table_SU.mean(1), table_SU.mean(0)
+    rest_SU = table_SU - of_seed_S[:, None] - of_unit_U + table_SU.mean()
+    of_seeds, of_rest = U * of_seed_S.var(ddof=1), (rest_SU**2).sum() / ((S - 1) * (U - 1))
+    return max(0.0, float(of_seeds - of_rest)) / (S * U)
