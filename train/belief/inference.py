@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import binomtest, norm, permutation_test
+from scipy.stats import f as f_distribution
 
 from train.belief.values import Values
 from train.errors import UserError
@@ -363,8 +364,8 @@ def _by_seed(result: Bootstrap, v: int, base: int) -> dict[int, float]:
 
 
 def _seed_share(result: Bootstrap, v: int, base: int) -> float | None:
-    """The seeds' part of the draws' variance: that of the mean over seeds, without what the chance of single answers adds
-    to it (the seeds' component in a two-way analysis of variance, seeds × claims)."""
+    """The seeds' part of the draws' variance: that of the mean over seeds, without what the chance of single answers
+    adds to it (the seeds' component in a two-way analysis of variance, seeds × claims)."""
     present_VS, mean_VSU = result.layout.present_VS, result.layout.unit_means()
     total = float((result.draw_BV[:, v] - result.draw_BV[:, base]).var())
     if min(present_VS[[v, base]].sum(1)) < 2 or mean_VSU.shape[2] < 2 or not total:
@@ -377,9 +378,12 @@ def _seed_share(result: Bootstrap, v: int, base: int) -> float | None:
 
 
 def _seed_variance(table_SU: np.ndarray) -> float:
-    """The variance of the mean over S seeds: (mean square of seeds − that of the interaction) ÷ (S U), 0 at least."""
+    """The variance of the mean over S seeds: (mean square of seeds − that of the interaction) ÷ (S U); 0 where an F-test
+    does not see it at the level of .1, as from three seeds chance often looks like it."""
     S, U = table_SU.shape
     of_seed_S, of_unit_U = table_SU.mean(1), table_SU.mean(0)
     rest_SU = table_SU - of_seed_S[:, None] - of_unit_U + table_SU.mean()
     of_seeds, of_rest = U * of_seed_S.var(ddof=1), (rest_SU**2).sum() / ((S - 1) * (U - 1))
-    return max(0.0, float(of_seeds - of_rest)) / (S * U)
+    if f_distribution.sf(of_seeds, S - 1, (S - 1) * (U - 1), scale=max(of_rest, 1e-300)) > 0.1:
+        return 0.0
+    return float(of_seeds - of_rest) / (S * U)

@@ -151,8 +151,8 @@ def _difference_tables(result: dict[str, Any]) -> list[Any]:
     blocks: list[Any] = [
         Text(
             f"Verdicts: “differs” where p, adjusted by Holm for all variants, is below .05; “no effect beyond the "
-            f"bound” only where the whole interval lies within ±{main['bound']:g} {points}; else “not told apart”, and a true "
-            "difference as large as the smallest detectable one would have been found in 80 of 100 such runs."
+            f"bound” only where the whole interval lies within ±{main['bound']:g} {points}; else “not told apart”, and "
+            "a true difference as large as the smallest detectable one would have been found in 80 of 100 such runs."
         ),
         Table(head, rows),
     ]
@@ -313,8 +313,8 @@ def _method(result: dict[str, Any]) -> list[Any]:
         "Every figure can be worked out from the evaluation.jsonl of the runs and of the base model. An estimate is a "
         "mean over seeds and claims of means over questions of means over samples.",
         f"Intervals: percentiles of {draws:,} draws (seed {seed}) of a hierarchical bootstrap; claims with "
-        "replacement, for each its questions, for each its samples, and seeds, the same ones for every claim; one claim is not "
-        "resampled. All variants get the same draws, so that differences are paired. Percentiles rather than BCa, as "
+        "replacement, for each its questions, for each its samples, and seeds, the same ones for every claim; one claim "
+        "is not resampled. All variants get the same draws, so that differences are paired. Percentiles rather than BCa, as "
         "its acceleration is not defined for crossed seeds, nor its correction for rates at 0 or 100 %.",
         "p: twice the share of draws on the rarer side of 0, adjusted by Holm's method over all variants. With fewer "
         f"than {FEW_CLAIMS} claims also the exact test over all signs of the claims' differences.",
