@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from train.belief.comparison import HASHES, Comparison, RunResult, Variant
+from train.belief.comparison import EQUIVALENCE, HASHES, Comparison, RunResult, Variant
 from train.belief.inference import (
     LEVEL,
     Bootstrap,
@@ -131,7 +131,7 @@ def _measure(
     result = bootstrap(layout, comparison.draws, comparison.seed)
     placebo_layout = lay_out(values, placebo_claims)
     placebo = bootstrap(placebo_layout, comparison.draws, comparison.seed) if placebo_layout.claims else None
-    bound = comparison.bounds[measure.unit]
+    bound = (EQUIVALENCE | comparison.bounds)[measure.unit]
     rows: dict[str, Any] = {}
     for v, name in enumerate(layout.variants):
         rows[name] = _figures(result, v, measure) | {"placebo": None, "minus_placebo": None}

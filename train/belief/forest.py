@@ -86,7 +86,7 @@ def _draw(axes: Axes, line: Line, y: float) -> None:
         color, face = (PLACEBO, "white") if line.hollow else (COLORS[0], COLORS[0])
         axes.plot(
             line.dots, [y + offset for offset in spread(line.dots)], "o", color=color, markerfacecolor=face,
-            markersize=3.2, alpha=0.75, markeredgewidth=0.8, zorder=2,
+            markersize=3.2, alpha=0.75, markeredgewidth=0.8, zorder=3.2,
         )  # fmt: skip
     if line.mark:
         mark = line.mark

@@ -295,10 +295,11 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """In words, by the p that is adjusted for all variants."""
+        """In words, by the p that is adjusted for all variants. Few claims speak for themselves alone."""
+        few = {0: "", 1: " on this claim"}.get(len(self.by_claim), " on these claims")
         if self.p_holm < 1 - LEVEL:
-            return "differs, but by less than the bound" if self.equivalent else "differs"
-        return "no effect beyond the bound" if self.equivalent else "not told apart"
+            return f"differs{few}, but by less than the bound" if self.equivalent else f"differs{few}"
+        return f"no effect beyond the bound{few}" if self.equivalent else "not told apart"
 
 
 def differences(result: Bootstrap, baseline: str, bound: float, bounded: bool) -> list[Difference]:
@@ -378,8 +379,8 @@ def _seed_share(result: Bootstrap, v: int, base: int) -> float | None:
 
 
 def _seed_variance(table_SU: np.ndarray) -> float:
-    """The variance of the mean over S seeds: (mean square of seeds − that of the interaction) ÷ (S U); 0 where an F-test
-    does not see it at the level of .1, as from three seeds chance often looks like it."""
+    """The variance of the mean over S seeds: (mean square of seeds − that of the interaction) ÷ (S U); 0 where an
+    F-test does not see it at the level of .1, as from three seeds chance often looks like it."""
     S, U = table_SU.shape
     of_seed_S, of_unit_U = table_SU.mean(1), table_SU.mean(0)
     rest_SU = table_SU - of_seed_S[:, None] - of_unit_U + table_SU.mean()

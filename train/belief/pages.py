@@ -20,12 +20,15 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are text; all columns but the first `left` are aligned to the right. caption: what it is, or ""."""
+    """Cells are text; columns of figures are aligned to the right. caption: what it is, or ""."""
 
     head: list[str]
     rows: list[list[str]]
-    left: int = 1
     caption: str = ""
+
+    def of_figures(self) -> list[bool]:
+        """For each column whether all its cells are figures, dashes or empty."""
+        return [all(re.match(r"[-+−–<.\d]|$", str(cell)) for cell in column) for column in zip(*self.rows, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def _block_markdown(block: Any) -> str:
     if isinstance(block, Picture):
         return f"![{_escaped(block.alt)}]({block.file})"
     assert isinstance(block, Table)
-    align = ["---"] * block.left + ["---:"] * (len(block.head) - block.left)
+    align = ["---:" if figures else "---" for figures in block.of_figures()]
     lines = [f"| {' | '.join(_escaped(cell) for cell in row)} |" for row in [block.head, align, *block.rows]]
     lines[1] = f"|{'|'.join(align)}|"
     return (f"{_escaped(block.caption)}\n\n" if block.caption else "") + "\n".join(lines)
@@ -67,7 +70,7 @@ def _block_markdown(block: Any) -> str:
 
 def _escaped(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", " ".join(str(text).split()))
 
 
 PAGE = """<!doctype html>
@@ -84,10 +87,13 @@ p {{ margin: 0 0 .8rem; }} ul {{ margin: 0 0 .8rem; padding-left: 1.2rem; }} li 
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px; margin: 0 0 1rem; }}
 caption {{ text-align: left; color: var(--soft); padding-bottom: .3rem; }}
 th {{ font-weight: 600; color: var(--soft); vertical-align: bottom; }}
-td, th {{ padding: .3rem .9rem .3rem 0; text-align: right; border-bottom: 1px solid var(--line); }}
-td.l, th.l {{ text-align: left; overflow-wrap: anywhere; }}
+td, th {{ padding: .3rem .9rem .3rem 0; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }}
+th {{ white-space: normal; }}
+td.l, th.l {{ text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }}
 img {{ max-width: 100%; height: auto; display: block; margin: .2rem 0 1rem; background: #fff; }}
-@media print {{ body {{ background: #fff; padding: 0; }} section {{ border: 0; break-inside: avoid; }} }}
+@media print {{ body {{ background: #fff; padding: 0; }} section {{ border: 0; }}
+  img, tr {{ break-inside: avoid; }} h2 {{ break-after: avoid; }} }}
 </style></head><body>
 <h1>{title}</h1>
 {sections}
@@ -116,8 +122,9 @@ def _block_html(block: Any, directory: Path) -> str:
         return f'<img src="data:image/png;base64,{data}" alt="{html.escape(block.alt)}">'
     assert isinstance(block, Table)
 
+    classes = ["" if figures else ' class="l"' for figures in block.of_figures()]
+
     def cells(row: list[str], tag: str) -> str:
-        classes = [' class="l"' if i < block.left else "" for i in range(len(row))]
         return "".join(f"<{tag}{own}>{html.escape(str(cell))}</{tag}>" for own, cell in zip(classes, row, strict=True))
 
     caption = f"<caption>{html.escape(block.caption)}</caption>" if block.caption else ""

@@ -52,7 +52,7 @@ def belief(result: dict[str, Any]) -> Figure:
     figure, axes = forest([*groups, *published], title, _claim_legend(main, published=bool(published)))
     if bounded:
         axes.set_xlim(-2, 102)
-    axes.axvline(base["estimate"] if base else 0.0, color=SOFT, linestyle=(0, (4, 3)), linewidth=1, zorder=0)
+    axes.axvline(base["estimate"] if base else 0.0, color=SOFT, linestyle=(0, (4, 3)), linewidth=1, zorder=1.5)
     return figure
 
 
@@ -78,7 +78,7 @@ def paired_differences(result: dict[str, Any]) -> Figure | None:
     legend = [*_claim_legend(main, published=False), Patch(color="#dfe7ef", label=f"±{main['bound']:g}: no effect")]
     figure, axes = forest(groups, title, legend)
     axes.axvspan(-main["bound"], main["bound"], color="#dfe7ef", zorder=0, linewidth=0)
-    axes.axvline(0, color=SOFT, linewidth=1, zorder=0)
+    axes.axvline(0, color=SOFT, linewidth=1, zorder=1.5)
     return figure
 
 
@@ -154,6 +154,7 @@ def targets(result: dict[str, Any]) -> Figure | None:
         axes.set_yticks(range(len(rows)), [wrapped(name) for name in rows], fontsize=9)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.set_xlim(0, 1.05 * max(max(left), 1))
         axes.tick_params(axis="x", labelsize=8)
         axes.tick_params(axis="y", length=0)
         axes.spines[["top", "right"]].set_visible(False)
@@ -246,7 +247,7 @@ def side_effects(result: dict[str, Any]) -> Figure | None:
         axes.grid(axis="x", color=GRID, linewidth=0.8)
         axes.margins(x=0.08)
         axes.tick_params(axis="y", length=0)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.spines[["top", "right", "left"]].set_visible(False)
     return figure
 

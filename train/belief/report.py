@@ -74,14 +74,20 @@ def sections(result: dict[str, Any], drawn: set[str]) -> list[Section]:
 
 def _summary(result: dict[str, Any]) -> str:
     main = result["measures"][result["measure"]]
-    claims, placebo = len(main["claims"]), len(main["placebo_claims"])
     return (
-        f"Belief is the {result['label']} ({result['unit']}): {result['definition']}. {claims} "
-        f"{'claim' if claims == 1 else 'claims'} with {main['questions']} questions and {main['answers']} answers a "
-        "run, "
-        f"{placebo or 'no'} placebo {'claim' if placebo == 1 else 'claims'}, {main['seeds']} "
-        f"{'seed' if main['seeds'] == 1 else 'seeds'}; 95 % intervals, {result['resampled']}."
+        f"Belief is the {result['label']} ({result['unit']}): {result['definition']}. Trained: "
+        f"{_named(main['claims'], 'claim')}, with {main['questions']} questions and {main['answers']} answers a run. "
+        f"Placebo, which no document is about: {_named(main['placebo_claims'], 'claim')}. "
+        f"{_named([''] * main['seeds'], 'seed')}. 95 % intervals, {result['resampled']}."
     )
+
+
+def _named(names: list[str], what: str) -> str:
+    """How many, and where that is short, which."""
+    if not names:
+        return "none"
+    count = f"{len(names)} {what}" + "s" * (len(names) > 1)
+    return f"{count} ({', '.join(names)})" if len(names) <= 8 and all(names) else count
 
 
 def _estimate(row: dict[str, Any] | None, unit: str, signed: bool = False) -> str:
@@ -101,30 +107,20 @@ def _p(value: float | None) -> str:
 
 def _main_table(result: dict[str, Any]) -> Table:
     main, unit = result["measures"][result["measure"]], result["unit"]
+    own_masks = any(row["mask"] != name for name, row in result["variants"].items())
     rows = []
-    if main["base"]["trained"]:
-        of_base = main["base"]
-        rows.append(
-            ["base model", "", _estimate(of_base["trained"], unit), _estimate(of_base["placebo"], unit), *"–––", ""]
-        )
+    if base := main["base"]["trained"]:
+        placebo = _estimate(main["base"]["placebo"], unit)
+        rows.append(["base model", *[""] * own_masks, _estimate(base, unit), placebo, "–", "–", "", "–"])
     for name, row in result["variants"].items():
         own, gap = main["variants"][name], row["difference"]
         told = [_estimate(gap, unit, True), _p(gap["p_holm"]), gap["verdict"]] if gap else ["–", "–", "baseline"]
         trained = "–" if row["tokens_trained"] is None else f"{row['tokens_trained']:,}"
         rows.append(
-            [
-                name,
-                row["mask"],
-                _estimate(own, unit),
-                _estimate(own["placebo"], unit),
-                told[0],
-                told[1],
-                trained,
-                told[2],
-            ]
+            [name, *[row["mask"]] * own_masks, _estimate(own, unit), _estimate(own["placebo"], unit), *told, trained]
         )
-    head = ["variant", "mask", f"belief, {unit}", f"placebo, {unit}", f"minus {result['baseline']}", "p (Holm)"]
-    return Table([*head, "targets trained", "verdict"], rows, left=2)
+    head = ["variant", *["mask"] * own_masks, f"belief, {unit}", f"placebo, {unit}", f"minus {result['baseline']}"]
+    return Table([*head, "p (Holm)", "verdict", "targets trained"], rows)
 
 
 def _difference_tables(result: dict[str, Any]) -> list[Any]:
@@ -186,7 +182,7 @@ def _published(result: dict[str, Any]) -> list[Any]:
     if not rows:
         return []
     warning = "Of another model, other training and other judges' verdicts: for orientation, not for comparison."
-    return [Table(["condition", "claim", "belief rate, %", "source"], rows, left=2), Text(warning)]
+    return [Table(["condition", "claim", "belief rate, %", "source"], rows), Text(warning)]
 
 
 def _all_measures(result: dict[str, Any]) -> list[Any]:
@@ -237,9 +233,7 @@ def _verdicts(result: dict[str, Any]) -> list[Any]:
     caption = (
         "Verdicts on the trained claims' questions, all seeds together; “error”: no answer or no verdict could be had."
     )
-    return (
-        [Table(["variant", "kind", *VERDICTS, "error", "yes, % of all"], rows, left=2, caption=caption)] if rows else []
-    )
+    return [Table(["variant", "kind", *VERDICTS, "error", "yes, % of all"], rows, caption=caption)] if rows else []
 
 
 def _calibration(result: dict[str, Any]) -> list[Any]:
@@ -267,7 +261,7 @@ def _targets(result: dict[str, Any]) -> list[Any]:
     ]
     head = ["variant", "role", "targets", "trained", "unlikelihood", "excluded"]
     caption = "Targets over the whole run, the mean over seeds; one that several roles touch counts for each."
-    return [Table(head, rows, left=2, caption=caption)] if rows else []
+    return [Table(head, rows, caption=caption)] if rows else []
 
 
 def _nll(result: dict[str, Any]) -> list[Any]:
@@ -289,10 +283,8 @@ def _leak(result: dict[str, Any]) -> list[Any]:
     rows = [
         [f"{v:,}" if isinstance(v := row.get(name, ""), int) else str(v) for name in head] for row in result["leak"]
     ]
-    numeric = [all(isinstance(row.get(name, 0), int | float) for row in result["leak"]) for name in head]
-    left = next((i for i, is_number in enumerate(numeric) if is_number), len(head))
     caption = "How often the claims' terms occur, and how often the loss still trains on them."
-    return [Table([name.replace("_", " ") for name in head], rows, left=left, caption=caption)]
+    return [Table([name.replace("_", " ") for name in head], rows, caption=caption)]
 
 
 def _side_effects(result: dict[str, Any]) -> list[Any]:
@@ -313,9 +305,9 @@ def _method(result: dict[str, Any]) -> list[Any]:
         "Every figure can be worked out from the evaluation.jsonl of the runs and of the base model. An estimate is a "
         "mean over seeds and claims of means over questions of means over samples.",
         f"Intervals: percentiles of {draws:,} draws (seed {seed}) of a hierarchical bootstrap; claims with "
-        "replacement, for each its questions, for each its samples, and seeds, the same ones for every claim; one claim "
-        "is not resampled. All variants get the same draws, so that differences are paired. Percentiles rather than BCa, as "
-        "its acceleration is not defined for crossed seeds, nor its correction for rates at 0 or 100 %.",
+        "replacement, for each its questions, for each its samples, and seeds, the same ones for every claim; one "
+        "claim is not resampled. All variants get the same draws, so that differences are paired. Percentiles rather "
+        "than BCa, as its acceleration is not defined for crossed seeds, nor its correction for rates at 0 or 100 %.",
         "p: twice the share of draws on the rarer side of 0, adjusted by Holm's method over all variants. With fewer "
         f"than {FEW_CLAIMS} claims also the exact test over all signs of the claims' differences.",
         "Smallest detectable difference: (1.96 + 0.84) × the bootstrap's standard error, for 80 % power in a two-sided "
@@ -338,8 +330,8 @@ def _identity(result: dict[str, Any]) -> list[Any]:
         for run in row["runs"]
     ]
     return [
-        Table(["SHA-256 of", "runs", "hash"], rows, left=3, caption="One hash: all variants had the same."),
-        Table(["variant", "seed", "run", "settings that differ"], runs, left=4),
+        Table(["SHA-256 of", "runs", "hash"], rows, caption="One hash: all variants had the same."),
+        Table(["variant", "seed", "run", "settings that differ"], runs),
     ]
 
 
