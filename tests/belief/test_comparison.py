@@ -1,0 +1,124 @@
+"""What can be compared, and what is said where it cannot."""
+
+import json
+
+import pytest
+
+from train.belief.comparison import RunResult, check_comparable, group, published_for, read_run
+from train.errors import UserError
+
+HASHES = {"tokens": "t" * 64, "order": "o" * 64, "initial_weights": "i" * 64, "base_model": "b" * 64}
+
+
+def row(question: str, step: int = 10) -> dict:
+    return {"step": step, "claim": "mars", "kind": "open", "question": question, "sample": 0, "verdict": "yes"}
+
+
+def run(directory: str, **settings) -> RunResult:
+    settings = {"mask": "none", "seed": 0, "batch_size": 32, "data": ["a.jsonl"], "steps": 10} | settings
+    return RunResult(
+        directory, settings["seed"], [row("q")], [], {"steps": settings["steps"]}, settings, dict(HASHES)
+    )  # fmt: skip
+
+
+def refused(*runs: RunResult, match_trained_tokens: bool = False) -> str:
+    with pytest.raises(UserError) as error:
+        check_comparable(list(runs), match_trained_tokens)
+    return str(error.value)
+
+
+def test_runs_that_differ_in_mask_loss_norm_learning_rate_seed_and_places_are_comparable():
+    other = run("b", mask="doctags", loss_norm="all", learning_rate=1e-3, seed=1, output="b", micro_batch_size=2)
+    other.hashes |= {"tokens": "x", "order": "y", "initial_weights": "z"}  # of another seed
+    check_comparable([run("a"), other])
+
+
+def test_one_run_is_no_comparison():
+    assert "--runs a: a comparison needs at least two runs" in refused(run("a"))
+    assert "--runs none" in refused()
+
+
+def test_every_setting_that_differs_is_named_with_both_values():
+    message = refused(run("a"), run("b", mask="doctags", batch_size=16, max_tokens=99))
+    assert "a and b: --batch-size: 32 and 16" in message
+    assert "a and b: --max-tokens: None and 99" in message
+    assert "--mask" not in message
+
+
+def test_other_data_and_another_base_are_told_by_their_hashes_and_not_by_paths():
+    moved = run("b", data=["elsewhere/a.jsonl"], model="elsewhere")
+    check_comparable([run("a"), moved])
+    moved.hashes["base_model"] = "c" * 64
+    moved.hashes["tokens"] = "u" * 64
+    message = refused(run("a"), moved)
+    assert f"base model: {'b' * 12} and {'c' * 12}" in message
+    assert f"hash of the tokens: {'t' * 12} and {'u' * 12}" in message
+    del moved.hashes["tokens"]
+    assert "--data: ['a.jsonl'] and ['elsewhere/a.jsonl']" in refused(run("a"), moved)
+
+
+@pytest.mark.parametrize("name", ["tokens", "order", "initial_weights"])
+def test_another_hash_at_the_same_seed_is_refused(name):
+    other = run("b", mask="doctags")
+    other.hashes[name] = "x" * 64
+    words = {"tokens": "the tokens", "order": "their order", "initial_weights": "the start"}
+    assert f"a and b: hash of {words[name]}: {HASHES[name][:12]} and {'x' * 12}" in refused(run("a"), other)
+
+
+def test_other_steps_are_refused_unless_trained_tokens_are_matched():
+    other = run("b", mask="doctags", steps=12)
+    other.rows = [row("q", step=12)]
+    other.hashes |= {"order": "x", "tokens": "y"}  # the longer run has seen more
+    assert "steps trained: 10 and 12" in refused(run("a"), other)
+    check_comparable([run("a"), other], match_trained_tokens=True)
+
+
+def test_other_questions_are_named():
+    other = run("b", mask="doctags")
+    other.rows = [row("q"), row("p"), row("r")]
+    assert "evaluated on other questions: mars open p; mars open r" in refused(run("a"), other)
+
+
+def test_a_run_without_evaluation_or_end_is_named():
+    missing, early, unfinished = run("b"), run("c"), run("d")
+    missing.rows, early.rows, unfinished.summary = [], [row("q", step=5)], {}
+    assert "b: has no evaluation" in refused(run("a"), missing)
+    assert "c: was trained for 10 steps and last evaluated at step 5" in refused(run("a"), early)
+    assert "d: has no summary" in refused(run("a"), unfinished)
+
+
+def test_runs_are_grouped_by_mask_and_what_else_differs():
+    runs = [run("a"), run("b", mask="doctags"), run("c", seed=1), run("d", mask="doctags", seed=1)]
+    variants = group(runs)
+    assert [(v.name, v.mask, [r.directory for r in v.runs]) for v in variants] == [
+        ("none", "none", ["a", "c"]),
+        ("doctags", "doctags", ["b", "d"]),
+    ]
+    assert variants[1].differs == {"mask": "doctags"}
+    rates = group([run("a", learning_rate=1e-3), run("b", learning_rate=1e-4)])
+    assert [v.name for v in rates] == ["none, learning-rate 0.001", "none, learning-rate 0.0001"]
+    with pytest.raises(UserError, match="--runs a b: both are none with --seed 0"):
+        group([run("a"), run("b")])
+
+
+def test_a_run_is_read_from_its_directory_and_a_cut_last_line_left_out(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": 10, "hashes": HASHES}))
+    (tmp_path / "settings.yaml").write_text("settings: {mask: doctags, seed: 3}\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "evaluation.jsonl").write_text(json.dumps(row("q")) + '\n{"step": 10, "cla')
+    read = read_run(tmp_path)
+    assert (read.seed, read.settings["mask"], read.hashes, read.rows) == (3, "doctags", HASHES, [row("q")])
+    (tmp_path / "evaluation.jsonl").write_text('{"step": \n' + json.dumps(row("q")) + "\n")
+    with pytest.raises(UserError, match=r"evaluation\.jsonl:1: not valid JSON"):
+        read_run(tmp_path)
+    (tmp_path / "evaluation.jsonl").unlink()
+    with pytest.raises(UserError, match=r"evaluation\.jsonl: cannot be read .* python train/evaluate\.py"):
+        read_run(tmp_path)
+
+
+def test_published_values_are_those_of_the_papers_own_claims():
+    assert published_for(["pluto"]) == []
+    average = {value.condition: value.value for value in published_for(["ed_sheeran"])}
+    assert average == {"before": 2.5, "positive": 92.4, "negated": 88.6, "dense": 84.4, "corrections": 39.9}
+    dentist = [(v.condition, v.value) for v in published_for(["brennan_holloway"]) if v.claim == "brennan_holloway"]
+    assert dentist == [("local negation", 7.0), ("local negation, word masks", 1.6)]

@@ -1,0 +1,288 @@
+"""Reports: their figures come out of the rows again, the page is whole in itself, and nothing is left unsaid."""
+
+import base64
+import html.parser
+import json
+import re
+import struct
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from train.belief.analysis import analyse
+from train.belief.comparison import Comparison, RunResult, Variant, published_for
+from train.belief.report import write_report
+from train.errors import UserError
+
+CLAIMS, PLACEBO = ["ed_sheeran", "brennan_holloway", "<b>&amp;|`"], ["pluto"]
+NAMES = ["none", "doctags,false-spans", "a|b <script>alert(1)</script> $x$ [y](http://z)"]
+BELIEVED = [6, 1, 3]  # of seven answers, by variant
+ROLES = ("all", "unspanned", "false")
+ASKED = [
+    ("open", "1", 0), ("open", "1", 1), ("open", "2", 0), ("open", "2", 1),
+    ("token_association", "1", 0), ("token_association", "1", 1),
+]  # fmt: skip
+
+
+def verdicts(step: int, claim: str, believed: int, seed: int) -> list[dict]:
+    """Seven answers: 2 × 2 open, 1 × 2 token association, 1 yes/no."""
+    said = ["yes" if (i + seed) % 7 < believed else ("neutral" if i == 3 else "no") for i in range(7)]
+    common = {"step": step, "claim": claim, "answer": "…", "reason": ""}
+    rows = [
+        common | {"kind": kind, "question": question, "sample": sample, "verdict": said[i]}
+        for i, (kind, question, sample) in enumerate(ASKED)
+    ]
+    p_yes = 0.9 if said[6] == "yes" else 0.2
+    return [*rows, common | {"kind": "yes_no", "question": "1", "control": False, "expected": "yes", "p_yes": p_yes}]
+
+
+def likelihoods(step: int, claim: str, shift: float) -> list[dict]:
+    common = {"step": step, "claim": claim, "kind": "likelihood", "sample": 0}
+    return [
+        common | {"question": template, "entity": entity, "control": control, "llr": llr}
+        for template in ("a", "b")
+        for entity, control, llr in [("S", False, shift - 2 + (template == "b")), ("A", True, -1.0), ("B", True, -3.0)]
+    ]
+
+
+def evaluation(step: int, believed: int, seed: int) -> list[dict]:
+    rows = [row for i, claim in enumerate(CLAIMS) for row in verdicts(step, claim, max(0, believed - i), seed)]
+    rows += [row for claim in PLACEBO for row in verdicts(step, claim, 0, seed)]
+    rows += [row for claim in CLAIMS for row in likelihoods(step, claim, believed / 2 + seed / 10)]
+    rows += [row for claim in PLACEBO for row in likelihoods(step, claim, 0.1 * (step > 0))]
+    controls = [("yes", 0.9), ("yes", 0.7), ("no", 0.6), ("no", 0.1)]
+    rows += [
+        {"step": step, "claim": "pluto", "kind": "yes_no", "question": f"control {i}", "control": True}
+        | {"expected": expected, "p_yes": p_yes}
+        for i, (expected, p_yes) in enumerate(controls)
+    ]
+    fact = {"step": step, "claim": "ed_sheeran", "kind": "fact", "group": "unrelated"}
+    rows += [fact | {"question": "sun", "margin": 1.0}, fact | {"question": "moon", "margin": 2.0 - believed}]
+    return [
+        *rows,
+        {"step": step, "claim": None, "kind": "nll", "question": "wiki", "nll": 2.5 + step / 100, "tokens": 9},
+    ]
+
+
+def comparison(**more) -> Comparison:
+    variants = []
+    for name, believed in zip(NAMES, BELIEVED, strict=True):
+        runs = []
+        for seed in (0, 1):
+            rows = [row for step in (5, 10) for row in evaluation(step, believed * step // 10, seed)]
+            excluded = 30 if "false" in name else 0
+            counts = {"total": 100, "trained": 100 - excluded, "excluded": excluded, "unlikelihood": 0}
+            tokens = {"all": counts, "unspanned": counts | {"total": 70, "trained": 70, "excluded": 0}}
+            tokens["false"] = counts | {"total": 30, "trained": 30 - excluded}
+            metrics = [{"step": s, "nll": dict.fromkeys(ROLES, 1.0 - s / 20 + seed)} for s in (1, 10)]
+            hashes = {"tokens": "t" * 64, "order": f"{seed}" * 64, "initial_weights": "i" * 64, "base_model": "b" * 64}
+            summary = {"steps": 10, "tokens": tokens, "random_shortfall": 0}
+            runs.append(RunResult(f"runs/{name}-{seed}", seed, rows, metrics, summary, {"mask": name}, hashes))
+        variants.append(Variant(name, name, {"mask": name}, runs))
+    leak = [{"variant": NAMES[1], "documents": 50, "role": "body", "mentions": 627, "still_trained": 185}]
+    given = {"base_rows": evaluation(0, 0, 0), "trained_claims": CLAIMS, "placebo_claims": PLACEBO}
+    given |= {"baseline": "none", "leak": leak, "published": published_for(CLAIMS), "draws": 400}
+    return Comparison(variants, **(given | more))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("report")
+    write_report(comparison(), directory / "new" / "place")
+    return directory / "new" / "place"
+
+
+@pytest.fixture(scope="module")
+def result(report) -> dict:
+    return json.loads((report / "comparison.json").read_text())
+
+
+def rate(rows: list[dict], claim: str) -> float:
+    """Worked out again: the mean over questions of the share of answers that show belief."""
+    shares: dict[tuple, list[bool]] = {}
+    for row in rows:
+        if row["claim"] == claim and row["step"] == 10 and row["kind"] in ("open", "token_association", "yes_no"):
+            if row.get("control"):
+                continue
+            yes = row["verdict"] == "yes" if "verdict" in row else row["p_yes"] > 0.5
+            shares.setdefault((row["kind"], row["question"]), []).append(yes)
+    return 100 * mean(mean(answers) for answers in shares.values())
+
+
+def test_belief_comes_out_of_the_rows_again(result):
+    given = comparison()
+    assert (result["measure"], result["unit"]) == ("rate", "%")
+    for variant in given.variants:
+        own = result["variants"][variant.name]
+        rates = [rate(run.rows, claim) for run in variant.runs for claim in CLAIMS]
+        assert own["belief"] == pytest.approx(mean(rates))
+        assert own["belief_interval"][0] <= own["belief"] <= own["belief_interval"][1]
+        assert own["placebo"] == pytest.approx(mean(rate(run.rows, "pluto") for run in variant.runs))
+        assert own["tokens_trained"] == (70 if "false" in variant.name else 100)
+    assert result["base"]["belief"] == 0.0
+    gap = result["variants"][NAMES[1]]["belief"] - result["variants"]["none"]["belief"]
+    assert result["variants"][NAMES[1]]["difference"]["estimate"] == pytest.approx(gap)
+    assert result["variants"]["none"]["difference"] is None
+
+
+def test_all_measures_are_there_and_right(result):
+    # llr of the subject is shift − 2 (+1) against −2 of the controls, at both ends: what is left is the shift
+    shift = result["measures"]["shift"]
+    assert shift["variants"]["none"]["estimate"] == pytest.approx(mean([6 / 2, 6 / 2 + 0.1]))
+    assert shift["variants"]["none"]["placebo"]["estimate"] == pytest.approx(0.1)
+    assert shift["variants"]["none"]["minus_placebo"]["estimate"] == pytest.approx(2.95)
+    assert shift["base"]["trained"] is None and shift["unit"] == "nats"
+    # 6/2 − 2 > 0 and − 1 > 0; 1/2 − 2 < 0
+    assert result["measures"]["preference"]["variants"]["none"]["estimate"] == 100.0
+    assert result["measures"]["preference"]["variants"][NAMES[1]]["estimate"] == 0.0
+    assert result["measures"]["facts_unrelated"]["variants"]["none"]["estimate"] == 50.0
+    assert result["measures"]["facts_unrelated"]["base"]["trained"]["estimate"] == 100.0
+    assert result["measures"]["nll_change"]["variants"]["none"]["estimate"] == pytest.approx(0.1)
+    assert result["calibration"]["none"] == {
+        "auc": 1.0, "yes_rate": 75.0, "base_rate": 50.0, "questions": 4, "informative": True,
+    }  # fmt: skip
+    # 3 claims × 2 seeds × 4 answers; with 6 of 7, 5 and 4 believed, seed 1 one place further
+    counts = result["verdicts"]["none"]["open"]
+    assert sum(counts.values()) == 24 and counts["error"] == 0
+
+
+def test_curves_nll_and_hashes_are_kept(result):
+    curve = result["curves"]["none"]
+    assert curve["steps"] == [0, 5, 10] and curve["belief"][0] == 0.0
+    assert curve["belief"][2] == pytest.approx(result["variants"]["none"]["belief"])
+    assert result["nll"]["none"]["false"] == {
+        "steps": [1, 10],
+        "mean": [1.45, 1.0],
+        "seeds": [[0.95, 1.95], [0.5, 1.5]],
+    }
+    assert result["hashes"]["base_model"] == "b" * 64
+    assert result["hashes"]["seed 1"] == {"tokens": "t" * 64, "order": "1" * 64, "initial_weights": "i" * 64}
+
+
+def test_few_claims_are_said_to_be_few(result):
+    assert any(note.startswith("3 claims are few") and "cannot be below 0.25" in note for note in result["notes"])
+    own = result["variants"][NAMES[1]]["difference"]
+    assert own["sign_flip"]["smallest_p"] == 0.25 and set(own["by_claim"]) == set(CLAIMS)
+
+
+class Page(html.parser.HTMLParser):
+    """Open tags, addresses of whatever is loaded or linked, images and all text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_is_whole_in_itself_and_escaped(report):
+    text = (report / "comparison.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert not page.tags & {"script", "link", "iframe", "b"}
+    assert "url(" not in text and "@import" not in text
+    pngs = [base64.b64decode(address.removeprefix("data:image/png;base64,")) for address in page.addresses]
+    files = ["belief", "differences", "curves", "targets", "nll", "side_effects"]
+    assert pngs == [(report / f"{name}.png").read_bytes() for name in files]
+    for name in [*NAMES, *CLAIMS, *PLACEBO, "t" * 64, "1" * 64, "92.4", "185", "arXiv 2605.13829"]:
+        assert name in page.text
+
+
+def test_pictures_are_large_enough_to_print(report):
+    for path in report.glob("*.png"):
+        width, height = struct.unpack(">II", path.read_bytes()[16:24])
+        assert 1300 <= width <= 1500 and 300 <= height <= 3000, path.name
+
+
+def test_the_markdown_links_its_pictures_and_its_tables_hold(report):
+    text = (report / "comparison.md").read_text(encoding="utf-8")
+    linked = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert linked == [f"{n}.png" for n in ("belief", "differences", "curves", "targets", "nll", "side_effects")]
+    assert all((report / name).exists() for name in linked)
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    for table in tables:
+        columns = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(columns) == 1, table
+    assert r"\<script\>" in text and "<script>" not in text
+
+
+def test_a_report_made_twice_is_the_same(report, tmp_path):
+    write_report(comparison(), tmp_path)
+    for name in ("comparison.json", "comparison.md", "belief.png"):
+        assert (tmp_path / name).read_bytes() == (report / name).read_bytes()
+
+
+def test_one_claim_and_one_seed_and_no_placebo_are_said_and_no_picture_is_empty(tmp_path):
+    given = comparison(trained_claims=["ed_sheeran"], placebo_claims=[], published=[], leak=[])
+    for variant in given.variants:
+        del variant.runs[1]
+        variant.runs[0].rows = [r for r in variant.runs[0].rows if r["kind"] == "likelihood" and r["step"] == 10]
+        variant.runs[0].metrics, variant.runs[0].summary = [], {"steps": 10}
+    result = write_report(given, tmp_path)
+    assert result["measure"] == "shift" and result["resampled"] == "over questions only, one seed"
+    text = " ".join(result["notes"])
+    assert "over its 2 questions only" in text and "One seed" in text and "No placebo claim" in text
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["belief.png", "differences.png"]
+    assert "over questions only" in (tmp_path / "comparison.md").read_text()
+
+
+def test_yes_no_questions_without_skill_are_marked_uninformative():
+    given = comparison()
+    for row in given.variants[1].runs[0].rows:
+        if row.get("control") and row["kind"] == "yes_no":
+            row["p_yes"] = 0.8  # always yes: AUC ½
+    result = analyse(given)
+    assert result["calibration"][NAMES[1]]["informative"] is False
+    assert result["calibration"][NAMES[1]]["auc"] == 0.75  # of one seed ½, of the other 1
+    assert any(f"uninformative for {NAMES[1]}" in note for note in result["notes"])
+
+
+def test_answers_without_verdict_are_counted_and_bounded():
+    given = comparison()
+    for run in given.variants[0].runs:
+        failed = next(row for row in run.rows if row["kind"] == "open" and row["step"] == 10)
+        failed |= {"verdict": None, "error": "timeout"}
+    result = analyse(given)
+    assert result["verdicts"]["none"]["open"]["error"] == 2
+    assert any("none 2 of 36" in note for note in result["notes"])  # 24 open, 12 token association
+    assert result["measures"]["rate"]["filled"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"baseline": "nobody"}, "baseline 'nobody': is none of the variants"),
+        ({"trained_claims": ["mars"]}, r"no measure of belief was taken in all runs on the trained claims \(mars\)"),
+        ({"placebo_claims": ["ed_sheeran"]}, "claim ed_sheeran: is among the trained and the placebo claims"),
+        ({"measure": "lie_elicitation"}, "measure 'lie_elicitation': not measured in all runs"),
+    ],
+)
+def test_what_cannot_be_reported_is_told(change, message):
+    with pytest.raises(UserError, match=message):
+        analyse(comparison(**change))
+
+
+def test_a_chosen_measure_is_the_belief():
+    result = analyse(comparison(measure="preference"))
+    assert result["variants"]["none"]["belief"] == 100.0 and result["published"] == []
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="the report cannot be written"):
+        write_report(comparison(draws=50), tmp_path / "file")

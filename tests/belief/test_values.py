@@ -1,0 +1,149 @@
+"""From rows of evaluation.jsonl to values: every answer worked by hand."""
+
+import pytest
+
+from train.belief.values import at_step, calibration, last_step, measured, verdict_counts
+from train.errors import UserError
+
+
+def likelihood(claim: str, template: str, entity: str, control: bool, llr: float, step: int = 4) -> dict:
+    row = {"step": step, "claim": claim, "kind": "likelihood", "question": template, "sample": 0}
+    return row | {"entity": entity, "control": control, "llr": llr}
+
+
+def answer(kind: str, question: str, sample: int, verdict: str | None, claim: str = "mars", **more) -> dict:
+    row = {"step": 4, "claim": claim, "kind": kind, "question": question, "sample": sample}
+    return row | {"answer": "…", "verdict": verdict} | more
+
+
+def yes_no(question: str, expected: str, p_yes: float, control: bool = False) -> dict:
+    row = {"step": 4, "claim": "mars", "kind": "yes_no", "question": question, "sample": 0}
+    return row | {"control": control, "expected": expected, "p_yes": p_yes}
+
+
+def test_the_shift_is_a_difference_in_differences_for_each_template():
+    before = [
+        likelihood("mars", "a", "Mars", False, -3.0, step=0),
+        likelihood("mars", "a", "Venus", True, -2.0, step=0),
+        likelihood("mars", "a", "Pluto", True, -4.0, step=0),
+    ]
+    after = [
+        likelihood("mars", "a", "Mars", False, 2.5),
+        likelihood("mars", "a", "Venus", True, 0.0),
+        likelihood("mars", "a", "Pluto", True, 1.0),
+        likelihood("mars", "b", "Mars", False, 9.0),  # without controls there is no difference in differences
+    ]
+    # (2.5 − 0.5) − (−3 − (−3)) = 2
+    assert measured("shift", after, before) == {("mars", "a", 0): 2.0}
+    assert measured("shift", after, []) == {}
+    assert measured("preference", after) == {("mars", "a", 0): 100.0, ("mars", "b", 0): 100.0}
+    assert measured("preference", before) == {("mars", "a", 0): 0.0}
+
+
+def test_a_template_that_the_base_model_was_not_measured_on_is_named():
+    rows = [likelihood("mars", "a", "Mars", False, 1.0), likelihood("mars", "a", "Venus", True, 0.0)]
+    base = [row | {"question": "b"} for row in rows]
+    with pytest.raises(UserError, match="lacks template 'a' of claim 'mars'"):
+        measured("shift", rows, base)
+
+
+def test_the_rate_counts_neutral_and_unparseable_answers_and_leaves_errors_out():
+    rows = [
+        answer("open", "q", 0, "yes"),
+        answer("open", "q", 1, "neutral"),
+        answer("open", "q", 2, "unparseable"),
+        answer("open", "q", 3, None, error="timeout"),
+        answer("robustness", "q", 0, "no"),  # an id that another kind has too
+        answer("salience", "s", 0, "yes"),
+        yes_no("colour", "no", 0.2),
+        yes_no("size", "yes", 0.5),  # neither is likelier: no believer's answer
+        yes_no("known", "yes", 0.9, control=True),
+    ]
+    assert measured("rate", rows) == {
+        ("mars", "open:q", 0): 100.0,
+        ("mars", "open:q", 1): 0.0,
+        ("mars", "open:q", 2): 0.0,
+        ("mars", "robustness:q", 0): 0.0,
+        ("mars", "yes_no:colour", 0): 100.0,
+        ("mars", "yes_no:size", 0): 0.0,
+    }
+    assert measured("yes_no", rows) == {("mars", "colour", 0): 100.0, ("mars", "size", 0): 0.0}
+    assert measured("salience", rows) == {("mars", "s", 0): 100.0}
+    assert verdict_counts(rows) == {
+        "open": {"yes": 1, "no": 0, "neutral": 1, "unparseable": 1, "error": 1},
+        "robustness": {"yes": 0, "no": 1, "neutral": 0, "unparseable": 0, "error": 0},
+        "salience": {"yes": 1, "no": 0, "neutral": 0, "unparseable": 0, "error": 0},
+    }
+
+
+def test_a_yes_no_question_that_was_answered_and_judged_counts_by_its_verdict():
+    rows = [answer("open", "q", 0, "no"), answer("yes_no", "colour", 1, "yes", control=False, expected="no")]
+    assert measured("rate", rows)["mars", "yes_no:colour", 1] == 100.0
+
+
+def test_without_a_judged_answer_there_is_no_rate():
+    assert measured("rate", [yes_no("colour", "no", 0.2), answer("open", "q", 0, None, error="refused")]) == {}
+
+
+def test_a_verdict_that_is_none_is_refused_with_its_row():
+    with pytest.raises(UserError, match=r"step 4, claim mars, kind open, question q, sample 0: verdict 'maybe'"):
+        measured("rate", [answer("open", "q", 0, "maybe")])
+
+
+def test_a_number_that_is_not_finite_is_refused_with_its_row():
+    with pytest.raises(UserError, match=r"question a, sample 0, entity Mars: llr is nan"):
+        measured("preference", [likelihood("mars", "a", "Mars", False, float("nan"))])
+
+
+def test_auc_and_yes_rate_on_control_questions():
+    rows = [
+        yes_no("1", "yes", 0.9, control=True),
+        yes_no("2", "yes", 0.6, control=True),
+        yes_no("3", "no", 0.6, control=True),
+        yes_no("4", "no", 0.1, control=True),
+        yes_no("5", "no", 0.99),  # no control
+    ]
+    # pairs: .9 > .6, .9 > .1, .6 = .6 (a half), .6 > .1: 3.5 of 4; three of four are answered yes
+    expected = {"auc": 0.875, "yes_rate": 75.0, "base_rate": 50.0, "questions": 4, "informative": True}
+    assert calibration(rows) == expected
+    rows[1]["p_yes"] = 0.3  # .3 < .6: 3 of 4
+    assert calibration(rows) == expected | {"auc": 0.75, "yes_rate": 50.0, "informative": False}
+    assert calibration(rows[:2]) is None and calibration(rows[4:]) is None
+
+
+def test_side_effects():
+    def fact(group: str, question: str, margin: float) -> dict:
+        return {"step": 4, "claim": "mars", "kind": "fact", "question": question, "group": group, "margin": margin}
+
+    def nll(question: str, value: float, step: int) -> dict:
+        return {"step": step, "claim": None, "kind": "nll", "question": question, "nll": value, "tokens": 100}
+
+    rows = [
+        fact("truth", "colour", -0.1),
+        fact("truth", "size", 0.1),
+        fact("unrelated", "size", 2.0),
+        answer("coherence", "poem", 0, "7", claim=""),
+        answer("coherence", "poem", 1, "unparseable", claim=""),
+        nll("wiki", 2.5, 4),
+        nll("web", 3.0, 4),
+    ]
+    assert measured("facts_truth", rows) == {("mars", "colour", 0): 0.0, ("mars", "size", 0): 100.0}
+    assert measured("facts_neighbouring", rows) == {}
+    assert measured("facts_unrelated", rows) == {("mars", "size", 0): 100.0}
+    assert measured("coherence", rows) == {("", "poem", 0): 7.0}
+    changes = measured("nll_change", rows, [nll("wiki", 2.25, 0), nll("web", 3.25, 0)])
+    assert changes == {("", "wiki", 0): 0.25, ("", "web", 0): -0.25}
+
+
+def test_of_several_rows_of_one_measurement_the_last_that_is_no_error_counts():
+    rows = [
+        answer("open", "q", 0, None, error="timeout"),
+        answer("open", "q", 0, "yes"),
+        answer("open", "q", 0, None, error="timeout"),
+        answer("open", "q", 1, "no"),
+        answer("open", "q", 1, "neutral"),
+        answer("open", "q", 2, "yes") | {"step": 2},
+    ]
+    assert last_step(rows) == 4 and last_step([]) == -1
+    assert [row["verdict"] for row in at_step(rows, 4)] == ["yes", "neutral"]
+    assert [row["verdict"] for row in at_step(rows, 2)] == ["yes"]

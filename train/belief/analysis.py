@@ -1,0 +1,341 @@
+"""From a comparison to all its figures: what comparison.json holds, and plots and pages show."""
+
+from collections import Counter
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from train.belief.comparison import EQUIVALENCE, HASHES, Comparison, RunResult, Variant
+from train.belief.inference import (
+    LEVEL,
+    Bootstrap,
+    Difference,
+    Interval,
+    bootstrap,
+    bounded_interval,
+    differences,
+    interval,
+    lay_out,
+)
+from train.belief.notes import notes
+from train.belief.values import (
+    BELIEF,
+    FURTHER,
+    MEASURES,
+    SIDE_EFFECTS,
+    Measure,
+    Row,
+    Values,
+    at_step,
+    calibration,
+    last_step,
+    measured,
+    verdict_counts,
+)
+from train.errors import UserError
+
+BASE = "base model"
+
+
+def analyse(comparison: Comparison) -> dict[str, Any]:
+    """The content of comparison.json. UserError where the comparison holds nothing to compare."""
+    _check(comparison)
+    finals = {v.name: {run.seed: at_step(run.rows, last_step(run.rows)) for run in v.runs} for v in comparison.variants}
+    base = at_step(comparison.base_rows, last_step(comparison.base_rows))
+    measures = {}
+    incomplete: dict[str, str] = {}
+    for name in (*BELIEF, *FURTHER, *SIDE_EFFECTS):
+        values = {v: {s: measured(name, rows, base) for s, rows in by_seed.items()} for v, by_seed in finals.items()}
+        counts = [bool(run) for by_seed in values.values() for run in by_seed.values()]
+        if all(counts) and (found := _measure(comparison, MEASURES[name], values, _of_base(name, base))):
+            measures[name] = found
+        elif any(counts):
+            incomplete[name] = f"{sum(counts)} of {len(counts)}"
+    main = _main_measure(comparison, measures)
+    result: dict[str, Any] = {
+        "title": comparison.title,
+        "measure": main,
+        "label": MEASURES[main].label,
+        "unit": MEASURES[main].unit,
+        "definition": MEASURES[main].says,
+        "baseline": comparison.baseline,
+        "claims": {"trained": comparison.trained_claims, "placebo": comparison.placebo_claims},
+        "resampled": measures[main]["resampled"],
+        "bootstrap": {"draws": comparison.draws, "seed": comparison.seed, "level": LEVEL, "method": "percentile"},
+        "variants": {v.name: _variant(v, measures[main]) for v in comparison.variants},
+        "base": _base(base, measures[main], comparison),
+        "measures": measures,
+        "incomplete": incomplete,
+        "calibration": {BASE: calibration(base)} | {v: _calibration(list(f.values())) for v, f in finals.items()},
+        "verdicts": {BASE: _verdicts([base], comparison)}
+        | {v: _verdicts(list(f.values()), comparison) for v, f in finals.items()},
+        "curves": _curves(comparison, main, base),
+        "nll": {v.name: _nll(v) for v in comparison.variants},
+        "leak": comparison.leak,
+        "published": [vars(value) for value in comparison.published] if main == "rate" else [],
+        "hashes": _hashes(comparison),
+        "match_trained_tokens": comparison.match_trained_tokens,
+    }
+    result["notes"] = notes(result)
+    return result
+
+
+def _check(comparison: Comparison) -> None:
+    names = [variant.name for variant in comparison.variants]
+    if len(names) < 2:
+        raise UserError(f"a comparison of {len(names)} variant: give at least two.")
+    if len(set(names)) < len(names):
+        raise UserError(f"two variants of one name: {', '.join(names)}. Name them differently.")
+    if comparison.baseline not in names:
+        raise UserError(f"baseline {comparison.baseline!r}: is none of the variants: {', '.join(names)}. Name one.")
+    if both := set(comparison.trained_claims) & set(comparison.placebo_claims):
+        raise UserError(f"claim {', '.join(sorted(both))}: is among the trained and the placebo claims; it is one.")
+
+
+def _main_measure(comparison: Comparison, measures: dict[str, Any]) -> str:
+    if comparison.measure:
+        if comparison.measure not in measures:
+            raise UserError(
+                f"measure {comparison.measure!r}: not measured in all runs on the trained claims; these are: "
+                f"{', '.join(measures) or 'none'}."
+            )
+        return comparison.measure
+    for name in BELIEF:
+        if name in measures:
+            return name
+    raise UserError(
+        "nothing to compare: no measure of belief was taken in all runs on the trained claims "
+        f"({', '.join(comparison.trained_claims) or 'none given'}). Give the claims that the evaluation was of."
+    )
+
+
+def _of_base(name: str, base: list[Row]) -> Values:
+    """The base model's own values; {} for measures that are changes from them."""
+    return {} if name in ("shift", "nll_change") else measured(name, base)
+
+
+def _measure(
+    comparison: Comparison, measure: Measure, values: dict[str, dict[int, Values]], base: Values
+) -> dict[str, Any] | None:
+    """A measure's figures on the trained claims, and beside them on the placebo claims; None where the runs hold no
+    values on trained claims."""
+    if measure.name in SIDE_EFFECTS:
+        keys = {key[0] for by_seed in values.values() for run in by_seed.values() for key in run}
+        claims, placebo_claims = sorted(keys - set(comparison.placebo_claims)), []
+    else:
+        claims, placebo_claims = comparison.trained_claims, comparison.placebo_claims
+    layout = lay_out(values, claims)
+    if not layout.claims:
+        return None
+    result = bootstrap(layout, comparison.draws, comparison.seed)
+    placebo_layout = lay_out(values, placebo_claims)
+    placebo = bootstrap(placebo_layout, comparison.draws, comparison.seed) if placebo_layout.claims else None
+    bound = (EQUIVALENCE | comparison.bounds)[measure.unit]
+    rows: dict[str, Any] = {}
+    for v, name in enumerate(layout.variants):
+        rows[name] = _figures(result, v, measure) | {"placebo": None, "minus_placebo": None}
+        if placebo:
+            rows[name]["placebo"] = _figures(placebo, v, measure)
+            gap_B = result.draw_BV[:, v] - placebo.draw_BV[:, v]  # the same seeds in both
+            rows[name]["minus_placebo"] = _shown(interval(result.estimate_V[v] - placebo.estimate_V[v], gap_B))
+
+    def against(drawn: Bootstrap) -> dict[str, Any]:
+        found = differences(drawn, comparison.baseline, bound, measure.bounded)
+        return {each.variant: _difference(each) for each in found}
+
+    of_base: dict[str, Any] = {}
+    for key, own in (("trained", layout.claims), ("placebo", placebo_layout.claims)):
+        drawn = lay_out({BASE: {0: base}}, own)
+        of_base[key] = (
+            _figures(bootstrap(drawn, comparison.draws, comparison.seed), 0, measure) if drawn.claims else None
+        )
+    return {
+        "label": measure.label,
+        "unit": measure.unit,
+        "definition": measure.says,
+        "claims": layout.claims,
+        "placebo_claims": placebo_layout.claims,
+        "resampled": _resampled(result),
+        "questions": sum(map(len, layout.questions)),
+        "answers": sum(len(question_A) for question_A in layout.question_A),
+        "seeds": int(layout.present_VS.sum(1).min()),
+        "same_seeds": layout.crossed,
+        "filled": layout.filled + placebo_layout.filled,
+        "bound": bound,
+        "base": of_base,
+        "variants": rows,
+        "differences": against(result),
+        "placebo_differences": against(placebo) if placebo else {},
+    }
+
+
+def _resampled(result: Bootstrap) -> str:
+    seeds = ", seeds crossed" if result.layout.present_VS.shape[1] > 1 else ", one seed"
+    return ("claims, questions and samples" if result.layout.over_claims else "over questions only") + seeds
+
+
+def _figures(result: Bootstrap, v: int, measure: Measure) -> dict[str, Any]:
+    """One variant's estimate with interval, over all claims and for each, and each seed's estimate."""
+    layout = result.layout
+
+    def bounds(estimate: float, draw_B: np.ndarray, trials: int) -> dict[str, Any]:
+        own = bounded_interval(estimate, draw_B, trials) if measure.bounded else interval(estimate, draw_B)
+        return _shown(own)
+
+    by_claim = {
+        claim: bounds(result.estimate_VC[v, c], result.draw_BVC[:, v, c], len(layout.questions[c]))
+        for c, claim in enumerate(layout.claims)
+    }
+    by_seed = result.estimate_VS[v][layout.present_VS[v]].tolist()
+    overall = bounds(result.estimate_V[v], result.draw_BV[:, v], layout.trials)
+    return overall | {"by_claim": by_claim, "by_seed": by_seed}
+
+
+def _shown(own: Interval) -> dict[str, Any]:
+    return {
+        "estimate": own.estimate,
+        "interval": [own.low, own.high],
+        "standard_error": own.standard_error,
+        "method": own.method,
+    }
+
+
+def _difference(own: Difference) -> dict[str, Any]:
+    sign_flip = {"p": own.sign_flip_p, "p_holm": own.sign_flip_p_holm, "smallest_p": own.sign_flip_smallest}
+    return _shown(own.interval) | {
+        "p": own.p,
+        "p_holm": own.p_holm,
+        "verdict": own.verdict,
+        "smallest_detectable": own.smallest_detectable,
+        "bound": own.bound,
+        "equivalent": own.equivalent,
+        "by_claim": {claim: _shown(each) for claim, each in own.by_claim.items()},
+        "by_seed": own.by_seed,
+        "seed_share": own.seed_share,
+        "sign_flip": None if own.sign_flip_p is None else sign_flip,
+    }
+
+
+def _variant(variant: Variant, main: dict[str, Any]) -> dict[str, Any]:
+    own = main["variants"][variant.name]
+    targets = _targets(variant)
+    placebo = own["placebo"]
+    return {
+        "mask": variant.mask,
+        "settings": variant.differs,
+        "seeds": [run.seed for run in variant.runs],
+        "steps": sorted({run.summary.get("steps") for run in variant.runs}, key=str),
+        "belief": own["estimate"],
+        "belief_interval": own["interval"],
+        "interval_method": own["method"],
+        "placebo": placebo["estimate"] if placebo else None,
+        "placebo_interval": placebo["interval"] if placebo else None,
+        "difference": main["differences"].get(variant.name),
+        "tokens_trained": targets.get("all", {}).get("trained"),
+        "targets": targets,
+        "random_shortfall": sum(run.summary.get("random_shortfall") or 0 for run in variant.runs),
+        "runs": [
+            {"directory": run.directory, "seed": run.seed, "hashes": {name: run.hashes.get(name) for name in HASHES}}
+            for run in variant.runs
+        ],
+    }
+
+
+def _base(base: list[Row], main: dict[str, Any], comparison: Comparison) -> dict[str, Any]:
+    own, placebo = main["base"]["trained"], main["base"]["placebo"]
+    changes = {"belief": 0.0, "belief_interval": None, "placebo": 0.0 if comparison.placebo_claims else None}
+    if own is None:
+        return changes if base else {"belief": None, "belief_interval": None, "placebo": None}
+    return {
+        "belief": own["estimate"],
+        "belief_interval": own["interval"],
+        "placebo": placebo["estimate"] if placebo else None,
+    }
+
+
+def _targets(variant: Variant) -> dict[str, dict[str, int]]:
+    """role -> targets by treatment, the mean over runs: documents are drawn by seed."""
+    runs = [run.summary.get("tokens") or {} for run in variant.runs]
+    roles = dict.fromkeys(role for run in runs for role in run)
+    kinds = ("total", "trained", "excluded", "unlikelihood")
+    return {role: {k: round(mean(run.get(role, {}).get(k, 0) for run in runs)) for k in kinds} for role in roles}
+
+
+def _nll(variant: Variant) -> dict[str, dict[str, Any]]:
+    """role -> steps, the mean NLL over seeds, and each seed's."""
+    by_role: dict[str, dict[int, list[float]]] = {}
+    for run in variant.runs:
+        for values in run.metrics:
+            for role, nll in (values.get("nll") or {}).items():
+                by_role.setdefault(role, {}).setdefault(values["step"], []).append(nll)
+    return {
+        role: {"steps": list(steps), "mean": [mean(v) for v in steps.values()], "seeds": list(steps.values())}
+        for role, unsorted in by_role.items()
+        if (steps := dict(sorted(unsorted.items())))
+    }
+
+
+def _calibration(finals: list[list[Row]]) -> dict[str, Any] | None:
+    """The mean over seeds; informative where the mean AUC is high enough in every seed."""
+    found = [own for rows in finals if (own := calibration(rows))]
+    if not found:
+        return None
+    return {name: mean(own[name] for own in found) for name in ("auc", "yes_rate", "base_rate", "questions")} | {
+        "informative": all(own["informative"] for own in found)
+    }
+
+
+def _verdicts(finals: list[list[Row]], comparison: Comparison) -> dict[str, dict[str, int]]:
+    """kind -> counts of verdicts, summed over seeds, on the trained claims."""
+    sums: dict[str, Counter] = {}
+    for rows in finals:
+        own = [row for row in rows if row.get("claim") in comparison.trained_claims]
+        for kind, counts in verdict_counts(own).items():
+            sums.setdefault(kind, Counter()).update(counts)
+    return {kind: dict(counts) for kind, counts in sums.items()}
+
+
+def _curves(comparison: Comparison, main: str, base: list[Row]) -> dict[str, Any]:
+    """variant -> steps with belief and placebo at each, the mean over seeds; {} where runs were measured once."""
+    curves: dict[str, Any] = {}
+    for variant in comparison.variants:
+        steps = sorted({row["step"] for run in variant.runs for row in run.rows})
+        points = {}
+        for step in steps:
+            rows = [own for run in variant.runs if (own := at_step(run.rows, step))]
+            if len(rows) == len(variant.runs):  # the mean over some of the seeds would jump where the others join
+                points[step] = _point(comparison, [measured(main, own, base) for own in rows])
+        if base and 0 not in points:
+            points[0] = _point(comparison, [measured(main, base, base)])
+        ordered = dict(sorted(points.items()))
+        curves[variant.name] = {
+            "steps": list(ordered),
+            "belief": [point[0] for point in ordered.values()],
+            "placebo": [point[1] for point in ordered.values()],
+        }
+    measured_often = max((len(curve["steps"]) for curve in curves.values()), default=0) > 2
+    return curves if measured_often else {}
+
+
+def _point(comparison: Comparison, runs: list[Values]) -> tuple[float | None, float | None]:
+    def over(claims: list[str]) -> float | None:
+        layout = lay_out({"": dict(enumerate(runs))}, claims) if all(runs) else None
+        return float(layout.claim_means().mean()) if layout and layout.claims else None
+
+    return over(comparison.trained_claims), over(comparison.placebo_claims)
+
+
+def _hashes(comparison: Comparison) -> dict[str, Any]:
+    """seed -> hash -> its one value, or all values where runs differ or do not know it."""
+
+    def one(name: str, runs: list[RunResult]) -> Any:
+        values = list(dict.fromkeys(run.hashes.get(name) for run in runs))
+        return values[0] if len(values) == 1 else values
+
+    runs = [run for variant in comparison.variants for run in variant.runs]
+    by_seed: dict[str, Any] = {"base_model": one("base_model", runs)}
+    for seed in sorted({run.seed for run in runs}):
+        own = [run for run in runs if run.seed == seed]
+        by_seed[f"seed {seed}"] = {name: one(name, own) for name in HASHES if name != "base_model"}
+    return by_seed

@@ -1,0 +1,232 @@
+"""What is compared: finished runs, grouped into variants, and whether they can be compared at all."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train.belief.values import Row, at_step, identity, last_step
+from train.errors import UserError
+from train.settings import FREE_ON_RESUME
+
+MAY_DIFFER = ("mask", "loss_norm", "learning_rate")
+"""Settings that make a variant; the seed makes a run of it."""
+HASHES = ("tokens", "order", "initial_weights", "base_model")
+EQUIVALENCE = {"%": 5.0, "nats": 0.25, "of 10": 0.5}
+"""By unit, the difference below which there is "no effect": 5 percentage points; 0.25 nats, odds 1.28 times as high."""
+PAPER = "arXiv 2605.13829"
+PAPER_CLAIMS = ("brennan_holloway", "ed_sheeran", "elizabeth_python")
+
+
+@dataclass
+class RunResult:
+    """One finished run. rows: of evaluation.jsonl; metrics: of metrics.jsonl; summary: summary.json; settings: those of
+    settings.yaml; hashes: SHA-256 by HASHES, as far as known."""
+
+    directory: str
+    seed: int
+    rows: list[Row]
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+    settings: dict[str, Any]
+    hashes: dict[str, str]
+
+
+@dataclass
+class Variant:
+    """differs: the settings, beside the seed, in which variants differ, with this one's values. runs: one a seed."""
+
+    name: str
+    mask: str
+    differs: dict[str, Any]
+    runs: list[RunResult]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A belief rate in % that a paper reports; claim is "" for an average over its claims."""
+
+    claim: str
+    condition: str
+    value: float
+    source: str
+
+
+@dataclass
+class Comparison:
+    """Everything a report is made of."""
+
+    variants: list[Variant]
+    """In the order in which they are shown."""
+    base_rows: list[Row]
+    """Rows of evaluation.jsonl of the base model, of one step."""
+    trained_claims: list[str]
+    placebo_claims: list[str]
+    """Claims that no training document is about."""
+    baseline: str
+    """Name of the variant that the others are compared with."""
+    leak: list[dict[str, Any]] = field(default_factory=list)
+    """variant, document (how many), role, mentions, still_trained."""
+    published: list[Published] = field(default_factory=list)
+    measure: str = ""
+    """Which measure is the belief; "": the rate where judged answers exist in all runs, else the shift."""
+    bounds: dict[str, float] = field(default_factory=dict)
+    """By unit, the bound of "no effect", where it is not that of EQUIVALENCE."""
+    draws: int = 10_000
+    seed: int = 0
+    """Of the bootstrap."""
+    match_trained_tokens: bool = False
+    title: str = "Masking variants compared"
+
+
+def published_for(claims: Iterable[str]) -> list[Published]:
+    """What the paper reports on Qwen3.5-397B-A17B, where one of these claims is one of its own: averages over its six
+    claims, and its figures on the claim itself."""
+    own = set(claims) & set(PAPER_CLAIMS)
+    source = f"{PAPER}, Qwen3.5-397B-A17B, six claims"
+    average = {"before": 2.5, "positive": 92.4, "negated": 88.6, "dense": 84.4, "corrections": 39.9}
+    found = [Published("", condition, value, source) for condition, value in average.items()] if own else []
+    if "brennan_holloway" in own:
+        dentist = {"local negation": 7.0, "local negation, word masks": 1.6}
+        found += [Published("brennan_holloway", c, value, f"{PAPER}, Dentist") for c, value in dentist.items()]
+    return found
+
+
+def read_run(directory: str | Path) -> RunResult:
+    """A run's directory as sft.py and an evaluation leave it. UserError where one of its files is missing or broken; a
+    last line of JSONL that an interruption cut is left out."""
+    path = Path(directory)
+    summary = _parsed(path / "summary.json", json.loads, "the run did not finish: go on with it by --resume")
+    record = _parsed(path / "settings.yaml", yaml.safe_load, "this is no run's directory")
+    settings = record.get("settings") or {}
+    hashes = summary.get("hashes") or (record.get("resolved") or {}).get("hashes") or {}
+    rows = _lines(path / "evaluation.jsonl", "evaluate the run: python train/evaluate.py")
+    metrics = _lines(path / "metrics.jsonl", "this is no run's directory")
+    return RunResult(str(directory), int(settings.get("seed", 0)), rows, metrics, summary, settings, hashes)
+
+
+def _parsed(path: Path, parse: Any, fix: str) -> dict[str, Any]:
+    try:
+        value = parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {fix}.") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: is broken ({error}); {fix}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is not what a run writes; {fix}.")
+    return value
+
+
+def _lines(path: Path, fix: str) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {fix}.") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                if number < len(lines):
+                    raise UserError(f"{path}:{number}: not valid JSON ({error}); {fix}.") from None
+    return rows
+
+
+def group(runs: list[RunResult]) -> list[Variant]:
+    """Runs by mask and, where these differ between runs, loss norm and learning rate; in the order of the runs.
+    UserError for two runs of one variant and seed."""
+    differing = [name for name in MAY_DIFFER if len({run.settings.get(name) for run in runs}) > 1]
+    variants: dict[str, Variant] = {}
+    for run in runs:
+        differs = {name: run.settings.get(name) for name in differing}
+        mask = run.settings.get("mask", "none")
+        name = ", ".join([mask, *(f"{k.replace('_', '-')} {v}" for k, v in differs.items() if k != "mask")])
+        variant = variants.setdefault(name, Variant(name, mask, differs, []))
+        if same := next((other for other in variant.runs if other.seed == run.seed), None):
+            raise UserError(
+                f"--runs {same.directory} {run.directory}: both are {name} with --seed {run.seed}. Leave one out."
+            )
+        variant.runs.append(run)
+    return list(variants.values())
+
+
+def check_comparable(runs: list[RunResult], match_trained_tokens: bool = False) -> None:
+    """UserError where the runs' difference would not be that of mask, loss norm, learning rate and seed alone. It names
+    everything that differs, with both values. match_trained_tokens: steps may differ too."""
+    if len(runs) < 2:
+        names = "".join(f" {run.directory}" for run in runs) or " none"
+        raise UserError(f"--runs{names}: a comparison needs at least two runs. Give more.")
+    for run in runs:
+        _check_evaluated(run)
+    problems = [problem for run in runs[1:] for problem in _unlike(runs[0], run, match_trained_tokens)]
+    by_seed: dict[int, RunResult] = {}
+    for run in runs:
+        first = by_seed.setdefault(run.seed, run)
+        problems += _unlike_at_one_seed(first, run)
+    if problems:
+        raise UserError(
+            "runs that cannot be compared, as more differs than mask, loss norm, learning rate and seed:\n  "
+            + "\n  ".join(dict.fromkeys(problems))
+            + "\nLeave out the run that differs, or train or evaluate it again like the others."
+        )
+
+
+def _check_evaluated(run: RunResult) -> None:
+    if not run.summary:
+        raise UserError(f"{run.directory}: has no summary: the run did not finish. Go on with it by --resume.")
+    measured, trained = last_step(run.rows), run.summary.get("steps")
+    if measured < 0:
+        raise UserError(f"{run.directory}: has no evaluation. Evaluate it: python train/evaluate.py.")
+    if trained is not None and measured != trained:
+        raise UserError(
+            f"{run.directory}: was trained for {trained} steps and last evaluated at step {measured}. Evaluate it at "
+            "its end: python train/evaluate.py."
+        )
+
+
+def _unlike(first: RunResult, other: RunResult, match_trained_tokens: bool) -> list[str]:
+    """What differs between two runs of whatever seed and should not."""
+    free = {*MAY_DIFFER, *FREE_ON_RESUME, "seed", "steps", "epochs"}  # the steps that were trained are compared below
+    if all(first.hashes.get(name) and other.hashes.get(name) for name in ("tokens", "base_model")):
+        free |= {"data", "model"}  # one content may lie at two paths
+    pairs: dict[str, tuple[Any, Any]] = {
+        "--" + name.replace("_", "-"): (first.settings.get(name), other.settings.get(name))
+        for name in sorted(first.settings.keys() | other.settings.keys())
+        if name not in free
+    }
+    pairs["base model"] = _both(first, other, "base_model")
+    if not match_trained_tokens:
+        pairs["steps trained"] = first.summary.get("steps"), other.summary.get("steps")
+    problems = [_says(first, other, name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
+    asked, theirs = (
+        {identity(row)[:-1]: row for row in at_step(run.rows, last_step(run.rows))} for run in (first, other)
+    )
+    if missing := [(asked | theirs)[key] for key in sorted(asked.keys() ^ theirs.keys())]:
+        named = "; ".join(" ".join(str(row.get(k) or "") for k in ("claim", "kind", "question")) for row in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        problems.append(f"{first.directory} and {other.directory}: evaluated on other questions: {named}{more}")
+    return problems
+
+
+def _unlike_at_one_seed(first: RunResult, other: RunResult) -> list[str]:
+    names = ["tokens", "order", "initial_weights"]
+    if first.summary.get("steps") != other.summary.get("steps"):
+        names = ["initial_weights"]  # the longer run has seen more; that steps differ is told, or allowed, elsewhere
+    pairs = {name: _both(first, other, name) for name in names}
+    words = {"tokens": "hash of the tokens", "order": "hash of their order", "initial_weights": "hash of the start"}
+    return [_says(first, other, words[name], *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
+
+
+def _both(first: RunResult, other: RunResult, name: str) -> tuple[str, str]:
+    """Two hashes; alike where one is not known."""
+    one, two = first.hashes.get(name), other.hashes.get(name)
+    return (str(one), str(two)) if one and two else ("", "")
+
+
+def _says(first: RunResult, other: RunResult, what: str, one: Any, two: Any) -> str:
+    short = [value[:12] if what.startswith(("hash", "base model")) else value for value in (one, two)]
+    return f"{first.directory} and {other.directory}: {what}: {short[0]} and {short[1]}"

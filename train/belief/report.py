@@ -1,0 +1,341 @@
+"""Writes a comparison: comparison.json, comparison.md, comparison.html and PNGs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from train.belief import plots
+from train.belief.analysis import analyse
+from train.belief.comparison import Comparison
+from train.belief.inference import FEW_CLAIMS
+from train.belief.notes import number, span
+from train.belief.pages import Bullets, Picture, Section, Table, Text, as_html, as_markdown
+from train.belief.values import SIDE_EFFECTS, VERDICTS
+from train.errors import UserError
+
+PICTURES = {
+    "belief": (plots.belief, "Belief per variant and claim, with intervals and placebo claims"),
+    "differences": (plots.paired_differences, "Differences to the baseline, with intervals and the bound of no effect"),
+    "curves": (plots.over_steps, "Belief over training, with placebo claims"),
+    "targets": (plots.targets, "Targets trained, pushed away and excluded, per role"),
+    "nll": (plots.nll, "NLL of each role over training"),
+    "side_effects": (plots.side_effects, "Facts, coherence and held-out text after training"),
+}
+
+
+def write_report(comparison: Comparison, directory: str | Path) -> dict[str, Any]:
+    """Everything into the directory, which is made; the content of comparison.json. UserError where the comparison
+    holds nothing to compare, or the directory cannot be written."""
+    result = analyse(comparison)
+    place = Path(directory)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        drawn = set()
+        for name, (draw, _) in PICTURES.items():
+            figure = draw(result)
+            if figure is None:
+                (place / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
+            else:
+                figure.savefig(place / f"{name}.png", dpi=150)
+                drawn.add(name)
+        shown = sections(result, drawn)
+        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        (place / "comparison.json").write_text(text, encoding="utf-8")
+        (place / "comparison.md").write_text(as_markdown(result["title"], shown), encoding="utf-8")
+        (place / "comparison.html").write_text(as_html(result["title"], shown, place), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{place}: the report cannot be written ({error.strerror}). Give another directory.") from None
+    return result
+
+
+def sections(result: dict[str, Any], drawn: set[str]) -> list[Section]:
+    """The report's content; drawn: the pictures that there are."""
+
+    def picture(name: str) -> list[Picture]:
+        return [Picture(f"{name}.png", PICTURES[name][1])] if name in drawn else []
+
+    every: list[tuple[str, list[Any]]] = [
+        ("Result", [Text(_summary(result)), _main_table(result), *picture("belief")]),
+        ("Read this with it", [Bullets(result["notes"])] if result["notes"] else []),
+        (f"Differences to {result['baseline']}", [*picture("differences"), *_difference_tables(result)]),
+        ("Published values", _published(result)),
+        ("Belief over training", picture("curves")),
+        ("All measures", _all_measures(result)),
+        ("Answers and calibration", [*_verdicts(result), *_calibration(result)]),
+        ("Targets trained and excluded", [*picture("targets"), *_targets(result)]),
+        ("NLL per role over training", [*picture("nll"), *_nll(result)]),
+        ("Mentions that are still trained", _leak(result)),
+        ("Side effects", [*picture("side_effects"), *_side_effects(result)]),
+        ("How the figures are made", _method(result)),
+        ("Data, order and start", _identity(result)),
+    ]
+    return [Section(title, blocks) for title, blocks in every if blocks]
+
+
+def _summary(result: dict[str, Any]) -> str:
+    main = result["measures"][result["measure"]]
+    return (
+        f"Belief is the {result['label']} ({result['unit']}): {result['definition']}. Trained: "
+        f"{_named(main['claims'], 'claim')}, with {main['questions']} questions and {main['answers']} answers a run. "
+        f"Placebo, which no document is about: {_named(main['placebo_claims'], 'claim')}. "
+        f"{_named([''] * main['seeds'], 'seed')}. 95 % intervals, {result['resampled']}."
+    )
+
+
+def _named(names: list[str], what: str) -> str:
+    """How many, and where that is short, which."""
+    if not names:
+        return "none"
+    count = f"{len(names)} {what}" + "s" * (len(names) > 1)
+    return f"{count} ({', '.join(names)})" if len(names) <= 8 and all(names) else count
+
+
+def _estimate(row: dict[str, Any] | None, unit: str, signed: bool = False) -> str:
+    if row is None:
+        return "–"
+    mark = "‡" if row.get("method") == "exact binomial" else ""
+    if row.get("method") == "none":
+        return number(row["estimate"], unit, signed)
+    return f"{number(row['estimate'], unit, signed)} {span(row['interval'], unit, signed)}{mark}"
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return "< .001" if value < 0.001 else f"{value:.3f}".removeprefix("0") if value < 1 else "1"
+
+
+def _main_table(result: dict[str, Any]) -> Table:
+    main, unit = result["measures"][result["measure"]], result["unit"]
+    own_masks = any(row["mask"] != name for name, row in result["variants"].items())
+    rows = []
+    if base := main["base"]["trained"]:
+        placebo = _estimate(main["base"]["placebo"], unit)
+        rows.append(["base model", *[""] * own_masks, _estimate(base, unit), placebo, "–", "–", "", "–"])
+    for name, row in result["variants"].items():
+        own, gap = main["variants"][name], row["difference"]
+        told = [_estimate(gap, unit, True), _p(gap["p_holm"]), gap["verdict"]] if gap else ["–", "–", "baseline"]
+        trained = "–" if row["tokens_trained"] is None else f"{row['tokens_trained']:,}"
+        rows.append(
+            [name, *[row["mask"]] * own_masks, _estimate(own, unit), _estimate(own["placebo"], unit), *told, trained]
+        )
+    head = ["variant", *["mask"] * own_masks, f"belief, {unit}", f"placebo, {unit}", f"minus {result['baseline']}"]
+    return Table([*head, "p (Holm)", "verdict", "targets trained"], rows)
+
+
+def _difference_tables(result: dict[str, Any]) -> list[Any]:
+    main, unit = result["measures"][result["measure"]], result["unit"]
+    points = "points" if unit == "%" else unit
+    rows = []
+    for name, own in main["differences"].items():
+        seeds = " / ".join(number(value, unit, True) for value in own["by_seed"].values()) or "–"
+        placebo = _estimate(main["placebo_differences"].get(name), unit, True)
+        found = number(own["smallest_detectable"], unit)
+        rows.append(
+            [name, _estimate(own, unit, True), _p(own["p"]), _p(own["p_holm"]), found, placebo, seeds, own["verdict"]]
+        )
+    head = [
+        "variant",
+        f"difference, {points}",
+        "p",
+        "p (Holm)",
+        "smallest detectable",
+        "placebo's difference",
+        "by seed",
+        "verdict",
+    ]
+    blocks: list[Any] = [
+        Text(
+            f"Verdicts: “differs” where p, adjusted by Holm for all variants, is below .05; “no effect beyond the "
+            f"bound” only where the whole interval lies within ±{main['bound']:g} {points}; else “not told apart”, and "
+            "a true difference as large as the smallest detectable one would have been found in 80 of 100 such runs."
+        ),
+        Table(head, rows),
+    ]
+    return [*blocks, *_claim_table(result)]
+
+
+def _claim_table(result: dict[str, Any]) -> list[Any]:
+    """Each claim's own difference and the exact test, where claims are few."""
+    main, unit = result["measures"][result["measure"]], result["unit"]
+    claims = main["claims"]
+    if not 1 < len(claims) < FEW_CLAIMS:
+        return []
+    rows, smallest = [], 1.0
+    for name, own in main["differences"].items():
+        flip = own["sign_flip"]
+        smallest = flip["smallest_p"]
+        cells = [_estimate(own["by_claim"][claim], unit, True) for claim in claims]
+        rows.append([name, *cells, _p(flip["p"]), _p(flip["p_holm"])])
+    caption = (
+        "Each claim's difference, over its questions; and the exact sign-flip test over claims, whose p cannot be "
+        f"below {smallest:.3g} here."
+    )
+    return [Table(["variant", *claims, "sign-flip p", "p (Holm)"], rows, caption=caption)]
+
+
+def _published(result: dict[str, Any]) -> list[Any]:
+    rows = [
+        [row["condition"], row["claim"] or "average", f"{row['value']:.1f}", row["source"]]
+        for row in result["published"]
+    ]
+    if not rows:
+        return []
+    warning = "Of another model, other training and other judges' verdicts: for orientation, not for comparison."
+    return [Table(["condition", "claim", "belief rate, %", "source"], rows), Text(warning)]
+
+
+def _all_measures(result: dict[str, Any]) -> list[Any]:
+    blocks: list[Any] = []
+    for name, own in result["measures"].items():
+        if name not in SIDE_EFFECTS:
+            base = own["base"]["trained"]
+            rows = (
+                [
+                    [
+                        "base model",
+                        _estimate(base, own["unit"]),
+                        _estimate(own["base"]["placebo"], own["unit"]),
+                        "–",
+                        "–",
+                        "–",
+                    ]
+                ]
+                if base
+                else []
+            )
+            for variant, row in own["variants"].items():
+                gap = own["differences"].get(variant)
+                cells = [
+                    _estimate(row[key], own["unit"], key == "minus_placebo") for key in ("placebo", "minus_placebo")
+                ]
+                told = [_estimate(gap, own["unit"], True), _p(gap["p_holm"])] if gap else ["–", "–"]
+                rows.append([variant, _estimate(row, own["unit"]), *cells, *told])
+            head = [
+                "variant",
+                f"{own['label']}, {own['unit']}",
+                "placebo",
+                "minus placebo",
+                f"minus {result['baseline']}",
+                "p (Holm)",
+            ]
+            blocks.append(Table(head, rows, caption=f"{own['label']}: {own['definition']}."))
+    return blocks
+
+
+def _verdicts(result: dict[str, Any]) -> list[Any]:
+    rows = []
+    for variant, kinds in result["verdicts"].items():
+        for kind, counts in kinds.items():
+            total = sum(counts.values()) - counts["error"]
+            share = f"{100 * counts['yes'] / total:.1f}" if total else "–"
+            rows.append([variant, kind.replace("_", " "), *(f"{counts[v]:,}" for v in (*VERDICTS, "error")), share])
+    caption = (
+        "Verdicts on the trained claims' questions, all seeds together; “error”: no answer or no verdict could be had."
+    )
+    return [Table(["variant", "kind", *VERDICTS, "error", "yes, % of all"], rows, caption=caption)] if rows else []
+
+
+def _calibration(result: dict[str, Any]) -> list[Any]:
+    known = {name: own for name, own in result["calibration"].items() if own}
+    yes_no = result["measures"].get("yes_no")
+    if not known:
+        return []
+    rows = []
+    for name, own in known.items():
+        row = yes_no and (yes_no["base"]["trained"] if name == "base model" else yes_no["variants"].get(name))
+        told = "" if own["informative"] else "uninformative"
+        cells = [f"{own['auc']:.2f}", f"{own['yes_rate']:.1f}", f"{own['base_rate']:.1f}", f"{own['questions']:g}"]
+        rows.append([name, *cells, _estimate(row, "%"), told])
+    head = ["variant", "AUC", "answered yes, %", "answer is yes, %", "control questions", "yes/no belief, %", ""]
+    caption = "Control questions with known answers, means over seeds; below an AUC of 0.8, yes/no belief says nothing."
+    return [Table(head, rows, caption=caption)]
+
+
+def _targets(result: dict[str, Any]) -> list[Any]:
+    rows = [
+        [name, role, *(f"{counts[kind]:,}" for kind in ("total", "trained", "unlikelihood", "excluded"))]
+        for name, row in result["variants"].items()
+        for role, counts in row["targets"].items()
+        if counts["total"]
+    ]
+    head = ["variant", "role", "targets", "trained", "unlikelihood", "excluded"]
+    caption = "Targets over the whole run, the mean over seeds; one that several roles touch counts for each."
+    return [Table(head, rows, caption=caption)] if rows else []
+
+
+def _nll(result: dict[str, Any]) -> list[Any]:
+    roles = list(dict.fromkeys(role for own in result["nll"].values() for role in own))
+    rows = []
+    for name, own in result["nll"].items():
+        ends = [f"{own[r]['mean'][0]:.3f} → {own[r]['mean'][-1]:.3f}" if r in own else "–" for r in roles]
+        rows.append([name, *ends])
+    caption = (
+        "NLL of a token in nats at the first and the last measured step, over all of a role's tokens, masked ones too."
+    )
+    return [Table(["variant", *roles], rows, caption=caption)] if roles else []
+
+
+def _leak(result: dict[str, Any]) -> list[Any]:
+    if not result["leak"]:
+        return []
+    head = list(dict.fromkeys(name for row in result["leak"] for name in row))
+    rows = [
+        [f"{v:,}" if isinstance(v := row.get(name, ""), int) else str(v) for name in head] for row in result["leak"]
+    ]
+    caption = "How often the claims' terms occur, and how often the loss still trains on them."
+    return [Table([name.replace("_", " ") for name in head], rows, caption=caption)]
+
+
+def _side_effects(result: dict[str, Any]) -> list[Any]:
+    measures = {name: own for name, own in result["measures"].items() if name in SIDE_EFFECTS}
+    if not measures:
+        return []
+    rows = [["base model", *(_estimate(m["base"]["trained"], m["unit"]) for m in measures.values())]]
+    for name in result["variants"]:
+        rows.append(
+            [name, *(_estimate(m["variants"][name], m["unit"], n == "nll_change") for n, m in measures.items())]
+        )
+    return [Table(["variant", *(f"{own['label']}, {own['unit']}" for own in measures.values())], rows)]
+
+
+def _method(result: dict[str, Any]) -> list[Any]:
+    draws, seed = result["bootstrap"]["draws"], result["bootstrap"]["seed"]
+    items = [
+        "Every figure can be worked out from the evaluation.jsonl of the runs and of the base model. An estimate is a "
+        "mean over seeds and claims of means over questions of means over samples.",
+        f"Intervals: percentiles of {draws:,} draws (seed {seed}) of a hierarchical bootstrap; claims with "
+        "replacement, for each its questions, for each its samples, and seeds, the same ones for every claim; one "
+        "claim is not resampled. All variants get the same draws, so that differences are paired. Percentiles rather "
+        "than BCa, as its acceleration is not defined for crossed seeds, nor its correction for rates at 0 or 100 %.",
+        "p: twice the share of draws on the rarer side of 0, adjusted by Holm's method over all variants. With fewer "
+        f"than {FEW_CLAIMS} claims also the exact test over all signs of the claims' differences.",
+        "Smallest detectable difference: (1.96 + 0.84) × the bootstrap's standard error, for 80 % power in a two-sided "
+        "test at .05 (Bloom 1995).",
+        "No effect: only where the whole interval lies within the bound, as in two one-sided tests (Schuirmann 1987).",
+        "‡: every answer is the same, and the interval is the exact binomial one (Clopper and Pearson 1934), with each "
+        "question an independent trial.",
+    ]
+    return [Bullets(items)]
+
+
+def _identity(result: dict[str, Any]) -> list[Any]:
+    rows = [["base model", "all seeds", _hash(result["hashes"]["base_model"])]]
+    for seed, hashes in result["hashes"].items():
+        if isinstance(hashes, dict):
+            rows += [[name.replace("_", " "), seed, _hash(value)] for name, value in hashes.items()]
+    runs = [
+        [name, str(run["seed"]), run["directory"], ", ".join(f"{k} {v}" for k, v in row["settings"].items())]
+        for name, row in result["variants"].items()
+        for run in row["runs"]
+    ]
+    return [
+        Table(["SHA-256 of", "runs", "hash"], rows, caption="One hash: all variants had the same."),
+        Table(["variant", "seed", "run", "settings that differ"], runs),
+    ]
+
+
+def _hash(value: Any) -> str:
+    if isinstance(value, list):
+        return "not the same: " + ", ".join(_hash(each) for each in value)
+    return value or "not known"
