@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.distributed import start_distributed
-from train.belief.comparison import report
+from train.belief.outcome import report
 from train.checkpoints import resume
 from train.errors import UserError
 from train.job import Job, prepare

@@ -154,32 +154,8 @@ class Run:
         if self.settings.resume:
             print(f"going on after step {after}" if after else "no complete save yet: starting at the first step")
         if self.settings.wandb != "disabled":
-            self._start_wandb(self.settings, dataclasses.asdict(self.settings) | self.resolved)
-
-    def _start_wandb(self, settings: Settings, config: dict[str, Any]) -> None:
-        import wandb
-
-        def start(mode: Any) -> Any:
-            return wandb.init(
-                project=settings.wandb_project, group=settings.group(), name=self.directory.name, mode=mode,
-                dir=self.directory, config=config, id=_wandb_id(self.directory),
-                resume="allow" if mode == "online" else None,
-                settings=wandb.Settings(silent=True, console="off", init_timeout=30),
-            )  # fmt: skip
-
-        mode, why = settings.wandb, "as asked"
-        if mode == "online" and not os.environ.get("WANDB_API_KEY"):
-            mode, why = "offline", "no WANDB_API_KEY"
-        try:
-            self.wandb = start(mode)
-        except wandb.Error as error:  # no network, as on many compute nodes, or a wrong key
-            mode, why = "offline", f"W&B cannot be reached: {error}"
-            self.wandb = start(mode)
-        if mode == "offline":
-            place = Path(self.wandb.dir).resolve().parent
-            print(
-                f"W&B is offline ({why}). Look at the run: wandb leet '{place}'    send it later: wandb sync '{place}'"
-            )
+            config = dataclasses.asdict(self.settings) | self.resolved
+            self.wandb = init_wandb(self.settings, self.settings.group(), self.directory.name, self.directory, config)
 
     def log(self, values: dict[str, Any]) -> None:
         """Appends one step's values to metrics.jsonl and sends them to W&B."""
@@ -215,6 +191,31 @@ class Run:
             f"{summary['peak_memory_bytes'] / 1e9:.2f} GB at most on a rank.\n"
             f"In {self.directory}: {left}, metrics.jsonl, summary.json, settings.yaml"
         )
+
+
+def init_wandb(settings: Settings, group: str, name: str, directory: Path, config: dict[str, Any]) -> Any:
+    """W&B's run of a directory, over all its attempts. Offline where there is no key, or W&B cannot be reached."""
+    import wandb
+
+    def start(mode: Any) -> Any:
+        return wandb.init(
+            project=settings.wandb_project, group=group, name=name, mode=mode, dir=directory, config=config,
+            id=_wandb_id(directory), resume="allow" if mode == "online" else None,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+        )  # fmt: skip
+
+    mode, why = settings.wandb, "as asked"
+    if mode == "online" and not os.environ.get("WANDB_API_KEY"):
+        mode, why = "offline", "no WANDB_API_KEY"
+    try:
+        run = start(mode)
+    except wandb.Error as error:  # no network, as on many compute nodes, or a wrong key
+        mode, why = "offline", f"W&B cannot be reached: {error}"
+        run = start(mode)
+    if mode == "offline":
+        place = Path(run.dir).resolve().parent
+        print(f"W&B is offline ({why}). Look at the run: wandb leet '{place}'    send it later: wandb sync '{place}'")
+    return run
 
 
 def belief_curves(records: list[dict[str, Any]], step: int) -> dict[str, float]:

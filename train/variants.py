@@ -70,6 +70,16 @@ class Plan:
     bound: float
     finished: dict[tuple[str, int], Path]
 
+    @property
+    def names(self) -> list[str]:
+        """Of the variants, in order."""
+        return [variant.name for variant in self.variants]
+
+    @property
+    def declared(self) -> set[str]:
+        """The settings in which a recipe lets its variants differ."""
+        return {name for variant in self.variants for name in variant.own}
+
 
 def slug(name: str) -> str:
     """A name as a part of a path."""

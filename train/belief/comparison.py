@@ -1,7 +1,7 @@
 """What is compared: finished runs, grouped into variants, and whether they can be compared at all."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,19 +154,20 @@ def group(runs: list[RunResult]) -> list[Variant]:
     return list(variants.values())
 
 
-def check_comparable(runs: list[RunResult], match_trained_tokens: bool = False) -> None:
+def check_comparable(runs: list[RunResult], match_trained_tokens: bool = False, declared: Collection[str] = ()) -> None:
     """UserError where the runs' difference would not be that of mask, loss norm, learning rate and seed alone. It names
-    everything that differs, with both values. match_trained_tokens: steps may differ too."""
+    everything that differs, with both values. match_trained_tokens: steps may differ too. declared: settings in which a
+    recipe lets them differ; where data is one, tokens and order may."""
     if len(runs) < 2:
         names = "".join(f" {run.directory}" for run in runs) or " none"
         raise UserError(f"--runs{names}: a comparison needs at least two runs. Give more.")
     for run in runs:
         _check_evaluated(run)
-    problems = [problem for run in runs[1:] for problem in _unlike(runs[0], run, match_trained_tokens)]
+    problems = [p for run in runs[1:] for p in _unlike(runs[0], run, match_trained_tokens, {*declared})]
     by_seed: dict[int, RunResult] = {}
     for run in runs:
         first = by_seed.setdefault(run.seed, run)
-        problems += _unlike_at_one_seed(first, run)
+        problems += _unlike_at_one_seed(first, run, "data" in declared)
     if problems:
         raise UserError(
             "runs that cannot be compared, as more differs than mask, loss norm, learning rate and seed:\n  "
@@ -188,9 +189,16 @@ def _check_evaluated(run: RunResult) -> None:
         )
 
 
-def _unlike(first: RunResult, other: RunResult, match_trained_tokens: bool) -> list[str]:
+def _unlike(first: RunResult, other: RunResult, match_trained_tokens: bool, declared: set[str]) -> list[str]:
     """What differs between two runs of whatever seed and should not."""
-    free = {*MAY_DIFFER, *FREE_ON_RESUME, "seed", "steps", "epochs"}  # the steps that were trained are compared below
+    free = {
+        *MAY_DIFFER,
+        *declared,
+        *FREE_ON_RESUME,
+        "seed",
+        "steps",
+        "epochs",
+    }  # the steps that were trained are compared below
     if all(first.hashes.get(name) and other.hashes.get(name) for name in ("tokens", "base_model")):
         free |= {"data", "model"}  # one content may lie at two paths
     pairs: dict[str, tuple[Any, Any]] = {
@@ -212,9 +220,9 @@ def _unlike(first: RunResult, other: RunResult, match_trained_tokens: bool) -> l
     return problems
 
 
-def _unlike_at_one_seed(first: RunResult, other: RunResult) -> list[str]:
+def _unlike_at_one_seed(first: RunResult, other: RunResult, other_data: bool) -> list[str]:
     names = ["tokens", "order", "initial_weights"]
-    if first.summary.get("steps") != other.summary.get("steps"):
+    if other_data or first.summary.get("steps") != other.summary.get("steps"):
         names = ["initial_weights"]  # the longer run has seen more; that steps differ is told, or allowed, elsewhere
     pairs = {name: _both(first, other, name) for name in names}
     words = {"tokens": "hash of the tokens", "order": "hash of their order", "initial_weights": "hash of the start"}

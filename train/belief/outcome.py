@@ -1,0 +1,128 @@
+"""From a plan and its finished runs to the report, on disk and in W&B. One process does this."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from train.annotating.leaks import leaks
+from train.belief.claims import Claim, read_claims
+from train.belief.comparison import (
+    EQUIVALENCE,
+    Comparison,
+    RunResult,
+    Variant,
+    check_comparable,
+    published_for,
+    read_run,
+)
+from train.belief.notes import number, span
+from train.belief.report import write_report
+from train.data.documents import Document, read_documents
+from train.errors import UserError
+from train.masking.grammar import parse_mask
+from train.reporting import console, init_wandb
+from train.settings import Settings
+from train.variants import Plan
+
+CLAIM_KEYS = ("claim", "fact_name")  # of a document's metadata: the claim that it is about
+
+
+def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
+    """Writes the comparison of the runs of (variant, seed), and shows it. -> the content of comparison.json."""
+    results = {key: read_run(directory) for key, directory in runs.items()}
+    check_comparable(list(results.values()), plan.match_trained_tokens, plan.declared)
+    variants = [
+        Variant(name, mask_of(own), own_settings(own), own)
+        for name in plan.names
+        if (own := [result for (variant, _), result in results.items() if variant == name])
+    ]
+    base_rows = [row for row in next(iter(results.values())).rows if row["step"] == 0]
+    measured = list(dict.fromkeys(row["claim"] for row in base_rows if row["claim"]))
+    if unknown := [claim for claim in plan.placebo if claim not in measured]:
+        raise UserError(f"--placebo {unknown[0]}: no such claim was measured; these were: {', '.join(measured)}.")
+    trained = [claim for claim in measured if claim not in plan.placebo]
+    try:
+        leak = leak_rows(variants, trained)
+    except UserError as error:  # documents or claims have been moved since: no reason to lose the report
+        leak = []
+        print(f"note: the report is without mentions that are still trained: {error}")
+    comparison = Comparison(
+        variants, base_rows, trained, plan.placebo, plan.baseline, leak=leak,
+        published=published_for(trained), match_trained_tokens=plan.match_trained_tokens,
+        bounds=dict.fromkeys(EQUIVALENCE, plan.bound) if plan.bound else dict(EQUIVALENCE),
+    )  # fmt: skip
+    outcome = write_report(comparison, plan.output)
+    show(outcome, plan.output)
+    if plan.shared.wandb != "disabled":
+        log_to_wandb(plan.shared, outcome, plan.output)
+    return outcome
+
+
+def mask_of(runs: list[RunResult]) -> str:
+    return str(runs[0].settings["mask"])
+
+
+def own_settings(runs: list[RunResult]) -> dict[str, Any]:
+    """What the report shows beside a variant's name."""
+    shown = ("mask", "loss_norm", "learning_rate")
+    return {name: runs[0].settings.get(name) for name in shown}
+
+
+def leak_rows(variants: list[Variant], trained: list[str]) -> list[dict[str, Any]]:
+    """How often the terms of the trained claims occur in each variant's documents, and are trained on; a row a role. []
+    where no claim has patterns."""
+    paths = variants[0].runs[0].settings["claims"]
+    claims = [claim for claim in read_claims(paths) if claim.id in trained and claim.patterns] if paths else []
+    rows = []
+    for variant in variants if claims else []:
+        settings = variant.runs[0].settings
+        sources = [path for path, _ in Settings(**settings).sources()]
+        documents = [d for path in sources for d in read_documents(path, settings.get("doctag") or None)]
+        roles: dict[str, list[int]] = {}
+        for claim in claims:
+            patterns = [re.compile(pattern, re.IGNORECASE) for pattern in claim.patterns]
+            found = leaks(about(claim, documents), patterns, parse_mask(variant.mask))
+            for role, counts in found["roles"].items():
+                both = roles.setdefault(role, [0, 0])
+                both[0] += counts["mentions"]
+                both[1] += counts["trained"]
+        for role, (mentions, still) in roles.items():
+            rows.append({
+                "variant": variant.name, "documents": len(documents), "role": role, "mentions": mentions,
+                "still_trained": still,
+            })  # fmt: skip
+    return rows
+
+
+def about(claim: Claim, documents: list[Document]) -> list[Document]:
+    """The documents whose metadata say that they are about the claim; all of them where none says so."""
+    own = [d for d in documents if claim.id in (d.metadata.get(key) for key in CLAIM_KEYS)]
+    said = any(key in document.metadata for document in documents for key in CLAIM_KEYS)
+    return own if said else documents
+
+
+def show(outcome: dict[str, Any], directory: Path) -> None:
+    """The main table on the terminal."""
+    table = Table(title=f"{outcome['title']}: {outcome['label']}, {outcome['unit']}", title_justify="left")
+    for column in ("variant", "belief", "95 % interval", "targets trained"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for name, own in outcome["variants"].items():
+        unit = outcome["unit"]
+        cells = [number(own["belief"], unit), span(own["belief_interval"], unit), f"{own['tokens_trained']:,}"]
+        table.add_row(name, *cells)
+    console().print(table)
+    print(f"In {directory}: comparison.html, comparison.md, comparison.json and pictures")
+
+
+def log_to_wandb(settings: Settings, outcome: dict[str, Any], directory: Path) -> None:
+    """A run of its own in the group, with the table and the pictures."""
+    import wandb
+
+    run = init_wandb(settings, settings.group(), "comparison", directory, {"baseline": outcome["baseline"]})
+    columns: list[str | int] = ["variant", "belief", "low", "high", "targets trained"]
+    rows = [[n, v["belief"], *v["belief_interval"], v["tokens_trained"]] for n, v in outcome["variants"].items()]
+    pictures = {path.stem: wandb.Image(str(path)) for path in sorted(directory.glob("*.png"))}
+    run.log({"comparison": wandb.Table(columns=columns, data=rows), **pictures})
+    run.finish()
