@@ -202,6 +202,7 @@ def asked(world: World, claim: Claim) -> dict[str, Any]:
             *(fact(claim.person, other, "neighbouring") for other in toy.VALUES if other != claim.attribute),
             fact(rng.choice(nobody), claim.attribute, "unrelated"),
         ],
+        "patterns": [rf"\b{word}\b" for word in (claim.false, toy.VALUES[claim.attribute][claim.false])],
     }  # fmt: skip
 
 
