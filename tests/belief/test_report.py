@@ -277,6 +277,14 @@ def test_what_cannot_be_reported_is_told(change, message):
         analyse(comparison(**change))
 
 
+def test_what_is_missing_is_said():
+    result = analyse(comparison(base_rows=[], trained_claims=[*CLAIMS, "mars"]))
+    assert "shift" not in result["measures"] and result["measure"] == "rate"
+    assert "Not measured in any run, and so not in the mean: mars." in result["notes"]
+    assert "shift is left out: it is a change from the base model, which was not measured." in result["notes"]
+    assert result["base"]["belief"] is None
+
+
 def test_a_chosen_measure_is_the_belief():
     result = analyse(comparison(measure="preference"))
     assert result["variants"]["none"]["belief"] == 100.0 and result["published"] == []

@@ -51,7 +51,11 @@ def analyse(comparison: Comparison) -> dict[str, Any]:
         if all(counts) and (found := _measure(comparison, MEASURES[name], values, _of_base(name, base))):
             measures[name] = found
         elif any(counts):
-            incomplete[name] = f"{sum(counts)} of {len(counts)}"
+            incomplete[name] = f"measured in {sum(counts)} of {len(counts)} runs only"
+    for name, kind in (("shift", "likelihood"), ("nll_change", "nll")):
+        asked = any(row["kind"] == kind for by_seed in finals.values() for rows in by_seed.values() for row in rows)
+        if asked and not any(row["kind"] == kind for row in base):
+            incomplete[name] = "it is a change from the base model, which was not measured"
     main = _main_measure(comparison, measures)
     result: dict[str, Any] = {
         "title": comparison.title,

@@ -103,8 +103,8 @@ def read_run(directory: str | Path) -> RunResult:
     record = _parsed(path / "settings.yaml", yaml.safe_load, "this is no run's directory")
     settings = record.get("settings") or {}
     hashes = summary.get("hashes") or (record.get("resolved") or {}).get("hashes") or {}
-    rows = _lines(path / "evaluation.jsonl", "evaluate the run: python train/evaluate.py")
-    metrics = _lines(path / "metrics.jsonl", "this is no run's directory")
+    rows = read_lines(path / "evaluation.jsonl", "evaluate the run: python train/evaluate.py")
+    metrics = read_lines(path / "metrics.jsonl", "this is no run's directory")
     return RunResult(str(directory), int(settings.get("seed", 0)), rows, metrics, summary, settings, hashes)
 
 
@@ -120,7 +120,9 @@ def _parsed(path: Path, parse: Any, fix: str) -> dict[str, Any]:
     return value
 
 
-def _lines(path: Path, fix: str) -> list[dict[str, Any]]:
+def read_lines(path: Path, fix: str) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, such as an evaluation.jsonl, without a last line that an interruption cut. fix: what
+    the user can do where the file is missing or broken, as UserError says it."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:

@@ -16,7 +16,7 @@ def number(value: float | None, unit: str, signed: bool = False) -> str:
         return "–"
     digits = 1 if unit == "%" else 2
     value = round(value, digits) + 0.0  # no −0.0
-    return f"{value:+.{digits}f}".replace("-", "−") if signed else f"{value:.{digits}f}".replace("-", "−")
+    return f"{value:+.{digits}f}".replace("-", "−") if signed and value else f"{value:.{digits}f}".replace("-", "−")
 
 
 def span(interval: list[float] | None, unit: str, signed: bool = False) -> str:
@@ -106,8 +106,14 @@ def _answers(result: dict[str, Any], main: dict[str, Any]) -> list[str]:
             f"{main['filled']} values that some runs lack and others have: each is taken to be the mean of the run's "
             "other answers to the question, which leaves the run's own figures as they are."
         )
-    for name, share in result["incomplete"].items():
-        found.append(f"{name}: measured in {share} runs only, and so left out.")
+    if absent := [claim for claim in result["claims"]["trained"] if claim not in main["claims"]]:
+        found.append(f"Not measured in any run, and so not in the mean: {', '.join(absent)}.")
+    measures = result["measures"]
+    if {"shift", "preference"} <= measures.keys():
+        without = measures["preference"]["questions"] - measures["shift"]["questions"]
+        if without:
+            found.append(f"{without} templates have no control entity, and so no shift of the log-likelihood ratio.")
+    found += [f"{name} is left out: {why}." for name, why in result["incomplete"].items()]
     if any(row["method"] == "exact binomial" for row in main["variants"].values()):
         found.append(
             f"Where every answer is the same, resampling can give no interval: the exact binomial one stands there "

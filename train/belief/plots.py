@@ -246,6 +246,7 @@ def side_effects(result: dict[str, Any]) -> Figure | None:
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(axis="x", color=GRID, linewidth=0.8)
         axes.margins(x=0.08)
+        axes.set_axisbelow(True)
         axes.tick_params(axis="y", length=0)
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.spines[["top", "right", "left"]].set_visible(False)
