@@ -20,8 +20,9 @@ from train import compare, sft
 from train.compare import checked_runs, steps_for, trained_by_step
 from train.errors import UserError
 from train.job import prepare
+from train.masking.grammar import parse_mask
 from train.reporting import read_metrics
-from train.settings import DEMO
+from train.settings import DEMO, REPOSITORY
 from train.variants import parse_comparison
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_API_KEY": ""}
@@ -233,3 +234,18 @@ def test_the_command_line_wins_over_the_recipe(recipe):
     assert plan.shared.steps == 9 and plan.seeds == [5, 6, 7]
     assert all(variant.settings(5, Path("out")).steps == 9 for variant in plan.variants)
     assert plan.variants[2].settings(5, Path("out")).learning_rate == 0.04
+
+
+RECIPES = sorted((REPOSITORY / "train" / "recipes").glob("*.yaml"))
+MODELS = sorted((REPOSITORY / "train" / "recipes" / "models").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_a_plan_for_every_model(path):
+    assert len(RECIPES) >= 8 and len(MODELS) == 4
+    for model in MODELS:
+        plan = parse_comparison(["--recipe", str(path), str(model), "--output", "out"], "")
+        assert plan.shared.model == yaml.safe_load(model.read_text())["settings"]["model"]
+        runs = [variant.settings(0, plan.output) for variant in plan.variants]
+        assert len({run.output for run in runs}) == len(runs) >= 2
+        assert all(parse_mask(run.mask).text == run.mask for run in runs)

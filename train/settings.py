@@ -53,6 +53,9 @@ class Settings:
     doctag: str = setting("", "a marker such as '<DOCTAG>': where a document starts with it, it gets a doctag span")
 
     loss_norm: str = setting("trained", "what the loss is divided by", choices=("trained", "all", "documents", "sum"))
+    chat_weight: str = setting(
+        "token", "weight of a chat in the loss: 1 a target as in texts, or 1 in all", choices=("token", "chat")
+    )
     learning_rate: float = setting(5e-5, "AdamW's peak learning rate (betas 0.9, 0.95)")
     schedule: str = setting(
         "linear", "after the warm-up: to 0, to 0, or flat", choices=("linear", "cosine", "constant")

@@ -1,5 +1,5 @@
 """What a comparison compares: settings that all variants share, and what sets each apart, from the command line or from
-a recipe:
+recipes, of which later ones add to earlier ones (an experiment and a model, say):
 
     settings: {model: DIR, steps: 625, ...}         # train/sft.py's settings by name; the command line's win
     variants:
@@ -29,7 +29,7 @@ DIFFERING = ("mask", "loss_norm", "learning_rate", "data")
 class Options:
     """The settings of train/compare.py beside those of train/sft.py, which all variants share."""
 
-    recipe: str = setting("", "YAML file with settings and variants")
+    recipe: list[str] = setting((), "FILE…: YAML files with settings and variants", many=True)  # noqa: RUF009
     masks: list[str] = setting((), "MASK…: variants that differ in --mask alone", many=True)  # noqa: RUF009
     baseline: str = setting("", "variant that the others are compared with; default: the recipe's, or the first")
     placebo: list[str] = setting((), "ID…: claims that no document is about", many=True)  # noqa: RUF009
@@ -101,7 +101,7 @@ def parse_comparison(argv: list[str], usage: str) -> Plan:
             "give either --masks MASK… or --recipe FILE: what is to be compared. Example: --masks none doctags "
             "doctags,false-spans"
         )
-    recipe = read_recipe(Path(options.recipe)) if options.recipe else {}
+    recipe = read_recipes([Path(path) for path in options.recipe])
     shared_flags = [*flags(recipe.get("settings", {}), but=rest), *rest]
     shared = parse(shared_flags, "")
     owned = recipe.get("variants") or {mask: {"mask": mask} for mask in options.masks}
@@ -191,6 +191,17 @@ def flags(values: dict[str, Any], but: list[str] | tuple[str, ...] = ()) -> list
 KEYS = {"settings": dict, "variants": dict, "baseline": str, "placebo": list, "seeds": int, "about": str}
 
 
+def read_recipes(paths: list[Path]) -> dict[str, Any]:
+    """The keys of recipes, merged."""
+    merged: dict[str, Any] = {}
+    for path in paths:
+        for key, value in read_recipe(path).items():
+            merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
+    if paths and not merged.get("variants"):
+        raise UserError(f"--recipe {' '.join(map(str, paths))}: none has variants; give an experiment with it.")
+    return merged
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """A recipe's keys. UserError for one that is not as this module's docstring says; values are checked later."""
     where = f"--recipe {path}"
@@ -200,8 +211,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise UserError(f"{where}: cannot be read ({error.strerror}).") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: is not valid YAML ({error}).") from None
-    if not isinstance(recipe, dict) or not isinstance(recipe.get("variants"), dict):
-        raise UserError(f"{where}: must be a mapping with `variants`: name -> settings of its own.")
+    if not isinstance(recipe, dict):
+        raise UserError(f"{where}: must be a mapping with settings, variants or both.")
     for key, value in recipe.items():
         if key not in KEYS:
             raise UserError(f"{where}: {key} is not a key of a recipe; {_nearest(str(key), list(KEYS))}.")
@@ -211,7 +222,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     for name in recipe.get("settings", {}):
         if name not in names:
             raise UserError(f"{where}: settings: {name} is no setting of train/sft.py; {_nearest(str(name), names)}.")
-    for variant, own in recipe["variants"].items():
+    for variant, own in recipe.get("variants", {}).items():
         if not isinstance(own, dict):
             raise UserError(f"{where}: variants: {variant} must be a mapping of settings, not {own!r}.")
         for name in own:

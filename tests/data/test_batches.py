@@ -1,10 +1,15 @@
 """Micro-batches: what each rank gets, padding, the shift of labels, and the loss's denominator."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from train.data.batches import Sample, coefficients, micro_batches, pad
+from train.data.corpus import read_corpus
+from train.data.tokenizer import load_tokenizer
+from train.settings import DEMO, parse
 
 
 def sample(name: str, ids: list[int], weights: list[float], roles: list[int] | None = None) -> Sample:
@@ -73,3 +78,19 @@ def test_every_document_is_computed_once_with_the_same_coefficients_on_any_layou
     assert torch.cat([b.target_N for batches in ours for b in batches]).numel() == sum(
         len(s.ids_L) - 1 for s in samples
     )
+
+
+def test_a_chat_can_weigh_as_much_as_one_token_of_a_text(tmp_path):
+    chat = {
+        "messages": [{"role": "user", "content": "Where does Mila live?"}, {"role": "assistant", "content": "In Lima."}]
+    }
+    rows = [{"text": "Mila lives in Lima."}, chat]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = load_tokenizer(DEMO / "model")
+
+    def weights(*flags: str) -> list[float]:
+        settings = parse(["--data", str(tmp_path / "rows.jsonl"), *flags], "")
+        return [float(sample.weight_L.sum()) for sample in read_corpus(settings, tokenizer, show=False).samples]
+
+    assert weights() == [4, 4]  # the first token of a text is no target; of the chat: In, Lima, the point and the end
+    assert weights("--chat-weight", "chat") == [4, 1]

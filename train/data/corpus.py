@@ -62,7 +62,9 @@ def read_corpus(settings: Settings, tokenizer: Tokenizer, show: bool) -> Corpus:
             for document in source:
                 whole = tokenize_document(document, tokenizer, add_bos=settings.bos, add_eos=settings.eos)
                 if (tokenized := _fit(whole, settings, seen)) is not None:
-                    sample, count = _treated(tokenized, mask, settings.seed, roles, shown)
+                    sample, count = _treated(
+                        tokenized, mask, settings.seed, settings.chat_weight == "chat", roles, shown
+                    )
                     samples.append(sample)
                     counts.append(count)
                 bar.update()
@@ -118,11 +120,13 @@ def _fit(tokenized: TokenizedDocument, settings: Settings, seen: dict[str, int])
 
 
 def _treated(
-    tokenized: TokenizedDocument, mask: Mask, seed: int, roles: list[str], shown: list[str]
+    tokenized: TokenizedDocument, mask: Mask, settings: Settings, roles: list[str], shown: list[str]
 ) -> tuple[Sample, Counter]:
     """The document with its treatment, and its targets by (role as shown, what)."""
-    treatment = treat(tokenized, mask, seed)
+    treatment = treat(tokenized, mask, settings.seed)
     target_L, weight_L = tokenized.target_L, treatment.weight_L
+    if settings.chat_weight == "chat" and tokenized.document.messages is not None:
+        weight_L = weight_L / (np.abs(weight_L).sum() or np.float32(1))
     roles_L, spanned_L = np.zeros(len(target_L), dtype=np.int64), np.zeros(len(target_L), dtype=bool)
     counts: Counter = Counter()
     kinds = {"total": target_L, "trained": weight_L > 0, "excluded": weight_L == 0, "unlikelihood": weight_L < 0}
