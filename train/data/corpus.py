@@ -62,9 +62,7 @@ def read_corpus(settings: Settings, tokenizer: Tokenizer, show: bool) -> Corpus:
             for document in source:
                 whole = tokenize_document(document, tokenizer, add_bos=settings.bos, add_eos=settings.eos)
                 if (tokenized := _fit(whole, settings, seen)) is not None:
-                    sample, count = _treated(
-                        tokenized, mask, settings.seed, settings.chat_weight == "chat", roles, shown
-                    )
+                    sample, count = _treated(tokenized, mask, settings, roles, shown)
                     samples.append(sample)
                     counts.append(count)
                 bar.update()
