@@ -1,0 +1,102 @@
+"""Writes documents in OpenAI's fine-tuning format, for models that only their makers can train, with as much of a mask
+as that format can say:
+
+    python train/export.py --data documents.jsonl --mask doctags --output openai.jsonl
+
+The format (https://platform.openai.com/docs/guides/supervised-fine-tuning) has chats whose assistant messages weigh 1 or
+0 each. So a mask can leave out whole messages of the assistant, and what stands at the beginning of a text, which becomes
+the user's message. Weights between, unlikelihood, random controls and spans within a text cannot be said; a mask with
+such an entry is an error that names it, as training on something else would be another experiment.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from train.annotating.texts import write
+from train.data.documents import Document, Span, read_documents
+from train.errors import UserError
+from train.masking.grammar import Entry, Mask, parse_mask
+
+WITHIN = "OpenAI's format weighs whole messages, and this span is a part of one"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0, or 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, metavar="FILE", help="JSONL documents")
+    parser.add_argument("--mask", default="none", help="what the loss leaves out, as in training (default: none)")
+    parser.add_argument("--doctag", default=None, metavar="MARKER", help="a leading marker that gets a doctag span")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the chats, whole or not at all")
+    args = parser.parse_args(arguments)
+    try:
+        mask = parse_mask(args.mask)
+        check_entries(mask)
+        rows = [chat(document, mask) for document in read_documents(args.data, args.doctag)]
+        write("--output", Path(args.output), (json.dumps(row, ensure_ascii=False) for row in rows))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.output}: {len(rows)} chats")
+    return 0
+
+
+def check_entries(mask: Mask) -> None:
+    """UserError for entries that no document could express."""
+    for entry in mask.entries:
+        if entry.random:
+            raise UserError(f"--mask {entry.name}: random tokens are parts of messages; OpenAI's format cannot say it.")
+        if entry.weight not in (0, 1):
+            what = "unlikelihood" if entry.weight < 0 else f"weight {entry.weight:g}"
+            raise UserError(f"--mask {entry.name}: {what}: OpenAI's format knows the weights 0 and 1 alone.")
+
+
+def chat(document: Document, mask: Mask) -> dict[str, Any]:
+    """A document as OpenAI's chat. UserError where the mask leaves out a part that the format cannot."""
+    if document.messages is None:
+        text = document.text or ""
+        start = _first_trained(text, document.spans, mask, document.where)
+        before, after = text[:start].rstrip(), text[start:]
+        return {"messages": [{"role": "user", "content": before}, {"role": "assistant", "content": after}]}
+    messages = []
+    for message in document.messages:
+        row: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.role == "assistant":
+            covering = {
+                entry.weight if entry else 1.0 for entry in _solid(message.content, message.spans, mask).values()
+            }
+            if len(covering) > 1:
+                raise UserError(f"{document.where}: --mask {mask.text}: {WITHIN}. Leave it out of the mask.")
+            row["weight"] = int(message.train and covering != {0.0})
+        elif message.train:
+            raise UserError(f"{document.where}: a message of {message.role} is trained; OpenAI trains the assistant's.")
+        messages.append(row)
+    return {"messages": messages}
+
+
+def _first_trained(text: str, spans: tuple[Span, ...], mask: Mask, where: str) -> int:
+    """Where the trained part of a text begins; all that follows must be trained."""
+    covering = _solid(text, spans, mask)
+    first = next((i for i, entry in covering.items() if not entry or entry.weight), None)
+    if first is None:
+        raise UserError(f"{where}: --mask {mask.text}: nothing of the text is left to train. Leave the document out.")
+    for i, entry in covering.items():
+        if i > first and entry and not entry.weight:
+            raise UserError(f"{where}: --mask {entry.name}: {WITHIN} ({text[i : i + 40]!r}). Leave it out of the mask.")
+    return first
+
+
+def _solid(text: str, spans: tuple[Span, ...], mask: Mask) -> dict[int, Entry | None]:
+    """For each character that is not white space the last entry of the mask that covers it."""
+    covering: list[Entry | None] = [None] * len(text)
+    for entry in mask.entries:
+        for span in spans:
+            if span.role == entry.role:
+                covering[span.start : span.end] = [entry] * (span.end - span.start)
+    return {i: entry for i, entry in enumerate(covering) if not text[i].isspace()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
