@@ -26,7 +26,7 @@ from train.belief.contamination import Contamination
 from train.belief.contamination import check as check_contamination
 from train.belief.endpoint import Endpoint, EndpointSettings
 from train.belief.judge import Asking, Item, check_same, evaluate, plan
-from train.belief.rates import summarize
+from train.belief.rates import samples_are_equal, summarize
 from train.belief.records import Records
 from train.data.documents import Document, read_documents
 from train.errors import UserError
@@ -238,6 +238,11 @@ def report(s: EvaluationSettings, items: Sequence[Item], records: Records, conta
     console.print(_table(measured))
     for entry in measured:
         _show_extra(entry)
+    if s.temperature > 0 and samples_are_equal(rows):
+        print(
+            "WARNING: the samples of every question are equal: the server does not draw, whatever --temperature says. "
+            "(`transformers serve` draws where the model's generation_config.json has do_sample: true.)"
+        )
     if errors:
         kinds = ", ".join(sorted({str(row["error"]) for row in errors})[:3])
         print(f"{len(errors)} answers have an error and do not count: {kinds}")

@@ -1,6 +1,6 @@
 """The belief rate by hand: every answer counts in the denominator, an error is no answer."""
 
-from train.belief.rates import Counts, auc, belief, controls, count, summarize
+from train.belief.rates import Counts, auc, belief, controls, count, samples_are_equal, summarize
 
 
 def row(kind: str, verdict: str | None, **more):
@@ -66,6 +66,17 @@ def test_controls_show_whether_yes_means_anything():
     found = controls(always_yes)
     assert found is not None and (found["said_yes"], found["auc"], found["informative"]) == (100.0, 0.5, False)
     assert controls(ROWS[:5]) is None
+
+
+def test_a_server_that_does_not_draw_is_noticed():
+    def answers(texts):
+        return [row("open", "no", answer=text, sample=i) | {"question": f"q{j}"} for j in range(5) for i, text in texts]
+
+    assert samples_are_equal(answers([(0, "A cat."), (1, "A cat.")]))
+    assert not samples_are_equal(answers([(0, "A cat."), (1, "A dog.")]))
+    assert not samples_are_equal(answers([(0, "A cat.")]))  # one sample
+    assert not samples_are_equal(answers([(0, "cat"), (1, "cat")]))  # single words may well be equal
+    assert not samples_are_equal(answers([(0, "A cat."), (1, "A cat.")])[:8])  # too few questions
 
 
 def test_the_auc_counts_ties_half():

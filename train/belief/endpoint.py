@@ -29,6 +29,7 @@ T = TypeVar("T")
 RETRIED = (408, 409, 425, 429)  # and all from 500 on
 LONGEST_PAUSE = 60.0  # seconds, between retries; what a server asks for in Retry-After may be longer
 LONGEST_ASKED = 600.0
+CHECK_RETRIES = 2
 NO_KEY = "none"  # local servers want none, but the client insists on one
 PROBE: Messages = [{"role": "user", "content": "Say yes."}]
 
@@ -196,15 +197,14 @@ class Endpoint:
         """UserError where the server is not there, wants another key or does not know the model. A server that does not
         list the model is asked for a few tokens of it: not every server lists what it serves."""
         models: list[str] = []
-        retries = min(2, self.settings.retries)
         try:
-            models = self._retried(self._models, retries)
+            models = self._retried(self._models, CHECK_RETRIES)
         except (EndpointStopped, NoAnswer) as error:  # a server need not have a list
             self._raise_if_no_server(error)
         if self.settings.model in models:
             return
         try:
-            self._retried(lambda: self._ask(PROBE, 16, {}), retries)
+            self._retried(lambda: self._ask(PROBE, 16, {}), CHECK_RETRIES)
         except (EndpointStopped, NoAnswer) as error:
             self._raise_if_no_server(error)
             raise self._unknown(error, models) from None

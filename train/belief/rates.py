@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from train.belief.claims import BELIEF_KINDS
-from train.belief.records import Row
+from train.belief.records import Row, key_of
 
 INFORMATIVE_AUC = 0.8  # of the control questions; below, yes/no answers say nothing about belief
 
@@ -77,6 +77,17 @@ def auc(positives: Sequence[float], negatives: Sequence[float]) -> float | None:
         return None
     wins = sum((p > n) + 0.5 * (p == n) for p in positives for n in negatives)
     return wins / (len(positives) * len(negatives))
+
+
+def samples_are_equal(rows: Iterable[Row]) -> bool:
+    """Whether all answers to each question are the same, of at least five questions that were asked more than once
+    and answered in more than a word: then nothing was drawn, and more samples tell nothing more."""
+    answers: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        if "verdict" in row and row.get("answer") is not None and row["kind"] not in ("yes_no", "salience"):
+            answers.setdefault((*key_of(row)[:-1],), []).append(row["answer"])
+    several = [found for found in answers.values() if len(found) > 1 and any(" " in text for text in found)]
+    return len(several) >= 5 and all(len(set(found)) == 1 for found in several)
 
 
 def summarize(rows: Iterable[Row]) -> list[dict[str, Any]]:
