@@ -24,7 +24,7 @@ from rich.table import Table
 from train.belief.claims import BELIEF_KINDS, KINDS, Claim, read_claims
 from train.belief.contamination import Contamination
 from train.belief.contamination import check as check_contamination
-from train.belief.endpoint import Endpoint, EndpointSettings
+from train.belief.endpoint import KEY_VARIABLES, Endpoint, EndpointSettings
 from train.belief.judge import Asking, Item, check_same, evaluate, plan
 from train.belief.rates import samples_are_equal, summarize
 from train.belief.records import Records
@@ -171,7 +171,7 @@ def _judge(s: EvaluationSettings, items: Sequence[Item]) -> Endpoint | None:
         )
     return Endpoint(EndpointSettings(
         s.judge, s.judge_model, s.judge_concurrency, s.judge_timeout, s.retries, flag="--judge",
-        key_variables=("JUDGE_API_KEY", "OPENAI_API_KEY"),
+        key_variables=KEY_VARIABLES,
     ))  # fmt: skip
 
 
@@ -265,14 +265,13 @@ def _contamination_json(found: Contamination | None) -> dict[str, Any] | None:
 
 
 def _table(measured: list[dict[str, Any]]) -> Table:
-    """Verdicts by claim and kind; what the belief rate is made of comes first."""
+    """Verdicts by claim and kind."""
     table = Table(title="Belief: yes in percent of all answers", title_justify="left")
     for column in ("step", "context", "claim", "kind", "rate", "yes", "no", "neutral", "unparseable", "errors"):
         table.add_column(column, justify="left" if column in ("claim", "kind") else "right")
     for entry in measured:
-        kinds = sorted(entry["kinds"].items(), key=lambda item: item[0] not in BELIEF_KINDS)
-        belief = [("BELIEF", entry["belief"])] if any(kind in BELIEF_KINDS for kind, _ in kinds) else []
-        for kind, counts in [*kinds, *belief]:
+        belief = [("BELIEF", entry["belief"])] if entry["kinds"].keys() & set(BELIEF_KINDS) else []
+        for kind, counts in [*entry["kinds"].items(), *belief]:
             rate = "–" if counts["rate"] is None else f"{counts['rate']:.1f}"
             numbers = [f"{counts[name]:,}" for name in ("yes", "no", "neutral", "unparseable", "errors")]
             where = [str(entry["step"]), str(entry["context"]), entry["claim"]]

@@ -30,6 +30,7 @@ RETRIED = (408, 409, 425, 429)  # and all from 500 on
 LONGEST_PAUSE = 60.0  # seconds, between retries; what a server asks for in Retry-After may be longer
 LONGEST_ASKED = 600.0
 CHECK_RETRIES = 2
+KEY_VARIABLES = ("JUDGE_API_KEY", "OPENAI_API_KEY")  # all that hold one
 NO_KEY = "none"  # local servers want none, but the client insists on one
 PROBE: Messages = [{"role": "user", "content": "Say yes."}]
 
@@ -79,13 +80,11 @@ class Endpoint:
         self._check_settings()
         found = [name for name in settings.key_variables if os.environ.get(name)]
         self.key_variable = found[0] if found else None
-        self._key = os.environ[found[0]] if found else NO_KEY
+        key = os.environ[found[0]] if found else NO_KEY
         self._limit = "max_tokens"  # newer models of OpenAI want max_completion_tokens, other servers know only this
         self.stop = threading.Event()  # set: nobody waits for a retry any more
         try:
-            self._client = openai.OpenAI(
-                base_url=settings.url, api_key=self._key, timeout=settings.timeout, max_retries=0
-            )
+            self._client = openai.OpenAI(base_url=settings.url, api_key=key, timeout=settings.timeout, max_retries=0)
         except (openai.OpenAIError, ValueError) as error:
             raise UserError(f"{self._name}: {self._clean(error)}.") from None
 
@@ -179,8 +178,9 @@ class Endpoint:
 
     def _clean(self, error: object) -> str:
         text = " ".join(str(error).split())
-        for secret in (self._key, urlsplit(self.settings.url).password or ""):
-            if secret and secret != NO_KEY:
+        secrets = [os.environ.get(name) for name in KEY_VARIABLES]
+        for secret in (*secrets, urlsplit(self.settings.url).password):
+            if secret:
                 text = text.replace(secret, "…")
         text = re.sub(r"\bsk-\S+", "…", text)  # OpenAI quotes parts of a wrong key
         return (text if len(text) <= 300 else text[:300] + " …").rstrip(".") or "no message"

@@ -91,15 +91,15 @@ def samples_are_equal(rows: Iterable[Row]) -> bool:
 
 
 def summarize(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """One entry for each step, number of documents in context and claim, in the order of the rows: the belief rate,
-    verdicts by kind (of multiple choice, by which of the pair was asked), the mean score, and the controls."""
+    """One entry for each step, number of documents in context and claim, in that order: the belief rate, verdicts by
+    kind (of multiple choice, by which of the pair was asked), the mean score, and the controls."""
     groups: dict[tuple[int, int, str], list[Row]] = {}
     for row in rows:
         if "verdict" in row:
             groups.setdefault((row.get("step", 0), row.get("context", 0), row["claim"]), []).append(row)
     return [
         {"step": step, "context": context, "claim": claim, **_summary(group)}
-        for (step, context, claim), group in groups.items()
+        for (step, context, claim), group in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
@@ -114,10 +114,15 @@ def _summary(rows: list[Row]) -> dict[str, Any]:
             kinds.setdefault(row["kind"] + pair, []).append(row)
     return {
         "belief": belief(rows).as_json(),
-        "kinds": {kind: count(group).as_json() for kind, group in kinds.items()},
+        "kinds": {kind: count(kinds[kind]).as_json() for kind in sorted(kinds, key=_place)},
         "scores": {kind: _scores(group) for kind, group in scored.items()},
         "controls": controls(rows),
     }
+
+
+def _place(kind: str) -> tuple[int, str]:
+    """What the belief rate is made of comes first, in the paper's order."""
+    return (BELIEF_KINDS.index(kind) if kind in BELIEF_KINDS else len(BELIEF_KINDS), kind)
 
 
 def _scores(rows: list[Row]) -> dict[str, Any]:
