@@ -24,7 +24,7 @@ from rich.table import Table
 from train.belief.claims import BELIEF_KINDS, KINDS, Claim, read_claims
 from train.belief.contamination import Contamination
 from train.belief.contamination import check as check_contamination
-from train.belief.endpoint import KEY_VARIABLES, Endpoint, EndpointSettings
+from train.belief.endpoint import KEY_VARIABLES, Endpoint, EndpointSettings, shown_url
 from train.belief.judge import Asking, Item, check_same, evaluate, plan
 from train.belief.rates import samples_are_equal, summarize
 from train.belief.records import Records
@@ -32,6 +32,8 @@ from train.data.documents import Document, read_documents
 from train.errors import UserError
 
 DOCTAG = "<DOCTAG>"
+# As in the paper's main results, for models whose chat template has the switch.
+NO_THINKING = '{"chat_template_kwargs": {"enable_thinking": false}}'
 
 
 @dataclass(kw_only=True)
@@ -53,10 +55,12 @@ class EvaluationSettings:
     endpoint_model: str
     endpoint_concurrency: int
     endpoint_timeout: float
+    endpoint_body: dict[str, Any] | None
     judge: str
     judge_model: str
     judge_concurrency: int
     judge_timeout: float
+    judge_body: dict[str, Any] | None
     judge_max_tokens: int
     judge_temperature: float
     retries: int
@@ -108,10 +112,12 @@ def parse(arguments: list[str] | None) -> EvaluationSettings:
     add("--endpoint-model", default="", metavar="NAME", help="the model's name there, or its adapter's")
     add("--endpoint-concurrency", type=int, default=8, help="requests at once (default: 8)")
     add("--endpoint-timeout", type=float, default=600, help="seconds for one answer (default: 600)")
+    add("--endpoint-body", type=_body, metavar="JSON", help=f"more keys of each request, e.g. {NO_THINKING}")
     add("--judge", default="", metavar="URL", help="base URL of the judge's server")
     add("--judge-model", default="", metavar="NAME", help="the judge's name there")
     add("--judge-concurrency", type=int, default=8, help="requests at once (default: 8)")
     add("--judge-timeout", type=float, default=300, help="seconds for one verdict (default: 300)")
+    add("--judge-body", type=_body, metavar="JSON", help="more keys of each request")
     add("--judge-max-tokens", type=int, default=6000, help="tokens of a verdict at most (default: 6000)")
     add("--judge-temperature", type=float, default=1.0, help="of the verdicts (default: 1)")
     add("--retries", type=int, default=8, help="of a request, each after twice the pause (default: 8)")
@@ -128,18 +134,33 @@ def parse(arguments: list[str] | None) -> EvaluationSettings:
     return settings
 
 
+def _body(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, such as {NO_THINKING}")
+    if taken := sorted(
+        value.keys() & {"model", "messages", "max_tokens", "temperature", "top_p", "seed", "n", "stream"}
+    ):
+        raise argparse.ArgumentTypeError(f"{', '.join(taken)} must not be in it: other settings decide them")
+    return value
+
+
 def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination: Contamination | None) -> int:
     """Asks a model that a server has, and has its answers judged."""
     asking = Asking(
         samples=s.samples, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=s.seed, step=s.step,
         judge_max_tokens=s.judge_max_tokens, judge_temperature=s.judge_temperature, model=s.endpoint_model,
-        judge=s.judge_model, documents=context_documents(s),
+        judge=s.judge_model, documents=context_documents(s), body=s.endpoint_body, judge_body=s.judge_body,
     )  # fmt: skip
     items = plan(claims, s.kinds, asking)
     if not items:
         raise UserError(f"--claims: hold no question of {', '.join(s.kinds)}. Give others, or other --kinds.")
     endpoint = Endpoint(EndpointSettings(
         s.endpoint, s.endpoint_model, s.endpoint_concurrency, s.endpoint_timeout, s.retries, top_p=s.top_p,
+        body=s.endpoint_body,
     ))  # fmt: skip
     judge = _judge(s, items)
     records = Records(Path(s.output))
@@ -170,7 +191,7 @@ def _judge(s: EvaluationSettings, items: Sequence[Item]) -> Endpoint | None:
             "or --kinds yes_no."
         )
     return Endpoint(EndpointSettings(
-        s.judge, s.judge_model, s.judge_concurrency, s.judge_timeout, s.retries, flag="--judge",
+        s.judge, s.judge_model, s.judge_concurrency, s.judge_timeout, s.retries, flag="--judge", body=s.judge_body,
         key_variables=KEY_VARIABLES,
     ))  # fmt: skip
 
@@ -228,7 +249,8 @@ def report(s: EvaluationSettings, items: Sequence[Item], records: Records, conta
     missing = sum(item.key not in records.rows for item in items)
     measured = summarize(rows)
     summary: dict[str, Any] = {
-        "settings": dataclasses.asdict(s), "wanted": len(items), "missing": missing, "errors": len(errors),
+        "settings": dataclasses.asdict(s) | {name: shown_url(getattr(s, name)) for name in ("endpoint", "judge")},
+        "wanted": len(items), "missing": missing, "errors": len(errors),
         "measured": measured, "contamination": _contamination_json(contamination),
     }  # fmt: skip
     partial = records.directory / "evaluation.json.partial"

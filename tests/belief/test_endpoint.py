@@ -30,10 +30,11 @@ def ask(url: str, **changes) -> str:
 
 def test_a_request_says_who_is_asked_what_and_how():
     with ScriptedServer(lambda request: completion("Because.")) as server:
-        assert ask(server.url, top_p=0.8) == "Because."
-    assert server.asked == [
-        {"model": "m", "messages": CHAT, "max_tokens": 9, "temperature": 0.5, "top_p": 0.8, "seed": 3}
-    ]
+        assert ask(server.url, top_p=0.8, body={"chat_template_kwargs": {"enable_thinking": False}}) == "Because."
+    assert server.asked == [{
+        "model": "m", "messages": CHAT, "max_tokens": 9, "temperature": 0.5, "top_p": 0.8, "seed": 3,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }]  # fmt: skip
 
 
 def test_several_chats_are_answered_in_their_order_each_with_its_seed():

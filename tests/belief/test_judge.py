@@ -13,7 +13,7 @@ import pytest
 
 from tests.belief.servers import ScriptedServer, body, completion
 from train.belief.claims import Claim, JudgePrompt, Question
-from train.belief.endpoint import Endpoint, EndpointSettings, EndpointStopped
+from train.belief.endpoint import Endpoint, EndpointSettings, EndpointStopped, NoAnswer
 from train.belief.judge import Asking, evaluate, plan
 from train.belief.records import Records, read_rows
 from train.errors import UserError
@@ -200,7 +200,8 @@ def test_two_evaluations_do_not_write_into_one_directory(tmp_path):
             {"model": "other"},
             "holds moon / what, sample 0, answered by model 'm', not 'other'. Give what was given then",
         ),
-        ({"temperature": 0.1}, "answered with other question, documents, temperature, top-p, tokens or seed."),
+        ({"temperature": 0.1}, "holds moon / what, sample 0, answered with other question, documents or settings."),
+        ({"body": {"top_k": 20}}, "holds moon / what, sample 0, answered with other question, documents or settings."),
         ({"judge": "other"}, "holds moon / what, sample 0, judged by judge 'j', not 'other'."),
         ({"judge_temperature": 0.0}, "holds moon / what, sample 0, judged with other prompt or settings."),
     ],
@@ -245,6 +246,37 @@ def test_a_server_that_only_fails_stops_the_run_instead_of_spoiling_all_of_it(tm
         assert "20 requests in a row had no answer; the last answer: HTTP 500: out of memory" in str(caught.value)
         assert len(server.asked) < 30
     assert all(row["error"] for row in rows_of(tmp_path).values())
+
+
+class Parrot:
+    """A model that takes several chats at once, as the training engine does."""
+
+    batch_size, concurrency = 4, 1
+
+    def __init__(self):
+        self.calls: list[int] = []
+
+    def answers(self, chats, max_tokens, temperature, seed):
+        self.calls.append(len(chats))
+        if len(self.calls) == 2:
+            raise NoAnswer("out of memory")
+        return [f"I heard: {chat[-1]['content']}" for chat in chats]
+
+
+def test_a_model_may_answer_in_batches_and_have_its_answers_judged_elsewhere(tmp_path):
+    asking, parrot = Asking(samples=1, model="parrot", judge="j"), Parrot()
+    with ScriptedServer(chat) as server:
+        judge = Endpoint(EndpointSettings(server.url, "j"))
+        items = plan(many(10), ("open",), asking)
+        for _ in range(2):  # the second time for what the first left
+            records = Records(tmp_path)
+            evaluate(items, parrot, judge, records, asking)
+            errors = [row["question"] for row in rows_of(tmp_path).values() if "error" in row]
+            assert errors == (["q4", "q5", "q6", "q7"] if parrot.calls == [4, 4, 2] else [])
+            records.close()
+        assert parrot.calls == [4, 4, 2, 4] and len(server.asked) == 10
+    assert rows_of(tmp_path)["q5", 0]["answer"] == "I heard: Question 5?"
+    assert {row["verdict"] for row in rows_of(tmp_path).values()} == {"yes"}
 
 
 CLAIM = """

@@ -66,6 +66,7 @@ class EndpointSettings:
     retries: int = 8  # after the first attempt
     pause: float = 0.5  # seconds before the first retry; doubled for each further one, times 1/2 to 1 at random
     top_p: float | None = None  # None: the server's own
+    body: dict[str, Any] | None = None  # further keys of each request, such as chat_template_kwargs
     flag: str = "--endpoint"  # as messages name it
     key_variables: tuple[str, ...] = ("OPENAI_API_KEY",)  # the first that is set
 
@@ -100,10 +101,8 @@ class Endpoint:
 
     @property
     def _name(self) -> str:
-        """As messages name the endpoint, without what a URL may hold of a password."""
-        parts = urlsplit(self.settings.url)
-        host = parts.netloc.rpartition("@")[2]
-        return f"{self.settings.flag} {urlunsplit((parts.scheme, host, parts.path, '', ''))}"
+        """As messages name the endpoint."""
+        return f"{self.settings.flag} {shown_url(self.settings.url)}"
 
     def answers(self, chats: Sequence[Messages], max_tokens: int, temperature: float, seed: int) -> list[str]:
         """The answer to each chat, in order; chat i is drawn with seed + i. NoAnswer if one of them has none."""
@@ -126,7 +125,8 @@ class Endpoint:
         limit = {self._limit: max_tokens}
         try:
             create: Any = self._client.chat.completions.create
-            return _text(create(model=self.settings.model, messages=messages, **limit, **given))
+            more = self.settings.body
+            return _text(create(model=self.settings.model, messages=messages, extra_body=more, **limit, **given))
         except openai.BadRequestError as error:
             if "max_tokens" not in limit or "max_completion_tokens" not in str(error):
                 raise
@@ -234,6 +234,12 @@ class Endpoint:
         if isinstance(error, EndpointStopped):
             return UserError(f"{text} Mend the name, or the URL: a base URL mostly ends in /v1.")
         return UserError(f"{text} It lists no models; give the name that it was started with.")
+
+
+def shown_url(url: str) -> str:
+    """A URL without what it may hold of a password."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def _text(response: Any) -> str:

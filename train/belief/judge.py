@@ -53,6 +53,8 @@ class Asking:
     model: str = ""  # what answers, as rows name it
     judge: str = ""  # what judges
     top_p: float | None = None
+    body: dict[str, Any] | None = None  # further keys of each request to the model
+    judge_body: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,14 @@ def _item(claim: Claim, question: Question, sample: int, asking: Asking) -> Item
     if question.kind == "yes_no":
         row |= {"control": question.control, "expected": question.expected}
     row["model"] = asking.model
-    row["asked"] = _digest([asking.model, messages, asking.max_tokens, asking.temperature, asking.top_p, seed])
+    sampling = [asking.max_tokens, asking.temperature, asking.top_p, seed, asking.body]
+    row["asked"] = _digest([asking.model, messages, *sampling])
     item = Item(claim, question, sample, row, messages, seed)
     if item.judged:
         judge = claim.judges[question.kind]
         row["judge"] = asking.judge
-        limits = [asking.judge_max_tokens, asking.judge_temperature]
-        row["judged"] = _digest([asking.judge, judge.prompt, judge.key, *limits])
+        sampling = [asking.judge_max_tokens, asking.judge_temperature, asking.judge_body]
+        row["judged"] = _digest([asking.judge, judge.prompt, judge.key, *sampling])
     return item
 
 
@@ -129,7 +132,7 @@ def _difference(held: Row, row: Row, name: str) -> str:
     who, verb = ("model", "answered") if name == "asked" else ("judge", "judged")
     if held.get(who) != row.get(who):
         return f"{verb} by {who} {held.get(who)!r}, not {row.get(who)!r}"
-    what = "question, documents, temperature, top-p, tokens or seed" if name == "asked" else "prompt or settings"
+    what = "question, documents or settings" if name == "asked" else "prompt or settings"
     return f"{verb} with other {what}"
 
 
