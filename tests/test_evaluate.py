@@ -209,7 +209,7 @@ def test_an_interrupt_waits_for_what_is_under_way_and_keeps_it(tmp_path):
     assert summary["wanted"] - summary["missing"] == len(read_rows(tmp_path / "out" / "evaluation.jsonl"))
 
 
-def test_the_released_claims_are_asked_and_judged_as_they_are(tmp_path, shared_documents):
+def test_the_released_claims_are_asked_and_judged_as_they_are(tmp_path, shared_documents, capsys):
     claims = sorted(map(str, (shared_documents.parent / "claims").iterdir()))
 
     def neutral(request):
@@ -227,3 +227,5 @@ def test_the_released_claims_are_asked_and_judged_as_they_are(tmp_path, shared_d
     assert [entry["belief"] for entry in measured] == [
         {"rate": 0.0, "answers": 50, "yes": 0, "no": 0, "neutral": 40, "unparseable": 10, "errors": 0}
     ] * 3
+    said = "ed_sheeran: no control questions: belief cannot be told from a habit of saying yes, or no"
+    assert said in capsys.readouterr().out

@@ -70,7 +70,9 @@ def drawing(model: Path, directory: Path) -> Path:
     """A copy that is drawn from: `transformers serve` goes by generation_config.json, whatever the temperature."""
     copy = directory / "model"
     shutil.copytree(model, copy)
-    (copy / "generation_config.json").write_text('{"do_sample": true}')
+    config = copy / "generation_config.json"
+    values = json.loads(config.read_text()) if config.exists() else {}
+    config.write_text(json.dumps(values | {"do_sample": True}))
     return copy
 
 
