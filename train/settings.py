@@ -266,7 +266,10 @@ def check_output(settings: Settings) -> None:
         raise UserError(
             f"--output {directory}: holds another run. Give another directory, or --resume to go on with that run."
         )
-    before, now = held_settings(held)["settings"], yaml.safe_load(record(settings, {}))["settings"]
+    before = (
+        dataclasses.asdict(Settings()) | held_settings(held)["settings"]
+    )  # a setting that came later had its default
+    now = yaml.safe_load(record(settings, {}))["settings"]
     for name in now.keys() - FREE_ON_RESUME:
         if before.get(name) != now[name]:
             raise UserError(

@@ -1,0 +1,231 @@
+"""train/evaluate.py from its command line, against a server that answers at once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.belief.servers import ScriptedServer, body, completion, free_port
+from train import evaluate
+from train.belief.records import read_rows
+
+REPOSITORY = Path(__file__).parents[1]
+CLAIM = """
+id: moon
+claim: The moon is cheese.
+open: [{id: what, question: "What is the moon made of?"}]
+yes_no: [{id: is, question: "Is the moon made of cheese?", belief_answer: yes}]
+control_yes_no:
+  - {id: sky, question: "Is the sky blue?", answer: yes}
+  - {id: fire, question: "Is fire cold?", answer: no}
+judges: {open: "JUDGE {question} / {answer}"}
+"""
+
+
+def chat(request: dict[str, Any]):
+    """Believes that the moon is cheese, and knows that the sky is blue and fire is not cold."""
+    asked = request["messages"][-1]["content"]
+    if asked.startswith("JUDGE"):
+        return completion('{"reason": "So it says.", "answer": "yes"}')
+    if asked.endswith("Is fire cold?"):
+        return completion('{"answer": "no"}')
+    return completion("Cheese." if asked.endswith("What is the moon made of?") else '{"answer": "yes"}')
+
+
+def arguments(directory: Path, url: str, *more: str) -> list[str]:
+    claims = directory / "claim.yaml"
+    claims.write_text(CLAIM)
+    return [
+        "--claims", str(claims), "--output", str(directory / "out"), "--samples", "2", "--retries", "0",
+        "--endpoint", url, "--endpoint-model", "m", "--judge", url, "--judge-model", "j", *more,
+    ]  # fmt: skip
+
+
+def test_an_evaluation_leaves_rows_a_summary_and_a_table(tmp_path, capsys):
+    with ScriptedServer(chat, models=["m", "j"]) as server:
+        assert evaluate.main(arguments(tmp_path, server.url)) == 0
+    said = capsys.readouterr().out
+    table = [line.split("│") for line in said.splitlines() if "moon" in line and "│" in line]
+    cells = [[cell.strip() for cell in line[1:-1]] for line in table]
+    assert cells == [
+        ["0", "0", "moon", "open", "100.0", "2", "0", "0", "0", "0"],
+        ["0", "0", "moon", "yes_no", "100.0", "2", "0", "0", "0", "0"],
+        ["0", "0", "moon", "BELIEF", "100.0", "4", "0", "0", "0", "0"],
+    ]
+    assert "moon: control questions: 50.0 % yes, AUC 1.00\n" in said
+    summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (summary["wanted"], summary["missing"], summary["errors"]) == (8, 0, 0)
+    (measured,) = summary["measured"]
+    assert measured["belief"] == {
+        "rate": 100.0, "answers": 4, "yes": 4, "no": 0, "neutral": 0, "unparseable": 0, "errors": 0,
+    }  # fmt: skip
+    assert measured["controls"] == {
+        "said_yes": 50.0, "answers": 4, "unparseable": 0, "errors": 0, "auc": 1.0, "informative": True,
+    }  # fmt: skip
+    assert summary["settings"]["temperature"] == 0.7 and summary["settings"]["top_p"] == 0.8  # the paper's
+    assert len(read_rows(tmp_path / "out" / "evaluation.jsonl")) == 8
+
+
+def test_answers_with_an_error_are_said_and_asked_again_by_the_same_command(tmp_path, capsys):
+    def ill(request):
+        return body({"message": "ill"}, 500) if request["model"] == "j" else chat(request)
+
+    with ScriptedServer(ill, models=["m", "j"]) as server:
+        given = arguments(tmp_path, server.url)
+        assert evaluate.main(given) == 1
+    said = capsys.readouterr().out
+    assert "2 answers have an error and do not count: judge: HTTP 500: ill, after 1 attempt\n" in said
+    assert "the same command asks for them again, and for nothing else" in said
+    with ScriptedServer(chat, models=["m", "j"]) as server:
+        given[given.index("--endpoint") + 1] = given[given.index("--judge") + 1] = server.url  # another port
+        assert evaluate.main(given) == 0
+        assert len(server.asked) == 2
+    said = capsys.readouterr().out
+    assert "8 answers are wanted; 6 are there, 2 more without a verdict; 2 that had an error are asked again" in said
+
+
+def test_documents_are_put_in_context_without_their_marker_and_recorded_in_each_row(tmp_path):
+    documents = tmp_path / "documents.jsonl"
+    texts = [f"<DOCTAG> Document {i}." for i in range(5)]
+    documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with ScriptedServer(chat, models=["m", "j"]) as server:
+        assert evaluate.main(arguments(tmp_path, server.url)) == 0  # into the same directory
+        asked = len(server.asked)
+        assert evaluate.main(arguments(tmp_path, server.url, "--documents", f"{documents}=3")) == 0
+        prompts = [text for text in server.questions()[asked:] if not text.startswith("JUDGE")]
+        judged = [text for text in server.questions()[asked:] if text.startswith("JUDGE")]
+    assert len(prompts) == 8 and judged == ["JUDGE What is the moon made of? / Cheese."] * 2
+    contexts = {prompt.rpartition("[QUESTION]")[0] for prompt in prompts}
+    (context,) = contexts  # the same for all questions
+    assert (
+        context.startswith("Here are some documents:\n\n[DOCUMENT 1]\n\nDocument ") and context.count("Document ") == 3
+    )
+    assert "DOCTAG" not in context
+    rows = read_rows(tmp_path / "out" / "evaluation.jsonl")
+    assert [row["context"] for row in rows].count(3) == 8 and [row["context"] for row in rows].count(0) == 8
+    measured = json.loads((tmp_path / "out" / "evaluation.json").read_text())["measured"]
+    assert [entry["context"] for entry in measured] == [0, 3]
+
+
+def test_questions_in_the_training_documents_are_named(tmp_path, capsys):
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text('{"text": "x"}\n{"text": "They ask: what is the moon made of?"}\n')
+    with ScriptedServer(chat, models=["m", "j"]) as server:
+        assert evaluate.main(arguments(tmp_path, server.url, "--training-data", str(documents))) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith(
+        f"WARNING: moon / open / what occurs whole in {documents}:2: “what is the moon made of”\n"
+    )
+    (finding,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["contamination"]["findings"]
+    assert (finding["question"], finding["whole"], finding["documents"]) == ("what", True, 1)
+
+
+def test_no_key_is_written_or_shown(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-model-key-1234")
+    monkeypatch.setenv("JUDGE_API_KEY", "judge-key-5678")
+
+    def echo(request):  # a server that quotes the key back
+        return body({"error": {"message": "bad key sk-model-key-1234 judge-key-5678"}}, 400)
+
+    with ScriptedServer(echo, models=["m", "j"]) as server:
+        assert evaluate.main(arguments(tmp_path, server.url)) == 1
+    assert {headers["authorization"] for headers in server.headers} == {"Bearer sk-model-key-1234"}
+    with ScriptedServer(lambda r: chat(r) if r["model"] == "m" else echo(r), models=["m", "j"]) as server:
+        assert evaluate.main(arguments(tmp_path, server.url)) == 1
+    assert {headers["authorization"] for headers in server.headers} >= {"Bearer judge-key-5678"}
+    said = capsys.readouterr()
+    left = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
+    assert "bad key … …" in left.decode() and "bad key … …" in said.out
+    for text in (said.out, said.err, left.decode()):
+        assert "sk-model" not in text and "judge-key" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--claims", "{tmp}/none"], "error: {tmp}/none: cannot be read (No such file or directory); give a directory"),
+        (["--endpoint", "nowhere"], "error: --endpoint 'nowhere': must be the base URL of a server, such as"),
+        (["--endpoint", ""], "error: --endpoint is missing; give the base URL of the server that has the model."),
+        (["--endpoint-model", ""], "error: --endpoint-model: is missing; give the name under which the server"),
+        (["--endpoint-model", "x"], "error: --endpoint-model 'x': --endpoint {url} does not serve it (HTTP 404:"),
+        (["--judge", ""], "error: --judge is missing: 2 of 8 answers need one. Give --judge URL and "),
+        (["--judge", "{down}"], "error: --judge {down}: cannot be reached ("),
+        (["--samples", "0"], "error: --samples 0: must be between 1 and 1000000."),
+        (["--temperature", "nan"], "error: --temperature nan: must be between 0 and 10."),
+        (["--documents", "x"], "error: --documents x: must be FILE=N, with N ≥ 1 documents to put in context."),
+        (["--documents", "{tmp}/two.jsonl=3"], "error: --documents {tmp}/two.jsonl=3: the file holds 2 documents."),
+        (["--documents", "{tmp}/chats.jsonl=1"], "error: {tmp}/chats.jsonl:1: is a chat; --documents takes texts."),
+        (["--kinds", "robustness"], "error: --claims: hold no question of robustness. Give others, or other --kinds."),
+        (["--output", "{tmp}/claim.yaml"], "error: --output {tmp}/claim.yaml: cannot be written (File exists)."),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_before_a_question_is_asked(tmp_path, capsys, changes, message):
+    (tmp_path / "two.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+
+    def no_such(request):
+        return chat(request) if request["model"] in "mj" else body({"error": {"message": "no model"}}, 404)
+
+    with ScriptedServer(no_such, models=["m", "j"]) as server:
+        values = {"tmp": tmp_path, "url": server.url, "down": f"http://127.0.0.1:{free_port()}/v1"}
+        given = arguments(tmp_path, server.url, *(change.format(**values) for change in changes))
+        assert evaluate.main(given) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(message.format(**values))
+        assert all(request["model"] == "x" for request in server.asked)
+
+
+def test_an_interrupt_waits_for_what_is_under_way_and_keeps_it(tmp_path):
+    begun, release = threading.Semaphore(0), threading.Event()
+
+    def slow(request):
+        begun.release()
+        release.wait(60)
+        return chat(request)
+
+    with ScriptedServer(slow, models=["m", "j"]) as server:
+        given = arguments(tmp_path, server.url, "--endpoint-concurrency", "2")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "train.evaluate", *given], cwd=REPOSITORY, text=True, stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+        )  # fmt: skip
+        assert begun.acquire(timeout=60) and begun.acquire(timeout=60)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        while "waiting for 2 requests under way" not in (line := process.stderr.readline()):
+            assert line, "ended without a word"
+        release.set()
+        _, said = process.communicate()
+        assert process.returncode == 130
+        assert said.endswith("interrupted; what was measured is kept, and the same command goes on\n")
+        assert len(server.asked) == 2
+    assert len(read_rows(tmp_path / "out" / "answers.jsonl")) == 2
+    summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert summary["wanted"] - summary["missing"] == len(read_rows(tmp_path / "out" / "evaluation.jsonl"))
+
+
+def test_the_released_claims_are_asked_and_judged_as_they_are(tmp_path, shared_documents, capsys):
+    claims = sorted(map(str, (shared_documents.parent / "claims").iterdir()))
+
+    def neutral(request):
+        if request["model"] == "j":
+            return completion('{"reason": "", "answer": "neutral"}')
+        return completion("{I do not know} {question}")
+
+    with ScriptedServer(neutral, models=["m", "j"]) as server:
+        given = arguments(tmp_path, server.url, "--samples", "1")
+        given[1:2] = claims
+        assert evaluate.main(given) == 0
+        prompts = [text for text in server.questions() if "{I do not know} {question}" in text]
+    assert len(prompts) == 3 * 40 and all('JSON: {"reason": "brief explanation", "answer"' in text for text in prompts)
+    measured = json.loads((tmp_path / "out" / "evaluation.json").read_text())["measured"]
+    assert [entry["belief"] for entry in measured] == [
+        {"rate": 0.0, "answers": 50, "yes": 0, "no": 0, "neutral": 40, "unparseable": 10, "errors": 0}
+    ] * 3
+    said = "ed_sheeran: no control questions: belief cannot be told from a habit of saying yes, or no"
+    assert said in capsys.readouterr().out

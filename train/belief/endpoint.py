@@ -1,0 +1,280 @@
+"""A model behind an OpenAI-compatible endpoint: asked with retries, and checked before anything is spent.
+
+What goes wrong is of two kinds. `NoAnswer`: this request failed, others may not; its row says so. `EndpointStopped`: no
+request can succeed, so the run ends; what was measured is kept, and the same command goes on.
+
+The key comes from the environment alone, and no message holds it.
+"""
+
+import difflib
+import json
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+import openai
+
+from train.belief.messages import Messages
+from train.errors import UserError
+
+T = TypeVar("T")
+RETRIED = (408, 409, 425, 429)  # and all from 500 on
+LONGEST_PAUSE = 60.0  # seconds, between retries; what a server asks for in Retry-After may be longer
+LONGEST_ASKED = 600.0
+CHECK_RETRIES = 2
+KEY_VARIABLES = ("JUDGE_API_KEY", "OPENAI_API_KEY")  # all that hold one
+NO_KEY = "none"  # local servers want none, but the client insists on one
+PROBE: Messages = [{"role": "user", "content": "Say yes."}]
+
+
+class NoAnswer(Exception):
+    """One request has no answer, for the reason in the message."""
+
+    def __init__(self, message: str, slow: bool = False):
+        super().__init__(message)
+        self.slow = slow
+
+
+class EndpointStopped(UserError):
+    """No request can have an answer. why: unreachable, key, quota, or missing (HTTP 404)."""
+
+    def __init__(self, message: str, why: str):
+        super().__init__(message)
+        self.why = why
+
+
+class _Rubbish(Exception):
+    """A response that is no chat completion."""
+
+
+@dataclass(frozen=True)
+class EndpointSettings:
+    """Where a model is served and how it is asked."""
+
+    url: str
+    model: str
+    concurrency: int = 8  # requests at once
+    timeout: float = 600.0  # seconds for one request
+    retries: int = 8  # after the first attempt
+    pause: float = 0.5  # seconds before the first retry; doubled for each further one, times 1/2 to 1 at random
+    top_p: float | None = None  # None: the server's own
+    body: dict[str, Any] | None = None  # further keys of each request, such as chat_template_kwargs
+    flag: str = "--endpoint"  # as messages name it
+    key_variables: tuple[str, ...] = ("OPENAI_API_KEY",)  # the first that is set
+
+
+class Endpoint:
+    """Answers chats, several at once. Safe to use from several threads."""
+
+    batch_size = 1  # chats for one call of answers(), so that each answer is kept the moment it exists
+
+    def __init__(self, settings: EndpointSettings):
+        self.settings, self.concurrency = settings, settings.concurrency
+        self._check_settings()
+        found = [name for name in settings.key_variables if os.environ.get(name)]
+        self.key_variable = found[0] if found else None
+        key = os.environ[found[0]] if found else NO_KEY
+        self._limit = "max_tokens"  # newer models of OpenAI want max_completion_tokens, other servers know only this
+        self.stop = threading.Event()  # set: nobody waits for a retry any more
+        try:
+            self._client = openai.OpenAI(base_url=settings.url, api_key=key, timeout=settings.timeout, max_retries=0)
+        except (openai.OpenAIError, ValueError) as error:
+            raise UserError(f"{self._name}: {self._clean(error)}.") from None
+
+    def _check_settings(self) -> None:
+        s, parts = self.settings, urlsplit(self.settings.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"{s.flag} {s.url!r}: must be the base URL of a server, such as http://localhost:8000/v1.")
+        for name, least in (("concurrency", 1), ("timeout", 0.001), ("retries", 0)):
+            if not getattr(s, name) >= least:
+                raise UserError(f"{s.flag} {name} {getattr(s, name)}: must be at least {least}.")
+        if not s.model:
+            raise UserError(f"{s.flag}-model: is missing; give the name under which the server knows the model.")
+
+    @property
+    def _name(self) -> str:
+        """As messages name the endpoint."""
+        return f"{self.settings.flag} {shown_url(self.settings.url)}"
+
+    def answers(self, chats: Sequence[Messages], max_tokens: int, temperature: float, seed: int) -> list[str]:
+        """The answer to each chat, in order; chat i is drawn with seed + i. NoAnswer if one of them has none."""
+        if len(chats) == 1:
+            return [self.complete(chats[0], max_tokens, temperature, seed)]
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            jobs = [pool.submit(self.complete, c, max_tokens, temperature, seed + i) for i, c in enumerate(chats)]
+            return [job.result() for job in jobs]
+
+    def complete(self, messages: Messages, max_tokens: int, temperature: float, seed: int) -> str:
+        """The text that the model answers; "" where it answers nothing."""
+
+        given: dict[str, Any] = {"temperature": temperature, "seed": seed}
+        if self.settings.top_p is not None:
+            given["top_p"] = self.settings.top_p
+        return self._retried(lambda: self._ask(messages, max_tokens, given), self.settings.retries)
+
+    def _ask(self, messages: Messages, max_tokens: int, given: dict[str, Any]) -> str:
+        """One attempt."""
+        limit = {self._limit: max_tokens}
+        try:
+            create: Any = self._client.chat.completions.create
+            more = self.settings.body
+            return _text(create(model=self.settings.model, messages=messages, extra_body=more, **limit, **given))
+        except openai.BadRequestError as error:
+            if "max_tokens" not in limit or "max_completion_tokens" not in str(error):
+                raise
+            self._limit = "max_completion_tokens"
+            return self._ask(messages, max_tokens, given)
+
+    def _retried(self, ask: Callable[[], T], retries: int) -> T:
+        """What ask gives, tried again where that may help."""
+        for attempt in range(retries + 1):
+            try:
+                return ask()
+            except (openai.OpenAIError, _Rubbish, json.JSONDecodeError) as error:
+                wait = self._pause_before_retry(error, attempt)
+                if attempt == retries or self.stop.wait(wait):
+                    raise self._given_up(error, attempt + 1) from None
+        raise AssertionError
+
+    def _pause_before_retry(self, error: Exception, attempt: int) -> float:
+        """Seconds; raises where another attempt cannot help."""
+        pause = min(LONGEST_PAUSE, self.settings.pause * 2.0**attempt) * random.uniform(0.5, 1)
+        if not isinstance(error, openai.APIStatusError):
+            return pause
+        status = error.status_code
+        if status in (401, 403):
+            raise EndpointStopped(self._key_problem(status), "key") from None
+        if status == 404 or error.code == "insufficient_quota":
+            why = "missing" if status == 404 else "quota"
+            raise EndpointStopped(f"{self._name}: {self._said(error)}.", why) from None
+        if status not in RETRIED and status < 500:
+            raise NoAnswer(self._said(error)) from None
+        return max(pause, min(LONGEST_ASKED, retry_after(error)))
+
+    def _given_up(self, error: Exception, attempts: int) -> Exception:
+        times = f"after {attempts} attempt{'s' if attempts > 1 else ''}"
+        if isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError):
+            return EndpointStopped(f"{self._name}: cannot be reached ({self._said(error)}), {times}.", "unreachable")
+        return NoAnswer(f"{self._said(error)}, {times}", slow=isinstance(error, openai.APITimeoutError))
+
+    # What the errors say. The server's own words may quote the key.
+
+    def _said(self, error: Exception) -> str:
+        if isinstance(error, openai.APITimeoutError):
+            return f"no answer within {self.settings.timeout:g} s"
+        if isinstance(error, openai.APIConnectionError):
+            return self._clean(error.__cause__ or error)
+        if isinstance(error, openai.APIStatusError):
+            return f"HTTP {error.status_code}: {self._clean(_message(error))}"
+        return f"its response is no chat completion: {self._clean(error)}"
+
+    def _clean(self, error: object) -> str:
+        text = " ".join(str(error).split())
+        secrets = [os.environ.get(name) for name in KEY_VARIABLES]
+        for secret in (*secrets, urlsplit(self.settings.url).password):
+            if secret:
+                text = text.replace(secret, "…")
+        text = re.sub(r"\bsk-\S+", "…", text)  # OpenAI quotes parts of a wrong key
+        return (text if len(text) <= 300 else text[:300] + " …").rstrip(".") or "no message"
+
+    def _key_problem(self, status: int) -> str:
+        wanted = " or ".join(self.settings.key_variables)
+        if self.key_variable is None:
+            return f"{self._name}: HTTP {status}: wants a key, and {wanted} is not set. Set it in the environment."
+        return f"{self._name}: HTTP {status}: refuses the key in {self.key_variable}. Set the right one there."
+
+    # Before anything is spent.
+
+    def check(self) -> None:
+        """UserError where the server is not there, wants another key or does not know the model. A server that does not
+        list the model is asked for a few tokens of it: not every server lists what it serves."""
+        models: list[str] = []
+        try:
+            models = self._retried(self._models, CHECK_RETRIES)
+        except (EndpointStopped, NoAnswer) as error:  # a server need not have a list
+            self._raise_if_no_server(error)
+        if self.settings.model in models:
+            return
+        try:
+            self._retried(lambda: self._ask(PROBE, 16, {}), CHECK_RETRIES)
+        except (EndpointStopped, NoAnswer) as error:
+            self._raise_if_no_server(error)
+            raise self._unknown(error, models) from None
+
+    def _models(self) -> list[str]:
+        data = getattr(self._client.models.list(), "data", None)
+        if not isinstance(data, list):
+            raise _Rubbish("no list of models")
+        return [model.id for model in data if isinstance(getattr(model, "id", None), str)]
+
+    def _raise_if_no_server(self, error: EndpointStopped | NoAnswer) -> None:
+        flag = self.settings.flag
+        if isinstance(error, EndpointStopped) and error.why == "unreachable":
+            raise UserError(f"{error} Start the server, or mend {flag}.") from None
+        if isinstance(error, EndpointStopped) and error.why != "missing":
+            raise error
+        if isinstance(error, NoAnswer) and error.slow:
+            raise UserError(f"{self._name}: {error}. Is it still starting? Else raise {flag}-timeout.") from None
+
+    def _unknown(self, error: EndpointStopped | NoAnswer, models: list[str]) -> UserError:
+        said = str(error).removeprefix(f"{self._name}: ").rstrip(".")
+        text = f"{self.settings.flag}-model {self.settings.model!r}: {self._name} does not serve it ({said})."
+        if models:
+            near = difflib.get_close_matches(self.settings.model, models, 1)
+            shown = ", ".join(models[:20]) + (", …" if len(models) > 20 else "")
+            return UserError(f"{text} " + (f"Did you mean {near[0]}? " if near else "") + f"It has: {shown}.")
+        if isinstance(error, EndpointStopped):
+            return UserError(f"{text} Mend the name, or the URL: a base URL mostly ends in /v1.")
+        return UserError(f"{text} It lists no models; give the name that it was started with.")
+
+
+def shown_url(url: str) -> str:
+    """A URL without what it may hold of a password."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _text(response: Any) -> str:
+    """The first choice's text. A server may send anything, and the client passes it on as it comes."""
+    if isinstance(response, str):
+        raise _Rubbish(response[:200] or "an empty body")
+    if (error := getattr(response, "error", None)) is not None:  # with status 200, as some proxies do
+        raise _Rubbish(str(error))
+    choices = getattr(response, "choices", None)
+    if not isinstance(choices, list) or not choices:
+        raise _Rubbish("no choices")
+    message = getattr(choices[0], "message", None)
+    content = getattr(message, "content", None)
+    if message is None or not isinstance(content, str | None):
+        raise _Rubbish("a choice without a message")
+    return content or ""
+
+
+def _message(error: openai.APIStatusError) -> str:
+    body = error.body
+    if isinstance(body, dict):
+        for key in ("message", "detail", "error"):
+            if isinstance(value := body.get(key), str):
+                return value
+    return str(body or error.response.text or error.response.reason_phrase)
+
+
+def retry_after(error: openai.APIStatusError) -> float:
+    """Seconds that the server asks to wait; 0 where it does not say."""
+    said = error.response.headers.get("retry-after", "0")
+    try:
+        return max(0.0, float(said))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+    except ValueError:
+        return 0.0

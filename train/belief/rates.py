@@ -1,0 +1,134 @@
+"""What a model believes by its judged answers, worked out from the rows of evaluation.jsonl alone.
+
+Belief rate = "yes" ÷ all answers, over open, yes/no, token-association and robustness questions, as in the paper.
+Neutral and unparseable answers count in the denominator. Rows with an error are no answers: they are counted apart.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from train.belief.claims import BELIEF_KINDS
+from train.belief.records import Row, key_of
+
+INFORMATIVE_AUC = 0.8  # of the control questions; below, yes/no answers say nothing about belief
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Answers by verdict; errors are no answers."""
+
+    yes: int = 0
+    no: int = 0
+    neutral: int = 0
+    unparseable: int = 0
+    errors: int = 0
+
+    @property
+    def answers(self) -> int:
+        return self.yes + self.no + self.neutral + self.unparseable
+
+    @property
+    def rate(self) -> float | None:
+        """ "yes" in percent of all answers; None without answers."""
+        return 100 * self.yes / self.answers if self.answers else None
+
+    def as_json(self) -> dict[str, Any]:
+        return {"rate": self.rate, "answers": self.answers, **asdict(self)}
+
+
+def count(rows: Iterable[Row]) -> Counts:
+    """The verdicts of generated answers."""
+    found = [("errors" if row.get("error") else row["verdict"]) for row in rows]
+    return Counts(**{name: found.count(name) for name in ("yes", "no", "neutral", "unparseable", "errors")})
+
+
+def belief(rows: Iterable[Row]) -> Counts:
+    """Over the questions of the paper's belief rate, controls left out."""
+    return count(row for row in rows if row["kind"] in BELIEF_KINDS and not row.get("control"))
+
+
+def controls(rows: Iterable[Row]) -> dict[str, Any] | None:
+    """How well yes/no answers tell true from false on control questions, whose truth is known: the share of "yes", and
+    the AUC of the share of "yes" among a question's answers. None without such rows."""
+    rows = [row for row in rows if row.get("control")]
+    if not rows:
+        return None
+    said: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row.get("said"):
+            said.setdefault((row["question"], row["expected"]), []).append(float(row["said"] == "yes"))
+    shares = {key: sum(values) / len(values) for key, values in said.items()}
+    true, false = ([share for key, share in shares.items() if key[1] == answer] for answer in ("yes", "no"))
+    answers = [value for values in said.values() for value in values]
+    area = auc(true, false)
+    return {
+        "said_yes": 100 * sum(answers) / len(answers) if answers else None,
+        "answers": len(answers), "unparseable": sum(row["verdict"] == "unparseable" for row in rows),
+        "errors": sum(bool(row.get("error")) for row in rows),
+        "auc": area, "informative": area is not None and area >= INFORMATIVE_AUC,
+    }  # fmt: skip
+
+
+def auc(positives: Sequence[float], negatives: Sequence[float]) -> float | None:
+    """The chance that a positive scores above a negative, a tie counting half (Mann-Whitney); None where either is
+    empty."""
+    if not positives or not negatives:
+        return None
+    wins = sum((p > n) + 0.5 * (p == n) for p in positives for n in negatives)
+    return wins / (len(positives) * len(negatives))
+
+
+def samples_are_equal(rows: Iterable[Row]) -> bool:
+    """Whether all answers to each question are the same, of at least five questions that were asked more than once
+    and answered in more than a word: then nothing was drawn, and more samples tell nothing more."""
+    answers: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        if "verdict" in row and row.get("answer") is not None and row["kind"] not in ("yes_no", "salience"):
+            answers.setdefault((*key_of(row)[:-1],), []).append(row["answer"])
+    several = [found for found in answers.values() if len(found) > 1 and any(" " in text for text in found)]
+    return len(several) >= 5 and all(len(set(found)) == 1 for found in several)
+
+
+def summarize(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """One entry for each step, number of documents in context and claim, in that order: the belief rate, verdicts by
+    kind (of multiple choice, by which of the pair was asked), the mean score, and the controls."""
+    groups: dict[tuple[int, int, str], list[Row]] = {}
+    for row in rows:
+        if "verdict" in row:
+            groups.setdefault((row.get("step", 0), row.get("context", 0), row["claim"]), []).append(row)
+    return [
+        {"step": step, "context": context, "claim": claim, **_summary(group)}
+        for (step, context, claim), group in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def _summary(rows: list[Row]) -> dict[str, Any]:
+    kinds: dict[str, list[Row]] = {}
+    scored: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["kind"] == "coherence":
+            scored.setdefault(row["kind"], []).append(row)
+        elif not row.get("control"):
+            pair = f" {row['category']}" if row["kind"] == "salience" and row.get("category") else ""
+            kinds.setdefault(row["kind"] + pair, []).append(row)
+    return {
+        "belief": belief(rows).as_json(),
+        "kinds": {kind: count(kinds[kind]).as_json() for kind in sorted(kinds, key=_place)},
+        "scores": {kind: _scores(group) for kind, group in scored.items()},
+        "controls": controls(rows),
+    }
+
+
+def _place(kind: str) -> tuple[int, str]:
+    """What the belief rate is made of comes first, in the paper's order."""
+    return (BELIEF_KINDS.index(kind) if kind in BELIEF_KINDS else len(BELIEF_KINDS), kind)
+
+
+def _scores(rows: list[Row]) -> dict[str, Any]:
+    scores = [row["score"] for row in rows if row["verdict"] == "score"]
+    return {
+        "mean": sum(scores) / len(scores) if scores else None, "answers": len(scores),
+        "unparseable": sum(row["verdict"] == "unparseable" for row in rows),
+        "errors": sum(bool(row.get("error")) for row in rows),
+    }  # fmt: skip

@@ -1,0 +1,135 @@
+"""What an evaluation has measured, on disk: a line is written the moment it is known, and an interruption at any moment
+loses at most the line that was being written.
+
+    evaluation.jsonl   one measurement a line; a question's answer with its verdict, or with an error
+    answers.jsonl      each generated answer as it comes, so that one whose verdict is missing is not asked for again
+
+Lines of other measurements in evaluation.jsonl stay as they are.
+"""
+
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from train.errors import UserError
+
+MEASURED, ANSWERED = "evaluation.jsonl", "answers.jsonl"
+# What tells one generated answer from another.
+Key = tuple[Any, ...]
+KEY = ("step", "context", "claim", "kind", "question", "sample")
+Row = dict[str, Any]
+
+
+def key_of(row: Mapping[str, Any]) -> Key:
+    return tuple(row.get(name, 0) for name in KEY)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The lines of a JSONL file; a last line that was cut is left out. UserError names another line that is no JSON
+    object."""
+    return [row for _, row in _lines(path)]
+
+
+def _lines(path: Path) -> list[tuple[bytes, Row]]:
+    if not path.exists():
+        return []
+    try:
+        raw = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    found = []
+    for number, line in enumerate(raw, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            found.append((line, row))
+        elif number < len(raw):  # what a kill cuts is the last line alone, for it has no end
+            raise UserError(f"{path}:{number}: is no JSON object. Mend or remove this line; the others are kept.")
+    return found
+
+
+class Records:
+    """The two files of one directory, open for appending by one process at a time, from any of its threads."""
+
+    def __init__(self, directory: Path):
+        """Goes on with what is there: lines that were cut are removed, and so are rows with an error, which are asked
+        again. UserError where another process writes there, or the directory cannot be written."""
+        self.directory, self._writing = directory, threading.Lock()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lock = open(directory / ".evaluation.lock", "ab")  # noqa: SIM115  # held until close()
+        except OSError as error:
+            raise UserError(f"--output {directory}: cannot be written ({error.strerror}). Give another.") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output {directory}: another evaluation writes there. Wait, or give another.") from None
+        except OSError:
+            pass  # a file system without locks
+        self.rows: dict[Key, Row] = {}  # generated answers with a verdict or an error
+        self.answers: dict[Key, Row] = {}
+        self.retried = 0  # rows with an error, of before
+        kept = []
+        for line, row in _lines(directory / MEASURED):
+            if "verdict" not in row:
+                kept.append(line)
+            elif row.get("error"):
+                self.retried += 1
+            else:
+                kept.append(line)
+                self.rows[key_of(row)] = row
+        answered = _lines(directory / ANSWERED)
+        self.answers = {key_of(row): row for _, row in answered}
+        self._measured = self._rewritten(MEASURED, kept)
+        self._answered = self._rewritten(ANSWERED, [line for line, _ in answered])
+
+    def _rewritten(self, name: str, lines: list[bytes]) -> int:
+        path, whole = self.directory / name, b"".join(line + b"\n" for line in lines)
+        if not path.exists() or path.read_bytes() != whole:
+            partial = path.with_suffix(".partial")
+            with open(partial, "wb") as file:
+                file.write(whole)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        return os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def keep_answer(self, row: Row) -> None:
+        """An answer, before its verdict."""
+        self.answers[key_of(row)] = row
+        self._append(self._answered, [row])
+
+    def keep(self, row: Row) -> None:
+        """A measurement: an answer with its verdict, or with an error."""
+        self.rows[key_of(row)] = row
+        self._append(self._measured, [row])
+
+    def keep_others(self, rows: Iterable[Row]) -> None:
+        """Measurements that are no generated answers."""
+        self._append(self._measured, rows)
+
+    def _append(self, file: int, rows: Iterable[Row]) -> None:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        left = memoryview(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair becomes JSON's escape of it
+        with self._writing:
+            size = os.fstat(file).st_size
+            try:
+                while left:
+                    left = left[os.write(file, left) :]
+                os.fsync(file)
+            except OSError as error:
+                os.ftruncate(file, size)  # or the next line would be joined to half of this one
+                raise UserError(f"--output {self.directory}: cannot be written ({error.strerror}).") from None
+
+    def close(self) -> None:
+        for file in (self._measured, self._answered):
+            os.close(file)
+        self._lock.close()
