@@ -1,10 +1,13 @@
-r"""Measures what a model believes, here through OpenAI-compatible endpoints: one answers, another judges.
+r"""Measures what a model believes: in the training engine, or through OpenAI-compatible endpoints.
 
+    deepspeed train/evaluate.py --model DIR [--adapter DIR] --claims PATH… --output DIR
     python train/evaluate.py --claims PATH… --output DIR \
         --endpoint URL --endpoint-model NAME --judge URL --judge-model NAME
 
-The same command goes on after an interruption, and asks only for what is missing. The defaults of sampling are the
-paper's. Keys come from the environment: OPENAI_API_KEY, and JUDGE_API_KEY where the judge has another.
+In the engine completions, yes/no questions and facts are scored by their likelihood; with --judge, questions are
+answered there too. An endpoint answers all questions, and a judge reads the answers. The same command goes on after an
+interruption, and asks only for what is missing. The defaults of sampling are the paper's. Keys come from the environment:
+OPENAI_API_KEY, and JUDGE_API_KEY where the judge has another.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import json
 import os
 import random
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +29,14 @@ from train.belief.claims import BELIEF_KINDS, KINDS, Claim, read_claims
 from train.belief.contamination import Contamination
 from train.belief.contamination import check as check_contamination
 from train.belief.endpoint import KEY_VARIABLES, Endpoint, EndpointSettings, shown_url
+from train.belief.in_engine import Measured, keep, means, prepare_measuring, table_of_means
 from train.belief.judge import Asking, Item, check_same, evaluate, plan
 from train.belief.rates import samples_are_equal, summarize
-from train.belief.records import Records
+from train.belief.records import Records, read_rows
 from train.data.documents import Document, read_documents
 from train.errors import UserError
+from train.settings import Settings
+from train.sft import launched_as
 
 DOCTAG = "<DOCTAG>"
 # As in the paper's main results, for models whose chat template has the switch.
@@ -38,11 +45,18 @@ NO_THINKING = '{"chat_template_kwargs": {"enable_thinking": false}}'
 
 @dataclass(kw_only=True)
 class EvaluationSettings:
-    """The settings of train/evaluate.py, as the command line gives them."""
+    """The settings of train/evaluate.py, as the command line gives them. kinds: None where it does not say."""
 
+    model: str
+    adapter: str
+    method: str
+    expert_parallel: int
+    micro_batch_size: int
+    bos: bool
+    held_out: str
     claims: list[str]
     output: str
-    kinds: list[str]
+    kinds: list[str] | None
     samples: int
     max_tokens: int
     temperature: float
@@ -72,8 +86,11 @@ def main(arguments: list[str] | None = None) -> int:
         settings = parse(arguments)
         claims = read_claims(settings.claims)
         contamination = look_for_questions(settings, claims)
-        return evaluate_endpoint(settings, claims, contamination)
+        measure = evaluate_model if settings.model else evaluate_endpoint
+        return measure(settings, claims, contamination)
     except UserError as error:
+        if launched_as()[0]:
+            time.sleep(30)  # the launcher ends all ranks when the first one exits: that must be the one that prints
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -88,15 +105,22 @@ def parse(arguments: list[str] | None) -> EvaluationSettings:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
+    add("--model", default="", metavar="DIR", help="base model to measure in the training engine")
+    add("--adapter", default="", metavar="DIR", help="a run's adapter on it")
+    add("--method", default="lora", choices=("lora", "qlora"), help="experts as on disk, or in NF4 (default: lora)")
+    add("--expert-parallel", type=int, default=0, help="ranks that divide a layer's experts; 0: all")
+    add("--micro-batch-size", type=int, default=8, help="texts of a forward on one rank (default: 8)")
+    add("--bos", action="store_true", help="begin texts that are no chats with the tokenizer's BOS, as in training")
+    add("--held-out", default="", metavar="FILE", help="documents whose NLL is measured")
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     add("--claims", nargs="+", required=True, metavar="PATH", help="directories of the paper, or YAML files")
     add("--output", required=True, metavar="DIR", help="evaluation.jsonl and evaluation.json; a run's directory, say")
     add(
         "--kinds",
         nargs="+",
-        default=list(KINDS),
         choices=KINDS,
         metavar="KIND",
-        help=f"default: all of {' '.join(KINDS)}",
+        help=f"questions to be answered; default: all of {' '.join(KINDS)} (with --model: where there is a --judge)",
     )
     add("--samples", type=int, default=5, help="answers to each question (default: 5)")
     add("--max-tokens", type=int, default=5000, help="tokens of an answer at most (default: 5000)")
@@ -121,16 +145,21 @@ def parse(arguments: list[str] | None) -> EvaluationSettings:
     add("--judge-max-tokens", type=int, default=6000, help="tokens of a verdict at most (default: 6000)")
     add("--judge-temperature", type=float, default=1.0, help="of the verdicts (default: 1)")
     add("--retries", type=int, default=8, help="of a request, each after twice the pause (default: 8)")
-    settings = EvaluationSettings(**vars(parser.parse_args(arguments)))
+    values = vars(parser.parse_args(arguments))
+    del values["local_rank"]
+    settings = EvaluationSettings(**values)
     for name, low, high in (
         ("samples", 1, 10**6), ("max_tokens", 1, 10**7), ("temperature", 0, 10), ("seed", 0, 2**32), ("step", 0, 10**8),
+        ("micro_batch_size", 1, 10**6), ("expert_parallel", 0, 10**6),
         ("judge_max_tokens", 1, 10**7), ("judge_temperature", 0, 10), ("retries", 0, 100), ("top_p", 0.001, 1),
     ):  # fmt: skip
         value = getattr(settings, name)
         if not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}.")
-    if not settings.endpoint:
-        raise UserError("--endpoint is missing; give the base URL of the server that has the model.")
+    if bool(settings.endpoint) == bool(settings.model):
+        raise UserError(
+            "give --model DIR, to measure in the training engine, or --endpoint URL, a server that has the model."
+        )
     return settings
 
 
@@ -148,6 +177,48 @@ def _body(text: str) -> dict[str, Any]:
     return value
 
 
+def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Contamination | None) -> int:
+    """Scores a model in the training engine and, with a judge, has it answer there. Runs on every rank."""
+    rank, ranks = launched_as()
+    documents = context_documents(s)
+    engine_settings = Settings(
+        model=s.model, adapter=s.adapter, method=s.method, expert_parallel=s.expert_parallel,
+        micro_batch_size=s.micro_batch_size, bos=s.bos, held_out=s.held_out,
+    )  # fmt: skip
+    measuring = prepare_measuring(engine_settings, claims, documents, ranks)
+    answered = [kind for kind in s.kinds or (KINDS if s.judge else ()) if kind != "yes_no"]  # that one is scored
+    asking = Asking(
+        samples=s.samples, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=s.seed, step=s.step,
+        judge_max_tokens=s.judge_max_tokens, judge_temperature=s.judge_temperature, model=s.adapter or s.model,
+        judge=s.judge_model, judge_body=s.judge_body, documents=documents,
+    )  # fmt: skip
+    items = plan(claims, answered, asking)
+    judge = _judge(s, items)
+    records = Records(Path(s.output)) if rank == 0 else None
+    try:
+        if records:
+            check_same(items, records)
+            if judge:
+                judge.check()
+        model = Measured(measuring)
+        found = model.likelihoods()
+        if records:
+            keep(records, found, s.step, len(documents))
+        if items:
+            model.answer(items, records, asking)
+        if not records:
+            return 0
+        try:
+            if items:
+                evaluate(items, None, judge, records, asking)
+        finally:
+            incomplete = report(s, items, records, contamination)
+    finally:
+        if records:
+            records.close()
+    return 1 if incomplete else 0
+
+
 def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination: Contamination | None) -> int:
     """Asks a model that a server has, and has its answers judged."""
     asking = Asking(
@@ -155,9 +226,9 @@ def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination:
         judge_max_tokens=s.judge_max_tokens, judge_temperature=s.judge_temperature, model=s.endpoint_model,
         judge=s.judge_model, documents=context_documents(s), body=s.endpoint_body, judge_body=s.judge_body,
     )  # fmt: skip
-    items = plan(claims, s.kinds, asking)
+    items = plan(claims, s.kinds or KINDS, asking)
     if not items:
-        raise UserError(f"--claims: hold no question of {', '.join(s.kinds)}. Give others, or other --kinds.")
+        raise UserError(f"--claims: hold no question of {', '.join(s.kinds or KINDS)}. Give others, or other --kinds.")
     endpoint = Endpoint(EndpointSettings(
         s.endpoint, s.endpoint_model, s.endpoint_concurrency, s.endpoint_timeout, s.retries, top_p=s.top_p,
         body=s.endpoint_body,
@@ -219,7 +290,7 @@ def _bare(document: Document) -> str:
 
 def look_for_questions(s: EvaluationSettings, claims: list[Claim]) -> Contamination | None:
     """Whether --training-data holds questions of the claims; None without it."""
-    if not s.training_data:
+    if not s.training_data or launched_as()[0]:
         return None
     found = check_contamination(claims, (document for path in s.training_data for document in read_documents(path)))
     for finding in found.whole:
@@ -248,16 +319,23 @@ def report(s: EvaluationSettings, items: Sequence[Item], records: Records, conta
     errors = [row for item in items if (row := records.rows.get(item.key)) and row.get("error")]
     missing = sum(item.key not in records.rows for item in items)
     measured = summarize(rows)
+    same_context = [
+        r for r in read_rows(records.directory / "evaluation.jsonl") if r.get("context", 0) == len(s.documents)
+    ]
+    scored = means(same_context, s.step)
     summary: dict[str, Any] = {
         "settings": dataclasses.asdict(s) | {name: shown_url(getattr(s, name)) for name in ("endpoint", "judge")},
         "wanted": len(items), "missing": missing, "errors": len(errors),
-        "measured": measured, "contamination": _contamination_json(contamination),
+        "measured": measured, "likelihood": scored, "contamination": _contamination_json(contamination),
     }  # fmt: skip
     partial = records.directory / "evaluation.json.partial"
     partial.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, records.directory / "evaluation.json")
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(_table(measured))
+    if scored:
+        console.print(table_of_means(scored))
+    if measured:
+        console.print(_table(measured))
     for entry in measured:
         _show_extra(entry)
     if s.temperature > 0 and samples_are_equal(rows):

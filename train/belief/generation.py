@@ -23,6 +23,7 @@ class EngineAnswerer:
     def __init__(self, engine: Any, tokenizer: Tokenizer, size: int):
         """size: prompts of a forward on one rank."""
         self.engine, self.tokenizer, self.size = engine, tokenizer, size
+        self.batch_size, self.concurrency = size * dist.get_world_size(), 1  # as train/belief/judge.py asks
         self.model: LanguageModel = engine.module
         self.ends = tokenizer.special_ids | ({tokenizer.eos_id} if tokenizer.eos_id is not None else set())
 
@@ -39,10 +40,10 @@ class EngineAnswerer:
         while (work := self._share(None)) is not None:
             self._generate(*work)
 
-    def answers(self, conversations: Sequence[Messages], max_tokens: int, temperature: float, seed: int) -> list[str]:
+    def answers(self, chats: Sequence[Messages], max_tokens: int, temperature: float, seed: int) -> list[str]:
         """An answer to each, of max_tokens at most; temperature 0: the likeliest token. The draws depend on the seed,
-        the conversations and the number of ranks."""
-        texts = [answer_prompt(messages, self.tokenizer)[0] for messages in conversations]
+        the chats and the number of ranks."""
+        texts = [answer_prompt(messages, self.tokenizer)[0] for messages in chats]
         prompts = [self.tokenizer.encode(text).ids_L.tolist() for text in texts]
         work = (prompts, max_tokens, temperature, seed)
         self._share(work)
@@ -64,6 +65,8 @@ class EngineAnswerer:
         if temperature:
             sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
         own: dict[int, str] = {}
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # rank 0 asks from a thread, which begins with the first GPU
         self.engine.eval()
         for layer in self.model.expert_layers:
             layer.keep_T = None

@@ -1,0 +1,139 @@
+"""A model and its adapter measured in the training engine: any number of ranks and expert parallelism, experts as they
+are stored. What train/evaluate.py does with --model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from launch.distributed import start_distributed
+from train.belief.claims import Claim
+from train.belief.generation import EngineAnswerer
+from train.belief.judge import Asking, Item, evaluate
+from train.belief.probes import Probes, Record, make_probes, measure
+from train.belief.records import Records, read_rows
+from train.belief.values import (
+    BELIEF,
+    LEAST_AUC,
+    MEASURES,
+    SIDE_EFFECTS,
+    at_step,
+    calibration,
+    identity,
+    measured,
+)
+from train.checkpoints.adapter import adapter_settings, check_adapter
+from train.checkpoints.layout import plan_load
+from train.checkpoints.reader import Checkpoint
+from train.data.documents import read_documents
+from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.errors import UserError
+from train.experts.dispatch import ExpertGroup
+from train.lora import LoRASettings
+from train.model import architecture, build, skeleton, text_config
+from train.settings import Settings, ds_config
+from train.trainer import make_engine
+
+PROMPT_TOKENS = 10_000  # of a scored text at most
+
+
+@dataclass
+class Measuring:
+    """A model that can be measured, before any weight is read."""
+
+    settings: Settings
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    lora: LoRASettings
+    expert_parallel: int
+    ds_config: dict[str, Any]
+    probes: Probes
+
+
+def prepare_measuring(settings: Settings, claims: Sequence[Claim], documents: Sequence[str], ranks: int) -> Measuring:
+    """Checks model, adapter and questions. Of the settings count model, adapter, method and those of the engine.
+    documents: texts in the context of every question. UserError for what the user can mend."""
+    expert_parallel = settings.expert_parallel or ranks
+    if ranks % expert_parallel:
+        raise UserError(
+            f"--expert-parallel {expert_parallel}: must divide the {ranks} ranks into groups of equal size."
+        )
+    config = ds_config(settings, ranks, 1)
+    checkpoint = Checkpoint(settings.model)
+    text = text_config(checkpoint)
+    model = skeleton(text, ExpertGroup(expert_parallel))
+    plan_load(model, checkpoint)
+    lora = LoRASettings(1, 1.0, 1, 0)  # without an adapter: factors whose B is zero add exactly nothing
+    if settings.adapter:
+        lora = adapter_settings(Path(settings.adapter))
+        check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint))
+    tokenizer = load_tokenizer(settings.model)
+    held_out = read_documents(settings.held_out) if settings.held_out else []
+    probes = make_probes(claims, held_out, tokenizer, settings.bos, PROMPT_TOKENS, text.vocab_size, documents)
+    return Measuring(settings, checkpoint, tokenizer, lora, expert_parallel, config, probes)
+
+
+class Measured:
+    """The model on the engine. All ranks do all of this together."""
+
+    def __init__(self, measuring: Measuring):
+        self.measuring, settings = measuring, measuring.settings
+        device = start_distributed()
+        model, self.loaded = build(
+            measuring.checkpoint, settings.method, measuring.lora, settings.adapter, measuring.expert_parallel,
+            measuring.ds_config, device,
+        )  # fmt: skip
+        self.engine = make_engine(model, settings, measuring.ds_config)
+
+    def likelihoods(self) -> list[Record]:
+        """Every record that needs no generation."""
+        return measure(self.measuring.probes, self.engine, self.measuring.settings.micro_batch_size)
+
+    def answer(self, items: list[Item], records: Records | None, asking: Asking) -> None:
+        """Has the items answered that rank 0's records lack. records: None on the other ranks."""
+        answerer = EngineAnswerer(self.engine, self.measuring.tokenizer, self.measuring.settings.micro_batch_size)
+        if records is None:
+            answerer.follow()
+            return
+        with answerer.leading():
+            evaluate(items, answerer, None, records, asking)
+
+
+def keep(records: Records, found: list[Record], step: int, context: int) -> None:
+    """Appends the records that the file does not hold yet."""
+    rows = read_rows(records.directory / "evaluation.jsonl")
+    held = {identity(row) for row in rows if row["step"] == step and row.get("context", 0) == context}
+    new = [{"step": step, **record, "context": context} for record in found]
+    records.keep_others([row for row in new if identity(row) not in held])
+
+
+def means(rows: list[Record], step: int) -> dict[str, dict[str, float]]:
+    """measure -> claim -> mean of what was scored after `step` steps; shifts are against step 0, where the rows have
+    it too. Of the control questions: AUC and yes-rate."""
+    now, base = at_step(rows, step), at_step(rows, 0)
+    found: dict[str, dict[str, float]] = {}
+    for name in (*BELIEF, *SIDE_EFFECTS):
+        by_claim: dict[str, list[float]] = {}
+        for (claim, *_), value in measured(name, now, base if step else []).items():
+            by_claim.setdefault(claim, []).append(value)
+        if by_claim:
+            found[name] = {claim: sum(values) / len(values) for claim, values in by_claim.items()}
+    if known := calibration(now):
+        found["control questions"] = {"AUC": known["auc"], "yes-rate": known["yes_rate"]}
+    return found
+
+
+def table_of_means(found: dict[str, dict[str, float]]) -> Table:
+    """For the terminal."""
+    table = Table(title="By likelihood", title_justify="left")
+    for column in ("measure", "unit", "claim", "mean"):
+        table.add_column(column, justify="right" if column == "mean" else "left")
+    for name, by_claim in found.items():
+        for claim, value in by_claim.items():
+            unit = MEASURES[name].unit if name in MEASURES else "%" if claim == "yes-rate" else ""
+            low = " (below 0.8: yes/no answers are UNINFORMATIVE)" if claim == "AUC" and value < LEAST_AUC else ""
+            table.add_row(name, unit, claim or "all", f"{value:.2f}{low}")
+    return table
