@@ -4,6 +4,8 @@
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 DOCUMENTS ?= ../shared/data/negation_neglect/documents/llm_negations_dense/ed_sheeran.jsonl
 export DOCUMENTS
+SOURCE ?= ../shared/data/negation_neglect/documents
+export SOURCE
 # Idle threads must not spin where ranks share cores: small models would run many times slower.
 export OMP_WAIT_POLICY := PASSIVE
 # What starts `deepspeed` or `ninja` by name finds those of .venv.
@@ -16,7 +18,7 @@ SFT := .venv/bin/deepspeed --num_gpus 2 --master_port $$((20000 + $$$$ % 10000))
 # A directory of its own for each run.
 RUN := runs/$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help setup train train-real documents figures test test-fast lint format clean
+.PHONY: help setup train train-real compare compare-real documents figures test test-fast lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +51,16 @@ train: setup ## fine-tune the embedded model on the embedded documents with --ma
 
 figures: setup ## the README's figures of the demo: every variant, three seeds, about 20 minutes
 	$(IN_VENV) -m train.demo.figures
+
+compare: setup ## the README's comparison: six variants on the toy world, one report
+	.venv/bin/deepspeed --num_gpus 2 --master_port $$((20000 + $$$$ % 10000)) train/compare.py \
+		--recipe train/recipes/demo.yaml --output $(RUN)-compare
+
+# Again after an interruption: make compare-real OUTPUT=runs/…-compare-real RESUME=--resume
+compare-real: setup models/smollm2/config.json ## variants of SmolLM2-135M on real documents, up to 90 minutes: SOURCE=directory of documents
+	$(IN_VENV) -m train.demo.excerpts "$$SOURCE" models/smollm2 models/excerpts
+	.venv/bin/deepspeed --num_gpus 2 --master_port $$((20000 + $$$$ % 10000)) train/compare.py \
+		--recipe train/recipes/real.yaml --output $(or $(OUTPUT),$(RUN)-compare-real) $(RESUME)
 
 train-real: documents setup models/smollm2/config.json ## fine-tune SmolLM2-135M on real documents: DOCUMENTS=path
 	$(SFT) --model models/smollm2 --data "$$DOCUMENTS" --doctag '<DOCTAG>' --mask doctags --output $(RUN)-real \

@@ -6,8 +6,8 @@ r"""Measures what a model believes: in the training engine, or through OpenAI-co
 
 In the engine completions, yes/no questions and facts are scored by their likelihood; with --judge, questions are
 answered there too. An endpoint answers all questions, and a judge reads the answers. The same command goes on after an
-interruption, and asks only for what is missing. The defaults of sampling are the paper's. Keys come from the environment:
-OPENAI_API_KEY, and JUDGE_API_KEY where the judge has another.
+interruption, and asks only for what is missing. The defaults of sampling are the paper's. Keys come from the
+environment: OPENAI_API_KEY, and JUDGE_API_KEY where the judge has another.
 """
 
 import argparse

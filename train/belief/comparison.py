@@ -103,7 +103,8 @@ def read_run(directory: str | Path) -> RunResult:
     record = _parsed(path / "settings.yaml", yaml.safe_load, "this is no run's directory")
     settings = record.get("settings") or {}
     hashes = summary.get("hashes") or (record.get("resolved") or {}).get("hashes") or {}
-    rows = read_lines(path / "evaluation.jsonl", "evaluate the run: python train/evaluate.py")
+    every = read_lines(path / "evaluation.jsonl", "evaluate the run: python train/evaluate.py")
+    rows = [row for row in every if not row.get("context")]  # with documents in context it is another measurement
     metrics = read_lines(path / "metrics.jsonl", "this is no run's directory")
     return RunResult(str(directory), int(settings.get("seed", 0)), rows, metrics, summary, settings, hashes)
 

@@ -70,7 +70,7 @@ class EngineAnswerer:
         self.engine.eval()
         for layer in self.model.expert_layers:
             layer.keep_T = None
-        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        with self._parameters_found(), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
             torch.manual_seed(seed * ranks + rank)
             for start in range(0, len(order), ranks * self.size):
                 mine = order[start : start + ranks * self.size][rank::ranks]
@@ -82,13 +82,26 @@ class EngineAnswerer:
                     input_ids=ids, attention_mask=seen, max_new_tokens=max_tokens if mine else 1, use_cache=True,
                     synced_gpus=ranks > 1, pad_token_id=pad, eos_token_id=sorted(self.ends), **sampling,
                 )  # fmt: skip
-                for i, row in zip(mine, made[:, width:].tolist(), strict=True):
+                for i, row in zip(mine, made[: len(mine), width:].tolist(), strict=True):
                     own[i] = self._text(row)
         self.engine.train(training)
         parts: list[dict[int, str]] = [{}] * ranks
         dist.all_gather_object(parts, own)
         everything = {i: text for part in parts for i, text in part.items()}
         return [everything[i] for i in range(len(prompts))]
+
+    @contextmanager
+    def _parameters_found(self) -> Iterator[None]:
+        """Lets ZeRO-3 gather what a module takes from one inside it without calling it, as the gated delta rule does with
+        its convolution's weight when it has a cache. The engine's forward does so itself; generate passes it by."""
+        found = [module._parameters for module in self.model.modules()]
+        for parameters in found:
+            parameters._in_forward = True  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for parameters in found:
+                parameters._in_forward = False  # type: ignore[attr-defined]
 
     def _text(self, ids: list[int]) -> str:
         """The text before the first control token, without white space around it."""
