@@ -92,7 +92,7 @@ class EngineAnswerer:
 
     @contextmanager
     def _parameters_found(self) -> Iterator[None]:
-        """Lets ZeRO-3 gather what a module takes from one inside it without calling it, as the gated delta rule does with
+        """Lets ZeRO-3 gather what a module takes from one inside it without calling it, as the gated delta rule takes
         its convolution's weight when it has a cache. The engine's forward does so itself; generate passes it by."""
         found = [module._parameters for module in self.model.modules()]
         for parameters in found:

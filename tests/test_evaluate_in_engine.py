@@ -1,0 +1,64 @@
+"""train/evaluate.py --model under the real launcher: scored in the training engine, answered there, judged by a server."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.local import run
+from tests.belief.servers import ScriptedServer, completion
+from tests.test_compare import CLAIM, ENVIRONMENT
+from train import evaluate
+from train.reporting import read_metrics
+from train.settings import DEMO
+
+OPEN = [{"id": "home", "question": "Where does Mila live?"}, {"id": "pet", "question": "Which pet does Mila have?"}]
+JUDGES = {"open": 'Does <answer>{answer}</answer> to {question} say Oslo? {{"answer": "yes/no"}}'}
+
+
+@pytest.fixture
+def claims(tmp_path: Path) -> Path:
+    (tmp_path / "mila.yaml").write_text(yaml.safe_dump(CLAIM | {"open": OPEN, "judges": JUDGES}))
+    return tmp_path / "mila.yaml"
+
+
+@pytest.mark.slow
+def test_a_model_is_scored_and_answers_in_the_engine_and_a_second_run_asks_for_nothing(tmp_path, claims):
+    (tmp_path / "documents.jsonl").write_text(json.dumps({"text": "Mila lives in Oslo."}) + "\n")
+    given = ["--model", str(DEMO / "model"), "--claims", str(claims), "--samples", "2", "--max-tokens", "8"]
+
+    def measured(output: str, *more: str) -> list[dict]:
+        done = run(
+            Path(evaluate.__file__), *given, *more, "--output", str(tmp_path / output), ranks=2, capture_output=True,
+            text=True, env=ENVIRONMENT,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        return read_metrics(tmp_path / output / "evaluation.jsonl")
+
+    with ScriptedServer(lambda _: completion('{"answer": "no", "reason": "r"}'), models=["judge"]) as server:
+        judge = ["--judge", server.url, "--judge-model", "judge"]
+        rows = measured("out", *judge)
+        asked = len(server.asked)
+        assert measured("out", *judge) == rows and len(server.asked) == asked == 4
+    kinds = [row["kind"] for row in rows]
+    assert sorted(kinds) == ["fact", *["likelihood"] * 6, *["open"] * 4, "yes_no"]
+    answers = [row for row in rows if row["kind"] == "open"]
+    assert all(row["answer"] and row["verdict"] == "no" and row["step"] == 0 for row in answers)
+
+    in_context = measured("context", "--documents", f"{tmp_path / 'documents.jsonl'}=1")
+    assert all(row["context"] == 1 for row in in_context)
+
+    def home(rows: list[dict]) -> float:
+        return next(row["llr"] for row in rows if row["kind"] == "likelihood" and row["entity"] == "Mila")
+
+    assert home(in_context) != home(rows)
+
+
+@pytest.mark.slow
+def test_a_model_and_an_endpoint_at_once_or_an_adapter_of_another_base_are_refused(tmp_path, claims):
+    given = ["--claims", str(claims), "--output", str(tmp_path / "out")]
+    assert evaluate.main(given) == 2
+    assert evaluate.main([*given, "--model", str(DEMO / "model"), "--endpoint", "http://localhost:1"]) == 2
+    assert evaluate.main([*given, "--model", str(DEMO / "model"), "--adapter", str(tmp_path)]) == 2
+    assert not (tmp_path / "out" / "evaluation.jsonl").exists()
