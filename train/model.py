@@ -14,6 +14,7 @@ from deepspeed.utils import groups
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config
 
+from launch.distributed import failing_together
 from train.checkpoints.adapter import load_adapter
 from train.checkpoints.layout import plan_load
 from train.checkpoints.reader import Checkpoint
@@ -175,15 +176,17 @@ def build(
     device: torch.device,
 ) -> tuple[LanguageModel, Loaded]:
     """Reads the checkpoint into a ZeRO-3 model, ready for deepspeed.initialize. lora: None under --method full;
-    adapter: a directory whose factors to begin with, or ""."""
-    model = skeleton(text_config(checkpoint), create_expert_group(expert_parallel))
-    plan = plan_load(model, checkpoint)
-    wrapped = LanguageModel(model, architecture(checkpoint), lora, device, compute_dtype=plan.dtype)
-    if lora and adapter:
-        load_adapter(Path(adapter), wrapped, lora)
-    # Once more, for the modules that hold the weights now; their names stay transformers'.
-    plan = plan_load(model, checkpoint)
-    return wrapped, load(plan, checkpoint, method, ds_config, device, show=dist.get_rank() == 0)
+    adapter: a directory whose factors to begin with, or "". An error on one rank is raised on all."""
+    group = create_expert_group(expert_parallel)
+    with failing_together():
+        model = skeleton(text_config(checkpoint), group)
+        plan = plan_load(model, checkpoint)
+        wrapped = LanguageModel(model, architecture(checkpoint), lora, device, compute_dtype=plan.dtype)
+        if lora and adapter:
+            load_adapter(Path(adapter), wrapped, lora)
+        # Once more, for the modules that hold the weights now; their names stay transformers'.
+        plan = plan_load(model, checkpoint)
+        return wrapped, load(plan, checkpoint, method, ds_config, device, show=dist.get_rank() == 0)
 
 
 def count_trainable(model: Any, lora: LoRASettings | None) -> int:

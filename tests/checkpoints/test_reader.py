@@ -1,12 +1,14 @@
 """What is wrong with a checkpoint is told from its headers, before a weight is read, by file and tensor."""
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.layouts import write_kimi, write_qwen3, write_qwen35
 from train.checkpoints.layout import plan_load
@@ -134,6 +136,24 @@ def test_a_file_that_was_cut_is_named_with_the_tensor_where_it_ends(tmp_path, cu
     found = message(tmp_path)
     assert found.startswith(f"DIR/{file.name}: {len(raw) - cut} bytes, but its header says {len(raw)}: the file is cut")
     assert "within tensor lm_head.weight" in found  # the last one, of 66,560 bytes
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda file: os.truncate(file, 9), "ends at byte START: the file was cut. Get it again."),
+        (lambda file: file.unlink(), "cannot be read at byte START (No such file or directory). Check the disk"),
+        (lambda file: (file.unlink(), file.mkdir()), "cannot be read at byte START (Is a directory). Check the disk"),
+    ],
+)
+def test_a_file_that_goes_bad_after_its_header_was_read_is_named_with_the_tensor(tmp_path, spoil, said):
+    write_qwen3(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    info = checkpoint.tensors[NORM]
+    spoil(info.file)
+    with pytest.raises(UserError) as caught:
+        checkpoint.read(NORM, 0, torch.empty(info.shape, dtype=info.dtype))
+    assert str(caught.value).startswith(f"{info.file}: tensor {NORM} {said.replace('START', str(info.offset))}")
 
 
 @pytest.mark.parametrize(

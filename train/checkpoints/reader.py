@@ -56,24 +56,35 @@ class _Reader:
         self._lock = threading.Lock()
 
     def read(self, name: str, start: int, out: Tensor) -> None:
-        """Fills the contiguous CPU tensor `out` with the elements start, start+1, … of tensor `name`, flattened."""
+        """Fills the contiguous CPU tensor `out` with the elements start, start+1, … of tensor `name`, flattened.
+        UserError for a file that cannot be read, or that was cut since its header was read."""
         info = self.tensors[name]
         assert out.is_contiguous() and out.dtype == info.dtype and start + out.numel() <= math.prod(info.shape)
-        with self._lock:  # several threads read
-            if info.file not in self._files:
-                self._files[info.file] = os.open(info.file, os.O_RDONLY)
         view: memoryview = memoryview(out.view(-1).view(torch.uint8).numpy().data) if out.numel() else memoryview(b"")
         offset = info.offset + start * info.dtype.itemsize
         done = 0
-        while done < len(view):
-            count = os.preadv(self._files[info.file], [view[done : done + 2**30]], offset + done)
-            if not count:
-                raise UserError(
-                    f"{info.file}: tensor {name} ends at byte {offset + done}: the file was cut. Get it again."
-                )
-            done += count
+        try:
+            descriptor = self._open(info.file)
+            while done < len(view):
+                count = os.preadv(descriptor, [view[done : done + 2**30]], offset + done)
+                if not count:
+                    raise UserError(
+                        f"{info.file}: tensor {name} ends at byte {offset + done}: the file was cut. Get it again."
+                    )
+                done += count
+        except OSError as error:
+            raise UserError(
+                f"{info.file}: tensor {name} cannot be read at byte {offset + done} ({error.strerror}). Check the "
+                "disk it is on, or get the file again."
+            ) from None
         with self._lock:
             self.bytes_read += done
+
+    def _open(self, file: Path) -> int:
+        with self._lock:  # several threads read
+            if file not in self._files:
+                self._files[file] = os.open(file, os.O_RDONLY)
+            return self._files[file]
 
     def close(self) -> None:
         for descriptor in self._files.values():
