@@ -70,7 +70,8 @@ def skeleton(config: Any, ep: ExpertGroup) -> Any:
     unknown = []
     for name, module in list(model.named_modules()):
         if name.endswith(".experts"):
-            _replace(model, name, _expert_parallel(name, module, ep))
+            top = getattr(config, "num_experts_per_tok", 1)
+            _replace(model, name, _expert_parallel(name, module, top, ep))
         elif module._buffers and not module._parameters and set(module._buffers) == module._non_persistent_buffers_set:
             _replace(model, name, type(module)(config))  # tables such as rotary frequencies are in no checkpoint
         elif module._non_persistent_buffers_set:
@@ -95,7 +96,8 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _expert_parallel(name: str, module: Any, ep: ExpertGroup) -> ExpertParallelExperts:
+def _expert_parallel(name: str, module: Any, top: int | None, ep: ExpertGroup) -> ExpertParallelExperts:
+    """What stands in the place of transformers' experts, of which each token is sent to `top`."""
     weights = dict(module.named_parameters())
     if (
         set(weights) != {"gate_up_proj", "down_proj"}
@@ -110,6 +112,11 @@ def _expert_parallel(name: str, module: Any, ep: ExpertGroup) -> ExpertParallelE
         raise UserError(
             f"--model: experts of {name} are {hidden} wide outside and {width} inside; both must be multiples of 8, "
             "which grouped products ask for."
+        )
+    if top is None or not 0 < top <= experts:
+        raise UserError(
+            f"--model: num_experts_per_tok is {top} in config.json; must be from 1 to the {experts} experts of {name}. "
+            "Is config.json this checkpoint's own?"
         )
     if experts % ep.size:
         raise UserError(f"--expert-parallel {ep.size}: must divide the model's {experts} experts per layer.")

@@ -113,6 +113,7 @@ def test_a_tensor_in_two_shards_or_in_another_than_the_index_says_is_named(tmp_p
     index_path.write_text(json.dumps(index))
     assert "tensor model.norm.weight is in model-0000" in message(tmp_path)
     del index["weight_map"]["x"]
+    (tmp_path / "model-00003.safetensors").unlink()
     first, second = sorted(set(index["weight_map"].values()))
     index["weight_map"][NORM] = first
     index_path.write_text(json.dumps(index))
@@ -125,6 +126,16 @@ def test_a_tensor_in_two_shards_or_in_another_than_the_index_says_is_named(tmp_p
     index["weight_map"][NORM] = "../elsewhere.safetensors"
     index_path.write_text(json.dumps(index))
     assert "weight_map must give a file *.safetensors of this directory for each tensor" in message(tmp_path)
+
+
+@pytest.mark.parametrize("other", ["model.safetensors", "consolidated.safetensors"])
+def test_a_weight_file_beside_the_index_that_it_does_not_name_is_told(tmp_path, other):
+    """transformers would read model.safetensors, and not what the index names."""
+    write_qwen3(tmp_path)
+    (tmp_path / other).write_bytes(one_tensor(NORM))
+    found = message(tmp_path)
+    assert found.startswith(f"DIR/{other}: is not named by model.safetensors.index.json, which lies beside it")
+    assert "Move" in found
 
 
 @pytest.mark.parametrize("cut", [1, 100, 40_000])
@@ -163,6 +174,7 @@ def test_a_file_that_goes_bad_after_its_header_was_read_is_named_with_the_tensor
         lambda raw: raw[:500],
         lambda raw: raw[:8] + b"x" * (len(raw) - 8),
         lambda raw: struct.pack("<Q", 2**62) + raw[8:],
+        lambda raw: struct.pack("<Q", 100_000) + b"[" * 100_000,
     ],
 )
 def test_a_broken_header_is_told_with_its_file(tmp_path, change):
@@ -181,6 +193,8 @@ def test_a_broken_header_is_told_with_its_file(tmp_path, change):
         {"shape": [-128]},
         {"shape": [127]},
         {"shape": None},
+        {"dtype": ["BF16"]},
+        {"dtype": None},
     ],
 )
 def test_a_header_whose_tensors_overlap_or_leave_gaps_is_refused(tmp_path, wrong):
@@ -197,3 +211,13 @@ def test_a_value_of_config_json_that_transformers_refuses_is_told(tmp_path):
     assert message(tmp_path).startswith("--model DIR: transformers ")
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "no_such_model"}))
     assert "(model_type 'no_such_model')" in message(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    assert message(tmp_path).startswith("DIR/config.json: not valid JSON")
+
+
+@pytest.mark.parametrize("top", [0, 9])
+def test_more_experts_a_token_than_there_are_is_told(tmp_path, top):
+    write_qwen3(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": top}))
+    assert f"num_experts_per_tok is {top} in config.json; must be from 1 to the 8 experts" in message(tmp_path)

@@ -110,14 +110,19 @@ class Checkpoint(_Reader):
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:  # type: ignore[override]  # worked out when first asked for
-        """Every tensor of every shard. UserError for a missing or broken shard, a tensor in two of them, or one that
-        the index and the shards do not place alike."""
+        """Every tensor of every shard. UserError for a missing or broken shard, one that the index does not name, a
+        tensor in two of them, or one that the index and the shards do not place alike."""
         index = self.directory / "model.safetensors.index.json"
         weight_map: dict[str, str] | None = None
         shards = [self.directory / "model.safetensors"]
         if index.is_file():
             weight_map = _weight_map(index)
             shards = sorted({self.directory / shard for shard in weight_map.values()})
+            if others := sorted({*self.directory.glob("*.safetensors")} - {*shards}):
+                raise UserError(  # such as model.safetensors, which transformers would read instead
+                    f"{others[0]}: is not named by {index.name}, which lies beside it, so that it is not clear which "
+                    "files hold the model. Move whichever do not to another directory."
+                )
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing or not shards:
             raise UserError(
@@ -168,7 +173,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Make it readable.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}). Get the file again.") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object, not {type(value).__name__}.")
@@ -204,11 +209,11 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
             if not all(type(n) is int and n >= 0 for numbers in (*spans.values(), *shapes.values()) for n in numbers):
                 raise ValueError("sizes are whole numbers")
             ordered = sorted((begin, end, name) for name, (begin, end) in spans.items())
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f"{path}: its header is not valid safetensors. Get the file again.") from None
     tensors, position = {}, 0
     for begin, end, name in ordered:
-        dtype = DTYPES.get(entries[name].get("dtype"))
+        dtype = DTYPES.get(str(entries[name].get("dtype")))
         if dtype is None:
             raise UserError(
                 f"{path}: tensor {name} has dtype {entries[name].get('dtype')}; known are {', '.join(DTYPES)}."
