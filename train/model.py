@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config
 
 from launch.distributed import failing_together
 from train.checkpoints.adapter import load_adapter
-from train.checkpoints.layout import plan_load
+from train.checkpoints.layout import has_own_head, plan_load
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import Loaded, load
 from train.data.batches import Batch
@@ -29,18 +29,24 @@ from train.masking.loss import LossHead, Terms
 
 
 def text_config(checkpoint: Checkpoint) -> Any:
-    """The configuration of the checkpoint's text model, without dropout, caches and router loss."""
+    """The configuration of the checkpoint's text model, without dropout, caches and router loss. lm_head is tied to the
+    embedding where transformers' class of the checkpoint's architecture ties it, unless there is a weight of its own:
+    transformers does not tie that either, if it differs."""
     try:
         if checkpoint.config.get("model_type") == "kimi_k2":  # DeepSeek-V3 by another name, which transformers lacks
             own = {"model_type", "auto_map", "architectures", "quantization_config"}
-            config: Any = DeepseekV3Config(**{k: v for k, v in checkpoint.config.items() if k not in own})
+            whole: Any = DeepseekV3Config(**{k: v for k, v in checkpoint.config.items() if k not in own})
         else:
-            config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False).get_text_config()
+            whole = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
+        config = whole.get_text_config()
     except Exception as error:  # transformers raises what it likes for a value that it does not
         raise UserError(
             f"--model {checkpoint.directory}: transformers {transformers.__version__} does not take its config.json "
             f"(model_type {checkpoint.config.get('model_type')!r}): {error}"
         ) from None
+    # A text model's own class takes the flag of its own configuration, a multimodal one's the outer one.
+    deciding = config if architecture(checkpoint).endswith("ForCausalLM") else whole
+    config.tie_word_embeddings = deciding.tie_word_embeddings and not has_own_head(checkpoint)
     config.use_cache, config.output_router_logits = False, False
     for name, value in config.to_dict().items():
         if re.search("drop|_p$", name) and isinstance(value, float):

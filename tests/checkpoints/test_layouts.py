@@ -21,9 +21,11 @@ from transformers import (
 
 from launch.local import run
 from tests import load_worker
+from tests.checkpoints.test_reader import rename
 from tests.layouts import LAYOUTS
 from train.checkpoints.layout import plan_load
 from train.checkpoints.reader import Checkpoint
+from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.model import skeleton, text_config
 
@@ -144,3 +146,41 @@ def test_what_has_no_place_in_the_text_model_is_left_out_and_counted(tmp_path, n
     f32 = {p.source.rpartition(".")[2] for p in (*plan.dense, *plan.buffers) if p.dtype == torch.float32}
     expected = {"A_log", "weight"} if name.startswith("qwen3.5") else {"e_score_correction_bias"}
     assert f32 == (set() if name == "qwen3-moe" else expected)  # kept as on disk
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "outer", "text", "own_head"),
+    [
+        ("qwen3-moe", "lm_head.weight", True, None, True),
+        ("qwen3-moe", "lm_head.weight", True, None, False),
+        ("qwen3.5-bf16", "lm_head.weight", True, True, True),
+        ("qwen3.5-bf16", "lm_head.weight", True, False, False),
+        ("qwen3.5-bf16", "lm_head.weight", True, None, False),
+        ("qwen3.5-bf16", "lm_head.weight", False, True, False),
+        ("kimi-k2.5", "language_model.lm_head.weight", False, True, True),
+        ("kimi-k2.5", "language_model.lm_head.weight", None, False, True),  # outside, Kimi's default is to tie
+        ("kimi-k2.5", "language_model.lm_head.weight", None, False, False),
+    ],
+)
+def test_the_head_is_tied_where_transformers_ties_it_and_never_dropped(tmp_path, name, head, outer, text, own_head):
+    """outer, text: tie_word_embeddings of config.json and of its text_config; None: it says nothing there."""
+    LAYOUTS[name](tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for inside, flag in ((config, outer), (config.get("text_config", {}), text)):
+        inside |= {"tie_word_embeddings": flag}
+        if flag is None:
+            del inside["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if not own_head:
+        rename(tmp_path, head, "mtp.aside")
+    stock = stock_model(tmp_path)
+    tied = stock.lm_head.weight is stock.get_input_embeddings().weight
+    checkpoint = Checkpoint(tmp_path)
+    bare = skeleton(text_config(checkpoint), ExpertGroup())
+    if not tied and not own_head:  # transformers draws it at random
+        with pytest.raises(UserError, match=f"1 of .* weights are missing from the checkpoint: {head}"):
+            plan_load(bare, checkpoint)
+        return
+    plan = plan_load(bare, checkpoint)
+    assert [piece.source for piece in plan.dense if piece.module is bare.lm_head] == ([head] if own_head else [])
+    assert [module for piece in plan.dense for module, _ in piece.tied] == ([bare.lm_head] if tied else [])

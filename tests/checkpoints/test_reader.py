@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.layouts import write_kimi, write_qwen3, write_qwen35
+from tests.layouts import LAYOUTS, write_kimi, write_qwen3, write_qwen35
 from train.checkpoints.layout import plan_load
 from train.checkpoints.reader import Checkpoint
 from train.errors import UserError
@@ -102,6 +102,52 @@ def test_a_scale_that_is_missing_or_of_a_wrong_shape_is_named(tmp_path):
     file = shard_of(tmp_path / "int4", scale)
     edit_header(file, lambda header: header[scale].update(shape=[4, 128]))
     assert message(tmp_path / "int4") == f"DIR/{file.name}: tensor {scale} is [4, 128]; config.json makes it [128, 4]."
+
+
+EXPERTS = {
+    "qwen3-moe": ("model.layers.1.mlp.experts.", ["weight"]),
+    "qwen3.5-fp8": ("model.language_model.layers.0.mlp.experts.", ["weight", "weight_scale_inv"]),
+    "kimi-k2.5": ("language_model.model.layers.1.mlp.experts.", ["weight_packed", "weight_scale", "weight_shape"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "tensor"),
+    [
+        (layout, f"{prefix}{expert}.{matrix}_proj.{suffix}")
+        for layout, (prefix, suffixes) in EXPERTS.items()
+        for expert in (0, 7)
+        for matrix in ("gate", "up", "down")
+        for suffix in suffixes
+    ]
+    + [("qwen3.5-bf16", f"model.language_model.layers.1.mlp.experts.{name}") for name in ("gate_up_proj", "down_proj")],
+)
+def test_a_missing_tensor_of_any_expert_is_named_as_the_checkpoint_names_the_others(tmp_path, layout, tensor):
+    LAYOUTS[layout](tmp_path)
+    rename(tmp_path, tensor, "mtp.aside")
+    found = message(tmp_path)
+    assert found.startswith("--model DIR: 1 of ") and f"weights are missing from the checkpoint: {tensor}. " in found
+
+
+def test_a_layer_without_any_of_its_experts_is_told_by_their_names(tmp_path):
+    write_qwen35(tmp_path, fp8=False)
+    for name in ("gate_up_proj", "down_proj"):
+        rename(tmp_path, f"model.language_model.layers.1.mlp.experts.{name}", f"mtp.{name}")
+    assert "2 of 36 weights are missing from the checkpoint: model.language_model.layers.1.mlp.experts." in message(
+        tmp_path
+    )
+
+
+@pytest.mark.parametrize(("layout", "kind"), [("kimi-k2.5", "INT4"), ("qwen3.5-fp8", "FP8")])
+def test_quantized_experts_whose_config_is_lost_are_told_as_such(tmp_path, layout, kind):
+    LAYOUTS[layout](tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("quantization_config", None)
+    config["text_config"].pop("quantization_config", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert message(tmp_path).startswith(
+        f"--model DIR: experts {EXPERTS[layout][0]}* are {kind}, but config.json has no quantization_config"
+    )
 
 
 def test_a_tensor_in_two_shards_or_in_another_than_the_index_says_is_named(tmp_path):
