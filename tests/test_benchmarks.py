@@ -40,7 +40,7 @@ def test_step_puts_on_the_wire_what_the_routing_says(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["qwen3.5", "kimi"])
 def test_load_reads_what_it_keeps(tmp_path, layout):
-    (row,) = rows(tmp_path, "load", "--layouts", layout, "--experts", "2", "--rounds", "1")
+    (row,) = rows(tmp_path, "load", "--layouts", layout, "--experts", "4", "--rounds", "1")
     assert row["layout"] == layout and row["bytes_read_per_rank"] == row["bytes_kept_per_rank"]
     assert row["share_bytes"] == max(row["bytes_kept_per_rank"]) and len(row["peak_bytes_per_rank"]) == 2
     assert row["time_over_transformers"] > 0
