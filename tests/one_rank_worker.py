@@ -1,6 +1,9 @@
-"""train/sft.py on ranks that each have a copy of the files, in RANK/; what rank 1 has goes bad when it begins to read.
+"""train/sft.py on ranks that each have a copy of the files, in RANK/; on rank 1 reading them goes wrong.
 
-deepspeed --num_gpus 2 tests/one_rank_worker.py cut|unreadable [flags of train/sft.py]
+    deepspeed --num_gpus 2 tests/one_rank_worker.py cut|unreadable|broken [flags of train/sft.py]
+
+cut: the first file that is read is cut before. unreadable: a directory takes its place, of which a read is an error.
+broken: an exception that nobody foresaw.
 """
 
 import os
@@ -13,11 +16,12 @@ from train.checkpoints.reader import Checkpoint
 
 
 def spoil(kind: str) -> None:
-    """Cuts the first file that is read, or puts a directory in its place, of which a read is an error."""
     plain_read = Checkpoint.read
 
     def read(self: Checkpoint, name: str, start: int, out: Any) -> None:
         file = self.tensors[name].file
+        if kind == "broken":
+            raise ZeroDivisionError(name)
         if kind == "cut":
             os.truncate(file, 9)
         elif file.is_file():
