@@ -54,9 +54,10 @@ def guarded(script: Callable[[list[str]], None], argv: list[str]) -> int:
     try:
         script(argv)
     except (UserError, NonFiniteLoss) as error:
-        if launched_as()[0]:
-            time.sleep(30)  # the launcher ends all ranks when the first one exits: that must be the one that prints
-        print(f"error: {error}", file=sys.stderr)
+        rank, _ = launched_as()
+        if rank:  # the launcher ends all ranks when the first one exits: that must be rank 0, if it has the error too
+            time.sleep(30)
+        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     return 0
 
