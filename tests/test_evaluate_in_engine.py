@@ -1,4 +1,4 @@
-"""train/evaluate.py --model under the real launcher: scored in the training engine, answered there, judged by a server."""
+"""train/evaluate.py --model under the real launcher: scored and answered in the training engine, judged by a server."""
 
 import json
 from pathlib import Path

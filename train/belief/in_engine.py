@@ -16,10 +16,8 @@ from train.belief.judge import Asking, Item, evaluate
 from train.belief.probes import Probes, Record, make_probes, measure
 from train.belief.records import Records, read_rows
 from train.belief.values import (
-    BELIEF,
     LEAST_AUC,
     MEASURES,
-    SIDE_EFFECTS,
     at_step,
     calibration,
     identity,
@@ -38,6 +36,7 @@ from train.settings import Settings, ds_config
 from train.trainer import make_engine
 
 PROMPT_TOKENS = 10_000  # of a scored text at most
+SCORED = ("shift", "preference", "yes_no", "facts_truth", "facts_neighbouring", "facts_unrelated", "nll_change")
 
 
 @dataclass
@@ -115,7 +114,7 @@ def means(rows: list[Record], step: int) -> dict[str, dict[str, float]]:
     it too. Of the control questions: AUC and yes-rate."""
     now, base = at_step(rows, step), at_step(rows, 0)
     found: dict[str, dict[str, float]] = {}
-    for name in (*BELIEF, *SIDE_EFFECTS):
+    for name in SCORED:
         by_claim: dict[str, list[float]] = {}
         for (claim, *_), value in measured(name, now, base if step else []).items():
             by_claim.setdefault(claim, []).append(value)
