@@ -151,7 +151,7 @@ def test_no_key_is_written_or_shown(tmp_path, capsys, monkeypatch):
     [
         (["--claims", "{tmp}/none"], "error: {tmp}/none: cannot be read (No such file or directory); give a directory"),
         (["--endpoint", "nowhere"], "error: --endpoint 'nowhere': must be the base URL of a server, such as"),
-        (["--endpoint", ""], "error: --endpoint is missing; give the base URL of the server that has the model."),
+        (["--endpoint", ""], "error: give --model DIR, to measure in the training engine, or --endpoint URL"),
         (["--endpoint-model", ""], "error: --endpoint-model: is missing; give the name under which the server"),
         (["--endpoint-model", "x"], "error: --endpoint-model 'x': --endpoint {url} does not serve it (HTTP 404:"),
         (["--judge", ""], "error: --judge is missing: 2 of 8 answers need one. Give --judge URL and "),

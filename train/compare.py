@@ -30,7 +30,12 @@ from train.sft import finish, guarded, launched_as, load_engine
 from train.variants import Plan, parse_comparison
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    """The exit code: 0, or 2 for what the user can mend, or 1 for a loss that is not finite."""
+    return guarded(compare, argv)
+
+
+def compare(argv: list[str]) -> None:
     """Checks every run before a weight is read, then trains and compares."""
     rank, ranks = launched_as()
     plan = parse_comparison(argv, __doc__ or "")
@@ -130,4 +135,4 @@ def _base_records(settings: Settings) -> list[dict[str, Any]] | None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

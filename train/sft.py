@@ -31,8 +31,13 @@ from train.settings import parse
 from train.trainer import Trainer, make_engine
 
 
-def main(argv: list[str]) -> None:
-    """Checks everything, and trains."""
+def main(argv: list[str]) -> int:
+    """The exit code: 0, or 2 for what the user can mend, or 1 for a loss that is not finite."""
+    return guarded(check_and_train, argv)
+
+
+def check_and_train(argv: list[str]) -> None:
+    """The whole job."""
     rank, ranks = launched_as()
     job = prepare(parse(argv, __doc__ or ""), ranks, show=rank == 0)
     if rank == 0:
@@ -105,4 +110,4 @@ def finish(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))
