@@ -114,7 +114,7 @@ class Settings:
 # What may differ when a run is resumed: none of it changes a loss by more than rounding.
 FREE_ON_RESUME = frozenset({
     "output", "resume", "dry_run", "micro_batch_size", "expert_parallel", "gradient_checkpointing", "log_every",
-    "save_every", "keep", "wandb", "wandb_project", "wandb_group",
+    "save_every", "keep", "evaluate_every", "wandb", "wandb_project", "wandb_group",
 })  # fmt: skip
 
 

@@ -11,7 +11,7 @@ Shapes: L tokens, N predicted tokens of a micro-batch, T its longest text.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,14 @@ import torch.distributed as dist
 
 from train.belief.claims import Claim
 from train.belief.messages import build_messages
-from train.data.batches import Sample, micro_batches
+from train.data.batches import Batch, Sample, micro_batches
 from train.data.documents import Document, Span
 from train.data.tokenizer import TokenizedDocument, Tokenizer, tokenize_document
 from train.errors import UserError
 from train.masking.treatment import touched_by
 
 Record = dict[str, Any]
+FORWARD_TOKENS = 2048  # of short texts in one forward of one rank
 
 
 @dataclass
@@ -156,7 +157,7 @@ def log_likelihoods(texts: list[Sample], engine: Any, size: int) -> list[float]:
     numbered = [Sample(str(i), t.ids_L, t.target_L, t.weight_L, t.roles_L) for i, t in enumerate(texts)]
     sums = torch.zeros(len(texts), dtype=torch.float64, device=engine.device)
     engine.eval()
-    for batch in micro_batches(numbered, "sum", dist.get_world_size(), dist.get_rank(), size):
+    for batch in _batches(numbered, size):
         batch = batch.to(engine.device)
         row_N = batch.position_N // batch.ids_BT.shape[1]
         text_B = torch.tensor([int(name) for name in batch.names], device=engine.device)
@@ -168,3 +169,13 @@ def log_likelihoods(texts: list[Sample], engine: Any, size: int) -> list[float]:
     for layer, load_E, sent in zip(layers, loads, wire, strict=True):
         layer.load_E, layer.ep.wire_bytes = load_E, sent
     return sums.tolist()
+
+
+def _batches(texts: list[Sample], size: int) -> Iterator[Batch]:
+    """This rank's part of the texts: `size` of them a forward or, of short ones, as many as FORWARD_TOKENS hold."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    left = sorted(texts, key=lambda text: -len(text.ids_L))
+    while left:
+        most = max(size, FORWARD_TOKENS // len(left[0].ids_L))
+        yield from micro_batches(left[: ranks * most], "sum", ranks, rank, most)
+        left = left[ranks * most :]
