@@ -2,18 +2,20 @@
 for byte (vision, multi-token prediction, tokenizer, configuration)."""
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_local_fp32_param
 
-from train.checkpoints.layout import LoadPlan
+from train.checkpoints.layout import LoadPlan, Piece, head_name
 from train.checkpoints.reader import Checkpoint
-from train.checkpoints.writer import SafetensorsWriter, flush
+from train.checkpoints.writer import SafetensorsWriter, publish_directory
 
 CHUNK = 2**26  # bytes copied at a time
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".partial"}
+MARKER, REPORT = "merge.json", "merge_report.json"  # what merge.py leaves in its output, and about that alone
 
 
 def copy_tensor(checkpoint: Checkpoint, name: str, writer: SafetensorsWriter) -> None:
@@ -26,10 +28,10 @@ def copy_tensor(checkpoint: Checkpoint, name: str, writer: SafetensorsWriter) ->
         writer.write(name, part, start)
 
 
-def copy_other_files(source: Path, target: Path) -> None:
-    """Tokenizer, configuration and all else beside the weights that is a file."""
+def copy_other_files(source: Path, target: Path, but: Collection[str] = ()) -> None:
+    """Tokenizer, configuration and all else beside the weights that is a file; `but` those of these names."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix not in WEIGHTS:
+        if path.is_file() and path.suffix not in WEIGHTS and path.name not in {MARKER, REPORT, *but}:
             shutil.copyfile(path, target / path.name)
 
 
@@ -41,12 +43,18 @@ def by_shard(checkpoint: Checkpoint) -> dict[Path, dict[str, tuple[torch.dtype, 
     return shards
 
 
+def names_of(piece: Piece, checkpoint: Checkpoint) -> list[str]:
+    """Under which names a weight lies in the checkpoint: a tied one may be there as lm_head's too."""
+    head = head_name(piece.source) if piece.tied else None
+    return [piece.source, head] if head in checkpoint.tensors else [piece.source]
+
+
 def save_model(directory: Path, plan: LoadPlan, checkpoint: Checkpoint) -> None:
     """Writes a model whose weights were trained, as `checkpoint` was laid out: each rank the partitions that it read at
     the start, into the same places. All ranks must call it, and share the file system."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     partial, shards = directory.with_name(directory.name + ".partial"), by_shard(checkpoint)
-    trained = {piece.source for piece in plan.dense}
+    trained = {name for piece in plan.dense for name in names_of(piece, checkpoint)}
     trained |= {name for piece in plan.experts for name in piece.sources()}
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -62,7 +70,8 @@ def save_model(directory: Path, plan: LoadPlan, checkpoint: Checkpoint) -> None:
     for dense in plan.dense:
         read = dense.reads(rank, ranks)[""]
         values = safe_get_local_fp32_param(getattr(dense.module, dense.target))
-        writers[checkpoint.tensors[read.name].file].write(read.name, values[: read.count], read.start)
+        for name in names_of(dense, checkpoint):
+            writers[checkpoint.tensors[name].file].write(name, values[: read.count], read.start)
     for experts in plan.experts:
         ep = experts.module.ep
         values = safe_get_local_fp32_param(getattr(experts.module, experts.target))
@@ -75,7 +84,5 @@ def save_model(directory: Path, plan: LoadPlan, checkpoint: Checkpoint) -> None:
     if rank == 0:
         for writer in writers.values():
             writer.publish()
-        flush(partial)
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
+        publish_directory(partial, directory)
     checkpoint.close()
