@@ -17,6 +17,7 @@ from torch import Tensor
 
 from launch.distributed import peak_host_bytes
 from train.checkpoints.streaming import Loaded
+from train.checkpoints.writer import write_whole
 from train.data.batches import Batch
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
@@ -122,9 +123,7 @@ class Run:
             os.dup2(file, 1)
             os.dup2(file, 2)
         elif not (self.directory / "settings.yaml").exists():
-            partial = self.directory / "settings.yaml.partial"
-            partial.write_text(record(settings, resolved))
-            partial.rename(self.directory / "settings.yaml")
+            write_whole(self.directory / "settings.yaml", record(settings, resolved))
 
     def show_load(self, loaded: Loaded) -> None:
         """What each rank read from disk, in which time, and its peak of host memory. All ranks must call it."""
@@ -145,7 +144,7 @@ class Run:
         if not self.main:
             return
         kept = [values for values in read_metrics(self.metrics) if values["step"] <= after]
-        self.metrics.write_text("".join(json.dumps(values) + "\n" for values in kept))
+        write_whole(self.metrics, "".join(json.dumps(values) + "\n" for values in kept))
         if self.settings.resume:
             print(f"going on after step {after}" if after else "no complete save yet: starting at the first step")
         if self.settings.wandb != "disabled":
