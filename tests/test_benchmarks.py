@@ -40,3 +40,11 @@ def test_load_reads_what_it_keeps(tmp_path, layout):
     assert row["layout"] == layout and row["bytes_read_per_rank"] == row["bytes_kept_per_rank"]
     assert row["share_bytes"] == max(row["bytes_kept_per_rank"]) and len(row["peak_bytes_per_rank"]) == 2
     assert row["time_over_transformers"] > 0
+
+
+@pytest.mark.slow
+def test_merge(tmp_path):
+    bf16, same = rows(tmp_path, "merge", "--layouts", "kimi", "--experts", "2", "--rounds", "1")
+    assert (bf16["to"], same["to"]) == ("bf16", "same")
+    assert same["written_bytes"] == same["read_bytes"] < bf16["written_bytes"]
+    assert all(row["written_bytes_per_second"] > 0 and row["peak_bytes"] > 0 for row in (bf16, same))

@@ -26,7 +26,7 @@ from train.checkpoints.writer import Layout, SafetensorsWriter, write_whole
 from train.errors import UserError
 from train.lora import LoRASettings
 
-ROWS_OF = 2**24  # elements of a matrix that are held at a time, about
+ROWS_OF = 2**20  # elements of a matrix that are held at a time, about: in fp32 they fit a processor's cache
 INDEX = "model.safetensors.index.json"
 
 
@@ -202,7 +202,7 @@ class Merger:
         format = PLAIN if self._becomes_bf16(matrix) else matrix.format
         parts = {"": new.bfloat16()} if self._becomes_bf16(matrix) else format.encode(new, raw)
         if measure:
-            self._measure(matrix.name, torch.sub(format.decode(parts), old, out=old), update)
+            self._measure(matrix.name, torch.sub(format.decode(parts).float(), old, out=old), update)
         return parts
 
     def _measure(self, name: str, applied: Tensor, update: Tensor) -> None:
