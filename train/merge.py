@@ -3,9 +3,9 @@
     python train/merge.py --model DIR --adapter DIR --output DIR [--to same]
 
 Works shard by shard in little memory, on one process, without a GPU. Started again with the same --output, it goes on
-after the shards that are complete. Tensors without factors, tokenizer and configuration are carried over as they are.
-FP8 and INT4 checkpoints become BF16 by default; with --to same, their matrices go back to their own format.
-merge_report.json says for each tensor how much of the update survived rounding.
+after the shards that are complete; config.json comes last. Tensors without factors, tokenizer and configuration are
+carried over as they are. FP8 and INT4 checkpoints become BF16 by default; with --to same, their matrices go back to
+their own format. merge_report.json says for each tensor how much of the update survived rounding.
 """
 
 import argparse
