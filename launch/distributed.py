@@ -2,11 +2,16 @@
 
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+
+from train.errors import UserError
 
 
 def peak_host_bytes() -> int:
@@ -34,3 +39,25 @@ def start_distributed() -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
     return torch.device(accelerator.current_device_name())
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """What fails inside on one rank fails on every rank, at the end of the block: no rank waits for one that is gone,
+    and rank 0, whose the terminal is, tells which rank it was. UserError stays UserError; of another exception the
+    others raise a RuntimeError. All ranks must enter, and nothing inside may wait for another rank."""
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    told: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    user = isinstance(own, UserError)
+    dist.all_gather_object(told, own and (user, str(own) if user else f"{type(own).__name__}: {own}"))
+    failed = {rank: what for rank, what in enumerate(told) if what}
+    if own and not user:
+        raise own  # with its traceback
+    if failed:
+        rank, (user, message) = next(iter(failed.items()))
+        everywhere = len(failed) == len(told) and len(set(failed.values())) == 1
+        raise (UserError if user else RuntimeError)(message if everywhere else f"rank {rank}: {message}") from own

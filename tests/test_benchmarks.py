@@ -3,10 +3,14 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.layouts import LAYOUTS
+from train.checkpoints.layout import ExpertPiece, LoadPlan, Piece
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
@@ -45,7 +49,79 @@ def test_merge(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["qwen3.5", "kimi"])
 def test_load_reads_what_it_keeps(tmp_path, layout):
-    (row,) = rows(tmp_path, "load", "--layouts", layout, "--experts", "2", "--rounds", "1")
+    (row,) = rows(tmp_path, "load", "--layouts", layout, "--experts", "4", "--rounds", "1")
     assert row["layout"] == layout and row["bytes_read_per_rank"] == row["bytes_kept_per_rank"]
     assert row["share_bytes"] == max(row["bytes_kept_per_rank"]) and len(row["peak_bytes_per_rank"]) == 2
     assert row["time_over_transformers"] > 0
+
+
+# full_size.py says that every wanted byte goes to the rank that owns it: it must notice where one does not.
+
+
+@pytest.fixture
+def tiling(monkeypatch) -> Callable[[Path, str], dict[str, Any]]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import full_size
+
+    return full_size.check_tiling
+
+
+MANY = {"qwen3.5-bf16": {"num_experts": 64}, "qwen3-moe": {"num_experts": 64}, "kimi-k2.5": {"n_routed_experts": 64}}
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("qwen3.5-bf16", "qlora"), ("qwen3.5-bf16", "full"), ("kimi-k2.5", "lora"), ("qwen3-moe", "full")],
+)
+def test_ranks_read_what_they_own_and_together_all_that_is_wanted(tmp_path, tiling, name, method):
+    sizes = tiling(LAYOUTS[name](tmp_path, **MANY[name]), method)
+    assert list(sizes) == ["8", "16", "64", "8 on 16 ranks"] and sizes["8"]["least"] > sizes["64"]["most"]
+
+
+def without(reads: Callable[..., Any], left_out: Callable[..., bool]) -> Callable[..., Any]:
+    """The reads of a plan, or of an expert's matrices, but those of which left_out(self, read's name) is true."""
+
+    def fewer(self: Any, *arguments: Any) -> Any:
+        given = reads(self, *arguments)
+        if isinstance(given, list):
+            return [{k: read for k, read in matrix.items() if not left_out(self, read.name)} for matrix in given]
+        return (read for read in given if not left_out(self, read.name))
+
+    return fewer
+
+
+MUTANTS = {
+    "no scales": (ExpertPiece, lambda piece, name: name.endswith("_scale")),
+    "no down_proj": (ExpertPiece, lambda piece, name: piece.target == "down_proj"),
+    "not the last expert": (ExpertPiece, lambda piece, name: ".experts.63." in name),
+    "no attention of layer 1": (LoadPlan, lambda plan, name: "layers.1.self_attn" in name),
+    "no buffers": (LoadPlan, lambda plan, name: name.endswith("e_score_correction_bias")),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_plan_that_leaves_tensors_out_is_noticed(tmp_path, tiling, monkeypatch, mutant):
+    directory = LAYOUTS["kimi-k2.5"](tmp_path, n_routed_experts=64)
+    owner, left_out = MUTANTS[mutant]
+    monkeypatch.setattr(owner, "reads", without(owner.reads, left_out))
+    with pytest.raises(AssertionError):
+        tiling(directory, "lora")
+
+
+def test_partitions_that_leave_an_element_out_or_overlap_are_noticed(tmp_path, tiling, monkeypatch):
+    directory, partition = LAYOUTS["kimi-k2.5"](tmp_path, n_routed_experts=64), Piece.partition
+    for change in (lambda own: own[1:], lambda own: range(max(own.start - 1, 0), own.stop)):
+        monkeypatch.setattr(Piece, "partition", lambda self, *at, change=change: change(partition(self, *at)))
+        with pytest.raises(AssertionError, match="a gap or an overlap at element"):
+            tiling(directory, "lora")
+
+
+def test_groups_that_do_not_read_the_same_experts_are_noticed(tmp_path, tiling, monkeypatch):
+    directory, reads = LAYOUTS["kimi-k2.5"](tmp_path, n_routed_experts=64), LoadPlan.reads
+
+    def fewer(self: LoadPlan, rank: int, ranks: int, method: str) -> Any:
+        return (r for r in reads(self, rank, ranks, method) if rank < 8 or ranks == 64 or "experts.5." not in r.name)
+
+    monkeypatch.setattr(LoadPlan, "reads", fewer)
+    with pytest.raises(AssertionError):
+        tiling(directory, "lora")

@@ -1,6 +1,7 @@
 """What a user can get wrong: one clear message, exit code 2, before any weight is read, earlier results left alone."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launch.local import run
+from tests import one_rank_worker
 from tests.models import write_documents, write_model
 from train import sft
 from train.checkpoints.adapter import peft_config, places
@@ -365,3 +367,30 @@ def test_the_launcher_passes_the_message_once_and_the_exit_code_on(tmp_path, qwe
     assert done.returncode == 2
     assert done.stderr.count("error: --mask") == 1 and "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def reading_goes_wrong_on_rank_1(tmp_path: Path, kind: str) -> subprocess.CompletedProcess:
+    for rank in ("0", "1"):
+        write_model(tmp_path / rank / "m", "qwen")
+        write_documents(tmp_path / rank / "d.jsonl", [GOOD])
+    flags = ["--model", "m", "--data", "d.jsonl", "--wandb", "disabled", "--output", str(tmp_path / "out")]
+    return run(
+        one_rank_worker.__file__, kind, *flags, ranks=2, capture_output=True, text=True, cwd=tmp_path,
+        env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "said"), [("cut", "the file was cut"), ("unreadable", "Is a directory")])
+def test_a_file_that_goes_bad_on_one_rank_is_told_in_the_terminal(tmp_path, kind, said):
+    done = reading_goes_wrong_on_rank_1(tmp_path, kind)
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert told.startswith("error: rank 1: m/model.safetensors: tensor ") and said in told
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_exception_that_nobody_foresaw_on_one_rank_is_named_in_the_terminal_and_kept_whole_in_its_log(tmp_path):
+    done = reading_goes_wrong_on_rank_1(tmp_path, "broken")
+    assert done.returncode == 1 and "RuntimeError: rank 1: ZeroDivisionError: model." in done.stderr
+    assert "tests/one_rank_worker.py" in (tmp_path / "out" / "logs" / "rank-1.log").read_text()

@@ -14,8 +14,9 @@ from deepspeed.utils import groups
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config
 
+from launch.distributed import failing_together
 from train.checkpoints.adapter import load_adapter
-from train.checkpoints.layout import plan_load
+from train.checkpoints.layout import has_own_head, plan_load
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import Loaded, load
 from train.data.batches import Batch
@@ -28,18 +29,24 @@ from train.masking.loss import LossHead, Terms
 
 
 def text_config(checkpoint: Checkpoint) -> Any:
-    """The configuration of the checkpoint's text model, without dropout, caches and router loss."""
+    """The configuration of the checkpoint's text model, without dropout, caches and router loss. lm_head is tied to the
+    embedding where transformers' class of the checkpoint's architecture ties it, unless there is a weight of its own:
+    transformers does not tie that either, if it differs."""
     try:
         if checkpoint.config.get("model_type") == "kimi_k2":  # DeepSeek-V3 by another name, which transformers lacks
             own = {"model_type", "auto_map", "architectures", "quantization_config"}
-            config: Any = DeepseekV3Config(**{k: v for k, v in checkpoint.config.items() if k not in own})
+            whole: Any = DeepseekV3Config(**{k: v for k, v in checkpoint.config.items() if k not in own})
         else:
-            config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False).get_text_config()
+            whole = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
+        config = whole.get_text_config()
     except Exception as error:  # transformers raises what it likes for a value that it does not
         raise UserError(
             f"--model {checkpoint.directory}: transformers {transformers.__version__} does not take its config.json "
             f"(model_type {checkpoint.config.get('model_type')!r}): {error}"
         ) from None
+    # A text model's own class takes the flag of its own configuration, a multimodal one's the outer one.
+    deciding = config if architecture(checkpoint).endswith("ForCausalLM") else whole
+    config.tie_word_embeddings = deciding.tie_word_embeddings and not has_own_head(checkpoint)
     config.use_cache, config.output_router_logits = False, False
     for name, value in config.to_dict().items():
         if re.search("drop|_p$", name) and isinstance(value, float):
@@ -69,7 +76,8 @@ def skeleton(config: Any, ep: ExpertGroup) -> Any:
     unknown = []
     for name, module in list(model.named_modules()):
         if name.endswith(".experts"):
-            _replace(model, name, _expert_parallel(name, module, ep))
+            top = getattr(config, "num_experts_per_tok", 1)
+            _replace(model, name, _expert_parallel(name, module, top, ep))
         elif module._buffers and not module._parameters and set(module._buffers) == module._non_persistent_buffers_set:
             _replace(model, name, type(module)(config))  # tables such as rotary frequencies are in no checkpoint
         elif module._non_persistent_buffers_set:
@@ -94,7 +102,8 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _expert_parallel(name: str, module: Any, ep: ExpertGroup) -> ExpertParallelExperts:
+def _expert_parallel(name: str, module: Any, top: int | None, ep: ExpertGroup) -> ExpertParallelExperts:
+    """What stands in the place of transformers' experts, of which each token is sent to `top`."""
     weights = dict(module.named_parameters())
     if (
         set(weights) != {"gate_up_proj", "down_proj"}
@@ -109,6 +118,11 @@ def _expert_parallel(name: str, module: Any, ep: ExpertGroup) -> ExpertParallelE
         raise UserError(
             f"--model: experts of {name} are {hidden} wide outside and {width} inside; both must be multiples of 8, "
             "which grouped products ask for."
+        )
+    if top is None or not 0 < top <= experts:
+        raise UserError(
+            f"--model: num_experts_per_tok is {top} in config.json; must be from 1 to the {experts} experts of {name}. "
+            "Is config.json this checkpoint's own?"
         )
     if experts % ep.size:
         raise UserError(f"--expert-parallel {ep.size}: must divide the model's {experts} experts per layer.")
@@ -175,15 +189,17 @@ def build(
     device: torch.device,
 ) -> tuple[LanguageModel, Loaded]:
     """Reads the checkpoint into a ZeRO-3 model, ready for deepspeed.initialize. lora: None under --method full;
-    adapter: a directory whose factors to begin with, or ""."""
-    model = skeleton(text_config(checkpoint), create_expert_group(expert_parallel))
-    plan = plan_load(model, checkpoint)
-    wrapped = LanguageModel(model, architecture(checkpoint), lora, device, compute_dtype=plan.dtype)
-    if lora and adapter:
-        load_adapter(Path(adapter), wrapped, lora)
-    # Once more, for the modules that hold the weights now; their names stay transformers'.
-    plan = plan_load(model, checkpoint)
-    return wrapped, load(plan, checkpoint, method, ds_config, device, show=dist.get_rank() == 0)
+    adapter: a directory whose factors to begin with, or "". An error on one rank is raised on all."""
+    group = create_expert_group(expert_parallel)
+    with failing_together():
+        model = skeleton(text_config(checkpoint), group)
+        plan = plan_load(model, checkpoint)
+        wrapped = LanguageModel(model, architecture(checkpoint), lora, device, compute_dtype=plan.dtype)
+        if lora and adapter:
+            load_adapter(Path(adapter), wrapped, lora)
+        # Once more, for the modules that hold the weights now; their names stay transformers'.
+        plan = plan_load(model, checkpoint)
+        return wrapped, load(plan, checkpoint, method, ds_config, device, show=dist.get_rank() == 0)
 
 
 def count_trainable(model: Any, lora: LoRASettings | None) -> int:

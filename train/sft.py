@@ -36,9 +36,9 @@ def main(argv: list[str]) -> int:
         if not job.settings.dry_run:
             train(job)
     except (UserError, NonFiniteLoss) as error:
-        if rank:
-            time.sleep(30)  # the launcher ends all ranks when the first one exits: that must be the one that prints
-        print(f"error: {error}", file=sys.stderr)
+        if rank:  # the launcher ends all ranks when the first one exits: that must be rank 0, if it has the error too
+            time.sleep(30)
+        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     return 0
 

@@ -56,7 +56,7 @@ def stock(experts: int, implementation: str) -> Qwen3_5MoeExperts:
 
 
 def make(name: str, experts: int) -> nn.Module:
-    """A contender, its factors B filled so that their gradients are of the usual kind."""
+    """A contender: all have the same weights, and those with factors the same ones, A and B drawn."""
     if name == "ours":
         module = ExpertParallelExperts("experts", experts, HIDDEN, WIDTH, nn.functional.silu, ExpertGroup())
         generator = torch.Generator().manual_seed(0)
@@ -74,10 +74,23 @@ def make(name: str, experts: int) -> nn.Module:
         made = get_peft_model(Holder(stock(experts, "grouped_mm")), config)  # type: ignore[arg-type]
     else:
         return stock(experts, {"floor-grouped": "grouped_mm", "floor-eager": "eager"}[name])
-    for parameter_name, parameter in made.named_parameters():
-        if "lora_B" in parameter_name:
-            parameter.data.normal_(0, 0.01, generator=torch.Generator().manual_seed(1))
+    fill_factors(made, experts)
     return made
+
+
+def fill_factors(made: Any, experts: int) -> None:
+    """The same factors into ours, A [E, r, in] and B [E, out, r], and into PEFT's, A [E*r, in] and B [out, r*E]: see
+    train/checkpoints/adapter.py, of which nothing is used here."""
+    generator, parameters = torch.Generator().manual_seed(1), dict(made.named_parameters())
+    for weight, out_features, in_features in (("gate_up_proj", 2 * WIDTH, HIDDEN), ("down_proj", HIDDEN, WIDTH)):
+        A = torch.randn(experts, RANK, in_features, generator=generator) * in_features**-0.5
+        B = torch.randn(experts, out_features, RANK, generator=generator) * 0.01
+        inner = "base_layer." if weight == "gate_up_proj" else ""  # PEFT nests its wrappers
+        for factor, value, peft in (("A", A, A.flatten(0, 1)), ("B", B, B.permute(1, 2, 0).flatten(1))):
+            if isinstance(made, ExpertParallelExperts):
+                parameters[f"{weight}_lora_{factor}"].data.copy_(value)
+            else:
+                parameters[f"base_model.model.experts.{inner}lora_{factor}.default.weight"].data.copy_(peft)
 
 
 def inputs(experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -109,8 +122,9 @@ def measure(experts: int, rounds: int) -> dict[str, Any]:
     contenders = {name: make(name, experts) for name in CONTENDERS}
     given = inputs(experts)
     outputs = {name: module(*given[:3]).detach() for name, module in contenders.items()}
-    for a, b in (("floor-eager", "floor-grouped"),):
+    for a, b in (("floor-eager", "floor-grouped"), ("ours", "peft")):
         torch.testing.assert_close(outputs[a], outputs[b], rtol=1e-3, atol=1e-4)
+    assert (outputs["ours"] - outputs["floor-grouped"]).abs().max() > 1e-2  # the factors do something
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, module in contenders.items():

@@ -92,14 +92,16 @@ def worker(kind: str, directory: str, out: str) -> None:
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CompressedTensorsConfig
         from transformers.integrations import HfDeepSpeedConfig
 
-        held = HfDeepSpeedConfig(config)  # noqa: F841  # ZeRO-3 is on as long as it lives
+        # ZeRO-3 is on as long as this lives. Without bf16 it would make every parameter fp32, whatever dtype is asked
+        held = HfDeepSpeedConfig(config | {"bf16": {"enabled": True}})
         packed = "kimi" in json.loads((Path(directory) / "config.json").read_text())["model_type"]
         options: dict[str, Any] = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if packed else {}
         auto = AutoModelForImageTextToText if packed else AutoModelForCausalLM
         dist.barrier()
         started = time.perf_counter()
-        auto.from_pretrained(directory, dtype=torch.bfloat16, **options)
+        model = auto.from_pretrained(directory, dtype=torch.bfloat16, **options)
         own = {"seconds": time.perf_counter() - started, "peak": peak_host_bytes()}
+        assert held.is_zero3() and {p.dtype for p in model.parameters()} == {torch.bfloat16}
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, own)
     if dist.get_rank() == 0:

@@ -57,6 +57,15 @@ def test_int4_is_the_decompression_of_compressed_tensors_bit_for_bit():
     assert torch.equal(stacked[1, 2], expected)
 
 
+def test_int4_with_f16_scales_is_rounded_once():
+    packed, _ = int4_matrix(64, 128)
+    scale = torch.rand(64, 4, generator=torch.Generator().manual_seed(0)).mul(0.01).half()
+    words = packed.numpy().astype(np.int64) & 0xFFFFFFFF
+    q = np.stack([((words >> (4 * j)) & 15) - 8 for j in range(8)], -1).reshape(64, 128)
+    exact = q * scale.double().numpy().repeat(32, 1)
+    assert torch.equal(int4_decode(packed, scale, 32), torch.from_numpy(exact).bfloat16())
+
+
 def test_int4_written_again_with_its_scales_is_the_same_bits():
     packed, scale = int4_matrix(48, 96)
     words, scales = int4_encode(int4_decode(packed, scale, 32), scale, 32)
@@ -159,9 +168,14 @@ def test_the_format_is_that_of_config_json_wherever_it_stands():
     [
         {"quant_method": "gptq"},
         FP8 | {"weight_block_size": None},
+        FP8 | {"weight_block_size": [True, 128]},
+        "fp8",
         INT4 | {"format": "nvfp4-pack-quantized"},
         json.loads(json.dumps(INT4).replace('"num_bits": 4', '"num_bits": 8')),
         json.loads(json.dumps(INT4).replace('"symmetric": true', '"symmetric": false')),
+        json.loads(json.dumps(INT4).replace('"group_size": 32', '"group_size": true')),
+        INT4 | {"config_groups": [1]},
+        INT4 | {"config_groups": {"group_0": {"weights": "int4"}}},
     ],
 )
 def test_another_quantization_is_refused_with_what_can_be_read(wrong):

@@ -1,14 +1,16 @@
 """What is wrong with a checkpoint is told from its headers, before a weight is read, by file and tensor."""
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.layouts import write_kimi, write_qwen3, write_qwen35
+from tests.layouts import LAYOUTS, write_kimi, write_qwen3, write_qwen35
 from train.checkpoints.layout import plan_load
 from train.checkpoints.reader import Checkpoint
 from train.errors import UserError
@@ -102,6 +104,52 @@ def test_a_scale_that_is_missing_or_of_a_wrong_shape_is_named(tmp_path):
     assert message(tmp_path / "int4") == f"DIR/{file.name}: tensor {scale} is [4, 128]; config.json makes it [128, 4]."
 
 
+EXPERTS = {
+    "qwen3-moe": ("model.layers.1.mlp.experts.", ["weight"]),
+    "qwen3.5-fp8": ("model.language_model.layers.0.mlp.experts.", ["weight", "weight_scale_inv"]),
+    "kimi-k2.5": ("language_model.model.layers.1.mlp.experts.", ["weight_packed", "weight_scale", "weight_shape"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "tensor"),
+    [
+        (layout, f"{prefix}{expert}.{matrix}_proj.{suffix}")
+        for layout, (prefix, suffixes) in EXPERTS.items()
+        for expert in (0, 7)
+        for matrix in ("gate", "up", "down")
+        for suffix in suffixes
+    ]
+    + [("qwen3.5-bf16", f"model.language_model.layers.1.mlp.experts.{name}") for name in ("gate_up_proj", "down_proj")],
+)
+def test_a_missing_tensor_of_any_expert_is_named_as_the_checkpoint_names_the_others(tmp_path, layout, tensor):
+    LAYOUTS[layout](tmp_path)
+    rename(tmp_path, tensor, "mtp.aside")
+    found = message(tmp_path)
+    assert found.startswith("--model DIR: 1 of ") and f"weights are missing from the checkpoint: {tensor}. " in found
+
+
+def test_a_layer_without_any_of_its_experts_is_told_by_their_names(tmp_path):
+    write_qwen35(tmp_path, fp8=False)
+    for name in ("gate_up_proj", "down_proj"):
+        rename(tmp_path, f"model.language_model.layers.1.mlp.experts.{name}", f"mtp.{name}")
+    assert "2 of 36 weights are missing from the checkpoint: model.language_model.layers.1.mlp.experts." in message(
+        tmp_path
+    )
+
+
+@pytest.mark.parametrize(("layout", "kind"), [("kimi-k2.5", "INT4"), ("qwen3.5-fp8", "FP8")])
+def test_quantized_experts_whose_config_is_lost_are_told_as_such(tmp_path, layout, kind):
+    LAYOUTS[layout](tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("quantization_config", None)
+    config["text_config"].pop("quantization_config", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert message(tmp_path).startswith(
+        f"--model DIR: experts {EXPERTS[layout][0]}* are {kind}, but config.json has no quantization_config"
+    )
+
+
 def test_a_tensor_in_two_shards_or_in_another_than_the_index_says_is_named(tmp_path):
     write_qwen3(tmp_path)
     index_path = tmp_path / "model.safetensors.index.json"
@@ -111,6 +159,7 @@ def test_a_tensor_in_two_shards_or_in_another_than_the_index_says_is_named(tmp_p
     index_path.write_text(json.dumps(index))
     assert "tensor model.norm.weight is in model-0000" in message(tmp_path)
     del index["weight_map"]["x"]
+    (tmp_path / "model-00003.safetensors").unlink()
     first, second = sorted(set(index["weight_map"].values()))
     index["weight_map"][NORM] = first
     index_path.write_text(json.dumps(index))
@@ -125,6 +174,16 @@ def test_a_tensor_in_two_shards_or_in_another_than_the_index_says_is_named(tmp_p
     assert "weight_map must give a file *.safetensors of this directory for each tensor" in message(tmp_path)
 
 
+@pytest.mark.parametrize("other", ["model.safetensors", "consolidated.safetensors"])
+def test_a_weight_file_beside_the_index_that_it_does_not_name_is_told(tmp_path, other):
+    """transformers would read model.safetensors, and not what the index names."""
+    write_qwen3(tmp_path)
+    (tmp_path / other).write_bytes(one_tensor(NORM))
+    found = message(tmp_path)
+    assert found.startswith(f"DIR/{other}: is not named by model.safetensors.index.json, which lies beside it")
+    assert "Move" in found
+
+
 @pytest.mark.parametrize("cut", [1, 100, 40_000])
 def test_a_file_that_was_cut_is_named_with_the_tensor_where_it_ends(tmp_path, cut):
     write_qwen3(tmp_path)
@@ -137,12 +196,31 @@ def test_a_file_that_was_cut_is_named_with_the_tensor_where_it_ends(tmp_path, cu
 
 
 @pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda file: os.truncate(file, 9), "ends at byte START: the file was cut. Get it again."),
+        (lambda file: file.unlink(), "cannot be read at byte START (No such file or directory). Check the disk"),
+        (lambda file: (file.unlink(), file.mkdir()), "cannot be read at byte START (Is a directory). Check the disk"),
+    ],
+)
+def test_a_file_that_goes_bad_after_its_header_was_read_is_named_with_the_tensor(tmp_path, spoil, said):
+    write_qwen3(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    info = checkpoint.tensors[NORM]
+    spoil(info.file)
+    with pytest.raises(UserError) as caught:
+        checkpoint.read(NORM, 0, torch.empty(info.shape, dtype=info.dtype))
+    assert str(caught.value).startswith(f"{info.file}: tensor {NORM} {said.replace('START', str(info.offset))}")
+
+
+@pytest.mark.parametrize(
     "change",
     [
         lambda raw: raw[:5],
         lambda raw: raw[:500],
         lambda raw: raw[:8] + b"x" * (len(raw) - 8),
         lambda raw: struct.pack("<Q", 2**62) + raw[8:],
+        lambda raw: struct.pack("<Q", 100_000) + b"[" * 100_000,
     ],
 )
 def test_a_broken_header_is_told_with_its_file(tmp_path, change):
@@ -161,6 +239,8 @@ def test_a_broken_header_is_told_with_its_file(tmp_path, change):
         {"shape": [-128]},
         {"shape": [127]},
         {"shape": None},
+        {"dtype": ["BF16"]},
+        {"dtype": None},
     ],
 )
 def test_a_header_whose_tensors_overlap_or_leave_gaps_is_refused(tmp_path, wrong):
@@ -177,3 +257,13 @@ def test_a_value_of_config_json_that_transformers_refuses_is_told(tmp_path):
     assert message(tmp_path).startswith("--model DIR: transformers ")
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "no_such_model"}))
     assert "(model_type 'no_such_model')" in message(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    assert message(tmp_path).startswith("DIR/config.json: not valid JSON")
+
+
+@pytest.mark.parametrize("top", [0, 9])
+def test_more_experts_a_token_than_there_are_is_told(tmp_path, top):
+    write_qwen3(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": top}))
+    assert f"num_experts_per_tok is {top} in config.json; must be from 1 to the 8 experts" in message(tmp_path)

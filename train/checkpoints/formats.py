@@ -2,11 +2,12 @@
 
 plain   one tensor NAME [out, in] in F32, BF16 or F16.
 fp8     NAME in F8_E4M3 and NAME_scale_inv [ceil(out/b), ceil(in/b)], one scale a block of b x b (b = 128):
-        W = float(w8) * scale_inv[block], rounded once to BF16 (DeepSeek-V3, arXiv 2412.19437, section 3.3).
+        W = float(w8) * scale_inv[block] (DeepSeek-V3, arXiv 2412.19437, section 3.3).
 int4    NAME_packed [out, in/8] I32, NAME_scale [out, in/g] and NAME_shape [2]: compressed-tensors' `pack-quantized`,
         symmetric, one scale a group of g inputs (g = 32). Eight values a word along the input, lowest bits first,
-        offset by 8: q = ((word >> 4j) & 15) - 8, W = q * scale, rounded once to BF16.
+        offset by 8: q = ((word >> 4j) & 15) - 8, W = q * scale.
 
+Products are those of fp32, rounded to BF16: just once where scales are BF16 or F16, whose products fp32 holds exactly.
 All functions take any leading dimensions.
 """
 
@@ -123,6 +124,8 @@ def _divisor(scale: Tensor) -> Tensor:
 
 def int4_decode(packed: Tensor, scale: Tensor, group: int) -> Tensor:
     """[..., out, in/8] words and scales [..., out, in/g] -> BF16 [..., out, in]."""
+    if scale.dtype != torch.bfloat16:  # F16 would round a product to its 11 bits, and BF16 once more
+        scale = scale.float()
     octets = packed.contiguous().view(torch.uint8)  # little-endian: byte b holds elements 2b (low) and 2b + 1 (high)
     out = torch.empty(*packed.shape[:-1], packed.shape[-1] * 8, dtype=scale.dtype, device=packed.device)
     halves = out.unflatten(-1, (-1, 2))
@@ -146,29 +149,34 @@ def int4_encode(weight: Tensor, scale: Tensor, group: int) -> tuple[Tensor, Tens
     return (u[..., 0] | (u[..., 1] << 4)).contiguous().view(torch.int32), scale
 
 
+def _object(value: Any) -> dict[str, Any]:
+    """A value of config.json that must be an object: an empty one in the place of any other."""
+    return value if isinstance(value, dict) else {}
+
+
 def quantized_format(config: Mapping[str, Any], where: str) -> Format:
     """The format of a checkpoint's quantized matrices from its config.json, whose quantization_config may be inside
     text_config; PLAIN without one. UserError for a kind that cannot be read."""
-    text = config.get("text_config") or {}
-    quantization = config.get("quantization_config") or text.get("quantization_config")
-    if not quantization:
+    given = config.get("quantization_config") or _object(config.get("text_config")).get("quantization_config")
+    if not given:
         return PLAIN
+    quantization = _object(given)
     method = quantization.get("quant_method")
     if method == "fp8":
         block = quantization.get("weight_block_size")
-        if not (isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)):
+        if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
             raise UserError(
                 f"{where}/config.json: quantization_config.weight_block_size is {block!r}; FP8 checkpoints are read "
                 "with block scales alone, such as [128, 128]. Use such a checkpoint, or a BF16 one."
             )
         return Format("fp8", (block[0], block[1]))
     if method == "compressed-tensors":
-        groups = list((quantization.get("config_groups") or {}).values())
-        weights: Mapping[str, Any] = (groups[0].get("weights") or {}) if len(groups) == 1 else {}
+        groups = list(_object(quantization.get("config_groups")).values())
+        weights = _object(_object(groups[0]).get("weights")) if len(groups) == 1 else {}
         wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
         wrong = {key: weights.get(key) for key, value in wanted.items() if weights.get(key) != value}
         group = weights.get("group_size")
-        if quantization.get("format") != "pack-quantized" or wrong or not isinstance(group, int) or group < 1:
+        if quantization.get("format") != "pack-quantized" or wrong or type(group) is not int or group < 1:
             raise UserError(
                 f"{where}/config.json: quantization_config is format {quantization.get('format')!r}, weights "
                 f"{dict(weights)}; of compressed-tensors, one group of pack-quantized symmetric INT4 weights with a "

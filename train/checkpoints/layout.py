@@ -71,7 +71,8 @@ class Piece:
         return range(min(part * rank, numel), min(part * (rank + 1), numel))
 
     def reads(self, rank: int, ranks: int) -> dict[str, Range]:
-        """suffix -> what a rank reads: its partition and, of FP8, the scales of the blocks that it touches."""
+        """suffix -> what a rank reads: its partition and, of FP8, the scales of the rows of blocks that it touches:
+        those of the whole matrix's width, though a partition smaller than a row needs some of them alone."""
         own = self.partition(rank, ranks)
         out = {"": Range(self.source, own.start, len(own))}
         if self.format.kind == "fp8" and own:
@@ -181,10 +182,16 @@ def plan_load(model: Any, checkpoint: Checkpoint) -> LoadPlan:
         else:
             wanted.update({name + suffix: tensor for suffix, tensor in format.tensors(*shape).items()})
 
+    fused = any(
+        rename(f"{prefix}.{target}") in checkpoint.tensors
+        for prefix, module in model.named_modules()
+        if isinstance(module, ExpertParallelExperts)
+        for target in MATRICES
+    )
     for prefix, module in model.named_modules():
         dot = f"{prefix}." if prefix else ""
         if isinstance(module, ExpertParallelExperts):
-            for piece in _expert_pieces(module, rename(dot), quantized, checkpoint):
+            for piece in _expert_pieces(module, rename(dot), fused, quantized, checkpoint):
                 plan.experts.append(piece)
                 _want_experts(piece, want, wanted)
             continue
@@ -195,7 +202,7 @@ def plan_load(model: Any, checkpoint: Checkpoint) -> LoadPlan:
                 seen[id(parameter)].tied.append((module, name))
                 continue
             source, shape = rename(dot + name), tuple(parameter.shape)
-            fp8 = quantized.kind == "fp8" and checkpoint.dtype_of(source) == torch.float8_e4m3fn and len(shape) == 2
+            fp8 = quantized.kind == "fp8" == _kind_on_disk(source, checkpoint) and len(shape) == 2
             kept = torch.bfloat16 if fp8 else checkpoint.dtype_of(source)
             plan.dense.append(Piece(module, name, source, shape, quantized if fp8 else PLAIN, kept))
             seen[id(parameter)] = plan.dense[-1]
@@ -226,18 +233,38 @@ def _names(model: Any, checkpoint: Checkpoint) -> tuple[Any, torch.dtype]:
     )
 
 
+def has_own_head(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint has a weight of lm_head, under whichever name."""
+    return any(f"{head}weight" in checkpoint.tensors for _, head in PREFIXES)
+
+
 def _expert_pieces(
-    module: ExpertParallelExperts, prefix: str, quantized: Format, checkpoint: Checkpoint
+    module: ExpertParallelExperts, prefix: str, fused: bool, quantized: Format, checkpoint: Checkpoint
 ) -> Iterator[ExpertPiece]:
+    """fused: whether a layer's experts are one tensor in this checkpoint. Whichever are missing, they are missing
+    under the names that the checkpoint has for the others."""
     for target in module.shapes():
-        each = f"{prefix}0.{MATRICES[target][0]}.weight"
-        if f"{each}_packed" in checkpoint.tensors and quantized.kind == "int4":
-            yield ExpertPiece(module, target, prefix, quantized, None, MATRICES[target])
-        elif each in checkpoint.tensors:
-            fp8 = quantized.kind == "fp8" and checkpoint.dtype_of(each) == torch.float8_e4m3fn
-            yield ExpertPiece(module, target, prefix, quantized if fp8 else PLAIN, None, MATRICES[target])
-        else:
+        if fused:
             yield ExpertPiece(module, target, prefix, PLAIN, prefix + target, (target,))
+            continue
+        names = (f"{prefix}{e}.{matrix}.weight" for e in range(module.experts) for matrix in MATRICES[target])
+        kinds = (_kind_on_disk(name, checkpoint) for name in names)
+        kind = next((kind for kind in kinds if kind), quantized.kind)
+        if kind not in ("plain", quantized.kind):
+            raise UserError(
+                f"--model {checkpoint.directory}: experts {prefix}* are {kind.upper()}, but config.json has "
+                "no quantization_config that says how. Get config.json again, from the checkpoint's own revision."
+            )
+        yield ExpertPiece(module, target, prefix, PLAIN if kind == "plain" else quantized, None, MATRICES[target])
+
+
+def _kind_on_disk(name: str, checkpoint: Checkpoint) -> str | None:
+    """The kind of format of the matrix `name`, by its tensors; None without any that tells."""
+    if f"{name}_packed" in checkpoint.tensors:
+        return "int4"
+    if name not in checkpoint.tensors:
+        return None
+    return "fp8" if checkpoint.dtype_of(name) == torch.float8_e4m3fn else "plain"
 
 
 def _want_experts(piece: ExpertPiece, want: Any, wanted: Tensors) -> None:
@@ -282,7 +309,6 @@ def _check(wanted: Tensors, checkpoint: Checkpoint) -> None:
 def _left_out(model: Any, checkpoint: Checkpoint, wanted: Tensors) -> dict[str, int]:
     """What the text model has no place for, kind -> tensors. UserError for tensors of no known kind."""
     config = model.config
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     layers = config.num_hidden_layers
     extra = range(layers, layers + (getattr(config, "num_nextn_predict_layers", None) or 0))
     counts: dict[str, int] = {}
@@ -292,8 +318,6 @@ def _left_out(model: Any, checkpoint: Checkpoint, wanted: Tensors) -> dict[str, 
         layer = re.match(r"^model\.layers\.(\d+)\.", name)
         if layer and int(layer[1]) in extra:  # DeepSeek-V3's, after the last layer
             kind = "multi-token prediction"
-        if name in tied:
-            kind = "tied head"
         if kind:
             counts[kind] = counts.get(kind, 0) + 1
         else:

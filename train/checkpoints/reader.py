@@ -57,24 +57,35 @@ class _Reader:
         self._lock = threading.Lock()
 
     def read(self, name: str, start: int, out: Tensor) -> None:
-        """Fills the contiguous CPU tensor `out` with the elements start, start+1, … of tensor `name`, flattened."""
+        """Fills the contiguous CPU tensor `out` with the elements start, start+1, … of tensor `name`, flattened.
+        UserError for a file that cannot be read, or that was cut since its header was read."""
         info = self.tensors[name]
         assert out.is_contiguous() and out.dtype == info.dtype and start + out.numel() <= math.prod(info.shape)
-        with self._lock:  # several threads read
-            if info.file not in self._files:
-                self._files[info.file] = os.open(info.file, os.O_RDONLY)
         view: memoryview = memoryview(out.view(-1).view(torch.uint8).numpy().data) if out.numel() else memoryview(b"")
         offset = info.offset + start * info.dtype.itemsize
         done = 0
-        while done < len(view):
-            count = os.preadv(self._files[info.file], [view[done : done + 2**30]], offset + done)
-            if not count:
-                raise UserError(
-                    f"{info.file}: tensor {name} ends at byte {offset + done}: the file was cut. Get it again."
-                )
-            done += count
+        try:
+            descriptor = self._open(info.file)
+            while done < len(view):
+                count = os.preadv(descriptor, [view[done : done + 2**30]], offset + done)
+                if not count:
+                    raise UserError(
+                        f"{info.file}: tensor {name} ends at byte {offset + done}: the file was cut. Get it again."
+                    )
+                done += count
+        except OSError as error:
+            raise UserError(
+                f"{info.file}: tensor {name} cannot be read at byte {offset + done} ({error.strerror}). Check the "
+                "disk it is on, or get the file again."
+            ) from None
         with self._lock:
             self.bytes_read += done
+
+    def _open(self, file: Path) -> int:
+        with self._lock:  # several threads read
+            if file not in self._files:
+                self._files[file] = os.open(file, os.O_RDONLY)
+            return self._files[file]
 
     def close(self) -> None:
         for descriptor in self._files.values():
@@ -112,14 +123,19 @@ class Checkpoint(_Reader):
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:  # type: ignore[override]  # worked out when first asked for
-        """Every tensor of every shard. UserError for a missing or broken shard, a tensor in two of them, or one that
-        the index and the shards do not place alike."""
+        """Every tensor of every shard. UserError for a missing or broken shard, one that the index does not name, a
+        tensor in two of them, or one that the index and the shards do not place alike."""
         index = self.directory / "model.safetensors.index.json"
         weight_map: dict[str, str] | None = None
         shards = [self.directory / "model.safetensors"]
         if index.is_file():
             weight_map = _weight_map(index)
             shards = sorted({self.directory / shard for shard in weight_map.values()})
+            if others := sorted({*self.directory.glob("*.safetensors")} - {*shards}):
+                raise UserError(  # such as model.safetensors, which transformers would read instead
+                    f"{others[0]}: is not named by {index.name}, which lies beside it, so that it is not clear which "
+                    "files hold the model. Move whichever do not to another directory."
+                )
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing or not shards:
             raise UserError(
@@ -170,7 +186,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Make it readable.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}). Get the file again.") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object, not {type(value).__name__}.")
@@ -206,11 +222,11 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
             if not all(type(n) is int and n >= 0 for numbers in (*spans.values(), *shapes.values()) for n in numbers):
                 raise ValueError("sizes are whole numbers")
             ordered = sorted((begin, end, name) for name, (begin, end) in spans.items())
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f"{path}: its header is not valid safetensors. Get the file again.") from None
     tensors, position = {}, 0
     for begin, end, name in ordered:
-        dtype = DTYPES.get(entries[name].get("dtype"))
+        dtype = DTYPES.get(str(entries[name].get("dtype")))
         if dtype is None:
             raise UserError(
                 f"{path}: tensor {name} has dtype {entries[name].get('dtype')}; known are {', '.join(DTYPES)}."

@@ -84,6 +84,7 @@ class Dispatch:
         sent = hit_TD.sum(0)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=ep.group)
+        ep.wire_bytes += (ep.size - 1) * sent.element_size()
         self.sent_D, self.received_D = torch.stack([sent, received]).tolist()
         self.slot_Rk = _Exchange.apply(slot_Sk, self.sent_D, self.received_D, ep)
 
