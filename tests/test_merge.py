@@ -90,7 +90,7 @@ def updates(model: Path, adapter: Path) -> dict[str, torch.Tensor]:
 
     of_module = {(id(place.module), place.weight): place for place in places(bare, LORA)}
     for piece in plan.dense:
-        for module in (piece.module, *(module for module, *_ in piece.tied)):  # of a tied head, by the embedding's name
+        for module in (piece.module, *(module for module, _ in piece.tied)):  # of a tied head, by the embedding's name
             if place := of_module.get((id(module), None)):
                 out[piece.source] = product(place, None)
     for layer in plan.experts:

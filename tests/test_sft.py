@@ -167,7 +167,8 @@ def test_full_training_leaves_a_model_that_stock_transformers_loads(tmp_path, dt
 
 
 @pytest.mark.slow
-def test_full_training_of_a_tied_model_that_has_its_head_twice_trains_both(tmp_path):
+def test_full_training_of_a_head_that_is_there_though_config_json_ties_it_leaves_the_trained_model(tmp_path):
+    """It is loaded as a weight of its own, trained as one, and config.json ties it no more."""
     write_model(tmp_path / "dense", "dense")
     write_documents(tmp_path / "documents.jsonl", documents())
     file = tmp_path / "dense" / "model.safetensors"
@@ -175,8 +176,14 @@ def test_full_training_of_a_tied_model_that_has_its_head_twice_trains_both(tmp_p
     save_file(base | {"lm_head.weight": base["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
     directory = train(tmp_path, "run", family="dense", method="full", steps=2, learning_rate=0.001)
     saved = load_file(directory / "model" / "model.safetensors")
-    assert not torch.equal(saved["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
-    assert torch.equal(saved["lm_head.weight"], saved["model.embed_tokens.weight"])
+    assert not any(
+        torch.equal(saved[name], base["model.embed_tokens.weight"])
+        for name in ("lm_head.weight", "model.embed_tokens.weight")
+    )
+    assert json.loads((directory / "model" / "config.json").read_text())["tie_word_embeddings"] is False
+    model = AutoModelForCausalLM.from_pretrained(directory / "model")
+    assert torch.equal(model.lm_head.weight, saved["lm_head.weight"])
+    assert torch.equal(model.model.embed_tokens.weight, saved["model.embed_tokens.weight"])
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from train import sft
 from train.checkpoints.adapter import peft_config, places
 from train.checkpoints.reader import Checkpoint
 from train.experts.dispatch import ExpertGroup
+from train.job import prepare
 from train.lora import LoRASettings
 from train.model import architecture, skeleton, text_config
 from train.settings import inputs, parse, record
@@ -248,7 +249,7 @@ def test_a_tokenizer_an_adapter_or_weights_that_changed_since_a_run_began_are_to
     settings = parse(flags, "")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "settings.yaml").write_text(record(settings, {"inputs": inputs(settings, checkpoint)}))
-    assert sft.main([*flags, "--resume", "--dry-run"]) == 0  # all is as it was
+    prepare(parse([*flags, "--resume"], ""), ranks=1, show=False)  # all is as it was
     first, weights = next(iter(factors)), load_file(model / "model.safetensors")
     config, saved = model / "tokenizer_config.json", adapter / "adapter_model.safetensors"
     changes: dict[str, Callable[[], object]] = {
@@ -269,7 +270,7 @@ def test_a_run_killed_before_its_settings_were_whole_may_be_started_again(tmp_pa
     (tmp_path / "run" / "settings.yaml.partial").write_text("settings:")
     flags = ["--model", str(qwen), "--data", str(data), "--output", str(tmp_path / "run")]
     assert "Leave out --resume to start." in message_of(capsys, *flags, "--resume")
-    assert sft.main([*flags, "--dry-run"]) == 0
+    prepare(parse(flags, ""), ranks=1, show=False)
 
 
 def test_a_damaged_save_is_told_before_weights_are_read(tmp_path, qwen, capsys):

@@ -21,7 +21,15 @@ from train.checkpoints.adapter import Place, places
 from train.checkpoints.formats import PLAIN, Format, quantized_format
 from train.checkpoints.layout import LoadPlan, head_name
 from train.checkpoints.reader import Checkpoint, TensorFile
-from train.checkpoints.whole import by_shard, copy_other_files, copy_tensor
+from train.checkpoints.whole import (
+    by_shard,
+    changed_config,
+    config_text,
+    copy_other_files,
+    copy_tensor,
+    says_tied,
+    untied,
+)
 from train.checkpoints.writer import Layout, SafetensorsWriter, write_whole
 from train.errors import UserError
 from train.lora import LoRASettings
@@ -59,15 +67,15 @@ class Matrix:
 
 
 class Merger:
-    """What becomes of each tensor. bf16: quantized matrices become BF16. untied: the head, tied to the embedding, has
-    factors of its own and becomes a tensor of its own."""
+    """What becomes of each tensor. bf16: quantized matrices become BF16. untied: config.json ties the head to the
+    embedding, but the head has factors, and becomes a tensor of its own."""
 
     def __init__(
         self, checkpoint: Checkpoint, model: Any, plan: LoadPlan, adapter: Path | None, lora: LoRASettings | None,
         architecture: str, bf16: bool,
     ):  # fmt: skip
         self.checkpoint, self.lora, self.architecture, self.bf16 = checkpoint, lora, architecture, bf16
-        self.untied = False
+        self.untied = bool(lora and lora.lm_head) and says_tied(checkpoint.config)
         self.factors = TensorFile(adapter / "adapter_model.safetensors") if adapter else None
         self.made: dict[str, tuple[Matrix, str]] = {}  # tensor that is computed -> its matrix, and which part of it
         self.gone: set[str] = set()  # tensors that give way to others
@@ -112,7 +120,7 @@ class Merger:
                     continue
                 name = piece.source
                 if module is not piece.module:  # the embedding stays as it is
-                    name, self.untied = head_name(piece.source), True
+                    name, self.untied = head_name(piece.source), True  # whatever config.json says of it
                 self._add(Matrix(name, piece.source, piece.format, 1, place.sizes[1:], place))
 
     def _add_experts(self, plan: LoadPlan, found: dict[tuple[int, str | None], Place]) -> None:
@@ -306,15 +314,5 @@ def _config(merger: Merger) -> str:
     """The text of config.json: the base's own, but for what it says about formats and tied weights."""
     config = merger.checkpoint.config
     if merger.bf16:
-        config = _changed(config, lambda part: {k: v for k, v in part.items() if k != "quantization_config"})
-    if merger.untied:
-        config = _changed(config, lambda part: part | {"tie_word_embeddings": False})
-    if config is merger.checkpoint.config:
-        return (merger.checkpoint.directory / "config.json").read_text(encoding="utf-8")
-    return json.dumps(config, indent=2) + "\n"
-
-
-def _changed(config: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """A configuration changed at its top and in its text model's part."""
-    config = change(config)
-    return config | {"text_config": change(config["text_config"])} if config.get("text_config") else config
+        config = changed_config(config, lambda part: {k: v for k, v in part.items() if k != "quantization_config"})
+    return config_text(merger.checkpoint, untied(config) if merger.untied else config)

@@ -1,17 +1,19 @@
 """Whole checkpoints written anew, shard by shard, in the source's own layout: what is not changed is carried over byte
 for byte (vision, multi-token prediction, tokenizer, configuration)."""
 
+import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_local_fp32_param
 
-from train.checkpoints.layout import LoadPlan, Piece, head_name
+from train.checkpoints.layout import LoadPlan, has_own_head
 from train.checkpoints.reader import Checkpoint
-from train.checkpoints.writer import SafetensorsWriter, publish_directory
+from train.checkpoints.writer import SafetensorsWriter, flush, publish_directory, write_whole
 
 CHUNK = 2**26  # bytes copied at a time
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".partial"}
@@ -32,7 +34,7 @@ def copy_other_files(source: Path, target: Path, but: Collection[str] = ()) -> N
     """Tokenizer, configuration and all else beside the weights that is a file; `but` those of these names."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix not in WEIGHTS and path.name not in {MARKER, REPORT, *but}:
-            shutil.copyfile(path, target / path.name)
+            flush(Path(shutil.copyfile(path, target / path.name)))
 
 
 def by_shard(checkpoint: Checkpoint) -> dict[Path, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
@@ -43,10 +45,27 @@ def by_shard(checkpoint: Checkpoint) -> dict[Path, dict[str, tuple[torch.dtype, 
     return shards
 
 
-def names_of(piece: Piece, checkpoint: Checkpoint) -> list[str]:
-    """Under which names a weight lies in the checkpoint: a tied one may be there as lm_head's too."""
-    head = head_name(piece.source) if piece.tied else None
-    return [piece.source, head] if head in checkpoint.tensors else [piece.source]
+def config_text(checkpoint: Checkpoint, config: dict[str, Any]) -> str:
+    """The text of a config.json: the checkpoint's own, byte for byte, where nothing in it is to change."""
+    if config == checkpoint.config:
+        return (checkpoint.directory / "config.json").read_text(encoding="utf-8")
+    return json.dumps(config, indent=2) + "\n"
+
+
+def says_tied(config: dict[str, Any]) -> bool:
+    """Whether config.json ties lm_head to the embedding."""
+    return any(part.get("tie_word_embeddings") for part in (config, config.get("text_config") or {}))
+
+
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a checkpoint whose lm_head is a weight of its own."""
+    return changed_config(config, lambda part: part | {"tie_word_embeddings": False})
+
+
+def changed_config(config: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """A configuration changed at its top and in its text model's part."""
+    config = change(config)
+    return config | {"text_config": change(config["text_config"])} if config.get("text_config") else config
 
 
 def save_model(directory: Path, plan: LoadPlan, checkpoint: Checkpoint) -> None:
@@ -54,12 +73,14 @@ def save_model(directory: Path, plan: LoadPlan, checkpoint: Checkpoint) -> None:
     the start, into the same places. All ranks must call it, and share the file system."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     partial, shards = directory.with_name(directory.name + ".partial"), by_shard(checkpoint)
-    trained = {name for piece in plan.dense for name in names_of(piece, checkpoint)}
+    trained = {piece.source for piece in plan.dense}
     trained |= {name for piece in plan.experts for name in piece.sources()}
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         copy_other_files(checkpoint.directory, partial)
+        if has_own_head(checkpoint) and says_tied(checkpoint.config):  # it was trained as what it is
+            write_whole(partial / "config.json", config_text(checkpoint, untied(checkpoint.config)))
         for shard, layout in shards.items():
             writer = SafetensorsWriter(partial / shard.name, layout)
             for name in layout.keys() - trained:
@@ -70,8 +91,7 @@ def save_model(directory: Path, plan: LoadPlan, checkpoint: Checkpoint) -> None:
     for dense in plan.dense:
         read = dense.reads(rank, ranks)[""]
         values = safe_get_local_fp32_param(getattr(dense.module, dense.target))
-        for name in names_of(dense, checkpoint):
-            writers[checkpoint.tensors[name].file].write(name, values[: read.count], read.start)
+        writers[checkpoint.tensors[read.name].file].write(read.name, values[: read.count], read.start)
     for experts in plan.experts:
         ep = experts.module.ep
         values = safe_get_local_fp32_param(getattr(experts.module, experts.target))
