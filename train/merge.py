@@ -127,8 +127,8 @@ def claimed(output: Path, identity: dict[str, str]) -> Iterator[None]:
         _lock(file, output)
         file.seek(0)
         try:
-            held = json.loads(file.read())
-        except ValueError:  # new, or a kill or a full disk cut it: before anything else was written
+            held = dict(json.loads(file.read()))
+        except (ValueError, TypeError):  # new, or a kill or a full disk cut it: before anything else was written
             if any(path != marker for path in output.iterdir()):
                 raise UserError(
                     f"{marker}: is damaged, so that it is unknown of which merge the other files are. Give another "
