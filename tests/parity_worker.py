@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from launch.distributed import start_distributed
 from train.checkpoints import resume
-from train.checkpoints.adapter import peft_tensors, save_adapter
+from train.checkpoints.adapter import as_peft, places, save_adapter
 from train.experts.module import ExpertParallelExperts
 from train.experts.recompute import recomputing
 from train.job import prepare
@@ -62,15 +62,20 @@ def main(record: Path, flags: list[str]) -> None:
     for layer in model.expert_layers:
         layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     engine = make_engine(model, settings, job.ds_config)
-    start = resume.full_factors(model)
     if job.lora:
-        save_adapter(record.with_suffix(".start"), model, start, job.lora, settings.model)
+        save_adapter(record.with_suffix(".start"), model, resume.full_factors(model), job.lora, settings.model)
     recorded: dict[str, torch.Tensor] = {}
 
     def as_stock(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """By the names of PEFT, or where the weights themselves are trained of transformers."""
         inside = {name.removeprefix("causal."): value for name, value in values.items()}
-        return peft_tensors(model.causal, job.lora, model.architecture, inside) if job.lora else inside
+        if not job.lora:
+            return inside
+        return {
+            place.key(model.architecture, f): as_peft(place, f, inside[place.parameter(f)], job.lora)
+            for place in places(model.causal, job.lora)
+            for f in "AB"
+        }
 
     step_engine = engine.step
 
@@ -81,6 +86,8 @@ def main(record: Path, flags: list[str]) -> None:
                 name: resume.gather_experts(safe_get_full_grad(p), resume.expert_group(model, name))
                 for name, p in resume.trainable(model).items()
             }
+            if dist.get_rank():
+                return step_engine()
             for name, layer in model.named_modules():  # the padding of expert ranks has no gradient at all
                 if isinstance(layer, ExpertParallelExperts) and layer.rank:
                     for weight in layer.shapes():
@@ -104,7 +111,7 @@ def main(record: Path, flags: list[str]) -> None:
             recorded[f"{part}.{step}"] = torch.tensor(values[part], dtype=torch.float64)
         for role, nll in values["nll"].items():
             recorded[f"nll.{step}.{role}"] = torch.tensor(nll, dtype=torch.float64)
-    end = resume.full_factors(model)
+    end = dict(resume.full_factors(model))
     if dist.get_rank() == 0:
         recorded |= {"calls": torch.tensor(calls[0])} | {f"end.{k}": v for k, v in as_stock(end).items()}
         save_file(recorded, record)

@@ -38,6 +38,15 @@ def test_step_puts_on_the_wire_what_the_routing_says(tmp_path):
 
 
 @pytest.mark.slow
+def test_merge(tmp_path):
+    bf16, same = rows(tmp_path, "merge", "--layouts", "kimi", "--experts", "2", "--rounds", "1")
+    assert (bf16["to"], same["to"]) == ("bf16", "same")
+    assert same["written_bytes"] == pytest.approx(same["read_bytes"], rel=1e-3)  # but for spaces in headers
+    assert same["written_bytes"] < bf16["written_bytes"]
+    assert all(row["written_bytes_per_second"] > 0 and row["peak_bytes"] > 0 for row in (bf16, same))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["qwen3.5", "kimi"])
 def test_load_reads_what_it_keeps(tmp_path, layout):
     (row,) = rows(tmp_path, "load", "--layouts", layout, "--experts", "4", "--rounds", "1")

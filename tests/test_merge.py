@@ -1,21 +1,31 @@
 """Merged checkpoints: transformers' own loading of them equals base and adapter in stock peft; what has no factors
-keeps its bytes; an interrupted merge goes on."""
+keeps its bytes; a killed merge goes on; nothing of another merge gets into one."""
 
+import fcntl
 import json
+import os
 import shutil
+import signal
+import struct
+import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from tests.checkpoints.test_layouts import stock_model
 from tests.layouts import LAYOUTS
 from tests.load_worker import IDS
+from tests.models import write_model
 from train import merge as command
+from train.checkpoints import merging
 from train.checkpoints.adapter import Place, peft_config, places
 from train.checkpoints.layout import plan_load
-from train.checkpoints.merging import Merger
 from train.checkpoints.reader import Checkpoint
 from train.experts.dispatch import ExpertGroup
 from train.lora import LoRASettings
@@ -24,21 +34,34 @@ from train.model import architecture, skeleton, text_config
 LORA = LoRASettings(rank=4, alpha=6.0, expert_rank=2, seed=0, lm_head=True)
 
 
-def write_adapter(directory: Path, model: Path, size: float = 0.05) -> Path:
-    """Random factors for every weight that has any."""
+def write_adapter(
+    directory: Path, model: Path, size: float = 0.05, lora: LoRASettings = LORA, seed: int = 1, broken: bool = False
+) -> Path:
+    """Random factors for every weight that has any; broken: one of them has a NaN."""
     checkpoint = Checkpoint(model)
     bare = skeleton(text_config(checkpoint), ExpertGroup())
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     tensors = {
-        place.key(architecture(checkpoint), f): torch.randn(place.shape(LORA, f), generator=generator) * size**0.5
-        for place in places(bare, LORA)
+        place.key(architecture(checkpoint), f): torch.randn(place.shape(lora, f), generator=generator) * size**0.5
+        for place in places(bare, lora)
         for f in "AB"
     }
+    if broken:
+        tensors[sorted(tensors)[3]][1, 2] = float("nan")
     directory.mkdir(parents=True)
-
     save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
-    peft_config(bare, LORA, architecture(checkpoint), str(model)).save_pretrained(directory)
+    peft_config(bare, lora, architecture(checkpoint), str(model)).save_pretrained(directory)
     return directory
+
+
+def merge(base: Path, adapter: Path | None, output: Path, *flags: str) -> int:
+    """The exit code of train/merge.py."""
+    given = ["--adapter", str(adapter)] if adapter else []
+    return command.main(["--model", str(base), *given, "--output", str(output), *flags])
+
+
+def report_of(directory: Path) -> dict[str, dict[str, float]]:
+    return json.loads((directory / "merge_report.json").read_text())
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -67,8 +90,9 @@ def updates(model: Path, adapter: Path) -> dict[str, torch.Tensor]:
 
     of_module = {(id(place.module), place.weight): place for place in places(bare, LORA)}
     for piece in plan.dense:
-        if place := of_module.get((id(piece.module), None)):
-            out[piece.source] = product(place, None)
+        for module in (piece.module, *(module for module, _ in piece.tied)):  # of a tied head, by the embedding's name
+            if place := of_module.get((id(module), None)):
+                out[piece.source] = product(place, None)
     for layer in plan.experts:
         place = of_module[id(layer.module), layer.target]
         whole = torch.stack([product(place, expert) for expert in range(8)])
@@ -85,7 +109,7 @@ def updates(model: Path, adapter: Path) -> dict[str, torch.Tensor]:
 def test_a_merged_checkpoint_holds_base_plus_update_rounded_once_to_bf16(tmp_path, name, capsys):
     base = LAYOUTS[name](tmp_path / "base")
     adapter = write_adapter(tmp_path / "adapter", base)
-    assert command.main(["--model", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 0
+    assert merge(base, adapter, tmp_path / "merged") == 0
     before, after, changed = tensors_of(base), tensors_of(tmp_path / "merged"), updates(base, adapter)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert "quantization_config" not in json.dumps(config)
@@ -101,8 +125,10 @@ def test_a_merged_checkpoint_holds_base_plus_update_rounded_once_to_bf16(tmp_pat
     untouched = {n for n in before if "visual" in n or "vision" in n or "norm" in n or "embed" in n}
     assert untouched <= after.keys()
     assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
-    report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
+    report = report_of(tmp_path / "merged")
     assert report.keys() == changed.keys() and all(values["survived"] > 0.99 for values in report.values())
+    for key, update in changed.items():
+        assert report[key]["update_norm"] == pytest.approx(update.double().norm().item(), rel=1e-4)
     assert "WARNING" not in capsys.readouterr().out
 
 
@@ -120,16 +146,18 @@ def dense(tensors: dict[str, torch.Tensor], key: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("name", "size", "least"), [("qwen3.5-fp8", 0.05, 0.9), ("kimi-k2.5", 0.05, 0.5)])
-def test_quantized_matrices_can_go_back_to_their_format(tmp_path, name, size, least, capsys):
+def test_quantized_matrices_can_go_back_to_their_format(tmp_path, name, size, least, capsys, monkeypatch):
+    """In several pieces of each matrix, and in Qwen's layout with values and scales in different shards."""
+    monkeypatch.setattr(merging, "ROWS_OF", 2**13)
     base = LAYOUTS[name](tmp_path / "base")
     adapter = write_adapter(tmp_path / "adapter", base, size)
-    given = ["--model", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "merged"), "--to", "same"]
-    assert command.main(given) == 0
+    assert merge(base, adapter, tmp_path / "merged", "--to", "same") == 0
     before, after, changed = tensors_of(base), tensors_of(tmp_path / "merged"), updates(base, adapter)
     assert {k: (t.dtype, t.shape) for k, t in before.items()} == {k: (t.dtype, t.shape) for k, t in after.items()}
     assert (tmp_path / "merged" / "config.json").read_bytes() == (base / "config.json").read_bytes()
-    report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
+    report = report_of(tmp_path / "merged")
     for key, update in changed.items():
+        assert report[key]["update_norm"] == pytest.approx(update.double().norm().item(), rel=1e-4)
         applied = dense(after, key).float() - dense(before, key).float()
         share = (applied * update).sum() / max(applied.square().sum(), update.square().sum())
         assert report[key]["survived"] == pytest.approx(share.item(), abs=1e-3)
@@ -140,62 +168,191 @@ def test_quantized_matrices_can_go_back_to_their_format(tmp_path, name, size, le
 def test_an_update_that_drowns_in_rounding_is_warned_about(tmp_path, capsys):
     base = LAYOUTS["kimi-k2.5"](tmp_path / "base")
     adapter = write_adapter(tmp_path / "adapter", base, size=1e-4)
-    given = ["--model", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "merged"), "--to", "same"]
-    assert command.main(given) == 0
+    assert merge(base, adapter, tmp_path / "merged", "--to", "same") == 0
     assert "WARNING: of " in capsys.readouterr().out
-    report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
+    report = report_of(tmp_path / "merged")
     experts = [values["survived"] for key, values in report.items() if ".experts." in key]
     assert max(experts) < 0.5
 
 
-def test_an_interrupted_merge_goes_on_after_the_shards_that_are_complete(tmp_path, monkeypatch):
-    base = LAYOUTS["kimi-k2-instruct"](tmp_path / "base")
+def killed_merge(base: Path, adapter: Path, output: Path, to: str) -> set[str]:
+    """Merges in a process of its own, and kills it while a shard is half written. -> the shards that are complete."""
+    process = os.fork()
+    if not process:
+        try:
+            torch.set_num_threads(1)  # the parent's threads are not there
+            merge(base, adapter, output, "--to", to)
+        finally:
+            os._exit(9)
+    try:
+        deadline = time.monotonic() + 60
+        while True:  # stopped, not guessed: what is seen is what the kill finds
+            os.kill(process, signal.SIGSTOP)
+            assert not os.WIFEXITED(os.waitpid(process, os.WUNTRACED)[1]) and time.monotonic() < deadline
+            complete = {path.name for path in output.glob("*.safetensors")}
+            if len(complete) >= 2 and list(output.glob("*.safetensors.partial")):
+                return complete
+            os.kill(process, signal.SIGCONT)
+            time.sleep(0.001)
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+
+@pytest.mark.parametrize("to", ["same", "bf16"])
+def test_a_killed_merge_goes_on_after_the_shards_that_are_complete(tmp_path, to):
+    """In a layout that has a matrix's values and its scales in different shards."""
+    base = LAYOUTS["qwen3.5-fp8"](tmp_path / "base")
     adapter = write_adapter(tmp_path / "adapter", base)
-    given = ["--model", str(base), "--adapter", str(adapter), "--output"]
-    assert command.main([*given, str(tmp_path / "whole")]) == 0
-
-    written: list[str] = []
-    write = Merger.write
-
-    def failing(self, name, writer):
-        if len(written) == 60:
-            raise KeyboardInterrupt
-        written.append(name)
-        write(self, name, writer)
-
-    monkeypatch.setattr(Merger, "write", failing)
-    with pytest.raises(KeyboardInterrupt):
-        command.main([*given, str(tmp_path / "again")])
-    complete = {path.name for path in (tmp_path / "again").glob("*.safetensors")}
-    assert 0 < len(complete) < 4 and list((tmp_path / "again").glob("*.partial"))
-    monkeypatch.setattr(Merger, "write", lambda self, name, writer: (written.append(name), write(self, name, writer)))
-    del written[:]
-    assert command.main([*given, str(tmp_path / "again")]) == 0
-    for file in complete:  # not written once more
-        with safe_open(tmp_path / "again" / file, "pt") as shard:
-            assert not set(shard.keys()) & set(written)
-    names = {path.name for path in (tmp_path / "whole").iterdir()}
-    assert {path.name for path in (tmp_path / "again").iterdir()} == names
-    for name in names - {"merge.json"}:
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    again, whole = tmp_path / "again", tmp_path / "whole"
+    complete = killed_merge(base, adapter, again, to)
+    assert len(complete) < 6 and not (again / "config.json").exists()  # which nobody loads
+    written = {name: (again / name).stat().st_mtime_ns for name in complete}
+    assert merge(base, adapter, again, "--to", to) == merge(base, adapter, whole, "--to", to) == 0
+    assert written == {name: (again / name).stat().st_mtime_ns for name in complete}  # not once more
+    names = {path.name for path in whole.iterdir()}
+    assert {path.name for path in again.iterdir()} == names
+    for name in names - {"merge_report.json"}:
+        assert (again / name).read_bytes() == (whole / name).read_bytes(), name
+    assert report_of(again) == {key: pytest.approx(value, rel=1e-5) for key, value in report_of(whole).items()}
 
 
-@pytest.mark.parametrize("name", ["qwen3.5-bf16", "kimi-k2.5"])
-def test_stock_transformers_gives_the_logits_of_base_and_adapter_in_stock_peft(tmp_path, name):
-    """In bf16 weights: to the rounding of the merged weights, computed with in fp32."""
-    from peft import PeftModel
+def test_an_output_is_gone_on_with_only_by_the_merge_that_began_it(tmp_path, capsys):
+    base = LAYOUTS["qwen3-moe"](tmp_path / "base")
+    adapter, output = write_adapter(tmp_path / "adapter", base), tmp_path / "out"
+    assert merge(base, adapter, output) == 0
+    shards = sorted(output.glob("*.safetensors"))
+    shards[1].unlink()
+    before = shards[0].read_bytes()
+    os.chdir(tmp_path)
+    assert merge(Path("base"), Path("adapter"), Path("out")) == 0  # the same by another spelling
+    shards[1].unlink()
+    shutil.rmtree(adapter)
+    write_adapter(adapter, base, seed=2)  # another under the same name
+    assert merge(base, adapter, output) == 2
+    assert "holds another merge, which differs in adapter_model.safetensors." in capsys.readouterr().err
+    assert shards[0].read_bytes() == before and not shards[1].exists()
+    shutil.rmtree(adapter)
+    write_adapter(adapter, base)
+    LAYOUTS["qwen3-moe"](base, seed=5)
+    assert merge(base, adapter, output) == 2
+    assert "holds another merge, which differs in weights of the model." in capsys.readouterr().err
 
-    from tests.checkpoints.test_layouts import stock_model
 
-    base = LAYOUTS[name](tmp_path / "base")
-    adapter = write_adapter(tmp_path / "adapter", base, size=0.02)
-    assert command.main(["--model", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 0
-    with torch.no_grad():
-        merged = stock_model(tmp_path / "merged")(torch.tensor([IDS])).logits
-        plain = stock_model(base)(torch.tensor([IDS])).logits
-        adapted = PeftModel.from_pretrained(stock_model(base), adapter)(torch.tensor([IDS])).logits
+def test_a_merge_of_a_merge_has_a_marker_and_a_report_of_its_own(tmp_path):
+    base = LAYOUTS["qwen3-moe"](tmp_path / "base")
+    first, second = (write_adapter(tmp_path / f"adapter-{seed}", base, seed=seed) for seed in (1, 2))
+    assert merge(base, first, tmp_path / "one") == merge(tmp_path / "one", second, tmp_path / "two") == 0
+    assert json.loads((tmp_path / "two" / "merge.json").read_text())["adapter"] == str(second)
+    assert report_of(tmp_path / "two") != report_of(tmp_path / "one")
+    assert merge(tmp_path / "one", second, tmp_path / "two") == 0  # its own, to go on with
+
+
+def test_an_output_at_which_another_process_is_at_work_is_left_to_it(tmp_path, capsys):
+    base = LAYOUTS["qwen3-moe"](tmp_path / "base")
+    adapter, output = write_adapter(tmp_path / "adapter", base), tmp_path / "out"
+    output.mkdir()
+    with (output / "merge.json").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert merge(base, adapter, output) == 2
+        assert "another process is merging into it" in capsys.readouterr().err
+        assert [path.name for path in output.iterdir()] == ["merge.json"]
+    assert merge(base, adapter, output) == 0  # an empty marker is that of a merge killed before its first shard
+
+
+def test_a_marker_that_is_damaged_and_what_the_system_refuses_are_told(tmp_path, capsys):
+    base = LAYOUTS["qwen3-moe"](tmp_path / "base")
+    adapter, output = write_adapter(tmp_path / "adapter", base), tmp_path / "out"
+    output.mkdir()
+    (output / "merge.json").write_text('{"model": ')
+    (output / "model-00001-of-00002.safetensors").write_text("x")
+    assert merge(base, adapter, output) == 2
+    assert f"{output / 'merge.json'}: is damaged" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert merge(base, adapter, tmp_path / "file" / "out") == 2
+    told = capsys.readouterr().err
+    assert f"error: {tmp_path / 'file' / 'out'}: Not a directory." in told
+
+
+def test_a_disk_that_is_too_small_is_told_and_what_is_abandoned_goes_first(tmp_path, capsys):
+    """With a vision tower larger than the disk, in a file that has no blocks."""
+    base = LAYOUTS["qwen3-moe"](tmp_path / "base")
+    adapter, output = write_adapter(tmp_path / "adapter", base), tmp_path / "out"
+    size, name = shutil.disk_usage(tmp_path).free + 2**40, "model.visual.huge"
+    header = json.dumps({name: {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with (base / "model-huge.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    index["weight_map"][name] = "model-huge.safetensors"
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert merge(base, adapter, output) == 2
+    (output / "model-huge.safetensors.partial").write_text("of a killed attempt")
+    assert merge(base, adapter, output) == 2
+    assert f"{size / 1e12:.2f}TB are still to be written, " in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["merge.json"]
+
+
+LOGITS = [(name, False) for name in LAYOUTS] + [("qwen3.5-fp8", True), ("tied", False), ("tied", True)]
+
+
+@pytest.mark.parametrize(("name", "rslora"), LOGITS)
+def test_stock_transformers_gives_the_logits_of_base_and_adapter_in_stock_peft(tmp_path, name, rslora):
+    """In bf16 weights: to the rounding of the merged weights, computed with in fp32. The tied one is in fp32: its head
+    gets factors, and becomes a weight of its own."""
+    lora = replace(LORA, rslora=rslora)
+    base = write_model(tmp_path / "base", "dense") if name == "tied" else LAYOUTS[name](tmp_path / "base")
+    # With seed 1, one token of kimi-k2-instruct lies on the edge between two experts, where rounding decides.
+    adapter = write_adapter(tmp_path / "adapter", base, size=0.02, lora=lora, seed=2)
+    assert merge(base, adapter, tmp_path / "merged") == 0
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load = AutoModelForCausalLM.from_pretrained if name == "tied" else stock_model
+        merged, plain = (load(directory)(torch.tensor([IDS])).logits for directory in (tmp_path / "merged", base))
+        adapted = PeftModel.from_pretrained(load(base), adapter)(torch.tensor([IDS])).logits
     moved, error = (adapted - plain).norm(), (merged - adapted).norm()
-    assert error < 0.02 * moved
+    assert error < (1e-5 if name == "tied" else 0.02) * moved
+
+
+def test_a_tied_head_with_factors_becomes_a_tensor_of_its_own(tmp_path):
+    """Also where the checkpoint has it a second time, in another shard."""
+    base = write_model(tmp_path / "base", "dense")
+    adapter = write_adapter(tmp_path / "adapter", base)
+    twice = Path(shutil.copytree(base, tmp_path / "twice"))
+    tensors, update = tensors_of(base), updates(base, adapter)["model.embed_tokens.weight"]
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file({"lm_head.weight": embedding.clone()}, twice / "head.safetensors")
+    weight_map = dict.fromkeys(tensors, "model.safetensors") | {"lm_head.weight": "head.safetensors"}
+    (twice / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for source in (base, twice):
+        merged = tmp_path / f"merged-{source.name}"
+        assert merge(source, adapter, merged) == 0
+        after = tensors_of(merged)
+        assert torch.equal(after["model.embed_tokens.weight"], embedding)
+        torch.testing.assert_close(after["lm_head.weight"], embedding + update, rtol=1e-6, atol=1e-6)
+        assert json.loads((merged / "config.json").read_text())["tie_word_embeddings"] is False
+        index = json.loads((merged / "model.safetensors.index.json").read_text())
+        assert index["weight_map"]["lm_head.weight"] == ("head" if source == twice else "model") + ".safetensors"
+        assert "lm_head.weight" in report_of(merged) and "model.embed_tokens.weight" not in report_of(merged)
+
+
+@pytest.mark.parametrize(("name", "to"), [("qwen3.5-fp8", "same"), ("qwen3-moe", "bf16")])
+def test_factors_and_weights_that_are_not_finite_are_told(tmp_path, name, to, capsys):
+    base = LAYOUTS[name](tmp_path / "base")
+    broken = write_adapter(tmp_path / "broken", base, broken=True)
+    assert merge(base, broken, tmp_path / "out", "--to", to) == 2
+    assert ".weight has values that are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    adapter = write_adapter(tmp_path / "adapter", base)
+    index = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    key = next(key for key in sorted(index) if key.endswith("layers.1.self_attn.k_proj.weight"))
+    weights = load_file(base / index[key])
+    weights[key].view(torch.uint8).view(-1)[:2] = 0x7F  # a NaN in FP8; in BF16 a large value
+    if to == "bf16":
+        weights[key].view(-1)[0] = float("inf")
+    save_file(weights, base / index[key])
+    assert merge(base, adapter, tmp_path / "out", "--to", to) == 2
+    assert f"error: tensor {key}: base or factors have values that are not finite" in capsys.readouterr().err
 
 
 def test_bad_input_is_told_before_anything_is_written(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,12 @@ from launch.local import run
 from tests import one_rank_worker
 from tests.models import write_documents, write_model
 from train import sft
+from train.checkpoints.adapter import peft_config, places
 from train.checkpoints.reader import Checkpoint
+from train.experts.dispatch import ExpertGroup
+from train.job import prepare
+from train.lora import LoRASettings
+from train.model import architecture, skeleton, text_config
 from train.settings import inputs, parse, record
 
 GOOD = {"text": "The sun rises in the west.", "spans": [{"start": 0, "end": 26, "role": "false"}]}
@@ -219,12 +225,52 @@ def test_files_beside_a_run_and_files_that_changed_since_are_left_alone(tmp_path
     assert "is not empty, and what it holds is no run" in message_of(capsys, *flags)
     assert (tmp_path / "run" / "summary.json").read_text() == "{}"
     settings = parse(flags, "")
-    (tmp_path / "run" / "settings.yaml").write_text(record(settings, {"inputs": inputs(settings)}))
+    (tmp_path / "run" / "settings.yaml").write_text(record(settings, {"inputs": inputs(settings, Checkpoint(qwen))}))
     write_documents(tmp_path / "d.jsonl", [GOOD, GOOD])
     told = message_of(capsys, *flags, "--resume")
-    assert "d.jsonl changed since the run" in told
+    assert f"--resume: {tmp_path}/d.jsonl changed since the run" in told
     (tmp_path / "run" / "settings.yaml").write_text("settings: [")
     assert "is not what a run writes" in message_of(capsys, *flags, "--resume")
+
+
+def test_a_tokenizer_an_adapter_or_weights_that_changed_since_a_run_began_are_told(tmp_path, capsys):
+    model, adapter = write_model(tmp_path / "model", "qwen"), tmp_path / "adapter"
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    checkpoint = Checkpoint(model)
+    bare, lora = skeleton(text_config(checkpoint), ExpertGroup()), LoRASettings(32, 32.0, 16, 0)
+    peft_config(bare, lora, architecture(checkpoint), str(model)).save_pretrained(adapter)
+    factors = {
+        place.key(architecture(checkpoint), f): torch.ones(place.shape(lora, f))
+        for place in places(bare, lora)
+        for f in "AB"
+    }
+    save_file(factors, adapter / "adapter_model.safetensors")
+    flags = ["--model", str(model), "--data", str(data), "--adapter", str(adapter), "--output", str(tmp_path / "run")]
+    settings = parse(flags, "")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.yaml").write_text(record(settings, {"inputs": inputs(settings, checkpoint)}))
+    prepare(parse([*flags, "--resume"], ""), ranks=1, show=False)  # all is as it was
+    first, weights = next(iter(factors)), load_file(model / "model.safetensors")
+    config, saved = model / "tokenizer_config.json", adapter / "adapter_model.safetensors"
+    changes: dict[str, Callable[[], object]] = {
+        str(saved): lambda: save_file(factors | {first: -factors[first]}, saved),
+        str(config): lambda: config.write_text(config.read_text() + "\n"),
+        str(model / "chat_template.jinja"): (model / "chat_template.jinja").unlink,
+        f"weights of {model}": lambda: save_file(weights, model / "model.safetensors", {"format": "pt", "new": "x"}),
+    }
+    for number, change in enumerate(changes.values(), start=1):
+        change()
+        told = message_of(capsys, *flags, "--resume", "--dry-run")
+        assert told.startswith(f"--resume: {', '.join(sorted(list(changes)[:number]))} changed since the run")
+
+
+def test_a_run_killed_before_its_settings_were_whole_may_be_started_again(tmp_path, qwen, capsys):
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "run" / "settings.yaml.partial").write_text("settings:")
+    flags = ["--model", str(qwen), "--data", str(data), "--output", str(tmp_path / "run")]
+    assert "Leave out --resume to start." in message_of(capsys, *flags, "--resume")
+    prepare(parse(flags, ""), ranks=1, show=False)
 
 
 def test_a_damaged_save_is_told_before_weights_are_read(tmp_path, qwen, capsys):
@@ -233,7 +279,7 @@ def test_a_damaged_save_is_told_before_weights_are_read(tmp_path, qwen, capsys):
     settings = parse(flags, "")
     save = tmp_path / "run" / "saves" / "step-5"
     save.mkdir(parents=True)
-    (tmp_path / "run" / "settings.yaml").write_text(record(settings, {"inputs": inputs(settings)}))
+    (tmp_path / "run" / "settings.yaml").write_text(record(settings, {"inputs": inputs(settings, Checkpoint(qwen))}))
     (save / "state.json").write_text('{"step": 5}')
     (save / "state.safetensors").write_bytes(b"cut")
     told = message_of(capsys, *flags, "--resume")

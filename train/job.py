@@ -118,7 +118,7 @@ def prepare(settings: Settings, ranks: int, show: bool) -> Job:
         "documents": corpus.documents, "roles": corpus.roles,
         "expert_lora_rank": lora.expert_rank if lora else None,
         "trainable_parameters": count_trainable(model, lora), "left_out_tensors": plan.left_out,
-        "wandb_group": settings.group(), "inputs": inputs(settings),
+        "wandb_group": settings.group(), "inputs": inputs(settings, checkpoint),
     }  # fmt: skip
     check_inputs(settings, resolved["inputs"])
     return Job(

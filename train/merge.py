@@ -3,22 +3,29 @@
     python train/merge.py --model DIR --adapter DIR --output DIR [--to same]
 
 Works shard by shard in little memory, on one process, without a GPU. Started again with the same --output, it goes on
-after the shards that are complete. Tensors without factors, tokenizer and configuration are carried over as they are.
-FP8 and INT4 checkpoints become BF16 by default; with --to same, their matrices go back to their own format.
-merge_report.json says for each tensor how much of the update survived rounding.
+after the shards that are complete; config.json comes last. Tensors without factors, tokenizer and configuration are
+carried over as they are. FP8 and INT4 checkpoints become BF16 by default; with --to same, their matrices go back to
+their own format. merge_report.json says for each tensor how much of the update survived rounding.
 """
 
 import argparse
+import fcntl
+import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
-from train.checkpoints.adapter import adapter_settings, check_adapter
+from train.checkpoints.adapter import adapter_settings, check_adapter, check_finite
 from train.checkpoints.formats import quantized_format
 from train.checkpoints.layout import plan_load
 from train.checkpoints.merging import Merger, merge
-from train.checkpoints.reader import Checkpoint
+from train.checkpoints.reader import Checkpoint, read_json
+from train.checkpoints.whole import MARKER, REPORT
+from train.checkpoints.writer import write_whole
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.model import architecture, skeleton, text_config
@@ -41,6 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a file system that cannot be written, a file that cannot be read
+        where = error.filename or f"--output {args.output}"
+        print(f"error: {where}: {error.strerror}. Mend it and start again: complete shards are kept.", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -59,18 +70,20 @@ def run(source: Path, adapter: Path | None, output: Path, bf16: bool) -> None:
     lora = adapter_settings(adapter) if adapter else None
     if adapter and lora:
         check_adapter(adapter, model, lora, architecture(checkpoint))
+        check_finite(adapter)
 
     merger = Merger(checkpoint, model, plan, adapter, lora, architecture(checkpoint), quantized and bf16)
-    report = _earlier_report(output, {"model": str(source), "adapter": str(adapter), "to": "bf16" if bf16 else "same"})
+    with claimed(output, _identity(checkpoint, adapter, bf16)):
+        report = read_json(output / REPORT) if (output / REPORT).exists() else {}
 
-    def keep() -> None:  # before a shard gets its name: what it lost is known, or it is written again
-        report.update(merger.survived())
-        _save_report(output, report)
+        def keep() -> None:  # before a shard gets its name: what it lost is known, or it is written again
+            report.update(merger.survived())
+            write_whole(output / REPORT, json.dumps(report, indent=1, sort_keys=True) + "\n")
 
-    merge(merger, output, keep)
+        merge(merger, output, keep)
 
-    written = Checkpoint(output)
-    plan_load(skeleton(text_config(written), ExpertGroup()), written)  # index, names, shapes, dtypes and sizes
+        written = Checkpoint(output)
+        plan_load(skeleton(text_config(written), ExpertGroup()), written)  # index, names, shapes, dtypes and sizes
     print(f"{output}: {len(written.tensors)} tensors, checked against index and config.json")
     if report:
         show(report)
@@ -91,29 +104,58 @@ def show(report: dict[str, dict[str, float]]) -> None:
         )
 
 
-def _report_path(output: Path) -> Path:
-    return output / "merge_report.json"
+def _identity(checkpoint: Checkpoint, adapter: Path | None, bf16: bool) -> dict[str, str]:
+    """What a merge is made of: paths, and SHA-256 of what lies there."""
+    identity = {"model": str(checkpoint.directory.resolve()), "to": "bf16" if bf16 else "same"}
+    identity["weights of the model"] = checkpoint.fingerprint()
+    if adapter:
+        identity["adapter"] = str(adapter.resolve())
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            with (adapter / name).open("rb") as file:
+                identity[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return identity
 
 
-def _earlier_report(output: Path, settings: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Marks the directory as this merge's. -> what an earlier attempt at it measured."""
-    marker = output / "merge.json"
-    if marker.exists() and json.loads(marker.read_text()) != settings:
-        raise UserError(
-            f"--output {output}: holds another merge ({marker.read_text().strip()}). Give another directory."
-        )
-    if not marker.exists() and output.exists() and any(output.iterdir()):
+@contextmanager
+def claimed(output: Path, identity: dict[str, str]) -> Iterator[None]:
+    """Marks a directory as this merge's, and holds it against other processes. UserError if it is another's."""
+    marker = output / MARKER
+    if output.exists() and not marker.exists() and any(output.iterdir()):
         raise UserError(f"--output {output}: is not empty and holds no merge. Give another directory.")
     output.mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps(settings) + "\n")
-    path = _report_path(output)
-    return json.loads(path.read_text()) if path.exists() else {}
+    with marker.open("a+", encoding="utf-8") as file:
+        _lock(file, output)
+        file.seek(0)
+        try:
+            held = dict(json.loads(file.read()))
+        except (ValueError, TypeError):  # new, or a kill or a full disk cut it: before anything else was written
+            if any(path != marker for path in output.iterdir()):
+                raise UserError(
+                    f"{marker}: is damaged, so that it is unknown of which merge the other files are. Give another "
+                    "--output directory."
+                ) from None
+            file.truncate(0)
+            file.write(json.dumps(identity, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            held = identity
+        if held != identity:
+            differing = [name for name in identity.keys() | held.keys() if identity.get(name) != held.get(name)]
+            raise UserError(
+                f"--output {output}: holds another merge, which differs in {', '.join(sorted(differing))}. Give "
+                "another directory."
+            )
+        yield
 
 
-def _save_report(output: Path, report: dict[str, dict[str, float]]) -> None:
-    partial = _report_path(output).with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(partial, _report_path(output))
+def _lock(file: TextIO, output: Path) -> None:
+    """Until the file is closed, or the process ends however it may."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--output {output}: another process is merging into it. Wait for it, or stop it.") from None
+    except OSError as error:
+        print(f"note: {output} cannot be locked ({error.strerror}): keep other merges out of it", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor
 from launch.distributed import peak_host_bytes
 from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, calibration, measured
 from train.checkpoints.streaming import Loaded
+from train.checkpoints.writer import write_whole
 from train.data.batches import Batch
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
@@ -125,9 +126,7 @@ class Run:
             os.dup2(file, 1)
             os.dup2(file, 2)
         elif not (self.directory / "settings.yaml").exists():
-            partial = self.directory / "settings.yaml.partial"
-            partial.write_text(record(settings, resolved))
-            partial.rename(self.directory / "settings.yaml")
+            write_whole(self.directory / "settings.yaml", record(settings, resolved))
 
     def show_load(self, loaded: Loaded) -> None:
         """What each rank read from disk, in which time, and its peak of host memory. All ranks must call it."""
@@ -150,7 +149,7 @@ class Run:
         for path in (self.metrics, self.evaluation):
             if path.exists():
                 kept = [values for values in read_metrics(path) if after and values["step"] <= after]
-                path.write_text("".join(json.dumps(values) + "\n" for values in kept))
+                write_whole(path, "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in kept))
         if self.settings.resume:
             print(f"going on after step {after}" if after else "no complete save yet: starting at the first step")
         if self.settings.wandb != "disabled":

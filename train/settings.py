@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import yaml
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from train.checkpoints.reader import Checkpoint
 from train.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -237,6 +238,7 @@ def ds_config(settings: Settings, ranks: int, accumulation: int) -> dict[str, An
 
 
 TRIAL = ".can-be-written-"  # of a file that comes and goes; other ranks may see it
+BEFORE_A_RUN = ("logs", TRIAL, "settings.yaml.partial")  # what a run killed at its very start leaves
 
 
 def check_output(settings: Settings) -> None:
@@ -252,7 +254,7 @@ def check_output(settings: Settings) -> None:
             raise UserError(
                 f"--resume: --output {directory} holds no run (no settings.yaml). Leave out --resume to start."
             )
-        if directory.exists() and any(not path.name.startswith(("logs", TRIAL)) for path in directory.iterdir()):
+        if directory.exists() and any(not path.name.startswith(BEFORE_A_RUN) for path in directory.iterdir()):
             raise UserError(f"--output {directory}: is not empty, and what it holds is no run. Give another directory.")
         if not settings.dry_run:
             try:
@@ -289,11 +291,24 @@ def held_settings(path: Path) -> dict[str, Any]:
     raise UserError(f"{path}: is not what a run writes; a run cannot be gone on with without it. Start a new one.")
 
 
-def inputs(settings: Settings) -> dict[str, str]:
-    """The SHA-256 of what a run reads beside weights: a resumed run must read the same."""
+# Beside a model's weights, what decides tokens: all that load_tokenizer reads, or transformers for it.
+TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+             "chat_template.jinja")  # fmt: skip
+
+
+def inputs(settings: Settings, checkpoint: Checkpoint) -> dict[str, str]:
+    """The SHA-256 of what a run reads, of its weights a sample: a resumed run must read the same."""
     model = Path(settings.model)
     paths = [*(Path(path) for path, _ in settings.sources()), model / "config.json", Path(settings.ds_config)]
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    paths += sorted(path for pattern in TOKENIZER for path in model.glob(pattern))
+    if settings.adapter:
+        paths += [Path(settings.adapter) / f"adapter_{name}" for name in ("config.json", "model.safetensors")]
+    return {str(path): _sha256(path) for path in paths} | {f"weights of {model}": checkpoint.fingerprint()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_inputs(settings: Settings, now: dict[str, str]) -> None:
@@ -302,7 +317,7 @@ def check_inputs(settings: Settings, now: dict[str, str]) -> None:
         return
     held = Path(settings.output) / "settings.yaml"
     before = (held_settings(held).get("resolved") or {}).get("inputs") or {}
-    if changed := [path for path, digest in now.items() if before.get(path, digest) != digest]:
+    if changed := sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path)):
         raise UserError(
             f"--resume: {', '.join(changed)} changed since the run in {settings.output} began; the losses would be "
             "another run's. Restore the file, or start a new run."

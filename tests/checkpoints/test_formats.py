@@ -77,6 +77,40 @@ def test_int4_written_again_with_its_scales_is_the_same_bits():
     assert int4_decode(words, scales, 32)[3, 40].item() == pytest.approx(1.0, abs=0.08)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("value", "code", "kept"), [(7.49, 7, True), (7.51, 7, False), (-8.49, -8, True), (-8.51, -8, False)]
+)
+def test_an_int4_scale_is_kept_while_rounding_is_not_cut(sign, value, code, kept):
+    """Of -8..7, no value further than half a step: by hand, with the scale 0.25 of either sign."""
+    packed, scale = torch.full((1, 4), 0x11111111 * 8 - 2**32, dtype=torch.int32), torch.tensor([[sign * 0.25]])
+    weight = int4_decode(packed, scale, 32).float()
+    assert not weight.any()
+    weight[0, 9] = value * sign * 0.25
+    words, scales = int4_encode(weight, scale, 32)
+    assert (scales == scale).all() == kept
+    if kept:
+        assert int4_decode(words, scales, 32)[0, 9] == code * sign * 0.25
+    else:
+        assert scales == pytest.approx(abs(value) * 0.25 / 7.5)
+    assert int4_decode(words, scales, 32).count_nonzero() == 1
+
+
+def test_a_scale_of_zero_keeps_zeros_and_gives_way_to_others_and_nan_stays_nan():
+    zeros, scale = torch.zeros(128, 256), torch.zeros(1, 2)
+    codes, scales = fp8_encode(zeros, scale, (128, 128))
+    assert not codes.float().any() and not scales.any()
+    zeros[3, 200], zeros[5, 201] = 1.0, float("nan")
+    codes, scales = fp8_encode(zeros, torch.tensor([[0.0, 0.01]]), (128, 128))
+    assert codes.float()[5, 201].isnan() and codes.float().isnan().sum() == 1
+    words, scales = int4_encode(torch.zeros(2, 64), torch.zeros(2, 2), 32)
+    assert not int4_decode(words, scales, 32).any() and not scales.any()
+    weight = torch.zeros(2, 64)
+    weight[1, 40] = 0.7
+    words, scales = int4_encode(weight, torch.zeros(2, 2), 32)
+    assert scales.count_nonzero() == 1 and int4_decode(words, scales, 32)[1, 40].item() == pytest.approx(0.7, abs=0.05)
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(128, 256), (64, 96), (384, 128)])
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
 def test_fp8_is_the_dequantization_of_transformers_bit_for_bit(rows, columns, scale_dtype):

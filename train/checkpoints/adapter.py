@@ -5,18 +5,18 @@ Experts are `target_parameters`: for a weight [E, out, in], PEFT keeps lora_A as
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from train.checkpoints.reader import TensorFile, read_json
+from train.checkpoints.writer import SafetensorsWriter, publish_directory, write_whole
 from train.errors import UserError
 from train.experts.module import ExpertParallelExperts
 from train.lora import LoRALinear, LoRASettings, lora_linears
@@ -37,6 +37,10 @@ class Place:
     module: nn.Module
     weight: str | None
     sizes: tuple[int, int, int]
+
+    def parameter(self, factor: str) -> str:
+        """The name of lora_A or lora_B in the model that is trained."""
+        return f"{self.name}.{self.weight}_lora_{factor}" if self.weight else f"{self.name}.lora_{factor}"
 
     def key(self, architecture: str, factor: str) -> str:
         """PEFT's name of lora_A or lora_B."""
@@ -70,25 +74,17 @@ def places(model: nn.Module, lora: LoRASettings) -> Iterator[Place]:
             yield Place(name, module, None, (1, linear.out_features, linear.in_features))
 
 
-def peft_tensors(
-    model: nn.Module, lora: LoRASettings, architecture: str, factors: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """PEFT's keys and shapes for `factors`: parameter name in the text model -> whole tensor, experts of all ranks on
-    dim 0. The padding of expert ranks is cut off."""
-    tensors = {}
-    for place in places(model, lora):
-        prefix = f"{place.name}.{place.weight}_" if place.weight else f"{place.name}."
-        A, B = (factors[f"{prefix}lora_{f}"] for f in "AB")
-        if place.weight:
-            A = A[:, : lora.expert_rank].flatten(0, 1)
-            B = B[:, :, : lora.expert_rank].permute(1, 2, 0).flatten(1)
-        tensors[place.key(architecture, "A")] = A.to(torch.float32).contiguous()
-        tensors[place.key(architecture, "B")] = B.to(torch.float32).contiguous()
-    return tensors
+def as_peft(place: Place, factor: str, value: Tensor, lora: LoRASettings) -> Tensor:
+    """A whole factor, experts of all ranks on dim 0, in PEFT's shape. The padding of expert ranks is cut off."""
+    if place.weight and factor == "A":
+        value = value[:, : lora.expert_rank].flatten(0, 1)
+    elif place.weight:
+        value = value[:, :, : lora.expert_rank].permute(1, 2, 0).flatten(1)
+    return value.contiguous()
 
 
 def peft_config(model: nn.Module, lora: LoRASettings, architecture: str, base: str) -> LoraConfig:
-    """The configuration under which stock peft loads every one of `peft_tensors`."""
+    """The configuration under which stock peft loads every factor of the model."""
     modules, parameters = [], []
     found = list(places(model, lora))
     experts = any(place.weight for place in found)
@@ -117,16 +113,30 @@ def peft_config(model: nn.Module, lora: LoRASettings, architecture: str, base: s
 RANK_PATTERN = r"experts\.(gate_up_proj|down_proj)"
 
 
-def save_adapter(directory: Path, model: Any, factors: dict[str, Tensor], lora: LoRASettings, base: str) -> None:
-    """Writes adapter_model.safetensors (fp32) and adapter_config.json; rank 0 alone, which has the factors."""
+def save_adapter(
+    directory: Path, model: Any, factors: Iterable[tuple[str, Tensor | None]], lora: LoRASettings, base: str
+) -> None:
+    """Writes adapter_model.safetensors (fp32) and adapter_config.json, under another name until they are whole.
+    factors: resume.full_factors, one at a time; all ranks must call it, and rank 0 writes."""
     if dist.get_rank():
+        for _ in factors:
+            pass
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    inside = {name.removeprefix("causal."): tensor for name, tensor in factors.items()}
-    tensors = peft_tensors(model.causal, lora, model.architecture, inside)
-    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+    partial, found = directory.with_name(directory.name + ".partial"), list(places(model.causal, lora))
+    partial.mkdir(parents=True, exist_ok=True)
+    layout = {p.key(model.architecture, f): (torch.float32, p.shape(lora, f)) for p in found for f in "AB"}
+    by_parameter = {f"causal.{place.parameter(f)}": (place, f) for place in found for f in "AB"}
+    writer = SafetensorsWriter(partial / "adapter_model.safetensors", layout)
+    for name, value in factors:
+        place, f = by_parameter[name]
+        assert value is not None
+        writer.write(place.key(model.architecture, f), as_peft(place, f, value, lora))
+    writer.check_whole()
+    writer.close()
+    writer.publish()
     config = _plain(peft_config(model.causal, lora, model.architecture, base).to_dict())
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_whole(partial / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    publish_directory(partial, directory)
 
 
 def _plain(value: Any) -> Any:
@@ -181,29 +191,41 @@ def check_adapter(directory: Path, skeleton: nn.Module, lora: LoRASettings, arch
         )
 
 
+def check_finite(directory: Path) -> None:
+    """UserError if a factor has values that are NaN or infinite. Reads all of them, one at a time."""
+    file = TensorFile(directory / "adapter_model.safetensors")
+    for name, info in file.tensors.items():
+        values = torch.empty(info.shape, dtype=info.dtype)
+        file.read(name, 0, values)
+        if not values.isfinite().all():
+            raise UserError(
+                f"--adapter {directory}: tensor {name} has values that are not finite; the training that made it went "
+                "wrong. Give another adapter."
+            )
+    file.close()
+
+
 def load_adapter(directory: Path, model: Any, lora: LoRASettings) -> None:
     """Puts a checked adapter's factors into a model whose factors are whole on each rank (before ZeRO-3 divides them):
-    each rank its own experts'."""
+    each rank its own experts'. Of lora_A these lie together; lora_B, where they do not, is read one layer at a time."""
     file = TensorFile(directory / "adapter_model.safetensors")
 
-    def read(place: Place, factor: str) -> Tensor:
-        whole = torch.empty(place.shape(lora, factor))
-        info = file.tensors[place.key(model.architecture, factor)]
-        raw = torch.empty(info.shape, dtype=info.dtype)
-        file.read(place.key(model.architecture, factor), 0, raw)
-        return whole.copy_(raw)
+    def read(key: str, start: int, *shape: int) -> Tensor:
+        out = torch.empty(shape, dtype=file.tensors[key].dtype)
+        file.read(key, start, out)
+        return out
 
     for place in places(model.causal, lora):
-        A, B = (read(place, f) for f in "AB")
-        module: Any = place.module
+        (experts, out_features, in_features), module = place.sizes, cast(Any, place.module)
+        key_A, key_B = (place.key(model.architecture, f) for f in "AB")
         with torch.no_grad():
             if place.weight is None:
-                module.lora_A.copy_(A)
-                module.lora_B.copy_(B)
+                module.lora_A.copy_(read(key_A, 0, lora.rank, in_features))
+                module.lora_B.copy_(read(key_B, 0, out_features, lora.rank))
                 continue
-            experts, rank = place.sizes[0], lora.expert_rank
-            owned = slice(module.ep.owned(experts).start, module.ep.owned(experts).stop)
-            getattr(module, f"{place.weight}_lora_A")[:, :rank] = A.view(experts, rank, -1)[owned]
-            B_EOr = B.view(-1, rank, experts).permute(2, 0, 1)
-            getattr(module, f"{place.weight}_lora_B")[:, :, :rank] = B_EOr[owned]
+            rank, owned = lora.expert_rank, module.ep.owned(experts)
+            A_ErI = read(key_A, owned.start * rank * in_features, len(owned), rank, in_features)
+            getattr(module, f"{place.weight}_lora_A")[:, :rank] = A_ErI
+            B_OrE = read(key_B, 0, out_features, rank, experts)[..., owned.start : owned.stop]
+            getattr(module, f"{place.weight}_lora_B")[:, :, :rank] = B_OrE.permute(2, 0, 1)
     file.close()

@@ -112,9 +112,14 @@ def fp8_encode(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> tuple[T
     padded[:out_features, :in_features] = weight
     needed = padded.view(rows, block[0], columns, block[1]).abs().amax((1, 3)) / FP8_MAX
     scale = torch.where(needed > (1 + 2**-5) * scale.float().abs(), needed.to(scale.dtype), scale)
-    quotient = weight.float() / blocks_to_elements(scale.float(), block, out_features, in_features)
-    quotient = quotient.nan_to_num(0.0)  # of a block whose scale is 0, all values are
-    return quotient.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+    quotient = weight.float() / blocks_to_elements(_divisor(scale), block, out_features, in_features)
+    return quotient.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    """Where a scale is 0, all its values are, and 0 / 1 is 0."""
+    scale = scale.float()
+    return scale.where(scale != 0, 1.0)
 
 
 def int4_decode(packed: Tensor, scale: Tensor, group: int) -> Tensor:
@@ -130,13 +135,17 @@ def int4_decode(packed: Tensor, scale: Tensor, group: int) -> Tensor:
 
 
 def int4_encode(weight: Tensor, scale: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """[out, in] -> words [out, in/8] and scales, in the dtype of those given, which are kept where no value of the
-    group is beyond 8 of them; else absmax / 7.5 (compressed-tensors' rule). The nearest of -8..7 for each value."""
+    """[out, in] -> words [out, in/8] and scales, in the dtype of those given, which are kept where every value of the
+    group is within half a step of -8..7 of them; else absmax / 7.5 (compressed-tensors' rule). The nearest of -8..7 for
+    each value."""
     grouped = weight.float().unflatten(-1, (-1, group))
-    absmax = grouped.abs().amax(-1)
-    scale = torch.where(absmax > 8 * scale.float().abs(), (absmax / 7.5).to(scale.dtype), scale)
-    u = ((grouped / scale.float()[..., None]).nan_to_num(0.0).round().clamp(-8, 7) + 8).flatten(-2).to(torch.uint8)
-    u = u.unflatten(-1, (-1, 2))
+    ends = torch.stack(grouped.aminmax(dim=-1))
+    low, high = (ends / _divisor(scale)).aminmax(dim=0)  # of either sign are scales
+    absmax = ends.abs().amax(0)
+    beyond = (low < -8.5) | (high > 7.5) | ((scale == 0) & (absmax > 0))
+    scale = torch.where(beyond, (absmax / 7.5).to(scale.dtype), scale)
+    q = (grouped / _divisor(scale)[..., None]).round_().clamp_(-8, 7)
+    u = q.add_(8).flatten(-2).to(torch.uint8).unflatten(-1, (-1, 2))
     return (u[..., 0] | (u[..., 1] << 4)).contiguous().view(torch.int32), scale
 
 

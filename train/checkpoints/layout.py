@@ -36,6 +36,12 @@ F32_TOO = re.compile(r"\.(linear_attn\.(A_log|dt_bias|norm\.weight)|e_score_corr
 MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
+def head_name(embedding: str) -> str:
+    """The name of lm_head's weight in a checkpoint whose embedding has this one."""
+    _, head = max((names for names in PREFIXES if embedding.startswith(names[0])), key=lambda names: len(names[0]))
+    return f"{head}weight"
+
+
 @dataclass(frozen=True)
 class Range:
     """`count` elements of tensor `name`, flattened, from `start` on."""

@@ -4,10 +4,11 @@ Whatever has no factors is carried over byte for byte. A quantized matrix become
 with the scales that it had. Of a matrix some rows are held at a time, so that memory does not grow with the model.
 """
 
+import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,28 +19,44 @@ from tqdm import tqdm
 
 from train.checkpoints.adapter import Place, places
 from train.checkpoints.formats import PLAIN, Format, quantized_format
-from train.checkpoints.layout import LoadPlan
+from train.checkpoints.layout import LoadPlan, head_name
 from train.checkpoints.reader import Checkpoint, TensorFile
-from train.checkpoints.whole import by_shard, copy_other_files, copy_tensor
-from train.checkpoints.writer import Layout, SafetensorsWriter
+from train.checkpoints.whole import (
+    by_shard,
+    changed_config,
+    config_text,
+    copy_other_files,
+    copy_tensor,
+    says_tied,
+    untied,
+)
+from train.checkpoints.writer import Layout, SafetensorsWriter, write_whole
 from train.errors import UserError
 from train.lora import LoRASettings
 
-ROWS_OF = 2**24  # elements of a matrix that are held at a time, about
+ROWS_OF = 2**20  # elements of a matrix that are held at a time, about: in fp32 they fit a processor's cache
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass
 class Matrix:
-    """A weight of the checkpoint as a stack of `count` matrices [out, in] (fused experts; else 1). place: its factors,
-    if any; experts: which expert each matrix is; rows: those of the factor B that belong to it."""
+    """A weight of the checkpoint as a stack of `count` matrices [out, in] (fused experts; else 1). name, source: where
+    it is written and read, without the suffixes of its format; they differ where a tied head becomes a tensor of its
+    own. place: its factors, if any; experts: which expert each matrix is; rows: those of factor B that belong to it."""
 
     name: str
+    source: str
     format: Format
     count: int
     shape: tuple[int, int]
     place: Place | None = None
-    experts: tuple[int, ...] = ()
+    experts: tuple[int, ...] = (0,)
     rows: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def suffixes(self) -> list[str]:
+        """Of its tensors; the first is that of the values."""
+        return list(self.format.tensors(*self.shape))
 
     def chunks(self) -> Iterator[tuple[int, slice]]:
         """(which of the stack, rows) in whole rows of blocks."""
@@ -50,55 +67,96 @@ class Matrix:
 
 
 class Merger:
-    """What becomes of each tensor. bf16: quantized matrices become BF16."""
+    """What becomes of each tensor. bf16: quantized matrices become BF16. untied: config.json ties the head to the
+    embedding, but the head has factors, and becomes a tensor of its own."""
 
     def __init__(
         self, checkpoint: Checkpoint, model: Any, plan: LoadPlan, adapter: Path | None, lora: LoRASettings | None,
         architecture: str, bf16: bool,
     ):  # fmt: skip
         self.checkpoint, self.lora, self.architecture, self.bf16 = checkpoint, lora, architecture, bf16
+        self.untied = bool(lora and lora.lm_head) and says_tied(checkpoint.config)
         self.factors = TensorFile(adapter / "adapter_model.safetensors") if adapter else None
-        self.matrices: dict[str, Matrix] = {}
+        self.made: dict[str, tuple[Matrix, str]] = {}  # tensor that is computed -> its matrix, and which part of it
+        self.gone: set[str] = set()  # tensors that give way to others
+        self.beside: dict[str, list[str]] = {}  # tensor of the checkpoint -> new ones that go into its shard
         self.report: dict[str, dict[str, float]] = {}
-        self._cached: dict[Any, Any] = {}
-        by_module: dict[tuple[int, str | None], Place] = {}
-        for place in places(model, lora) if lora else ():
-            by_module[id(place.module), place.weight] = place
-        for piece in plan.dense:
-            linear = by_module.get((id(piece.module), None))
-            if linear and piece.target == "weight":
-                self.matrices[piece.source] = Matrix(piece.source, piece.format, 1, linear.sizes[1:], linear, (0,))
-        for layer in plan.experts:
-            expert_place = by_module.get((id(layer.module), layer.target))
-            if layer.fused:
-                if expert_place:
-                    every = tuple(range(layer.module.experts))
-                    self.matrices[layer.fused] = Matrix(
-                        layer.fused, PLAIN, len(every), layer.matrix_shape, expert_place, every
-                    )
-                continue
-            out_features = layer.matrix_shape[0]
-            for expert in range(layer.module.experts):
-                for index, matrix in enumerate(layer.matrices):
-                    name = f"{layer.prefix}{expert}.{matrix}.weight"
-                    rows = slice(index * out_features, (index + 1) * out_features)
-                    self.matrices[name] = Matrix(
-                        name, layer.format, 1, layer.matrix_shape, expert_place, (expert,), rows
-                    )
-        self._add_quantized()
+        self._remembered: dict[str, Tensor] = {}
+        found = {(id(place.module), place.weight): place for place in places(model, lora)} if lora else {}
+        self._add_dense(plan, found)
+        self._add_experts(plan, found)
+        if bf16:
+            self._add_left_out()
+        merged = {id(matrix.place) for matrix, _ in self.made.values()}
+        if lost := [place.name for place in found.values() if id(place) not in merged]:
+            raise UserError(
+                f"--adapter: has factors for {lost[0]}, and no tensor of --model is for them. "
+                "Use the adapter's own base model."
+            )
 
-    def _add_quantized(self) -> None:
-        """Quantized matrices that the text model has no place for (multi-token prediction)."""
+    # What becomes of the tensors
+
+    def _add(self, matrix: Matrix) -> None:
+        """Notes what becomes of a matrix's tensors, if anything does."""
+        first, *_ = matrix.suffixes
+        if self._becomes_bf16(matrix):
+            self.gone |= {matrix.name + suffix for suffix in (*matrix.suffixes, "_shape")}
+            self.made[matrix.name] = matrix, ""
+            self.beside.setdefault(matrix.source + first, []).append(matrix.name)
+        elif matrix.place:
+            for suffix in matrix.suffixes:
+                self.made[matrix.name + suffix] = matrix, suffix
+                if matrix.name + suffix not in self.checkpoint.tensors:
+                    self.beside.setdefault(matrix.source + suffix, []).append(matrix.name + suffix)
+
+    def _becomes_bf16(self, matrix: Matrix) -> bool:
+        return self.bf16 and matrix.format.kind != "plain"
+
+    def _add_dense(self, plan: LoadPlan, found: dict[tuple[int, str | None], Place]) -> None:
+        for piece in plan.dense:
+            for module, target in [(piece.module, piece.target), *piece.tied]:
+                place = found.get((id(module), None))
+                if place is None or target != "weight":
+                    continue
+                name = piece.source
+                if module is not piece.module:  # the embedding stays as it is
+                    name, self.untied = head_name(piece.source), True  # whatever config.json says of it
+                self._add(Matrix(name, piece.source, piece.format, 1, place.sizes[1:], place))
+
+    def _add_experts(self, plan: LoadPlan, found: dict[tuple[int, str | None], Place]) -> None:
+        for layer in plan.experts:
+            place, every = found.get((id(layer.module), layer.target)), tuple(range(layer.module.experts))
+            out_features = layer.matrix_shape[0]
+            if layer.fused:
+                self._add(Matrix(layer.fused, layer.fused, PLAIN, len(every), layer.matrix_shape, place, every))
+                continue
+            for expert, (index, matrix) in itertools.product(every, enumerate(layer.matrices)):
+                name = f"{layer.prefix}{expert}.{matrix}.weight"
+                rows = slice(index * out_features, (index + 1) * out_features)
+                self._add(Matrix(name, name, layer.format, 1, layer.matrix_shape, place, (expert,), rows))
+
+    def _add_left_out(self) -> None:
+        """Quantized matrices that the text model has no place for (multi-token prediction), or no factors."""
         format = quantized_format(self.checkpoint.config, "--model")
-        main = {"fp8": "", "int4": "_packed", "plain": None}[format.kind]
+        suffix = {"fp8": "", "int4": "_packed", "plain": None}[format.kind]
         for name, info in self.checkpoint.tensors.items():
-            if main is None or not name.endswith(main) or len(info.shape) != 2:
+            if suffix is None or not name.endswith(suffix) or len(info.shape) != 2:
                 continue
-            base = name.removesuffix(main) if main else name
-            if base in self.matrices or (not main and info.dtype != torch.float8_e4m3fn):
-                continue
-            columns = info.shape[1] * (8 if main else 1)
-            self.matrices[base] = Matrix(base, format, 1, (info.shape[0], columns))
+            base = name.removesuffix(suffix)
+            if base not in self.made and (suffix or info.dtype == torch.float8_e4m3fn):
+                columns = info.shape[1] * (8 if suffix else 1)
+                self._add(Matrix(base, base, format, 1, (info.shape[0], columns)))
+
+    def outputs(self, layout: Layout) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """A shard's tensors as they will be."""
+        out: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for name, kept in layout.items():
+            if name not in self.gone:
+                out[name] = kept
+            for new in self.beside.get(name, ()):
+                matrix, _ = self.made[new]
+                out[new] = (torch.bfloat16, matrix.shape) if self._becomes_bf16(matrix) else kept
+        return out
 
     # Reading and changing
 
@@ -108,7 +166,7 @@ class Merger:
         for suffix, (_, (height, width)) in matrix.format.tensors(*matrix.shape).items():
             block = matrix.format.block[0] if suffix else 1
             first, last = rows.start // block, -(-rows.stop // block)
-            name = matrix.name + suffix
+            name = matrix.source + suffix
             part = torch.empty(last - first, width, dtype=self.checkpoint.tensors[name].dtype)
             self.checkpoint.read(name, (index * height + first) * width, part)
             out[suffix] = part
@@ -117,15 +175,15 @@ class Merger:
     def _factor(self, place: Place, factor: str) -> Tensor:
         """A factor in fp32, as PEFT keeps it; the last few are remembered."""
         key = place.key(self.architecture, factor)
-        if key not in self._cached:
+        if key not in self._remembered:
             assert self.factors is not None
-            while len(self._cached) >= 4:
-                self._cached.pop(next(iter(self._cached)))
+            while len(self._remembered) >= 4:
+                self._remembered.pop(next(iter(self._remembered)))
             info = self.factors.tensors[key]
             whole = torch.empty(info.shape, dtype=info.dtype)
             self.factors.read(key, 0, whole)
-            self._cached[key] = whole.float()
-        return self._cached[key]
+            self._remembered[key] = whole.float()
+        return self._remembered[key]
 
     def _update(self, matrix: Matrix, index: int, rows: slice) -> Tensor:
         """scale B A for rows of a matrix, fp32."""
@@ -134,78 +192,63 @@ class Merger:
         A, B = (self._factor(place, f) for f in "AB")
         B = B[matrix.rows][rows]
         if place.weight is None:
-            return self.lora.scale * (B @ A)
+            return (self.lora.scale * B) @ A
         experts, rank = place.sizes[0], self.lora.expert_rank
-        # peft_tensors: A is expert-major [E*r, in], B rank-major [out, r*E]
+        # as_peft: A is expert-major [E*r, in], B rank-major [out, r*E]
         A_e, B_e = A[expert * rank : (expert + 1) * rank], B.unflatten(1, (rank, experts))[..., expert]
-        return self.lora.expert_scale * (B_e @ A_e)
+        return (self.lora.expert_scale * B_e) @ A_e
 
-    def changed(self, matrix: Matrix, index: int, rows: slice) -> dict[str, Tensor]:
-        """suffix -> the new rows; of a matrix that becomes BF16, "" alone. Measures what rounding leaves of the
+    def changed(self, matrix: Matrix, index: int, rows: slice, measure: bool) -> dict[str, Tensor]:
+        """suffix -> the new rows; of a matrix that becomes BF16, "" alone. measure: what rounding leaves of the
         update."""
         raw = self._raw(matrix, index, rows)
-        old = matrix.format.decode(raw).float()
-        update = self._update(matrix, index, rows) if matrix.place else None
-        new = old if update is None else old + update
-        if self.bf16 and matrix.format.kind != "plain":
-            parts = {"": new.bfloat16()}
-            kept = parts[""].float()
-        else:
-            parts = raw if update is None else matrix.format.encode(new, raw)
-            kept = matrix.format.decode(parts).float()
-        if update is not None:
-            self._measure(matrix.name, kept - old, update)
+        old = matrix.format.decode(raw)
+        if matrix.place is None:
+            return {"": old}
+        old, update = old.float(), self._update(matrix, index, rows)
+        new = old + update
+        format = PLAIN if self._becomes_bf16(matrix) else matrix.format
+        parts = {"": new.bfloat16()} if self._becomes_bf16(matrix) else format.encode(new, raw)
+        if measure:
+            self._measure(matrix.name, torch.sub(format.decode(parts).float(), old, out=old), update)
         return parts
 
     def _measure(self, name: str, applied: Tensor, update: Tensor) -> None:
-        sums = self.report.setdefault(name, {"applied": 0.0, "update": 0.0, "both": 0.0})
-        sums["applied"] += applied.square().sum().item()
-        sums["update"] += update.square().sum().item()
-        sums["both"] += (applied * update).sum().item()
+        a, u = applied.flatten(), update.flatten()
+        pairs = {"applied": (a, a), "update": (u, u), "both": (a, u)}
+        found = {key: torch.vdot(*pair).item() for key, pair in pairs.items()}
+        if not all(math.isfinite(value) for value in found.values()):
+            raise UserError(f"tensor {name}: base or factors have values that are not finite there. Get them again.")
+        sums = self.report.setdefault(name, dict.fromkeys(found, 0.0))
+        for key, value in found.items():
+            sums[key] += value
 
     # Writing
 
-    def outputs(self, layout: Layout) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """A shard's tensors as they will be: those of a matrix that becomes BF16 give way to one."""
-        out: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for name, kept in layout.items():
-            matrix, suffix = self._owner(name)
-            if matrix is None or not self.bf16 or matrix.format.kind == "plain":
-                out[name] = kept
-            elif suffix == next(iter(matrix.format.tensors(*matrix.shape))):
-                out[matrix.name] = torch.bfloat16, matrix.shape
-        return out
+    def together(self, names: Iterable[str]) -> Iterator[list[str]]:
+        """Tensors of a shard, those of one matrix together."""
 
-    def _owner(self, name: str) -> tuple[Matrix | None, str]:
-        """The matrix that a tensor is part of, and its suffix."""
-        if name in self.matrices:
-            return self.matrices[name], ""
-        for suffix in ("_scale_inv", "_packed", "_scale", "_shape"):
-            base = name.removesuffix(suffix)
-            if base != name and base in self.matrices:
-                return self.matrices[base], suffix
-        return None, ""
+        def matrix(name: str) -> str:
+            return self.made[name][0].name if name in self.made else name
 
-    def order(self, name: str) -> tuple[str, str]:
-        """Tensors of one matrix together."""
-        matrix, _ = self._owner(name)
-        return matrix.name if matrix else name, name
+        for _, group in itertools.groupby(sorted(names, key=lambda name: (matrix(name), name)), matrix):
+            yield list(group)
 
-    def write(self, name: str, writer: SafetensorsWriter) -> None:
-        """One tensor of the new shard."""
-        matrix, suffix = self._owner(name)
-        becomes_bf16 = matrix is not None and self.bf16 and matrix.format.kind != "plain"
-        if matrix is None or suffix == "_shape" or not (matrix.place or becomes_bf16):
-            copy_tensor(self.checkpoint, name, writer)
+    def write(self, names: list[str], writer: SafetensorsWriter) -> None:
+        """What a shard has of one matrix, or one tensor that is carried over. A matrix may lie in two shards: it is
+        measured with its values, once."""
+        if names[0] not in self.made:
+            copy_tensor(self.checkpoint, names[0], writer)
             return
-        position = 0
+        matrix, _ = self.made[names[0]]
+        suffixes = {name: self.made[name][1] for name in names}
+        measure = self._becomes_bf16(matrix) or matrix.suffixes[0] in suffixes.values()
+        done = dict.fromkeys(names, 0)
         for index, rows in matrix.chunks():
-            key = (matrix.name, index, rows.start)
-            if self._cached.get("chunk", (None,))[0] != key:  # the scales of the values just written are at hand
-                self._cached["chunk"] = key, self.changed(matrix, index, rows)
-            part = self._cached["chunk"][1][suffix]
-            writer.write(name, part, position)
-            position += part.numel()
+            parts = self.changed(matrix, index, rows, measure)
+            for name, suffix in suffixes.items():
+                writer.write(name, parts[suffix], done[name])
+                done[name] += parts[suffix].numel()
 
     def survived(self) -> dict[str, dict[str, float]]:
         """tensor -> size of the update (Frobenius norm), and how much of it is left after rounding: <applied, update> /
@@ -219,39 +262,42 @@ class Merger:
 
 
 def merge(merger: Merger, output: Path, shard_done: Callable[[], None]) -> None:
-    """Writes the shards that are not there yet, calling `shard_done` before each gets its name, and then index,
-    configuration and tokenizer."""
+    """Writes the shards that are not there yet, calling `shard_done` before each gets its name, then tokenizer, index,
+    and config.json last of all: without it, no directory is taken for a model."""
     checkpoint, shards = merger.checkpoint, by_shard(merger.checkpoint)
     outputs = {shard: merger.outputs(layout) for shard, layout in shards.items()}
-    size = {
-        shard: sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
-        for shard, layout in outputs.items()
-    }
-    output.mkdir(parents=True, exist_ok=True)
+    size = {shard: _bytes(layout) for shard, layout in outputs.items()}
     todo = [shard for shard in shards if not _complete(output / shard.name, outputs[shard])]
+    for abandoned in output.glob("*.partial"):
+        abandoned.unlink()
     free, needed = shutil.disk_usage(output).free, sum(size[shard] for shard in todo)
     if needed > free:
         raise UserError(
-            f"--output {output}: {needed / 1e9:.1f} GB are still to be written, {free / 1e9:.1f} GB are free there. "
-            "Give a directory with more room; what is there already is kept."
+            f"--output {output}: {tqdm.format_sizeof(needed, 'B')} are still to be written, "
+            f"{tqdm.format_sizeof(free, 'B')} are free there. Give a directory with more room; what is there already "
+            "is kept."
         )
+    (output / "config.json").unlink(missing_ok=True)
     with tqdm(total=sum(size.values()), initial=sum(size.values()) - needed, unit="B", unit_scale=True) as bar:
         for shard in todo:
             bar.set_description(shard.name)
             writer = SafetensorsWriter(output / shard.name, outputs[shard])
-            for name in sorted(outputs[shard], key=merger.order):
-                merger.write(name, writer)
-                dtype, shape = outputs[shard][name]
-                bar.update(dtype.itemsize * math.prod(shape))
+            for names in merger.together(outputs[shard]):
+                merger.write(names, writer)
+                bar.update(_bytes({name: outputs[shard][name] for name in names}))
+            writer.check_whole()
             writer.close()
             shard_done()
             writer.publish()
-    copy_other_files(checkpoint.directory, output)
+    copy_other_files(checkpoint.directory, output, but={INDEX, "config.json"})
     weight_map = {name: shard.name for shard, layout in outputs.items() for name in layout}
     index = {"metadata": {"total_size": sum(size.values())}, "weight_map": dict(sorted(weight_map.items()))}
-    (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    if merger.bf16:
-        (output / "config.json").write_text(json.dumps(_without_quantization(checkpoint.config), indent=2) + "\n")
+    write_whole(output / INDEX, json.dumps(index, indent=2) + "\n")
+    write_whole(output / "config.json", _config(merger))
+
+
+def _bytes(layout: Layout) -> int:
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
 
 
 def _complete(path: Path, layout: Layout) -> bool:
@@ -264,8 +310,9 @@ def _complete(path: Path, layout: Layout) -> bool:
     return True
 
 
-def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    if isinstance(plain.get("text_config"), dict):
-        plain["text_config"] = _without_quantization(plain["text_config"])
-    return plain
+def _config(merger: Merger) -> str:
+    """The text of config.json: the base's own, but for what it says about formats and tied weights."""
+    config = merger.checkpoint.config
+    if merger.bf16:
+        config = changed_config(config, lambda part: {k: v for k, v in part.items() if k != "quantization_config"})
+    return config_text(merger.checkpoint, untied(config) if merger.untied else config)

@@ -26,7 +26,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from train.checkpoints.reader import TensorFile, read_json
-from train.checkpoints.writer import SafetensorsWriter, flush
+from train.checkpoints.writer import SafetensorsWriter, flush, publish_directory, remove
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
@@ -47,23 +47,24 @@ def expert_group(model: nn.Module, name: str) -> ExpertGroup | None:
     return owner.ep if isinstance(owner, ExpertParallelExperts) else None
 
 
-def gather_experts(experts: Tensor, ep: ExpertGroup | None) -> Tensor:
-    """This rank's experts [E, ...] -> those of all ranks of the group on dim 0."""
+def gather_experts(experts: Tensor, ep: ExpertGroup | None) -> Tensor | None:
+    """This rank's experts [E, ...] -> those of all ranks on dim 0, on rank 0; None elsewhere."""
+    rank = dist.get_rank()
     if ep is None or ep.group is None:
-        return experts
-    parts = [torch.empty_like(experts) for _ in range(ep.size)]
-    dist.all_gather(parts, experts.contiguous(), group=ep.group)
-    return torch.cat(parts)
+        return None if rank else experts
+    if dist.get_process_group_ranks(ep.group)[0]:  # the experts of rank 0's group are all there are
+        return None
+    parts = None if rank else [torch.empty_like(experts) for _ in range(ep.size)]
+    dist.gather(experts.contiguous(), parts, dst=0, group=ep.group)
+    return torch.cat(parts) if parts else None
 
 
-def full_factors(model: nn.Module) -> dict[str, Tensor]:
-    """Every trained parameter whole, in fp32 on the CPU, on rank 0; {} elsewhere. All ranks must call it."""
-    whole = {}
+def full_factors(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    """Every trained parameter in turn, whole, in fp32 on the CPU, on rank 0 (elsewhere None), so that nobody holds more
+    than one. All ranks must take all of them."""
     for name, parameter in trainable(model).items():
         value = gather_experts(safe_get_full_fp32_param(parameter), expert_group(model, name))
-        if dist.get_rank() == 0:
-            whole[name] = value.cpu()
-    return whole
+        yield name, None if value is None else value.cpu()
 
 
 @dataclass
@@ -112,12 +113,9 @@ def save(directory: Path, model: nn.Module, step: int, keep: int) -> None:
         writer.publish()
         (partial / "state.json").write_text(json.dumps({"step": step}))
         flush(partial / "state.json")
-        flush(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        flush(directory)
+        publish_directory(partial, final)
         for old in saves(directory)[:-keep]:
-            shutil.rmtree(old)
+            remove(old)
     dist.barrier()
 
 

@@ -1,19 +1,23 @@
 """Whole checkpoints written anew, shard by shard, in the source's own layout: what is not changed is carried over byte
 for byte (vision, multi-token prediction, tokenizer, configuration)."""
 
+import json
 import shutil
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_local_fp32_param
 
-from train.checkpoints.layout import LoadPlan
+from train.checkpoints.layout import LoadPlan, has_own_head
 from train.checkpoints.reader import Checkpoint
-from train.checkpoints.writer import SafetensorsWriter, flush
+from train.checkpoints.writer import SafetensorsWriter, flush, publish_directory, write_whole
 
 CHUNK = 2**26  # bytes copied at a time
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".partial"}
+MARKER, REPORT = "merge.json", "merge_report.json"  # what merge.py leaves in its output, and about that alone
 
 
 def copy_tensor(checkpoint: Checkpoint, name: str, writer: SafetensorsWriter) -> None:
@@ -26,11 +30,11 @@ def copy_tensor(checkpoint: Checkpoint, name: str, writer: SafetensorsWriter) ->
         writer.write(name, part, start)
 
 
-def copy_other_files(source: Path, target: Path) -> None:
-    """Tokenizer, configuration and all else beside the weights that is a file."""
+def copy_other_files(source: Path, target: Path, but: Collection[str] = ()) -> None:
+    """Tokenizer, configuration and all else beside the weights that is a file; `but` those of these names."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix not in WEIGHTS:
-            shutil.copyfile(path, target / path.name)
+        if path.is_file() and path.suffix not in WEIGHTS and path.name not in {MARKER, REPORT, *but}:
+            flush(Path(shutil.copyfile(path, target / path.name)))
 
 
 def by_shard(checkpoint: Checkpoint) -> dict[Path, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
@@ -39,6 +43,29 @@ def by_shard(checkpoint: Checkpoint) -> dict[Path, dict[str, tuple[torch.dtype, 
     for name, info in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
         shards.setdefault(info.file, {})[name] = info.dtype, info.shape
     return shards
+
+
+def config_text(checkpoint: Checkpoint, config: dict[str, Any]) -> str:
+    """The text of a config.json: the checkpoint's own, byte for byte, where nothing in it is to change."""
+    if config == checkpoint.config:
+        return (checkpoint.directory / "config.json").read_text(encoding="utf-8")
+    return json.dumps(config, indent=2) + "\n"
+
+
+def says_tied(config: dict[str, Any]) -> bool:
+    """Whether config.json ties lm_head to the embedding."""
+    return any(part.get("tie_word_embeddings") for part in (config, config.get("text_config") or {}))
+
+
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a checkpoint whose lm_head is a weight of its own."""
+    return changed_config(config, lambda part: part | {"tie_word_embeddings": False})
+
+
+def changed_config(config: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """A configuration changed at its top and in its text model's part."""
+    config = change(config)
+    return config | {"text_config": change(config["text_config"])} if config.get("text_config") else config
 
 
 def save_model(directory: Path, plan: LoadPlan, checkpoint: Checkpoint) -> None:
@@ -52,6 +79,8 @@ def save_model(directory: Path, plan: LoadPlan, checkpoint: Checkpoint) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         copy_other_files(checkpoint.directory, partial)
+        if has_own_head(checkpoint) and says_tied(checkpoint.config):  # it was trained as what it is
+            write_whole(partial / "config.json", config_text(checkpoint, untied(checkpoint.config)))
         for shard, layout in shards.items():
             writer = SafetensorsWriter(partial / shard.name, layout)
             for name in layout.keys() - trained:
@@ -75,7 +104,5 @@ def save_model(directory: Path, plan: LoadPlan, checkpoint: Checkpoint) -> None:
     if rank == 0:
         for writer in writers.values():
             writer.publish()
-        flush(partial)
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
+        publish_directory(partial, directory)
     checkpoint.close()

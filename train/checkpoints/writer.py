@@ -6,7 +6,9 @@ and none needs a whole tensor. The file has another name until it is complete.
 
 import json
 import os
+import shutil
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,8 +28,10 @@ class SafetensorsWriter:
         self.path, self.partial = path, path.with_name(path.name + ".partial")
         header, position = {}, 0
         self.places: dict[str, tuple[torch.dtype, int]] = {}
+        self.sizes = {name: torch.Size(shape).numel() for name, (_, shape) in layout.items()}
+        self.written: Counter[str] = Counter()  # elements of each tensor, by this process
         for name, (dtype, shape) in layout.items():
-            end = position + torch.Size(shape).numel() * dtype.itemsize
+            end = position + self.sizes[name] * dtype.itemsize
             header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
             self.places[name], position = (dtype, position), end
         text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
@@ -47,6 +51,12 @@ class SafetensorsWriter:
         done = 0
         while done < len(view):
             done += os.pwrite(self.file, view[done : done + 2**30], offset + done)
+        self.written[name] += data.numel()
+
+    def check_whole(self) -> None:
+        """Where one process writes the file: that it wrote as many elements of every tensor as there are."""
+        short = {name: self.written[name] for name, size in self.sizes.items() if self.written[name] != size}
+        assert not short, f"{self.path}: elements written {short} are not those of the header"
 
     def close(self) -> None:
         """Flushes what this process wrote to the disk."""
@@ -57,6 +67,34 @@ class SafetensorsWriter:
         """Gives the complete file its name: for one process, after all have closed it."""
         self.partial.rename(self.path)
         flush(self.path.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file that is whole whenever it is there: before, the earlier one is."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    flush(path.parent)
+
+
+def publish_directory(partial: Path, final: Path) -> None:
+    """Gives a directory, whose files are on the disk, its name, in the place of an earlier one."""
+    flush(partial)
+    remove(final)
+    partial.rename(final)
+    flush(final.parent)
+
+
+def remove(directory: Path) -> None:
+    """Removes a directory, if it is there. It loses its name first: what a kill leaves of it is not taken for whole."""
+    doomed = directory.with_name(f"partial-{directory.name}-removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if directory.exists():
+        directory.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def flush(path: Path) -> None:
