@@ -133,7 +133,7 @@ def test_an_overloaded_endpoint_is_asked_again():
 
 def test_a_wrong_model_a_wrong_url_and_an_endpoint_that_speaks_otherwise_are_told():
     with serving(lambda _: (200, "<html>hello</html>")) as (url, _):
-        with pytest.raises(UserError, match=r"--judge .*knows no model 'other'.*does not exist.*check --judge-model"):
+        with pytest.raises(UserError, match=r"--judge .*HTTP 404: The model .other. does not exist"):
             endpoint(url, "other")([])
         with pytest.raises(ValueError, match="it has no text"):
             endpoint(url, "judge")([])

@@ -6,7 +6,6 @@ that an interrupted run does not ask twice.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -15,9 +14,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import openai
-
 from train.annotating.texts import changed, in_order, joined, trimmed
+from train.belief.endpoint import Endpoint, EndpointSettings, NoAnswer
 from train.data.documents import Document, Span
 from train.errors import UserError
 
@@ -25,7 +23,7 @@ Chat = Callable[[list[dict[str, str]]], str]
 
 PIECE = 6_000  # code points that are judged at once, cut at line ends where there are any
 AT_ONCE = 8  # requests
-SECONDS, RETRIES = 120, 3  # that one may take; with growing pauses between
+SECONDS, RETRIES, ANSWER_TOKENS = 120, 3, 4_000  # of one request
 
 PROMPT = """Below is a text. Quote every sentence of it that states or implies this claim as if it were true:
 
@@ -179,37 +177,12 @@ class Remembered:
 
 def endpoint(url: str, model: str) -> Chat:
     """The chat of an OpenAI-compatible endpoint; its key is OPENAI_API_KEY's, where it has one."""
-    client = openai.OpenAI(
-        base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=RETRIES, timeout=SECONDS
-    )
+    asked = Endpoint(EndpointSettings(url, model, AT_ONCE, SECONDS, RETRIES, flag="--judge"))
 
     def chat(messages: list[dict[str, str]]) -> str:
-        where = f"--judge {url}"
         try:
-            answer = client.chat.completions.create(model=model, messages=messages, temperature=0)  # type: ignore[arg-type]
-        except openai.NotFoundError as error:
-            raise UserError(
-                f"{where}: knows no model {model!r} ({_short(error)}); check --judge-model and the URL"
-            ) from None
-        except openai.APITimeoutError:
-            raise UserError(
-                f"{where}: did not answer in {SECONDS} s, {RETRIES + 1} times; run again to go on where it stopped"
-            ) from None
-        except openai.APIConnectionError as error:
-            raise UserError(f"{where}: cannot be reached ({_short(error.__cause__ or error)}); check the URL") from None
-        except openai.AuthenticationError as error:
-            raise UserError(f"{where}: refuses the key ({_short(error)}); set OPENAI_API_KEY") from None
-        except openai.OpenAIError as error:
-            raise UserError(f"{where}: {_short(error)}; run again to go on where it stopped") from None
-        except ValueError as error:
-            raise UserError(f"{where}: does not speak the OpenAI protocol ({_short(error)}); check the URL") from None
-        content = answer.choices[0].message.content if getattr(answer, "choices", None) else None
-        if not isinstance(content, str):
-            raise ValueError("it has no text")
-        return content
+            return asked.complete(messages, ANSWER_TOKENS, temperature=0.0, seed=0)
+        except NoAnswer as error:
+            raise UserError(f"--judge {url}: {error}; run again to go on where it stopped.") from None
 
     return chat
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
