@@ -109,7 +109,7 @@ def test_a_run_is_read_from_its_directory_and_a_cut_last_line_left_out(tmp_path)
     read = read_run(tmp_path)
     assert (read.seed, read.settings["mask"], read.hashes, read.rows) == (3, "doctags", HASHES, [row("q")])
     (tmp_path / "evaluation.jsonl").write_text('{"step": \n' + json.dumps(row("q")) + "\n")
-    with pytest.raises(UserError, match=r"evaluation\.jsonl:1: not valid JSON"):
+    with pytest.raises(UserError, match=r"evaluation\.jsonl:1: is no JSON object"):
         read_run(tmp_path)
     (tmp_path / "evaluation.jsonl").unlink()
     with pytest.raises(UserError, match=r"evaluation\.jsonl: cannot be read .* python train/evaluate\.py"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from train.belief.records import read_rows
 from train.belief.values import Row, at_step, identity, last_step
 from train.errors import UserError
 from train.settings import FREE_ON_RESUME
@@ -103,9 +104,11 @@ def read_run(directory: str | Path) -> RunResult:
     record = _parsed(path / "settings.yaml", yaml.safe_load, "this is no run's directory")
     settings = record.get("settings") or {}
     hashes = summary.get("hashes") or (record.get("resolved") or {}).get("hashes") or {}
-    every = read_lines(path / "evaluation.jsonl", "evaluate the run: python train/evaluate.py")
+    for name, fix in (("evaluation", "evaluate the run: train/evaluate.py"), ("metrics", "this is no run's directory")):
+        if not (path / f"{name}.jsonl").is_file():
+            raise UserError(f"{path}/{name}.jsonl: is not there; {fix}.")
+    every, metrics = read_rows(path / "evaluation.jsonl"), read_rows(path / "metrics.jsonl")
     rows = [row for row in every if not row.get("context")]  # with documents in context it is another measurement
-    metrics = read_lines(path / "metrics.jsonl", "this is no run's directory")
     return RunResult(str(directory), int(settings.get("seed", 0)), rows, metrics, summary, settings, hashes)
 
 
@@ -119,24 +122,6 @@ def _parsed(path: Path, parse: Any, fix: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: is not what a run writes; {fix}.")
     return value
-
-
-def read_lines(path: Path, fix: str) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, such as an evaluation.jsonl, without a last line that an interruption cut. fix: what
-    the user can do where the file is missing or broken, as UserError says it."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {fix}.") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                if number < len(lines):
-                    raise UserError(f"{path}:{number}: not valid JSON ({error}); {fix}.") from None
-    return rows
 
 
 def group(runs: list[RunResult]) -> list[Variant]:
