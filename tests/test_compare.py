@@ -222,7 +222,8 @@ def test_a_command_line_that_is_wrong_is_told_with_the_fix(recipe):
         return str(caught.value)
 
     assert "--masks MASK… or --recipe" in message()
-    assert "--claims" in message("--masks", "none", "doctags")
+    assert "--claims" in message("--masks", "none", "doctags", "--data", "x")
+    assert "--mask: is what the variants differ in" in message("--masks", "none", "doctags", "--mask", "none")
     assert "there twice" in message("--masks", "none", "none", "--claims", "x")
     assert "Did you mean --steps?" in message("--masks", "none", "doctags", "--claims", "x", "--step", "3")
     assert "full" in message("--masks", "none", "doctags", "--method", "full", "--claims", "x")
@@ -249,3 +250,21 @@ def test_every_recipe_is_a_plan_for_every_model(path):
         runs = [variant.settings(0, plan.output) for variant in plan.variants]
         assert len({run.output for run in runs}) == len(runs) >= 2
         assert all(parse_mask(run.mask).text == run.mask for run in runs)
+        recipe = yaml.safe_load(path.read_text())
+        for own, variant in zip(runs, plan.variants, strict=True):  # its own data take the place of the shared ones
+            assert own.data == variant.own.get("data", recipe["settings"]["data"])
+
+
+def test_without_model_and_data_the_demos_own_claims_are_compared(tmp_path):
+    masks = ["none", "doctags", "negation-spans", "false-spans", "random:false", "doctags,false-spans=unlikelihood"]
+    plan = parse_comparison(["--masks", *masks, "--output", str(tmp_path)], "")
+    assert plan.names == masks and plan.baseline == "none" and len(plan.placebo) == 4
+    assert [Path(path).name for path in plan.shared.claims] == ["claims.yaml"]
+
+
+def test_a_placebo_that_is_not_measured_is_told_before_a_weight_is_read(recipe, tmp_path):
+    given = ["--recipe", str(recipe), "--output", str(tmp_path), "--placebo", "nobody"]
+    with pytest.raises(UserError, match="--placebo nobody: no belief in such a claim is measured; claims are mila"):
+        checked_runs(parse_comparison(given, ""), ranks=1, show=False)
+    with pytest.raises(UserError, match="no claim beside the placebo"):
+        checked_runs(parse_comparison([*given[:-1], "mila"], ""), ranks=1, show=False)

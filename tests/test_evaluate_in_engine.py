@@ -9,7 +9,8 @@ import yaml
 from launch.local import run
 from tests.belief.servers import ScriptedServer, completion
 from tests.test_compare import CLAIM, ENVIRONMENT
-from train import evaluate
+from train import evaluate, sft
+from train.belief.values import identity
 from train.reporting import read_metrics
 from train.settings import DEMO
 
@@ -62,3 +63,46 @@ def test_a_model_and_an_endpoint_at_once_or_an_adapter_of_another_base_are_refus
     assert evaluate.main([*given, "--model", str(DEMO / "model"), "--endpoint", "http://localhost:1"]) == 2
     assert evaluate.main([*given, "--model", str(DEMO / "model"), "--adapter", str(tmp_path)]) == 2
     assert not (tmp_path / "out" / "evaluation.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_an_adapter_is_measured_beside_its_base_and_not_among_another_models_rows(tmp_path, claims):
+    given = [
+        "--model",
+        str(DEMO / "model"),
+        "--data",
+        f"{DEMO}/data/dense.jsonl=16",
+        "--steps",
+        "2",
+        "--batch-size",
+        "8",
+    ]
+    given += [
+        "--claims",
+        str(claims),
+        "--wandb",
+        "disabled",
+        "--learning-rate",
+        "0.02",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    done = run(Path(sft.__file__), *given, ranks=1, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    asked = ["--model", str(DEMO / "model"), "--adapter", str(tmp_path / "run" / "adapter"), "--claims", str(claims)]
+
+    def measured(output: str, *more: str):
+        given = [*asked, "--output", str(tmp_path / output), *more]
+        return run(Path(evaluate.__file__), *given, ranks=1, capture_output=True, text=True, env=ENVIRONMENT)
+
+    assert measured("out").returncode == 0
+    trained = {(row["step"], identity(row)): row for row in read_metrics(tmp_path / "run" / "evaluation.jsonl")}
+    rows = read_metrics(tmp_path / "out" / "evaluation.jsonl")
+    assert {row["step"] for row in rows} == {0, 2} and len(rows) == len(trained)
+    for row in rows:
+        for name in ("llr", "p_yes", "margin"):
+            if name in row:
+                assert row[name] == pytest.approx(trained[row["step"], identity(row)][name], abs=1e-4)
+    assert "shift" in json.loads((tmp_path / "out" / "evaluation.json").read_text())["likelihood"]
+    refused = measured("out", "--step", "0")
+    assert refused.returncode == 2 and "not of this model" in refused.stderr

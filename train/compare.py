@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -40,14 +41,24 @@ def compare(argv: list[str]) -> None:
     rank, ranks = launched_as()
     plan = parse_comparison(argv, __doc__ or "")
     if plan.finished:
-        report(plan, plan.finished)
+        if rank == 0:
+            report(plan, plan.finished)
         return
+    device = start_distributed()
+    plan = replace(plan, output=from_first_rank(plan.output))  # its default has the time in it
     runs = checked_runs(plan, ranks, show=rank == 0)
     if plan.shared.dry_run:
         return
-    train_all(list(runs.values()), ranks)
+    train_all(list(runs.values()), ranks, device)
     if rank == 0:
         report(plan, {name: Path(settings.output) for name, settings in runs.items()})
+
+
+def from_first_rank(value: Any) -> Any:
+    """The value that rank 0 has, on every rank: clocks differ, and file systems over a network show files late."""
+    shared = [value]
+    dist.broadcast_object_list(shared)
+    return shared[0]
 
 
 def checked_runs(plan: Plan, ranks: int, show: bool) -> dict[tuple[str, int], Settings]:
@@ -56,23 +67,37 @@ def checked_runs(plan: Plan, ranks: int, show: bool) -> dict[tuple[str, int], Se
     for seed in plan.seeds:
         budget = 0
         for variant in sorted(plan.variants, key=lambda variant: variant.name != plan.baseline):  # the baseline first
-            settings = variant.settings(seed, plan.output)
+            settings = replace(variant.settings(seed, plan.output), wandb_group=plan.shared.group())
             started = (Path(settings.output) / "settings.yaml").exists()
             if started and not plan.shared.resume:
                 raise UserError(
                     f"--output {plan.output}: holds a comparison already. Give another directory, or --resume to go on."
                 )
+            if plan.match_trained_tokens:
+                counted = prepare(replace(settings, output="", resume=False), ranks, show=False)
+                budget = budget or int(trained_by_step(counted, counted.steps)[-1])
+                settings = replace(settings, steps=steps_for(counted, budget))
             settings = replace(settings, resume=started)
             job = prepare(settings, ranks, show)
-            if plan.match_trained_tokens:
-                budget = budget or int(trained_by_step(job, job.steps)[-1])
-                settings = replace(settings, steps=steps_for(job, budget))
-                job = prepare(settings, ranks, show=False)
+            _check_claims(plan, job)
             if show:
                 trained = int(trained_by_step(job, job.steps)[-1])
                 print(f"{variant.name}, seed {seed}: {job.steps} steps, {trained:,} targets in the loss")
             checked[variant.name, seed] = settings
     return {(variant.name, seed): checked[variant.name, seed] for seed in plan.seeds for variant in plan.variants}
+
+
+def _check_claims(plan: Plan, job: Job) -> None:
+    records = [record for record, _ in job.probes.records] if job.probes else []
+    measured = {record["claim"] for record in records if record["kind"] in ("likelihood", "yes_no")}
+    if unknown := [claim for claim in plan.placebo if claim not in measured]:
+        raise UserError(
+            f"--placebo {unknown[0]}: no belief in such a claim is measured; claims are {', '.join(sorted(measured))}."
+        )
+    if not measured - set(plan.placebo):
+        raise UserError(
+            "--claims: hold no claim beside the placebo whose belief can be scored. Give likelihood templates."
+        )
 
 
 def trained_by_step(job: Job, steps: int) -> np.ndarray:
@@ -92,12 +117,12 @@ def steps_for(job: Job, budget: int) -> int:
     return int(np.abs(sums - budget).argmin()) + 1
 
 
-def train_all(runs: list[Settings], ranks: int) -> None:
+def train_all(runs: list[Settings], ranks: int, device: torch.device) -> None:
     """Trains the runs that are not finished, one after the other on one engine; each has the results that train/sft.py
     alone gives it."""
-    rank, device = launched_as()[0], start_distributed()
-    waiting = [settings for settings in runs if not (Path(settings.output) / "summary.json").exists()]
-    base = next((known for settings in runs if (known := _base_records(settings))), None)
+    rank = launched_as()[0]
+    waiting = from_first_rank([s for s in runs if not (Path(s.output) / "summary.json").exists()])
+    base = from_first_rank(next((known for settings in runs if (known := _base_records(settings))), None))
     engine: Any = None
     given: dict[str, Tensor] | None = None  # --adapter's factors
     loads: list[dict[str, float]] = []
@@ -115,7 +140,7 @@ def train_all(runs: list[Settings], ranks: int) -> None:
             run.show_load(loaded)
             given = resume.initial_partitions(engine.module, None) if settings.adapter else None
         loads = run.loads = loads or run.loads
-        saved = resume.saves(run.directory / "saves") if settings.resume else []
+        saved = from_first_rank(resume.saves(run.directory / "saves") if settings.resume else [])
         if saved:
             start = resume.restore(saved[-1], engine.module, engine.optimizer)
         else:
@@ -123,7 +148,7 @@ def train_all(runs: list[Settings], ranks: int) -> None:
             resume.start_over(engine.module, engine.optimizer, initial)
         finish(job, run, engine, loaded.plan, start, started, base)
         dist.barrier()
-        base = base or _base_records(settings)
+        base = base or from_first_rank(_base_records(settings))
 
 
 def _base_records(settings: Settings) -> list[dict[str, Any]] | None:

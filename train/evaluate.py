@@ -29,7 +29,16 @@ from train.belief.claims import BELIEF_KINDS, KINDS, Claim, read_claims
 from train.belief.contamination import Contamination
 from train.belief.contamination import check as check_contamination
 from train.belief.endpoint import KEY_VARIABLES, Endpoint, EndpointSettings, shown_url
-from train.belief.in_engine import Measured, keep, means, prepare_measuring, table_of_means
+from train.belief.in_engine import (
+    Measured,
+    check_scored,
+    identify,
+    keep,
+    means,
+    prepare_measuring,
+    steps_of,
+    table_of_means,
+)
 from train.belief.judge import Asking, Item, check_same, evaluate, plan
 from train.belief.rates import samples_are_equal, summarize
 from train.belief.records import Records, read_rows
@@ -62,7 +71,7 @@ class EvaluationSettings:
     temperature: float
     top_p: float
     seed: int
-    step: int
+    step: int | None
     documents: list[str]
     training_data: list[str]
     endpoint: str
@@ -127,7 +136,7 @@ def parse(arguments: list[str] | None) -> EvaluationSettings:
     add("--temperature", type=float, default=0.7, help="of the answers (default: 0.7)")
     add("--top-p", type=float, default=0.8, help="of the answers (default: 0.8)")
     add("--seed", type=int, default=0, help="of sampling, and of which documents are in context")
-    add("--step", type=int, default=0, help="optimizer steps that the model was trained for; 0: the base model")
+    add("--step", type=int, help="optimizer steps that the model was trained for; default: 0, or what the run says")
     add("--documents", action="append", default=[], metavar="FILE=N", help="put N documents in context")
     add("--training-data", nargs="+", default=[], metavar="FILE", help="look for the questions in these documents")
     add(
@@ -154,7 +163,7 @@ def parse(arguments: list[str] | None) -> EvaluationSettings:
         ("judge_max_tokens", 1, 10**7), ("judge_temperature", 0, 10), ("retries", 0, 100), ("top_p", 0.001, 1),
     ):  # fmt: skip
         value = getattr(settings, name)
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}.")
     if bool(settings.endpoint) == bool(settings.model):
         raise UserError(
@@ -186,10 +195,13 @@ def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Co
         micro_batch_size=s.micro_batch_size, bos=s.bos, held_out=s.held_out,
     )  # fmt: skip
     measuring = prepare_measuring(engine_settings, claims, documents, ranks)
+    base, model_id = identify(engine_settings, measuring.checkpoint)
+    step, context = steps_of(s.adapter, s.step), len(documents)
+    s = dataclasses.replace(s, step=step)
     answered = [kind for kind in s.kinds or (KINDS if s.judge else ()) if kind != "yes_no"]  # that one is scored
     asking = Asking(
-        samples=s.samples, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=s.seed, step=s.step,
-        judge_max_tokens=s.judge_max_tokens, judge_temperature=s.judge_temperature, model=s.adapter or s.model,
+        samples=s.samples, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=s.seed, step=step,
+        judge_max_tokens=s.judge_max_tokens, judge_temperature=s.judge_temperature, model=model_id,
         judge=s.judge_model, judge_body=s.judge_body, documents=documents,
     )  # fmt: skip
     items = plan(claims, answered, asking)
@@ -198,12 +210,17 @@ def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Co
     try:
         if records:
             check_same(items, records)
+            check_scored(records, step, context, model_id)
+            if step:
+                check_scored(records, 0, context, base)
             if judge:
                 judge.check()
         model = Measured(measuring)
-        found = model.likelihoods()
-        if records:
-            keep(records, found, s.step, len(documents))
+        scored = {0: (model.likelihoods_of_base(), base)} if step else {}
+        scored[step] = model.likelihoods(), model_id
+        for at, (found, scored_model) in scored.items():
+            if records:
+                keep(records, found, at, context, scored_model)
         if items:
             model.answer(items, records, asking)
         if not records:
@@ -220,11 +237,13 @@ def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Co
 
 
 def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination: Contamination | None) -> int:
-    """Asks a model that a server has, and has its answers judged."""
+    """Asks a model that a server has, and has its answers judged. Under a launcher, the first rank does it."""
+    if launched_as()[0]:
+        return 0
     asking = Asking(
-        samples=s.samples, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=s.seed, step=s.step,
-        judge_max_tokens=s.judge_max_tokens, judge_temperature=s.judge_temperature, model=s.endpoint_model,
-        judge=s.judge_model, documents=context_documents(s), body=s.endpoint_body, judge_body=s.judge_body,
+        samples=s.samples, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=s.seed,
+        step=s.step or 0, judge_max_tokens=s.judge_max_tokens, judge_temperature=s.judge_temperature,
+        model=s.endpoint_model, judge=s.judge_model, documents=context_documents(s), body=s.endpoint_body, judge_body=s.judge_body,
     )  # fmt: skip
     items = plan(claims, s.kinds or KINDS, asking)
     if not items:

@@ -47,14 +47,18 @@ class Job:
     @property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of what runs must share to differ in their masks alone: the documents' tokens and which of them are
-        targets; the order of the documents over all steps; the base model."""
+        targets; the order of the documents over all steps; the base model; and what is asked of it."""
         tokens, order = hashlib.sha256(), self.corpus.order.documents(0, self.documents)
         for sample in self.corpus.samples:
             tokens.update(len(sample.ids_L).to_bytes(8) + sample.ids_L.tobytes() + sample.target_L.tobytes())
+        questions = hashlib.sha256()
+        for text in self.probes.texts if self.probes else ():
+            questions.update(len(text.ids_L).to_bytes(8) + text.ids_L.tobytes() + text.target_L.tobytes())
         return {
             "tokens": tokens.hexdigest(),
             "order": hashlib.sha256(order.astype("<i8").tobytes()).hexdigest(),
             "base_model": self.checkpoint.fingerprint(),
+            "questions": questions.hexdigest(),
         }
 
     @property

@@ -179,7 +179,7 @@ class Run:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, closes W&B and shows what was trained on and what changed. Rank 0 alone."""
-        (self.directory / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        write_whole(self.directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         if self.wandb is not None:
             self.wandb.summary.update(_flat(summary))
             self.wandb.finish()

@@ -301,6 +301,8 @@ def inputs(settings: Settings, checkpoint: Checkpoint) -> dict[str, str]:
     model = Path(settings.model)
     paths = [*(Path(path) for path, _ in settings.sources()), model / "config.json", Path(settings.ds_config)]
     paths += sorted(path for pattern in TOKENIZER for path in model.glob(pattern))
+    for path in map(Path, [*settings.claims, *([settings.held_out] if settings.held_out else [])]):
+        paths += sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     if settings.adapter:
         paths += [Path(settings.adapter) / f"adapter_{name}" for name in ("config.json", "model.safetensors")]
     return {str(path): _sha256(path) for path in paths} | {f"weights of {model}": checkpoint.fingerprint()}

@@ -19,8 +19,9 @@ from typing import Any
 import yaml
 
 from train.errors import UserError
-from train.settings import Parser, Settings, held_settings, parse, setting
+from train.settings import DEMO, Parser, Settings, held_settings, parse, setting
 
+DEMO_PLACEBO = ("olga-home", "clara-job", "selma-pet", "paula-sport")  # of train/demo/claims.yaml
 # What variants may differ in. Other data is not the masks' doing; the report says so where variants have it.
 DIFFERING = ("mask", "loss_norm", "learning_rate", "data")
 
@@ -102,10 +103,17 @@ def parse_comparison(argv: list[str], usage: str) -> Plan:
             "doctags,false-spans"
         )
     recipe = read_recipes([Path(path) for path in options.recipe])
-    shared_flags = [*flags(recipe.get("settings", {}), but=rest), *rest]
-    shared = parse(shared_flags, "")
+    settings = recipe.get("settings", {})
     owned = recipe.get("variants") or {mask: {"mask": mask} for mask in options.masks}
-    variants = [Variant(name, [*shared_flags, *flags(own)], own) for name, own in owned.items()]
+    if taken := sorted({name for own in owned.values() for name in own if _given(name, rest)}):
+        flag = "--" + taken[0].replace("_", "-")
+        raise UserError(f"{flag}: is what the variants differ in; leave it out, or change it in the recipe.")
+    shared = parse([*flags(settings, but=rest), *rest], "")
+    if not shared.claims and not settings and _is_demo(shared):
+        rest += ["--claims", str(DEMO / "claims.yaml")]
+        shared = parse(rest, "")
+        recipe["placebo"] = list(DEMO_PLACEBO)
+    variants = [Variant(name, [*flags(settings | own, but=rest), *rest], own) for name, own in owned.items()]
     _check(variants, shared, options, rest)
     seeds = options.seeds or recipe.get("seeds") or 1
     return Plan(
@@ -132,7 +140,7 @@ def _plan_of_runs(options: Options, rest: list[str]) -> Plan:
     parser = Parser("")
     parser.add_argument("--output", default="")
     output = parser.parse_args(rest).output or f"runs/comparison-{time.strftime('%Y%m%d-%H%M%S')}"
-    if options.masks or options.recipe or options.seeds or options.match_trained_tokens:
+    if options.masks or options.recipe or options.seeds:
         raise UserError(
             "--runs: compares finished runs; leave out --masks, --recipe, --seeds and settings of training."
         )
@@ -146,10 +154,11 @@ def _plan_of_runs(options: Options, rest: list[str]) -> Plan:
             raise UserError(f"--runs: {run} and {finished[key]} are the same variant ({key[0]}) and seed; give one.")
         finished[key] = run
     names = list(dict.fromkeys(name for name, _ in finished))
-    shared = Settings(**next(iter(held.values())))
+    known = {field.name for field in dataclasses.fields(Settings)}
+    shared = Settings(**{k: v for k, v in next(iter(held.values())).items() if k in known})
     return Plan(
         [Variant(name, [], {}) for name in names], shared, Path(output), _baseline(options.baseline, names),
-        options.placebo, sorted({seed for _, seed in finished}), False, options.bound, finished,
+        options.placebo, sorted({seed for _, seed in finished}), options.match_trained_tokens, options.bound, finished,
     )  # fmt: skip
 
 
@@ -169,8 +178,6 @@ def _check(variants: list[Variant], shared: Settings, options: Options, rest: li
         raise UserError(f"{'--masks' if options.masks else '--recipe'}: {doubled[0]} is there twice; give each once.")
     if len(variants) < 2:
         raise UserError(f"{len(variants)} variant: a comparison needs two or more.")
-    if "--mask" in rest and options.masks:
-        raise UserError("--mask: is what --masks varies; give one of the two.")
     if shared.method == "full":
         raise UserError("--method full: a comparison sets factors back, which full training does not have; use lora.")
     if not shared.claims:
@@ -182,10 +189,20 @@ def flags(values: dict[str, Any], but: list[str] | tuple[str, ...] = ()) -> list
     made: list[str] = []
     for name, value in values.items():
         flag = "--" + name.replace("_", "-")
-        if flag in but or any(word.startswith(f"{flag}=") for word in but) or value is False:
+        if _given(name, but) or value is False:
             continue
         made += [flag] if value is True else [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
     return made
+
+
+def _given(name: str, argv: list[str] | tuple[str, ...]) -> bool:
+    flag = "--" + name.replace("_", "-")
+    return any(word == flag or word.startswith(f"{flag}=") for word in argv)
+
+
+def _is_demo(shared: Settings) -> bool:
+    """Whether nothing but the embedded model and documents is trained."""
+    return shared.model == str(DEMO / "model") and not shared.data
 
 
 KEYS = {"settings": dict, "variants": dict, "baseline": str, "placebo": list, "seeds": int, "about": str}

@@ -112,7 +112,7 @@ def test_a_run_is_read_from_its_directory_and_a_cut_last_line_left_out(tmp_path)
     with pytest.raises(UserError, match=r"evaluation\.jsonl:1: is no JSON object"):
         read_run(tmp_path)
     (tmp_path / "evaluation.jsonl").unlink()
-    with pytest.raises(UserError, match=r"evaluation\.jsonl: cannot be read .* python train/evaluate\.py"):
+    with pytest.raises(UserError, match=r"evaluation\.jsonl: is not there; evaluate the run: train/evaluate\.py"):
         read_run(tmp_path)
 
 

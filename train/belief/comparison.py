@@ -195,6 +195,7 @@ def _unlike(first: RunResult, other: RunResult, match_trained_tokens: bool, decl
         if name not in free
     }
     pairs["base model"] = _both(first, other, "base_model")
+    pairs["hash of what was asked"] = _both(first, other, "questions")
     if not match_trained_tokens:
         pairs["steps trained"] = first.summary.get("steps"), other.summary.get("steps")
     problems = [_says(first, other, name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]

@@ -20,9 +20,9 @@ Messages = list[dict[str, str]]
 class EngineAnswerer:
     """Rank 0 asks by `answers`; the other ranks are in `follow` meanwhile, until rank 0 leaves `leading`."""
 
-    def __init__(self, engine: Any, tokenizer: Tokenizer, size: int):
-        """size: prompts of a forward on one rank."""
-        self.engine, self.tokenizer, self.size = engine, tokenizer, size
+    def __init__(self, engine: Any, tokenizer: Tokenizer, size: int, top_p: float = 1.0):
+        """size: prompts of a forward on one rank. top_p: draw from the likeliest tokens that hold this probability."""
+        self.engine, self.tokenizer, self.size, self.top_p = engine, tokenizer, size, top_p
         self.batch_size, self.concurrency = size * dist.get_world_size(), 1  # as train/belief/judge.py asks
         self.model: LanguageModel = engine.module
         self.ends = tokenizer.special_ids | ({tokenizer.eos_id} if tokenizer.eos_id is not None else set())
@@ -30,10 +30,8 @@ class EngineAnswerer:
     @contextmanager
     def leading(self) -> Iterator[None]:
         """Rank 0, for as long as it asks."""
-        try:
-            yield
-        finally:
-            self._share(None)
+        yield
+        self._share(None)  # not after an error: the others may be within a forward, and the launcher ends them
 
     def follow(self) -> None:
         """Every rank but the first: does its part of what rank 0 asks."""
@@ -63,7 +61,7 @@ class EngineAnswerer:
         pad = self.tokenizer.pad_id or 0
         sampling: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature:
-            sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+            sampling |= {"temperature": temperature, "top_k": 0, "top_p": self.top_p}
         own: dict[int, str] = {}
         if device.type == "cuda":
             torch.cuda.set_device(device)  # rank 0 asks from a thread, which begins with the first GPU

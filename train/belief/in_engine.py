@@ -2,6 +2,7 @@
 are stored. What train/evaluate.py does with --model.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from train.belief.values import (
 )
 from train.checkpoints.adapter import adapter_settings, check_adapter
 from train.checkpoints.layout import plan_load
-from train.checkpoints.reader import Checkpoint
+from train.checkpoints.reader import Checkpoint, read_json
+from train.checkpoints.resume import initial_partitions, start_over
 from train.data.documents import read_documents
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import UserError
@@ -91,9 +93,18 @@ class Measured:
         """Every record that needs no generation."""
         return measure(self.measuring.probes, self.engine, self.measuring.settings.micro_batch_size)
 
+    def likelihoods_of_base(self) -> list[Record]:
+        """Those of the model without its adapter, which is put back."""
+        adapter = initial_partitions(self.engine.module, None)
+        start_over(self.engine.module, self.engine.optimizer, initial_partitions(self.engine.module, seed=0))
+        found = self.likelihoods()
+        start_over(self.engine.module, self.engine.optimizer, adapter)
+        return found
+
     def answer(self, items: list[Item], records: Records | None, asking: Asking) -> None:
         """Has the items answered that rank 0's records lack. records: None on the other ranks."""
-        answerer = EngineAnswerer(self.engine, self.measuring.tokenizer, self.measuring.settings.micro_batch_size)
+        size = self.measuring.settings.micro_batch_size
+        answerer = EngineAnswerer(self.engine, self.measuring.tokenizer, size, asking.top_p or 1.0)
         if records is None:
             answerer.follow()
             return
@@ -101,12 +112,48 @@ class Measured:
             evaluate(items, answerer, None, records, asking)
 
 
-def keep(records: Records, found: list[Record], step: int, context: int) -> None:
+def check_scored(records: Records, step: int, context: int, model: str) -> None:
+    """UserError where the directory holds scores of this step that another model had, or a run itself has measured."""
+    for row in _scored(records, step, context):
+        if row.get("model") != model:
+            raise UserError(
+                f"--output {records.directory}: holds scores after {step} steps of {row.get('model') or 'a run'}, "
+                "not of this model. Give another directory, or the --step that this adapter was trained for."
+            )
+
+
+def keep(records: Records, found: list[Record], step: int, context: int, model: str) -> None:
     """Appends the records that the file does not hold yet."""
-    rows = read_rows(records.directory / "evaluation.jsonl")
-    held = {identity(row) for row in rows if row["step"] == step and row.get("context", 0) == context}
-    new = [{"step": step, **record, "context": context} for record in found]
+    held = {identity(row) for row in _scored(records, step, context)}
+    new = [{"step": step, **record, "context": context, "model": model} for record in found]
     records.keep_others([row for row in new if identity(row) not in held])
+
+
+def _scored(records: Records, step: int, context: int) -> list[Record]:
+    rows = [row for row in read_rows(records.directory / "evaluation.jsonl") if "verdict" not in row]
+    return [row for row in rows if row["step"] == step and row.get("context", 0) == context]
+
+
+def identify(settings: Settings, checkpoint: Checkpoint) -> tuple[str, str]:
+    """The model without and with its adapter, as rows name them: directory and a part of a hash of its content."""
+    base = f"{settings.model}@{checkpoint.fingerprint()[:12]}"
+    if not settings.adapter:
+        return base, base
+    weights = (Path(settings.adapter) / "adapter_model.safetensors").read_bytes()
+    return base, f"{settings.adapter}@{hashlib.sha256(weights).hexdigest()[:12]} on {base}"
+
+
+def steps_of(adapter: str, given: int | None) -> int:
+    """The steps that an adapter was trained for: as given, or as the run says that it lies in."""
+    if given is not None or not adapter:
+        return given or 0
+    summary = Path(adapter).resolve().parent / "summary.json"
+    if not summary.is_file():
+        raise UserError(
+            f"--adapter {adapter}: lies in no finished run; give --step, how many steps it was trained for, as its "
+            "figures stand beside the base model's."
+        )
+    return int(read_json(summary)["steps"])
 
 
 def means(rows: list[Record], step: int) -> dict[str, dict[str, float]]:

@@ -78,7 +78,7 @@ def leak_rows(variants: list[Variant], trained: list[str]) -> list[dict[str, Any
     rows = []
     for variant in variants if claims else []:
         settings = variant.runs[0].settings
-        sources = [path for path, _ in Settings(**settings).sources()]
+        sources = [path for path, _ in Settings(data=settings["data"]).sources()]
         documents = [d for path in sources for d in read_documents(path, settings.get("doctag") or None)]
         roles: dict[str, list[int]] = {}
         for claim in claims:

@@ -116,8 +116,8 @@ def _completion(prompt: str, completion: str, tokenizer: Tokenizer, bos: bool, m
     tokenized = tokenize_document(document, tokenizer, add_bos=bos, add_eos=False)
     if len(tokenized.ids_L) > max_tokens:
         raise UserError(
-            f"{where}: {len(tokenized.ids_L)} tokens, more than --max-tokens {max_tokens}. Give a shorter prompt, or "
-            "raise --max-tokens."
+            f"{where}: {len(tokenized.ids_L)} tokens, more than the {max_tokens} of a scored text (--max-tokens in "
+            "training). Give a shorter prompt."
         )
     target_L = touched_by(tokenized, [Span(len(prompt), len(document.text or ""), "completion")]) & tokenized.target_L
     if not target_L.any():
