@@ -243,7 +243,8 @@ def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination:
     asking = Asking(
         samples=s.samples, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=s.seed,
         step=s.step or 0, judge_max_tokens=s.judge_max_tokens, judge_temperature=s.judge_temperature,
-        model=s.endpoint_model, judge=s.judge_model, documents=context_documents(s), body=s.endpoint_body, judge_body=s.judge_body,
+        model=s.endpoint_model, judge=s.judge_model, documents=context_documents(s),
+        body=s.endpoint_body, judge_body=s.judge_body,
     )  # fmt: skip
     items = plan(claims, s.kinds or KINDS, asking)
     if not items:
@@ -338,10 +339,9 @@ def report(s: EvaluationSettings, items: Sequence[Item], records: Records, conta
     errors = [row for item in items if (row := records.rows.get(item.key)) and row.get("error")]
     missing = sum(item.key not in records.rows for item in items)
     measured = summarize(rows)
-    same_context = [
-        r for r in read_rows(records.directory / "evaluation.jsonl") if r.get("context", 0) == len(s.documents)
-    ]
-    scored = means(same_context, s.step)
+    context = sum(int(value.rpartition("=")[2]) for value in s.documents)
+    every = read_rows(records.directory / "evaluation.jsonl")
+    scored = means([row for row in every if row.get("context", 0) == context], s.step or 0)
     summary: dict[str, Any] = {
         "settings": dataclasses.asdict(s) | {name: shown_url(getattr(s, name)) for name in ("endpoint", "judge")},
         "wanted": len(items), "missing": missing, "errors": len(errors),
