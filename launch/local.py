@@ -1,6 +1,7 @@
 """Starts a script on this machine's ranks by DeepSpeed's own launcher."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -10,11 +11,21 @@ from typing import Any
 
 def deepspeed_command(script: str | Path, *flags: str, ranks: int) -> list[str]:
     """The launcher's command line, on a port of its own so that two jobs on one machine do not meet."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [sys.executable, str(launcher), "--num_gpus", str(ranks), "--master_port", str(port), str(script), *flags]
+    launcher = [sys.executable, str(Path(sys.executable).with_name("deepspeed"))]
+    return [*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), str(script), *flags]
+
+
+def free_port() -> int:
+    """A port that nobody listens on, from below those that systems give to outgoing connections: until the launcher
+    listens there itself, one of them could take it."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+    raise OSError("no free port found between 20000 and 32000")
 
 
 def run(script: str | Path, *flags: str, ranks: int, **options: Any) -> subprocess.CompletedProcess:
