@@ -18,7 +18,7 @@ SFT := .venv/bin/deepspeed --num_gpus 2 --master_port $$((20000 + $$$$ % 10000))
 # A directory of its own for each run.
 RUN := runs/$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help setup train train-real compare compare-real documents figures test test-fast lint format clean
+.PHONY: help setup train train-real compare compare-real documents figures test remake test-fast lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -73,6 +73,9 @@ documents: # asked for first: a wrong path should not cost an installation
 
 test: setup .venv/smollm2 ## all tests
 	$(IN_VENV) -m pytest
+
+remake: setup ## make the demo's model again and compare it with the shipped one, about five minutes
+	REMAKE=1 $(IN_VENV) -m pytest tests/demo/test_make.py
 
 test-fast: setup ## the tests that are not slow
 	$(IN_VENV) -m pytest -m "not slow"

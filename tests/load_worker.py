@@ -7,6 +7,7 @@ tests.load_worker.IDS, without factors and with random ones, which RECORD/NAME-N
 elements that it read, by tensor.
 """
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -93,3 +94,5 @@ def main(record: Path, expert_parallel: int, method: str, directories: list[str]
 if __name__ == "__main__":
     given = [flag for flag in sys.argv[1:] if not flag.startswith("--local_rank")]
     main(Path(given[0]), int(given[1]), given[2], given[3:])
+    dist.barrier()
+    os._exit(0)  # the interpreter's teardown, with gloo's and transformers' threads about, can abort
