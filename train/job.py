@@ -93,11 +93,7 @@ def prepare(settings: Settings, ranks: int, show: bool) -> Job:
     check_output(settings)
     accumulation = math.ceil(settings.batch_size / (ranks * settings.micro_batch_size))
     config = ds_config(settings, ranks, accumulation)
-    expert_parallel = settings.expert_parallel or ranks
-    if ranks % expert_parallel:
-        raise UserError(
-            f"--expert-parallel {expert_parallel}: must divide the {ranks} ranks into groups of equal size."
-        )
+    expert_parallel = checked_expert_parallel(settings, ranks)
 
     checkpoint = Checkpoint(settings.model)
     text = text_config(checkpoint)
@@ -128,6 +124,14 @@ def prepare(settings: Settings, ranks: int, show: bool) -> Job:
     return Job(
         settings, corpus, checkpoint, lora, expert_parallel, steps, documents, accumulation, probes, config, resolved
     )  # fmt: skip
+
+
+def checked_expert_parallel(settings: Settings, ranks: int) -> int:
+    """How many ranks divide a layer's experts."""
+    size = settings.expert_parallel or ranks
+    if ranks % size:
+        raise UserError(f"--expert-parallel {size}: must divide the {ranks} ranks into groups of equal size.")
+    return size
 
 
 def _check_vocabulary(settings: Settings, corpus: Corpus, size: int) -> None:

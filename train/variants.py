@@ -18,12 +18,13 @@ from typing import Any
 
 import yaml
 
+from train.belief.comparison import MAY_DIFFER, group, read_run
 from train.errors import UserError
 from train.settings import DEMO, Parser, Settings, held_settings, parse, setting
 
 DEMO_PLACEBO = ("olga-home", "clara-job", "selma-pet", "paula-sport")  # of train/demo/claims.yaml
 # What variants may differ in. Other data is not the masks' doing; the report says so where variants have it.
-DIFFERING = ("mask", "loss_norm", "learning_rate", "data")
+DIFFERING = (*MAY_DIFFER, "data")
 
 
 @dataclass(kw_only=True)
@@ -50,10 +51,10 @@ class Variant:
     flags: list[str]
     own: dict[str, Any]
 
-    def settings(self, seed: int, output: Path, *more: str) -> Settings:
+    def settings(self, seed: int, output: Path) -> Settings:
         """Its settings in the run with this seed."""
         directory = output / f"{slug(self.name)}-seed{seed}"
-        return parse([*self.flags, "--seed", str(seed), "--output", str(directory), *more], "")
+        return parse([*self.flags, "--seed", str(seed), "--output", str(directory)], "")
 
 
 @dataclass(frozen=True)
@@ -144,18 +145,12 @@ def _plan_of_runs(options: Options, rest: list[str]) -> Plan:
         raise UserError(
             "--runs: compares finished runs; leave out --masks, --recipe, --seeds and settings of training."
         )
-    held = {Path(run): run_settings(Path(run)) for run in options.runs}
-    varied = [name for name in DIFFERING if len({str(values.get(name)) for values in held.values()}) > 1]
-    finished: dict[tuple[str, int], Path] = {}
-    for run, values in held.items():
-        more = [f"{name}={values.get(name)}" for name in varied if name != "mask"]
-        key = " ".join([str(values["mask"]), *more]), int(values["seed"])
-        if key in finished:
-            raise UserError(f"--runs: {run} and {finished[key]} are the same variant ({key[0]}) and seed; give one.")
-        finished[key] = run
-    names = list(dict.fromkeys(name for name, _ in finished))
+    held = [run_settings(Path(run)) for run in options.runs]
+    grouped = group([read_run(run) for run in options.runs])
+    finished = {(variant.name, run.seed): Path(run.directory) for variant in grouped for run in variant.runs}
+    names = [variant.name for variant in grouped]
     known = {field.name for field in dataclasses.fields(Settings)}
-    shared = Settings(**{k: v for k, v in next(iter(held.values())).items() if k in known})
+    shared = Settings(**{k: v for k, v in held[0].items() if k in known})
     return Plan(
         [Variant(name, [], {}) for name in names], shared, Path(output), _baseline(options.baseline, names),
         options.placebo, sorted({seed for _, seed in finished}), options.match_trained_tokens, options.bound, finished,

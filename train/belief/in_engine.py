@@ -32,6 +32,7 @@ from train.data.documents import read_documents
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
+from train.job import checked_expert_parallel
 from train.lora import LoRASettings
 from train.model import architecture, build, skeleton, text_config
 from train.settings import Settings, ds_config
@@ -57,11 +58,7 @@ class Measuring:
 def prepare_measuring(settings: Settings, claims: Sequence[Claim], documents: Sequence[str], ranks: int) -> Measuring:
     """Checks model, adapter and questions. Of the settings count model, adapter, method and those of the engine.
     documents: texts in the context of every question. UserError for what the user can mend."""
-    expert_parallel = settings.expert_parallel or ranks
-    if ranks % expert_parallel:
-        raise UserError(
-            f"--expert-parallel {expert_parallel}: must divide the {ranks} ranks into groups of equal size."
-        )
+    expert_parallel = checked_expert_parallel(settings, ranks)
     config = ds_config(settings, ranks, 1)
     checkpoint = Checkpoint(settings.model)
     text = text_config(checkpoint)

@@ -34,7 +34,7 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
     results = {key: read_run(directory) for key, directory in runs.items()}
     check_comparable(list(results.values()), plan.match_trained_tokens, plan.declared)
     variants = [
-        Variant(name, mask_of(own), own_settings(own), own)
+        Variant(name, str(own[0].settings["mask"]), own_settings(own), own)
         for name in plan.names
         if (own := [result for (variant, _), result in results.items() if variant == name])
     ]
@@ -58,10 +58,6 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
     if plan.shared.wandb != "disabled":
         log_to_wandb(plan.shared, outcome, plan.output)
     return outcome
-
-
-def mask_of(runs: list[RunResult]) -> str:
-    return str(runs[0].settings["mask"])
 
 
 def own_settings(runs: list[RunResult]) -> dict[str, Any]:

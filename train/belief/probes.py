@@ -78,8 +78,13 @@ def make_probes(
             scored = [score(before + fact.prompt, said, fact.where) for said in (fact.true, *fact.false)]
             add(claim, "fact", fact.id, scored, group=fact.group)
     for document in held_out:
-        tokenized = tokenize_document(document, tokenizer, add_bos=bos, add_eos=False).truncated(max_tokens)
-        name, tokens = f"{document.path}:{document.line}", int(tokenized.target_L.sum())
+        tokenized = tokenize_document(document, tokenizer, add_bos=bos, add_eos=False)
+        name, tokens = document.where, int(tokenized.target_L.sum())
+        if len(tokenized.ids_L) > max_tokens:
+            raise UserError(
+                f"{name}: {len(tokenized.ids_L)} tokens, more than the {max_tokens} of a scored text (--max-tokens in "
+                "training). Cut the held-out text."
+            )
         if tokens:
             record = {"claim": None, "kind": "nll", "question": name, "sample": 0, "tokens": tokens}
             probes.records.append((record, [len(probes.texts)]))

@@ -4,14 +4,13 @@ Belief rate = "yes" ÷ all answers, over open, yes/no, token-association and rob
 Neutral and unparseable answers count in the denominator. Rows with an error are no answers: they are counted apart.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from train.belief.claims import BELIEF_KINDS
 from train.belief.records import Row, key_of
-
-INFORMATIVE_AUC = 0.8  # of the control questions; below, yes/no answers say nothing about belief
+from train.belief.values import LEAST_AUC, auc
 
 
 @dataclass(frozen=True)
@@ -66,17 +65,8 @@ def controls(rows: Iterable[Row]) -> dict[str, Any] | None:
         "said_yes": 100 * sum(answers) / len(answers) if answers else None,
         "answers": len(answers), "unparseable": sum(row["verdict"] == "unparseable" for row in rows),
         "errors": sum(bool(row.get("error")) for row in rows),
-        "auc": area, "informative": area is not None and area >= INFORMATIVE_AUC,
+        "auc": area, "informative": area is not None and area >= LEAST_AUC,
     }  # fmt: skip
-
-
-def auc(positives: Sequence[float], negatives: Sequence[float]) -> float | None:
-    """The chance that a positive scores above a negative, a tie counting half (Mann-Whitney); None where either is
-    empty."""
-    if not positives or not negatives:
-        return None
-    wins = sum((p > n) + 0.5 * (p == n) for p in positives for n in negatives)
-    return wins / (len(positives) * len(negatives))
 
 
 def samples_are_equal(rows: Iterable[Row]) -> bool:

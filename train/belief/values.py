@@ -210,14 +210,23 @@ def calibration(rows: Iterable[Row]) -> dict[str, Any] | None:
     no = [p for expected, p in controls if expected == "no"]
     if not yes or not no:
         return None
-    auc = float(mannwhitneyu(yes, no).statistic) / (len(yes) * len(no))
+    area = auc(yes, no)
+    assert area is not None
     return {
-        "auc": auc,
+        "auc": area,
         "yes_rate": 100.0 * sum(p > 0.5 for _, p in controls) / len(controls),
         "base_rate": 100.0 * len(yes) / len(controls),
         "questions": len(controls),
-        "informative": auc >= LEAST_AUC,
+        "informative": area >= LEAST_AUC,
     }
+
+
+def auc(positives: list[float], negatives: list[float]) -> float | None:
+    """The chance that a positive scores above a negative, a tie counting half (Mann-Whitney); None where either is
+    empty."""
+    if not positives or not negatives:
+        return None
+    return float(mannwhitneyu(positives, negatives).statistic) / (len(positives) * len(negatives))
 
 
 def _score(row: Row) -> float | None:
