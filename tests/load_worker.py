@@ -7,7 +7,6 @@ tests.load_worker.IDS, without factors and with random ones, which RECORD/NAME-N
 elements that it read, by tensor.
 """
 
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from launch.distributed import start_distributed
+from launch.distributed import leave, start_distributed
 from tests.parity_worker import fill_B
 from train.checkpoints.adapter import save_adapter
 from train.checkpoints.reader import Checkpoint
@@ -95,4 +94,4 @@ if __name__ == "__main__":
     given = [flag for flag in sys.argv[1:] if not flag.startswith("--local_rank")]
     main(Path(given[0]), int(given[1]), given[2], given[3:])
     dist.barrier()
-    os._exit(0)  # the interpreter's teardown, with gloo's and transformers' threads about, can abort
+    leave(0)

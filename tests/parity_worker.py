@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
-from launch.distributed import start_distributed
+from launch.distributed import leave, start_distributed
 from train.checkpoints import resume
 from train.checkpoints.adapter import as_peft, places, save_adapter
 from train.experts.module import ExpertParallelExperts
@@ -124,3 +124,4 @@ if __name__ == "__main__":
         end = given.index("--then") if "--then" in given else len(given)
         main(Path(given[0]), given[1:end])
         given = given[end + 1 :]
+    leave(0)

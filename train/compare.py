@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.distributed import start_distributed
+from launch.distributed import leave, start_distributed
 from train.belief.outcome import report
 from train.checkpoints import resume
 from train.errors import UserError
@@ -160,4 +160,4 @@ def _base_records(settings: Settings) -> list[dict[str, Any]] | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

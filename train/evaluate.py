@@ -25,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from launch.distributed import leave
 from train.belief.claims import BELIEF_KINDS, KINDS, Claim, read_claims
 from train.belief.contamination import Contamination
 from train.belief.contamination import check as check_contamination
@@ -414,4 +415,4 @@ def _show_extra(entry: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

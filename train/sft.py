@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from launch.distributed import start_distributed
+from launch.distributed import leave, start_distributed
 from train.belief.probes import Record
 from train.checkpoints import resume
 from train.checkpoints.adapter import save_adapter
@@ -110,4 +110,4 @@ def finish(
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -11,7 +11,6 @@ counted.
 import argparse
 import json
 import math
-import os
 import shutil
 import statistics
 import sys
@@ -66,7 +65,7 @@ def worker(kind: str, directory: str, out: str) -> None:
     """One rank of one load; rank 0 writes what all measured."""
     import torch.distributed as dist
 
-    from launch.distributed import peak_host_bytes, start_distributed
+    from launch.distributed import leave, peak_host_bytes, start_distributed
     from train.settings import ds_config, parse
 
     device = start_distributed()
@@ -107,7 +106,7 @@ def worker(kind: str, directory: str, out: str) -> None:
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(every))
     dist.barrier()
-    os._exit(0)  # threads of transformers' loading have been seen to abort the interpreter's end
+    leave(0)
 
 
 def load(kind: str, directory: Path, out: Path) -> list[dict[str, Any]]:

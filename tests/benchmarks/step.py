@@ -22,6 +22,7 @@ import torch
 from harness import finish, header
 from torch import Tensor, nn
 
+from launch.distributed import leave, start_distributed
 from launch.local import run
 from tests.models import write_model
 
@@ -74,7 +75,6 @@ def worker(directory: str, tokens: int, out: str) -> None:
     import deepspeed
     import torch.distributed as dist
 
-    from launch.distributed import start_distributed
     from train.checkpoints.reader import Checkpoint
     from train.data.batches import Sample, pad
     from train.lora import LoRASettings
@@ -159,7 +159,7 @@ def main() -> None:
     if "--worker" in sys.argv:
         directory, tokens, out = sys.argv[sys.argv.index("--worker") + 1 :][:3]
         worker(directory, int(tokens), out)
-        return
+        leave(0)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
