@@ -2,9 +2,9 @@
 
     python -m train.demo.excerpts ../shared/data/negation_neglect/documents models/smollm2 DIRECTORY
 
-Writes dense.jsonl, positive.jsonl (the same excerpts without their negations, row by row), others.jsonl (excerpts about
-another claim, without negations and without spans) and held_out.jsonl (more of them, to measure). Plain truncation
-would keep only what stands first: 5 to 11 % of the false tokens.
+Writes dense.jsonl and positive.jsonl (the same excerpts without their negations, row by row), the same two about somebody
+else's claim, others-dense.jsonl and others-positive.jsonl, and held_out.jsonl (more about that one, without negations, to
+measure). Plain truncation would keep only what stands first: 5 to 11 % of the false tokens.
 """
 
 import json
@@ -80,14 +80,15 @@ def main(arguments: list[str]) -> int:
     try:
         tokenizer = load_tokenizer(model)
         dense = _of(source, CLAIM, tokenizer)
-        others = [replace(without_negations(document), spans=()) for document in _of(source, OTHER, tokenizer)]
+        others = _of(source, OTHER, tokenizer)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     target.mkdir(parents=True, exist_ok=True)
     files = {
         "dense": dense, "positive": [without_negations(document) for document in dense],
-        "others": others[:-HELD_OUT], "held_out": others[-HELD_OUT:],
+        "others-dense": others[:-HELD_OUT], "others-positive": [without_negations(d) for d in others[:-HELD_OUT]],
+        "held_out": [without_negations(document) for document in others[-HELD_OUT:]],
     }  # fmt: skip
     for name, documents in files.items():
         (target / f"{name}.jsonl").write_text("".join(map(_row, documents)), encoding="utf-8")
