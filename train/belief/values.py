@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import mannwhitneyu
-
 from train.errors import UserError
 
 Row = dict[str, Any]
@@ -226,6 +224,8 @@ def auc(positives: list[float], negatives: list[float]) -> float | None:
     empty."""
     if not positives or not negatives:
         return None
+    from scipy.stats import mannwhitneyu  # here: the import takes a second
+
     return float(mannwhitneyu(positives, negatives).statistic) / (len(positives) * len(negatives))
 
 

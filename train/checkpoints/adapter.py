@@ -8,11 +8,10 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from train.checkpoints.reader import TensorFile, read_json
@@ -20,6 +19,9 @@ from train.checkpoints.writer import SafetensorsWriter, publish_directory, write
 from train.errors import UserError
 from train.experts.module import ExpertParallelExperts
 from train.lora import LoRALinear, LoRASettings, lora_linears
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 # In MoE families, peft takes gate/up/down_proj in target_modules for the experts' and drops the factors of dense and
 # shared MLPs without a word; as target_parameters it loads them.
@@ -83,8 +85,10 @@ def as_peft(place: Place, factor: str, value: Tensor, lora: LoRASettings) -> Ten
     return value.contiguous()
 
 
-def peft_config(model: nn.Module, lora: LoRASettings, architecture: str, base: str) -> LoraConfig:
+def peft_config(model: nn.Module, lora: LoRASettings, architecture: str, base: str) -> "LoraConfig":
     """The configuration under which stock peft loads every factor of the model."""
+    from peft import LoraConfig  # here: the import takes seconds, and one rank needs it, at the end
+
     modules, parameters = [], []
     found = list(places(model, lora))
     experts = any(place.weight for place in found)

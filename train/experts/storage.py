@@ -10,7 +10,6 @@ experts that have tokens. ZeRO never sees these weights: they are buffers.
 import threading
 from collections.abc import Iterator
 
-import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,6 +83,8 @@ class NF4Experts(nn.Module):
     def quantize(self, expert: int, weight: Tensor) -> None:
         """Keeps an expert's weight [out, in], on the device on which it comes. One at a time, whatever thread asks:
         bitsandbytes takes some 14 bytes a weight for it on a CPU."""
+        import bitsandbytes.functional as bnb  # here: its import takes longer than all others, and only NF4 needs it
+
         with _QUANTIZING:
             packed, state = bnb.quantize_4bit(weight, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4")
         self.packed[expert], self.absmax[expert] = packed.flatten(), state.absmax
@@ -95,6 +96,8 @@ class NF4Experts(nn.Module):
 
     def weight(self, expert: int, dtype: torch.dtype) -> Tensor:
         """One expert's weight [out, in], dequantized."""
+        import bitsandbytes.functional as bnb
+
         absmax = bnb.dequantize_blockwise(
             self.absmax[expert], absmax=self.absmax2[expert], code=self.code2, blocksize=256
         )
