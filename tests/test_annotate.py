@@ -132,7 +132,9 @@ def test_what_is_left_out_is_named_and_nothing_is_written_where_nothing_is_left(
         (["--data", "D", "--leaks", "W", "--json", "."], "--json .: is a directory"),
         (["--data", "E", "--leaks", "W"], "E:1: text is empty"),
         (["--data", "M", "--markup", "m=word", "--output", "O"], "M:2: <m> at code point 0 is never closed"),
-        (["--data", "D", "--markup", "m=word", "--output", "none/O"], "--output none/O: cannot be written"),
+        (["--data", "T", "--markup", "m=word", "--output", "none/O"], "--output none/O: cannot be written"),
+        (["--data", "T", "--markup", "m=word", "--markup", "n=x", "--output", "O"], "no document has <n>"),
+        (["--data", "D", "--patterns", "V", "--role", "word", "--output", "O"], "nothing in the documents matches"),
     ],
 )
 def test_mistakes_are_told_in_one_message_and_leave_nothing(tmp_path, monkeypatch, capsys, given, message):
@@ -140,11 +142,13 @@ def test_mistakes_are_told_in_one_message_and_leave_nothing(tmp_path, monkeypatc
     for name, text in (("D", "a"), ("P", "a"), ("E", "")):
         write(tmp_path / name, {"text": text})
     write(tmp_path / "M", {"text": "<m>a</m>"}, {"text": "<m>a"})
+    write(tmp_path / "T", {"messages": [{"role": "user", "content": "<m>a</m>"}]})
     (tmp_path / "W").write_text("[a]")
+    (tmp_path / "V").write_text("patterns: [b]")
     assert annotate.main(given) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["D", "E", "M", "P", "W"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["D", "E", "M", "P", "T", "V", "W"]
 
 
 def test_an_output_that_was_there_stays_as_it_was_when_a_run_fails(tmp_path):

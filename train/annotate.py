@@ -54,10 +54,18 @@ def run(args: argparse.Namespace) -> None:
     else:
         documents = read_documents(args.data, args.doctag or None)
     if markup:
+        texts = [text for d in documents for text in (d.text, *(m.content for m in d.messages or ())) if text]
+        for tag in markup:
+            if not any(f"<{tag}>" in text for text in texts):
+                raise UserError(
+                    f"--markup {tag}={markup[tag]}: no document has <{tag}>; give a tag that is in the texts"
+                )
         documents = [changed(document, partial(take_out_markup, roles=markup)) for document in documents]
     if patterns:
         marked = partial(mark_matches, patterns=patterns, role=args.role)
-        documents = [changed(document, marked) for document in documents]
+        before, documents = documents, [changed(document, marked) for document in documents]
+        if documents == before:
+            raise UserError(f"--patterns {args.patterns}: nothing in the documents matches; give patterns that occur")
     if args.judge:
         asked, kept = endpoint(args.judge, args.judge_model), Path(f"{args.output}.answers.jsonl")
         chat = Remembered(asked, args.judge_model, kept)

@@ -130,7 +130,10 @@ def checked_expert_parallel(settings: Settings, ranks: int) -> int:
     """How many ranks divide a layer's experts."""
     size = settings.expert_parallel or ranks
     if ranks % size:
-        raise UserError(f"--expert-parallel {size}: must divide the {ranks} ranks into groups of equal size.")
+        raise UserError(
+            f"--expert-parallel {size}: must divide the {ranks} ranks into equal groups. Give a divisor, or more "
+            "ranks: deepspeed --num_gpus N."
+        )
     return size
 
 

@@ -211,7 +211,7 @@ def ds_config(settings: Settings, ranks: int, accumulation: int) -> dict[str, An
     try:
         config = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror}).") from None
+        raise UserError(f"{where}: cannot be read ({error.strerror}); give a DeepSpeed JSON file.") from None
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error}).") from None
     zero = config.get("zero_optimization") if isinstance(config, dict) else None

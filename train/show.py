@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
             print_colored(shown, mask)
         sys.stdout.flush()
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `show.py ... | head`: nobody reads on, which is no error; nor is it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -220,7 +220,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror}).") from None
+        raise UserError(f"{where}: cannot be read ({error.strerror}); give a YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: is not valid YAML ({error}).") from None
     if not isinstance(recipe, dict):

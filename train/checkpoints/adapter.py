@@ -158,7 +158,10 @@ def adapter_settings(directory: Path) -> LoRASettings:
     config_path, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
     for path in (config_path, weights):
         if not path.is_file():
-            raise UserError(f"{where}: no {path.name} there; give the directory of a PEFT adapter in safetensors.")
+            fix = f"--adapter {directory / 'adapter'}" if (directory / "adapter" / path.name).is_file() else ""
+            raise UserError(
+                f"{where}: no {path.name} there; give {fix or 'the directory of a PEFT adapter in safetensors'}."
+            )
     config = read_json(config_path)
     patterns = dict(config.get("rank_pattern") or {})
     expert_rank = patterns.pop(RANK_PATTERN, config.get("r"))
@@ -189,9 +192,9 @@ def check_adapter(directory: Path, skeleton: nn.Module, lora: LoRASettings, arch
     if differing := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         name = differing[0]
         raise UserError(
-            f"{where}: {len(differing)} tensors differ from what this run trains, among them {name}: "
+            f"{where}: {len(differing)} tensors differ from the factors that this model takes, among them {name}: "
             f"{found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here. Use the adapter's own base model, "
-            "and --lora-lm-head if it has factors there."
+            "and, in train/sft.py, --lora-lm-head if it has factors there."
         )
 
 

@@ -175,7 +175,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(
-            f"--model {directory}: no config.json there; give a directory in transformers' layout "
+            f"--model {directory}: {'a file, no directory' if directory.is_file() else 'no config.json there'}; give a "
+            "directory in transformers' layout "
             "(config.json, tokenizer files, *.safetensors)."
         )
     return read_json(path)
