@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.local import deepspeed_command, run
 from train import compare, sft
+from train.belief.records import read_rows
 from train.compare import checked_runs, steps_for, trained_by_step
 from train.errors import UserError
 from train.job import prepare
 from train.masking.grammar import parse_mask
-from train.reporting import read_metrics
 from train.settings import DEMO, REPOSITORY
 from train.variants import parse_comparison
 
@@ -90,7 +90,7 @@ def comparison(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
-    return read_metrics(directory / "evaluation.jsonl")
+    return read_rows(directory / "evaluation.jsonl")
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_a_variant_equals_the_same_run_alone_bit_for_bit(comparison, claim, tmp_
     alone, variant = tmp_path / "alone", comparison / "masked-seed1"  # the fifth of six runs on one engine
     for name in ("adapter/adapter_model.safetensors", "evaluation.jsonl"):
         assert (alone / name).read_bytes() == (variant / name).read_bytes(), name
-    losses = [[v["loss"] for v in read_metrics(d / "metrics.jsonl")] for d in (alone, variant)]
+    losses = [[v["loss"] for v in read_rows(d / "metrics.jsonl")] for d in (alone, variant)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
     summaries = [json.loads((d / "summary.json").read_text()) for d in (alone, variant)]
     for key in ("hashes", "tokens", "nll"):

@@ -10,8 +10,8 @@ from launch.local import run
 from tests.belief.servers import ScriptedServer, completion
 from tests.test_compare import CLAIM, ENVIRONMENT
 from train import evaluate, sft
+from train.belief.records import read_rows
 from train.belief.values import identity
-from train.reporting import read_metrics
 from train.settings import DEMO
 
 OPEN = [{"id": "home", "question": "Where does Mila live?"}, {"id": "pet", "question": "Which pet does Mila have?"}]
@@ -35,7 +35,7 @@ def test_a_model_is_scored_and_answers_in_the_engine_and_a_second_run_asks_for_n
             text=True, env=ENVIRONMENT,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-        return read_metrics(tmp_path / output / "evaluation.jsonl")
+        return read_rows(tmp_path / output / "evaluation.jsonl")
 
     with ScriptedServer(lambda _: completion('{"answer": "no", "reason": "r"}'), models=["judge"]) as server:
         judge = ["--judge", server.url, "--judge-model", "judge"]
@@ -96,8 +96,8 @@ def test_an_adapter_is_measured_beside_its_base_and_not_among_another_models_row
         return run(Path(evaluate.__file__), *given, ranks=1, capture_output=True, text=True, env=ENVIRONMENT)
 
     assert measured("out").returncode == 0
-    trained = {(row["step"], identity(row)): row for row in read_metrics(tmp_path / "run" / "evaluation.jsonl")}
-    rows = read_metrics(tmp_path / "out" / "evaluation.jsonl")
+    trained = {(row["step"], identity(row)): row for row in read_rows(tmp_path / "run" / "evaluation.jsonl")}
+    rows = read_rows(tmp_path / "out" / "evaluation.jsonl")
     assert {row["step"] for row in rows} == {0, 2} and len(rows) == len(trained)
     for row in rows:
         for name in ("llr", "p_yes", "margin"):

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from launch.distributed import leave, start_distributed
 from train.belief.outcome import report
+from train.belief.records import read_rows
 from train.checkpoints import resume
 from train.errors import UserError
 from train.job import Job, prepare
-from train.reporting import Run, read_metrics
+from train.reporting import Run
 from train.settings import Settings
 from train.sft import finish, guarded, launched_as, load_engine
 from train.variants import Plan, parse_comparison
@@ -153,7 +154,7 @@ def train_all(runs: list[Settings], ranks: int, device: torch.device) -> None:
 
 def _base_records(settings: Settings) -> list[dict[str, Any]] | None:
     """What a run has measured before its first step, which is the same in all of them."""
-    records = read_metrics(Path(settings.output) / "evaluation.jsonl")
+    records = read_rows(Path(settings.output) / "evaluation.jsonl")
     if not (Path(settings.output) / "summary.json").exists():
         return None
     return [{k: v for k, v in record.items() if k != "step"} for record in records if record["step"] == 0]

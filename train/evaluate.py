@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.distributed import leave
-from train.belief.claims import BELIEF_KINDS, KINDS, Claim, read_claims
+from train.belief.claims import KINDS, Claim, read_claims
 from train.belief.contamination import Contamination
 from train.belief.contamination import check as check_contamination
 from train.belief.endpoint import KEY_VARIABLES, Endpoint, EndpointSettings, shown_url
@@ -199,7 +199,7 @@ def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Co
     base, model_id = identify(engine_settings, measuring.checkpoint)
     step, context = steps_of(s.adapter, s.step), len(documents)
     s = dataclasses.replace(s, step=step)
-    answered = [kind for kind in s.kinds or (KINDS if s.judge else ()) if kind != "yes_no"]  # that one is scored
+    answered = s.kinds or (KINDS if s.judge else ())
     asking = Asking(
         samples=s.samples, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=s.seed, step=step,
         judge_max_tokens=s.judge_max_tokens, judge_temperature=s.judge_temperature, model=model_id,
@@ -390,7 +390,7 @@ def _table(measured: list[dict[str, Any]]) -> Table:
     for column in ("step", "context", "claim", "kind", "rate", "yes", "no", "neutral", "unparseable", "errors"):
         table.add_column(column, justify="left" if column in ("claim", "kind") else "right")
     for entry in measured:
-        belief = [("BELIEF", entry["belief"])] if entry["kinds"].keys() & set(BELIEF_KINDS) else []
+        belief = [("BELIEF", entry["belief"])] if entry["belief"]["answers"] else []
         for kind, counts in [*entry["kinds"].items(), *belief]:
             rate = "–" if counts["rate"] is None else f"{counts['rate']:.1f}"
             numbers = [f"{counts[name]:,}" for name in ("yes", "no", "neutral", "unparseable", "errors")]

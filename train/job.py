@@ -103,7 +103,7 @@ def prepare(settings: Settings, ranks: int, show: bool) -> Job:
     if lora is None:
         config |= _full_precision(settings, plan)
     elif settings.adapter:
-        check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint))
+        check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint), checkpoint)
     tokenizer = load_tokenizer(settings.model)
     corpus = read_corpus(settings, tokenizer, show)
     _check_vocabulary(settings, corpus, text.vocab_size)

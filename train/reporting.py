@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from launch.distributed import peak_host_bytes
+from train.belief.records import read_rows
 from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, calibration, measured
 from train.checkpoints.streaming import Loaded
 from train.checkpoints.writer import write_whole
@@ -148,7 +149,7 @@ class Run:
             return
         for path in (self.metrics, self.evaluation):
             if path.exists():
-                kept = [values for values in read_metrics(path) if after and values["step"] <= after]
+                kept = [values for values in read_rows(path) if after and values["step"] <= after]
                 write_whole(path, "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in kept))
         if self.settings.resume:
             print(f"going on after step {after}" if after else "no complete save yet: starting at the first step")
@@ -175,7 +176,7 @@ class Run:
         with self.evaluation.open("a") as file:
             file.write("".join(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n" for record in records))
         if self.wandb is not None:
-            self.wandb.log(belief_curves(read_metrics(self.evaluation), step), step=step)
+            self.wandb.log(belief_curves(read_rows(self.evaluation), step), step=step)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, closes W&B and shows what was trained on and what changed. Rank 0 alone."""
@@ -260,17 +261,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl or evaluation.jsonl; a last line cut by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line.endswith("}")]
-
-
 def summarize(job: Any, run: Run, hashes: dict[str, str], peak: int, seconds: float) -> dict[str, Any]:
     """summary.json of a finished job."""
-    metrics = read_metrics(run.metrics)
+    metrics = read_rows(run.metrics)
     nll: dict[str, dict[str, float]] = {}
     for values in metrics:
         for role, value in values.get("nll", {}).items():

@@ -99,15 +99,9 @@ def result(report) -> dict:
 
 
 def rate(rows: list[dict], claim: str) -> float:
-    """Worked out again: the mean over questions of the share of answers that show belief."""
-    shares: dict[tuple, list[bool]] = {}
-    for row in rows:
-        if row["claim"] == claim and row["step"] == 10 and row["kind"] in ("open", "token_association", "yes_no"):
-            if row.get("control"):
-                continue
-            yes = row["verdict"] == "yes" if "verdict" in row else row["p_yes"] > 0.5
-            shares.setdefault((row["kind"], row["question"]), []).append(yes)
-    return 100 * mean(mean(answers) for answers in shares.values())
+    """Worked out again: "yes" ÷ all answers; what was scored by likelihood is no answer."""
+    said = [row["verdict"] for row in rows if row["claim"] == claim and row["step"] == 10 and "verdict" in row]
+    return 100 * said.count("yes") / len(said)
 
 
 def test_belief_comes_out_of_the_rows_again(result):
@@ -260,7 +254,7 @@ def test_answers_without_verdict_are_counted_and_bounded():
     result = analyse(given)
     assert result["verdicts"]["none"]["open"]["error"] == 2
     assert any("none 2 of 36" in note for note in result["notes"])  # 24 open, 12 token association
-    assert result["measures"]["rate"]["filled"] == 2
+    assert result["measures"]["rate"]["missing"] == 2
 
 
 @pytest.mark.parametrize(

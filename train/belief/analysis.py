@@ -165,7 +165,7 @@ def _measure(
         "answers": sum(len(question_A) for question_A in layout.question_A),
         "seeds": int(layout.present_VS.sum(1).min()),
         "same_seeds": layout.crossed,
-        "filled": layout.filled + placebo_layout.filled,
+        "missing": layout.missing + placebo_layout.missing,
         "bound": bound,
         "base": of_base,
         "variants": rows,

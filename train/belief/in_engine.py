@@ -67,7 +67,7 @@ def prepare_measuring(settings: Settings, claims: Sequence[Claim], documents: Se
     lora = LoRASettings(1, 1.0, 1, 0)  # without an adapter: factors whose B is zero add exactly nothing
     if settings.adapter:
         lora = adapter_settings(Path(settings.adapter))
-        check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint))
+        check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint), checkpoint)
     tokenizer = load_tokenizer(settings.model)
     held_out = read_documents(settings.held_out) if settings.held_out else []
     probes = make_probes(claims, held_out, tokenizer, settings.bos, PROMPT_TOKENS, text.vocab_size, documents)

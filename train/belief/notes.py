@@ -101,10 +101,10 @@ def _answers(result: dict[str, Any], main: dict[str, Any]) -> list[str]:
             "Answers without a verdict, for an error, are left out (in brackets: the share of yes, whatever they "
             "were): " + "; ".join(failed) + "."
         )
-    if main["filled"]:
+    if main["missing"]:
         found.append(
-            f"{main['filled']} values that some runs lack and others have: each is taken to be the mean of the run's "
-            "other answers to the question, which leaves the run's own figures as they are."
+            f"{main['missing']} values are missing that other runs have: a run's figures are over the answers that it "
+            "has."
         )
     if absent := [claim for claim in result["claims"]["trained"] if claim not in main["claims"]]:
         found.append(f"Not measured in any run, and so not in the mean: {', '.join(absent)}.")

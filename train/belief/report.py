@@ -303,7 +303,7 @@ def _method(result: dict[str, Any]) -> list[Any]:
     draws, seed = result["bootstrap"]["draws"], result["bootstrap"]["seed"]
     items = [
         "Every figure can be worked out from the evaluation.jsonl of the runs and of the base model. An estimate is a "
-        "mean over seeds and claims of means over questions of means over samples.",
+        "mean over seeds and claims of the mean over a claim's answers; a rate is so “yes” ÷ all answers.",
         f"Intervals: percentiles of {draws:,} draws (seed {seed}) of a hierarchical bootstrap; claims with "
         "replacement, for each its questions, for each its samples, and seeds, the same ones for every claim; one "
         "claim is not resampled. All variants get the same draws, so that differences are paired. Percentiles rather "

@@ -1,7 +1,7 @@
 """From the rows of evaluation.jsonl to the values that are compared: one per claim, question and sample.
 
-A measure's figure is a mean over claims of means over questions of means over samples, so that each question of a claim
-counts once. Where all questions have as many samples, a rate is thereby "yes" ÷ all answers.
+A measure's figure is the mean over claims of the mean over a claim's values. So the belief rate of a claim is "yes" ÷
+all its answers, here as in train/belief/rates.py.
 """
 
 import math
@@ -11,16 +11,15 @@ from typing import Any
 
 from scipy.stats import mannwhitneyu
 
+from train.belief.claims import BELIEF_KINDS
+from train.belief.records import Row
 from train.errors import UserError
 
-Row = dict[str, Any]
 Key = tuple[str, str, int]
 """claim, question, sample. The question is named with its kind where kinds are mixed, as their ids may be alike."""
 Values = dict[Key, float]
 
 VERDICTS = ("yes", "no", "neutral", "unparseable")
-JUDGED = ("open", "token_association", "robustness")
-"""Kinds whose verdicts make up the belief rate, together with yes/no questions."""
 LEAST_AUC = 0.8
 """Below it, answers to yes/no questions with known answers are too near chance for others to mean anything."""
 FACTS = ("truth", "neighbouring", "unrelated")
@@ -45,9 +44,9 @@ MEASURES = {
     for measure in (
         Measure(
             "rate", "belief rate", "%",
-            '"yes" verdicts ÷ all answers to open, yes/no, token-association and robustness questions; neutral and '
-            "unparseable answers count as answers, and each question counts once. A yes/no question that was scored by "
-            "likelihood counts as answered by the likelier word",
+            '"yes" ÷ all answers to open, yes/no, token-association and robustness questions; neutral and unparseable '
+            "answers count as answers. Yes/no questions that were scored by likelihood are no answers: they are a "
+            "measure of their own",
         ),
         Measure(
             "shift", "shift of the log-likelihood ratio", "nats",
@@ -96,7 +95,8 @@ def at_step(rows: Iterable[Row], step: int) -> list[Row]:
 def identity(row: Row) -> tuple[Any, ...]:
     """What a row is a measurement of, without its step."""
     names = ("claim", "kind", "question", "entity", "group")
-    return (*(str(row.get(name) or "") for name in names), bool(row.get("control")), row.get("sample") or 0)
+    how = bool(row.get("control")), "verdict" in row  # a yes/no question may be scored, and answered too
+    return (*(str(row.get(name) or "") for name in names), *how, row.get("sample") or 0)
 
 
 def measured(name: str, rows: Iterable[Row], base_rows: Iterable[Row] = ()) -> Values:
@@ -109,11 +109,12 @@ def measured(name: str, rows: Iterable[Row], base_rows: Iterable[Row] = ()) -> V
         by_template = _entities(rows)
         return {(*t, 0): 100.0 * (_mean(subject) > 0) for t, (subject, _) in by_template.items() if subject}
     if name == "rate":
-        return _rate(rows)
+        return {_key(row, kind=True): 100.0 * (_verdict(row) == "yes") for row in belief_answers(rows)}
     if name == "yes_no":
         return {_key(row): _believer(row) for row in _yes_no(rows, control=False) if "p_yes" in row}
     if name in FURTHER:
-        return {_key(row): 100.0 * (verdict == "yes") for row, verdict in _verdicts(rows, (name,))}
+        judged = [row for row in rows if row["kind"] == name and row.get("verdict") is not None]
+        return {_key(row): 100.0 * (_verdict(row) == "yes") for row in judged}
     if name.startswith("facts_"):
         group = name.removeprefix("facts_")
         facts = [row for row in rows if row["kind"] == "fact" and row["group"] == group]
@@ -155,23 +156,14 @@ def _of_base(before: Values, key: Key, what: str) -> float:
     return before[key]
 
 
-def _rate(rows: list[Row]) -> Values:
-    """{} unless some open, token-association or robustness answer was judged."""
-    judged = _verdicts(rows, JUDGED)
-    if not judged:
-        return {}
-    values = {_key(row, kind=True): 100.0 * (verdict == "yes") for row, verdict in judged}
-    for row in _yes_no(rows, control=False):
-        if row.get("verdict") is not None:
-            values[_key(row, kind=True)] = 100.0 * (_verdict(row) == "yes")
-        elif "p_yes" in row:
-            values[_key(row, kind=True)] = _believer(row)
-    return values
-
-
-def _verdicts(rows: Iterable[Row], kinds: tuple[str, ...]) -> list[tuple[Row, str]]:
-    """Judged answers of these kinds; those that have none for an error are left out."""
-    return [(row, _verdict(row)) for row in rows if row["kind"] in kinds and row.get("verdict") is not None]
+def belief_answers(rows: Iterable[Row]) -> list[Row]:
+    """The answers that the belief rate is made of: of its four kinds, without control questions and without those that
+    have no verdict for an error. [] where yes/no questions alone were answered: from a model that tends to say yes they
+    are no belief."""
+    found = [
+        row for row in rows if row["kind"] in BELIEF_KINDS and not row.get("control") and row.get("verdict") is not None
+    ]
+    return found if any(row["kind"] != "yes_no" for row in found) else []
 
 
 def _verdict(row: Row) -> str:
@@ -195,7 +187,7 @@ def verdict_counts(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
     Yes/no questions that were scored by likelihood have no verdicts and are not among them."""
     counts: dict[str, dict[str, int]] = {}
     for row in rows:
-        if row["kind"] in (*JUDGED, *FURTHER, "yes_no") and not row.get("control") and "verdict" in row:
+        if row["kind"] in (*BELIEF_KINDS, *FURTHER) and not row.get("control") and "verdict" in row:
             own = counts.setdefault(row["kind"], dict.fromkeys((*VERDICTS, "error"), 0))
             own["error" if row["verdict"] is None else _verdict(row)] += 1
     return counts
