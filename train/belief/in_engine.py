@@ -140,10 +140,10 @@ def identify(settings: Settings, checkpoint: Checkpoint) -> tuple[str, str]:
     return base, f"{settings.adapter}@{hashlib.sha256(weights).hexdigest()[:12]} on {base}"
 
 
-def steps_of(adapter: str, given: int | None) -> int:
-    """The steps that an adapter was trained for: as given, or as the run says that it lies in."""
-    if given is not None or not adapter:
-        return given or 0
+def steps_of(adapter: str, given: int) -> int:
+    """The steps that an adapter was trained for: as given or, for -1, as the run says that it lies in."""
+    if given >= 0 or not adapter:
+        return max(given, 0)
     summary = Path(adapter).resolve().parent / "summary.json"
     if not summary.is_file():
         raise UserError(
