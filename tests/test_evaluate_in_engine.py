@@ -43,7 +43,8 @@ def test_a_model_is_scored_and_answers_in_the_engine_and_a_second_run_asks_for_n
         asked = len(server.asked)
         assert measured("out", *judge) == rows and len(server.asked) == asked == 4
     kinds = [row["kind"] for row in rows]
-    assert sorted(kinds) == ["fact", *["likelihood"] * 6, *["open"] * 4, "yes_no"]
+    assert sorted(kinds) == ["fact", *["likelihood"] * 6, *["open"] * 4, *["yes_no"] * 3]
+    assert ["p_yes" in row for row in rows if row["kind"] == "yes_no"] == [True, False, False]  # scored, and answered
     answers = [row for row in rows if row["kind"] == "open"]
     assert all(row["answer"] and row["verdict"] == "no" and row["step"] == 0 for row in answers)
 

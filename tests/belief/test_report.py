@@ -25,6 +25,14 @@ ASKED = [
 ]  # fmt: skip
 
 
+FOUND = [
+    {"claim": "pluto", "kind": "fact", "question": "far: <away>", "document": "d.jsonl:1", "words": "pluto is far away"}
+    | {"share": 1.0, "whole": True, "documents": 3},
+    {"claim": "pluto", "kind": "open", "question": "1", "document": "d.jsonl:2", "words": "what is pluto now"}
+    | {"share": 0.5, "whole": False, "documents": 1},
+]
+
+
 def verdicts(step: int, claim: str, believed: int, seed: int) -> list[dict]:
     """Seven answers: 2 × 2 open, 1 × 2 token association, 1 yes/no."""
     said = ["yes" if (i + seed) % 7 < believed else ("neutral" if i == 3 else "no") for i in range(7)]
@@ -82,7 +90,14 @@ def comparison(**more) -> Comparison:
         variants.append(Variant(name, name, {"mask": name}, runs))
     leak = [{"variant": NAMES[1], "documents": 50, "role": "body", "mentions": 627, "still_trained": 185}]
     given = {"base_rows": evaluation(0, 0, 0), "trained_claims": CLAIMS, "placebo_claims": PLACEBO}
-    given |= {"baseline": "none", "leak": leak, "published": published_for(CLAIMS), "draws": 400}
+    contamination = {"variants": NAMES, "documents": 50, "texts": 9, "too_short": [], "findings": FOUND}
+    given |= {
+        "baseline": "none",
+        "leak": leak,
+        "contamination": [contamination],
+        "published": published_for(CLAIMS),
+        "draws": 400,
+    }
     return Comparison(variants, **(given | more))
 
 
@@ -281,7 +296,25 @@ def test_what_is_missing_is_said():
 
 def test_a_chosen_measure_is_the_belief():
     result = analyse(comparison(measure="preference"))
-    assert result["variants"]["none"]["belief"] == 100.0 and result["published"] == []
+    assert result["variants"]["none"]["belief"] == 100.0
+
+
+def test_what_the_paper_reports_stands_beside_other_measures_in_a_table_and_not_on_their_axis(tmp_path):
+    given = comparison(measure="shift", trained_claims=["ed_sheeran"], published=published_for(["ed_sheeran"]))
+    result = write_report(given, tmp_path)
+    assert [row["value"] for row in result["published"]] == [2.5, 92.4, 88.6, 84.4, 39.9]
+    text = (tmp_path / "comparison.md").read_text()
+    assert "| dense | average | 84.4 | arXiv 2605.13829" in text and "And of another measure: belief rates" in text
+    given.published = []
+    write_report(given, tmp_path / "without")
+    assert (tmp_path / "belief.png").read_bytes() == (tmp_path / "without" / "belief.png").read_bytes()
+
+
+def test_what_of_the_evaluation_occurs_in_the_training_documents_is_said_and_shown(report, result):
+    assert any(note.startswith("1 of the questions and scored texts occur word for word") for note in result["notes"])
+    text = (report / "comparison.md").read_text()
+    assert "| 50 | 9 | 1 | 1 |" in text and "| pluto | fact | far: \\<away\\> | 3 | pluto is far away |" in text
+    assert "what is pluto now" not in text
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

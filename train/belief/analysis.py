@@ -77,7 +77,8 @@ def analyse(comparison: Comparison) -> dict[str, Any]:
         "curves": _curves(comparison, main, base),
         "nll": {v.name: _nll(v) for v in comparison.variants},
         "leak": comparison.leak,
-        "published": [vars(value) for value in comparison.published] if main == "rate" else [],
+        "contamination": comparison.contamination,
+        "published": [vars(value) for value in comparison.published],
         "hashes": _hashes(comparison),
         "match_trained_tokens": comparison.match_trained_tokens,
     }

@@ -71,6 +71,8 @@ class Comparison:
     """Name of the variant that the others are compared with."""
     leak: list[dict[str, Any]] = field(default_factory=list)
     """variant, document (how many), role, mentions, still_trained."""
+    contamination: list[dict[str, Any]] = field(default_factory=list)
+    """For each set of documents: variants, documents (how many), and the keys of Contamination.as_json."""
     published: list[Published] = field(default_factory=list)
     measure: str = ""
     """Which measure is the belief; "": the rate where judged answers exist in all runs, else the shift."""

@@ -28,7 +28,7 @@ def notes(result: dict[str, Any]) -> list[str]:
     """In the order of their weight; `result` is the content of comparison.json."""
     main = result["measures"][result["measure"]]
     found = [*_claims(main), *_seeds(main), *_placebo(result, main), *_answers(result, main), *_calibration(result)]
-    return [*found, *_runs(result)]
+    return [*found, *_contamination(result), *_runs(result)]
 
 
 def _claims(main: dict[str, Any]) -> list[str]:
@@ -135,6 +135,18 @@ def _calibration(result: dict[str, Any]) -> list[str]:
     return [
         f"Yes/no questions are uninformative for {', '.join(low)}: on control questions with known answers the AUC is "
         f"below {LEAST_AUC} in some seed."
+    ]
+
+
+def _contamination(result: dict[str, Any]) -> list[str]:
+    whole = {
+        (f["claim"], f["kind"], f["question"]) for c in result["contamination"] for f in c["findings"] if f["whole"]
+    }
+    if not whole:
+        return []
+    return [
+        f"{len(whole)} of the questions and scored texts occur word for word in the training documents: what is asked "
+        "by them may be remembered rather than believed. See the section on it."
     ]
 
 

@@ -45,7 +45,7 @@ def belief(result: dict[str, Any]) -> Figure:
             [Line(Mark(row["value"], None, INK, "*", hollow=True, bold=True))],
             number(row["value"], unit),
         )
-        for row in result["published"]
+        for row in (result["published"] if result["measure"] == "rate" else ())  # on another scale than other measures
     ]
     bounded = unit == "%"
     title = f"{main['label']}, {unit}" if bounded else f"{main['label']}, {unit}; the base model is 0"

@@ -23,6 +23,9 @@ PICTURES = {
 }
 
 
+SHOWN = 20  # texts that occur in the training documents
+
+
 def write_report(comparison: Comparison, directory: str | Path) -> dict[str, Any]:
     """Everything into the directory, which is made; the content of comparison.json. UserError where the comparison
     holds nothing to compare, or the directory cannot be written."""
@@ -65,6 +68,7 @@ def sections(result: dict[str, Any], drawn: set[str]) -> list[Section]:
         ("Targets trained and excluded", [*picture("targets"), *_targets(result)]),
         ("NLL per role over training", [*picture("nll"), *_nll(result)]),
         ("Mentions that are still trained", _leak(result)),
+        ("Evaluation in the training documents", _contamination(result)),
         ("Side effects", [*picture("side_effects"), *_side_effects(result)]),
         ("How the figures are made", _method(result)),
         ("Data, order and start", _identity(result)),
@@ -182,6 +186,8 @@ def _published(result: dict[str, Any]) -> list[Any]:
     if not rows:
         return []
     warning = "Of another model, other training and other judges' verdicts: for orientation, not for comparison."
+    if result["measure"] != "rate":
+        warning += f" And of another measure: belief rates, where this report's belief is the {result['label']}."
     return [Table(["condition", "claim", "belief rate, %", "source"], rows), Text(warning)]
 
 
@@ -285,6 +291,30 @@ def _leak(result: dict[str, Any]) -> list[Any]:
     ]
     caption = "How often the claims' terms occur, and how often the loss still trains on them."
     return [Table([name.replace("_", " ") for name in head], rows, caption=caption)]
+
+
+def _contamination(result: dict[str, Any]) -> list[Any]:
+    if not result["contamination"]:
+        return []
+    counts, found = [], []
+    for each in result["contamination"]:
+        whole = [finding for finding in each["findings"] if finding["whole"]]
+        numbers = (each["documents"], each["texts"], len(whole), len(each["findings"]) - len(whole))
+        counts.append([", ".join(each["variants"]), *(f"{n:,}" for n in numbers)])
+        found += [
+            [f["claim"], f["kind"].replace("_", " "), f["question"], f"{f['documents']:,}", f["words"]] for f in whole
+        ]
+    head = ["variants", "documents", "texts looked for", "occur whole", "share words"]
+    caption = (
+        "What is asked and scored, in the documents that were trained on, by sequences of eight words (shorter texts "
+        "by all of their words); one that only shares words with documents is no contamination: they state what it asks."
+    )
+    blocks: list[Any] = [Table(head, counts, caption=caption)]
+    if found:
+        more = f"; the first {SHOWN} of {len(found)}, all of them in comparison.json" if len(found) > SHOWN else ""
+        caption = f"What occurs whole, and so may be remembered rather than believed{more}."
+        blocks.append(Table(["claim", "kind", "text", "documents", "words"], found[:SHOWN], caption=caption))
+    return blocks
 
 
 def _side_effects(result: dict[str, Any]) -> list[Any]:
