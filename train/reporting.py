@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from launch.distributed import peak_host_bytes
+from launch.distributed import peak_host_bytes, reset_peak_host_bytes
 from train.belief.records import read_rows
 from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, calibration, measured
 from train.checkpoints.streaming import Loaded
@@ -105,6 +105,14 @@ def peak_memory(device: torch.device) -> int:
     value = torch.tensor(own, dtype=torch.int64, device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return int(value.item())
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """From here on, peak_memory is that of what follows. False where the system does not allow it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    return reset_peak_host_bytes()
 
 
 class Run:

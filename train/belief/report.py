@@ -307,7 +307,7 @@ def _contamination(result: dict[str, Any]) -> list[Any]:
     head = ["variants", "documents", "texts looked for", "occur whole", "share words"]
     caption = (
         "What is asked and scored, in the documents that were trained on, by sequences of eight words (shorter texts "
-        "by all of their words); one that only shares words with documents is no contamination: they state what it asks."
+        "by all of their words); what only shares words with documents is no contamination: they state what is asked."
     )
     blocks: list[Any] = [Table(head, counts, caption=caption)]
     if found:
