@@ -164,7 +164,7 @@ def _probes(settings: Settings, tokenizer: Tokenizer, vocabulary: int) -> Probes
     held_out = read_documents(settings.held_out) if settings.held_out else []
     if not settings.claims and not held_out:
         return None
-    claims = read_claims(settings.claims)
+    claims = read_claims(settings.claims) if settings.claims else []
     return make_probes(claims, held_out, tokenizer, settings.bos, settings.max_tokens, vocabulary)
 
 
