@@ -23,6 +23,7 @@ from torch import Tensor
 from launch.distributed import leave, start_distributed
 from train.belief.outcome import report
 from train.belief.records import read_rows
+from train.belief.values import at_step
 from train.checkpoints import resume
 from train.errors import UserError
 from train.job import Job, Known, prepare
@@ -160,7 +161,7 @@ def _base_records(settings: Settings) -> list[dict[str, Any]] | None:
     records = read_rows(Path(settings.output) / "evaluation.jsonl")
     if not (Path(settings.output) / "summary.json").exists():
         return None
-    return [{k: v for k, v in record.items() if k != "step"} for record in records if record["step"] == 0]
+    return [{k: v for k, v in record.items() if k != "step"} for record in at_step(records, 0)]
 
 
 if __name__ == "__main__":

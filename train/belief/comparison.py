@@ -63,7 +63,7 @@ class Comparison:
     variants: list[Variant]
     """In the order in which they are shown."""
     base_rows: list[Row]
-    """Rows of evaluation.jsonl of the base model, of one step."""
+    """Rows of evaluation.jsonl of the base model, of one step; those with documents in context are a baseline."""
     trained_claims: list[str]
     placebo_claims: list[str]
     """Claims that no training document is about."""
@@ -109,8 +109,7 @@ def read_run(directory: str | Path) -> RunResult:
     for name, fix in (("evaluation", "evaluate the run: train/evaluate.py"), ("metrics", "this is no run's directory")):
         if not (path / f"{name}.jsonl").is_file():
             raise UserError(f"{path}/{name}.jsonl: is not there; {fix}.")
-    every, metrics = read_rows(path / "evaluation.jsonl"), read_rows(path / "metrics.jsonl")
-    rows = [row for row in every if not row.get("context")]  # with documents in context it is another measurement
+    rows, metrics = read_rows(path / "evaluation.jsonl"), read_rows(path / "metrics.jsonl")
     return RunResult(str(directory), int(settings.get("seed", 0)), rows, metrics, summary, settings, hashes)
 
 

@@ -127,8 +127,8 @@ def keep(records: Records, found: list[Record], step: int, context: int, model: 
 
 
 def _scored(records: Records, step: int, context: int) -> list[Record]:
-    rows = [row for row in read_rows(records.directory / "evaluation.jsonl") if "verdict" not in row]
-    return [row for row in rows if row["step"] == step and row.get("context", 0) == context]
+    rows = at_step(read_rows(records.directory / "evaluation.jsonl"), step, context)
+    return [row for row in rows if "verdict" not in row]
 
 
 def identify(settings: Settings, checkpoint: Checkpoint) -> tuple[str, str]:
@@ -153,10 +153,10 @@ def steps_of(adapter: str, given: int) -> int:
     return int(read_json(summary)["steps"])
 
 
-def means(rows: list[Record], step: int) -> dict[str, dict[str, float]]:
-    """measure -> claim -> mean of what was scored after `step` steps; shifts are against step 0, where the rows have
-    it too. Of the control questions: AUC and yes-rate."""
-    now, base = at_step(rows, step), at_step(rows, 0)
+def means(rows: list[Record], step: int, context: int) -> dict[str, dict[str, float]]:
+    """measure -> claim -> mean of what was scored after `step` steps with so many documents in context; shifts are
+    against step 0, where the rows have it too. Of the control questions: AUC and yes-rate."""
+    now, base = at_step(rows, step, context), at_step(rows, 0, context)
     found: dict[str, dict[str, float]] = {}
     for name in SCORED:
         by_claim: dict[str, list[float]] = {}

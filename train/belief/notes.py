@@ -24,6 +24,11 @@ def span(interval: list[float] | None, unit: str, signed: bool = False) -> str:
     return "" if interval is None else "[" + ", ".join(number(value, unit, signed) for value in interval) + "]"
 
 
+def in_context(documents: str) -> str:
+    """The base model with documents in context, as reports name it."""
+    return f"base model with {documents} document{'s' * (documents != '1')} in context"
+
+
 def notes(result: dict[str, Any]) -> list[str]:
     """In the order of their weight; `result` is the content of comparison.json."""
     main = result["measures"][result["measure"]]

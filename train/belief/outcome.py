@@ -11,7 +11,6 @@ from train.belief.claims import Claim, read_claims
 from train.belief.comparison import (
     EQUIVALENCE,
     Comparison,
-    RunResult,
     Variant,
     check_comparable,
     published_for,
@@ -25,7 +24,7 @@ from train.errors import UserError
 from train.masking.grammar import parse_mask
 from train.reporting import console, init_wandb
 from train.settings import Settings
-from train.variants import Plan
+from train.variants import DIFFERING, Plan
 
 CLAIM_KEYS = ("claim", "fact_name")  # of a document's metadata: the claim that it is about
 
@@ -34,12 +33,16 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
     """Writes the comparison of the runs of (variant, seed), and shows it. -> the content of comparison.json."""
     results = {key: read_run(directory) for key, directory in runs.items()}
     check_comparable(list(results.values()), plan.match_trained_tokens, plan.declared)
+    every = [result.settings for result in results.values()]
+    differing = [name for name in DIFFERING if any(each.get(name) != every[0].get(name) for each in every)]
     variants = [
-        Variant(name, str(own[0].settings["mask"]), own_settings(own), own)
+        Variant(name, str(own[0].settings["mask"]), {key: own[0].settings.get(key) for key in differing}, own)
         for name in plan.names
         if (own := [result for (variant, _), result in results.items() if variant == name])
     ]
-    base_rows = [row for row in next(iter(results.values())).rows if row["step"] == 0]
+    first, *others = ([row for row in result.rows if row["step"] == 0] for result in results.values())
+    # the base model is the same in all of them; with documents in context it may be measured in any
+    base_rows = first + [row for rows in others for row in rows if row.get("context")]
     measured = list(dict.fromkeys(row["claim"] for row in base_rows if row["claim"]))
     if unknown := [claim for claim in plan.placebo if claim not in measured]:
         raise UserError(f"--placebo {unknown[0]}: no such claim was measured; these were: {', '.join(measured)}.")
@@ -65,12 +68,6 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
     if plan.shared.wandb != "disabled":
         log_to_wandb(plan.shared, outcome, plan.output)
     return outcome
-
-
-def own_settings(runs: list[RunResult]) -> dict[str, Any]:
-    """What the report shows beside a variant's name."""
-    shown = ("mask", "loss_norm", "learning_rate")
-    return {name: runs[0].settings.get(name) for name in shown}
 
 
 def documents_of(variants: list[Variant]) -> dict[str, list[Document]]:

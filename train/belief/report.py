@@ -8,7 +8,7 @@ from train.belief import plots
 from train.belief.analysis import analyse
 from train.belief.comparison import Comparison
 from train.belief.inference import FEW_CLAIMS
-from train.belief.notes import number, span
+from train.belief.notes import in_context, number, span
 from train.belief.pages import Bullets, Picture, Section, Table, Text, as_html, as_markdown
 from train.belief.values import SIDE_EFFECTS, VERDICTS
 from train.errors import UserError
@@ -116,6 +116,9 @@ def _main_table(result: dict[str, Any]) -> Table:
     if base := main["base"]["trained"]:
         placebo = _estimate(main["base"]["placebo"], unit)
         rows.append(["base model", *[""] * own_masks, _estimate(base, unit), placebo, "–", "–", "", "–"])
+    for context, own in result["in_context"].items():
+        cells = [_estimate(own, unit), _estimate(own["placebo"], unit), "–", "–", "", "–"]
+        rows.append([in_context(context), *[""] * own_masks, *cells])
     for name, row in result["variants"].items():
         own, gap = main["variants"][name], row["difference"]
         told = [_estimate(gap, unit, True), _p(gap["p_holm"]), gap["verdict"]] if gap else ["–", "–", "baseline"]
@@ -266,7 +269,10 @@ def _targets(result: dict[str, Any]) -> list[Any]:
         if counts["total"]
     ]
     head = ["variant", "role", "targets", "trained", "unlikelihood", "excluded"]
-    caption = "Targets over the whole run, the mean over seeds; one that several roles touch counts for each."
+    caption = (
+        "Targets over the whole run, the mean over seeds; one that several roles touch counts for each. A placebo "
+        "claim has none: no document is about it."
+    )
     return [Table(head, rows, caption=caption)] if rows else []
 
 
@@ -277,7 +283,8 @@ def _nll(result: dict[str, Any]) -> list[Any]:
         ends = [f"{own[r]['mean'][0]:.3f} → {own[r]['mean'][-1]:.3f}" if r in own else "–" for r in roles]
         rows.append([name, *ends])
     caption = (
-        "NLL of a token in nats at the first and the last measured step, over all of a role's tokens, masked ones too."
+        "NLL of a token in nats at the first and the last measured step, over all of a role's tokens, masked ones too. "
+        "Of the training documents: a placebo claim has no tokens there."
     )
     return [Table(["variant", *roles], rows, caption=caption)] if roles else []
 
@@ -321,12 +328,17 @@ def _side_effects(result: dict[str, Any]) -> list[Any]:
     measures = {name: own for name, own in result["measures"].items() if name in SIDE_EFFECTS}
     if not measures:
         return []
-    rows = [["base model", *(_estimate(m["base"]["trained"], m["unit"]) for m in measures.values())]]
-    for name in result["variants"]:
-        rows.append(
-            [name, *(_estimate(m["variants"][name], m["unit"], n == "nll_change") for n, m in measures.items())]
-        )
-    return [Table(["variant", *(f"{own['label']}, {own['unit']}" for own in measures.values())], rows)]
+    head, rows = ["variant"], [["base model"], *([name] for name in result["variants"])]
+    for name, own in measures.items():
+        variants, signed = own["variants"].values(), name == "nll_change"
+        columns = {f"{own['label']}, {own['unit']}": [own["base"]["trained"], *variants]}
+        if own["placebo_claims"]:
+            columns["of the placebo claims"] = [own["base"]["placebo"], *(row["placebo"] for row in variants)]
+        for title, figures in columns.items():
+            head.append(title)
+            for row, each in zip(rows, figures, strict=True):
+                row.append(_estimate(each, own["unit"], signed))
+    return [Table(head, rows)]
 
 
 def _method(result: dict[str, Any]) -> list[Any]:
@@ -355,7 +367,7 @@ def _identity(result: dict[str, Any]) -> list[Any]:
         if isinstance(hashes, dict):
             rows += [[name.replace("_", " "), seed, _hash(value)] for name, value in hashes.items()]
     runs = [
-        [name, str(run["seed"]), run["directory"], ", ".join(f"{k} {v}" for k, v in row["settings"].items())]
+        [name, str(run["seed"]), run["directory"], "; ".join(f"{k}: {_plain(v)}" for k, v in row["settings"].items())]
         for name, row in result["variants"].items()
         for run in row["runs"]
     ]
@@ -363,6 +375,10 @@ def _identity(result: dict[str, Any]) -> list[Any]:
         Table(["SHA-256 of", "runs", "hash"], rows, caption="One hash: all variants had the same."),
         Table(["variant", "seed", "run", "settings that differ"], runs),
     ]
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _hash(value: Any) -> str:

@@ -29,7 +29,7 @@ def leave_summary(
     measured = summarize(rows)
     context = sum(int(value.rpartition("=")[2]) for value in s.documents)
     every = read_rows(records.directory / "evaluation.jsonl")
-    scored = means([row for row in every if row.get("context", 0) == context], max(s.step, 0))
+    scored = means(every, max(s.step, 0), context)
     summary: dict[str, Any] = {
         "settings": dataclasses.asdict(s) | {name: shown_url(getattr(s, name)) for name in ("endpoint", "judge")},
         "wanted": len(items), "missing": missing, "errors": len(errors),

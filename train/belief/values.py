@@ -76,16 +76,16 @@ SIDE_EFFECTS = ("facts_truth", "facts_neighbouring", "facts_unrelated", "coheren
 
 
 def last_step(rows: Iterable[Row]) -> int:
-    """The last step at which anything was measured; -1 without rows."""
-    return max((row["step"] for row in rows), default=-1)
+    """The last step at which anything was measured without documents in context; -1 without rows."""
+    return max((row["step"] for row in rows if not row.get("context")), default=-1)
 
 
-def at_step(rows: Iterable[Row], step: int) -> list[Row]:
-    """The rows of one step. Of several rows of one measurement, as a resumed evaluation leaves them, the last one that
-    is no error."""
+def at_step(rows: Iterable[Row], step: int, context: int = 0) -> list[Row]:
+    """The rows of one step, measured with so many documents in context. Of several rows of one measurement, as a
+    resumed evaluation leaves them, the last one that is no error."""
     kept: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        if row["step"] == step:
+        if row["step"] == step and row.get("context", 0) == context:
             key = identity(row)
             if key not in kept or not row.get("error"):
                 kept[key] = row
