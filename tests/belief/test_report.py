@@ -169,6 +169,31 @@ def test_curves_nll_and_hashes_are_kept(result):
     assert result["hashes"]["seed 1"] == {"tokens": "t" * 64, "order": "1" * 64, "initial_weights": "i" * 64}
 
 
+def test_the_base_model_with_documents_in_context_stands_beside_the_variants(tmp_path):
+    base = evaluation(0, 0, 0)
+    read = [row | {"context": 20} for row in evaluation(0, 4, 0)]
+    result = write_report(comparison(base_rows=base + read), tmp_path)
+    own = result["in_context"]["20"]
+    asked = [row | {"step": 10} for row in read]
+    assert own["estimate"] == pytest.approx(mean(rate(asked, claim) for claim in CLAIMS)) and own["estimate"] > 0
+    assert own["placebo"]["estimate"] == 0 and result["base"]["belief"] == 0
+    assert "| base model with 20 documents in context |" in (tmp_path / "comparison.md").read_text()
+    assert analyse(comparison())["in_context"] == {}
+
+
+def test_side_effects_on_the_placebo_claims_stand_beside_the_others(tmp_path):
+    given = comparison()
+    for rows in [given.base_rows, *(run.rows for variant in given.variants for run in variant.runs)]:
+        fact = {"claim": "pluto", "kind": "fact", "group": "truth", "question": "cold"}
+        rows += [fact | {"step": step, "margin": 1.0 - 2 * (step > 0)} for step in {row["step"] for row in rows}]
+        rows += [row | {"claim": "ed_sheeran", "margin": 1.0} for row in rows if row["kind"] == "fact"]
+    truth = write_report(given, tmp_path)["measures"]["facts_truth"]
+    assert truth["claims"] == ["ed_sheeran"] and truth["placebo_claims"] == ["pluto"]
+    assert truth["variants"]["none"]["estimate"] == 100 and truth["variants"]["none"]["placebo"]["estimate"] == 0
+    assert truth["base"]["placebo"]["estimate"] == 100
+    assert "| truth on the claims, % | of the placebo claims |" in (tmp_path / "comparison.md").read_text()
+
+
 def test_few_claims_are_said_to_be_few(result):
     assert any(note.startswith("3 claims are few") and "cannot be below 0.25" in note for note in result["notes"])
     own = result["variants"][NAMES[1]]["difference"]
@@ -189,7 +214,7 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):

@@ -160,3 +160,10 @@ def test_of_several_rows_of_one_measurement_the_last_that_is_no_error_counts():
     assert last_step(rows) == 4 and last_step([]) == -1
     assert [row["verdict"] for row in at_step(rows, 4)] == ["yes", "neutral"]
     assert [row["verdict"] for row in at_step(rows, 2)] == ["yes"]
+
+
+def test_what_was_measured_with_documents_in_context_is_kept_apart():
+    rows = [answer("open", "q", 0, "no"), answer("open", "q", 0, "yes", context=20)]
+    rows += [answer("open", "q", 0, "neutral", context=20) | {"step": 9}]
+    assert last_step(rows) == 4
+    assert [[row["verdict"] for row in at_step(rows, 4, context)] for context in (0, 20, 3)] == [["no"], ["yes"], []]
