@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from launch.distributed import peak_host_bytes, reset_peak_host_bytes
 from train.belief.records import read_rows
-from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, calibration, measured
+from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, by_claim, calibration, measured
 from train.checkpoints.streaming import Loaded
 from train.checkpoints.writer import write_whole
 from train.data.batches import Batch
@@ -231,10 +230,8 @@ def belief_curves(records: list[dict[str, Any]], step: int) -> dict[str, float]:
     now, base = at_step(records, step), at_step(records, 0)
     curves: dict[str, float] = {}
     for measure in (*BELIEF, *SIDE_EFFECTS):
-        by_claim: dict[str, list[float]] = {}
-        for (claim, *_), value in measured(measure, now, base).items():
-            by_claim.setdefault(claim, []).append(value)
-        curves |= {f"belief/{measure}/{claim or 'all'}": mean(values) for claim, values in by_claim.items()}
+        figures = by_claim(measured(measure, now, base))
+        curves |= {f"belief/{measure}/{claim or 'all'}": figure for claim, figure in figures.items()}
     if known := calibration(now):
         curves |= {"belief/yes_no_auc": known["auc"], "belief/yes_rate_on_controls": known["yes_rate"]}
     return curves

@@ -20,6 +20,7 @@ from train.belief.values import (
     LEAST_AUC,
     MEASURES,
     at_step,
+    by_claim,
     calibration,
     identity,
     measured,
@@ -159,11 +160,8 @@ def means(rows: list[Record], step: int, context: int) -> dict[str, dict[str, fl
     now, base = at_step(rows, step, context), at_step(rows, 0, context)
     found: dict[str, dict[str, float]] = {}
     for name in SCORED:
-        by_claim: dict[str, list[float]] = {}
-        for (claim, *_), value in measured(name, now, base if step else []).items():
-            by_claim.setdefault(claim, []).append(value)
-        if by_claim:
-            found[name] = {claim: sum(values) / len(values) for claim, values in by_claim.items()}
+        if figures := by_claim(measured(name, now, base if step else [])):
+            found[name] = figures
     if known := calibration(now):
         found["control questions"] = {"AUC": known["auc"], "yes-rate": known["yes_rate"]}
     return found
@@ -174,8 +172,8 @@ def table_of_means(found: dict[str, dict[str, float]]) -> Table:
     table = Table(title="By likelihood", title_justify="left")
     for column in ("measure", "unit", "claim", "mean"):
         table.add_column(column, justify="right" if column == "mean" else "left")
-    for name, by_claim in found.items():
-        for claim, value in by_claim.items():
+    for name, figures in found.items():
+        for claim, value in figures.items():
             unit = MEASURES[name].unit if name in MEASURES else "%" if claim == "yes-rate" else ""
             low = " (below 0.8: yes/no answers are UNINFORMATIVE)" if claim == "AUC" and value < LEAST_AUC else ""
             table.add_row(name, unit, claim or "all", f"{value:.2f}{low}")

@@ -126,6 +126,14 @@ def measured(name: str, rows: Iterable[Row], base_rows: Iterable[Row] = ()) -> V
     return {key: nll - _of_base(before, key, "held-out text") for key, nll in now.items()} if before else {}
 
 
+def by_claim(values: Values) -> dict[str, float]:
+    """claim -> its figure, the mean over its values."""
+    found: dict[str, list[float]] = {}
+    for (claim, *_), value in values.items():
+        found.setdefault(claim, []).append(value)
+    return {claim: _mean(own) for claim, own in found.items()}
+
+
 def _entities(rows: Iterable[Row]) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
     """(claim, template) -> the llr of the subject and those of the controls."""
     by_template: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
