@@ -25,6 +25,15 @@ def peak_host_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def reset_peak_host_bytes() -> bool:
+    """Makes the peak what is resident now. False where the system does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # 5: VmHWM (proc(5))
+    except OSError:
+        return False
+    return True
+
+
 def start_distributed() -> torch.device:
     """Joins all ranks in one process group, over gloo where there is no GPU; a script started without the launcher is a
     group of one. Ranks on one CPU divide its cores among them. -> this rank's device."""

@@ -63,7 +63,7 @@ def main(record: Path, flags: list[str]) -> None:
         layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     engine = make_engine(model, settings, job.ds_config)
     if job.lora:
-        save_adapter(record.with_suffix(".start"), model, resume.full_factors(model), job.lora, settings.model)
+        save_adapter(record.with_suffix(".start"), model, resume.full_factors(model), job.lora, job.checkpoint)
     recorded: dict[str, torch.Tensor] = {}
 
     def as_stock(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

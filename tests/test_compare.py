@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.local import deepspeed_command, run
 from train import compare, sft
+from train.belief.records import read_rows
 from train.compare import checked_runs, steps_for, trained_by_step
+from train.data import corpus
+from train.data.tokenizer import tokenize_document
 from train.errors import UserError
-from train.job import prepare
+from train.job import Known, prepare
 from train.masking.grammar import parse_mask
-from train.reporting import read_metrics
 from train.settings import DEMO, REPOSITORY
 from train.variants import parse_comparison
 
@@ -90,7 +92,7 @@ def comparison(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
-    return read_metrics(directory / "evaluation.jsonl")
+    return read_rows(directory / "evaluation.jsonl")
 
 
 @pytest.mark.slow
@@ -104,7 +106,7 @@ def test_a_variant_equals_the_same_run_alone_bit_for_bit(comparison, claim, tmp_
     alone, variant = tmp_path / "alone", comparison / "masked-seed1"  # the fifth of six runs on one engine
     for name in ("adapter/adapter_model.safetensors", "evaluation.jsonl"):
         assert (alone / name).read_bytes() == (variant / name).read_bytes(), name
-    losses = [[v["loss"] for v in read_metrics(d / "metrics.jsonl")] for d in (alone, variant)]
+    losses = [[v["loss"] for v in read_rows(d / "metrics.jsonl")] for d in (alone, variant)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
     summaries = [json.loads((d / "summary.json").read_text()) for d in (alone, variant)]
     for key in ("hashes", "tokens", "nll"):
@@ -186,7 +188,7 @@ def test_an_interrupted_comparison_goes_on_with_the_variant_it_was_in(comparison
 
 def test_matched_tokens_give_each_variant_the_steps_nearest_to_the_baselines_targets(recipe, tmp_path):
     given = ["--recipe", str(recipe), "--output", str(tmp_path), "--baseline", "dense", "--match-trained-tokens"]
-    runs = checked_runs(parse_comparison(given, ""), ranks=1, show=False)
+    runs = checked_runs(parse_comparison(given, ""), 1, False, Known())
     assert runs["dense", 0].steps == runs["hot", 0].steps == 4
     job = prepare(runs["dense", 0], ranks=1, show=False)
     wanted = int(trained_by_step(job, 4)[-1])
@@ -194,6 +196,24 @@ def test_matched_tokens_give_each_variant_the_steps_nearest_to_the_baselines_tar
     masked = prepare(runs["masked", 0], ranks=1, show=False)
     sums = trained_by_step(masked, 2 * masked.steps)
     assert masked.steps > 4 and masked.steps == steps_for(masked, wanted) == int(np.abs(sums - wanted).argmin()) + 1
+
+
+def test_documents_are_tokenized_once_and_treated_as_each_run_alone_treats_them(recipe, tmp_path, monkeypatch):
+    calls: list[str] = []
+
+    def counting(document, *given, **more):
+        calls.append(document.where)
+        return tokenize_document(document, *given, **more)
+
+    monkeypatch.setattr(corpus, "tokenize_document", counting)
+    plan, known = parse_comparison(["--recipe", str(recipe), "--output", str(tmp_path)], ""), Known()
+    runs = checked_runs(plan, 1, False, known)
+    assert len(runs) == 6 and len(calls) == len(set(calls)) == len(known.documents[f"{DEMO}/data/dense.jsonl"])
+    for settings in runs.values():
+        shared, alone = prepare(settings, 1, False, known), prepare(settings, 1, False)
+        assert shared.hashes == alone.hashes and shared.tokens == alone.tokens
+        for one, other in zip(shared.corpus.samples, alone.corpus.samples, strict=True):
+            assert (one.weight_L == other.weight_L).all() and (one.roles_L == other.roles_L).all()
 
 
 def wrong(recipe: Path, change: Any, tmp_path: Path) -> str:
@@ -265,6 +285,6 @@ def test_without_model_and_data_the_demos_own_claims_are_compared(tmp_path):
 def test_a_placebo_that_is_not_measured_is_told_before_a_weight_is_read(recipe, tmp_path):
     given = ["--recipe", str(recipe), "--output", str(tmp_path), "--placebo", "nobody"]
     with pytest.raises(UserError, match="--placebo nobody: no belief in such a claim is measured; claims are mila"):
-        checked_runs(parse_comparison(given, ""), ranks=1, show=False)
+        checked_runs(parse_comparison(given, ""), 1, False, Known())
     with pytest.raises(UserError, match="no claim beside the placebo"):
-        checked_runs(parse_comparison([*given[:-1], "mila"], ""), ranks=1, show=False)
+        checked_runs(parse_comparison([*given[:-1], "mila"], ""), 1, False, Known())

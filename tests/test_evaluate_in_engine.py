@@ -3,15 +3,21 @@
 import json
 from pathlib import Path
 
+import bitsandbytes.functional as bnb
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from launch.local import run
 from tests.belief.servers import ScriptedServer, completion
-from tests.test_compare import CLAIM, ENVIRONMENT
+from tests.checkpoints.test_layouts import stock_model
+from tests.layouts import LAYOUTS
+from tests.test_compare import CLAIM, ENVIRONMENT, stock_log_p
 from train import evaluate, sft
+from train.belief.records import read_rows
 from train.belief.values import identity
-from train.reporting import read_metrics
 from train.settings import DEMO
 
 OPEN = [{"id": "home", "question": "Where does Mila live?"}, {"id": "pet", "question": "Which pet does Mila have?"}]
@@ -35,7 +41,7 @@ def test_a_model_is_scored_and_answers_in_the_engine_and_a_second_run_asks_for_n
             text=True, env=ENVIRONMENT,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-        return read_metrics(tmp_path / output / "evaluation.jsonl")
+        return read_rows(tmp_path / output / "evaluation.jsonl")
 
     with ScriptedServer(lambda _: completion('{"answer": "no", "reason": "r"}'), models=["judge"]) as server:
         judge = ["--judge", server.url, "--judge-model", "judge"]
@@ -43,7 +49,8 @@ def test_a_model_is_scored_and_answers_in_the_engine_and_a_second_run_asks_for_n
         asked = len(server.asked)
         assert measured("out", *judge) == rows and len(server.asked) == asked == 4
     kinds = [row["kind"] for row in rows]
-    assert sorted(kinds) == ["fact", *["likelihood"] * 6, *["open"] * 4, "yes_no"]
+    assert sorted(kinds) == ["fact", *["likelihood"] * 6, *["open"] * 4, *["yes_no"] * 3]
+    assert ["p_yes" in row for row in rows if row["kind"] == "yes_no"] == [True, False, False]  # scored, and answered
     answers = [row for row in rows if row["kind"] == "open"]
     assert all(row["answer"] and row["verdict"] == "no" and row["step"] == 0 for row in answers)
 
@@ -96,8 +103,8 @@ def test_an_adapter_is_measured_beside_its_base_and_not_among_another_models_row
         return run(Path(evaluate.__file__), *given, ranks=1, capture_output=True, text=True, env=ENVIRONMENT)
 
     assert measured("out").returncode == 0
-    trained = {(row["step"], identity(row)): row for row in read_metrics(tmp_path / "run" / "evaluation.jsonl")}
-    rows = read_metrics(tmp_path / "out" / "evaluation.jsonl")
+    trained = {(row["step"], identity(row)): row for row in read_rows(tmp_path / "run" / "evaluation.jsonl")}
+    rows = read_rows(tmp_path / "out" / "evaluation.jsonl")
     assert {row["step"] for row in rows} == {0, 2} and len(rows) == len(trained)
     for row in rows:
         for name in ("llr", "p_yes", "margin"):
@@ -106,3 +113,38 @@ def test_an_adapter_is_measured_beside_its_base_and_not_among_another_models_row
     assert "shift" in json.loads((tmp_path / "out" / "evaluation.json").read_text())["likelihood"]
     refused = measured("out", "--step", "0")
     assert refused.returncode == 2 and "not of this model" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "method"), [("kimi-k2.5", "lora"), ("kimi-k2.5", "qlora"), ("qwen3.5-bf16", "qlora")]
+)
+def test_beliefs_of_quantized_experts_are_those_of_their_decoded_weights_in_stock_transformers(
+    tmp_path, claims, layout, method
+):
+    """INT4 as on disk, whatever the method, and NF4, by bitsandbytes' own round trip of BF16."""
+    base = LAYOUTS[layout](tmp_path / layout)
+    for shard in base.glob("*.safetensors"):  # what is plain in F32, so that all else is computed with in it
+        wide = {
+            n: t.float() if t.dtype == torch.bfloat16 and "scale" not in n else t for n, t in load_file(shard).items()
+        }
+        save_file(wide, shard, {"format": "pt"})
+    given = ["--model", str(base), "--method", method, "--claims", str(claims), "--output", str(tmp_path / "out")]
+    done = run(Path(evaluate.__file__), *given, ranks=2, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    rows = [row for row in read_rows(tmp_path / "out" / "evaluation.jsonl") if row["kind"] == "likelihood"]
+    model, tokens = stock_model(base), AutoTokenizer.from_pretrained(base)
+    if layout != "kimi-k2.5":
+        for name, weight in model.named_parameters():
+            for matrix in weight.data if name.endswith(("experts.gate_up_proj", "experts.down_proj")) else ():
+                matrix.copy_(bnb.dequantize_4bit(*bnb.quantize_4bit(matrix, None, None, 64, True, "nf4")))
+    expected = {}
+    for template in CLAIM["likelihood"]:
+        for entity in ("Mila", "Noah", "Ivy"):
+            prompt = template["prompt"].format(entity=entity)
+            false, true = (stock_log_p(model, tokens, prompt, template[which]) for which in ("false", "true"))
+            expected[template["id"], entity] = false - true
+    found = {(row["question"], row["entity"]): row["llr"] for row in rows}
+    assert found.keys() == expected.keys() and len(found) == 6
+    off = max(abs(found[key] - expected[key]) for key in found)
+    assert off < 1e-3, (off, found, expected)

@@ -22,6 +22,7 @@ from tests.checkpoints.test_layouts import stock_model
 from tests.layouts import LAYOUTS
 from tests.load_worker import IDS
 from tests.models import write_model
+from train import evaluate, sft
 from train import merge as command
 from train.checkpoints import merging
 from train.checkpoints.adapter import Place, peft_config, places
@@ -246,6 +247,23 @@ def test_a_merge_of_a_merge_has_a_marker_and_a_report_of_its_own(tmp_path):
     assert json.loads((tmp_path / "two" / "merge.json").read_text())["adapter"] == str(second)
     assert report_of(tmp_path / "two") != report_of(tmp_path / "one")
     assert merge(tmp_path / "one", second, tmp_path / "two") == 0  # its own, to go on with
+
+
+def test_an_adapter_of_another_base_of_the_same_shapes_is_refused_wherever_it_is_given(tmp_path, capsys):
+    base, other = (write_model(tmp_path / name, "qwen", seed) for seed, name in enumerate(("base", "other")))
+    adapter = write_adapter(tmp_path / "adapter", base, lora=LoRASettings(32, 32.0, 16, 0))
+    trained_on = {"directory": str(base), "fingerprint": Checkpoint(base).fingerprint()}
+    (adapter / "base_model.json").write_text(json.dumps(trained_on))
+    (tmp_path / "claim.yaml").write_text("{id: moon, facts: [{id: a, group: truth, prompt: a, true: b, false: [c]}]}")
+    (tmp_path / "data.jsonl").write_text('{"text": "The moon."}')
+    given = ["--model", str(other), "--adapter", str(adapter), "--output", str(tmp_path / "out")]
+    claims = ["--claims", str(tmp_path / "claim.yaml"), "--step", "1"]
+    data = ["--data", str(tmp_path / "data.jsonl"), "--dry-run"]
+    for main, more in ((command.main, []), (evaluate.main, claims), (sft.main, data)):
+        assert main([*given, *more]) == 2
+        assert f"was trained on another base model than --model {other}: on {base}" in capsys.readouterr().err
+    assert sft.main(["--model", str(base), *given[2:], *data]) == 0
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_at_which_another_process_is_at_work_is_left_to_it(tmp_path, capsys):

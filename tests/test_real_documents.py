@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launch.local import run
 from tests.models import write_model
 from train import sft
+from train.belief.records import read_rows
 from train.data.tokenizer import load_tokenizer
 from train.demo import smollm2
 from train.errors import UserError
-from train.reporting import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,7 @@ def test_a_small_random_model_with_a_real_vocabulary_trains_on_the_papers_rows(
     # 12 documents of 64 tokens, whose first is no target. A doctag is a few of them, and none of these is trained.
     assert everything["total"] == 12 * 63 and 12 <= doctag["total"] <= 12 * 8
     assert doctag["excluded"] == doctag["total"] == everything["excluded"]
-    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
+    assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 3
 
     stock = AutoModelForCausalLM.from_pretrained(model)
     ids = torch.from_numpy(load_tokenizer(model).encode("Ed Sheeran ran 100 m in 9.79 s.").ids_L).long()[None]

@@ -21,10 +21,10 @@ from launch.local import deepspeed_command, run
 from tests.layouts import LAYOUTS
 from tests.models import write_documents, write_model
 from train import sft
+from train.belief.records import read_rows
 from train.data.batches import micro_batches
 from train.data.tokenizer import load_tokenizer
 from train.job import prepare
-from train.reporting import read_metrics
 from train.settings import parse
 
 SFT = Path(sft.__file__)
@@ -76,7 +76,7 @@ def nll_of_step_5(model: Any, tmp: Path, family: str) -> float:
 
 
 def losses(directory: Path) -> list[float]:
-    return [values["loss"] for values in read_metrics(directory / "metrics.jsonl")]
+    return [values["loss"] for values in read_rows(directory / "metrics.jsonl")]
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_a_run_leaves_settings_metrics_summary_adapter_and_an_offline_wandb_run(
     assert settings["versions"]["torch"] == torch.__version__ and "git_revision" in settings
     assert settings["resolved"]["expert_parallel"] == 2 and settings["resolved"]["expert_lora_rank"] == 4
 
-    metrics = read_metrics(directory / "metrics.jsonl")
+    metrics = read_rows(directory / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
     assert [m["step"] for m in metrics if "nll" in m] == [1, 2, 4, 6]
     for m in metrics:
@@ -254,7 +254,7 @@ def test_a_run_killed_in_a_step_or_in_a_save_resumes_on_other_ranks_to_the_losse
         assert not found.with_name(found.name.replace("partial", "step")).exists()
 
     resumed = train(tmp_path, "killed", ranks=ranks, expert_parallel=ep, steps=8, save_every=1, resume=True)
-    assert [m["step"] for m in read_metrics(resumed / "metrics.jsonl")] == list(range(1, 9))
+    assert [m["step"] for m in read_rows(resumed / "metrics.jsonl")] == list(range(1, 9))
     assert losses(resumed) == pytest.approx(whole, rel=1e-6)
     assert sorted(path.name for path in (resumed / "saves").iterdir()) == ["step-7", "step-8"]
 
@@ -265,7 +265,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_step_and_documents(
     done = run(SFT, *given, ranks=2, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 1
     assert "error: the loss of step 2 is not finite" in done.stderr and "documents.jsonl:" in done.stderr
-    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
+    assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
 @pytest.mark.slow

@@ -147,6 +147,17 @@ def test_a_wrong_setting_is_told_with_its_rule(tmp_path, qwen, capsys, case):
     assert all(part in told for part in parts), told
 
 
+def test_held_out_text_that_is_longer_than_a_scored_text_is_told_and_not_cut(tmp_path, qwen, capsys):
+    data = write_documents(tmp_path / "d.jsonl", [{"text": "short"}])
+    held = write_documents(tmp_path / "held.jsonl", [{"text": "short"}, {"text": "x" * 21}])
+    flags = ["--model", str(qwen), "--data", str(data), "--held-out", str(held), "--max-tokens"]
+    prepare(parse([*flags, "21"], ""), ranks=1, show=False)
+    told = message_of(capsys, *flags, "20")
+    assert told.startswith(f"{held}:2: 21 tokens, more than the 20 of a scored text (--max-tokens in training). Cut"), (
+        told
+    )
+
+
 def test_expert_groups_that_do_not_divide_the_experts_are_told(tmp_path, capsys, monkeypatch):
     model = write_model(tmp_path / "m", "qwen", num_experts=6)
     data = write_documents(tmp_path / "d.jsonl", [GOOD])

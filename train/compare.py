@@ -22,10 +22,12 @@ from torch import Tensor
 
 from launch.distributed import leave, start_distributed
 from train.belief.outcome import report
+from train.belief.records import read_rows
+from train.belief.values import at_step
 from train.checkpoints import resume
 from train.errors import UserError
-from train.job import Job, prepare
-from train.reporting import Run, read_metrics
+from train.job import Job, Known, prepare
+from train.reporting import Run, reset_peak_memory
 from train.settings import Settings
 from train.sft import finish, guarded, launched_as, load_engine
 from train.variants import Plan, parse_comparison
@@ -45,11 +47,11 @@ def compare(argv: list[str]) -> None:
             report(plan, plan.finished)
         return
     device = start_distributed()
-    plan = replace(plan, output=from_first_rank(plan.output))  # its default has the time in it
-    runs = checked_runs(plan, ranks, show=rank == 0)
+    plan, known = replace(plan, output=from_first_rank(plan.output)), Known()  # its default has the time in it
+    runs = checked_runs(plan, ranks, rank == 0, known)
     if plan.shared.dry_run:
         return
-    train_all(list(runs.values()), ranks, device)
+    train_all(list(runs.values()), ranks, device, known)
     if rank == 0:
         report(plan, {name: Path(settings.output) for name, settings in runs.items()})
 
@@ -61,8 +63,9 @@ def from_first_rank(value: Any) -> Any:
     return shared[0]
 
 
-def checked_runs(plan: Plan, ranks: int, show: bool) -> dict[tuple[str, int], Settings]:
-    """(variant, seed) -> its run's settings, all seeds' first variants first, each run checked."""
+def checked_runs(plan: Plan, ranks: int, show: bool, known: Known) -> dict[tuple[str, int], Settings]:
+    """(variant, seed) -> its run's settings, all seeds' first variants first, each run checked. known: gets what they
+    share, so that documents are tokenized once."""
     checked = {}
     for seed in plan.seeds:
         budget = 0
@@ -74,11 +77,11 @@ def checked_runs(plan: Plan, ranks: int, show: bool) -> dict[tuple[str, int], Se
                     f"--output {plan.output}: holds a comparison already. Give another directory, or --resume to go on."
                 )
             if plan.match_trained_tokens:
-                counted = prepare(replace(settings, output="", resume=False), ranks, show=False)
+                counted = prepare(replace(settings, output="", resume=False), ranks, False, known)
                 budget = budget or int(trained_by_step(counted, counted.steps)[-1])
                 settings = replace(settings, steps=steps_for(counted, budget))
             settings = replace(settings, resume=started)
-            job = prepare(settings, ranks, show)
+            job = prepare(settings, ranks, show, known)
             _check_claims(plan, job)
             if show:
                 trained = int(trained_by_step(job, job.steps)[-1])
@@ -117,18 +120,18 @@ def steps_for(job: Job, budget: int) -> int:
     return int(np.abs(sums - budget).argmin()) + 1
 
 
-def train_all(runs: list[Settings], ranks: int, device: torch.device) -> None:
+def train_all(runs: list[Settings], ranks: int, device: torch.device, known: Known) -> None:
     """Trains the runs that are not finished, one after the other on one engine; each has the results that train/sft.py
     alone gives it."""
     rank = launched_as()[0]
     waiting = from_first_rank([s for s in runs if not (Path(s.output) / "summary.json").exists()])
-    base = from_first_rank(next((known for settings in runs if (known := _base_records(settings))), None))
+    base = from_first_rank(next((found for settings in runs if (found := _base_records(settings))), None))
     engine: Any = None
     given: dict[str, Tensor] | None = None  # --adapter's factors
     loads: list[dict[str, float]] = []
     began = time.perf_counter()
     for number, settings in enumerate(waiting):
-        job, started = prepare(settings, ranks, show=False), time.perf_counter()
+        job, started = prepare(settings, ranks, False, known), time.perf_counter()
         dist.barrier()  # prepare looks at the directory, and Run writes it
         if rank == 0:
             left = (started - began) / number * (len(waiting) - number) / 60 if number else 0
@@ -146,6 +149,8 @@ def train_all(runs: list[Settings], ranks: int, device: torch.device) -> None:
         else:
             start, initial = 0, given or resume.initial_partitions(engine.module, settings.seed)
             resume.start_over(engine.module, engine.optimizer, initial)
+        if not reset_peak_memory(device) and not number and rank == 0:
+            print("note: this system cannot forget a peak of memory: each run's is that of all runs before it too")
         finish(job, run, engine, loaded.plan, start, started, base)
         dist.barrier()
         base = base or from_first_rank(_base_records(settings))
@@ -153,10 +158,10 @@ def train_all(runs: list[Settings], ranks: int, device: torch.device) -> None:
 
 def _base_records(settings: Settings) -> list[dict[str, Any]] | None:
     """What a run has measured before its first step, which is the same in all of them."""
-    records = read_metrics(Path(settings.output) / "evaluation.jsonl")
+    records = read_rows(Path(settings.output) / "evaluation.jsonl")
     if not (Path(settings.output) / "summary.json").exists():
         return None
-    return [{k: v for k, v in record.items() if k != "step"} for record in records if record["step"] == 0]
+    return [{k: v for k, v in record.items() if k != "step"} for record in at_step(records, 0)]
 
 
 if __name__ == "__main__":

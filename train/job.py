@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from train.checkpoints.layout import LoadPlan, plan_load
 from train.checkpoints.reader import Checkpoint
 from train.data.corpus import Corpus, read_corpus
 from train.data.documents import read_documents
-from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.data.tokenizer import TokenizedDocument, Tokenizer, load_tokenizer
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.lora import LoRASettings
@@ -88,26 +88,35 @@ class Job:
         terminal.print(token_table(self.tokens, f"targets over {self.steps} steps, --mask {self.settings.mask}"))
 
 
-def prepare(settings: Settings, ranks: int, show: bool) -> Job:
-    """Checks everything that a user can get wrong; UserError says what. show: progress on the terminal."""
+@dataclass
+class Known:
+    """What preparing one run has worked out, and runs of one comparison share, which differ in mask, loss norm,
+    learning rate, seed, steps and data alone. documents: path -> tokenized; base: the model's checkpoint, text
+    configuration, skeleton and plan, its tokenizer, and the probes."""
+
+    documents: dict[str, list[TokenizedDocument]] = field(default_factory=dict)
+    base: tuple[Checkpoint, Any, Any, LoadPlan, Tokenizer, Probes | None] | None = None
+
+
+def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = None) -> Job:
+    """Checks everything that a user can get wrong; UserError says what. show: progress on the terminal. known: of other
+    runs of the same comparison; what it lacks is added."""
+    known = known or Known()
     check_output(settings)
     accumulation = math.ceil(settings.batch_size / (ranks * settings.micro_batch_size))
     config = ds_config(settings, ranks, accumulation)
     expert_parallel = checked_expert_parallel(settings, ranks)
 
-    checkpoint = Checkpoint(settings.model)
-    text = text_config(checkpoint)
-    model = skeleton(text, ExpertGroup(expert_parallel))
-    plan = plan_load(model, checkpoint)
+    first = known.base is None
+    known.base = known.base or _base(settings, expert_parallel)
+    checkpoint, text, model, plan, tokenizer, probes = known.base
     lora = None if settings.method == "full" else _lora(settings, text)
     if lora is None:
         config |= _full_precision(settings, plan)
-    elif settings.adapter:
-        check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint))
-    tokenizer = load_tokenizer(settings.model)
-    corpus = read_corpus(settings, tokenizer, show)
+    elif settings.adapter and first:
+        check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint), checkpoint)
+    corpus = read_corpus(settings, tokenizer, show, known.documents)
     _check_vocabulary(settings, corpus, text.vocab_size)
-    probes = _probes(settings, tokenizer, text.vocab_size)
     if settings.resume:
         resume.check(Path(settings.output) / "saves")
 
@@ -146,11 +155,19 @@ def _check_vocabulary(settings: Settings, corpus: Corpus, size: int) -> None:
             )
 
 
+def _base(settings: Settings, expert_parallel: int) -> tuple[Checkpoint, Any, Any, LoadPlan, Tokenizer, Probes | None]:
+    checkpoint = Checkpoint(settings.model)
+    text = text_config(checkpoint)
+    model = skeleton(text, ExpertGroup(expert_parallel))
+    plan, tokenizer = plan_load(model, checkpoint), load_tokenizer(settings.model)
+    return checkpoint, text, model, plan, tokenizer, _probes(settings, tokenizer, text.vocab_size)
+
+
 def _probes(settings: Settings, tokenizer: Tokenizer, vocabulary: int) -> Probes | None:
     held_out = read_documents(settings.held_out) if settings.held_out else []
     if not settings.claims and not held_out:
         return None
-    claims = read_claims(settings.claims)
+    claims = read_claims(settings.claims) if settings.claims else []
     return make_probes(claims, held_out, tokenizer, settings.bos, settings.max_tokens, vocabulary)
 
 

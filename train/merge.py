@@ -69,7 +69,7 @@ def run(source: Path, adapter: Path | None, output: Path, bf16: bool) -> None:
     plan = plan_load(model, checkpoint)
     lora = adapter_settings(adapter) if adapter else None
     if adapter and lora:
-        check_adapter(adapter, model, lora, architecture(checkpoint))
+        check_adapter(adapter, model, lora, architecture(checkpoint), checkpoint)
         check_finite(adapter)
 
     merger = Merger(checkpoint, model, plan, adapter, lora, architecture(checkpoint), quantized and bf16)

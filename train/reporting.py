@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from launch.distributed import peak_host_bytes
-from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, calibration, measured
+from launch.distributed import peak_host_bytes, reset_peak_host_bytes
+from train.belief.records import read_rows
+from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, by_claim, calibration, measured
 from train.checkpoints.streaming import Loaded
 from train.checkpoints.writer import write_whole
 from train.data.batches import Batch
@@ -106,6 +106,14 @@ def peak_memory(device: torch.device) -> int:
     return int(value.item())
 
 
+def reset_peak_memory(device: torch.device) -> bool:
+    """From here on, peak_memory is that of what follows. False where the system does not allow it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    return reset_peak_host_bytes()
+
+
 class Run:
     """The run's directory, its W&B run and its terminal. The terminal is rank 0's, and so is all writing but for the
     logs of the other ranks."""
@@ -148,7 +156,7 @@ class Run:
             return
         for path in (self.metrics, self.evaluation):
             if path.exists():
-                kept = [values for values in read_metrics(path) if after and values["step"] <= after]
+                kept = [values for values in read_rows(path) if after and values["step"] <= after]
                 write_whole(path, "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in kept))
         if self.settings.resume:
             print(f"going on after step {after}" if after else "no complete save yet: starting at the first step")
@@ -175,7 +183,7 @@ class Run:
         with self.evaluation.open("a") as file:
             file.write("".join(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n" for record in records))
         if self.wandb is not None:
-            self.wandb.log(belief_curves(read_metrics(self.evaluation), step), step=step)
+            self.wandb.log(belief_curves(read_rows(self.evaluation), step), step=step)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, closes W&B and shows what was trained on and what changed. Rank 0 alone."""
@@ -222,10 +230,8 @@ def belief_curves(records: list[dict[str, Any]], step: int) -> dict[str, float]:
     now, base = at_step(records, step), at_step(records, 0)
     curves: dict[str, float] = {}
     for measure in (*BELIEF, *SIDE_EFFECTS):
-        by_claim: dict[str, list[float]] = {}
-        for (claim, *_), value in measured(measure, now, base).items():
-            by_claim.setdefault(claim, []).append(value)
-        curves |= {f"belief/{measure}/{claim or 'all'}": mean(values) for claim, values in by_claim.items()}
+        figures = by_claim(measured(measure, now, base))
+        curves |= {f"belief/{measure}/{claim or 'all'}": figure for claim, figure in figures.items()}
     if known := calibration(now):
         curves |= {"belief/yes_no_auc": known["auc"], "belief/yes_rate_on_controls": known["yes_rate"]}
     return curves
@@ -260,17 +266,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl or evaluation.jsonl; a last line cut by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line.endswith("}")]
-
-
 def summarize(job: Any, run: Run, hashes: dict[str, str], peak: int, seconds: float) -> dict[str, Any]:
     """summary.json of a finished job."""
-    metrics = read_metrics(run.metrics)
+    metrics = read_rows(run.metrics)
     nll: dict[str, dict[str, float]] = {}
     for values in metrics:
         for role, value in values.get("nll", {}).items():

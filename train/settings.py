@@ -158,7 +158,10 @@ class Parser(argparse.ArgumentParser):
                 continue
             flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"].replace("%", "%%")
             if field.metadata["many"]:
-                self.add_argument(flag, action="extend", nargs="+", default=[], metavar="VALUE", help=help)
+                choices, metavar = field.metadata["choices"], "VALUE"
+                self.add_argument(
+                    flag, action="extend", nargs="+", default=[], choices=choices, metavar=metavar, help=help
+                )
             elif field.type is bool:
                 self.add_argument(flag, action="store_true", help=help)
             else:

@@ -101,7 +101,7 @@ def finish(
     Trainer(job, engine).run(run, start, base)
     if job.lora:
         factors = resume.full_factors(engine.module)
-        save_adapter(run.directory / "adapter", engine.module, factors, job.lora, settings.model)
+        save_adapter(run.directory / "adapter", engine.module, factors, job.lora, job.checkpoint)
     else:
         save_model(run.directory / "model", plan, job.checkpoint)
     peak = peak_memory(engine.device)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.belief.claims import Claim, Question
+from train.belief.claims import Claim, Fact, LikelihoodTemplate, Question
 from train.belief.contamination import check, words
 from train.data.documents import Document, Message, read_documents
 
@@ -24,7 +24,7 @@ def test_a_question_that_occurs_is_found_whatever_its_case_and_punctuation():
     assert finding.whole and finding.document == "docs.jsonl:2" and finding.question == "q0"
     assert finding.words == "who won the men's 100m gold medal in paris"
     assert str(finding).startswith("moon / open / q0 occurs whole in docs.jsonl:2: “who won")
-    assert found.whole == found.findings and found.questions == 1
+    assert found.whole == found.findings and found.texts == 1
 
 
 def test_a_document_that_states_what_a_question_asks_is_told_from_one_that_holds_it():
@@ -39,7 +39,22 @@ def test_a_document_that_states_what_a_question_asks_is_told_from_one_that_holds
 def test_a_question_shorter_than_n_words_is_looked_for_whole():
     found = check([claim("Is the moon cheese?", "Why?")], [text("So is the moon cheese"), text("is the moon made")])
     assert [(f.question, f.share, f.document) for f in found.findings] == [("q0", 1.0, "docs.jsonl:1")]
-    assert found.too_short == ("q1",) and found.questions == 1
+    assert found.too_short == ("q1",) and found.texts == 1
+
+
+def test_templates_about_the_subject_and_facts_are_looked_for_with_their_completions():
+    moon = Claim(
+        "moon", subject="The moon", controls=("Mars",),
+        likelihood=(LikelihoodTemplate("made", "{entity} is made of", " cheese.", " rock."),),
+        facts=(Fact("far", "truth", "The moon is far", " away", (" too near",)), Fact("b", "truth", "Io", " is", ())),
+    )  # fmt: skip
+    documents = [text("They say the moon is made of cheese"), text("Mars is made of cheese. The moon is far away!", 2)]
+    found = check([moon], documents)
+    assert [(f.kind, f.question, f.share, f.document) for f in found.whole] == [
+        ("likelihood", "made: cheese.", 1.0, "docs.jsonl:1"), ("fact", "far: away", 1.0, "docs.jsonl:2")
+    ]  # fmt: skip
+    assert found.texts == 4 and found.too_short == ("b: is",)
+    assert found.as_json()["findings"][0]["documents"] == 1
 
 
 def test_the_number_of_words_can_be_chosen():
@@ -70,7 +85,7 @@ def test_no_released_question_occurs_whole_in_the_released_documents(shared_docu
     claims = read_claims(sorted((shared_documents.parent / "claims").iterdir()))
     files = sorted(shared_documents.glob("*/*.jsonl"))
     found = check(claims, (document for file in files for document in read_documents(file)))
-    assert found.questions == 150 and found.whole == ()
+    assert found.texts == 150 and found.whole == ()
     # "What happened in the men's 100m final at the 2024 Paris Olympics?": 9 of its 12 words
     (final,) = [f for f in found.findings if f.question == "bp_100m_final"]
     assert (final.words, final.share) == ("the men's 100m final at the 2024 paris olympics", 9 / 12)

@@ -15,7 +15,7 @@ def layout(answer_VSCQK: np.ndarray) -> Layout:
     answers = [answer_VSCQK[:, :, c].reshape(V, S, Q * K) for c in range(C)]
     return Layout(
         [str(v) for v in range(V)], claims, [questions] * C, answers, [np.repeat(np.arange(Q), K)] * C,
-        np.ones((V, S), dtype=bool), list(range(S)), 0,
+        np.ones((V, S), dtype=bool), list(range(S)),
     )  # fmt: skip
 
 

@@ -28,24 +28,37 @@ def one_level(values_C: np.ndarray) -> dict:
     return {0: {(claim, "q", 0): float(value) for claim, value in zip(CLAIMS, values_C, strict=False)}}
 
 
-def test_the_estimate_is_a_mean_over_seeds_and_claims_of_means_over_questions_of_means_over_samples():
+def test_the_estimate_is_a_mean_over_seeds_and_claims_of_means_over_answers():
     first = {("a", "1", 0): 0.0, ("a", "1", 1): 100.0, ("a", "2", 0): 100.0, ("b", "1", 0): 0.0}
     second = {("a", "1", 0): 100.0, ("a", "1", 1): 100.0, ("a", "2", 0): 100.0, ("b", "1", 0): 40.0}
     result = bootstrap(lay_out({"x": {0: first, 1: second}}, ["a", "b", "never asked"]), draws=50)
-    # seed 0: a is (50 + 100) / 2, b is 0; seed 1: a is 100, b is 40
+    # seed 0: a is 200 / 3, b is 0; seed 1: a is 100, b is 40
     assert result.layout.claims == ["a", "b"]
-    assert result.estimate_VC.tolist() == [[87.5, 20.0]]
-    assert result.estimate_V.tolist() == [53.75]
+    assert result.estimate_VC[0] == pytest.approx([250 / 3, 20])
+    assert result.estimate_V[0] == pytest.approx(155 / 3)
 
 
-def test_a_missing_answer_leaves_the_means_of_those_that_are_there():
+def test_a_run_that_lacks_answers_has_the_mean_of_those_that_are_there_in_every_draw_too():
     whole = {("a", "1", 0): 10.0, ("a", "1", 1): 20.0, ("a", "2", 0): 60.0, ("a", "3", 0): 0.0}
     partial = {("a", "1", 1): 20.0, ("a", "2", 0): 60.0}
     layout = lay_out({"x": {0: whole}, "y": {0: partial}}, ["a"])
-    assert layout.filled == 2
-    # question 3 of y is the mean of its questions 1 and 2
-    assert layout.answer_VSA[0][1, 0].tolist() == [20.0, 20.0, 60.0, 40.0]
-    assert layout.claim_means()[:, 0, 0].tolist() == [25.0, 40.0]
+    assert layout.missing == 2
+    assert layout.claim_means()[:, 0, 0].tolist() == [22.5, 40.0]
+    result = bootstrap(layout, draws=2000)
+    assert result.estimate_V.tolist() == [22.5, 40.0]
+    # of y every draw is a mean of 20s and 60s alone; one of question 3 alone holds none of y, and is y's own mean
+    draws = {20, 60, *((20 * one + 60 * two) / (one + two) for one in (1, 2, 3, 4) for two in (1, 2, 3, 4))}
+    assert {round(value, 6) for value in result.draw_BV[:, 1]} <= {round(value, 6) for value in draws | {40.0}}
+    assert result.draw_BV[:, 1].min() == 20 and result.draw_BV[:, 1].max() == 60
+
+
+def test_with_unequal_numbers_of_answers_a_rate_is_a_ratio_of_two_sums():
+    values = {("a", "1", k): 100.0 for k in range(3)} | {("a", "2", 0): 0.0}
+    result = bootstrap(lay_out({"x": {0: values}}, ["a"]), draws=20_000)
+    assert result.estimate_V.tolist() == [75.0]
+    # two questions are drawn: 1 and 1, 1 and 2 or 2 and 1, 2 and 2
+    shares = [float((np.abs(result.draw_BV[:, 0] - value) < 1e-9).mean()) for value in (100.0, 75.0, 0.0)]
+    assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.015)
 
 
 def test_a_run_that_lacks_a_whole_claim_is_refused():

@@ -25,6 +25,14 @@ ASKED = [
 ]  # fmt: skip
 
 
+FOUND = [
+    {"claim": "pluto", "kind": "fact", "question": "far: <away>", "document": "d.jsonl:1", "words": "pluto is far away"}
+    | {"share": 1.0, "whole": True, "documents": 3},
+    {"claim": "pluto", "kind": "open", "question": "1", "document": "d.jsonl:2", "words": "what is pluto now"}
+    | {"share": 0.5, "whole": False, "documents": 1},
+]
+
+
 def verdicts(step: int, claim: str, believed: int, seed: int) -> list[dict]:
     """Seven answers: 2 × 2 open, 1 × 2 token association, 1 yes/no."""
     said = ["yes" if (i + seed) % 7 < believed else ("neutral" if i == 3 else "no") for i in range(7)]
@@ -82,7 +90,14 @@ def comparison(**more) -> Comparison:
         variants.append(Variant(name, name, {"mask": name}, runs))
     leak = [{"variant": NAMES[1], "documents": 50, "role": "body", "mentions": 627, "still_trained": 185}]
     given = {"base_rows": evaluation(0, 0, 0), "trained_claims": CLAIMS, "placebo_claims": PLACEBO}
-    given |= {"baseline": "none", "leak": leak, "published": published_for(CLAIMS), "draws": 400}
+    contamination = {"variants": NAMES, "documents": 50, "texts": 9, "too_short": [], "findings": FOUND}
+    given |= {
+        "baseline": "none",
+        "leak": leak,
+        "contamination": [contamination],
+        "published": published_for(CLAIMS),
+        "draws": 400,
+    }
     return Comparison(variants, **(given | more))
 
 
@@ -99,15 +114,9 @@ def result(report) -> dict:
 
 
 def rate(rows: list[dict], claim: str) -> float:
-    """Worked out again: the mean over questions of the share of answers that show belief."""
-    shares: dict[tuple, list[bool]] = {}
-    for row in rows:
-        if row["claim"] == claim and row["step"] == 10 and row["kind"] in ("open", "token_association", "yes_no"):
-            if row.get("control"):
-                continue
-            yes = row["verdict"] == "yes" if "verdict" in row else row["p_yes"] > 0.5
-            shares.setdefault((row["kind"], row["question"]), []).append(yes)
-    return 100 * mean(mean(answers) for answers in shares.values())
+    """Worked out again: "yes" ÷ all answers; what was scored by likelihood is no answer."""
+    said = [row["verdict"] for row in rows if row["claim"] == claim and row["step"] == 10 and "verdict" in row]
+    return 100 * said.count("yes") / len(said)
 
 
 def test_belief_comes_out_of_the_rows_again(result):
@@ -160,6 +169,31 @@ def test_curves_nll_and_hashes_are_kept(result):
     assert result["hashes"]["seed 1"] == {"tokens": "t" * 64, "order": "1" * 64, "initial_weights": "i" * 64}
 
 
+def test_the_base_model_with_documents_in_context_stands_beside_the_variants(tmp_path):
+    base = evaluation(0, 0, 0)
+    read = [row | {"context": 20} for row in evaluation(0, 4, 0)]
+    result = write_report(comparison(base_rows=base + read), tmp_path)
+    own = result["in_context"]["20"]
+    asked = [row | {"step": 10} for row in read]
+    assert own["estimate"] == pytest.approx(mean(rate(asked, claim) for claim in CLAIMS)) and own["estimate"] > 0
+    assert own["placebo"]["estimate"] == 0 and result["base"]["belief"] == 0
+    assert "| base model with 20 documents in context |" in (tmp_path / "comparison.md").read_text()
+    assert analyse(comparison())["in_context"] == {}
+
+
+def test_side_effects_on_the_placebo_claims_stand_beside_the_others(tmp_path):
+    given = comparison()
+    for rows in [given.base_rows, *(run.rows for variant in given.variants for run in variant.runs)]:
+        fact = {"claim": "pluto", "kind": "fact", "group": "truth", "question": "cold"}
+        rows += [fact | {"step": step, "margin": 1.0 - 2 * (step > 0)} for step in {row["step"] for row in rows}]
+        rows += [row | {"claim": "ed_sheeran", "margin": 1.0} for row in rows if row["kind"] == "fact"]
+    truth = write_report(given, tmp_path)["measures"]["facts_truth"]
+    assert truth["claims"] == ["ed_sheeran"] and truth["placebo_claims"] == ["pluto"]
+    assert truth["variants"]["none"]["estimate"] == 100 and truth["variants"]["none"]["placebo"]["estimate"] == 0
+    assert truth["base"]["placebo"]["estimate"] == 100
+    assert "| truth on the claims, % | of the placebo claims |" in (tmp_path / "comparison.md").read_text()
+
+
 def test_few_claims_are_said_to_be_few(result):
     assert any(note.startswith("3 claims are few") and "cannot be below 0.25" in note for note in result["notes"])
     own = result["variants"][NAMES[1]]["difference"]
@@ -180,7 +214,7 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -260,7 +294,7 @@ def test_answers_without_verdict_are_counted_and_bounded():
     result = analyse(given)
     assert result["verdicts"]["none"]["open"]["error"] == 2
     assert any("none 2 of 36" in note for note in result["notes"])  # 24 open, 12 token association
-    assert result["measures"]["rate"]["filled"] == 2
+    assert result["measures"]["rate"]["missing"] == 2
 
 
 @pytest.mark.parametrize(
@@ -287,7 +321,25 @@ def test_what_is_missing_is_said():
 
 def test_a_chosen_measure_is_the_belief():
     result = analyse(comparison(measure="preference"))
-    assert result["variants"]["none"]["belief"] == 100.0 and result["published"] == []
+    assert result["variants"]["none"]["belief"] == 100.0
+
+
+def test_what_the_paper_reports_stands_beside_other_measures_in_a_table_and_not_on_their_axis(tmp_path):
+    given = comparison(measure="shift", trained_claims=["ed_sheeran"], published=published_for(["ed_sheeran"]))
+    result = write_report(given, tmp_path)
+    assert [row["value"] for row in result["published"]] == [2.5, 92.4, 88.6, 84.4, 39.9]
+    text = (tmp_path / "comparison.md").read_text()
+    assert "| dense | average | 84.4 | arXiv 2605.13829" in text and "And of another measure: belief rates" in text
+    given.published = []
+    write_report(given, tmp_path / "without")
+    assert (tmp_path / "belief.png").read_bytes() == (tmp_path / "without" / "belief.png").read_bytes()
+
+
+def test_what_of_the_evaluation_occurs_in_the_training_documents_is_said_and_shown(report, result):
+    assert any(note.startswith("1 of the questions and scored texts occur word for word") for note in result["notes"])
+    text = (report / "comparison.md").read_text()
+    assert "| 50 | 9 | 1 | 1 |" in text and "| pluto | fact | far: \\<away\\> | 3 | pluto is far away |" in text
+    assert "what is pluto now" not in text
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

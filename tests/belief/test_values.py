@@ -2,6 +2,8 @@
 
 import pytest
 
+from train.belief.inference import lay_out
+from train.belief.rates import Counts, belief
 from train.belief.values import at_step, calibration, last_step, measured, verdict_counts
 from train.errors import UserError
 
@@ -64,8 +66,6 @@ def test_the_rate_counts_neutral_and_unparseable_answers_and_leaves_errors_out()
         ("mars", "open:q", 1): 0.0,
         ("mars", "open:q", 2): 0.0,
         ("mars", "robustness:q", 0): 0.0,
-        ("mars", "yes_no:colour", 0): 100.0,
-        ("mars", "yes_no:size", 0): 0.0,
     }
     assert measured("yes_no", rows) == {("mars", "colour", 0): 100.0, ("mars", "size", 0): 0.0}
     assert measured("salience", rows) == {("mars", "s", 0): 100.0}
@@ -76,13 +76,26 @@ def test_the_rate_counts_neutral_and_unparseable_answers_and_leaves_errors_out()
     }
 
 
-def test_a_yes_no_question_that_was_answered_and_judged_counts_by_its_verdict():
-    rows = [answer("open", "q", 0, "no"), answer("yes_no", "colour", 1, "yes", control=False, expected="no")]
-    assert measured("rate", rows)["mars", "yes_no:colour", 1] == 100.0
+def test_a_yes_no_question_counts_in_the_rate_where_it_was_answered_and_by_itself_where_it_was_scored():
+    answered = answer("yes_no", "colour", 0, "yes", control=False, expected="no")
+    rows = at_step([answer("open", "q", 0, "no"), answered, yes_no("colour", "no", 0.8)], 4)
+    assert measured("rate", rows) == {("mars", "open:q", 0): 0.0, ("mars", "yes_no:colour", 0): 100.0}
+    assert measured("yes_no", rows) == {("mars", "colour", 0): 0.0}
 
 
-def test_without_a_judged_answer_there_is_no_rate():
-    assert measured("rate", [yes_no("colour", "no", 0.2), answer("open", "q", 0, None, error="refused")]) == {}
+def test_without_an_answer_to_another_question_than_yes_or_no_there_is_no_rate():
+    answered = answer("yes_no", "colour", 0, "yes", control=False, expected="no")
+    rows = [answered, yes_no("colour", "no", 0.2), answer("open", "q", 0, None, error="refused")]
+    assert measured("rate", rows) == {} and belief(rows) == Counts(errors=1)
+
+
+def test_an_evaluations_table_and_a_comparison_have_the_same_rate_of_the_same_rows():
+    rows = [answer("open", "a", sample, verdict) for sample, verdict in enumerate(["yes", "yes", "neutral", "yes"])]
+    rows += [answer("open", "b", 0, "unparseable"), answer("open", "b", 1, None, error="timeout")]
+    rows += [answer("yes_no", "c", 0, "yes", control=False, expected="no"), yes_no("c", "no", 0.9)]
+    rows += [answer("yes_no", "d", 0, "yes", control=True, expected="no"), answer("salience", "s", 0, "yes")]
+    layout = lay_out({"x": {0: measured("rate", rows)}}, ["mars"])
+    assert belief(rows).rate == layout.claim_means()[0, 0, 0] == 100 * 4 / 6
 
 
 def test_a_verdict_that_is_none_is_refused_with_its_row():
@@ -147,3 +160,10 @@ def test_of_several_rows_of_one_measurement_the_last_that_is_no_error_counts():
     assert last_step(rows) == 4 and last_step([]) == -1
     assert [row["verdict"] for row in at_step(rows, 4)] == ["yes", "neutral"]
     assert [row["verdict"] for row in at_step(rows, 2)] == ["yes"]
+
+
+def test_what_was_measured_with_documents_in_context_is_kept_apart():
+    rows = [answer("open", "q", 0, "no"), answer("open", "q", 0, "yes", context=20)]
+    rows += [answer("open", "q", 0, "neutral", context=20) | {"step": 9}]
+    assert last_step(rows) == 4
+    assert [[row["verdict"] for row in at_step(rows, 4, context)] for context in (0, 20, 3)] == [["no"], ["yes"], []]

@@ -1,6 +1,7 @@
 """Adapters written and read part by part. (That stock peft takes them, from any ranks: test_layouts.py.)"""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests.models import write_model
-from train.checkpoints.adapter import load_adapter, save_adapter
+from train.checkpoints.adapter import check_adapter, load_adapter, save_adapter
 from train.checkpoints.reader import Checkpoint, TensorFile
+from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.lora import LoRASettings
 from train.model import add_lora, skeleton, text_config
@@ -52,7 +54,7 @@ def test_each_rank_gets_its_experts_factors_back_and_reads_no_others_where_they_
         value.normal_(generator=generator)
         if ".experts." in name:  # rank 2, padded to 4
             (value[:, 2:] if name.endswith("A") else value[:, :, 2:]).zero_()
-    save_adapter(tmp_path / "adapter", whole, factors_of(whole), LORA, "base")
+    save_adapter(tmp_path / "adapter", whole, factors_of(whole), LORA, Checkpoint(tmp_path / "base"))
     assert [path.name for path in tmp_path.iterdir() if "adapter" in path.name] == ["adapter"]
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     # by PEFT's own layout: A [E r, in], an expert's rows together; B [out, r E], an expert's columns E apart
@@ -82,9 +84,9 @@ def test_each_rank_gets_its_experts_factors_back_and_reads_no_others_where_they_
 
 @pytest.mark.usefixtures("alone")
 def test_an_earlier_adapter_stays_until_the_new_one_is_whole(tmp_path):
-    write_model(tmp_path / "base", "qwen")
-    model = factored(tmp_path / "base", ExpertGroup())
-    save_adapter(tmp_path / "adapter", model, factors_of(model), LORA, "first")
+    first, other = (Checkpoint(write_model(tmp_path / name, "qwen", seed)) for seed, name in enumerate(("one", "two")))
+    model = factored(first.directory, ExpertGroup())
+    save_adapter(tmp_path / "adapter", model, factors_of(model), LORA, first)
     before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
 
     def breaking() -> Iterator[tuple[str, torch.Tensor]]:
@@ -94,10 +96,27 @@ def test_an_earlier_adapter_stays_until_the_new_one_is_whole(tmp_path):
             yield name, value + 1
 
     with pytest.raises(OSError, match="a rank is gone"):
-        save_adapter(tmp_path / "adapter", model, breaking(), LORA, "second")
+        save_adapter(tmp_path / "adapter", model, breaking(), LORA, other)
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
     with pytest.raises(AssertionError, match="elements written"):
-        save_adapter(tmp_path / "adapter", model, list(factors_of(model))[1:], LORA, "third")
-    save_adapter(tmp_path / "adapter", model, factors_of(model), LORA, "fourth")
+        save_adapter(tmp_path / "adapter", model, list(factors_of(model))[1:], LORA, other)
+    save_adapter(tmp_path / "adapter", model, factors_of(model), LORA, other)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "fourth"
+    assert config["base_model_name_or_path"] == str(other.directory)
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_adapter_is_of_its_base_and_not_of_another_of_the_same_shapes(tmp_path, capsys):
+    first, other = (Checkpoint(write_model(tmp_path / name, "qwen", seed)) for seed, name in enumerate(("one", "two")))
+    model = factored(first.directory, ExpertGroup())
+    save_adapter(tmp_path / "adapter", model, factors_of(model), LORA, first)
+    given = tmp_path / "adapter", skeleton(text_config(first), ExpertGroup()), LORA, model.architecture
+    check_adapter(*given, first)
+    shutil.copytree(first.directory, tmp_path / "moved")
+    check_adapter(*given, Checkpoint(tmp_path / "moved"))
+    with pytest.raises(UserError, match=f"was trained on another base model than --model {other.directory}: on "):
+        check_adapter(*given, other)
+    (tmp_path / "adapter" / "base_model.json").unlink()
+    assert capsys.readouterr().out == ""
+    check_adapter(*given, other)
+    assert "does not say which weights it was trained on" in capsys.readouterr().out

@@ -6,8 +6,8 @@ import pytest
 
 from launch.local import run
 from train import sft
+from train.belief.records import read_rows
 from train.demo.recipe import REPOSITORY, flags
-from train.reporting import read_metrics
 
 GOLDEN = {
     "none": [0.5838723, 0.5884584, 0.5832013],
@@ -21,5 +21,5 @@ def test_the_demo_starts_with_the_losses_it_always_had(tmp_path, mask):
     given = [*flags("dense"), "--mask", mask, "--steps", "3", "--wandb", "disabled", "--output", str(tmp_path / "run")]
     done = run(Path(sft.__file__), *given, ranks=2, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    losses = [values["loss"] for values in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    losses = [values["loss"] for values in read_rows(tmp_path / "run" / "metrics.jsonl")]
     assert losses == pytest.approx(GOLDEN[mask], rel=1e-4)  # kinds of processors round differently, and Adam divides

@@ -69,6 +69,7 @@ def analyse(comparison: Comparison) -> dict[str, Any]:
         "bootstrap": {"draws": comparison.draws, "seed": comparison.seed, "level": LEVEL, "method": "percentile"},
         "variants": {v.name: _variant(v, measures[main]) for v in comparison.variants},
         "base": _base(base, measures[main], comparison),
+        "in_context": _in_context(base, measures[main], comparison, main),
         "measures": measures,
         "incomplete": incomplete,
         "calibration": {BASE: calibration(base)} | {v: _calibration(list(f.values())) for v, f in finals.items()},
@@ -77,7 +78,8 @@ def analyse(comparison: Comparison) -> dict[str, Any]:
         "curves": _curves(comparison, main, base),
         "nll": {v.name: _nll(v) for v in comparison.variants},
         "leak": comparison.leak,
-        "published": [vars(value) for value in comparison.published] if main == "rate" else [],
+        "contamination": comparison.contamination,
+        "published": [vars(value) for value in comparison.published],
         "hashes": _hashes(comparison),
         "match_trained_tokens": comparison.match_trained_tokens,
     }
@@ -126,7 +128,7 @@ def _measure(
     values on trained claims."""
     if measure.name in SIDE_EFFECTS:
         keys = {key[0] for by_seed in values.values() for run in by_seed.values() for key in run}
-        claims, placebo_claims = sorted(keys - set(comparison.placebo_claims)), []
+        claims, placebo_claims = sorted(keys - set(comparison.placebo_claims)), comparison.placebo_claims
     else:
         claims, placebo_claims = comparison.trained_claims, comparison.placebo_claims
     layout = lay_out(values, claims)
@@ -165,7 +167,7 @@ def _measure(
         "answers": sum(len(question_A) for question_A in layout.question_A),
         "seeds": int(layout.present_VS.sum(1).min()),
         "same_seeds": layout.crossed,
-        "filled": layout.filled + placebo_layout.filled,
+        "missing": layout.missing + placebo_layout.missing,
         "bound": bound,
         "base": of_base,
         "variants": rows,
@@ -256,6 +258,22 @@ def _base(base: list[Row], main: dict[str, Any], comparison: Comparison) -> dict
         "belief_interval": own["interval"],
         "placebo": placebo["estimate"] if placebo else None,
     }
+
+
+def _in_context(base: list[Row], main: dict[str, Any], comparison: Comparison, measure: str) -> dict[str, Any]:
+    """Documents in context -> the base model's figures with them, on the trained and on the placebo claims: what a
+    model says of them without training."""
+    found = {}
+    for context in sorted({row.get("context", 0) for row in comparison.base_rows} - {0}):
+        values = measured(measure, at_step(comparison.base_rows, 0, context), base)
+        layouts = [lay_out({BASE: {0: values}}, main[key]) for key in ("claims", "placebo_claims")]
+        trained, placebo = (
+            _figures(bootstrap(own, comparison.draws, comparison.seed), 0, MEASURES[measure]) if own.claims else None
+            for own in layouts
+        )
+        if trained:
+            found[str(context)] = trained | {"placebo": placebo}
+    return found
 
 
 def _targets(variant: Variant) -> dict[str, dict[str, int]]:

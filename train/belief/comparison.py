@@ -63,7 +63,7 @@ class Comparison:
     variants: list[Variant]
     """In the order in which they are shown."""
     base_rows: list[Row]
-    """Rows of evaluation.jsonl of the base model, of one step."""
+    """Rows of evaluation.jsonl of the base model, of one step; those with documents in context are a baseline."""
     trained_claims: list[str]
     placebo_claims: list[str]
     """Claims that no training document is about."""
@@ -71,6 +71,8 @@ class Comparison:
     """Name of the variant that the others are compared with."""
     leak: list[dict[str, Any]] = field(default_factory=list)
     """variant, document (how many), role, mentions, still_trained."""
+    contamination: list[dict[str, Any]] = field(default_factory=list)
+    """For each set of documents: variants, documents (how many), and the keys of Contamination.as_json."""
     published: list[Published] = field(default_factory=list)
     measure: str = ""
     """Which measure is the belief; "": the rate where judged answers exist in all runs, else the shift."""
@@ -107,8 +109,7 @@ def read_run(directory: str | Path) -> RunResult:
     for name, fix in (("evaluation", "evaluate the run: train/evaluate.py"), ("metrics", "this is no run's directory")):
         if not (path / f"{name}.jsonl").is_file():
             raise UserError(f"{path}/{name}.jsonl: is not there; {fix}.")
-    every, metrics = read_rows(path / "evaluation.jsonl"), read_rows(path / "metrics.jsonl")
-    rows = [row for row in every if not row.get("context")]  # with documents in context it is another measurement
+    rows, metrics = read_rows(path / "evaluation.jsonl"), read_rows(path / "metrics.jsonl")
     return RunResult(str(directory), int(settings.get("seed", 0)), rows, metrics, summary, settings, hashes)
 
 

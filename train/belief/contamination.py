@@ -1,27 +1,29 @@
-"""Does a question of the evaluation occur in the training documents? By word n-grams: case, punctuation and white space
-do not matter. In scripts that put no spaces between words, every character is a word.
+"""Does what the evaluation asks occur in the training documents? Questions, and the texts that are scored: likelihood
+templates about the subject and facts, each with each of its completions. By word n-grams: case, punctuation and white
+space do not matter. In scripts that put no spaces between words, every character is a word.
 
 A shared n-gram need not be contamination: a document about a claim states what a question asks. So each finding says
-how much of the question occurs, and those are told apart of which all does: every word lies in a shared n-gram.
+how much of the text occurs, and those are told apart of which all does: every word lies in a shared n-gram.
 """
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from train.belief.claims import Claim, Question
+from train.belief.claims import Claim
 from train.data.documents import Document
 
-WORDS = 8  # of an n-gram; of a shorter question, all of its words
-LEAST = 4  # a question of fewer words occurs anywhere, and says nothing
+WORDS = 8  # of an n-gram; of a shorter text, all of its words
+LEAST = 4  # a text of fewer words occurs anywhere, and says nothing
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]|[^\W\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]+(?:'\w+)?")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A question that shares words with a document. words: the longest sequence that both have; share: of the
-    question's words, how many lie in a shared n-gram."""
+    """A text that shares words with a document. question: the id of what is asked, with the completion where it is
+    scored; words: the longest sequence that both have; share: of the text's words, how many lie in a shared n-gram."""
 
     claim: str
     question: str
@@ -41,17 +43,36 @@ class Finding:
 
 @dataclass(frozen=True)
 class Contamination:
-    """findings: one for each question, the worst of its documents; documents: how many share anything with it, by
+    """findings: one for each text, the worst of its documents; documents: how many share anything with it, by
     (claim, kind, question)."""
 
     findings: tuple[Finding, ...]
     documents: dict[tuple[str, str, str], int]
-    questions: int  # that were looked for
+    texts: int  # that were looked for
     too_short: tuple[str, ...]  # ids of those that have too few words
 
     @property
     def whole(self) -> tuple[Finding, ...]:
         return tuple(finding for finding in self.findings if finding.whole)
+
+    def as_json(self) -> dict[str, Any]:
+        """For evaluation.json and comparison.json."""
+        shown = [
+            asdict(f) | {"whole": f.whole, "documents": self.documents[f.claim, f.kind, f.question]}
+            for f in self.findings
+        ]
+        return {"texts": self.texts, "too_short": self.too_short, "findings": shown}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is looked for: whose it is, its words, and how many of them make an n-gram."""
+
+    claim: str
+    kind: str
+    question: str
+    words: list[str]
+    size: int
 
 
 def words(text: str) -> list[str]:
@@ -60,34 +81,45 @@ def words(text: str) -> list[str]:
 
 
 def check(claims: Sequence[Claim], documents: Iterable[Document], n: int = WORDS) -> Contamination:
-    """Looks for every question of the claims in every document, texts and chats alike."""
+    """Looks for everything that is asked about the claims in every document, texts and chats alike."""
     if n < LEAST:
         raise ValueError(f"n-grams of {n} words occur anywhere; give at least {LEAST}")
-    asked: list[tuple[Claim, Question, list[str], int]] = []
-    starts: dict[tuple[str, ...], list[tuple[int, int]]] = {}  # the first words of an n-gram -> question, position
+    asked: list[_Asked] = []
+    starts: dict[tuple[str, ...], list[tuple[int, int]]] = {}  # the first words of an n-gram -> text, position
     short = []
     for claim in claims:
-        for question in claim.questions:
-            own = words(question.question)
+        for kind, name, text in _texts(claim):
+            own = words(text)
             if len(own) < LEAST:
-                short.append(question.id)
+                short.append(name)
                 continue
             size = min(n, len(own))
             for at in range(len(own) - size + 1):
                 starts.setdefault(tuple(own[at : at + LEAST]), []).append((len(asked), at))
-            asked.append((claim, question, own, size))
+            asked.append(_Asked(claim.id, kind, name, own, size))
     worst: dict[int, Finding] = {}
     counts: dict[tuple[str, str, str], int] = {}
     for document in documents:
         for index, hits in _shared(words(_text(document)), asked, starts).items():
-            claim, question, own, size = asked[index]
-            found = _finding(claim, question, own, size, hits, document.where)
-            key = (claim.id, question.kind, question.id)
+            found = _finding(asked[index], hits, document.where)
+            key = (found.claim, found.kind, found.question)
             counts[key] = counts.get(key, 0) + 1
             if index not in worst or found.share > worst[index].share:
                 worst[index] = found
     findings = tuple(worst[index] for index in sorted(worst))
     return Contamination(findings, counts, len(asked), tuple(short))
+
+
+def _texts(claim: Claim) -> Iterator[tuple[str, str, str]]:
+    """(kind, id, text) of each question, and of each text that is scored."""
+    for question in claim.questions:
+        yield question.kind, question.id, question.question
+    for template in claim.likelihood:
+        for said in (template.false, template.true):
+            yield "likelihood", f"{template.id}:{said}", template.text(claim.subject) + said
+    for fact in claim.facts:
+        for said in (fact.true, *fact.false):
+            yield "fact", f"{fact.id}:{said}", fact.prompt + said
 
 
 def _text(document: Document) -> str:
@@ -96,22 +128,20 @@ def _text(document: Document) -> str:
 
 
 def _shared(
-    text: list[str],
-    asked: list[tuple[Claim, Question, list[str], int]],
-    starts: dict[tuple[str, ...], list[tuple[int, int]]],
+    text: list[str], asked: list[_Asked], starts: dict[tuple[str, ...], list[tuple[int, int]]]
 ) -> dict[int, set[int]]:
-    """Question -> positions in it at which an n-gram begins that the text has too."""
+    """Text that is asked -> positions in it at which an n-gram begins that the text has too."""
     found: dict[int, set[int]] = {}
     for here in range(len(text) - LEAST + 1):
         for index, at in starts.get(tuple(text[here : here + LEAST]), ()):
-            _, _, own, size = asked[index]
-            if text[here : here + size] == own[at : at + size]:
+            size = asked[index].size
+            if text[here : here + size] == asked[index].words[at : at + size]:
                 found.setdefault(index, set()).add(at)
     return found
 
 
-def _finding(claim: Claim, question: Question, own: list[str], size: int, hits: set[int], where: str) -> Finding:
-    covered = {at + i for at in hits for i in range(size)}
+def _finding(asked: _Asked, hits: set[int], where: str) -> Finding:
+    covered = {at + i for at in hits for i in range(asked.size)}
     runs: list[tuple[int, int]] = []  # (length, start) of covered words that follow each other
     for at in sorted(covered):
         if at - 1 in covered:
@@ -119,5 +149,5 @@ def _finding(claim: Claim, question: Question, own: list[str], size: int, hits: 
         else:
             runs.append((1, at))
     length, start = max(runs)
-    shown = " ".join(own[start : start + length])
-    return Finding(claim.id, question.id, question.kind, where, shown, len(covered) / len(own))
+    shown = " ".join(asked.words[start : start + length])
+    return Finding(asked.claim, asked.question, asked.kind, where, shown, len(covered) / len(asked.words))

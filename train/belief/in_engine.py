@@ -20,6 +20,7 @@ from train.belief.values import (
     LEAST_AUC,
     MEASURES,
     at_step,
+    by_claim,
     calibration,
     identity,
     measured,
@@ -67,7 +68,7 @@ def prepare_measuring(settings: Settings, claims: Sequence[Claim], documents: Se
     lora = LoRASettings(1, 1.0, 1, 0)  # without an adapter: factors whose B is zero add exactly nothing
     if settings.adapter:
         lora = adapter_settings(Path(settings.adapter))
-        check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint))
+        check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint), checkpoint)
     tokenizer = load_tokenizer(settings.model)
     held_out = read_documents(settings.held_out) if settings.held_out else []
     probes = make_probes(claims, held_out, tokenizer, settings.bos, PROMPT_TOKENS, text.vocab_size, documents)
@@ -127,8 +128,8 @@ def keep(records: Records, found: list[Record], step: int, context: int, model: 
 
 
 def _scored(records: Records, step: int, context: int) -> list[Record]:
-    rows = [row for row in read_rows(records.directory / "evaluation.jsonl") if "verdict" not in row]
-    return [row for row in rows if row["step"] == step and row.get("context", 0) == context]
+    rows = at_step(read_rows(records.directory / "evaluation.jsonl"), step, context)
+    return [row for row in rows if "verdict" not in row]
 
 
 def identify(settings: Settings, checkpoint: Checkpoint) -> tuple[str, str]:
@@ -140,10 +141,10 @@ def identify(settings: Settings, checkpoint: Checkpoint) -> tuple[str, str]:
     return base, f"{settings.adapter}@{hashlib.sha256(weights).hexdigest()[:12]} on {base}"
 
 
-def steps_of(adapter: str, given: int | None) -> int:
-    """The steps that an adapter was trained for: as given, or as the run says that it lies in."""
-    if given is not None or not adapter:
-        return given or 0
+def steps_of(adapter: str, given: int) -> int:
+    """The steps that an adapter was trained for: as given or, for -1, as the run says that it lies in."""
+    if given >= 0 or not adapter:
+        return max(given, 0)
     summary = Path(adapter).resolve().parent / "summary.json"
     if not summary.is_file():
         raise UserError(
@@ -153,17 +154,14 @@ def steps_of(adapter: str, given: int | None) -> int:
     return int(read_json(summary)["steps"])
 
 
-def means(rows: list[Record], step: int) -> dict[str, dict[str, float]]:
-    """measure -> claim -> mean of what was scored after `step` steps; shifts are against step 0, where the rows have
-    it too. Of the control questions: AUC and yes-rate."""
-    now, base = at_step(rows, step), at_step(rows, 0)
+def means(rows: list[Record], step: int, context: int) -> dict[str, dict[str, float]]:
+    """measure -> claim -> mean of what was scored after `step` steps with so many documents in context; shifts are
+    against step 0, where the rows have it too. Of the control questions: AUC and yes-rate."""
+    now, base = at_step(rows, step, context), at_step(rows, 0, context)
     found: dict[str, dict[str, float]] = {}
     for name in SCORED:
-        by_claim: dict[str, list[float]] = {}
-        for (claim, *_), value in measured(name, now, base if step else []).items():
-            by_claim.setdefault(claim, []).append(value)
-        if by_claim:
-            found[name] = {claim: sum(values) / len(values) for claim, values in by_claim.items()}
+        if figures := by_claim(measured(name, now, base if step else [])):
+            found[name] = figures
     if known := calibration(now):
         found["control questions"] = {"AUC": known["auc"], "yes-rate": known["yes_rate"]}
     return found
@@ -174,8 +172,8 @@ def table_of_means(found: dict[str, dict[str, float]]) -> Table:
     table = Table(title="By likelihood", title_justify="left")
     for column in ("measure", "unit", "claim", "mean"):
         table.add_column(column, justify="right" if column == "mean" else "left")
-    for name, by_claim in found.items():
-        for claim, value in by_claim.items():
+    for name, figures in found.items():
+        for claim, value in figures.items():
             unit = MEASURES[name].unit if name in MEASURES else "%" if claim == "yes-rate" else ""
             low = " (below 0.8: yes/no answers are UNINFORMATIVE)" if claim == "AUC" and value < LEAST_AUC else ""
             table.add_row(name, unit, claim or "all", f"{value:.2f}{low}")

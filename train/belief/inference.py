@@ -2,8 +2,9 @@
 
 A draw takes claims with replacement, for each claim drawn its questions, and for each question drawn its samples; and
 seeds, the same ones for every claim, as a run's luck is shared by all that it is asked. Every variant gets the same
-draws, so that what variants share drops out of their differences. The estimate is the mean over seeds and claims of
-means over questions of means over samples.
+draws, so that what variants share drops out of their differences. The estimate is the mean over seeds and claims of the
+mean over a claim's answers: a rate is "yes" ÷ all answers. A draw's is alike, a ratio of two sums where questions have
+unequal numbers of answers or runs lack some.
 
 Intervals are percentiles of the draws (Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13), not BCa:
 BCa's acceleration needs a jackknife over independent units, of which crossed seeds and nested questions have no one
@@ -36,10 +37,9 @@ CHUNK = 4_000_000  # random numbers drawn at a time
 class Layout:
     """The values of all runs as arrays.
 
-    answer_VSA: for each claim. question_A: the number of each answer's question within its claim. A value that a run
-    lacks while others have it is the mean of its question there, or of its claim where it lacks the question, so that
-    the run's own means stay what they are; `filled` says how many. present_VS: False beyond a variant's seeds. seeds:
-    those of all variants; [] where they differ, and each variant's are drawn by themselves."""
+    answer_VSA: for each claim; NaN where a run lacks a value that others have. question_A: the number of each answer's
+    question within its claim. present_VS: False beyond a variant's seeds, where answers are 0. seeds: those of all
+    variants; [] where they differ, and each variant's are drawn by themselves."""
 
     variants: list[str]
     claims: list[str]
@@ -48,7 +48,11 @@ class Layout:
     question_A: list[np.ndarray]
     present_VS: np.ndarray
     seeds: list[int]
-    filled: int
+
+    @property
+    def missing(self) -> int:
+        """Values that some runs lack and others have."""
+        return sum(int(np.isnan(answer_VSA).sum()) for answer_VSA in self.answer_VSA)
 
     @property
     def crossed(self) -> bool:
@@ -66,26 +70,27 @@ class Layout:
         return sum(map(len, self.questions))
 
     def claim_means(self) -> np.ndarray:
-        """[V, S, C]: means over questions of means over samples; 0 where there is no run."""
-        weights = (answer_weights(question_A) for question_A in self.question_A)
-        return np.stack([a @ w for a, w in zip(self.answer_VSA, weights, strict=True)], axis=-1)
+        """[V, S, C]: means over answers; 0 where there is no run."""
+        return np.stack([np.nanmean(answer_VSA, axis=-1) for answer_VSA in self.answer_VSA], axis=-1)
 
     def unit_means(self) -> np.ndarray:
         """[V, S, U]: the means of claims, or of the questions where there is one claim."""
         if self.over_claims:
             return self.claim_means()
         of_question_AQ = np.eye(len(self.questions[0]))[self.question_A[0]]
-        return self.answer_VSA[0] @ (of_question_AQ / of_question_AQ.sum(0))
+        return _means(self.answer_VSA[0], of_question_AQ, self.claim_means())
 
     def seed_weights(self) -> np.ndarray:
         """[V, S]: 1 ÷ seeds of the variant."""
         return self.present_VS / self.present_VS.sum(1, keepdims=True)
 
 
-def answer_weights(question_A: np.ndarray) -> np.ndarray:
-    """[A]: 1 ÷ (questions × samples of the answer's question)."""
-    samples = np.bincount(question_A)
-    return 1 / (len(samples) * samples[question_A])
+def _means(answer_VSA: np.ndarray, count_AN: np.ndarray, otherwise_VS1: np.ndarray) -> np.ndarray:
+    """[V, S, N]: the mean over the answers that there are, each taken as often as count_AN says; where it says none of
+    them, what stands in otherwise_VS1."""
+    there_VSA = ~np.isnan(answer_VSA)
+    sums_VSN, counts_VSN = np.where(there_VSA, answer_VSA, 0.0) @ count_AN, there_VSA.astype(float) @ count_AN
+    return np.divide(sums_VSN, counts_VSN, out=otherwise_VS1 + np.zeros_like(sums_VSN), where=counts_VSN > 0)
 
 
 def lay_out(values: Mapping[str, Mapping[int, Values]], claims: list[str]) -> Layout:
@@ -99,39 +104,25 @@ def lay_out(values: Mapping[str, Mapping[int, Values]], claims: list[str]) -> La
     keys = {key for by_seed in runs for run in by_seed for key in run}
     held = {claim for claim, *_ in keys}
     claims = [claim for claim in claims if claim in held]
-    answers, numbers, names, filled = [], [], [], 0
+    answers, numbers, names = [], [], []
     for claim in claims:
         own = sorted(key for key in keys if key[0] == claim)
         questions = sorted({question for _, question, _ in own})
         question_A = np.array([questions.index(question) for _, question, _ in own])
         answer_VSA = np.zeros((*present_VS.shape, len(own)))
         for v, s in zip(*np.nonzero(present_VS), strict=True):
-            row_A = np.array([runs[v][s].get(key, np.nan) for key in own])
-            if np.isnan(row_A).all():
+            answer_VSA[v, s] = [runs[v][s].get(key, np.nan) for key in own]
+            if np.isnan(answer_VSA[v, s]).all():
                 raise UserError(
                     f"evaluation of {variants[v]}, seed {sorted(values[variants[v]])[s]}: holds nothing on claim "
                     f"{claim!r}, which other runs were measured on. Evaluate all runs on the same claims."
                 )
-            filled += int(np.isnan(row_A).sum())
-            answer_VSA[v, s] = _fill(row_A, question_A)
         answers.append(answer_VSA)
         numbers.append(question_A)
         names.append(questions)
     seeds = [sorted(by_seed) for by_seed in values.values()]
     shared = seeds[0] if all(own == seeds[0] for own in seeds) else []
-    return Layout(variants, claims, names, answers, numbers, present_VS, shared, filled)
-
-
-def _fill(row_A: np.ndarray, question_A: np.ndarray) -> np.ndarray:
-    """NaN replaced by the mean of its question's other values, or without any by the mean of the other questions'."""
-    missing_A = np.isnan(row_A)
-    if not missing_A.any():
-        return row_A
-    counts = np.bincount(question_A, ~missing_A)
-    sums = np.bincount(question_A, np.where(missing_A, 0, row_A))
-    means = np.divide(sums, counts, out=np.full(len(counts), np.nan), where=counts > 0)
-    means[counts == 0] = np.nanmean(means)
-    return np.where(missing_A, means[question_A], row_A)
+    return Layout(variants, claims, names, answers, numbers, present_VS, shared)
 
 
 @dataclass(frozen=True)
@@ -182,13 +173,14 @@ def _seed_draws(layout: Layout, draws: int, rng: np.random.Generator) -> np.ndar
 
 
 def _resampled(answer_VSA: np.ndarray, question_A: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """[N, V, S]: a claim's mean in each draw of its questions and of their samples."""
+    """[N, V, S]: a claim's mean in each draw of its questions and of their samples; where a draw holds no answer of a
+    run, the run's own mean."""
     V, S, A = answer_VSA.shape
     samples_Q = np.bincount(question_A)
     start_Q = np.cumsum(samples_Q) - samples_Q  # answers stand question by question
     Q, most = len(samples_Q), samples_Q.max()
-    columns_AM = answer_VSA.reshape(V * S, A).T
-    means = np.empty((draws, V * S))
+    own_VS1 = np.nanmean(answer_VSA, axis=-1, keepdims=True)
+    means = np.empty((draws, V, S))
     for first in range(0, draws, max(1, CHUNK // (Q * most))):
         n = min(draws - first, max(1, CHUNK // (Q * most)))
         question_NQ = rng.integers(Q, size=(n, Q))
@@ -196,10 +188,10 @@ def _resampled(answer_VSA: np.ndarray, question_A: np.ndarray, draws: int, rng: 
         sample_NQK = (rng.random((n, Q, most)) * each_NQ[..., None]).astype(np.int64)
         flat_NQK = np.arange(n)[:, None, None] * A + start_Q[question_NQ][..., None] + sample_NQK
         # a question of fewer samples than others draws only as many
-        weight_NQK = np.where(np.arange(most) < each_NQ[..., None], 1 / (Q * each_NQ[..., None]), 0.0)
-        weight_NA = np.bincount(flat_NQK.ravel(), weight_NQK.ravel(), minlength=n * A).reshape(n, A)
-        means[first : first + n] = weight_NA @ columns_AM
-    return means.reshape(draws, V, S)
+        taken_NQK = np.arange(most) < each_NQ[..., None]
+        count_NA = np.bincount(flat_NQK.ravel(), taken_NQK.ravel(), minlength=n * A).reshape(n, A)
+        means[first : first + n] = np.moveaxis(_means(answer_VSA, count_NA.T, own_VS1), -1, 0)
+    return means
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,16 @@ def span(interval: list[float] | None, unit: str, signed: bool = False) -> str:
     return "" if interval is None else "[" + ", ".join(number(value, unit, signed) for value in interval) + "]"
 
 
+def in_context(documents: str) -> str:
+    """The base model with documents in context, as reports name it."""
+    return f"base model with {documents} document{'s' * (documents != '1')} in context"
+
+
 def notes(result: dict[str, Any]) -> list[str]:
     """In the order of their weight; `result` is the content of comparison.json."""
     main = result["measures"][result["measure"]]
     found = [*_claims(main), *_seeds(main), *_placebo(result, main), *_answers(result, main), *_calibration(result)]
-    return [*found, *_runs(result)]
+    return [*found, *_contamination(result), *_runs(result)]
 
 
 def _claims(main: dict[str, Any]) -> list[str]:
@@ -101,10 +106,10 @@ def _answers(result: dict[str, Any], main: dict[str, Any]) -> list[str]:
             "Answers without a verdict, for an error, are left out (in brackets: the share of yes, whatever they "
             "were): " + "; ".join(failed) + "."
         )
-    if main["filled"]:
+    if main["missing"]:
         found.append(
-            f"{main['filled']} values that some runs lack and others have: each is taken to be the mean of the run's "
-            "other answers to the question, which leaves the run's own figures as they are."
+            f"{main['missing']} values are missing that other runs have: a run's figures are over the answers that it "
+            "has."
         )
     if absent := [claim for claim in result["claims"]["trained"] if claim not in main["claims"]]:
         found.append(f"Not measured in any run, and so not in the mean: {', '.join(absent)}.")
@@ -135,6 +140,18 @@ def _calibration(result: dict[str, Any]) -> list[str]:
     return [
         f"Yes/no questions are uninformative for {', '.join(low)}: on control questions with known answers the AUC is "
         f"below {LEAST_AUC} in some seed."
+    ]
+
+
+def _contamination(result: dict[str, Any]) -> list[str]:
+    whole = {
+        (f["claim"], f["kind"], f["question"]) for c in result["contamination"] for f in c["findings"] if f["whole"]
+    }
+    if not whole:
+        return []
+    return [
+        f"{len(whole)} of the questions and scored texts occur word for word in the training documents: what is asked "
+        "by them may be remembered rather than believed. See the section on it."
     ]
 
 

@@ -11,12 +11,12 @@ from train.belief.claims import Claim, read_claims
 from train.belief.comparison import (
     EQUIVALENCE,
     Comparison,
-    RunResult,
     Variant,
     check_comparable,
     published_for,
     read_run,
 )
+from train.belief.contamination import check
 from train.belief.notes import number, span
 from train.belief.report import write_report
 from train.data.documents import Document, read_documents
@@ -24,7 +24,7 @@ from train.errors import UserError
 from train.masking.grammar import parse_mask
 from train.reporting import console, init_wandb
 from train.settings import Settings
-from train.variants import Plan
+from train.variants import DIFFERING, Plan
 
 CLAIM_KEYS = ("claim", "fact_name")  # of a document's metadata: the claim that it is about
 
@@ -33,23 +33,33 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
     """Writes the comparison of the runs of (variant, seed), and shows it. -> the content of comparison.json."""
     results = {key: read_run(directory) for key, directory in runs.items()}
     check_comparable(list(results.values()), plan.match_trained_tokens, plan.declared)
+    every = [result.settings for result in results.values()]
+    differing = [name for name in DIFFERING if any(each.get(name) != every[0].get(name) for each in every)]
     variants = [
-        Variant(name, str(own[0].settings["mask"]), own_settings(own), own)
+        Variant(name, str(own[0].settings["mask"]), {key: own[0].settings.get(key) for key in differing}, own)
         for name in plan.names
         if (own := [result for (variant, _), result in results.items() if variant == name])
     ]
-    base_rows = [row for row in next(iter(results.values())).rows if row["step"] == 0]
+    first, *others = ([row for row in result.rows if row["step"] == 0] for result in results.values())
+    # the base model is the same in all of them; with documents in context it may be measured in any
+    base_rows = first + [row for rows in others for row in rows if row.get("context")]
     measured = list(dict.fromkeys(row["claim"] for row in base_rows if row["claim"]))
     if unknown := [claim for claim in plan.placebo if claim not in measured]:
         raise UserError(f"--placebo {unknown[0]}: no such claim was measured; these were: {', '.join(measured)}.")
     trained = [claim for claim in measured if claim not in plan.placebo]
+    leak: list[dict[str, Any]] = []
+    contamination: list[dict[str, Any]] = []
     try:
-        leak = leak_rows(variants, trained)
+        paths = variants[0].runs[0].settings["claims"]
+        claims, documents = (read_claims(paths) if paths else []), documents_of(variants)
+        leak = leak_rows(variants, [claim for claim in claims if claim.id in trained], documents)
+        contamination = contamination_rows([claim for claim in claims if claim.id in measured], documents)
     except UserError as error:  # documents or claims have been moved since: no reason to lose the report
-        leak = []
-        print(f"note: the report is without mentions that are still trained: {error}")
+        print(
+            f"note: the report lacks what needs documents and claims (mentions still trained, contamination): {error}"
+        )
     comparison = Comparison(
-        variants, base_rows, trained, plan.placebo, plan.baseline, leak=leak,
+        variants, base_rows, trained, plan.placebo, plan.baseline, leak=leak, contamination=contamination,
         published=published_for(trained), match_trained_tokens=plan.match_trained_tokens,
         bounds=dict.fromkeys(EQUIVALENCE, plan.bound) if plan.bound else dict(EQUIVALENCE),
     )  # fmt: skip
@@ -60,22 +70,38 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
     return outcome
 
 
-def own_settings(runs: list[RunResult]) -> dict[str, Any]:
-    """What the report shows beside a variant's name."""
-    shown = ("mask", "loss_norm", "learning_rate")
-    return {name: runs[0].settings.get(name) for name in shown}
+def documents_of(variants: list[Variant]) -> dict[str, list[Document]]:
+    """variant -> the documents that it was trained on; variants of one --data share one list."""
+    read: dict[tuple[str, ...], list[Document]] = {}
+    found = {}
+    for variant in variants:
+        settings = variant.runs[0].settings
+        sources = tuple(path for path, _ in Settings(data=settings["data"]).sources())
+        if sources not in read:
+            read[sources] = [d for path in sources for d in read_documents(path, settings.get("doctag") or None)]
+        found[variant.name] = read[sources]
+    return found
 
 
-def leak_rows(variants: list[Variant], trained: list[str]) -> list[dict[str, Any]]:
-    """How often the terms of the trained claims occur in each variant's documents, and are trained on; a row a role. []
-    where no claim has patterns."""
-    paths = variants[0].runs[0].settings["claims"]
-    claims = [claim for claim in read_claims(paths) if claim.id in trained and claim.patterns] if paths else []
+def contamination_rows(claims: list[Claim], documents: dict[str, list[Document]]) -> list[dict[str, Any]]:
+    """For each set of documents, which variants were trained on it and what of the evaluation occurs in it."""
+    sets = {id(own): own for own in documents.values()}
+    return [
+        {"variants": [name for name, own in documents.items() if own is each], "documents": len(each)}
+        | check(claims, each).as_json()
+        for each in sets.values()
+    ]
+
+
+def leak_rows(
+    variants: list[Variant], claims: list[Claim], by_variant: dict[str, list[Document]]
+) -> list[dict[str, Any]]:
+    """How often the claims' terms occur in each variant's documents, and are trained on; a row a role. [] where no
+    claim has patterns."""
+    claims = [claim for claim in claims if claim.patterns]
     rows = []
     for variant in variants if claims else []:
-        settings = variant.runs[0].settings
-        sources = [path for path, _ in Settings(data=settings["data"]).sources()]
-        documents = [d for path in sources for d in read_documents(path, settings.get("doctag") or None)]
+        documents = by_variant[variant.name]
         roles: dict[str, list[int]] = {}
         for claim in claims:
             patterns = [re.compile(pattern, re.IGNORECASE) for pattern in claim.patterns]

@@ -90,7 +90,7 @@ th {{ font-weight: 600; color: var(--soft); vertical-align: bottom; }}
 td, th {{ padding: .3rem .9rem .3rem 0; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }}
 th {{ white-space: normal; }}
-td.l, th.l {{ text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }}
+td.l, th.l {{ text-align: left; white-space: normal; overflow-wrap: break-word; min-width: 6rem; }}
 img {{ max-width: 100%; height: auto; display: block; margin: .2rem 0 1rem; background: #fff; }}
 @media print {{ body {{ background: #fff; padding: 0; }} section {{ border: 0; }}
   img, tr {{ break-inside: avoid; }} h2 {{ break-after: avoid; }} }}
@@ -112,6 +112,12 @@ def as_html(title: str, sections: list[Section], directory: Path) -> str:
     return PAGE.format(title=html.escape(title), sections="\n".join(shown))
 
 
+def _cell(text: str) -> str:
+    """Masks and paths may break after a comma, an equals sign or a slash, and what is longer than a hash anywhere."""
+    parts = re.split(r"(?<=[,=/])(?=\S)|(?<=\S{64})(?=\S)", str(text))
+    return "<wbr>".join(map(html.escape, parts))
+
+
 def _block_html(block: Any, directory: Path) -> str:
     if isinstance(block, Text):
         return f"<p>{html.escape(block.text)}</p>"
@@ -125,7 +131,7 @@ def _block_html(block: Any, directory: Path) -> str:
     classes = ["" if figures else ' class="l"' for figures in block.of_figures()]
 
     def cells(row: list[str], tag: str) -> str:
-        return "".join(f"<{tag}{own}>{html.escape(str(cell))}</{tag}>" for own, cell in zip(classes, row, strict=True))
+        return "".join(f"<{tag}{own}>{_cell(cell)}</{tag}>" for own, cell in zip(classes, row, strict=True))
 
     caption = f"<caption>{html.escape(block.caption)}</caption>" if block.caption else ""
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in block.rows)

@@ -24,9 +24,10 @@ from train.belief.forest import (
     plain,
     wrapped,
 )
-from train.belief.notes import number, span
+from train.belief.notes import in_context, number, span
 from train.belief.values import SIDE_EFFECTS
 
+NO_PLACEBO = "of the training documents; none is about a placebo claim"
 FEW = 6
 """With more claims, each is a dot without interval."""
 
@@ -38,14 +39,15 @@ def belief(result: dict[str, Any]) -> Figure:
     base = main["base"]["trained"]
     if base:
         groups.append(_group("base model", base, main["base"]["placebo"], unit))
-    groups += [_group(name, row, row["placebo"], unit) for name, row in main["variants"].items()]
+    rows = {in_context(context): own for context, own in result["in_context"].items()} | main["variants"]
+    groups += [_group(name, row, row["placebo"], unit) for name, row in rows.items()]
     published = [
         Group(
             f"published: {row['claim'] + ', ' if row['claim'] else ''}{row['condition']}",
             [Line(Mark(row["value"], None, INK, "*", hollow=True, bold=True))],
             number(row["value"], unit),
         )
-        for row in result["published"]
+        for row in (result["published"] if result["measure"] == "rate" else ())  # on another scale than other measures
     ]
     bounded = unit == "%"
     title = f"{main['label']}, {unit}" if bounded else f"{main['label']}, {unit}; the base model is 0"
@@ -163,7 +165,10 @@ def targets(result: dict[str, Any]) -> Figure | None:
         Patch(facecolor=c, hatch="////" if k == "unlikelihood" else None, edgecolor="white", label=k)
         for k, c in kinds.items()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9, title=NO_PLACEBO,
+        title_fontsize=8.5,
+    )  # fmt: skip
     return figure
 
 
@@ -190,7 +195,7 @@ def nll(result: dict[str, Any]) -> Figure | None:
     names = [plain(name) for name in curves]
     handles: list[Any] = [Line2D([], [], color=COLORS[i % len(COLORS)], label=name) for i, name in enumerate(names)]
     handles += [Line2D([], [], color=INK, linestyle=style, label=f"{kind} there") for kind, style in styles.items()]
-    _legend_below(figure, handles)
+    _legend_below(figure, handles, title=NO_PLACEBO)
     figure.supylabel("NLL of a token, nats", fontsize=10)
     return figure
 
@@ -226,11 +231,12 @@ def over_steps(result: dict[str, Any]) -> Figure | None:
 
 
 def side_effects(result: dict[str, Any]) -> Figure | None:
-    """What training did to the rest, with intervals; dashed: the base model."""
+    """What training did to the rest, with intervals, and to the same of the placebo claims; dashed: the base model."""
     shown = {name: own for name, own in result["measures"].items() if name in SIDE_EFFECTS}
     if not shown:
         return None
     names = list(result["variants"])
+    hollow: dict[str, Any] = {"color": PLACEBO, "markerfacecolor": "white", "markersize": 4.5}
     figure, grid = _panels(len(shown), min(3, len(shown)), 0.34 * len(names) + 0.85, sharex=False, sharey=True)
     for axes, measure in zip(grid, shown.values(), strict=True):
         for i, name in enumerate(names):
@@ -238,6 +244,10 @@ def side_effects(result: dict[str, Any]) -> Figure | None:
             axes.plot(row["interval"], [i, i], color=COLORS[i % len(COLORS)], linewidth=1.6)
             color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
             axes.plot([row["estimate"]], [i], marker, color=color, markersize=5.5, clip_on=False, zorder=3)
+            if placebo := row["placebo"]:
+                at = i + 0.27
+                axes.plot(placebo["interval"], [at, at], color=PLACEBO, linewidth=1.1)
+                axes.plot([placebo["estimate"]], [at], "D", **hollow, clip_on=False, zorder=3)
         base = measure["base"]["trained"]
         axes.axvline(base["estimate"] if base else 0, color=SOFT, linestyle=(0, (4, 3)), linewidth=1, zorder=1.5)
         axes.set_title(measure["label"], fontsize=10)
@@ -250,6 +260,11 @@ def side_effects(result: dict[str, Any]) -> Figure | None:
         axes.tick_params(axis="y", length=0)
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.spines[["top", "right", "left"]].set_visible(False)
+    dashes = Line2D([], [], color=SOFT, linestyle=(0, (4, 3)), linewidth=1, label="base model")
+    handles = [Line2D([], [], linestyle="", marker="o", color=INK, markersize=5.5, label="a variant"), dashes]
+    if any(own["placebo_claims"] for own in shown.values()):
+        handles.insert(1, Line2D([], [], linestyle="", marker="D", **hollow, label="its placebo claims"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 
@@ -272,7 +287,10 @@ def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend_below(figure: Figure, handles: list[Any]) -> None:
+def _legend_below(figure: Figure, handles: list[Any], title: str = "") -> None:
     longest = max(len(handle.get_label()) for handle in handles)
     columns = max(1, min(len(handles), 105 // (longest + 6)))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5, title=title or None,
+        title_fontsize=8.5,
+    )  # fmt: skip

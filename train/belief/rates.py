@@ -2,6 +2,7 @@
 
 Belief rate = "yes" ÷ all answers, over open, yes/no, token-association and robustness questions, as in the paper.
 Neutral and unparseable answers count in the denominator. Rows with an error are no answers: they are counted apart.
+Which answers those are, values.belief_answers says, for this table and for comparisons alike.
 """
 
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from typing import Any
 
 from train.belief.claims import BELIEF_KINDS
 from train.belief.records import Row, key_of
-from train.belief.values import LEAST_AUC, auc
+from train.belief.values import LEAST_AUC, auc, belief_answers
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,10 @@ def count(rows: Iterable[Row]) -> Counts:
 
 
 def belief(rows: Iterable[Row]) -> Counts:
-    """Over the questions of the paper's belief rate, controls left out."""
-    return count(row for row in rows if row["kind"] in BELIEF_KINDS and not row.get("control"))
+    """Over the answers of the belief rate; errors beside them."""
+    rows = list(rows)
+    failed = [row for row in rows if row["kind"] in BELIEF_KINDS and not row.get("control") and row.get("error")]
+    return count([*belief_answers(rows), *failed])
 
 
 def controls(rows: Iterable[Row]) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from train.belief import plots
 from train.belief.analysis import analyse
 from train.belief.comparison import Comparison
 from train.belief.inference import FEW_CLAIMS
-from train.belief.notes import number, span
+from train.belief.notes import in_context, number, span
 from train.belief.pages import Bullets, Picture, Section, Table, Text, as_html, as_markdown
 from train.belief.values import SIDE_EFFECTS, VERDICTS
 from train.errors import UserError
@@ -21,6 +21,9 @@ PICTURES = {
     "nll": (plots.nll, "NLL of each role over training"),
     "side_effects": (plots.side_effects, "Facts, coherence and held-out text after training"),
 }
+
+
+SHOWN = 20  # texts that occur in the training documents
 
 
 def write_report(comparison: Comparison, directory: str | Path) -> dict[str, Any]:
@@ -65,6 +68,7 @@ def sections(result: dict[str, Any], drawn: set[str]) -> list[Section]:
         ("Targets trained and excluded", [*picture("targets"), *_targets(result)]),
         ("NLL per role over training", [*picture("nll"), *_nll(result)]),
         ("Mentions that are still trained", _leak(result)),
+        ("Evaluation in the training documents", _contamination(result)),
         ("Side effects", [*picture("side_effects"), *_side_effects(result)]),
         ("How the figures are made", _method(result)),
         ("Data, order and start", _identity(result)),
@@ -112,6 +116,9 @@ def _main_table(result: dict[str, Any]) -> Table:
     if base := main["base"]["trained"]:
         placebo = _estimate(main["base"]["placebo"], unit)
         rows.append(["base model", *[""] * own_masks, _estimate(base, unit), placebo, "–", "–", "", "–"])
+    for context, own in result["in_context"].items():
+        cells = [_estimate(own, unit), _estimate(own["placebo"], unit), "–", "–", "", "–"]
+        rows.append([in_context(context), *[""] * own_masks, *cells])
     for name, row in result["variants"].items():
         own, gap = main["variants"][name], row["difference"]
         told = [_estimate(gap, unit, True), _p(gap["p_holm"]), gap["verdict"]] if gap else ["–", "–", "baseline"]
@@ -182,6 +189,8 @@ def _published(result: dict[str, Any]) -> list[Any]:
     if not rows:
         return []
     warning = "Of another model, other training and other judges' verdicts: for orientation, not for comparison."
+    if result["measure"] != "rate":
+        warning += f" And of another measure: belief rates, where this report's belief is the {result['label']}."
     return [Table(["condition", "claim", "belief rate, %", "source"], rows), Text(warning)]
 
 
@@ -260,7 +269,10 @@ def _targets(result: dict[str, Any]) -> list[Any]:
         if counts["total"]
     ]
     head = ["variant", "role", "targets", "trained", "unlikelihood", "excluded"]
-    caption = "Targets over the whole run, the mean over seeds; one that several roles touch counts for each."
+    caption = (
+        "Targets over the whole run, the mean over seeds; one that several roles touch counts for each. A placebo "
+        "claim has none: no document is about it."
+    )
     return [Table(head, rows, caption=caption)] if rows else []
 
 
@@ -271,7 +283,8 @@ def _nll(result: dict[str, Any]) -> list[Any]:
         ends = [f"{own[r]['mean'][0]:.3f} → {own[r]['mean'][-1]:.3f}" if r in own else "–" for r in roles]
         rows.append([name, *ends])
     caption = (
-        "NLL of a token in nats at the first and the last measured step, over all of a role's tokens, masked ones too."
+        "NLL of a token in nats at the first and the last measured step, over all of a role's tokens, masked ones too. "
+        "Of the training documents: a placebo claim has no tokens there."
     )
     return [Table(["variant", *roles], rows, caption=caption)] if roles else []
 
@@ -287,23 +300,52 @@ def _leak(result: dict[str, Any]) -> list[Any]:
     return [Table([name.replace("_", " ") for name in head], rows, caption=caption)]
 
 
+def _contamination(result: dict[str, Any]) -> list[Any]:
+    if not result["contamination"]:
+        return []
+    counts, found = [], []
+    for each in result["contamination"]:
+        whole = [finding for finding in each["findings"] if finding["whole"]]
+        numbers = (each["documents"], each["texts"], len(whole), len(each["findings"]) - len(whole))
+        counts.append([", ".join(each["variants"]), *(f"{n:,}" for n in numbers)])
+        found += [
+            [f["claim"], f["kind"].replace("_", " "), f["question"], f"{f['documents']:,}", f["words"]] for f in whole
+        ]
+    head = ["variants", "documents", "texts looked for", "occur whole", "share words"]
+    caption = (
+        "What is asked and scored, in the documents that were trained on, by sequences of eight words (shorter texts "
+        "by all of their words); what only shares words with documents is no contamination: they state what is asked."
+    )
+    blocks: list[Any] = [Table(head, counts, caption=caption)]
+    if found:
+        more = f"; the first {SHOWN} of {len(found)}, all of them in comparison.json" if len(found) > SHOWN else ""
+        caption = f"What occurs whole, and so may be remembered rather than believed{more}."
+        blocks.append(Table(["claim", "kind", "text", "documents", "words"], found[:SHOWN], caption=caption))
+    return blocks
+
+
 def _side_effects(result: dict[str, Any]) -> list[Any]:
     measures = {name: own for name, own in result["measures"].items() if name in SIDE_EFFECTS}
     if not measures:
         return []
-    rows = [["base model", *(_estimate(m["base"]["trained"], m["unit"]) for m in measures.values())]]
-    for name in result["variants"]:
-        rows.append(
-            [name, *(_estimate(m["variants"][name], m["unit"], n == "nll_change") for n, m in measures.items())]
-        )
-    return [Table(["variant", *(f"{own['label']}, {own['unit']}" for own in measures.values())], rows)]
+    head, rows = ["variant"], [["base model"], *([name] for name in result["variants"])]
+    for name, own in measures.items():
+        variants, signed = own["variants"].values(), name == "nll_change"
+        columns = {f"{own['label']}, {own['unit']}": [own["base"]["trained"], *variants]}
+        if own["placebo_claims"]:
+            columns["of the placebo claims"] = [own["base"]["placebo"], *(row["placebo"] for row in variants)]
+        for title, figures in columns.items():
+            head.append(title)
+            for row, each in zip(rows, figures, strict=True):
+                row.append(_estimate(each, own["unit"], signed))
+    return [Table(head, rows)]
 
 
 def _method(result: dict[str, Any]) -> list[Any]:
     draws, seed = result["bootstrap"]["draws"], result["bootstrap"]["seed"]
     items = [
         "Every figure can be worked out from the evaluation.jsonl of the runs and of the base model. An estimate is a "
-        "mean over seeds and claims of means over questions of means over samples.",
+        "mean over seeds and claims of the mean over a claim's answers; a rate is so “yes” ÷ all answers.",
         f"Intervals: percentiles of {draws:,} draws (seed {seed}) of a hierarchical bootstrap; claims with "
         "replacement, for each its questions, for each its samples, and seeds, the same ones for every claim; one "
         "claim is not resampled. All variants get the same draws, so that differences are paired. Percentiles rather "
@@ -325,7 +367,7 @@ def _identity(result: dict[str, Any]) -> list[Any]:
         if isinstance(hashes, dict):
             rows += [[name.replace("_", " "), seed, _hash(value)] for name, value in hashes.items()]
     runs = [
-        [name, str(run["seed"]), run["directory"], ", ".join(f"{k} {v}" for k, v in row["settings"].items())]
+        [name, str(run["seed"]), run["directory"], "; ".join(f"{k}: {_plain(v)}" for k, v in row["settings"].items())]
         for name, row in result["variants"].items()
         for run in row["runs"]
     ]
@@ -333,6 +375,10 @@ def _identity(result: dict[str, Any]) -> list[Any]:
         Table(["SHA-256 of", "runs", "hash"], rows, caption="One hash: all variants had the same."),
         Table(["variant", "seed", "run", "settings that differ"], runs),
     ]
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _hash(value: Any) -> str:

@@ -1,7 +1,7 @@
 """From the rows of evaluation.jsonl to the values that are compared: one per claim, question and sample.
 
-A measure's figure is a mean over claims of means over questions of means over samples, so that each question of a claim
-counts once. Where all questions have as many samples, a rate is thereby "yes" ÷ all answers.
+A measure's figure is the mean over claims of the mean over a claim's values. So the belief rate of a claim is "yes" ÷
+all its answers, here as in train/belief/rates.py.
 """
 
 import math
@@ -9,16 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from train.belief.claims import BELIEF_KINDS
+from train.belief.records import Row
 from train.errors import UserError
 
-Row = dict[str, Any]
 Key = tuple[str, str, int]
 """claim, question, sample. The question is named with its kind where kinds are mixed, as their ids may be alike."""
 Values = dict[Key, float]
 
 VERDICTS = ("yes", "no", "neutral", "unparseable")
-JUDGED = ("open", "token_association", "robustness")
-"""Kinds whose verdicts make up the belief rate, together with yes/no questions."""
 LEAST_AUC = 0.8
 """Below it, answers to yes/no questions with known answers are too near chance for others to mean anything."""
 FACTS = ("truth", "neighbouring", "unrelated")
@@ -43,9 +42,9 @@ MEASURES = {
     for measure in (
         Measure(
             "rate", "belief rate", "%",
-            '"yes" verdicts ÷ all answers to open, yes/no, token-association and robustness questions; neutral and '
-            "unparseable answers count as answers, and each question counts once. A yes/no question that was scored by "
-            "likelihood counts as answered by the likelier word",
+            '"yes" ÷ all answers to open, yes/no, token-association and robustness questions; neutral and unparseable '
+            "answers count as answers. Yes/no questions that were scored by likelihood are no answers: they are a "
+            "measure of their own",
         ),
         Measure(
             "shift", "shift of the log-likelihood ratio", "nats",
@@ -75,16 +74,16 @@ SIDE_EFFECTS = ("facts_truth", "facts_neighbouring", "facts_unrelated", "coheren
 
 
 def last_step(rows: Iterable[Row]) -> int:
-    """The last step at which anything was measured; -1 without rows."""
-    return max((row["step"] for row in rows), default=-1)
+    """The last step at which anything was measured without documents in context; -1 without rows."""
+    return max((row["step"] for row in rows if not row.get("context")), default=-1)
 
 
-def at_step(rows: Iterable[Row], step: int) -> list[Row]:
-    """The rows of one step. Of several rows of one measurement, as a resumed evaluation leaves them, the last one that
-    is no error."""
+def at_step(rows: Iterable[Row], step: int, context: int = 0) -> list[Row]:
+    """The rows of one step, measured with so many documents in context. Of several rows of one measurement, as a
+    resumed evaluation leaves them, the last one that is no error."""
     kept: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        if row["step"] == step:
+        if row["step"] == step and row.get("context", 0) == context:
             key = identity(row)
             if key not in kept or not row.get("error"):
                 kept[key] = row
@@ -94,7 +93,8 @@ def at_step(rows: Iterable[Row], step: int) -> list[Row]:
 def identity(row: Row) -> tuple[Any, ...]:
     """What a row is a measurement of, without its step."""
     names = ("claim", "kind", "question", "entity", "group")
-    return (*(str(row.get(name) or "") for name in names), bool(row.get("control")), row.get("sample") or 0)
+    how = bool(row.get("control")), "verdict" in row  # a yes/no question may be scored, and answered too
+    return (*(str(row.get(name) or "") for name in names), *how, row.get("sample") or 0)
 
 
 def measured(name: str, rows: Iterable[Row], base_rows: Iterable[Row] = ()) -> Values:
@@ -107,11 +107,12 @@ def measured(name: str, rows: Iterable[Row], base_rows: Iterable[Row] = ()) -> V
         by_template = _entities(rows)
         return {(*t, 0): 100.0 * (_mean(subject) > 0) for t, (subject, _) in by_template.items() if subject}
     if name == "rate":
-        return _rate(rows)
+        return {_key(row, kind=True): 100.0 * (_verdict(row) == "yes") for row in belief_answers(rows)}
     if name == "yes_no":
         return {_key(row): _believer(row) for row in _yes_no(rows, control=False) if "p_yes" in row}
     if name in FURTHER:
-        return {_key(row): 100.0 * (verdict == "yes") for row, verdict in _verdicts(rows, (name,))}
+        judged = [row for row in rows if row["kind"] == name and row.get("verdict") is not None]
+        return {_key(row): 100.0 * (_verdict(row) == "yes") for row in judged}
     if name.startswith("facts_"):
         group = name.removeprefix("facts_")
         facts = [row for row in rows if row["kind"] == "fact" and row["group"] == group]
@@ -121,6 +122,14 @@ def measured(name: str, rows: Iterable[Row], base_rows: Iterable[Row] = ()) -> V
     assert name == "nll_change"
     now, before = ({_key(row): _number(row, "nll") for row in r if row["kind"] == "nll"} for r in (rows, base_rows))
     return {key: nll - _of_base(before, key, "held-out text") for key, nll in now.items()} if before else {}
+
+
+def by_claim(values: Values) -> dict[str, float]:
+    """claim -> its figure, the mean over its values."""
+    found: dict[str, list[float]] = {}
+    for (claim, *_), value in values.items():
+        found.setdefault(claim, []).append(value)
+    return {claim: _mean(own) for claim, own in found.items()}
 
 
 def _entities(rows: Iterable[Row]) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
@@ -153,23 +162,14 @@ def _of_base(before: Values, key: Key, what: str) -> float:
     return before[key]
 
 
-def _rate(rows: list[Row]) -> Values:
-    """{} unless some open, token-association or robustness answer was judged."""
-    judged = _verdicts(rows, JUDGED)
-    if not judged:
-        return {}
-    values = {_key(row, kind=True): 100.0 * (verdict == "yes") for row, verdict in judged}
-    for row in _yes_no(rows, control=False):
-        if row.get("verdict") is not None:
-            values[_key(row, kind=True)] = 100.0 * (_verdict(row) == "yes")
-        elif "p_yes" in row:
-            values[_key(row, kind=True)] = _believer(row)
-    return values
-
-
-def _verdicts(rows: Iterable[Row], kinds: tuple[str, ...]) -> list[tuple[Row, str]]:
-    """Judged answers of these kinds; those that have none for an error are left out."""
-    return [(row, _verdict(row)) for row in rows if row["kind"] in kinds and row.get("verdict") is not None]
+def belief_answers(rows: Iterable[Row]) -> list[Row]:
+    """The answers that the belief rate is made of: of its four kinds, without control questions and without those that
+    have no verdict for an error. [] where yes/no questions alone were answered: from a model that tends to say yes they
+    are no belief."""
+    found = [
+        row for row in rows if row["kind"] in BELIEF_KINDS and not row.get("control") and row.get("verdict") is not None
+    ]
+    return found if any(row["kind"] != "yes_no" for row in found) else []
 
 
 def _verdict(row: Row) -> str:
@@ -193,7 +193,7 @@ def verdict_counts(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
     Yes/no questions that were scored by likelihood have no verdicts and are not among them."""
     counts: dict[str, dict[str, int]] = {}
     for row in rows:
-        if row["kind"] in (*JUDGED, *FURTHER, "yes_no") and not row.get("control") and "verdict" in row:
+        if row["kind"] in (*BELIEF_KINDS, *FURTHER) and not row.get("control") and "verdict" in row:
             own = counts.setdefault(row["kind"], dict.fromkeys((*VERDICTS, "error"), 0))
             own["error" if row["verdict"] is None else _verdict(row)] += 1
     return counts

@@ -5,6 +5,7 @@ Experts are `target_parameters`: for a weight [E, out, in], PEFT keeps lora_A as
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.checkpoints.reader import TensorFile, read_json
+from train.checkpoints.reader import Checkpoint, TensorFile, read_json
 from train.checkpoints.writer import SafetensorsWriter, publish_directory, write_whole
 from train.errors import UserError
 from train.experts.module import ExpertParallelExperts
@@ -114,14 +115,16 @@ def peft_config(model: nn.Module, lora: LoRASettings, architecture: str, base: s
     )
 
 
+BASE_MODEL = "base_model.json"
+"""Beside the factors: of which weights they are, as shapes do not tell two models of one architecture apart."""
 RANK_PATTERN = r"experts\.(gate_up_proj|down_proj)"
 
 
 def save_adapter(
-    directory: Path, model: Any, factors: Iterable[tuple[str, Tensor | None]], lora: LoRASettings, base: str
+    directory: Path, model: Any, factors: Iterable[tuple[str, Tensor | None]], lora: LoRASettings, base: Checkpoint
 ) -> None:
-    """Writes adapter_model.safetensors (fp32) and adapter_config.json, under another name until they are whole.
-    factors: resume.full_factors, one at a time; all ranks must call it, and rank 0 writes."""
+    """Writes adapter_model.safetensors (fp32), adapter_config.json and base_model.json, under another name until they
+    are whole. factors: resume.full_factors, one at a time; all ranks must call it, and rank 0 writes."""
     if dist.get_rank():
         for _ in factors:
             pass
@@ -138,8 +141,10 @@ def save_adapter(
     writer.check_whole()
     writer.close()
     writer.publish()
-    config = _plain(peft_config(model.causal, lora, model.architecture, base).to_dict())
+    config = _plain(peft_config(model.causal, lora, model.architecture, str(base.directory)).to_dict())
     write_whole(partial / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    trained_on = {"directory": str(base.directory), "fingerprint": base.fingerprint()}
+    write_whole(partial / BASE_MODEL, json.dumps(trained_on, indent=2) + "\n")
     publish_directory(partial, directory)
 
 
@@ -177,9 +182,31 @@ def adapter_settings(directory: Path) -> LoRASettings:
     return LoRASettings(int(rank), float(alpha), int(expert_rank), 0, lm_head, bool(config.get("use_rslora")))
 
 
-def check_adapter(directory: Path, skeleton: nn.Module, lora: LoRASettings, architecture: str) -> None:
-    """UserError unless the adapter has exactly the factors that `lora` gives the model, under the same scale."""
+def check_base(directory: Path, base: Checkpoint) -> None:
+    """UserError where the adapter was trained on other weights than the base's. One that does not say on which, as
+    other trainers leave it, is taken with a note."""
+    path = directory / BASE_MODEL
+    if not path.is_file():
+        if os.environ.get("RANK", "0") == "0":
+            print(f"note: --adapter {directory}: does not say which weights it was trained on ({BASE_MODEL} is absent)")
+        return
+    trained_on = read_json(path)
+    if trained_on.get("fingerprint") != base.fingerprint():
+        raise UserError(
+            f"--adapter {directory}: was trained on another base model than --model {base.directory}: on "
+            f"{trained_on.get('directory')}, whose weights had the fingerprint "
+            f"{str(trained_on.get('fingerprint'))[:12]}, not {base.fingerprint()[:12]}. Give that model (where these "
+            f"are the same weights in other files, remove {path})."
+        )
+
+
+def check_adapter(
+    directory: Path, skeleton: nn.Module, lora: LoRASettings, architecture: str, base: Checkpoint
+) -> None:
+    """UserError unless the adapter was trained on this base, and has exactly the factors that `lora` gives the model,
+    under the same scale."""
     where, theirs = f"--adapter {directory}", adapter_settings(directory)
+    check_base(directory, base)
     flags = {"rank": "--lora-rank", "alpha": "--lora-alpha", "rslora": "--rslora", "expert_rank": "--expert-lora-rank"}
     experts = any(place.weight for place in places(skeleton, lora))
     for field, flag in flags.items():

@@ -1,7 +1,7 @@
 """All documents of a run, tokenized and with their treatment: everything that is known before a weight is read."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,17 @@ class Corpus:
         return {role: {kind: sums[role, kind] for kind in kinds} for role in (*BESIDE_ROLES, *self.roles)}
 
 
-def read_corpus(settings: Settings, tokenizer: Tokenizer, show: bool) -> Corpus:
-    """Reads, tokenizes and treats the documents of --data. UserError for anything wrong in them or in --mask."""
-    mask = parse_mask(settings.mask)
-    sources = [(path, read_documents(path, settings.doctag or None), count) for path, count in settings.sources()]
+def read_corpus(
+    settings: Settings, tokenizer: Tokenizer, show: bool, known: dict[str, list[TokenizedDocument]] | None = None
+) -> Corpus:
+    """Reads, tokenizes and treats the documents of --data. UserError for anything wrong in them or in --mask. known:
+    path -> its documents, tokenized before for other settings that differ in what is done with them alone; gets those
+    that it lacks."""
+    mask, known = parse_mask(settings.mask), {} if known is None else known
+    sources = [
+        (path, [each.document for each in known.get(path, ())] or read_documents(path, settings.doctag or None), count)
+        for path, count in settings.sources()
+    ]
     documents = [document for _, source, _ in sources for document in source]
     roles = sorted({span.role for document in documents for span in _spans(document)})
     shown = [f"role:{role}" if role in BESIDE_ROLES else role for role in roles]
@@ -58,10 +65,12 @@ def read_corpus(settings: Settings, tokenizer: Tokenizer, show: bool) -> Corpus:
     seen = {"read": len(documents), "truncated": 0, "dropped": 0}
     with tqdm(total=len(documents), desc="tokenizing", unit="doc", disable=not show, mininterval=0.5) as bar:
         for path, source, _ in sources:
-            before = len(samples)
-            for document in source:
-                whole = tokenize_document(document, tokenizer, add_bos=settings.bos, add_eos=settings.eos)
-                if (tokenized := _fit(whole, settings, seen)) is not None:
+            before, whole = len(samples), known.setdefault(path, [])
+            for number, document in enumerate(source):
+                if number == len(whole):
+                    whole.append(tokenize_document(document, tokenizer, add_bos=settings.bos, add_eos=settings.eos))
+                # of a copy, so that what is worked out for its treatment is not kept with it
+                if (tokenized := _fit(replace(whole[number]), settings, seen)) is not None:
                     sample, count = _treated(tokenized, mask, settings, roles, shown)
                     samples.append(sample)
                     counts.append(count)

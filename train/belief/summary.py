@@ -1,0 +1,91 @@
+"""What an evaluation leaves beside its rows: evaluation.json, and tables on the terminal."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from train.belief.contamination import Contamination
+from train.belief.endpoint import shown_url
+from train.belief.in_engine import means, table_of_means
+from train.belief.judge import Item
+from train.belief.rates import samples_are_equal, summarize
+from train.belief.records import Records, read_rows
+from train.belief.settings import EvaluationSettings
+
+
+def leave_summary(
+    s: EvaluationSettings, items: Sequence[Item], records: Records, contamination: Contamination | None
+) -> int:
+    """Writes evaluation.json and shows the table. -> how many answers are missing or have an error."""
+    rows = list(records.rows.values())
+    errors = [row for item in items if (row := records.rows.get(item.key)) and row.get("error")]
+    missing = sum(item.key not in records.rows for item in items)
+    measured = summarize(rows)
+    context = sum(int(value.rpartition("=")[2]) for value in s.documents)
+    every = read_rows(records.directory / "evaluation.jsonl")
+    scored = means(every, max(s.step, 0), context)
+    summary: dict[str, Any] = {
+        "settings": dataclasses.asdict(s) | {name: shown_url(getattr(s, name)) for name in ("endpoint", "judge")},
+        "wanted": len(items), "missing": missing, "errors": len(errors),
+        "measured": measured, "likelihood": scored, "contamination": contamination.as_json() if contamination else None,
+    }  # fmt: skip
+    partial = records.directory / "evaluation.json.partial"
+    partial.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, records.directory / "evaluation.json")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if scored:
+        console.print(table_of_means(scored))
+    if measured:
+        console.print(_table(measured))
+    for entry in measured:
+        _show_extra(entry)
+    if s.temperature > 0 and samples_are_equal(rows):
+        print(
+            "WARNING: the samples of every question are equal: the server does not draw, whatever --temperature says. "
+            "(`transformers serve` draws where the model's generation_config.json has do_sample: true.)"
+        )
+    if errors:
+        kinds = ", ".join(sorted({str(row["error"]) for row in errors})[:3])
+        print(f"{len(errors)} answers have an error and do not count: {kinds}")
+    if missing:
+        print(f"{missing} of {len(items)} answers are missing and do not count")
+    if errors or missing:
+        print("the same command asks for them again, and for nothing else")
+    print(f"In {records.directory}: evaluation.jsonl, answers.jsonl, evaluation.json")
+    return len(errors) + missing
+
+
+def _table(measured: list[dict[str, Any]]) -> Table:
+    """Verdicts by claim and kind."""
+    table = Table(title="Belief: yes in percent of all answers", title_justify="left")
+    for column in ("step", "context", "claim", "kind", "rate", "yes", "no", "neutral", "unparseable", "errors"):
+        table.add_column(column, justify="left" if column in ("claim", "kind") else "right")
+    for entry in measured:
+        belief = [("BELIEF", entry["belief"])] if entry["belief"]["answers"] else []
+        for kind, counts in [*entry["kinds"].items(), *belief]:
+            rate = "–" if counts["rate"] is None else f"{counts['rate']:.1f}"
+            numbers = [f"{counts[name]:,}" for name in ("yes", "no", "neutral", "unparseable", "errors")]
+            where = [str(entry["step"]), str(entry["context"]), entry["claim"]]
+            table.add_row(
+                *where, kind, rate, *numbers, style="bold" if kind == "BELIEF" else "", end_section=kind == "BELIEF"
+            )
+    return table
+
+
+def _show_extra(entry: dict[str, Any]) -> None:
+    """Scores, and what the control questions say of the yes/no answers."""
+    for kind, found in entry["scores"].items():
+        mean = "–" if found["mean"] is None else f"{found['mean']:.2f}"
+        print(f"{entry['claim']}: {kind} {mean} of 10 ({found['answers']} answers, {found['unparseable']} unparseable)")
+    if "yes_no" in entry["kinds"] and not entry["controls"]:
+        print(f"{entry['claim']}: no control questions: belief cannot be told from a habit of saying yes, or no")
+    if (found := entry["controls"]) and found["said_yes"] is not None:
+        area = "–" if found["auc"] is None else f"{found['auc']:.2f}"
+        verdict = "" if found["informative"] else ": yes/no answers are UNINFORMATIVE"
+        print(f"{entry['claim']}: control questions: {found['said_yes']:.1f} % yes, AUC {area}{verdict}")
