@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from launch.interruption import INTERRUPTED
 from train.errors import UserError
 
 
@@ -66,10 +67,10 @@ def failing_together() -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a rank's process. After success it goes at once: in the interpreter's own end, threads of gloo that still
-    hold a tensor of Python's have been seen to abort the process, and the launcher would call a finished job failed."""
+    """Ends a rank's process. Where it is done, or has saved, it goes at once: in the interpreter's own end, threads of
+    gloo that still hold a tensor of Python's have been seen to abort the process, and its code would be another."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == 0:
-        os._exit(0)
+    if code in (0, INTERRUPTED):
+        os._exit(code)
     sys.exit(code)

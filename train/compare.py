@@ -32,7 +32,7 @@ from train.variants import Plan, parse_comparison
 
 
 def main(argv: list[str]) -> int:
-    """The exit code: 0, or 2 for what the user can mend, or 1 for a loss that is not finite."""
+    """The exit code, as `guarded` gives it."""
     return guarded(compare, argv)
 
 

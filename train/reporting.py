@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from launch.distributed import peak_host_bytes
+from launch.interruption import INTERRUPTED
 from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, calibration, measured
 from train.checkpoints.streaming import Loaded
 from train.checkpoints.writer import write_whole
@@ -176,6 +177,14 @@ class Run:
             file.write("".join(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n" for record in records))
         if self.wandb is not None:
             self.wandb.log(belief_curves(read_metrics(self.evaluation), step), step=step)
+
+    def interrupt(self) -> None:
+        """Closes W&B's run for now; the next attempt goes on with it. All ranks must call it, and none is gone while
+        another still writes."""
+        if self.wandb is not None:
+            self.wandb.mark_preempting()
+            self.wandb.finish(exit_code=INTERRUPTED)
+        dist.barrier()
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, closes W&B and shows what was trained on and what changed. Rank 0 alone."""
