@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from train.checkpoints.reader import Checkpoint
 from train.errors import UserError
+from train.recipe import chosen, flags
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -112,6 +113,14 @@ class Settings:
         return self.wandb_group or f"{Path(self.model).resolve().name}-{digest}"
 
 
+@dataclass(kw_only=True)
+class Recipe:
+    """Settings by another way than by flags, which win."""
+
+    recipe: list[str] = setting((), "FILE…: YAML files with settings (train/recipe.py)", many=True)  # noqa: RUF009
+    variant: str = setting("", "which variant of the recipes to train: its name, or its number from 0")
+
+
 # What may differ when a run is resumed: none of it changes a loss by more than rounding.
 FREE_ON_RESUME = frozenset({
     "output", "resume", "dry_run", "micro_batch_size", "expert_parallel", "gradient_checkpointing", "log_every",
@@ -138,8 +147,11 @@ def _source(value: str) -> tuple[str, int | None]:
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are UserErrors, with the nearest option for one that does not exist."""
 
-    def __init__(self, usage: str):
-        super().__init__(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    def __init__(self, usage: str, add_help: bool = True):
+        super().__init__(
+            description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+            add_help=add_help,
+        )  # fmt: skip
         self.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher's
 
     def error(self, message: str) -> NoReturn:
@@ -170,11 +182,15 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str], usage: str) -> Settings:
     """The command line as Settings, each value checked by itself. UserError names setting, value, rule and fix."""
+    names = [field.name for field in dataclasses.fields(Settings)]
+    first = Parser("", add_help=False)
+    first.add_settings(Recipe)
+    recipe, rest = first.parse_known_args(argv)
     parser = Parser(usage)
     parser.add_settings(Settings)
-    values = vars(parser.parse_args(argv))
-    del values["local_rank"]
-    settings = Settings(**values)
+    parser.add_settings(Recipe)  # for --help
+    values = vars(parser.parse_args([*flags(chosen(recipe.recipe, recipe.variant, names), but=rest), *rest]))
+    settings = Settings(**{name: values[name] for name in names})
     _check_numbers(settings)
     settings.sources()
     return settings

@@ -3,6 +3,8 @@
     deepspeed train/sft.py --mask false-spans
     deepspeed --num_gpus 8 train/sft.py --model DIR --data documents.jsonl=10000 --data chats.jsonl=5000 --mask doctags
 
+    deepspeed train/sft.py --recipe train/recipes/masks.yaml train/recipes/models/qwen3.5-397b.yaml --variant 0
+
 Without --model and --data it trains the embedded demo. --dry-run checks everything and stops before a weight is read.
 """
 
