@@ -45,7 +45,7 @@ def compare(argv: list[str]) -> None:
         if rank == 0:
             report(plan, plan.finished)
         return
-    device = start_distributed()
+    device = start_distributed(plan.shared.timeout)
     plan = replace(plan, output=from_first_rank(plan.output))  # its default has the time in it
     runs = checked_runs(plan, ranks, show=rank == 0)
     if plan.shared.dry_run:

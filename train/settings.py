@@ -81,6 +81,7 @@ class Settings:
 
     expert_parallel: int = setting(0, "ranks that divide a layer's experts among them; 0: all ranks")
     gradient_checkpointing: bool = setting(False, "keep only each layer's input, and recompute the rest in backward")
+    timeout: float = setting(1800, "seconds without progress on any rank, after which the run ends with their stacks")
     ds_config: str = setting(str(REPOSITORY / "ds_configs" / "zero3.json"), "DeepSpeed configuration, ZeRO stage 3")
 
     claims: list[str] = setting(  # noqa: RUF009
@@ -124,7 +125,7 @@ class Recipe:
 # What may differ when a run is resumed: none of it changes a loss by more than rounding.
 FREE_ON_RESUME = frozenset({
     "output", "resume", "dry_run", "micro_batch_size", "expert_parallel", "gradient_checkpointing", "log_every",
-    "save_every", "keep", "evaluate_every", "wandb", "wandb_project", "wandb_group",
+    "save_every", "keep", "evaluate_every", "timeout", "wandb", "wandb_project", "wandb_group",
 })  # fmt: skip
 
 
@@ -201,6 +202,7 @@ def _check_numbers(s: Settings) -> None:
         "steps": 0, "epochs": 1, "batch_size": 1, "micro_batch_size": 1, "max_tokens": 2, "warmup_steps": 0,
         "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "lora_rank": 1, "lora_alpha": 0,
         "expert_lora_rank": 0, "expert_parallel": 0, "log_every": 1, "save_every": 0, "keep": 1, "evaluate_every": 0,
+        "timeout": 1,
     }  # fmt: skip
     most = dict.fromkeys(("lora_rank", "expert_lora_rank"), 2**14) | {"seed": 2**32 - 1, "learning_rate": 1e38}
     for name, low in least.items():

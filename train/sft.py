@@ -77,7 +77,7 @@ def guarded(script: Callable[[list[str]], None], argv: list[str]) -> int:
 
 def train(job: Job) -> None:
     """Reads the weights, trains, and leaves adapter, metrics and summary."""
-    started, device = time.perf_counter(), start_distributed()
+    started, device = time.perf_counter(), start_distributed(job.settings.timeout)
     run = Run(job.settings, job.resolved)
     engine, loaded = load_engine(job, device)
     run.show_load(loaded)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from launch.interruption import interruption
+from launch.watchdog import progress
 from train.belief.probes import Record, measure
 from train.checkpoints import resume
 from train.data.batches import Batch, micro_batches, pad
@@ -66,7 +67,8 @@ class Trainer:
         rate = learning_rate(self.settings, step, self.job.steps)
         for group in self.engine.optimizer.optimizer.param_groups:
             group["lr"] = rate
-        for batch in self.batches(step):
+        for number, batch in enumerate(self.batches(step)):
+            progress(f"micro-batch {number + 1} of step {step + 1}")
             batch = (batch if measure else batch.in_loss()).to(self.device)
             terms = self.engine(batch)
             self._stop_if_not_finite(terms.loss.detach(), step, batch)
