@@ -31,7 +31,8 @@ def peak_host_bytes() -> int:
 def start_distributed(timeout: float = 0) -> torch.device:
     """Joins all ranks in one process group, over gloo where there is no GPU; a script started without the launcher is a
     group of one. Ranks on one CPU divide its cores among them. timeout: seconds after which the watchdog ends
-    ranks that call `progress` no more; 0: without it, and with torch's limit for a collective. -> this rank's device."""
+    ranks that call `progress` no more; 0: without it, and with torch's limit for a collective. -> this rank's
+    device."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)

@@ -42,75 +42,72 @@ def progress(what: str) -> None:
     _done.what = what
 
 
-class Watchdog(threading.Thread):
+class Watchdog:
     """Watches all ranks from this one. limit: seconds without progress on any rank. store: a connection of its own,
-    which gives up after as long."""
+    whose calls may never return: rank 0, where the store is, may be the one that is stopped."""
 
     def __init__(self, rank: int, ranks: int, store: TCPStore, limit: float):
-        super().__init__(daemon=True, name="watchdog")
         self.rank, self.store, self.limit = rank, store, limit
         self.interval = min(5.0, limit / 10)
         self.notes: list[dict[str, Any] | None] = [None] * ranks
-        self.heard = [time.monotonic()] * ranks
+        self.answered = self.moved = time.monotonic()
+        self.heard = [self.answered] * ranks
         self.terminal = os.dup(2)  # ranks but the first send theirs to a log, later
 
-    def run(self) -> None:
+    def start(self) -> None:
         """Until the process ends."""
-        moved, counts, beat = time.monotonic(), None, 0
-        while True:
-            beat += 1
-            try:
-                self._exchange(beat)
-            except Exception as error:  # after the limit, or at once where rank 0 is gone
-                now = time.monotonic()
-                if now - moved > self.limit:
-                    self._end(f"rank 0, which all others report to, does not answer ({type(error).__name__}).")
-            now = time.monotonic()
-            before, counts = counts, [note and note["count"] for note in self.notes]
-            if counts != before:
-                moved = now
-                faulthandler.dump_traceback_later(self.limit, file=2)  # in C: also where a rank never lets Python run
-            elif now - moved > self.limit:
-                self._end(self._verdict(now))
+        for loop in (self._tell_and_hear, self._judge):
+            threading.Thread(target=loop, daemon=True, name="watchdog").start()
+
+    def _tell_and_hear(self) -> None:
+        beat, counts = 0, None
+        with contextlib.suppress(RuntimeError):  # where rank 0 is gone: after that nobody is heard
+            while True:
+                beat += 1
+                own = {"beat": beat, "count": _done.count, "what": _done.what, **where_the_main_thread_is()}
+                self.store.set(f"watchdog/{self.rank}", json.dumps(own))
+                for rank, known in enumerate(self.notes):
+                    key = f"watchdog/{rank}"
+                    note = json.loads(self.store.get(key)) if self.store.check([key]) else None
+                    if note is not None and (known is None or note["beat"] != known["beat"]):
+                        self.heard[rank] = time.monotonic()
+                    self.notes[rank] = note
+                self.answered = time.monotonic()
+                before, counts = counts, [note and note["count"] for note in self.notes]
+                if counts != before:
+                    self.moved = self.answered
+                    faulthandler.dump_traceback_later(self.limit, file=2)  # in C: also where Python may not run
+                time.sleep(self.interval)
+
+    def _judge(self) -> None:
+        while (now := time.monotonic()) - self.moved <= self.limit:
             time.sleep(self.interval)
-
-    def _exchange(self, beat: int) -> None:
-        own = {"beat": beat, "count": _done.count, "what": _done.what, **where_the_main_thread_is()}
-        self.store.set(f"watchdog/{self.rank}", json.dumps(own))
-        for rank, known in enumerate(self.notes):
-            key = f"watchdog/{rank}"
-            note = json.loads(self.store.get(key)) if self.store.check([key]) else None
-            if note is not None and (known is None or note["beat"] != known["beat"]):
-                self.heard[rank] = time.monotonic()
-            self.notes[rank] = note
-
-    def _silent(self, now: float) -> list[int]:
-        return [rank for rank, heard in enumerate(self.heard) if now - heard > self.limit / 2]
-
-    def _verdict(self, now: float) -> str:
+        if now - self.answered > self.limit / 2:
+            self._end("rank 0, which keeps what ranks tell each other, does not answer.", self.rank)
+        silent = [rank for rank, heard in enumerate(self.heard) if now - heard > self.limit / 2]
         waiting = [rank for rank, note in enumerate(self.notes) if note and note["waits"]]
-        if silent := self._silent(now):
-            blamed = f"{_ranks(silent)} gave no sign of life: gone, stopped, or never started."
-        elif len(waiting) < len(self.notes) and waiting:
-            blamed = f"{_ranks([r for r in range(len(self.notes)) if r not in waiting])} kept the others waiting."
+        if silent:
+            verdict = f"{_ranks(silent)} gave no sign of life: gone, stopped, or never started."
+        elif 0 < len(waiting) < len(self.notes):
+            verdict = f"{_ranks([r for r in range(len(self.notes)) if r not in waiting])} kept the others waiting."
         else:
-            blamed = "which rank is to blame cannot be told: see the stacks."
+            verdict = "which rank is to blame cannot be told: see the stacks."
+        self._end(verdict, next(rank for rank in range(len(self.notes)) if rank not in silent))
+
+    def _end(self, verdict: str, speaker: int) -> NoReturn:
+        """Tells the verdict, in each rank's log, and the speaker in the terminal."""
         stood = [
             f"  rank {rank}: {note['what']}, in {note['at']}" if note else f"  rank {rank}: never heard of"
             for rank, note in enumerate(self.notes)
         ]
-        return "\n".join([blamed, "Where each was last seen:", *stood])
-
-    def _end(self, verdict: str) -> NoReturn:
-        message = (
-            f"error: no rank has got on for {self.limit:g} s (--timeout): {verdict}\n"
-            "The stacks of this rank are above; those of the others in logs/rank-N.log.\n"
-        )
-        silent = self._silent(time.monotonic())
-        first = next((rank for rank in range(len(self.notes)) if rank not in silent), self.rank)
-        for file in {2, self.terminal} if self.rank == first else {2}:
-            with contextlib.suppress(OSError):
-                os.write(file, message.encode())
+        message = "\n".join([
+            f"error: no rank has got on for {self.limit:g} s (--timeout): {verdict}",
+            "Where each was last seen:", *stood,
+            "The stacks of this rank are above, those of the others in logs/rank-N.log.\n",
+        ])  # fmt: skip
+        own_log = not os.path.sameopenfile(2, self.terminal)
+        for file in (2, self.terminal) if own_log and self.rank == speaker else (2,):
+            os.write(file, message.encode())
         sys.stdout.flush()
         time.sleep(2 * self.interval)  # the first to go takes the others with it, which have something to say too
         os._exit(1)

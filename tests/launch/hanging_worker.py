@@ -1,12 +1,13 @@
-"""Ranks that count together until rank 1 hangs, in one of several ways. Started by test_watchdog.py.
+"""A rank of two that count together until one of them hangs. Started by test_watchdog.py, with RANK and the like.
 
-deepspeed --num_gpus 3 tests/launch/hanging_worker.py LIMIT HOW
+python hanging_worker.py DIRECTORY LIMIT RANK HOW    # which rank hangs, and how; DIRECTORY: where ranks meet first
 """
 
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,29 +15,26 @@ import torch.distributed as dist
 from launch.distributed import leave, start_distributed
 from launch.watchdog import progress
 
-
-def rank_1_hangs(how: str) -> None:
-    """Python that goes on with something else, or a process that is stopped."""
-    if how == "sleeps":
-        time.sleep(600)
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
 if __name__ == "__main__":
-    _, limit, how = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
-    rank = int(os.environ["RANK"])
-    if how == "never comes" and rank == 1:
+    directory, limit, hanging, how = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3], sys.argv[4]
+    rank = os.environ["RANK"]
+    (directory / rank).touch()
+    while len(list(directory.iterdir())) < 2:  # imports take longer than the limit may
+        time.sleep(0.01)
+    if how == "comes" and rank == hanging:
         time.sleep(600)
-    start_distributed(timeout=float(limit))
-    for step in range(4):
-        if rank == 2 and how == "is slow":
-            for _ in range(6):  # three times the limit in all, but it gets on
-                time.sleep(float(limit) / 2)
-                progress(f"step {step}")
-        if step == 3 and how in ("sleeps", "is stopped") and rank == (0 if limit.endswith(".5") else 1):
-            rank_1_hangs(how)
+    start_distributed(timeout=limit)
+    for step in range(3):
         progress(f"step {step}")
+        if step == 2 and rank == hanging:
+            if how == "gets on":  # for twice the limit
+                for _ in range(16):
+                    time.sleep(limit / 8)
+                    progress("a slow part")
+            elif how == "is stopped":
+                time.sleep(limit / 3)  # until it has been heard of
+                os.kill(os.getpid(), signal.SIGSTOP)
+            else:
+                time.sleep(600)
         dist.all_reduce(torch.ones(1))
-        if step == 0 and how == "is slow":
-            break
     leave(0)
