@@ -19,7 +19,7 @@ values_of() {
             "$flag") taking=1 ;;
             "$flag="*) values+=("${argument#*=}") taking=0 ;;
             --*) taking=0 ;;
-            *) ((taking)) && values+=("$argument") ;;
+            *) if ((taking)); then values+=("$argument"); fi ;;
         esac
     done
 }

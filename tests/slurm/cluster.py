@@ -53,6 +53,7 @@ class Cluster:
 
     def __init__(self, directory: Path):
         self.directory = directory
+        self.hastened: set[str] = set()
         self.environment = os.environ | {
             "SLURM_CONF": str(directory / "slurm.conf"), "PATH": f"{os.environ['PATH']}:{ELSEWHERE}",
             "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1",
@@ -86,8 +87,8 @@ class Cluster:
         os.kill(int((self.directory / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
 
     def sbatch(self, *words: str) -> str:
-        """Submits, as users do, a script of slurm/ with options before and flags after it. -> the job's number. The only
-        options added are those for nodes without GPUs."""
+        """Submits, as users do, a script of slurm/ with options before and flags after it. -> the job's number.
+        Added are only options for nodes without GPUs."""
         output = f"--output={self.directory}/slurm-%j.out"
         cpu = ("--gpus-per-node=0", "--ntasks-per-node=1", "--time=15", "--signal=USR1@60")
         return self.call("sbatch", "--parsable", output, *cpu, *words).strip()
@@ -107,10 +108,13 @@ class Cluster:
         return self.show(job)
 
     def state(self, job: str) -> str:
-        """A job's state; one that was requeued need not wait for its turn."""
+        """A job's state; one that was requeued need not wait two minutes, but not so little that nodes refuse it."""
         known = self.show(job)
         if known["JobState"] == "PENDING" and known["Reason"] == "BeginTime":
-            self.call("scontrol", "update", f"jobid={job}", "starttime=now")
+            attempt = f"{job}.{known['Restarts']}"
+            if attempt not in self.hastened:
+                self.hastened.add(attempt)
+                self.call("scontrol", "update", f"jobid={job}", "starttime=now+3")
         return known["JobState"]
 
     def until(self, true: Callable[[], Any], seconds: float) -> None:
