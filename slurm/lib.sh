@@ -27,7 +27,8 @@ values_of() {
 # output_of FLAG…: the run's --output, or its default, in `output`.
 output_of() {
     values_of --output "$@"
-    output=${values[-1]:-runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
+    output=runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}
+    if ((${#values[@]})); then output=${values[-1]}; fi
 }
 
 # newest_save RUN: the number of the step of its newest save; 0 without one.
