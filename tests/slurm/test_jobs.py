@@ -116,6 +116,7 @@ def test_a_job_that_is_signalled_requeued_and_loses_ranks_and_a_node_has_an_unin
 
     train_on()
     cluster.kill_node("n2")
+    signal_rank(run, 1, signal.SIGSTOP)  # or the run might be over before Slurm misses the node
     next_attempt(5)
     cluster.start_node("n2")
 
@@ -160,6 +161,22 @@ def test_an_array_trains_the_variants_of_a_recipe_and_a_job_after_it_compares_th
     cluster.until(report.exists, 240)
     told = json.loads(report.read_text())
     assert told["baseline"] == "without", cluster.said(array)
+
+
+@pytest.mark.parametrize(
+    ("flags", "output"),
+    [
+        ([], "runs/name-7"),
+        (["--mask", "none"], "runs/name-7"),
+        (["--output", "a b", "--data", "c", "d"], "a b"),
+        (["--output", "a", "--output=$b\nc", "--mask", "none"], "$b\nc"),
+    ],
+)
+def test_a_script_knows_the_directory_of_its_run_as_sft_py_does(flags, output):
+    code = 'source slurm/lib.sh && output_of "$@" && printf %s "$output"'
+    environment = os.environ | {"SLURM_JOB_NAME": "name", "SLURM_JOB_ID": "7"}
+    told = subprocess.check_output(["bash", "-c", code, "bash", *flags], cwd=REPOSITORY, env=environment, text=True)
+    assert told == output
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (REPOSITORY / "slurm").iterdir()))
