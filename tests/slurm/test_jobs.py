@@ -132,7 +132,7 @@ def test_what_the_user_must_mend_is_not_tried_again_and_what_fails_again_and_aga
     wrong = cluster.sbatch("--nodes=1", KIMI, *DEMO, "--mask", "nonsense", "--output", str(tmp_path / "wrong"))
     ended = cluster.end(wrong)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
-    assert "error: --mask nonsense" in cluster.said(wrong)
+    assert "error: --mask 'nonsense'" in cluster.said(wrong)
 
     run = tmp_path / "failing"
     failing = cluster.sbatch("--nodes=1", KIMI, *DEMO, "--output", str(run))
