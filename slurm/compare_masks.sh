@@ -30,8 +30,9 @@ output_of "$@"
 if ((SLURM_ARRAY_TASK_ID == SLURM_ARRAY_TASK_MIN && ${SLURM_RESTART_COUNT:-0} == 0)); then
     # Once all variants are done. Where one is given up, Slurm takes it back.
     sbatch --dependency="afterok:$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes --job-name="$SLURM_JOB_NAME-report" \
-        --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} --time=1:00:00 <<END
+        --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} --time=1:00:00 --output=/dev/null <<END
 #!/usr/bin/env bash
+exec >$(printf %q "$output")/report.log 2>&1
 PATH=$(printf %q "$PATH")
 exec python train/compare.py --runs $(printf %q "$output")/variant-* --recipe $(printf '%q ' "${recipes[@]}") \
     --output $(printf %q "$output")

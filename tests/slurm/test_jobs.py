@@ -167,6 +167,7 @@ def test_an_array_trains_the_variants_of_a_recipe_and_a_job_after_it_compares_th
     array = cluster.sbatch("--array=0-1", COMPARE, "--recipe", str(recipe), "--output", str(output))
     report = output / "comparison.json"
     cluster.until(report.exists, 240)
+    assert "without" in (output / "report.log").read_text()
     told = json.loads(report.read_text())
     assert told["baseline"] == "without", cluster.said(array)
 
