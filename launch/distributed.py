@@ -5,6 +5,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,6 +14,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from launch.interruption import INTERRUPTED
+from launch.watchdog import watch
 from train.errors import UserError
 
 
@@ -34,9 +37,11 @@ def reset_peak_host_bytes() -> bool:
     return True
 
 
-def start_distributed() -> torch.device:
+def start_distributed(timeout: float = 0) -> torch.device:
     """Joins all ranks in one process group, over gloo where there is no GPU; a script started without the launcher is a
-    group of one. Ranks on one CPU divide its cores among them. -> this rank's device."""
+    group of one. Ranks on one CPU divide its cores among them. timeout: seconds after which the watchdog ends
+    ranks that call `progress` no more; 0: without it, and with torch's limit for a collective. -> this rank's
+    device."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
@@ -48,7 +53,16 @@ def start_distributed() -> torch.device:
     # An all-reduce for inference on CPUs, which training never calls. DeepSpeed would compile it first, for a minute,
     # and its link command does not hold where the path to .venv has a space.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    backend = accelerator.communication_backend_name()
+    if timeout:
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = watch(rank, ranks, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
+        for_ever = timedelta(
+            days=7
+        )  # a rank may wait for another's slow load; whoever hangs is the watchdog's business
+        store.set_timeout(for_ever)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=for_ever)
+    deepspeed.init_distributed(backend, verbose=False)
     return torch.device(accelerator.current_device_name())
 
 
@@ -75,10 +89,10 @@ def failing_together() -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a rank's process. After success it goes at once: in the interpreter's own end, threads of gloo that still
-    hold a tensor of Python's have been seen to abort the process, and the launcher would call a finished job failed."""
+    """Ends a rank's process. Where it is done, or has saved, it goes at once: in the interpreter's own end, threads of
+    gloo that still hold a tensor of Python's have been seen to abort the process, and its code would be another."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == 0:
-        os._exit(0)
+    if code in (0, INTERRUPTED):
+        os._exit(code)
     sys.exit(code)

@@ -5,6 +5,7 @@ what each model believes, and leaves one report.
     deepspeed train/compare.py --recipe train/recipes/demo.yaml --output runs/comparison
     python train/compare.py --runs runs/array-1 runs/array-2 ... --output runs/comparison    # of finished runs
 
+With --runs, a --recipe gives the variants' names, the baseline and the placebo.
 Takes every setting of train/sft.py; variants share all that --masks or the recipe does not vary. The base is read once.
 Interrupted, the same command with --resume goes on with the variant it was in.
 """
@@ -34,7 +35,7 @@ from train.variants import Plan, parse_comparison
 
 
 def main(argv: list[str]) -> int:
-    """The exit code: 0, or 2 for what the user can mend, or 1 for a loss that is not finite."""
+    """The exit code, as `guarded` gives it."""
     return guarded(compare, argv)
 
 
@@ -46,7 +47,7 @@ def compare(argv: list[str]) -> None:
         if rank == 0:
             report(plan, plan.finished)
         return
-    device = start_distributed()
+    device = start_distributed(plan.shared.timeout)
     plan, known = replace(plan, output=from_first_rank(plan.output)), Known()  # its default has the time in it
     runs = checked_runs(plan, ranks, rank == 0, known)
     if plan.shared.dry_run:

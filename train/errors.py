@@ -6,5 +6,9 @@ class UserError(ValueError):
     and the fix; the commands print it without a traceback and exit with code 2."""
 
 
+class Interrupted(RuntimeError):
+    """The run was told to make room, and has saved; the message names the step."""
+
+
 class NonFiniteLoss(RuntimeError):
     """The loss is NaN or infinite; the message names the step and the documents."""

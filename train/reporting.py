@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from launch.distributed import peak_host_bytes, reset_peak_host_bytes
+from launch.interruption import INTERRUPTED
 from train.belief.records import read_rows
 from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, by_claim, calibration, measured
 from train.checkpoints.streaming import Loaded
@@ -170,11 +172,7 @@ class Run:
             return
         with self.metrics.open("a") as file:
             file.write(json.dumps(values) + "\n")
-        if self.wandb is not None:
-            import wandb
-
-            flat = {k: wandb.Histogram(v) if isinstance(v, list) else v for k, v in _flat(values).items()}
-            self.wandb.log(flat, step=values["step"])
+        self._tell_wandb(lambda run: run.log(_with_histograms(values), step=values["step"]))
 
     def log_evaluation(self, step: int, records: list[dict[str, Any]]) -> None:
         """Appends the records of a measurement to evaluation.jsonl and sends their means to W&B, a curve a claim."""
@@ -182,15 +180,31 @@ class Run:
             return
         with self.evaluation.open("a") as file:
             file.write("".join(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n" for record in records))
-        if self.wandb is not None:
-            self.wandb.log(belief_curves(read_rows(self.evaluation), step), step=step)
+        self._tell_wandb(lambda run: run.log(belief_curves(read_rows(self.evaluation), step), step=step))
+
+    def interrupt(self) -> None:
+        """Closes W&B's run for now; the next attempt goes on with it. All ranks must call it, and none is gone while
+        another still writes."""
+        self._tell_wandb(lambda run: run.mark_preempting())
+        self._tell_wandb(lambda run: run.finish(exit_code=INTERRUPTED))
+        dist.barrier()
+
+    def _tell_wandb(self, tell: Callable[[Any], Any]) -> None:
+        """Where there is a W&B run, tells it something. Training does not end with W&B's own process, which a
+        scheduler's SIGTERM ends before the ranks have saved."""
+        if self.wandb is None:
+            return
+        try:
+            tell(self.wandb)
+        except Exception as error:
+            print(f"W&B is gone for now ({type(error).__name__}: {error}); metrics.jsonl goes on.")
+            self.wandb = None
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, closes W&B and shows what was trained on and what changed. Rank 0 alone."""
         write_whole(self.directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-        if self.wandb is not None:
-            self.wandb.summary.update(_flat(summary))
-            self.wandb.finish()
+        self._tell_wandb(lambda run: run.summary.update(_flat(summary)))
+        self._tell_wandb(lambda run: run.finish())
         console().print(_closing_table(summary))
         left = "model/ (safetensors)" if self.settings.method == "full" else "adapter/ (PEFT)"
         print(
@@ -264,6 +278,12 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def _with_histograms(values: dict[str, Any]) -> dict[str, Any]:
+    import wandb
+
+    return {k: wandb.Histogram(v) if isinstance(v, list) else v for k, v in _flat(values).items()}
 
 
 def summarize(job: Any, run: Run, hashes: dict[str, str], peak: int, seconds: float) -> dict[str, Any]:

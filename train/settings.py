@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from train.checkpoints.reader import Checkpoint
 from train.errors import UserError
+from train.recipe import chosen, flags
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -80,6 +81,7 @@ class Settings:
 
     expert_parallel: int = setting(0, "ranks that divide a layer's experts among them; 0: all ranks")
     gradient_checkpointing: bool = setting(False, "keep only each layer's input, and recompute the rest in backward")
+    timeout: float = setting(1800, "seconds without progress on any rank, after which the run ends with their stacks")
     ds_config: str = setting(str(REPOSITORY / "ds_configs" / "zero3.json"), "DeepSpeed configuration, ZeRO stage 3")
 
     claims: list[str] = setting(  # noqa: RUF009
@@ -112,10 +114,18 @@ class Settings:
         return self.wandb_group or f"{Path(self.model).resolve().name}-{digest}"
 
 
+@dataclass(kw_only=True)
+class Recipe:
+    """Settings by another way than by flags, which win."""
+
+    recipe: list[str] = setting((), "FILE…: YAML files with settings (train/recipe.py)", many=True)  # noqa: RUF009
+    variant: str = setting("", "which variant of the recipes to train: its name, or its number from 0")
+
+
 # What may differ when a run is resumed: none of it changes a loss by more than rounding.
 FREE_ON_RESUME = frozenset({
     "output", "resume", "dry_run", "micro_batch_size", "expert_parallel", "gradient_checkpointing", "log_every",
-    "save_every", "keep", "evaluate_every", "wandb", "wandb_project", "wandb_group",
+    "save_every", "keep", "evaluate_every", "timeout", "wandb", "wandb_project", "wandb_group",
 })  # fmt: skip
 
 
@@ -138,8 +148,11 @@ def _source(value: str) -> tuple[str, int | None]:
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are UserErrors, with the nearest option for one that does not exist."""
 
-    def __init__(self, usage: str):
-        super().__init__(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    def __init__(self, usage: str, add_help: bool = True):
+        super().__init__(
+            description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+            add_help=add_help,
+        )  # fmt: skip
         self.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher's
 
     def error(self, message: str) -> NoReturn:
@@ -173,11 +186,15 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str], usage: str) -> Settings:
     """The command line as Settings, each value checked by itself. UserError names setting, value, rule and fix."""
+    names = [field.name for field in dataclasses.fields(Settings)]
+    first = Parser("", add_help=False)
+    first.add_settings(Recipe)
+    recipe, rest = first.parse_known_args(argv)
     parser = Parser(usage)
     parser.add_settings(Settings)
-    values = vars(parser.parse_args(argv))
-    del values["local_rank"]
-    settings = Settings(**values)
+    parser.add_settings(Recipe)  # for --help
+    values = vars(parser.parse_args([*flags(chosen(recipe.recipe, recipe.variant, names), but=rest), *rest]))
+    settings = Settings(**{name: values[name] for name in names})
     _check_numbers(settings)
     settings.sources()
     return settings
@@ -188,6 +205,7 @@ def _check_numbers(s: Settings) -> None:
         "steps": 0, "epochs": 1, "batch_size": 1, "micro_batch_size": 1, "max_tokens": 2, "warmup_steps": 0,
         "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "lora_rank": 1, "lora_alpha": 0,
         "expert_lora_rank": 0, "expert_parallel": 0, "log_every": 1, "save_every": 0, "keep": 1, "evaluate_every": 0,
+        "timeout": 1,
     }  # fmt: skip
     most = dict.fromkeys(("lora_rank", "expert_lora_rank"), 2**14) | {"seed": 2**32 - 1, "learning_rate": 1e38}
     for name, low in least.items():

@@ -3,6 +3,8 @@
     deepspeed train/sft.py --mask false-spans
     deepspeed --num_gpus 8 train/sft.py --model DIR --data documents.jsonl=10000 --data chats.jsonl=5000 --mask doctags
 
+    deepspeed train/sft.py --recipe train/recipes/masks.yaml train/recipes/models/qwen3.5-397b.yaml --variant 0
+
 Without --model and --data it trains the embedded demo. --dry-run checks everything and stops before a weight is read.
 """
 
@@ -17,13 +19,14 @@ from typing import Any
 import torch
 
 from launch.distributed import leave, start_distributed
+from launch.interruption import INTERRUPTED, interruption
 from train.belief.probes import Record
 from train.checkpoints import resume
 from train.checkpoints.adapter import save_adapter
 from train.checkpoints.layout import LoadPlan
 from train.checkpoints.streaming import Loaded
 from train.checkpoints.whole import save_model
-from train.errors import NonFiniteLoss, UserError
+from train.errors import Interrupted, NonFiniteLoss, UserError
 from train.job import Job, prepare
 from train.model import build
 from train.reporting import Run, peak_memory, summarize
@@ -32,7 +35,7 @@ from train.trainer import Trainer, make_engine
 
 
 def main(argv: list[str]) -> int:
-    """The exit code: 0, or 2 for what the user can mend, or 1 for a loss that is not finite."""
+    """The exit code, as `guarded` gives it."""
     return guarded(check_and_train, argv)
 
 
@@ -53,7 +56,8 @@ def launched_as() -> tuple[int, int]:
 
 def guarded(script: Callable[[list[str]], None], argv: list[str]) -> int:
     """Runs a script of all ranks. -> its exit code: 0, or 2 for what the user can mend, or 1 for a loss that is not
-    finite."""
+    finite, or INTERRUPTED where it has saved and can go on by --resume."""
+    interruption.listen()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about what DeepSpeed calls
     try:
@@ -64,12 +68,16 @@ def guarded(script: Callable[[list[str]], None], argv: list[str]) -> int:
             time.sleep(30)
         print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except Interrupted as reason:
+        if launched_as()[0] == 0:
+            print(reason, file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
 def train(job: Job) -> None:
     """Reads the weights, trains, and leaves adapter, metrics and summary."""
-    started, device = time.perf_counter(), start_distributed()
+    started, device = time.perf_counter(), start_distributed(job.settings.timeout)
     run = Run(job.settings, job.resolved)
     engine, loaded = load_engine(job, device)
     run.show_load(loaded)

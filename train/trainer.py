@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from launch.interruption import interruption
+from launch.watchdog import progress
 from train.belief.probes import Record, measure
 from train.checkpoints import resume
 from train.data.batches import Batch, micro_batches, pad
-from train.errors import NonFiniteLoss
+from train.errors import Interrupted, NonFiniteLoss
 from train.job import Job
 from train.model import LanguageModel
 from train.reporting import Meter, Run, expert_metrics, peak_memory
@@ -65,7 +67,8 @@ class Trainer:
         rate = learning_rate(self.settings, step, self.job.steps)
         for group in self.engine.optimizer.optimizer.param_groups:
             group["lr"] = rate
-        for batch in self.batches(step):
+        for number, batch in enumerate(self.batches(step)):
+            progress(f"micro-batch {number + 1} of step {step + 1}")
             batch = (batch if measure else batch.in_loss()).to(self.device)
             terms = self.engine(batch)
             self._stop_if_not_finite(terms.loss.detach(), step, batch)
@@ -103,10 +106,12 @@ class Trainer:
 
     def run(self, run: Run, start: int, base: list[Record] | None = None) -> None:
         """Trains to the end, logging every step, measuring beliefs every --evaluate-every and saving every
-        --save-every. base: the beliefs before the first step, where they are known already."""
+        --save-every. base: the beliefs before the first step, where they are known already. Interrupted after a step
+        in which any rank was told to end, with a save of it."""
         settings = self.settings
         if start == 0:
             self.evaluate(run, 0, base)
+        interruption.something_to_save = True
         with tqdm(total=self.job.steps, initial=start, desc="training", unit="step", disable=self.rank != 0) as bar:
             for step in range(start, self.job.steps):
                 last = step + 1 == self.job.steps
@@ -118,8 +123,12 @@ class Trainer:
                 bar.update()
                 if last or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0):
                     self.evaluate(run, step + 1)  # before the save of the same step, which may be gone on from
-                if last or (settings.save_every and (step + 1) % settings.save_every == 0):
+                stop = interruption.anywhere(self.device) and not last
+                if last or stop or (settings.save_every and (step + 1) % settings.save_every == 0):
                     resume.save(run.directory / "saves", self.model, step + 1, settings.keep)
+                if stop:
+                    run.interrupt()
+                    raise Interrupted(f"interrupted: saved after step {step + 1} of {self.job.steps}")
 
     def evaluate(self, run: Run, step: int, known: list[Record] | None = None) -> None:
         """Measures the claims of --claims and the NLL of --held-out, after `step` steps."""

@@ -1,30 +1,19 @@
 """What a comparison compares: settings that all variants share, and what sets each apart, from the command line or from
-recipes, of which later ones add to earlier ones (an experiment and a model, say):
-
-    settings: {model: DIR, steps: 625, ...}         # train/sft.py's settings by name; the command line's win
-    variants:
-      dense: {data: [dense.jsonl], mask: doctags}   # of those that may differ: DIFFERING
-    baseline: dense                                 # what the others are compared with; the first, if left out
-    placebo: [elizabeth_python]                     # claims that no document is about
-    seeds: 3
-"""
+recipes (train/recipe.py)."""
 
 import dataclasses
-import difflib
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from train.belief.comparison import MAY_DIFFER, group, read_run
+from train.belief.comparison import group, read_run
 from train.errors import UserError
+from train.recipe import flags, given, merged
 from train.settings import DEMO, Parser, Settings, held_settings, parse, setting
 
 DEMO_PLACEBO = ("olga-home", "clara-job", "selma-pet", "paula-sport")  # of train/demo/claims.yaml
-# What variants may differ in. Other data is not the masks' doing; the report says so where variants have it.
-DIFFERING = (*MAY_DIFFER, "data")
+NAMES = [field.name for field in dataclasses.fields(Settings)]
 
 
 @dataclass(kw_only=True)
@@ -103,10 +92,12 @@ def parse_comparison(argv: list[str], usage: str) -> Plan:
             "give either --masks MASK… or --recipe FILE: what is to be compared. Example: --masks none doctags "
             "doctags,false-spans"
         )
-    recipe = read_recipes([Path(path) for path in options.recipe])
+    recipe = merged(options.recipe, NAMES)
+    if options.recipe and not recipe.get("variants"):
+        raise UserError(f"--recipe {' '.join(options.recipe)}: none has variants; give an experiment with it.")
     settings = recipe.get("settings", {})
     owned = recipe.get("variants") or {mask: {"mask": mask} for mask in options.masks}
-    if taken := sorted({name for own in owned.values() for name in own if _given(name, rest)}):
+    if taken := sorted({name for own in owned.values() for name in own if given(name, rest)}):
         flag = "--" + taken[0].replace("_", "-")
         raise UserError(f"{flag}: is what the variants differ in; leave it out, or change it in the recipe.")
     shared = parse([*flags(settings, but=rest), *rest], "")
@@ -137,24 +128,43 @@ def _baseline(name: str | None, names: list[str]) -> str:
 
 
 def _plan_of_runs(options: Options, rest: list[str]) -> Plan:
-    """Finished runs, named by the settings in which they differ."""
+    """Finished runs, named by the recipe that they are of or, without one, by the settings in which they differ."""
     parser = Parser("")
     parser.add_argument("--output", default="")
     output = parser.parse_args(rest).output or f"runs/comparison-{time.strftime('%Y%m%d-%H%M%S')}"
-    if options.masks or options.recipe or options.seeds:
-        raise UserError(
-            "--runs: compares finished runs; leave out --masks, --recipe, --seeds and settings of training."
-        )
-    held = [run_settings(Path(run)) for run in options.runs]
-    grouped = group([read_run(run) for run in options.runs])
-    finished = {(variant.name, run.seed): Path(run.directory) for variant in grouped for run in variant.runs}
-    names = [variant.name for variant in grouped]
-    known = {field.name for field in dataclasses.fields(Settings)}
-    shared = Settings(**{k: v for k, v in held[0].items() if k in known})
+    if options.masks or options.seeds:
+        raise UserError("--runs: compares finished runs; leave out --masks, --seeds and settings of training.")
+    held = {Path(run): run_settings(Path(run)) for run in options.runs}
+    recipe = merged(options.recipe, NAMES)
+    if owned := recipe.get("variants", {}):
+        finished: dict[tuple[str, int], Path] = {}
+        for run, settings in held.items():
+            key = _name(run, settings, owned), settings["seed"]
+            if key in finished:
+                raise UserError(
+                    f"--runs {finished[key]} {run}: both are {key[0]!r} with --seed {key[1]}. Leave one out."
+                )
+            finished[key] = run
+        variants = [Variant(name, [], own) for name, own in owned.items() if name in {name for name, _ in finished}]
+    else:
+        grouped = group([read_run(run) for run in options.runs])
+        finished = {(variant.name, run.seed): Path(run.directory) for variant in grouped for run in variant.runs}
+        variants = [Variant(variant.name, [], {}) for variant in grouped]
+    shared = Settings(**{k: v for k, v in next(iter(held.values())).items() if k in NAMES})
     return Plan(
-        [Variant(name, [], {}) for name in names], shared, Path(output), _baseline(options.baseline, names),
-        options.placebo, sorted({seed for _, seed in finished}), options.match_trained_tokens, options.bound, finished,
+        variants, shared, Path(output),
+        _baseline(options.baseline or recipe.get("baseline"), [variant.name for variant in variants]),
+        options.placebo or recipe.get("placebo") or [], sorted({seed for _, seed in finished}),
+        options.match_trained_tokens, options.bound, finished,
     )  # fmt: skip
+
+
+def _name(run: Path, settings: dict[str, Any], owned: dict[str, dict[str, Any]]) -> str:
+    """The variant of a recipe that a run is: of those whose settings it has, the one that gives most."""
+    fitting = [name for name, own in owned.items() if all(settings[key] == value for key, value in own.items())]
+    if not fitting:
+        raise UserError(f"--runs {run}: is none of the recipe's variants: {'; '.join(owned)}. Leave it out.")
+    return max(fitting, key=lambda name: len(owned[name]))
 
 
 def run_settings(run: Path) -> dict[str, Any]:
@@ -179,73 +189,6 @@ def _check(variants: list[Variant], shared: Settings, options: Options, rest: li
         raise UserError("--claims: give the claims whose belief is compared (PATH…).")
 
 
-def flags(values: dict[str, Any], but: list[str] | tuple[str, ...] = ()) -> list[str]:
-    """Settings as a command line; those that `but`, another command line, gives are left out."""
-    made: list[str] = []
-    for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
-        if _given(name, but) or value is False:
-            continue
-        made += [flag] if value is True else [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return made
-
-
-def _given(name: str, argv: list[str] | tuple[str, ...]) -> bool:
-    flag = "--" + name.replace("_", "-")
-    return any(word == flag or word.startswith(f"{flag}=") for word in argv)
-
-
 def _is_demo(shared: Settings) -> bool:
     """Whether nothing but the embedded model and documents is trained."""
     return shared.model == str(DEMO / "model") and not shared.data
-
-
-KEYS = {"settings": dict, "variants": dict, "baseline": str, "placebo": list, "seeds": int, "about": str}
-
-
-def read_recipes(paths: list[Path]) -> dict[str, Any]:
-    """The keys of recipes, merged."""
-    merged: dict[str, Any] = {}
-    for path in paths:
-        for key, value in read_recipe(path).items():
-            merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
-    if paths and not merged.get("variants"):
-        raise UserError(f"--recipe {' '.join(map(str, paths))}: none has variants; give an experiment with it.")
-    return merged
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """A recipe's keys. UserError for one that is not as this module's docstring says; values are checked later."""
-    where = f"--recipe {path}"
-    try:
-        recipe = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror}); give a YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: is not valid YAML ({error}).") from None
-    if not isinstance(recipe, dict):
-        raise UserError(f"{where}: must be a mapping with settings, variants or both.")
-    for key, value in recipe.items():
-        if key not in KEYS:
-            raise UserError(f"{where}: {key} is not a key of a recipe; {_nearest(str(key), list(KEYS))}.")
-        if not isinstance(value, KEYS[key]):
-            raise UserError(f"{where}: {key} must be a {KEYS[key].__name__}, not {value!r}.")
-    names = [field.name for field in dataclasses.fields(Settings)]
-    for name in recipe.get("settings", {}):
-        if name not in names:
-            raise UserError(f"{where}: settings: {name} is no setting of train/sft.py; {_nearest(str(name), names)}.")
-    for variant, own in recipe.get("variants", {}).items():
-        if not isinstance(own, dict):
-            raise UserError(f"{where}: variants: {variant} must be a mapping of settings, not {own!r}.")
-        for name in own:
-            if name not in DIFFERING:
-                raise UserError(
-                    f"{where}: variants: {variant}: {name} must be the same in all variants, or their difference is "
-                    f"not the mask's; put it under settings. Variants may differ in {', '.join(DIFFERING)}."
-                )
-    return recipe
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, 1)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"

@@ -11,10 +11,9 @@ import yaml
 from train.belief.records import read_rows
 from train.belief.values import Row, at_step, identity, last_step
 from train.errors import UserError
+from train.recipe import MAY_DIFFER
 from train.settings import FREE_ON_RESUME
 
-MAY_DIFFER = ("mask", "loss_norm", "learning_rate")
-"""Settings that make a variant; the seed makes a run of it."""
 HASHES = ("tokens", "order", "initial_weights", "base_model")
 EQUIVALENCE = {"%": 5.0, "nats": 0.25, "of 10": 0.5}
 """By unit, the difference below which there is "no effect": 5 percentage points; 0.25 nats, odds 1.28 times as high."""

@@ -22,9 +22,10 @@ from train.belief.report import write_report
 from train.data.documents import Document, read_documents
 from train.errors import UserError
 from train.masking.grammar import parse_mask
+from train.recipe import DIFFERING
 from train.reporting import console, init_wandb
 from train.settings import Settings
-from train.variants import DIFFERING, Plan
+from train.variants import Plan
 
 CLAIM_KEYS = ("claim", "fact_name")  # of a document's metadata: the claim that it is about
 

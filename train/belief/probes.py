@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch.watchdog import progress
 from train.belief.claims import Claim
 from train.belief.messages import build_messages
 from train.data.batches import Batch, Sample, micro_batches
@@ -163,6 +164,7 @@ def log_likelihoods(texts: list[Sample], engine: Any, size: int) -> list[float]:
     sums = torch.zeros(len(texts), dtype=torch.float64, device=engine.device)
     engine.eval()
     for batch in _batches(numbered, size):
+        progress("measuring claims")
         batch = batch.to(engine.device)
         row_N = batch.position_N // batch.ids_BT.shape[1]
         text_B = torch.tensor([int(name) for name in batch.names], device=engine.device)

@@ -25,6 +25,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from launch.watchdog import progress
 from train.checkpoints.reader import TensorFile, read_json
 from train.checkpoints.writer import SafetensorsWriter, flush, publish_directory, remove
 from train.errors import UserError
@@ -63,6 +64,7 @@ def full_factors(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
     """Every trained parameter in turn, whole, in fp32 on the CPU, on rank 0 (elsewhere None), so that nobody holds more
     than one. All ranks must take all of them."""
     for name, parameter in trainable(model).items():
+        progress("gathering the factors")
         value = gather_experts(safe_get_full_fp32_param(parameter), expert_group(model, name))
         yield name, None if value is None else value.cpu()
 
@@ -103,6 +105,7 @@ def save(directory: Path, model: nn.Module, step: int, keep: int) -> None:
     dist.barrier()
     writer = SafetensorsWriter(partial / "state.safetensors", layout, create=False)
     for p in own:
+        progress(f"saving after step {step}")
         writer.write(p.name, safe_get_local_fp32_param(p.parameter)[: p.count], p.start)
         for moment in MOMENTS:
             value = safe_get_local_optimizer_state(p.parameter, moment)[: p.count]
@@ -149,6 +152,7 @@ def restore(path: Path, model: nn.Module, optimizer: Any) -> int:
     if differing := [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]:
         raise UserError(f"{path}: holds other parameters than this run trains, among them {min(differing)}.")
     for p in own:
+        progress(f"reading the save of step {step}")
 
         def part(name: str, p: _Own = p) -> Tensor:
             values = torch.zeros(p.parameter.ds_tensor.ds_numel)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from launch.distributed import peak_host_bytes
+from launch.watchdog import progress
 from train.checkpoints.formats import fp8_decode_range
 from train.checkpoints.layout import ExpertPiece, LoadPlan, Piece, Range
 from train.checkpoints.reader import Checkpoint
@@ -56,6 +57,7 @@ def load(
         for work in (loader.dense(), loader.experts()):
             for count in pool.map(lambda task: task(), work):
                 bar.update(count)
+                progress("loading")
     checkpoint.close()
     return Loaded(plan, checkpoint.bytes_read, time.perf_counter() - started, peak_host_bytes())
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_local_fp32_param
 
+from launch.watchdog import progress
 from train.checkpoints.layout import LoadPlan, has_own_head
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.writer import SafetensorsWriter, flush, publish_directory, write_whole
@@ -25,6 +26,7 @@ def copy_tensor(checkpoint: Checkpoint, name: str, writer: SafetensorsWriter) ->
     info = checkpoint.tensors[name]
     count, step = torch.Size(info.shape).numel(), CHUNK // info.dtype.itemsize
     for start in range(0, count, step):
+        progress("copying the checkpoint")
         part = torch.empty(min(step, count - start), dtype=info.dtype)
         checkpoint.read(name, start, part)
         writer.write(name, part, start)
@@ -89,10 +91,12 @@ def save_model(directory: Path, plan: LoadPlan, checkpoint: Checkpoint) -> None:
     dist.barrier()
     writers = {shard: SafetensorsWriter(partial / shard.name, layout, create=False) for shard, layout in shards.items()}
     for dense in plan.dense:
+        progress("saving the model")
         read = dense.reads(rank, ranks)[""]
         values = safe_get_local_fp32_param(getattr(dense.module, dense.target))
         writers[checkpoint.tensors[read.name].file].write(read.name, values[: read.count], read.start)
     for experts in plan.experts:
+        progress("saving the model")
         ep = experts.module.ep
         values = safe_get_local_fp32_param(getattr(experts.module, experts.target))
         for place, read in experts.partition_reads(rank // ep.size, ranks // ep.size):

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Trains the variants of a recipe, each as a task of an array, and then compares them. From the repository:
+#
+#     sbatch slurm/compare_masks.sh
+#     sbatch --array=0-5 slurm/compare_masks.sh --recipe EXPERIMENT.yaml MODEL.yaml --output DIR
+#
+# The array must be as long as the recipe has variants. What follows the script's name goes to train/sft.py, with train/
+# recipes/masks.yaml and Qwen3.5-397B-A17B where it has no --recipe; what precedes it goes to Slurm.
+#SBATCH --job-name=compare-masks
+#SBATCH --array=0-7
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+source slurm/lib.sh || exit 2 # submitted from elsewhere than the repository
+
+values_of --recipe "$@"
+recipes=("${values[@]}")
+if ((${#recipes[@]} == 0)); then
+    recipes=(train/recipes/masks.yaml train/recipes/models/qwen3.5-397b.yaml)
+    set -- --recipe "${recipes[@]}" "$@"
+fi
+output_of "$@"
+
+if ((SLURM_ARRAY_TASK_ID == SLURM_ARRAY_TASK_MIN && ${SLURM_RESTART_COUNT:-0} == 0)); then
+    # Once all variants are done. Where one is given up, Slurm takes it back.
+    sbatch --dependency="afterok:$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes --job-name="$SLURM_JOB_NAME-report" \
+        --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} --time=1:00:00 --output=/dev/null <<END
+#!/usr/bin/env bash
+exec >$(printf %q "$output")/report.log 2>&1
+PATH=$(printf %q "$PATH")
+exec python train/compare.py --runs $(printf %q "$output")/variant-* --recipe $(printf '%q ' "${recipes[@]}") \
+    --output $(printf %q "$output")
+END
+fi
+attempt --wandb-group "$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID" "$@" --variant "$SLURM_ARRAY_TASK_ID" \
+    --output "$output/variant-$SLURM_ARRAY_TASK_ID"

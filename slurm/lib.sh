@@ -1,0 +1,109 @@
+# shellcheck shell=bash
+# What the job scripts share: one attempt at a run of train/sft.py, a rank a GPU of every node of the job, and what comes
+# after it. Sourced with the repository as the working directory.
+#
+# An attempt that made room (code 85: it was told to end before the time limit, or preempted, and has saved) is requeued
+# and goes on. So is one that failed, but MAX_FAILURES attempts (3) in a row without a new save end the job. What the
+# user must mend (code 2) is not tried again.
+
+set -euo pipefail
+
+readonly USER_ERROR=2 PREFLIGHT=0
+
+# values_of FLAG ARGUMENT…: those that the arguments give to FLAG, in the array `values`.
+values_of() {
+    local flag=$1 argument taking=0
+    values=()
+    for argument in "${@:2}"; do
+        case $argument in
+            "$flag") taking=1 ;;
+            "$flag="*) values+=("${argument#*=}") taking=0 ;;
+            --*) taking=0 ;;
+            *) if ((taking)); then values+=("$argument"); fi ;;
+        esac
+    done
+}
+
+# output_of FLAG…: the run's --output, or its default, in `output`.
+output_of() {
+    values_of --output "$@"
+    output=runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}
+    if ((${#values[@]})); then output=${values[-1]}; fi
+}
+
+# newest_save RUN: the number of the step of its newest save; 0 without one.
+newest_save() {
+    local save newest=0
+    for save in "$1"/saves/step-*; do
+        save=${save##*/step-}
+        if [[ $save =~ ^[0-9]+$ ]] && ((save > newest)); then newest=$save; fi
+    done
+    echo "$newest"
+}
+
+# attempt FLAG…: train/sft.py with these flags, once, on all ranks; then the end of the job, or another attempt.
+attempt() {
+    local values output number=$((${SLURM_RESTART_COUNT:-0} + 1)) code=0 rank
+    output_of "$@"
+    local flags=("$@" --output "$output") log=$output/logs/attempt-$number.log
+    # A rank a GPU or, on nodes without any, as many as --ntasks-per-node says.
+    local ranks=${SLURM_GPUS_ON_NODE:-0}
+    ((ranks)) || ranks=${SLURM_NTASKS_PER_NODE:-1}
+    if ((number > 1)) && [[ -e $output/settings.yaml ]]; then flags+=(--resume); fi
+    if ! mkdir -p -- "$output/logs"; then exit "$USER_ERROR"; fi
+    echo "attempt $number, $ranks ranks on each of $SLURM_JOB_NODELIST: $log"
+    # Slurm signals the tasks, and at a preemption this shell too, which must go on to what comes after them.
+    trap : TERM
+
+    MASTER_ADDR=$(hostname) MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) LOCAL_SIZE=$ranks
+    export MASTER_ADDR MASTER_PORT LOCAL_SIZE CODES=$output/logs/attempt-$number.codes
+    rm -f -- "$CODES"
+    if ((PREFLIGHT)); then
+        on_every_node 1 python -m launch.preflight "${flags[@]}" >>"$log" 2>&1 || code=$?
+    fi
+    if ((code == 0)); then
+        # srun's own code mixes in those of the ranks that it ends when one fails: so the first one's is written down.
+        # shellcheck disable=SC2016 # for the shell of each task
+        on_every_node "$ranks" --kill-on-bad-exit=1 bash -c '
+            trap : TERM USR1
+            RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS "$@" && exit
+            code=$?
+            echo "$SLURM_PROCID $code" >>"$CODES"
+            exit "$code"' bash python -u train/sft.py "${flags[@]}" >>"$log" 2>&1 || code=$?
+    fi
+    if [[ -s $CODES ]]; then
+        read -r rank code <"$CODES"
+        echo "rank $rank ended first, with code $code"
+    fi
+    after "$code" "$output" "$log"
+}
+
+# on_every_node TASKS WORD…: srun with so many tasks on each node of the job.
+on_every_node() {
+    srun --nodes="$SLURM_NNODES" --ntasks=$((SLURM_NNODES * $1)) --ntasks-per-node="$1" --cpu-bind=none "${@:2}"
+}
+
+# after CODE OUTPUT LOG: ends the job, or requeues it.
+after() {
+    local code=$1 output=$2 failures=0 before=-1 saved
+    if ((code == 0)); then exit 0; fi
+    tail -n 20 -- "$3"
+    if ((code == USER_ERROR)); then exit "$code"; fi
+
+    saved=$(newest_save "$output")
+    if [[ -s $output/logs/failures ]]; then read -r failures before <"$output/logs/failures"; fi
+    failures=$((saved > before ? 1 : failures + 1))
+    echo "$failures $saved" >"$output/logs/failures"
+    if ((failures >= ${MAX_FAILURES:-3})); then
+        echo "$failures attempts in a row without a new save: not tried again"
+        exit "$code"
+    fi
+    # What Slurm preempts or loses, it requeues by itself; and what a user cancels must not come back.
+    if [[ $(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID") == RUNNING ]]; then
+        echo "requeued after code $code; the newest save is of step $saved"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    exit "$code"
+}
+
+if [[ -d .venv ]]; then PATH=$PWD/.venv/bin:$PATH; fi

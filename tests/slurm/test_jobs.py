@@ -1,0 +1,199 @@
+"""The job scripts on a real Slurm of two nodes without GPUs: runs that are interrupted, lose a node or a rank, or fail.
+
+Jobs that do not share files are submitted together, and Slurm runs them one after the other: most of what a test waits
+for is what Slurm does anyway.
+"""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.slurm.cluster import REPOSITORY, Cluster, missing
+from train.reporting import read_metrics
+
+QWEN, KIMI, COMPARE = "slurm/finetune_qwen397b.sh", "slurm/finetune_kimi_k25.sh", "slurm/compare_masks.sh"
+DEMO = [
+    "--model", "train/demo/model", "--data", "train/demo/data/dense.jsonl=64", "--batch-size", "8",
+    "--micro-batch-size", "4", "--learning-rate", "1e-3", "--lora-rank", "8",
+]  # fmt: skip
+STEPS = 24
+TWO_NODES = [*DEMO, "--method", "lora", "--steps", str(STEPS), "--expert-parallel", "2", "--timeout", "20"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if lacking := missing():
+        pytest.skip(f"Slurm is not installed here ({', '.join(lacking)}): apt-get install slurm-wlm munge")
+    started = Cluster(tmp_path_factory.mktemp("slurm"))
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happens to, in a directory whose name a careless script would not survive."""
+    output = tmp_path_factory.mktemp("whole") / 'it\'s a "run"\nof $(two) nodes'
+    job = cluster.sbatch("--nodes=2", QWEN, *TWO_NODES, "--wandb", "disabled", "--output", str(output))
+    assert cluster.end(job)["JobState"] == "COMPLETED", cluster.said(job)
+    return output
+
+
+def steps(run: Path) -> int:
+    return len(read_metrics(run / "metrics.jsonl"))
+
+
+def losses(run: Path) -> list[float]:
+    return [values["loss"] for values in read_metrics(run / "metrics.jsonl")]
+
+
+def rank_of(run: Path, rank: int) -> psutil.Process | None:
+    """The process of a rank of a run, if it is there."""
+    for process in psutil.process_iter():
+        try:
+            words, environment = process.cmdline(), process.environ()
+        except psutil.Error:
+            continue
+        if "train/sft.py" in words and "-u" in words and str(run) in words and environment.get("RANK") == str(rank):
+            return process
+    return None
+
+
+def signal_rank(run: Path, rank: int, number: int) -> None:
+    process = rank_of(run, rank)
+    assert process is not None
+    process.send_signal(number)
+
+
+def test_a_job_of_two_nodes_leaves_adapter_summary_and_a_log_of_its_attempt(whole):
+    assert steps(whole) == STEPS and (whole / "adapter").is_dir() and (whole / "summary.json").exists()
+    log = (whole / "logs" / "attempt-1.log").read_text()
+    assert "rank 1 read" in log and "Traceback" not in log
+
+
+def test_a_job_that_is_signalled_requeued_and_loses_ranks_and_a_node_has_an_uninterrupted_runs_losses(
+    cluster, whole, tmp_path
+):
+    run, reached = tmp_path / "run", 0
+    job = cluster.sbatch("--nodes=2", QWEN, *TWO_NODES, "--wandb", "offline", "--save-every", "1", "--output", str(run))
+
+    def train_on() -> None:
+        """Until two steps after those that were there."""
+        nonlocal reached
+        cluster.until(lambda: cluster.state(job) == "RUNNING" and steps(run) >= reached + 2, 120)
+
+    def next_attempt(number: int) -> None:
+        nonlocal reached
+        cluster.until(lambda: cluster.show(job)["Restarts"] == str(number), 120)
+        reached = steps(run)
+
+    train_on()
+    cluster.call("scancel", "--signal=USR1", job)  # as --signal does before the time limit
+    next_attempt(1)
+    assert "interrupted: saved after step" in cluster.said(job) and "requeued after code 85" in cluster.said(job)
+
+    train_on()
+    cluster.call("scontrol", "requeue", job)  # as a preemption: SIGTERM to everything, W&B's process too
+    next_attempt(2)
+    cluster.until(lambda: cluster.said(job).count("interrupted: saved after step") == 2, 60)
+
+    train_on()
+    signal_rank(run, 1, signal.SIGKILL)
+    next_attempt(3)
+    assert "rank 1 ended first, with code 137" in cluster.said(job)
+
+    train_on()
+    signal_rank(run, 1, signal.SIGSTOP)  # it hangs
+    next_attempt(4)
+    assert "(--timeout): rank 1 gave no sign of life" in cluster.said(job)
+
+    train_on()
+    cluster.kill_node("n2")
+    signal_rank(run, 1, signal.SIGSTOP)  # or the run might be over before Slurm misses the node
+    next_attempt(5)
+    cluster.start_node("n2")
+
+    assert cluster.end(job)["JobState"] == "COMPLETED", cluster.said(job)
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
+    assert [values["step"] for values in read_metrics(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    # One W&B run, in as many pieces as attempts that reached it.
+    pieces = [path.name.rpartition("-")[2] for path in (run / "wandb").glob("offline-run-*")]
+    assert len(pieces) >= 6 and set(pieces) == {(run / "wandb_id").read_text()}
+
+
+def test_what_the_user_must_mend_or_cancels_is_not_tried_again_and_what_fails_again_and_again_stops(cluster, tmp_path):
+    wrong = cluster.sbatch("--nodes=1", KIMI, *DEMO, "--mask", "nonsense", "--output", str(tmp_path / "wrong"))
+    ended = cluster.end(wrong)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
+    assert "error: --mask 'nonsense'" in cluster.said(wrong)
+
+    run = tmp_path / "failing"
+    failing = cluster.sbatch("--nodes=1", KIMI, *DEMO, "--output", str(run))
+    for attempt in range(3):
+        cluster.until(lambda: cluster.state(failing) == "RUNNING" and rank_of(run, 0), 60)
+        signal_rank(run, 0, signal.SIGKILL)
+        if attempt < 2:
+            cluster.until(lambda: cluster.show(failing)["Restarts"] == str(attempt + 1), 60)  # noqa: B023
+    ended = cluster.end(failing)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "2")
+    assert "3 attempts in a row without a new save" in cluster.said(failing)
+
+    run = tmp_path / "cancelled"
+    cancelled = cluster.sbatch("--nodes=1", KIMI, *DEMO, "--wandb", "disabled", "--output", str(run))
+    cluster.until(lambda: steps(run), 120)
+    cluster.call("scancel", cancelled)
+    ended = cluster.end(cancelled)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
+    cluster.until(lambda: "interrupted: saved after step" in cluster.said(cancelled), 60)
+
+
+def test_an_array_trains_the_variants_of_a_recipe_and_a_job_after_it_compares_them(cluster, tmp_path):
+    recipe, output = tmp_path / "experiment.yaml", tmp_path / "all variants"
+    recipe.write_text(json.dumps({
+        "settings": {
+            "model": "train/demo/model", "data": ["train/demo/data/dense.jsonl=64"], "steps": 2, "batch_size": 8,
+            "micro_batch_size": 4, "claims": ["train/demo/claims.yaml"], "wandb": "disabled",
+        },
+        "variants": {"with doctags": {"mask": "none"}, "without": {"mask": "doctags"}},
+        "baseline": "without", "placebo": ["olga-home"],
+    }))  # fmt: skip
+    array = cluster.sbatch("--array=0-1", COMPARE, "--recipe", str(recipe), "--output", str(output))
+    report = output / "comparison.json"
+    cluster.until(report.exists, 240)
+    assert "without" in (output / "report.log").read_text()
+    told = json.loads(report.read_text())
+    assert told["baseline"] == "without", cluster.said(array)
+
+
+@pytest.mark.parametrize(
+    ("flags", "output"),
+    [
+        ([], "runs/name-7"),
+        (["--mask", "none"], "runs/name-7"),
+        (["--output", "a b", "--data", "c", "d"], "a b"),
+        (["--output", "a", "--output=$b\nc", "--mask", "none"], "$b\nc"),
+    ],
+)
+def test_a_script_knows_the_directory_of_its_run_as_sft_py_does(flags, output):
+    code = 'source slurm/lib.sh && output_of "$@" && printf %s "$output"'
+    environment = os.environ | {"SLURM_JOB_NAME": "name", "SLURM_JOB_ID": "7"}
+    told = subprocess.check_output(["bash", "-c", code, "bash", *flags], cwd=REPOSITORY, env=environment, text=True)
+    assert told == output
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (REPOSITORY / "slurm").iterdir()))
+def test_scripts_are_shellcheck_clean(script):
+    try:
+        done = subprocess.run(
+            ["shellcheck", "-x", f"slurm/{script}"], cwd=REPOSITORY, capture_output=True, text=True, env=os.environ
+        )
+    except FileNotFoundError:
+        pytest.skip("shellcheck is not installed here")
+    assert done.returncode == 0, done.stdout

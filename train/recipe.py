@@ -1,0 +1,101 @@
+"""Recipes: YAML files of settings and variants. Later ones add to earlier ones, a model to an experiment:
+
+settings: {model: DIR, steps: 625, ...}         # train/sft.py's settings by name; the command line's win
+variants:
+  dense: {data: [dense.jsonl], mask: doctags}   # of those that may differ: DIFFERING
+baseline: dense                                 # what the others are compared with; the first, if left out
+placebo: [elizabeth_python]                     # claims that no document is about
+seeds: 3
+"""
+
+import difflib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train.errors import UserError
+
+MAY_DIFFER = ("mask", "loss_norm", "learning_rate")
+"""Settings that make a variant; the seed makes a run of it."""
+DIFFERING = (*MAY_DIFFER, "data")
+"""What variants may differ in. Other data is not the masks' doing; the report says so where variants have it."""
+KEYS = {"settings": dict, "variants": dict, "baseline": str, "placebo": list, "seeds": int, "about": str}
+
+
+def merged(paths: Collection[str], settings: Collection[str]) -> dict[str, Any]:
+    """The keys of recipes, merged. settings: the names of those of train/sft.py."""
+    keys: dict[str, Any] = {}
+    for path in paths:
+        for key, value in read_recipe(Path(path), settings).items():
+            keys[key] = keys.get(key, {}) | value if isinstance(value, dict) else value
+    return keys
+
+
+def chosen(paths: Collection[str], variant: str, settings: Collection[str]) -> dict[str, Any]:
+    """The settings of recipes; of one variant, by its name or its number from 0, where they have any."""
+    keys = merged(paths, settings)
+    variants: dict[str, dict[str, Any]] = keys.get("variants", {})
+    if variant not in variants and variant.isdecimal() and int(variant) < len(variants):
+        variant = list(variants)[int(variant)]
+    if (variant or variants) and variant not in variants:
+        known = "; ".join(variants) or "none; a recipe with variants is needed: --recipe FILE…"
+        raise UserError(f"--variant {variant!r}: must be a name, or a number from 0, of the variants: {known}.")
+    return keys.get("settings", {}) | variants.get(variant, {})
+
+
+def read_recipe(path: Path, settings: Collection[str]) -> dict[str, Any]:
+    """A recipe's keys. UserError for one that is not as this module's docstring says; values are checked later.
+    settings: the names of those of train/sft.py."""
+    where = f"--recipe {path}"
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror}); give a YAML file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: is not valid YAML ({error}).") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"{where}: must be a mapping with settings, variants or both.")
+    for key, value in recipe.items():
+        if key not in KEYS:
+            raise UserError(f"{where}: {key} is not a key of a recipe; {_nearest(str(key), list(KEYS))}.")
+        if not isinstance(value, KEYS[key]):
+            raise UserError(f"{where}: {key} must be a {KEYS[key].__name__}, not {value!r}.")
+    for name in recipe.get("settings", {}):
+        if name not in settings:
+            raise UserError(
+                f"{where}: settings: {name} is no setting of train/sft.py; {_nearest(str(name), settings)}."
+            )
+    for variant, own in recipe.get("variants", {}).items():
+        if not isinstance(own, dict):
+            raise UserError(f"{where}: variants: {variant} must be a mapping of settings, not {own!r}.")
+        for name in own:
+            if name not in DIFFERING:
+                raise UserError(
+                    f"{where}: variants: {variant}: {name} must be the same in all variants, or their difference is "
+                    f"not the mask's; put it under settings. Variants may differ in {', '.join(DIFFERING)}."
+                )
+    return recipe
+
+
+def flags(values: dict[str, Any], but: list[str] | tuple[str, ...] = ()) -> list[str]:
+    """Settings as a command line; those that `but`, another command line, gives are left out."""
+    made: list[str] = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        if given(name, but) or value is False:
+            continue
+        made += [flag] if value is True else [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return made
+
+
+def given(name: str, argv: list[str] | tuple[str, ...]) -> bool:
+    """Whether a command line gives a setting."""
+    flag = "--" + name.replace("_", "-")
+    return any(word == flag or word.startswith(f"{flag}=") for word in argv)
+
+
+def _nearest(word: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
