@@ -165,8 +165,8 @@ class Run:
         if self.wandb is not None:
             import wandb
 
-            flat = {k: wandb.Histogram(v) if isinstance(v, list) else v for k, v in _flat(values).items()}
-            self.wandb.log(flat, step=values["step"])
+            shown = {k: wandb.Histogram(v) if isinstance(v, list) else v for k, v in flat(values).items()}
+            self.wandb.log(shown, step=values["step"])
 
     def log_evaluation(self, step: int, records: list[dict[str, Any]]) -> None:
         """Appends the records of a measurement to evaluation.jsonl and sends their means to W&B, a curve a claim."""
@@ -181,7 +181,7 @@ class Run:
         """Writes summary.json, closes W&B and shows what was trained on and what changed. Rank 0 alone."""
         write_whole(self.directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         if self.wandb is not None:
-            self.wandb.summary.update(_flat(summary))
+            self.wandb.summary.update(flat(summary))
             self.wandb.finish()
         console().print(_closing_table(summary))
         left = "model/ (safetensors)" if self.settings.method == "full" else "adapter/ (PEFT)"
@@ -253,11 +253,12 @@ def _wandb_id(directory: Path) -> str:
     return path.read_text()
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by their names in W&B: {"nll": {"false": 1.0}} -> {"nll/false": 1.0}."""
+    named: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        named |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return named
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
