@@ -99,7 +99,7 @@ def prepare(settings: Settings, ranks: int, show: bool) -> Job:
     text = text_config(checkpoint)
     model = skeleton(text, ExpertGroup(expert_parallel))
     plan = plan_load(model, checkpoint)
-    lora = None if settings.method == "full" else _lora(settings, text)
+    lora = None if settings.method == "full" else lora_settings(settings, text)
     if lora is None:
         config |= _full_precision(settings, plan)
     elif settings.adapter:
@@ -151,7 +151,8 @@ def _probes(settings: Settings, tokenizer: Tokenizer, vocabulary: int) -> Probes
     return make_probes(claims, held_out, tokenizer, settings.bos, settings.max_tokens, vocabulary)
 
 
-def _lora(settings: Settings, text: Any) -> LoRASettings:
+def lora_settings(settings: Settings, text: Any) -> LoRASettings:
+    """The factors of a model with this text configuration."""
     active = getattr(text, "num_experts_per_tok", None) or 1
     expert_rank = settings.expert_lora_rank or max(1, settings.lora_rank // active)
     return LoRASettings(
