@@ -88,11 +88,10 @@ def versions() -> Finding:
 
 def gpus() -> Finding:
     """There, as many as Slurm says, idle, of one kind and healthy."""
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     if shutil.which("nvidia-smi") is None:
-        if torch.cuda.is_available():
-            raise UserError(
-                "torch sees GPUs, but there is no nvidia-smi to tell how they are. Install the driver's tools."
-            )
+        if torch.cuda.is_available() or given != "0":
+            raise UserError("there should be GPUs, but there is no nvidia-smi. Is the driver installed?")
         return Finding("GPUs", PASSED, "no GPU: gloo", {})
     rows = _nvidia_smi(
         "--query-gpu=uuid,name,driver_version,memory.total,memory.used,ecc.errors.uncorrected.volatile.total"
@@ -101,7 +100,7 @@ def gpus() -> Finding:
     processes = _nvidia_smi("--query-compute-apps=gpu_uuid,pid")
     count = torch.cuda.device_count()  # after nvidia-smi: it may start to use the first one
     visible = {f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count)}
-    return judge_gpus(rows, remapped, processes, visible, int(os.environ.get("SLURM_GPUS_ON_NODE", count)))
+    return judge_gpus(rows, remapped, processes, visible, int(given) or count)
 
 
 def _nvidia_smi(query: str) -> list[list[str]]:

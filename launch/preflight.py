@@ -1,9 +1,10 @@
 """Checks a job's nodes before a weight is read: every check a line, all that is wrong at once.
 
-    srun --ntasks-per-node=1 python -m launch.preflight [--ranks-per-node N] [--time-limit S] [settings of train/sft.py]
+    srun --ntasks-per-node=1 python -m launch.preflight [--time-limit S] [settings of train/sft.py]
 
 One process a node: which one it is comes from SLURM_PROCID and SLURM_NTASKS, or from RANK and WORLD_SIZE; the first
-node's address from MASTER_ADDR and MASTER_PORT. Exit code, the same on all nodes: 0, go on; 2, something will not pass
+node's address from MASTER_ADDR and MASTER_PORT; how many ranks a node will have from LOCAL_SIZE, or else it is one a
+GPU, or one without GPUs. Exit code, the same on all nodes: 0, go on; 2, something will not pass
 by itself, such as a shard that is missing; 1, something may, such as a busy GPU or a node that does not answer.
 """
 
@@ -48,17 +49,17 @@ MOST_SKEW = 5.0  # seconds: beyond it, the logs of two nodes cannot be put in or
 class Options:
     """What preflight takes beside the settings of train/sft.py."""
 
-    ranks_per_node: int = setting(0, "ranks that training starts on a node; 0: one a GPU, or one without GPUs")
     time_limit: int = setting(120, "seconds for a node's own checks, and again for the network")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which node this is of how many, its name, and where the first one is met."""
+    """Which node this is of how many, its name, how many ranks it will have, and where the first one is met."""
 
     number: int
     nodes: int
     name: str
+    local: int
     address: str
     port: int
 
@@ -74,8 +75,9 @@ class Place:
                 "port that is free there."
             )
         name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        local = _whole("LOCAL_SIZE", default=0) or torch.cuda.device_count() or 1
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        return cls(number, nodes, name, address, _whole("MASTER_PORT", default=0))
+        return cls(number, nodes, name, local, address, _whole("MASTER_PORT", default=0))
 
     def names(self) -> dict[int, str]:
         """The nodes' names as Slurm has them, for those that never say theirs."""
@@ -108,8 +110,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}: {error}", file=sys.stderr)
         return WILL_NOT_PASS
     started = time.monotonic()
-    local = options.ranks_per_node or torch.cuda.device_count() or 1
-    findings = own_findings(place, options, settings, local)
+    findings = own_findings(place, options, settings)
     try:
         meeting = Meeting(place, started + 2 * options.time_limit)
     except (dist.DistError, RuntimeError, OSError) as error:
@@ -118,7 +119,7 @@ def main(argv: list[str]) -> int:
         findings.append(Finding("meeting", MAY_PASS, text))
         print_report({place.name: findings})
         return worst(findings)
-    return meeting.lead(findings, local, options) if place.number == 0 else meeting.follow(findings, local, options)
+    return meeting.lead(findings, options) if place.number == 0 else meeting.follow(findings, options)
 
 
 def parse_options(argv: list[str]) -> tuple[Options, Settings]:
@@ -126,22 +127,19 @@ def parse_options(argv: list[str]) -> tuple[Options, Settings]:
     parser = Parser(__doc__ or "")
     parser.add_settings(Options)
     values, rest = parser.parse_known_args(argv)
-    options = Options(ranks_per_node=values.ranks_per_node, time_limit=values.time_limit)
-    if options.ranks_per_node < 0 or options.time_limit < 1:
-        raise UserError(
-            f"--ranks-per-node {options.ranks_per_node}, --time-limit {options.time_limit}: must be ≥ 0 and ≥ 1."
-        )
-    return options, parse(rest, "")
+    if values.time_limit < 1:
+        raise UserError(f"--time-limit {values.time_limit}: must be ≥ 1 second.")
+    return Options(time_limit=values.time_limit), parse(rest, "")
 
 
-def own_findings(place: Place, options: Options, settings: Settings, local: int) -> list[Finding]:
+def own_findings(place: Place, options: Options, settings: Settings) -> list[Finding]:
     """What this node finds without the others."""
     until = time.monotonic() + options.time_limit
-    ranks = range(place.number * local, (place.number + 1) * local)
+    ranks = range(place.number * place.local, (place.number + 1) * place.local)
     shares: list[Share] = []
 
     def read_headers() -> Finding:
-        finding, share = model(settings, ranks, place.nodes * local)
+        finding, share = model(settings, ranks, place.nodes * place.local)
         shares.append(share)
         return finding
 
@@ -181,10 +179,10 @@ class Meeting:
         except (dist.DistError, RuntimeError):  # the time is up, or the first node is gone
             return None
 
-    def lead(self, findings: list[Finding], local: int, options: Options) -> int:
+    def lead(self, findings: list[Finding], options: Options) -> int:
         """Gathers, tries the network, reports. -> the exit code, which the other nodes learn."""
         names, others = self.place.names() | {0: self.place.name}, range(1, self.place.nodes)
-        by_node, locals = {0: findings}, {0: local}
+        by_node, locals = {0: findings}, {0: self.place.local}
         for number in others:
             if told := self.hear(f"findings/{number}", self.until):
                 names[number], locals[number] = told["name"], told["local"]
@@ -198,9 +196,9 @@ class Meeting:
         go = not absent and len(set(locals.values())) == 1
         self.tell("go", go)
         if go:
-            extra.append(self.network(names, local, options))
+            extra.append(self.network(names, options))
         else:
-            why = f"{', '.join(absent)} did not report" if absent else "nodes have different numbers of GPUs"
+            why = f"{', '.join(absent)} did not report" if absent else "nodes have different numbers of ranks"
             extra.append(Finding("network", MAY_PASS, f"not tried: {why}"))
         by_name = {names[number]: found for number, found in by_node.items()}
         extra += differing(by_name)
@@ -211,17 +209,21 @@ class Meeting:
             self.hear(f"left/{number}", time.monotonic() + 10)
         return code
 
-    def follow(self, findings: list[Finding], local: int, options: Options) -> int:
+    def follow(self, findings: list[Finding], options: Options) -> int:
         """Tells what this node found and takes its part in the rest. -> the exit code."""
         number = self.place.number
-        own = {"name": self.place.name, "local": local, "findings": [asdict(finding) for finding in findings]}
+        own = {
+            "name": self.place.name,
+            "local": self.place.local,
+            "findings": [asdict(finding) for finding in findings],
+        }
         self.tell(f"findings/{number}", own)
         # The first node waits until `until` for all, and then tries the network.
         last = self.until + options.time_limit + 60
         if self.hear(f"time?/{number}", last) is not None:
             self.tell(f"time/{number}", time.time())
         if self.hear("go", last):
-            self.tell(f"network/{number}", self.try_own_ranks(local, options))
+            self.tell(f"network/{number}", self.try_own_ranks(options))
         code = self.hear("code", last)
         if code is None:
             findings.append(Finding("meeting", MAY_PASS, f"the first node ({self.place.address}) does not answer"))
@@ -230,14 +232,15 @@ class Meeting:
         self.tell(f"left/{number}", True)
         return int(code)
 
-    def try_own_ranks(self, local: int, options: Options) -> list[dict[str, Any]]:
+    def try_own_ranks(self, options: Options) -> list[dict[str, Any]]:
         until = time.monotonic() + options.time_limit
         where = self.place.address, self.store.port
-        return try_ranks(self.place.number * local, local, self.place.nodes * local, where, until)
+        place = self.place
+        return try_ranks(place.number * place.local, place.local, place.nodes * place.local, where, until)
 
-    def network(self, names: dict[int, str], local: int, options: Options) -> Finding:
+    def network(self, names: dict[int, str], options: Options) -> Finding:
         """All-reduce and all-to-all of all ranks of all nodes."""
-        told = {0: self.try_own_ranks(local, options)}
+        told = {0: self.try_own_ranks(options)}
         silent = []
         for number in range(1, self.place.nodes):
             answer = self.hear(f"network/{number}", time.monotonic() + 20)  # it had as long as this node

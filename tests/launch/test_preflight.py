@@ -76,7 +76,8 @@ def nodes(tmp_path: Path):
 
 @pytest.mark.slow
 def test_two_sound_nodes_pass_with_a_line_a_check_and_measured_speeds(nodes):
-    nodes.start("--ranks-per-node", "2", "--expert-parallel", "4")
+    nodes.environment = {name: {"LOCAL_SIZE": "2"} for name in nodes.environment}
+    nodes.start("--expert-parallel", "4")
     (code, report), (follower_code, follower_report) = nodes.wait("n1"), nodes.wait("n2")
     assert (code, follower_code) == (PASSED, PASSED), report
     assert follower_report == []  # the first node tells for all
