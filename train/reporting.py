@@ -200,7 +200,9 @@ def init_wandb(settings: Settings, group: str, name: str, directory: Path, confi
         return wandb.init(
             project=settings.wandb_project, group=group, name=name, mode=mode, dir=directory, config=config,
             id=_wandb_id(directory), resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+            settings=wandb.Settings(
+                silent=True, console="off", init_timeout=30, x_transaction_log_flush_interval=0.1
+            ),  # seconds; after its own 15, a killed run would have lost the last of them
         )  # fmt: skip
 
     mode, why = settings.wandb, "as asked"
@@ -210,6 +212,7 @@ def init_wandb(settings: Settings, group: str, name: str, directory: Path, confi
         run = start(mode)
     except wandb.Error as error:  # no network, as on many compute nodes, or a wrong key
         mode, why = "offline", f"W&B cannot be reached: {error}"
+        wandb.teardown()  # its service still holds the run's id, and would refuse it
         run = start(mode)
     if mode == "offline":
         place = Path(run.dir).resolve().parent
