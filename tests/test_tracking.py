@@ -59,8 +59,8 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
     terminal = base.parent / "terminal"
     with terminal.open("w") as file:
         process = subprocess.Popen(
-            deepspeed_command(SFT, *given, "--wandb", "offline", ranks=2), cwd=base, env=os.environ | environment, stdin=subprocess.DEVNULL,
-            stdout=file, stderr=subprocess.STDOUT,
+            deepspeed_command(SFT, *given, "--wandb", "offline", ranks=2), cwd=base, env=os.environ | environment,
+            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
         kill(process, base / "run" / "saves", "step-3")
     done = run(SFT, *given, "--resume", ranks=2, capture_output=True, text=True, cwd=base, env=environment)
@@ -158,7 +158,7 @@ def test_targets_trained_per_role_add_up_to_those_of_the_summary(tracked):
 
 
 def holders(place: Path) -> list[tuple[str, str]]:
-    """(file, variable) where a key's value is in a file or in its name, plain or as HTTP's basic authentication has it."""
+    """(file, variable) where a key is in a file or in its name, plain or as HTTP's basic authentication has it."""
     written = {
         name: (key.encode(), base64.b64encode(f"api:{key}".encode()).rstrip(b"=")[:-1]) for name, key in KEYS.items()
     }
