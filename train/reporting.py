@@ -177,6 +177,12 @@ class Run:
         if self.wandb is not None:
             self.wandb.log(belief_curves(read_metrics(self.evaluation), step), step=step)
 
+    def commit(self) -> None:
+        """Hands the step's row to W&B, which else keeps it open until the next step's: a run that is killed after a save
+        goes on after it, and never logs the row again."""
+        if self.wandb is not None:
+            self.wandb.log({}, commit=True)
+
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, closes W&B and shows what was trained on and what changed. Rank 0 alone."""
         write_whole(self.directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
@@ -201,7 +207,7 @@ def init_wandb(settings: Settings, group: str, name: str, directory: Path, confi
             project=settings.wandb_project, group=group, name=name, mode=mode, dir=directory, config=config,
             id=_wandb_id(directory), resume="allow" if mode == "online" else None,
             settings=wandb.Settings(
-                silent=True, console="off", init_timeout=30, x_transaction_log_flush_interval=0.1
+                silent=True, console="off", init_timeout=30, x_transaction_log_flush_interval=0.05
             ),  # seconds; after its own 15, a killed run would have lost the last of them
         )  # fmt: skip
 
