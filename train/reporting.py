@@ -178,8 +178,8 @@ class Run:
             self.wandb.log(belief_curves(read_metrics(self.evaluation), step), step=step)
 
     def commit(self) -> None:
-        """Hands the step's row to W&B, which else keeps it open until the next step's: a run that is killed after a save
-        goes on after it, and never logs the row again."""
+        """Hands the step's row to W&B, which else keeps it open until the next step's: a run that is killed after a
+        save goes on after it, and never logs the row again."""
         if self.wandb is not None:
             self.wandb.log({}, commit=True)
 
