@@ -10,7 +10,6 @@ saved on W&B, with the key from WANDB_API_KEY.
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -18,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import wandb
 import wandb_workspaces.reports.v2 as panels
 import wandb_workspaces.workspaces as workspaces
 from wandb_workspaces.expr import Config, Metric
 
+from launch.node import wandb_hindrance
 from train.belief.values import BELIEF, SIDE_EFFECTS
 from train.checkpoints.reader import read_json
 from train.errors import UserError
@@ -175,11 +174,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def save(made: workspaces.Workspace) -> None:
     """Creates the workspace on W&B, which prints its address."""
-    if not os.environ.get("WANDB_API_KEY"):
-        raise UserError("WANDB_API_KEY: is not set, so nothing can be saved on W&B. Set it, or give --json FILE.")
+    if hindrance := wandb_hindrance():  # asked for first: the client would try again for a long time
+        raise UserError(f"nothing can be saved on W&B: {hindrance}. Mend that, or give --json FILE.")
     try:
         made.save()
-    except wandb.Error as error:
+    except Exception as error:  # the client raises errors of several families
         raise UserError(
             f"--entity {made.entity}: W&B did not save the workspace in {made.project} ({error}). Are the runs sent?"
         ) from None

@@ -266,11 +266,19 @@ def disk_space(share: Share) -> Finding:
 # W&B
 
 
-def wandb_reachable(mode: str, seconds: float = 10) -> Finding:
-    """Whether the run will be online. Never a failure: without W&B a run is offline, and loses nothing."""
+def wandb_mode(mode: str) -> Finding:
+    """Whether a run with this --wandb will be online. Never a failure: an offline run loses nothing."""
+    if mode != "online":
+        return Finding("W&B", PASSED, f"{mode}, as asked")
+    hindrance = wandb_hindrance()
+    return Finding("W&B", PASSED, f"offline: {hindrance}" if hindrance else "online")
+
+
+def wandb_hindrance(seconds: float = 10) -> str | None:
+    """Why W&B cannot be used with the key of the environment; None if it can."""
     key = os.environ.get("WANDB_API_KEY")
-    if mode != "online" or not key:
-        return Finding("W&B", PASSED, f"{mode}, as asked" if mode != "online" else "offline: no WANDB_API_KEY")
+    if not key:
+        return "no WANDB_API_KEY"
     where = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     request = urllib.request.Request(
         f"{where.rstrip('/')}/graphql",
@@ -284,7 +292,5 @@ def wandb_reachable(mode: str, seconds: float = 10) -> Finding:
         with urllib.request.urlopen(request, timeout=seconds) as answer:
             viewer = (json.load(answer).get("data") or {}).get("viewer")
     except (OSError, ValueError) as error:  # no network, an address that is none, an answer that is no JSON
-        return Finding("W&B", PASSED, f"offline: {where} cannot be reached ({error})")
-    if not viewer:
-        return Finding("W&B", PASSED, f"offline: {where} does not take the key in WANDB_API_KEY")
-    return Finding("W&B", PASSED, f"online at {where}")
+        return f"{where} cannot be reached ({error})"
+    return None if viewer else f"{where} does not take the key in WANDB_API_KEY"

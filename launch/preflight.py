@@ -36,7 +36,7 @@ from launch.node import (
     memory,
     model,
     versions,
-    wandb_reachable,
+    wandb_mode,
     within,
 )
 from train.errors import UserError
@@ -154,7 +154,7 @@ def own_findings(place: Place, options: Options, settings: Settings) -> list[Fin
             check("disk space", lambda: disk_space(share)),  # noqa: B023
         ]
     if place.number == 0:  # whose rank is W&B's
-        findings.append(check("W&B", lambda: wandb_reachable(settings.wandb)))
+        findings.append(check("W&B", lambda: wandb_mode(settings.wandb)))
     return findings
 
 

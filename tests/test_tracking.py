@@ -187,7 +187,11 @@ def test_no_key_is_in_the_messages_of_preflight_dashboard_and_settings_that_are_
     environment = os.environ | KEYS | {"WANDB_BASE_URL": "http://127.0.0.1:9", "PYTHONPATH": str(SFT.parents[1])}
     for words, code, told in (
         (["-m", "launch.preflight"], 0, "W&B: ok: "),
-        (["-m", "launch.dashboard", str(tracked.directory), "--entity", "team"], 2, "W&B did not save"),
+        (
+            ["-m", "launch.dashboard", str(tracked.directory), "--entity", "team"],
+            2,
+            "nothing can be saved on W&B: http://127.0.0.1:9 cannot",
+        ),
         ([str(SFT), "--learning-rate", "-1"], 2, "--learning-rate -1.0"),
         ([str(SFT), "--model", str(tmp_path)], 2, "no config.json"),
     ):
