@@ -6,6 +6,7 @@ The run is killed and goes on; its paths hold a space, quotes and a line break, 
 import base64
 import json
 import os
+import shlex
 import struct
 import subprocess
 import sys
@@ -106,6 +107,8 @@ def test_attempts_are_one_offline_run_with_everything_that_was_logged(tracked):
                     "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
                 }
                 history.setdefault(int(items["_step"]), {}).update(items)
+    told = tracked.terminals[1].partition("send it later: ")[2]
+    assert shlex.split(told)[:4] == ["wandb", "sync", *(str(file.parent) for file in files)]
     assert ids == {(tracked.directory / "wandb_id").read_text()} and len(groups) == 1
     for values in read_metrics(tracked.directory / "metrics.jsonl"):
         sent = history[values["step"]]

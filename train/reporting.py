@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -222,7 +223,9 @@ def init_wandb(settings: Settings, group: str, name: str, directory: Path, confi
         run = start(mode)
     if mode == "offline":
         place = Path(run.dir).resolve().parent
-        print(f"W&B is offline ({why}). Look at the run: wandb leet '{place}'    send it later: wandb sync '{place}'")
+        attempts = sorted(place.parent.glob(f"offline-run-*-{run.id}"))  # one run; sent in the order of their times
+        leet, sync = shlex.quote(str(place)), " ".join(shlex.quote(str(path)) for path in attempts)
+        print(f"W&B is offline ({why}). Look at the run: wandb leet {leet}    send it later: wandb sync {sync}")
     return run
 
 

@@ -1,11 +1,15 @@
 """launch.preflight on two nodes, which are two processes here, meeting over gloo: what is well, and what is not."""
 
+import base64
+import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -13,7 +17,7 @@ import pytest
 
 from launch.local import free_port
 from launch.network import STAGES
-from launch.node import MAY_PASS, PASSED, WILL_NOT_PASS, Finding, judge_gpus, within
+from launch.node import MAY_PASS, PASSED, WILL_NOT_PASS, Finding, judge_gpus, wandb_hindrance, wandb_mode, within
 from launch.preflight import differing, judge_network
 from tests.models import write_model
 from train.errors import UserError
@@ -137,6 +141,38 @@ def test_a_check_that_hangs_says_where_it_stood():
         raise UserError("--model: the fix")
 
     assert within(5, "model", broken) == Finding("model", WILL_NOT_PASS, "--model: the fix")
+
+
+class Server(BaseHTTPRequestHandler):
+    """Takes the key `good` as W&B does, and knows of no other."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        known = self.headers["Authorization"] == "Basic " + base64.b64encode(b"api:good").decode()
+        text = json.dumps({"data": {"viewer": {"username": "user"} if known else None}}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_wandb_is_used_with_a_key_that_it_takes_and_hindered_otherwise(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    where = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("WANDB_BASE_URL", where)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert wandb_hindrance() == "no WANDB_API_KEY"
+    monkeypatch.setenv("WANDB_API_KEY", "good")
+    assert wandb_hindrance() is None and wandb_mode("online").text == "online"
+    assert wandb_mode("disabled").text == "disabled, as asked"
+    monkeypatch.setenv("WANDB_API_KEY", "other")
+    assert wandb_hindrance() == f"{where} does not take the key in WANDB_API_KEY"
+    server.shutdown()
+    server.server_close()
+    assert str(wandb_hindrance()).startswith(f"{where} cannot be reached (")
 
 
 IDLE = ["H100", "580.1", "81559", "500", "0"]
