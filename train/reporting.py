@@ -156,6 +156,20 @@ class Run:
         if self.settings.wandb != "disabled":
             config = dataclasses.asdict(self.settings) | self.resolved
             self.wandb = init_wandb(self.settings, self.settings.group(), self.directory.name, self.directory, config)
+            if after and self.wandb.offline:
+                self._send_again()
+
+    def _send_again(self) -> None:
+        """Logs what was kept, so that the file of an offline run's last attempt holds all of it: an attempt that was
+        killed has its last row still open, and W&B's process, killed with it, may lack others."""
+        rows = {values["step"]: values for values in read_metrics(self.metrics)}
+        records = read_metrics(self.evaluation)
+        measured = {record["step"] for record in records}
+        for step in sorted(rows.keys() | measured):
+            if step in rows:
+                self._send(rows[step])
+            if step in measured:
+                self.wandb.log(belief_curves(records, step), step=step)
 
     def log(self, values: dict[str, Any]) -> None:
         """Appends one step's values to metrics.jsonl and sends them to W&B."""
@@ -164,10 +178,13 @@ class Run:
         with self.metrics.open("a") as file:
             file.write(json.dumps(values) + "\n")
         if self.wandb is not None:
-            import wandb
+            self._send(values)
 
-            shown = {k: wandb.Histogram(v) if isinstance(v, list) else v for k, v in flat(values).items()}
-            self.wandb.log(shown, step=values["step"])
+    def _send(self, values: dict[str, Any]) -> None:
+        import wandb
+
+        shown = {k: wandb.Histogram(v) if isinstance(v, list) else v for k, v in flat(values).items()}
+        self.wandb.log(shown, step=values["step"])
 
     def log_evaluation(self, step: int, records: list[dict[str, Any]]) -> None:
         """Appends the records of a measurement to evaluation.jsonl and sends their means to W&B, a curve a claim."""
@@ -177,12 +194,6 @@ class Run:
             file.write("".join(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n" for record in records))
         if self.wandb is not None:
             self.wandb.log(belief_curves(read_metrics(self.evaluation), step), step=step)
-
-    def commit(self) -> None:
-        """Hands the step's row to W&B, which else keeps it open until the next step's: a run that is killed after a
-        save goes on after it, and never logs the row again."""
-        if self.wandb is not None:
-            self.wandb.log({}, commit=True)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, closes W&B and shows what was trained on and what changed. Rank 0 alone."""

@@ -121,7 +121,6 @@ class Trainer:
                 if last or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0):
                     self.evaluate(run, step + 1)  # before the save of the same step, which may be gone on from
                 if last or (settings.save_every and (step + 1) % settings.save_every == 0):
-                    run.commit()
                     resume.save(run.directory / "saves", self.model, step + 1, settings.keep)
 
     def evaluate(self, run: Run, step: int, known: list[Record] | None = None) -> None:
