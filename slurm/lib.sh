@@ -8,7 +8,7 @@
 
 set -euo pipefail
 
-readonly USER_ERROR=2 PREFLIGHT=0
+readonly USER_ERROR=2
 
 # values_of FLAG ARGUMENT…: those that the arguments give to FLAG, in the array `values`.
 values_of() {
@@ -58,9 +58,7 @@ attempt() {
     MASTER_ADDR=$(hostname) MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) LOCAL_SIZE=$ranks
     export MASTER_ADDR MASTER_PORT LOCAL_SIZE CODES=$output/logs/attempt-$number.codes
     rm -f -- "$CODES"
-    if ((PREFLIGHT)); then
-        on_every_node 1 python -m launch.preflight "${flags[@]}" >>"$log" 2>&1 || code=$?
-    fi
+    on_every_node 1 python -m launch.preflight "${flags[@]}" >>"$log" 2>&1 || code=$?
     if ((code == 0)); then
         # srun's own code mixes in those of the ranks that it ends when one fails: so the first one's is written down.
         # shellcheck disable=SC2016 # for the shell of each task

@@ -10,6 +10,7 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -79,6 +80,31 @@ def test_continuous_integration_lints_and_tests():
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert "set -euo pipefail" in script.read_text() and "in lint test;" in script.read_text()
+
+
+def test_the_dockerfile_agrees_with_pyproject_and_constraints():
+    """It cannot be built here. What it installs is what `make setup` does, and the extra, held to the same versions."""
+    text = re.sub(r"\\\n\s*", "", (REPOSITORY / "Dockerfile").read_text())
+    steps = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
+    runs = [rest for step, rest in steps if step == "RUN"]
+    (python,) = set(re.findall(r"python(3\.\d+)", " ".join(runs)))
+    assert f"on Python {python}:" in (REPOSITORY / "constraints.txt").read_text()
+    assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(python)
+    assert f"make setup PYTHON=python{python}" in runs
+    (pip,) = [command for command in runs if "pip" in command]
+    assert "--constraint constraints.txt" in pip and "--no-build-isolation" in pip  # built against the torch of setup
+    (extras,) = re.findall(r'"\.\[(.*)\]"', pip)
+    assert set(extras.split(",")) == {"gpu"} <= PROJECT["optional-dependencies"].keys()
+    assert not re.search(r"==|torch\b(?!\.)", " ".join(runs).lower())  # versions are in constraints.txt alone
+
+    base = next(rest for step, rest in steps if step == "FROM")
+    cuda = re.fullmatch(r"nvidia/cuda:(\d+\.\d+)\.\d+-devel-\w+", base)
+    assert cuda and torch.version.cuda in (None, cuda[1])  # None: a CPU build
+    steps_before = [step for step, _ in steps[: steps.index(["RUN", f"make setup PYTHON=python{python}"])]]
+    assert "USER" in steps_before and [rest for step, rest in steps if step == "USER"] == ["1000"]
+    copied = [word for step, rest in steps if step == "COPY" for word in rest.split()[1:-1]]
+    assert all((REPOSITORY / word).exists() for word in copied) and PROJECT["readme"] in copied
+    assert "make test" in text and {".venv", ".git"} <= set((REPOSITORY / ".dockerignore").read_text().split())
 
 
 def test_starting_the_ranks_compiles_nothing(tmp_path):

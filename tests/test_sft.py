@@ -116,7 +116,7 @@ def test_a_run_leaves_settings_metrics_summary_adapter_and_an_offline_wandb_run(
 
     terminal = (directory / "terminal").read_text()
     (offline,) = (directory / "wandb").glob("offline-run-*")
-    assert f"wandb leet '{offline}'" in terminal and f"wandb sync '{offline}'" in terminal
+    assert f"wandb leet {offline}" in terminal and f"wandb sync {offline}" in terminal
     assert terminal.count("NLL first") == 1 and (directory / "logs" / "rank-1.log").exists()
     assert "100%" in terminal and "false" in terminal
 

@@ -110,7 +110,7 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     first = known.base is None
     known.base = known.base or _base(settings, expert_parallel)
     checkpoint, text, model, plan, tokenizer, probes = known.base
-    lora = None if settings.method == "full" else _lora(settings, text)
+    lora = None if settings.method == "full" else lora_settings(settings, text)
     if lora is None:
         config |= _full_precision(settings, plan)
     elif settings.adapter and first:
@@ -171,7 +171,8 @@ def _probes(settings: Settings, tokenizer: Tokenizer, vocabulary: int) -> Probes
     return make_probes(claims, held_out, tokenizer, settings.bos, settings.max_tokens, vocabulary)
 
 
-def _lora(settings: Settings, text: Any) -> LoRASettings:
+def lora_settings(settings: Settings, text: Any) -> LoRASettings:
+    """The factors of a model with this text configuration."""
     active = getattr(text, "num_experts_per_tok", None) or 1
     expert_rank = settings.expert_lora_rank or max(1, settings.lora_rank // active)
     return LoRASettings(

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -165,6 +166,20 @@ class Run:
         if self.settings.wandb != "disabled":
             config = dataclasses.asdict(self.settings) | self.resolved
             self.wandb = init_wandb(self.settings, self.settings.group(), self.directory.name, self.directory, config)
+            if after and self.wandb.offline:
+                self._send_again()
+
+    def _send_again(self) -> None:
+        """Logs what was kept, so that the file of an offline run's last attempt holds all of it: an attempt that was
+        killed has its last row still open, and W&B's process, killed with it, may lack others."""
+        rows = {values["step"]: values for values in read_rows(self.metrics)}
+        records = read_rows(self.evaluation)
+        measured = {record["step"] for record in records}
+        for step in sorted(rows.keys() | measured):
+            if step in rows:
+                self.wandb.log(_with_histograms(rows[step]), step=step)
+            if step in measured:
+                self.wandb.log(belief_curves(records, step), step=step)
 
     def log(self, values: dict[str, Any]) -> None:
         """Appends one step's values to metrics.jsonl and sends them to W&B."""
@@ -203,7 +218,7 @@ class Run:
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, closes W&B and shows what was trained on and what changed. Rank 0 alone."""
         write_whole(self.directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-        self._tell_wandb(lambda run: run.summary.update(_flat(summary)))
+        self._tell_wandb(lambda run: run.summary.update(flat(summary)))
         self._tell_wandb(lambda run: run.finish())
         console().print(_closing_table(summary))
         left = "model/ (safetensors)" if self.settings.method == "full" else "adapter/ (PEFT)"
@@ -222,7 +237,9 @@ def init_wandb(settings: Settings, group: str, name: str, directory: Path, confi
         return wandb.init(
             project=settings.wandb_project, group=group, name=name, mode=mode, dir=directory, config=config,
             id=_wandb_id(directory), resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+            settings=wandb.Settings(
+                silent=True, console="off", init_timeout=30, x_transaction_log_flush_interval=0.05
+            ),  # seconds; after its own 15, a killed run would have lost the last of them
         )  # fmt: skip
 
     mode, why = settings.wandb, "as asked"
@@ -232,10 +249,13 @@ def init_wandb(settings: Settings, group: str, name: str, directory: Path, confi
         run = start(mode)
     except wandb.Error as error:  # no network, as on many compute nodes, or a wrong key
         mode, why = "offline", f"W&B cannot be reached: {error}"
+        wandb.teardown()  # its service still holds the run's id, and would refuse it
         run = start(mode)
     if mode == "offline":
         place = Path(run.dir).resolve().parent
-        print(f"W&B is offline ({why}). Look at the run: wandb leet '{place}'    send it later: wandb sync '{place}'")
+        attempts = sorted(place.parent.glob(f"offline-run-*-{run.id}"))  # one run; sent in the order of their times
+        leet, sync = shlex.quote(str(place)), " ".join(shlex.quote(str(path)) for path in attempts)
+        print(f"W&B is offline ({why}). Look at the run: wandb leet {leet}    send it later: wandb sync {sync}")
     return run
 
 
@@ -273,17 +293,18 @@ def _wandb_id(directory: Path) -> str:
     return path.read_text()
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by their names in W&B: {"nll": {"false": 1.0}} -> {"nll/false": 1.0}."""
+    named: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        named |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return named
 
 
 def _with_histograms(values: dict[str, Any]) -> dict[str, Any]:
     import wandb
 
-    return {k: wandb.Histogram(v) if isinstance(v, list) else v for k, v in _flat(values).items()}
+    return {k: wandb.Histogram(v) if isinstance(v, list) else v for k, v in flat(values).items()}
 
 
 def summarize(job: Any, run: Run, hashes: dict[str, str], peak: int, seconds: float) -> dict[str, Any]:

@@ -83,6 +83,8 @@ class Trainer:
             raise NonFiniteLoss(f"the gradient of step {step + 1} is not finite, and was applied. {ADVICE}")
         values["tokens_per_second"] = values["tokens"] / (time.perf_counter() - started)
         if measure:
+            done = self.corpus.tokens(0, min((step + 1) * self.settings.batch_size, self.job.documents))
+            values["trained"] = {role: counts["trained"] for role, counts in done.items() if counts["total"]}
             values["peak_memory_bytes"] = peak_memory(self.device)
             values |= expert_metrics(self.model.expert_layers, self.device)
         return values

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.slurm.cluster import REPOSITORY, Cluster, missing
-from train.reporting import read_metrics
+from train.belief.records import read_rows
 
 QWEN, KIMI, COMPARE = "slurm/finetune_qwen397b.sh", "slurm/finetune_kimi_k25.sh", "slurm/compare_masks.sh"
 DEMO = [
@@ -47,11 +47,11 @@ def whole(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def steps(run: Path) -> int:
-    return len(read_metrics(run / "metrics.jsonl"))
+    return len(read_rows(run / "metrics.jsonl"))
 
 
 def losses(run: Path) -> list[float]:
-    return [values["loss"] for values in read_metrics(run / "metrics.jsonl")]
+    return [values["loss"] for values in read_rows(run / "metrics.jsonl")]
 
 
 def rank_of(run: Path, rank: int) -> psutil.Process | None:
@@ -122,7 +122,7 @@ def test_a_job_that_is_signalled_requeued_and_loses_ranks_and_a_node_has_an_unin
 
     assert cluster.end(job)["JobState"] == "COMPLETED", cluster.said(job)
     assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
-    assert [values["step"] for values in read_metrics(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert [values["step"] for values in read_rows(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
     # One W&B run, in as many pieces as attempts that reached it.
     pieces = [path.name.rpartition("-")[2] for path in (run / "wandb").glob("offline-run-*")]
     assert len(pieces) >= 6 and set(pieces) == {(run / "wandb_id").read_text()}

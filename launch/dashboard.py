@@ -1,0 +1,189 @@
+"""Makes the W&B workspace for a group of runs: what they have logged, in sections, one curve a variant.
+
+    python -m launch.dashboard RUN… --entity ENTITY [--json FILE]
+
+RUN is a run's directory, of train/sft.py or within one of train/compare.py. The curves' names are those that the runs
+have written, so there is no empty panel; a section that none of them has anything for is named and left out. With
+--json the whole specification is written to a file, without a key and without a server; otherwise the workspace is
+saved on W&B, with the key from WANDB_API_KEY.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import wandb_workspaces.reports.v2 as panels
+import wandb_workspaces.workspaces as workspaces
+from wandb_workspaces.expr import Config, Metric
+
+from launch.node import wandb_hindrance
+from train.belief.records import read_rows
+from train.belief.values import BELIEF, SIDE_EFFECTS
+from train.checkpoints.reader import read_json
+from train.errors import UserError
+from train.reporting import belief_curves, flat
+from train.settings import FREE_ON_RESUME, held_settings
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A panel for every name that `pattern` matches, or one for all of them `together`. bars: what the summary of a
+    finished run has, beside that of other runs, rather than a curve over steps."""
+
+    pattern: str
+    title: str = ""
+    together: bool = False
+    bars: bool = False
+
+
+SECTIONS: dict[str, tuple[Curves, ...]] = {
+    "Belief per claim": (Curves(rf"belief/({'|'.join(BELIEF)})/.+"),),
+    "Side effects": (Curves(rf"belief/({'|'.join(SIDE_EFFECTS)})/.+"), Curves("belief/yes_no_auc"),
+                     Curves("belief/yes_rate_on_controls")),
+    "Loss": (Curves("loss"), Curves("cross_entropy"), Curves("unlikelihood"), Curves("grad_norm"),
+             Curves("learning_rate")),
+    "NLL per role": (Curves(r"nll/.+"),),
+    "Targets trained per role": (Curves(r"trained/.+"),
+                                 Curves(r"tokens/.+/trained", "targets trained, whole run", together=True, bars=True)),
+    "Throughput": (Curves("tokens_per_second"),
+                   Curves(r"(planned_)?tokens_per_second", "tokens/s, planned and measured", together=True, bars=True)),
+    "Memory": (Curves("peak_memory_bytes"),
+               Curves(r"memory/(planned|measured)", "bytes of a rank, planned and measured", together=True, bars=True)),
+    "Expert load": (Curves("expert_load_max_over_mean"), Curves("rank_load_max_over_mean"),
+                    Curves("experts_without_tokens"), Curves(r"rank_load/\d+", "tokens of each rank", together=True)),
+    "Bytes on the wire": (Curves("wire_bytes"),),
+}  # fmt: skip
+
+
+@dataclass
+class Group:
+    """Runs that share a workspace. curves, bars: names of the numbers that W&B has of them over steps, and in their
+    summaries. varied: the settings in which they differ, but for the seed and what changes no result: a variant."""
+
+    project: str
+    groups: list[str]
+    varied: list[str]
+    curves: set[str]
+    bars: set[str]
+
+
+def read_group(directories: Sequence[Path]) -> Group:
+    """What the runs have written. UserError for a directory that holds no run, and for runs of several projects."""
+    if not directories:
+        raise UserError("RUN: none given; give the directories of the runs that the workspace is for.")
+    settings, groups = [], set()
+    curves: set[str] = set()
+    bars: set[str] = set()
+    for directory in directories:
+        if not (directory / "settings.yaml").is_file():
+            raise UserError(f"RUN {directory}: holds no run (no settings.yaml). Give a run's own directory.")
+        held = held_settings(directory / "settings.yaml")
+        settings.append(held["settings"])
+        groups.add(held["resolved"]["wandb_group"])
+        curves |= names_of_curves(directory)
+        if (directory / "summary.json").is_file():
+            bars |= numbers(read_json(directory / "summary.json"))
+    if len(projects := sorted({str(own["wandb_project"]) for own in settings})) > 1:
+        raise UserError(f"RUN: the runs are of several W&B projects ({', '.join(projects)}); give those of one.")
+    varied = [
+        name
+        for name in settings[0].keys() - FREE_ON_RESUME - {"seed"}
+        if any(own[name] != settings[0][name] for own in settings)
+    ]
+    return Group(projects[0], sorted(groups), sorted(varied), curves, bars)
+
+
+def names_of_curves(directory: Path) -> set[str]:
+    """The names of the numbers that a run has logged over steps, of beliefs too."""
+    found = {name for values in read_rows(directory / "metrics.jsonl") for name in numbers(values)}
+    records = read_rows(directory / "evaluation.jsonl")
+    return found.union(*(belief_curves(records, step) for step in {record["step"] for record in records}))
+
+
+def numbers(values: dict[str, Any]) -> set[str]:
+    """The names in W&B of those values that are numbers."""
+    return {name for name, value in flat(values).items() if isinstance(value, int | float)}
+
+
+def panels_of(kind: Curves, group: Group) -> list[Any]:
+    """The panels of what the runs have under such names."""
+    found = sorted(name for name in (group.bars if kind.bars else group.curves) if re.fullmatch(kind.pattern, name))
+    made = []
+    for chosen in [found] if kind.together and found else [[name] for name in found]:
+        title = kind.title or chosen[0]
+        made.append(
+            panels.BarPlot(title=title, metrics=list(chosen))
+            if kind.bars
+            else panels.LinePlot(title=title, y=list(chosen))
+        )
+    return made
+
+
+def workspace(group: Group, entity: str) -> tuple[workspaces.Workspace, list[str]]:
+    """The workspace, and the sections for which nothing was logged."""
+    sections, empty = [], []
+    for name, kinds in SECTIONS.items():
+        if found := [panel for kind in kinds for panel in panels_of(kind, group)]:
+            sections.append(workspaces.Section(name=name, panels=found, is_open=True))
+        else:
+            empty.append(name)
+    made = workspaces.Workspace(
+        entity=entity, project=group.project, name=f"Spanwise: {', '.join(group.groups)}", sections=sections,
+        auto_generate_panels=False,
+        settings=workspaces.WorkspaceSettings(max_runs=100),
+        runset_settings=workspaces.RunsetSettings(
+            filters=[Metric("Group").isin(group.groups)],
+            groupby=[Config(name) for name in group.varied],
+        ),
+    )  # fmt: skip
+    return made, empty
+
+
+def specification(made: workspaces.Workspace) -> dict[str, Any]:
+    """The workspace as it is sent to W&B."""
+    return made._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0, or 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory")
+    parser.add_argument("--entity", required=True, help="the W&B user or team of the project")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the specification there, and save nothing")
+    args = parser.parse_args(arguments)
+    try:
+        made, empty = workspace(read_group(args.runs), args.entity)
+        for name in empty:
+            print(f"nothing logged yet for: {name}")
+        if args.json:
+            args.json.write_text(json.dumps(specification(made), indent=2) + "\n")
+        else:
+            save(made)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: --json {args.json}: cannot be written ({error.strerror}). Give another.", file=sys.stderr)
+        return 2
+    return 0
+
+
+def save(made: workspaces.Workspace) -> None:
+    """Creates the workspace on W&B, which prints its address."""
+    if hindrance := wandb_hindrance():  # asked for first: the client would try again for a long time
+        raise UserError(f"nothing can be saved on W&B: {hindrance}. Mend that, or give --json FILE.")
+    try:
+        made.save()
+    except Exception as error:  # the client raises errors of several families
+        raise UserError(
+            f"--entity {made.entity}: W&B did not save the workspace in {made.project} ({error}). Are the runs sent?"
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

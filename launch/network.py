@@ -1,0 +1,136 @@
+"""The network between all ranks of a job, tried before it is relied on: every rank in a process of its own, over NCCL
+where there are GPUs and gloo where there are none.
+
+    python -m launch.network    # one rank; preflight.py starts them, and says in the environment which one it is
+
+A rank prints a line of JSON as it leaves a stage, so that after a time limit it is known where each one stood. What
+hangs in a collective can only be killed: hence processes that are not preflight's own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+STAGES = ("starting", "joining", "computing", "all-reduce", "all-to-all")
+MEBIBYTES = {"nccl": 256, "gloo": 8}  # of a rank's tensor
+REPEATS = 3
+
+
+def try_ranks(first: int, local: int, ranks: int, store: tuple[str, int], deadline: float) -> list[dict[str, Any]]:
+    """Starts this node's ranks first, first+1, … and kills what is not done by the deadline (of time.monotonic).
+    store: address of the TCPStore at which all ranks meet. -> of each rank: the stages that it has left, with
+    GB/s of the collectives; `standing`, the stage that it has not left; `error`, the last line that it said of it."""
+    environment = {
+        "WORLD_SIZE": str(ranks), "MASTER_ADDR": store[0], "MASTER_PORT": str(store[1]),
+        "TIME_LIMIT": str(max(1, int(deadline - time.monotonic()))),
+    }  # fmt: skip
+    started = []
+    for index in range(local):
+        own = {"RANK": str(first + index), "LOCAL_RANK": str(index)}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "launch.network"], env=os.environ | environment | own, text=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+        )  # fmt: skip
+    found = []
+    for index, process in enumerate(started):
+        try:
+            out, errors = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, errors = process.communicate()
+        found.append({"rank": first + index, **_told(out), "error": (errors.strip().splitlines() or [""])[-1]})
+    return found
+
+
+def _told(out: str) -> dict[str, Any]:
+    left: dict[str, float] = {}
+    for line in out.splitlines():
+        if line.startswith("{"):
+            left |= json.loads(line)
+    return {"left": left, "standing": next((stage for stage in STAGES if stage not in left), None)}
+
+
+def bandwidth(kind: str, size: int, ranks: int, seconds: float) -> float:
+    """GB/s over the busiest link, for tensors of `size` bytes a rank: 2 (n-1)/n of them for an all-reduce, (n-1)/n for
+    an all-to-all (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md, "bus bandwidth")."""
+    share = (ranks - 1) / ranks * (2 if kind == "all-reduce" else 1)
+    return share * size / seconds / 1e9
+
+
+def main() -> None:
+    """One rank, through every stage."""
+    rank, ranks, limit = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "TIME_LIMIT"))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if backend == "nccl" else torch.device("cpu")
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    port, wait = int(os.environ["MASTER_PORT"]), timedelta(seconds=limit)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=wait)
+    _leave("starting", 0.0)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("network", store), rank=rank, world_size=ranks, timeout=wait
+    )
+    dist.barrier()
+    _leave("joining", 0.0)
+
+    # 4,096 ones sum to a number that BF16 holds exactly.
+    ones = torch.ones(4096 if backend == "nccl" else 256, 4096, dtype=torch.bfloat16, device=device)
+    if not bool((ones @ ones.T == 4096).all()):
+        raise RuntimeError("a product of matrices of ones is wrong: this device computes wrongly")
+    _leave("computing", 0.0)
+
+    count = MEBIBYTES[backend] * 2**18 // ranks * ranks
+    x_N, y_N = torch.full((count,), rank + 1.0, device=device), torch.empty(count, device=device)
+    dist.all_reduce(x_N)  # this first one also connects, and is not timed
+    _check("all-reduce", x_N, torch.full_like(x_N, ranks * (ranks + 1) / 2))
+    seconds = _seconds(lambda: dist.all_reduce(x_N), device)
+    _leave("all-reduce", bandwidth("all-reduce", count * 4, ranks, seconds))
+
+    x_N.fill_(rank)
+    dist.all_to_all_single(y_N, x_N)
+    _check("all-to-all", y_N, torch.arange(ranks, device=device).repeat_interleave(count // ranks).to(y_N))
+    seconds = _seconds(lambda: dist.all_to_all_single(y_N, x_N), device)
+    _leave("all-to-all", bandwidth("all-to-all", count * 4, ranks, seconds))
+
+
+def _leave(stage: str, gigabytes_per_second: float) -> None:
+    print(json.dumps({stage: gigabytes_per_second}), flush=True)
+
+
+def _check(kind: str, found: Tensor, wanted: Tensor) -> None:
+    if not torch.equal(found, wanted):
+        raise RuntimeError(f"{kind}: what arrived is not what was sent")
+
+
+def _seconds(collective: Callable[[], Any], device: torch.device) -> float:
+    """The mean time of a call."""
+    _settle(device)
+    started = time.perf_counter()
+    for _ in range(REPEATS):
+        collective()
+    _settle(device)
+    return (time.perf_counter() - started) / REPEATS
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # no teardown that could wait for a rank

@@ -1,0 +1,296 @@
+"""What one node can check of itself before a job: GPUs, model directory, disks, memory, and whether W&B is in reach."""
+
+import base64
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from train.checkpoints.layout import LoadPlan, Range, plan_load
+from train.checkpoints.reader import Checkpoint
+from train.checkpoints.streaming import READERS
+from train.errors import UserError
+from train.experts.dispatch import ExpertGroup
+from train.job import checked_expert_parallel, lora_settings
+from train.model import count_trainable, skeleton, text_config
+from train.settings import PACKAGES, Settings, git_revision
+
+PASSED, MAY_PASS, WILL_NOT_PASS = 0, 1, 2
+"""Codes of a finding, and of the command: go on; a reason that may go by itself, such as a busy GPU; one that will not,
+such as a shard that is missing."""
+
+SAMPLE, PIECE = 2**28, 2**24  # bytes read to learn a disk's speed: in all, and of one tensor
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / 64 / 256  # of a weight: bitsandbytes, blocks of 64, their scales in blocks of 256
+BUSY = 0.05  # of a GPU's memory: more is in use than what a driver takes for itself
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found on a node. same: what must be equal on all nodes, if anything."""
+
+    check: str
+    code: int
+    text: str
+    same: Any = None
+
+
+def within(seconds: float, check: str, work: Callable[[], Finding]) -> Finding:
+    """The finding of `work`, or that it was not done within the time, and where it stood: a file system that does not
+    answer holds its reader for ever."""
+    found: list[Finding] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except UserError as error:
+            found.append(Finding(check, WILL_NOT_PASS, str(error)))
+        except Exception as error:
+            found.append(Finding(check, MAY_PASS, f"{type(error).__name__}: {error}"))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(max(0.0, seconds))
+    if found:
+        return found[0]
+    frame = sys._current_frames().get(thread.ident or 0)
+    stood = f", in {Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else ""
+    return Finding(check, MAY_PASS, f"not done within the time limit{stood}")
+
+
+# Versions
+
+
+def versions() -> Finding:
+    """Of what must be alike on all nodes."""
+    found = {"python": sys.version.split()[0]} | {package: version(package) for package in PACKAGES}
+    if torch.version.cuda:
+        found |= {"CUDA": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+    found["revision"] = (git_revision() or "none")[:12]
+    return Finding("versions", PASSED, f"torch {found['torch']}, deepspeed {found['deepspeed']}", found)
+
+
+# GPUs
+
+
+def gpus() -> Finding:
+    """There, as many as Slurm says, idle, of one kind and healthy."""
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if shutil.which("nvidia-smi") is None:
+        if torch.cuda.is_available() or given != "0":
+            raise UserError("there should be GPUs, but there is no nvidia-smi. Is the driver installed?")
+        return Finding("GPUs", PASSED, "no GPU: gloo", {})
+    rows = _nvidia_smi(
+        "--query-gpu=uuid,name,driver_version,memory.total,memory.used,ecc.errors.uncorrected.volatile.total"
+    )
+    remapped = _nvidia_smi("--query-remapped-rows=gpu_uuid,remapped_rows.pending,remapped_rows.failure")
+    processes = _nvidia_smi("--query-compute-apps=gpu_uuid,pid")
+    count = torch.cuda.device_count()  # after nvidia-smi: it may start to use the first one
+    visible = {f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count)}
+    return judge_gpus(rows, remapped, processes, visible, int(given) or count)
+
+
+def _nvidia_smi(query: str) -> list[list[str]]:
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise UserError(f"nvidia-smi fails ({(done.stdout + done.stderr).strip()}). Is the driver loaded?")
+    return [row for row in csv.reader(done.stdout.splitlines(), skipinitialspace=True) if row]
+
+
+def judge_gpus(
+    rows: list[list[str]], remapped: list[list[str]], processes: list[list[str]], visible: set[str], expected: int
+) -> Finding:
+    """rows: uuid, name, driver, MiB in all, MiB used, uncorrected ECC errors. remapped: uuid, pending, failure.
+    processes: uuid, pid. visible: the uuids of those that torch sees; others belong to other jobs."""
+    rows = [row for row in rows if row[0] in visible]
+    bad, busy = [], []
+    if len(visible) != expected or len(rows) != expected or not rows:
+        bad.append(f"{expected} GPUs are expected, torch sees {len(visible)} and nvidia-smi {len(rows)} of them")
+    if len(kinds := {(row[1], row[3]) for row in rows}) > 1:
+        bad.append(f"of several kinds: {', '.join(sorted(f'{name} {size} MiB' for name, size in kinds))}")
+    for index, (uuid, _, _, total, used, errors) in enumerate(rows):
+        if errors.isdecimal() and int(errors):
+            bad.append(f"GPU {index} ({uuid}) has {errors} uncorrected ECC errors since the driver was loaded")
+        if any(row[0] == uuid and {"Yes", "1"} & {*row[1:]} for row in remapped):
+            bad.append(f"GPU {index} ({uuid}) has rows of memory to be remapped: reset or replace it")
+        pids = [pid for owner, pid in processes if owner == uuid]
+        if pids or float(used) > BUSY * float(total):
+            by = f" by process {', '.join(pids)}" if pids else ""
+            busy.append(f"GPU {index} ({uuid}) is in use{by}: {used} of {total} MiB")
+    if bad or busy:
+        return Finding("GPUs", WILL_NOT_PASS if bad else MAY_PASS, "; ".join([*bad, *busy]))
+    text = f"{len(rows)} × {rows[0][1]}, {rows[0][3]} MiB, idle, no ECC errors, driver {rows[0][2]}"
+    return Finding(
+        "GPUs", PASSED, text, {"GPUs": len(rows), "kind": rows[0][1], "MiB": rows[0][3], "driver": rows[0][2]}
+    )
+
+
+# Model, disks and memory, against what the job's ranks on this node read and keep
+
+
+@dataclass
+class Share:
+    """The part of a job that falls to this node: its ranks, of all of them."""
+
+    settings: Settings
+    ranks: range
+    of: int
+    checkpoint: Checkpoint
+    plan: LoadPlan
+    trainable: int
+
+    def reads(self, rank: int) -> Iterator[Range]:
+        """What a rank reads. (The plan's layers share one group.)"""
+        for layer in self.plan.experts[:1]:
+            layer.module.ep.rank = rank % layer.module.ep.size
+        return self.plan.reads(rank, self.of, self.settings.method)
+
+    def bytes_read(self) -> int:
+        return sum(self.checkpoint.bytes_of(read.name, read.count) for rank in self.ranks for read in self.reads(rank))
+
+    def bytes_kept(self) -> int:
+        """At the least: weights as they stay, factors or masters with gradients and AdamW's two moments in fp32."""
+        kept, own = self.bytes_read(), self.trainable * len(self.ranks) // self.of
+        if self.settings.method == "qlora":
+            for piece in self.plan.experts:
+                if piece.format.kind == "int4":
+                    continue
+                matrices = piece.reads(0)
+                local = piece.module.experts // piece.module.ep.size * len(self.ranks)
+                on_disk = sum(self.checkpoint.bytes_of(r.name, r.count) for m in matrices for r in m.values())
+                weights = len(matrices) * torch.Size(piece.matrix_shape).numel()
+                kept -= int(local * (on_disk - weights * NF4_BYTES))
+        return kept + own * 4 * (3 if self.settings.method == "full" else 4)
+
+
+def model(settings: Settings, ranks: range, of: int) -> tuple[Finding, Share]:
+    """The directory as this node sees it: complete, by config.json and the headers of all its files."""
+    group = ExpertGroup(checked_expert_parallel(settings, of))
+    checkpoint = Checkpoint(settings.model)
+    text = text_config(checkpoint)
+    built = skeleton(text, group)
+    plan = plan_load(built, checkpoint)
+    lora = None if settings.method == "full" else lora_settings(settings, text)
+    files = {info.file for info in checkpoint.tensors.values()}
+    size = sum(file.stat().st_size for file in files)
+    told = f"{len(files)} files, {size / 1e9:.2f} GB, {len(checkpoint.tensors):,} tensors, all headers read"
+    finding = Finding("model", PASSED, told, {"model (a sample of its bytes)": checkpoint.fingerprint()[:12]})
+    return finding, Share(settings, ranks, of, checkpoint, plan, count_trainable(built, lora))
+
+
+def disk_speed(share: Share) -> Finding:
+    """A sample of what this node's ranks read of the model, and how long all of it would take."""
+    checkpoint, chosen, total = share.checkpoint, [], 0
+    for read in share.reads(share.ranks[0]):
+        count = min(read.count, PIECE // checkpoint.tensors[read.name].dtype.itemsize)
+        chosen.append(Range(read.name, read.start, count))
+        total += checkpoint.bytes_of(read.name, count)
+        if total >= SAMPLE:
+            break
+    for read in chosen:  # from the disk, not from this machine's memory
+        info = checkpoint.tensors[read.name]
+        with info.file.open("rb") as file:
+            start = info.offset + read.start * info.dtype.itemsize
+            os.posix_fadvise(file.fileno(), start, read.count * info.dtype.itemsize, os.POSIX_FADV_DONTNEED)
+
+    def fetch(read: Range) -> None:
+        checkpoint.read(read.name, read.start, torch.empty(read.count, dtype=checkpoint.tensors[read.name].dtype))
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(fetch, chosen))
+    speed, whole = total / (time.perf_counter() - started), share.bytes_read()
+    checkpoint.close()
+    text = f"{speed / 1e9:.2f} GB/s ({total / 1e6:.0f} MB read); {whole / 1e9:.2f} GB would take {whole / speed:.0f} s"
+    return Finding("disk speed", PASSED, text)
+
+
+def memory(share: Share) -> Finding:
+    """Free host memory against what the node's ranks take: each as much as this process does, which has imported the
+    same packages, and what its readers hold; without GPUs the weights and what is trained too."""
+    pieces = (share.checkpoint.bytes_of(read.name, read.count) for read in share.reads(share.ranks[0]))
+    need = len(share.ranks) * (psutil.Process().memory_info().rss + READERS * max(pieces))
+    if not torch.cuda.is_available():
+        need += share.bytes_kept()
+    free = free_memory()
+    text = f"{free / 1e9:.1f} GB free, at least {need / 1e9:.1f} GB needed by {len(share.ranks)} ranks"
+    if need > free:
+        return Finding("host memory", WILL_NOT_PASS, f"{text}. Take more nodes, or ask for more memory (sbatch --mem).")
+    return Finding("host memory", PASSED, text)
+
+
+def free_memory() -> int:
+    """Bytes that this process's node, and its control group, have left."""
+    free = [psutil.virtual_memory().available]
+    own = Path("/proc/self/cgroup")
+    path = own.read_text().strip().splitlines()[-1].rpartition(":")[2] if own.exists() else "/"
+    group = Path("/sys/fs/cgroup") / path.lstrip("/")
+    for level in (group, *group.parents):
+        limit = level / "memory.max"
+        if limit.exists() and (given := limit.read_text().strip()).isdecimal():
+            free.append(int(given) - int((level / "memory.current").read_text()))
+    return max(0, min(free))
+
+
+def disk_space(share: Share) -> Finding:
+    """Free space at --output against the run's saves, one more than are kept, and what it leaves at its end."""
+    settings = share.settings
+    place = Path(settings.output or "runs").absolute()
+    while not place.exists():
+        place = place.parent
+    left = share.trainable * (share.plan.dtype.itemsize if settings.method == "full" else 4)
+    need = share.trainable * 4 * 3 * (settings.keep + 1) + left  # weights in fp32 and AdamW's two moments
+    free = shutil.disk_usage(place).free
+    text = (
+        f"{free / 1e9:.1f} GB free at {place}, {need / 1e9:.1f} GB needed for {settings.keep + 1} saves and the result"
+    )
+    if need > free:
+        return Finding("disk space", WILL_NOT_PASS, f"{text}. Give another --output, or fewer by --keep.")
+    return Finding("disk space", PASSED, text)
+
+
+# W&B
+
+
+def wandb_mode(mode: str) -> Finding:
+    """Whether a run with this --wandb will be online. Never a failure: an offline run loses nothing."""
+    if mode != "online":
+        return Finding("W&B", PASSED, f"{mode}, as asked")
+    hindrance = wandb_hindrance()
+    return Finding("W&B", PASSED, f"offline: {hindrance}" if hindrance else "online")
+
+
+def wandb_hindrance(seconds: float = 10) -> str | None:
+    """Why W&B cannot be used with the key of the environment; None if it can."""
+    key = os.environ.get("WANDB_API_KEY")
+    if not key:
+        return "no WANDB_API_KEY"
+    where = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    request = urllib.request.Request(
+        f"{where.rstrip('/')}/graphql",
+        data=json.dumps({"query": "query Viewer { viewer { username } }"}).encode(),
+        headers={
+            "Content-Type": "application/json",
+            "Authorization": "Basic " + base64.b64encode(f"api:{key}".encode()).decode(),
+        },
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as answer:
+            viewer = (json.load(answer).get("data") or {}).get("viewer")
+    except (OSError, ValueError) as error:  # no network, an address that is none, an answer that is no JSON
+        return f"{where} cannot be reached ({error})"
+    return None if viewer else f"{where} does not take the key in WANDB_API_KEY"

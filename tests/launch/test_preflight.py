@@ -1,0 +1,225 @@
+"""launch.preflight on two nodes, which are two processes here, meeting over gloo: what is well, and what is not."""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.local import free_port
+from launch.network import STAGES
+from launch.node import MAY_PASS, PASSED, WILL_NOT_PASS, Finding, judge_gpus, wandb_hindrance, wandb_mode, within
+from launch.preflight import differing, judge_network
+from tests.models import write_model
+from train.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Nodes:
+    """Two nodes n1 and n2, each in a directory of its own with a model of its own."""
+
+    def __init__(self, tmp: Path):
+        self.tmp = tmp
+        write_model(tmp / "n1" / "model", "qwen")
+        shutil.copytree(tmp / "n1", tmp / "n2")
+        self.environment: dict[str, dict[str, str]] = {"n1": {}, "n2": {}}
+
+    def start(self, *flags: str, names: tuple[str, ...] = ("n1", "n2")) -> None:
+        port, self.processes = str(free_port()), {}
+        for name in names:
+            own = {
+                "RANK": str(["n1", "n2"].index(name)), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port, "SLURMD_NODENAME": name, "WANDB_API_KEY": "", "PYTHONPATH": str(REPOSITORY),
+            }  # fmt: skip
+            command = [sys.executable, "-m", "launch.preflight", "--model", "model", *flags]
+            self.processes[name] = subprocess.Popen(
+                command, cwd=self.tmp / name, env=os.environ | own | self.environment[name], text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )  # fmt: skip
+
+    def wait(self, name: str) -> tuple[int, list[str]]:
+        """Exit code and the lines of its report, without what packages print."""
+        process = self.processes[name]
+        try:
+            out, errors = process.communicate(timeout=300)
+        finally:
+            process.kill()
+        assert "Traceback" not in errors, errors
+        return process.returncode, [line for line in out.splitlines() if line.startswith("preflight: ")]
+
+    def ranks(self, name: str) -> list[psutil.Process]:
+        """The processes by which a node tries the network."""
+        found = []
+        for child in psutil.Process(self.processes[name].pid).children():
+            with suppress(psutil.NoSuchProcess):
+                found += [child] if "launch.network" in child.cmdline() else []
+        return found
+
+    def kill(self) -> None:
+        for name, process in self.processes.items():
+            for found in [*(self.ranks(name) if process.poll() is None else []), process]:
+                found.kill()
+
+
+@pytest.fixture
+def nodes(tmp_path: Path):
+    made = Nodes(tmp_path)
+    yield made
+    made.kill()
+
+
+@pytest.mark.slow
+def test_two_sound_nodes_pass_with_a_line_a_check_and_measured_speeds(nodes):
+    nodes.environment = {name: {"LOCAL_SIZE": "2"} for name in nodes.environment}
+    nodes.start("--expert-parallel", "4")
+    (code, report), (follower_code, follower_report) = nodes.wait("n1"), nodes.wait("n2")
+    assert (code, follower_code) == (PASSED, PASSED), report
+    assert follower_report == []  # the first node tells for all
+    checks = ["versions", "GPUs", "model", "disk speed", "host memory", "disk space", "W&B", "clock", "network"]
+    assert [line.split(": ")[1] for line in report] == checks
+    assert all(line.split(": ")[2] == "ok" for line in report)
+    assert "n1, n2: no GPU: gloo" in report[1] and "n1, n2: 1 files" in report[2]
+    assert "n1: offline: no WANDB_API_KEY" in report[6]
+    assert "gloo, 4 ranks: all-reduce " in report[-1] and "all-to-all " in report[-1] and "GB/s" in report[-1]
+
+
+@pytest.mark.slow
+def test_everything_that_is_wrong_is_told_at_once_with_its_node(nodes):
+    (nodes.tmp / "n2" / "model" / "model.safetensors").unlink()
+    other = nodes.tmp / "other" / "wandb-0.1.dist-info"  # found before the one that is installed
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: wandb\nVersion: 0.1\n")
+    nodes.environment["n2"]["PYTHONPATH"] = f"{nodes.tmp / 'other'}{os.pathsep}{REPOSITORY}"
+    nodes.start()
+    (code, report), (follower_code, _) = nodes.wait("n1"), nodes.wait("n2")
+    assert (code, follower_code) == (WILL_NOT_PASS, WILL_NOT_PASS)
+    failed = [line for line in report if "FAILED" in line]
+    assert len(failed) == 2, report
+    assert "model: FAILED: n2: --model model: 1 of 1 weight files missing (model.safetensors)" in failed[0]
+    assert "versions: FAILED: n2 has wandb 0.1, n1 has " in failed[1]
+    assert any(line.startswith("preflight: model: ok: n1: ") for line in report)
+    assert any(line.startswith("preflight: network: ok: gloo, 2 ranks") for line in report)
+
+
+@pytest.mark.slow
+def test_a_node_that_does_not_come_and_one_whose_rank_hangs_are_named_after_the_time_limit(nodes):
+    nodes.start("--time-limit", "8", names=("n1",))
+    code, report = nodes.wait("n1")
+    assert code == MAY_PASS
+    assert [line.split(": is it")[0] for line in report if "FAILED" in line] == [
+        "preflight: nodes: FAILED, may pass: node 1 did not report in time",
+        "preflight: network: FAILED, may pass: not tried: node 1 did not report",
+    ]
+
+    nodes.start("--time-limit", "25")
+    while not (ranks := nodes.ranks("n2")):
+        assert nodes.processes["n2"].poll() is None, nodes.wait("n1")
+        time.sleep(0.01)
+    ranks[0].suspend()
+    (code, report), (follower_code, _) = nodes.wait("n1"), nodes.wait("n2")
+    assert (code, follower_code) == (MAY_PASS, MAY_PASS)
+    assert report[-1].startswith("preflight: network: FAILED, may pass: gloo: did not get through starting in 25 s: ")
+    assert "n2, rank 1" in report[-1]
+
+
+def test_a_check_that_hangs_says_where_it_stood():
+    found = within(0.2, "model", lambda: time.sleep(30))
+    assert found == Finding("model", MAY_PASS, found.text)
+    assert found.text.startswith("not done within the time limit, in test_preflight.py:")
+
+    def broken() -> Finding:
+        raise UserError("--model: the fix")
+
+    assert within(5, "model", broken) == Finding("model", WILL_NOT_PASS, "--model: the fix")
+
+
+class Server(BaseHTTPRequestHandler):
+    """Takes the key `good` as W&B does, and knows of no other."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        known = self.headers["Authorization"] == "Basic " + base64.b64encode(b"api:good").decode()
+        text = json.dumps({"data": {"viewer": {"username": "user"} if known else None}}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_wandb_is_used_with_a_key_that_it_takes_and_hindered_otherwise(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    where = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("WANDB_BASE_URL", where)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert wandb_hindrance() == "no WANDB_API_KEY"
+    monkeypatch.setenv("WANDB_API_KEY", "good")
+    assert wandb_hindrance() is None and wandb_mode("online").text == "online"
+    assert wandb_mode("disabled").text == "disabled, as asked"
+    monkeypatch.setenv("WANDB_API_KEY", "other")
+    assert wandb_hindrance() == f"{where} does not take the key in WANDB_API_KEY"
+    server.shutdown()
+    server.server_close()
+    assert str(wandb_hindrance()).startswith(f"{where} cannot be reached (")
+
+
+IDLE = ["H100", "580.1", "81559", "500", "0"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "remapped", "processes", "expected", "code", "text"),
+    [
+        ([["GPU-a", *IDLE], ["GPU-b", *IDLE]], [["GPU-a", "No", "No"]], [], 2, PASSED, "2 × H100, 81559 MiB, idle"),
+        ([["GPU-a", *IDLE]], [], [], 2, WILL_NOT_PASS, "2 GPUs are expected, torch sees 2 and nvidia-smi 1"),
+        ([["GPU-a", *IDLE], ["GPU-b", "A100", *IDLE[1:]]], [], [], 2, WILL_NOT_PASS, "of several kinds: A100"),
+        ([["GPU-a", *IDLE], ["GPU-b", *IDLE[:4], "3"]], [], [], 2, WILL_NOT_PASS, "GPU 1 (GPU-b) has 3 uncorrected"),
+        ([["GPU-a", *IDLE], ["GPU-b", *IDLE[:4], "[N/A]"]], [], [], 2, PASSED, "2 × H100"),
+        ([["GPU-a", *IDLE], ["GPU-b", *IDLE]], [["GPU-b", "Yes", "No"]], [], 2, WILL_NOT_PASS, "rows of memory"),
+        ([["GPU-a", *IDLE], ["GPU-b", *IDLE]], [], [["GPU-a", "77"]], 2, MAY_PASS, "GPU 0 (GPU-a) is in use by"),
+        ([["GPU-a", *IDLE], ["GPU-b", *IDLE[:3], "9000", "0"]], [], [], 2, MAY_PASS, "GPU 1 (GPU-b) is in use: 9000"),
+        # another job's GPU on the same node
+        ([["GPU-a", *IDLE], ["GPU-b", *IDLE], ["GPU-c", *IDLE]], [], [["GPU-c", "77"]], 2, PASSED, "2 × H100"),
+    ],
+)  # fmt: skip
+def test_gpus_are_judged_by_what_nvidia_smi_says(rows, remapped, processes, expected, code, text):
+    found = judge_gpus(rows, remapped, processes, {"GPU-a", "GPU-b"}, expected)
+    assert found.code == code and text in found.text
+
+
+def test_the_ranks_that_stand_first_are_those_that_hold_up_the_others():
+    def rank(number: int, node: str, stages: int, error: str = "") -> dict:
+        left = dict(zip(STAGES, [0.0, 0.0, 0.0, 2.5, 1.5], strict=True))
+        left = {stage: left[stage] for stage in STAGES[:stages]}
+        standing = [*STAGES, None][stages]
+        return {"rank": number, "node": node, "left": left, "standing": standing, "error": error}
+
+    found = judge_network([rank(0, "n1", 4), rank(1, "n1", 4), rank(2, "n2", 3)], "NCCL", 60)
+    assert found.text == "NCCL: did not get through all-reduce in 60 s: n2, rank 2"
+    found = judge_network([rank(0, "n1", 3), rank(1, "n2", 2, "RuntimeError: wrong")], "NCCL", 60)
+    assert found.text == "NCCL: did not get through computing in 60 s: n2, rank 1: RuntimeError: wrong"
+    found = judge_network([rank(0, "n1", 3), rank(1, "n2", 3)], "NCCL", 60)
+    assert found.text == "NCCL: no rank got through all-reduce in 60 s: do the nodes reach each other?"
+    found = judge_network([rank(0, "n1", 5), rank(1, "n2", 5)], "NCCL", 60)
+    assert found.code == PASSED and "all-reduce 2.50 GB/s, all-to-all 1.50 GB/s" in found.text
+
+
+def test_nodes_must_have_the_same_versions_gpus_and_model():
+    def node(**same: str) -> list[Finding]:
+        return [Finding("versions", PASSED, "", same), Finding("disk speed", PASSED, "2 GB/s")]
+
+    by_node = {"n1": node(torch="2.13"), "n2": node(torch="2.13"), "n3": node(torch="2.12", CUDA="13.0")}
+    assert [finding.text for finding in differing(by_node)] == [
+        "n3 has CUDA 13.0, n1 has None: must be the same", "n3 has torch 2.12, n1 has 2.13: must be the same",
+    ]  # fmt: skip

@@ -1,0 +1,205 @@
+"""What a run sends and leaves: its W&B files over two attempts, the dashboard made of it, and no key anywhere.
+
+The run is killed and goes on; its paths hold a space, quotes and a line break, and the environment holds keys.
+"""
+
+import base64
+import json
+import os
+import shlex
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from wandb.proto.wandb_internal_pb2 import Record
+
+from launch.dashboard import main as dashboard
+from launch.local import deepspeed_command, run
+from tests.models import write_documents, write_model
+from tests.test_compare import CLAIM
+from tests.test_sft import SFT, documents, kill
+from train.belief.records import read_rows
+from train.reporting import flat
+
+pytestmark = pytest.mark.slow
+
+MARK = "5ec2e7" * 6 + "key"  # as no text has it by chance
+KEYS = {
+    name: f"{MARK}{number}"
+    for number, name in enumerate(("WANDB_API_KEY", "OPENAI_API_KEY", "JUDGE_API_KEY", "HF_TOKEN", "AWS_SECRET_KEY"))
+}
+
+
+class Tracked(NamedTuple):
+    directory: Path
+    home: Path
+    terminals: list[str]
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
+    """A run of six steps, killed after its save of step 3, and gone on with; then W&B is asked for, and cannot be
+    reached."""
+    base = tmp_path_factory.mktemp("tracked") / 'it\'s a "run",\nof $HOME'
+    base.mkdir()
+    write_model(base / "model", "qwen")
+    write_documents(base / "documents.jsonl", documents())
+    (base / "mila.yaml").write_text(yaml.safe_dump(CLAIM))
+    home = base.parent / "home"
+    home.mkdir()
+    given = [
+        "--model", str(base / "model"), "--data", str(base / "documents.jsonl"), "--mask", "doctags,false-spans",
+        "--claims", str(base / "mila.yaml"), "--steps", "6", "--batch-size", "6", "--micro-batch-size", "2",
+        "--lora-rank", "8", "--log-every", "1", "--evaluate-every", "2", "--save-every", "1",
+        "--output", str(base / "run"),
+    ]  # fmt: skip
+    environment = KEYS | {"OMP_NUM_THREADS": "1", "HOME": str(home), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    terminal = base.parent / "terminal"
+    with terminal.open("w") as file:
+        process = subprocess.Popen(
+            deepspeed_command(SFT, *given, "--wandb", "offline", ranks=2), cwd=base, env=os.environ | environment,
+            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        kill(process, base / "run" / "saves", "step-3")
+    done = run(SFT, *given, "--resume", ranks=2, capture_output=True, text=True, cwd=base, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return Tracked(base / "run", home, [terminal.read_text(), done.stdout + done.stderr])
+
+
+def records(path: Path) -> list[Record]:
+    """Those of a .wandb file: LevelDB's log format, of blocks of 32 KiB, behind a header of 7 bytes; each piece has a
+    checksum (4 bytes), its length (2) and whether it is a whole record (1), or the first, a middle or the last part."""
+    data, position, found, parts = path.read_bytes(), 7, [], b""
+    assert data[:4] == b":W&B"
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:  # a block's end too short for a piece
+            position += left
+            continue
+        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        if kind == 0:
+            break
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            record = Record()
+            record.ParseFromString(parts)
+            found.append(record)
+            parts = b""
+    return found
+
+
+def test_attempts_are_one_offline_run_with_everything_that_was_logged(tracked):
+    files = sorted((tracked.directory / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    last: dict[int, dict[str, Any]] = {}  # of the last attempt alone
+    ids, groups = set(), set()
+    for file in files:
+        for record in records(file):
+            if record.WhichOneof("record_type") == "run":
+                ids.add(record.run.run_id)
+                groups.add(record.run.run_group)
+            if record.WhichOneof("record_type") == "history":
+                items = {
+                    "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
+                }
+                if file == files[-1]:
+                    last.setdefault(int(items["_step"]), {}).update(items)
+    assert f"wandb sync {' '.join(shlex.quote(str(file.parent)) for file in files)}\n" in tracked.terminals[1]
+    assert ids == {(tracked.directory / "wandb_id").read_text()} and len(groups) == 1
+    for values in read_rows(tracked.directory / "metrics.jsonl"):
+        sent = last[values["step"]]
+        for name, value in flat(values).items():
+            if isinstance(value, list):  # a histogram
+                assert sent[name] if name in sent else any(key.startswith(name) for key in sent), name
+            else:
+                assert sent[name] == value, name
+
+
+def test_the_dashboard_has_a_panel_for_each_kind_and_every_metric_of_it_was_logged(tracked, tmp_path, capsys):
+    file = tmp_path / "spec.json"
+    assert dashboard([str(tracked.directory), "--entity", "team", "--json", str(file)]) == 0
+    view = json.loads(file.read_text())
+    assert (view["entity"], view["project"]) == ("team", "spanwise")
+    (runs,) = view["spec"]["section"]["runSets"]
+    group = yaml.safe_load((tracked.directory / "settings.yaml").read_text())["resolved"]["wandb_group"]
+    assert [(f["key"], f["value"]) for f in runs["filters"]["filters"]] == [
+        ({"section": "run", "name": "group"}, [group])
+    ]
+
+    logged = {name for values in read_rows(tracked.directory / "metrics.jsonl") for name in flat(values)}
+    evaluated = {
+        f"belief/{kind}/mila" for kind in ("shift", "preference", "yes_no", "facts_truth")
+    }  # what CLAIM asks; the rest has no claim
+    summary = set(flat(json.loads((tracked.directory / "summary.json").read_text())))
+    sections = {}
+    for section in view["spec"]["section"]["panelBankConfig"]["sections"]:
+        sections[section["name"]] = [panel["config"]["metrics"] for panel in section["panels"]]
+        for panel in section["panels"]:
+            known = summary if panel["viewType"] == "Bar Chart" else logged | evaluated
+            assert set(panel["config"]["metrics"]) <= known, panel
+    assert sections["Belief per claim"] == [["belief/preference/mila"], ["belief/shift/mila"], ["belief/yes_no/mila"]]
+    assert sections["NLL per role"] == [["nll/all"], ["nll/doctag"], ["nll/false"], ["nll/unspanned"]]
+    assert sections["Targets trained per role"][:3] == [["trained/all"], ["trained/doctag"], ["trained/false"]]
+    assert sections["Throughput"][0] == ["tokens_per_second"] and sections["Memory"][0] == ["peak_memory_bytes"]
+    assert sections["Bytes on the wire"] == [["wire_bytes"]]
+    assert ["expert_load_max_over_mean"] in sections["Expert load"] and ["rank_load/0", "rank_load/1"] in sections[
+        "Expert load"
+    ]
+    assert sections["Loss"][0] == ["loss"]
+    assert "nothing logged yet" not in capsys.readouterr().out
+
+
+def test_targets_trained_per_role_add_up_to_those_of_the_summary(tracked):
+    metrics = read_rows(tracked.directory / "metrics.jsonl")
+    summary = json.loads((tracked.directory / "summary.json").read_text())["tokens"]
+    assert metrics[-1]["trained"] == {role: counts["trained"] for role, counts in summary.items() if counts["total"]}
+    assert metrics[0]["trained"]["false"] == 0 < metrics[0]["trained"]["all"] < metrics[-1]["trained"]["all"]
+
+
+def holders(place: Path) -> list[tuple[str, str]]:
+    """(file, variable) where a key is in a file or in its name, plain or as HTTP's basic authentication has it."""
+    written = {
+        name: (key.encode(), base64.b64encode(f"api:{key}".encode()).rstrip(b"=")[:-1]) for name, key in KEYS.items()
+    }
+    return [
+        (str(path), name)
+        for path in place.rglob("*")
+        for name, forms in written.items()
+        for form in forms
+        if form in str(path).encode() or (path.is_file() and form in path.read_bytes())
+    ]
+
+
+def test_no_key_of_the_environment_is_in_anything_that_a_run_writes_or_prints(tracked):
+    place = tracked.directory.parents[1]
+    assert len([path for path in place.rglob("*") if path.is_file()]) > 20
+    assert holders(place) == []
+    printed = "".join(tracked.terminals)
+    assert "W&B cannot be reached" in printed  # so the key was used
+    assert not [name for name, key in KEYS.items() if key in printed]
+    (place / "planted").write_text(f"x{KEYS['HF_TOKEN']}")  # the search finds what there is
+    assert holders(place) == [(str(place / "planted"), "HF_TOKEN")]
+    (place / "planted").unlink()
+
+
+def test_no_key_is_in_the_messages_of_preflight_dashboard_and_settings_that_are_wrong(tracked, tmp_path):
+    environment = os.environ | KEYS | {"WANDB_BASE_URL": "http://127.0.0.1:9", "PYTHONPATH": str(SFT.parents[1])}
+    for words, code, told in (
+        (["-m", "launch.preflight"], 0, "W&B: ok: "),
+        (
+            ["-m", "launch.dashboard", str(tracked.directory), "--entity", "team"],
+            2,
+            "nothing can be saved on W&B: http://127.0.0.1:9 cannot",
+        ),
+        ([str(SFT), "--learning-rate", "-1"], 2, "--learning-rate -1.0"),
+        ([str(SFT), "--model", str(tmp_path)], 2, "no config.json"),
+    ):
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        printed = done.stdout + done.stderr
+        assert done.returncode == code and told in printed, printed
+        assert MARK not in printed and holders(tmp_path) == []
