@@ -153,18 +153,14 @@ class _Loader:
         for piece in self.plan.experts:
             if self.method == "full":
                 yield from self._trained(piece)
-            elif self.method == "qlora" and piece.format.kind != "int4":
+            elif becomes_nf4(piece, self.method):
                 yield from self._nf4(piece)
             else:
                 yield from self._as_on_disk(piece)
 
     def _as_on_disk(self, piece: ExpertPiece) -> Iterator[Callable[[], int]]:
         owned = piece.module.ep.owned(piece.module.experts)
-        storage = FrozenExperts(len(owned), *piece.module.shapes()[piece.target][1:])
-        (first, *_) = piece.reads(owned.start)
-        dtypes = {suffix: self.checkpoint.tensors[read.name].dtype for suffix, read in first.items()}
-        storage.allocate(piece.format, len(piece.matrices), dtypes, self.device)
-        piece.module.frozen[piece.target] = storage
+        storage = frozen_as_on_disk(piece, self.checkpoint, self.device)
 
         def fill(expert: int) -> int:
             done = 0
@@ -181,10 +177,7 @@ class _Loader:
 
     def _nf4(self, piece: ExpertPiece) -> Iterator[Callable[[], int]]:
         owned = piece.module.ep.owned(piece.module.experts)
-        out_features, in_features = piece.module.shapes()[piece.target][1:]
-        storage = NF4Experts(len(owned), out_features, in_features)
-        storage.allocate(self.device)
-        piece.module.frozen[piece.target] = storage
+        storage = frozen_as_nf4(piece, self.device)
         shapes = piece.format.tensors(*piece.matrix_shape)
 
         def fill(expert: int) -> int:
@@ -212,3 +205,27 @@ class _Loader:
         ep = piece.module.ep
         for place, read in piece.partition_reads(dist.get_rank() // ep.size, dist.get_world_size() // ep.size):
             yield partial(fill, place, read)
+
+
+def becomes_nf4(piece: ExpertPiece, method: str) -> bool:
+    """Whether a frozen weight is quantized as it is read: INT4 stays what it is."""
+    return method == "qlora" and piece.format.kind != "int4"
+
+
+def frozen_as_on_disk(piece: ExpertPiece, checkpoint: Checkpoint, device: torch.device) -> FrozenExperts:
+    """Gives the piece's module room for its experts' weights in the checkpoint's own format."""
+    owned = piece.module.ep.owned(piece.module.experts)
+    storage = FrozenExperts(len(owned), *piece.module.shapes()[piece.target][1:])
+    (first, *_) = piece.reads(owned.start)
+    dtypes = {suffix: checkpoint.tensors[read.name].dtype for suffix, read in first.items()}
+    storage.allocate(piece.format, len(piece.matrices), dtypes, device)
+    piece.module.frozen[piece.target] = storage
+    return storage
+
+
+def frozen_as_nf4(piece: ExpertPiece, device: torch.device) -> NF4Experts:
+    """Gives the piece's module room for its experts' weights in NF4."""
+    storage = NF4Experts(len(piece.module.ep.owned(piece.module.experts)), *piece.module.shapes()[piece.target][1:])
+    storage.allocate(device)
+    piece.module.frozen[piece.target] = storage
+    return storage
