@@ -4,14 +4,15 @@ What lasts (weights, gradients, optimizer) follows from the model's parameters a
 for them; what a step makes comes from running it without data (trace.py).
 """
 
-from contextlib import nullcontext
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import Tensor, nn
 
-from launch.trace import Attention, PlannedGroup, Step, Trace, gpu_kernels, tag_calls
+from launch.trace import PlannedGroup, Step, Trace, device_kernels, tag_calls
 from train.checkpoints.layout import LoadPlan, plan_load
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import becomes_nf4, frozen_as_nf4, frozen_as_on_disk
@@ -44,15 +45,14 @@ def planned_model(
             experts.module.register_parameter(experts.target, weight)
         elif becomes_nf4(experts, method):
             storage = frozen_as_nf4(experts, META)
-            storage.quantize(0, torch.empty(*storage_shape(storage), dtype=plan.dtype, device=META))
+            storage.quantize(0, torch.empty(storage.out_features, storage.in_features, dtype=plan.dtype, device=META))
         else:
             frozen_as_on_disk(experts, checkpoint, META)
-    wrapped = LanguageModel(model, architecture(checkpoint), lora, META, compute_dtype=plan.dtype)
-    return wrapped.to(META), plan
-
-
-def storage_shape(storage: Any) -> tuple[int, int]:
-    return storage.out_features, storage.in_features
+    wrapped = LanguageModel(model, architecture(checkpoint), lora, META, compute_dtype=plan.dtype).to(META)
+    for storage in (storage for layer in wrapped.expert_layers for storage in layer.frozen.values()):
+        storage.weight = tag_calls(storage.weight, "dequantization")
+    wrapped.causal.lm_head.forward = tag_calls(wrapped.causal.lm_head.forward, "logits")
+    return wrapped, plan
 
 
 def planned_batch(documents: int, tokens: int) -> Batch:
@@ -69,23 +69,60 @@ def planned_batch(documents: int, tokens: int) -> Batch:
 
 
 def run_step(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bool) -> Step:
-    """Forward and backward of one micro-batch. The model is `planned_model`'s. gpu: with the kernels of a GPU."""
+    """Forward and backward of one micro-batch. The model is `planned_model`'s. gpu: with the kernels of a GPU. Of a deep
+    model, whose layers repeat, two depths a period apart are run: every layer adds what the one a period before it
+    added."""
+    stack = model.causal.model
+    layers = stack.layers
+    start, period = _repetition([_kind(layer) for layer in layers])
+    least = start + period + (len(layers) - start) % period
+    if least + 2 * period >= len(layers):
+        return _run_layers(model, batch, checkpointing, gpu)
+    steps = []
+    for depth in (least, least + period):
+        stack.layers = layers[:depth]
+        steps.append(_run_layers(model, batch, checkpointing, gpu))
+    stack.layers = layers
+    times = (len(layers) - least) // period
+
+    def extended(first: Any, second: Any) -> Any:
+        return first + times * (second - first)
+
+    one, two = steps
+    peak = Counter({tag: max(0, extended(one.peak[tag], two.peak[tag])) for tag in one.peak | two.peak})
+    rest = {name: extended(getattr(one, name), getattr(two, name)) for name in ("kept", "flops", "moved", "wire")}
+    return Step(peak, **rest)
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    return tuple((name, parameter.shape) for name, parameter in layer.named_parameters())
+
+
+def _repetition(kinds: list[Any]) -> tuple[int, int]:
+    """(start, period): from `start` on, each layer is of the kind of the one `period` before it."""
+    found = []
+    for period in range(1, len(kinds)):
+        differing = [i for i in range(len(kinds) - period) if kinds[i] != kinds[i + period]]
+        start = differing[-1] + 1 if differing else 0
+        found.append((start + 2 * period, start, period))
+    return min(found, default=(0, 0, 1))[1:]
+
+
+def _run_layers(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bool) -> Step:
     model.train()
     if checkpointing:
         model.enable_gradient_checkpointing()
     else:
         model.causal.gradient_checkpointing_disable()
-    for layer in model.expert_layers:
-        for storage in layer.frozen.values():
-            storage.weight = tag_calls(storage.weight, "dequantization")
-    model.causal.lm_head.forward = tag_calls(model.causal.lm_head.forward, "logits")
 
     def gone(parameter: Tensor) -> None:
         parameter.grad = None  # ZeRO-3 reduces a gradient as soon as it is whole
 
     hooks = [p.register_post_accumulate_grad_hook(gone) for p in model.parameters() if p.requires_grad]
     trace = Trace([*model.parameters(), *model.buffers()])
-    with trace, Attention(gpu), gpu_kernels(model.causal) if gpu else nullcontext():
+    if model.expert_layers:
+        model.expert_layers[0].ep.wire_bytes = 0
+    with trace, device_kernels(model.causal, gpu):
         terms = model(batch)
         trace.step.kept = trace.total
         terms.loss.backward()
@@ -95,3 +132,101 @@ def run_step(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bool)
     if model.expert_layers:
         trace.step.wire = model.expert_layers[0].ep.wire_bytes
     return trace.step
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What DeepSpeed's ZeRO-3 does with parameters (Rajbhandari et al., arXiv 1910.02054, and deepspeed/runtime/zero of
+    the version in constraints.txt). Sizes in elements. ranks: all of them; replicas: those that hold the same experts."""
+
+    ranks: int
+    replicas: int
+    bucket: int
+    prefetch: int
+    reuse: int
+    group: int  # of the optimizer's updates
+
+    @classmethod
+    def of(cls, config: dict[str, Any], ranks: int, expert_parallel: int) -> "Zero":
+        zero = DeepSpeedZeroConfig(**config["zero_optimization"])
+        sizes = zero.reduce_bucket_size, zero.prefetch_bucket_size, zero.max_reuse_distance, zero.sub_group_size
+        return cls(ranks, ranks // expert_parallel, *map(int, sizes))
+
+
+def split(model: LanguageModel, zero: Zero) -> list[tuple[nn.Parameter, int]]:
+    """Every parameter with the number of ranks among which it is partitioned."""
+    of_experts = {id(p) for layer in model.expert_layers for p in layer.parameters()}
+    return [(p, zero.replicas if id(p) in of_experts else zero.ranks) for p in model.parameters()]
+
+
+@dataclass
+class Memory:
+    """Bytes of one rank. gpu: category -> bytes, at the fullest moment of a step; phases: the total of each moment that
+    was looked at; step: what one micro-batch makes."""
+
+    gpu: dict[str, int]
+    phases: dict[str, int]
+    step: Step
+
+    @property
+    def total(self) -> int:
+        return max(self.phases.values())
+
+
+CATEGORIES = (
+    "dense_partition", "gathered_layer", "experts", "lora_factors", "gradients", "optimizer", "activations", "logits",
+    "dispatch", "dequantization", "buckets",
+)  # fmt: skip
+
+
+def rank_memory(model: LanguageModel, step: Step, zero: Zero, gpu: bool, bf16: bool) -> Memory:
+    """Adds what lasts to a step's tensors.
+
+    Partitions: ceil(numel / ranks) of every parameter. Of what is trained besides: a gradient partition in the
+    parameter's dtype (fp32 factors; BF16 under --method full), an fp32 master copy and AdamW's two moments: 4 + 8 bytes.
+    A bucket of reduce_bucket_size elements; on a CPU, where memory is taken when it is first written, as much of it as is
+    ever filled. What is gathered stays until it is used again, within max_reuse_distance elements: a whole small model,
+    of a large one the layers nearest to the loss; besides, prefetch_bucket_size elements. Gathered together, parameters
+    exist twice for a moment: in a flat buffer and each by itself.
+
+    The moments: `gathering`, before the first layer; `backward`, the fullest of forward and backward; `reducing`, the
+    last bucket's gradients, once more in a flat buffer; `updating`, with an fp32 gradient of sub_group_size elements, and
+    AdamW's root of the second moment, on a CPU twice.
+    """
+    parts = [(p, -(-p.numel() // ranks), ranks) for p, ranks in split(model, zero)]
+    trained = [(p, part, ranks) for p, part, ranks in parts if p.requires_grad]
+    experts = {id(p) for layer in model.expert_layers for p in layer.parameters()}
+    factors = {id(p) for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
+    held: Counter[str] = Counter(dict.fromkeys(CATEGORIES, 0))
+    for p, part, _ in parts:
+        kind = "lora_factors" if id(p) in factors else "experts" if id(p) in experts else "dense_partition"
+        held[kind] += part * p.itemsize
+    buffers = {id(b): b.nbytes for layer in model.expert_layers for b in layer.frozen.buffers()}
+    held["experts"] += sum(buffers.values())
+    held["dense_partition"] += sum(b.nbytes for b in model.buffers() if id(b) not in buffers)
+    itemsize, trained_part = (2 if bf16 else 4), sum(part for _, part, _ in trained)
+    held["gradients"] = trained_part * itemsize
+    held["optimizer"] = trained_part * 12
+    filled = min(zero.bucket, sum(p.numel() for p, _, _ in trained))
+    held["buckets"] = (zero.bucket if gpu else filled) * itemsize
+
+    divided = [p for p, _, ranks in parts if ranks > 1]
+    elements, size = sum(p.numel() for p in divided), sum(p.nbytes for p in divided)
+    mean = size / max(1, elements)
+    largest = max((p.nbytes for p in divided), default=0)
+    whole = 2 * elements <= zero.reuse
+    stays = size if whole else min(size, max(largest, int(mean * zero.reuse / 2)))
+    flat = int(mean * min(elements, zero.prefetch))
+    reduced = filled * itemsize if any(ranks > 1 for _, _, ranks in trained) else 0
+    update = max((min(zero.group, sum(part for p, part, _ in trained if (id(p) in experts) == of)) for of in (0, 1)))
+    moments = {
+        "gathering": Counter(gathered_layer=(stays if whole else flat) + flat),
+        "backward": Counter(step.peak) + Counter(gathered_layer=stays if whole else stays + flat),
+        "reducing": Counter(gathered_layer=stays, buckets=reduced),
+        "updating": Counter(optimizer=update * (4 + (4 if gpu else 8))),
+    }
+    if filled == zero.bucket:  # it is emptied in the midst of backward
+        moments["backward"]["buckets"] += reduced
+    phases = {name: sum((held + moment).values()) for name, moment in moments.items()}
+    fullest = held + moments[max(phases, key=lambda name: phases[name])]
+    return Memory({name: int(fullest[name]) for name in CATEGORIES}, phases, step)

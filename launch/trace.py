@@ -13,16 +13,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
+from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from train.experts.dispatch import ExpertGroup
 
@@ -183,45 +185,42 @@ FLOPS: dict[Any, Callable[..., int]] = {
 }
 
 
-class Attention(TorchFunctionMode):
-    """Attention by the kernel that the device would have: on a GPU the memory-efficient one, which takes any mask and
-    keeps what flash attention keeps (queries, keys, values, output, a log-sum-exp a row: Dao et al., arXiv 2205.14135); on
-    a CPU the one that torch chooses, flash attention or products with all T x T weights in memory."""
+def attention(
+    gpu: bool, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None, **_: Any
+) -> tuple[Tensor, None]:
+    """transformers' `sdpa` attention, by the kernel that the device would have: on a GPU the memory-efficient one, which
+    takes any mask and keeps what flash attention keeps (queries, keys, values, output, a log-sum-exp a row: Dao et al.,
+    arXiv 2205.14135); on a CPU the one that torch chooses, flash attention or products with all T x T weights."""
+    gqa = getattr(module, "num_key_value_groups", 1) > 1
+    if gqa and not use_gqa_in_sdpa(mask, k, v):
+        k, v, gqa = repeat_kv(k, module.num_key_value_groups), repeat_kv(v, module.num_key_value_groups), False
+    causal = mask is None and q.shape[2] > 1
+    if not gpu and _chosen_on_cpu(q, k, v, mask, causal, gqa) == SDPBackend.MATH.value:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scaling, enable_gqa=gqa)
+        return out.transpose(1, 2).contiguous(), None
+    if mask is not None:  # torch makes a sum of it, once for each layer
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device="meta").masked_fill_(mask.logical_not(), float("-inf"))
+    if gpu:
+        bias = None if mask is None else mask.expand(-1, q.shape[1], -1, -1)
+        if gqa:
+            k, v = (repeat_kv(x, module.num_key_value_groups) for x in (k, v))
+        out = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scaling)[0]
+    else:
+        out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scaling)[0]
+    return out.transpose(1, 2).contiguous(), None
 
-    def __init__(self, gpu: bool):
-        super().__init__()
-        self.gpu = gpu
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        return self._attend(*args, **kwargs)
+def _chosen_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, gqa: bool) -> int:
+    """torch's choice depends on heads, head sizes and dtype."""
+    with torch.utils._python_dispatch._disable_current_modes():
+        small = [torch.empty(1, x.shape[1], 2, x.shape[3], dtype=x.dtype) for x in (q, k, v)]
+        allowed = None if mask is None else torch.ones(1, 1, 2, 2, dtype=torch.bool)
+        return torch._fused_sdp_choice(*small, allowed, 0.0, causal, scale=None, enable_gqa=gqa)
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-    ) -> Tensor:  # fmt: skip
-        if not self.gpu:
-            small = [torch.empty(1, x.shape[1], 2, x.shape[3], dtype=x.dtype) for x in (q, k, v)]
-            mask = None if attn_mask is None else torch.ones(1, 1, 2, 2, dtype=torch.bool)
-            choice = torch._fused_sdp_choice(*small, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
-            if choice == SDPBackend.MATH.value:
-                given = (attn_mask, dropout_p, is_causal)
-                return torch._C._nn.scaled_dot_product_attention(q, k, v, *given, scale=scale, enable_gqa=enable_gqa)
-        if attn_mask is not None and attn_mask.dtype == torch.bool:  # torch turns it into a sum of each attention layer
-            attn_mask = torch.zeros(attn_mask.shape, dtype=q.dtype, device="meta").masked_fill_(
-                attn_mask.to("meta").logical_not(), float("-inf")
-            )
-        if self.gpu:
-            if enable_gqa:  # a view
-                k, v = (x[:, :, None].expand(-1, -1, q.shape[1] // x.shape[1], -1, -1) for x in (k, v))
-                k, v = (x.reshape(q.shape[0], q.shape[1], *x.shape[3:]) for x in (k, v))
-            bias = None if attn_mask is None else attn_mask.expand(q.shape[0], q.shape[1], -1, -1)
-            return aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, is_causal, scale=scale)[0]
-        return aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale
-        )[0]
+
+for _gpu in (True, False):
+    ALL_ATTENTION_FUNCTIONS.register(f"planned_{_gpu}", partial(attention, _gpu))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(f"planned_{_gpu}", sdpa_mask)
 
 
 class DeltaRule(torch.autograd.Function):
@@ -268,15 +267,17 @@ def _delta_rule(query, key, value, g, beta, initial_state=None, output_final_sta
 
 
 @contextmanager
-def gpu_kernels(model: nn.Module) -> Iterator[None]:
-    """Puts the GPU's kernel of the gated delta rule in the place of the model's fallback."""
-    name = "torch_chunk_gated_delta_rule"
-    modules = {sys.modules[type(module).__module__] for module in model.modules()}
+def device_kernels(model: Any, gpu: bool) -> Iterator[None]:
+    """Attention and, for a GPU, its kernel of the gated delta rule in the place of the model's fallback."""
+    name, usual = "torch_chunk_gated_delta_rule", model.config._attn_implementation
+    modules = {sys.modules[type(module).__module__] for module in model.modules()} if gpu else set()
     fallbacks = {module: getattr(module, name) for module in modules if hasattr(module, name)}
     for module in fallbacks:
         setattr(module, name, _delta_rule)
+    model.config._attn_implementation = f"planned_{gpu}"
     try:
         yield
     finally:
+        model.config._attn_implementation = usual
         for module, fallback in fallbacks.items():
             setattr(module, name, fallback)
