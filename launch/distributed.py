@@ -25,6 +25,14 @@ def peak_host_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def resident_bytes() -> int:
+    """The resident set of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+at_start = 0  # the resident set when this process joined the others: its imports, and the documents
+
+
 def start_distributed() -> torch.device:
     """Joins all ranks in one process group, over gloo where there is no GPU; a script started without the launcher is a
     group of one. Ranks on one CPU divide its cores among them. -> this rank's device."""
@@ -40,6 +48,8 @@ def start_distributed() -> torch.device:
     # and its link command does not hold where the path to .venv has a space.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    global at_start
+    at_start = resident_bytes()
     return torch.device(accelerator.current_device_name())
 
 

@@ -89,9 +89,12 @@ def run_step(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bool)
         return first + times * (second - first)
 
     one, two = steps
-    peak = Counter({tag: max(0, extended(one.peak[tag], two.peak[tag])) for tag in one.peak | two.peak})
+    peak, each = (
+        Counter({tag: max(0, extended(a[tag], b[tag])) for tag in a | b})
+        for a, b in ((one.peak, two.peak), (one.each, two.each))
+    )
     rest = {name: extended(getattr(one, name), getattr(two, name)) for name in ("kept", "flops", "moved", "wire")}
-    return Step(peak, **rest)
+    return Step(peak, each, **rest)
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:

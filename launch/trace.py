@@ -35,11 +35,12 @@ INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 @dataclass
 class Step:
     """One micro-batch. peak: category -> bytes of all tensors beside weights, gradients and optimizer, at the moment when
-    they are most; kept: bytes alive between forward and backward; flops: of matrix products, convolution and attention,
+    they are most together; each: category -> the most of it at any moment; kept: bytes alive between forward and backward; flops: of matrix products, convolution and attention,
     two a multiplication; moved: bytes read and written by the operations; wire: bytes that a rank sends to the other
     ranks of its expert-parallel group."""
 
     peak: Counter[str] = field(default_factory=Counter)
+    each: Counter[str] = field(default_factory=Counter)
     kept: int = 0
     flops: int = 0
     moved: int = 0
@@ -138,6 +139,7 @@ class Trace(TorchDispatchMode):
         self.alive[key] = weakref.ref(storage, lambda _, key=key: self._forget(key)), size, tag
         self.now[tag] += size
         self.total += size
+        self.step.each[tag] = max(self.step.each[tag], self.now[tag])
         if self.total > self.most:
             self.most, self.step.peak = self.total, self.now.copy()
 

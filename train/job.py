@@ -99,9 +99,9 @@ def prepare(settings: Settings, ranks: int, show: bool) -> Job:
     text = text_config(checkpoint)
     model = skeleton(text, ExpertGroup(expert_parallel))
     plan = plan_load(model, checkpoint)
-    lora = None if settings.method == "full" else _lora(settings, text)
+    lora = None if settings.method == "full" else lora_settings(settings, text)
     if lora is None:
-        config |= _full_precision(settings, plan)
+        config |= full_precision(settings, plan)
     elif settings.adapter:
         check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint))
     tokenizer = load_tokenizer(settings.model)
@@ -151,7 +151,7 @@ def _probes(settings: Settings, tokenizer: Tokenizer, vocabulary: int) -> Probes
     return make_probes(claims, held_out, tokenizer, settings.bos, settings.max_tokens, vocabulary)
 
 
-def _lora(settings: Settings, text: Any) -> LoRASettings:
+def lora_settings(settings: Settings, text: Any) -> LoRASettings:
     active = getattr(text, "num_experts_per_tok", None) or 1
     expert_rank = settings.expert_lora_rank or max(1, settings.lora_rank // active)
     return LoRASettings(
@@ -159,7 +159,7 @@ def _lora(settings: Settings, text: Any) -> LoRASettings:
     )
 
 
-def _full_precision(settings: Settings, plan: LoadPlan) -> dict[str, Any]:
+def full_precision(settings: Settings, plan: LoadPlan) -> dict[str, Any]:
     """What --method full adds to DeepSpeed's configuration: F32 weights are trained as they are; BF16 ones in BF16 with
     fp32 masters in the optimizer, the few F32 ones among them rounded to BF16 (buffers stay F32)."""
     where = f"--method full --model {settings.model}"

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import launch.distributed
 from launch.distributed import peak_host_bytes
 from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, calibration, measured
 from train.checkpoints.streaming import Loaded
@@ -106,6 +107,11 @@ def peak_memory(device: torch.device) -> int:
     return int(value.item())
 
 
+def measured_memory(device: torch.device) -> int:
+    """What launch.plan plans: of a GPU its peak; on a CPU what the process took at most since it joined the others."""
+    return peak_memory(device) - (0 if device.type == "cuda" else launch.distributed.at_start)
+
+
 class Run:
     """The run's directory, its W&B run and its terminal. The terminal is rank 0's, and so is all writing but for the
     logs of the other ranks."""
@@ -184,6 +190,12 @@ class Run:
             self.wandb.summary.update(_flat(summary))
             self.wandb.finish()
         console().print(_closing_table(summary))
+        if planned := summary["memory"].get("planned"):
+            measured = summary["memory"]["measured"]
+            print(
+                f"memory of a rank: {planned / 1e9:.2f} GB planned (python -m launch.plan), {measured / 1e9:.2f} GB measured"
+                f" ({measured / planned - 1:+.0%})"
+            )
         left = "model/ (safetensors)" if self.settings.method == "full" else "adapter/ (PEFT)"
         print(
             f"{summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s, "
