@@ -16,21 +16,27 @@ from deepspeed.accelerator import get_accelerator
 from train.errors import UserError
 
 
+def memory_status() -> dict[str, int]:
+    """Bytes of this process by /proc/self/status: VmRSS resident now, of which RssFile are files' pages, mostly
+    libraries' code; VmHWM, the most that was resident so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+
+
 def peak_host_bytes() -> int:
     """The peak resident set of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage has the peak of the process that started this one in it
-        high_water = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(high_water.split()[1]) * 1024
+    if Path("/proc/self/status").exists():  # getrusage has the peak of the process that started this one in it
+        return memory_status()["VmHWM"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def resident_bytes() -> int:
-    """The resident set of this process now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def allocated_since_start() -> int:
+    """The most that this process took for itself since it joined the others; what libraries' code takes when it is first
+    used is not among it."""
+    return peak_host_bytes() - memory_status()["RssFile"] - at_start
 
 
-at_start = 0  # the resident set when this process joined the others: its imports, and the documents
+at_start = 0  # bytes that this process had taken when it joined the others: for imports and documents
 
 
 def start_distributed() -> torch.device:
@@ -49,7 +55,7 @@ def start_distributed() -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
     global at_start
-    at_start = resident_bytes()
+    at_start = memory_status()["VmRSS"] - memory_status()["RssFile"]
     return torch.device(accelerator.current_device_name())
 
 

@@ -22,7 +22,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from launch.bare import BareCheckpoint
-from launch.distributed import resident_bytes
+from launch.distributed import memory_status
 from launch.memory import CATEGORIES, Memory, Zero, planned_batch, planned_model, rank_memory, run_step, split
 from launch.trace import PlannedGroup
 from train.checkpoints.reader import Checkpoint
@@ -131,7 +131,7 @@ class Plan:
         """Memory of a node: for each rank its process, as large as this one, the matrices that its readers hold, and its
         factors, which ZeRO-3 lays out anew by way of the host. On CPUs, all that a rank holds."""
         if not self.cluster.memory:
-            return self.cluster.gpus * (resident_bytes() + self.gpu_bytes["total"])
+            return self.cluster.gpus * (memory_status()["VmRSS"] + self.gpu_bytes["total"])
         pieces = [*self.load.dense, *self.load.experts]
         first = (piece.reads(0, self.cluster.ranks) for piece in self.load.dense)
         sizes = [sum(self.checkpoint.bytes_of(r.name, r.count) for r in reads.values()) for reads in first]
@@ -141,7 +141,7 @@ class Plan:
         ]
         assert pieces
         buffers = READERS * max(sizes) + self.chosen.gpu["lora_factors"]
-        return self.cluster.gpus * (resident_bytes() + buffers)
+        return self.cluster.gpus * (memory_status()["VmRSS"] + buffers)
 
     @property
     def wire_bytes(self) -> dict[str, int]:
@@ -210,7 +210,8 @@ def planned_memory(job: Job) -> dict[str, Any]:
         categories = plan.gpu_bytes
     except NotImplementedError:
         return {}
-    return {"planned": plan.chosen.total, "categories": categories, "moments": plan.chosen.phases}
+    held = {"planned": plan.chosen.total, "read": plan.read_bytes}
+    return held | {"categories": categories, "moments": plan.chosen.phases}
 
 
 def changes(settings: Settings, cluster: Cluster) -> Iterator[tuple[str, Settings, Cluster]]:
@@ -329,7 +330,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument("--json", metavar="FILE", help="write the plan")
         values = vars(parser.parse_args(arguments))
         given = {name: values[name] for name in Settings.__dataclass_fields__}
-        settings, cluster = Settings(**given), Cluster(nodes=values["nodes"], gpus=values["gpus"], memory=values["gpu_memory"])
+        settings, cluster = (
+            Settings(**given),
+            Cluster(nodes=values["nodes"], gpus=values["gpus"], memory=values["gpu_memory"]),
+        )
         check_numbers(settings)
         for name in ("nodes", "gpus", "gpu_memory"):
             if not 0 < values[name] <= MOST:
@@ -337,7 +341,9 @@ def main(arguments: list[str] | None = None) -> int:
         checkpoint = opened(settings.model)
         found = search(settings, checkpoint, cluster) if values["search"] else []
         for other in found[:5]:
-            print(f"{other.gpu_bytes['total'] / 1e9:6.1f} GB, {other.tokens_per_second:9,.0f} tokens/s at most: {flags(other.settings)}")
+            print(
+                f"{other.gpu_bytes['total'] / 1e9:6.1f} GB, {other.tokens_per_second:9,.0f} tokens/s at most: {flags(other.settings)}"
+            )
         if values["search"] and not found:
             print("no setting of method, micro-batch, checkpointing and expert parallelism fits")
         plan = found[0] if found else Plan(settings, checkpoint, cluster, settings.max_tokens)

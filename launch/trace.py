@@ -198,7 +198,9 @@ def attention(
         k, v, gqa = repeat_kv(k, module.num_key_value_groups), repeat_kv(v, module.num_key_value_groups), False
     causal = mask is None and q.shape[2] > 1
     if not gpu and _chosen_on_cpu(q, k, v, mask, causal, gqa) == SDPBackend.MATH.value:
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scaling, enable_gqa=gqa)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, 0.0, causal, scale=scaling, enable_gqa=gqa
+        )
         return out.transpose(1, 2).contiguous(), None
     if mask is not None:  # torch makes a sum of it, once for each layer
         mask = torch.zeros(mask.shape, dtype=q.dtype, device="meta").masked_fill_(mask.logical_not(), float("-inf"))

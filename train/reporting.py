@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import launch.distributed
-from launch.distributed import peak_host_bytes
+from launch.distributed import allocated_since_start, peak_host_bytes
 from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, calibration, measured
 from train.checkpoints.streaming import Loaded
 from train.checkpoints.writer import write_whole
@@ -101,15 +100,18 @@ def expert_metrics(layers: list[ExpertParallelExperts], device: torch.device) ->
 
 def peak_memory(device: torch.device) -> int:
     """Bytes, the highest of any rank so far: allocated on the GPU, or resident on a CPU."""
-    own = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_bytes()
-    value = torch.tensor(own, dtype=torch.int64, device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return int(value.item())
+    return _most(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_bytes(), device)
 
 
 def measured_memory(device: torch.device) -> int:
-    """What launch.plan plans: of a GPU its peak; on a CPU what the process took at most since it joined the others."""
-    return peak_memory(device) - (0 if device.type == "cuda" else launch.distributed.at_start)
+    """What launch.plan plans, of the rank that took most: allocated on the GPU, or on a CPU since the start."""
+    return _most(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else allocated_since_start(), device)
+
+
+def _most(own: int, device: torch.device) -> int:
+    value = torch.tensor(own, dtype=torch.int64, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value.item())
 
 
 class Run:

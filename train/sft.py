@@ -109,7 +109,9 @@ def finish(
     measured = measured_memory(engine.device)
     if run.main:
         seconds = time.perf_counter() - started
-        run.finish(summarize(job, run, hashes, peak, seconds) | {"memory": {"measured": measured} | planned_memory(job)})
+        run.finish(
+            summarize(job, run, hashes, peak, seconds) | {"memory": {"measured": measured} | planned_memory(job)}
+        )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -50,7 +49,8 @@ def load(
     reads = plan.reads(dist.get_rank(), dist.get_world_size(), method)
     total = sum(checkpoint.bytes_of(read.name, read.count) for read in reads)
     loader = _Loader(plan, checkpoint, method, ds_config, device)
-    with _freed_memory_goes_back(), tqdm(
+    _freed_memory_goes_back()
+    with tqdm(
         total=total, desc="loading", unit="B", unit_scale=True, disable=not show, mininterval=0.5
     ) as bar, ThreadPoolExecutor(READERS) as pool:  # fmt: skip
         for work in (loader.dense(), loader.experts()):
@@ -60,18 +60,13 @@ def load(
     return Loaded(plan, checkpoint.bytes_read, time.perf_counter() - started, peak_host_bytes())
 
 
-@contextmanager
-def _freed_memory_goes_back() -> Iterator[None]:
-    """glibc keeps freed blocks of up to 32 MiB for itself, and between the lasting small ones of quantized experts they
-    are lost: a load would take a quarter more than it keeps. Here blocks from 1 MiB on are given back when freed."""
+def _freed_memory_goes_back() -> None:
+    """glibc keeps freed blocks of up to 32 MiB for itself, and between lasting small ones they are lost: a load would
+    take a quarter more than it keeps, and a step on a CPU a third more than its tensors. From here on, blocks from 1 MiB
+    on are given back when freed."""
     mallopt, mmap_threshold = getattr(ctypes.CDLL(None), "mallopt", None), -3
     if mallopt is not None:
         mallopt(mmap_threshold, 2**20)
-    try:
-        yield
-    finally:
-        if mallopt is not None:
-            mallopt(mmap_threshold, 2**25)  # to what glibc would have raised it by itself
 
 
 class _Loader:
