@@ -14,10 +14,10 @@ from train.model import skeleton, text_config
 
 
 class BareCheckpoint(Checkpoint):
-    """The tensors that a checkpoint with this config.json would have: those of the text model, in the dtype that it names,
-    with experts and, in FP8, the layers' matrices in the format of its quantization_config."""
+    """The tensors that a checkpoint with this config.json would have: those of the text model, in the dtype that it
+    names, with experts and, in FP8, the layers' matrices in the format of its quantization_config."""
 
-    tensors: dict[str, TensorInfo]  # type: ignore[assignment]
+    tensors: dict[str, TensorInfo]
 
     def __init__(self, config: Path):
         super().__init__(config.parent if config.is_file() else config)
@@ -48,8 +48,8 @@ class BareCheckpoint(Checkpoint):
                             if format.kind == "int4":
                                 add(f"{prefix}.{expert}.{matrix}.weight_shape", (torch.int32,), (2,))
         for name, parameter in model.named_parameters():
-            matrix = parameter.dim() == 2 and ".layers." in name and not name.endswith((".gate.weight", "_gate.weight"))
-            if format.kind == "fp8" and matrix and not any(name.startswith(f"{module}.") for module in kept):
+            linear = parameter.dim() == 2 and ".layers." in name and not name.endswith((".gate.weight", "_gate.weight"))
+            if format.kind == "fp8" and linear and not any(name.startswith(f"{module}.") for module in kept):
                 for suffix, (dtypes, shape) in format.tensors(*parameter.shape).items():
                     add(name + suffix, dtypes, shape)
             else:

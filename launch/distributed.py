@@ -31,12 +31,12 @@ def peak_host_bytes() -> int:
 
 
 def allocated_since_start() -> int:
-    """The most that this process took for itself since it joined the others; what libraries' code takes when it is first
+    """The most that this process took for itself since it joined the others. What libraries' code takes when first
     used is not among it."""
     return peak_host_bytes() - memory_status()["RssFile"] - at_start
 
 
-at_start = 0  # bytes that this process had taken when it joined the others: for imports and documents
+at_start = 0  # bytes that this process had taken when it joined the others, for imports and documents
 
 
 def start_distributed() -> torch.device:

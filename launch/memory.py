@@ -1,7 +1,7 @@
 """What a rank holds at its fullest moment, from shapes alone.
 
-What lasts (weights, gradients, optimizer) follows from the model's parameters and from what DeepSpeed's ZeRO-3 allocates
-for them; what a step makes comes from running it without data (trace.py).
+What lasts (weights, gradients, optimizer) follows from the model's parameters and from what DeepSpeed's ZeRO-3
+allocates for them; what a step makes comes from running it without data (trace.py).
 """
 
 from collections import Counter
@@ -44,11 +44,12 @@ def planned_model(
             weight = nn.Parameter(torch.empty(shape, dtype=plan.dtype, device=META))
             experts.module.register_parameter(experts.target, weight)
         elif becomes_nf4(experts, method):
-            storage = frozen_as_nf4(experts, META)
-            storage.quantize(0, torch.empty(storage.out_features, storage.in_features, dtype=plan.dtype, device=META))
+            nf4 = frozen_as_nf4(experts, META)
+            nf4.quantize(0, torch.empty(nf4.out_features, nf4.in_features, dtype=plan.dtype, device=META))
         else:
             frozen_as_on_disk(experts, checkpoint, META)
     wrapped = LanguageModel(model, architecture(checkpoint), lora, META, compute_dtype=plan.dtype).to(META)
+    storage: Any
     for storage in (storage for layer in wrapped.expert_layers for storage in layer.frozen.values()):
         storage.weight = tag_calls(storage.weight, "dequantization")
     wrapped.causal.lm_head.forward = tag_calls(wrapped.causal.lm_head.forward, "logits")
@@ -56,8 +57,8 @@ def planned_model(
 
 
 def planned_batch(documents: int, tokens: int) -> Batch:
-    """A micro-batch of documents of `tokens` tokens, all but the first of which are in the loss; where there are several,
-    one is a token shorter, so that there is padding."""
+    """A micro-batch of documents of `tokens` tokens, all but the first of which are in the loss; where there are
+    several, all but one are a token shorter, so that there is padding."""
     keep = torch.ones(documents, tokens, dtype=torch.bool)
     keep[1:, -1] = False
     position = torch.cat([row * tokens + torch.arange(int(keep[row].sum()) - 1) for row in range(documents)])
@@ -69,9 +70,9 @@ def planned_batch(documents: int, tokens: int) -> Batch:
 
 
 def run_step(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bool) -> Step:
-    """Forward and backward of one micro-batch. The model is `planned_model`'s. gpu: with the kernels of a GPU. Of a deep
-    model, whose layers repeat, two depths a period apart are run: every layer adds what the one a period before it
-    added."""
+    """Forward and backward of one micro-batch. The model is `planned_model`'s. gpu: with the kernels of a GPU. Of a
+    deep model, whose layers repeat, two depths a period apart are run: every layer adds what the one a period before
+    it added."""
     stack = model.causal.model
     layers = stack.layers
     start, period = _repetition([_kind(layer) for layer in layers])
@@ -140,7 +141,7 @@ def _run_layers(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bo
 @dataclass(frozen=True)
 class Zero:
     """What DeepSpeed's ZeRO-3 does with parameters (Rajbhandari et al., arXiv 1910.02054, and deepspeed/runtime/zero of
-    the version in constraints.txt). Sizes in elements. ranks: all of them; replicas: those that hold the same experts."""
+    the version in constraints.txt). Sizes in elements. ranks: all; replicas: those that hold the same experts."""
 
     ranks: int
     replicas: int
@@ -186,15 +187,15 @@ def rank_memory(model: LanguageModel, step: Step, zero: Zero, gpu: bool, bf16: b
     """Adds what lasts to a step's tensors.
 
     Partitions: ceil(numel / ranks) of every parameter. Of what is trained besides: a gradient partition in the
-    parameter's dtype (fp32 factors; BF16 under --method full), an fp32 master copy and AdamW's two moments: 4 + 8 bytes.
-    A bucket of reduce_bucket_size elements; on a CPU, where memory is taken when it is first written, as much of it as is
-    ever filled. What is gathered stays until it is used again, within max_reuse_distance elements: a whole small model,
-    of a large one the layers nearest to the loss; besides, prefetch_bucket_size elements. Gathered together, parameters
-    exist twice for a moment: in a flat buffer and each by itself.
+    parameter's dtype (fp32 factors; BF16 under --method full), an fp32 master copy and AdamW's two moments: 4 + 8
+    bytes. A bucket of reduce_bucket_size elements; on a CPU, where memory is taken when it is first written, as much of
+    it as is ever filled. What is gathered stays until it is used again, within max_reuse_distance elements: a whole
+    small model, of a large one the layers nearest to the loss; besides, prefetch_bucket_size elements. Gathered
+    together, parameters exist twice for a moment: in a flat buffer and each by itself.
 
     The moments: `gathering`, before the first layer; `backward`, the fullest of forward and backward; `reducing`, the
-    last bucket's gradients, once more in a flat buffer; `updating`, with an fp32 gradient of sub_group_size elements, and
-    AdamW's root of the second moment, on a CPU twice.
+    last bucket's gradients, once more in a flat buffer; `updating`, with an fp32 gradient of sub_group_size elements,
+    and AdamW's root of the second moment, on a CPU twice.
     """
     parts = [(p, -(-p.numel() // ranks), ranks) for p, ranks in split(model, zero)]
     trained = [(p, part, ranks) for p, part, ranks in parts if p.requires_grad]
@@ -221,7 +222,7 @@ def rank_memory(model: LanguageModel, step: Step, zero: Zero, gpu: bool, bf16: b
     stays = size if whole else min(size, max(largest, int(mean * zero.reuse / 2)))
     flat = int(mean * min(elements, zero.prefetch))
     reduced = filled * itemsize if any(ranks > 1 for _, _, ranks in trained) else 0
-    update = max((min(zero.group, sum(part for p, part, _ in trained if (id(p) in experts) == of)) for of in (0, 1)))
+    update = max(min(zero.group, sum(part for p, part, _ in trained if (id(p) in experts) == of)) for of in (0, 1))
     moments = {
         "gathering": Counter(gathered_layer=(stays if whole else flat) + flat),
         "backward": Counter(step.peak) + Counter(gathered_layer=stays if whole else stays + flat),

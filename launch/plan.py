@@ -3,8 +3,8 @@
     python -m launch.plan --model DIR --nodes 1 --gpus 8 --gpu-memory 80 --method qlora --gradient-checkpointing
     python -m launch.plan --model config.json --nodes 2 --gpus 8 --gpu-memory 141 --search
 
-Needs no weights and no GPU: a directory, or its config.json alone. Takes the settings of train/sft.py; every document is
-taken to have --max-tokens tokens, all of them in the loss. Exit code 1 where it does not fit.
+Needs no weights and no GPU: a directory, or its config.json alone. Takes the settings of train/sft.py; every document
+is taken to have --max-tokens tokens, all of them in the loss. Exit code 1 where it does not fit.
 """
 
 import dataclasses
@@ -56,11 +56,11 @@ RUNTIME = 2_000_000_000  # CUDA context, NCCL's and cuBLAS's buffers
 USABLE = 0.95  # of a GPU's memory: the rest is lost between blocks of torch's allocator
 
 ASSUMED = f"""\
-assumed: {RUNTIME / 1e9:.0f} GB for CUDA, NCCL and cuBLAS, and {1 - USABLE:.0%} of the memory lost between blocks of torch's
-allocator; routing uniformly at random; all documents of --max-tokens tokens. Time is a roofline: for each micro-batch the
-longer of matrix products at the GPU's dense BF16 peak and of all operands through its memory, once each; then, not
-overlapped, NVLink and a network of {NETWORK * 8 / 1e9:.0f} Gb/s a GPU; load from a disk of {DISK / 1e9:.0f} GB/s a node. Real steps
-are slower: a third to a half of the peak is usual.
+assumed: {RUNTIME / 1e9:.0f} GB for CUDA, NCCL and cuBLAS, and {1 - USABLE:.0%} of the memory lost between blocks of
+torch's allocator; routing uniformly at random; all documents of --max-tokens tokens. Time is a
+roofline: for each micro-batch the longer of matrix products at the GPU's dense BF16 peak and of all
+operands through its memory, once each; then, not overlapped, NVLink and a network of {NETWORK * 8 / 1e9:.0f} Gb/s
+a GPU; load from a disk of {DISK / 1e9:.0f} GB/s a node. Real steps are slower.
 """
 
 
@@ -128,26 +128,25 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Memory of a node: for each rank its process, as large as this one, the matrices that its readers hold, and its
-        factors, which ZeRO-3 lays out anew by way of the host. On CPUs, all that a rank holds."""
+        """Memory of a node: for each rank its process, as large as this one, the matrices that its readers hold, and
+        its factors, which ZeRO-3 lays out anew by way of the host. On CPUs, all that a rank holds."""
         if not self.cluster.memory:
             return self.cluster.gpus * (memory_status()["VmRSS"] + self.gpu_bytes["total"])
-        pieces = [*self.load.dense, *self.load.experts]
         first = (piece.reads(0, self.cluster.ranks) for piece in self.load.dense)
         sizes = [sum(self.checkpoint.bytes_of(r.name, r.count) for r in reads.values()) for reads in first]
         sizes += [
             sum(self.checkpoint.bytes_of(r.name, r.count) for matrix in piece.reads(0) for r in matrix.values())
             for piece in self.load.experts
         ]
-        assert pieces
         buffers = READERS * max(sizes) + self.chosen.gpu["lora_factors"]
         return self.cluster.gpus * (memory_status()["VmRSS"] + buffers)
 
     @property
     def wire_bytes(self) -> dict[str, int]:
-        """What a GPU sends in a step. experts: hidden states, counted as the step without data sends them. gather: ZeRO-3's
-        partitions, (ranks - 1) / ranks of every parameter, before forward and, where it was let go, before backward.
-        reduce: as much of every gradient. Each with all ranks alike: so many bytes to other nodes as ranks are there."""
+        """What a GPU sends in a step. experts: hidden states, counted as the step without data sends them. gather:
+        ZeRO-3's partitions, (ranks - 1) / ranks of every parameter, before forward and, where it was let go, before
+        backward. reduce: as much of every gradient. As much to each rank: so the part to other nodes is that of the
+        ranks that are there."""
         micro, parts = self.accumulation, split(self.model, self.zero)
         again = 2 if 2 * sum(p.numel() for p, ranks in parts if ranks > 1) > self.zero.reuse else 1
         gather = sum(p.nbytes * (ranks - 1) // ranks for p, ranks in parts)
@@ -198,8 +197,8 @@ class Plan:
 
 
 def planned_memory(job: Job) -> dict[str, Any]:
-    """Of a job that has run here, what it was to take: bytes of a rank, beside those of its imports, and how they divide.
-    {} for a model that cannot be planned."""
+    """Of a job that has run here, what it was to take: bytes of a rank, beside those of its imports, and how they
+    divide. {} for a model that cannot be planned."""
     device, local = get_accelerator().device_name(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     ranks = job.resolved["ranks"]
     memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if device == "cuda" else 0
@@ -240,7 +239,7 @@ def changes(settings: Settings, cluster: Cluster) -> Iterator[tuple[str, Setting
 
 
 def search(settings: Settings, checkpoint: Checkpoint, cluster: Cluster) -> list[Plan]:
-    """Settings that fit, the fastest first: of the methods that change the fewest weights' values, lora before qlora."""
+    """Settings that fit, the fastest first; by qlora, which rounds the experts, only where nothing fits by lora."""
     found: list[Plan] = []
     methods = [settings.method] if settings.method == "full" else ["lora", "qlora"]
     groups = [size for size in (cluster.gpus, cluster.ranks) if settings.expert_parallel in (0, size)]
@@ -272,24 +271,25 @@ def flags(settings: Settings) -> str:
 
 def show(plan: Plan) -> None:
     """The plan on the terminal."""
-    cluster, gpu, bytes_, wire, seconds = plan.cluster, plan.cluster.gpu, plan.gpu_bytes, plan.wire_bytes, plan.seconds
+    cluster, gpu, held = plan.cluster, plan.cluster.gpu, plan.gpu_bytes
+    wire, seconds = plan.wire_bytes, plan.seconds
     print(f"{cluster.nodes} x {cluster.gpus} GPUs of {cluster.memory:g} GB, {flags(plan.settings)}")
     print("\neach GPU, in GB, at its fullest moment, and the most of a step's tensors of a kind at any moment:")
     for name in (*CATEGORIES, "runtime", "total"):
         most = plan.chosen.step.each.get(name)
-        print(f"  {name.replace('_', ' '):<18}{bytes_[name] / 1e9:9.2f}" + (f"{most / 1e9:9.2f}" if most else ""))
+        print(f"  {name.replace('_', ' '):<18}{held[name] / 1e9:9.2f}" + (f"{most / 1e9:9.2f}" if most else ""))
     for on in (False, True):
         kept, peak = plan.memory(on).step.kept, sum(plan.memory(on).step.peak.values())
         name = "with" if on else "without"
         print(f"  a step's tensors {name} checkpointing: {peak / 1e9:.2f}, of which {kept / 1e9:.2f} kept for backward")
     print(
-        f"\neach node: {plan.host_bytes / 1e9:.0f} GB of host memory, {cluster.gpus * plan.read_bytes / 1e9:.1f} GB read "
-        f"in {seconds['load']:.0f} s"
+        f"\neach node: {plan.host_bytes / 1e9:.0f} GB of host memory, {cluster.gpus * plan.read_bytes / 1e9:.1f} GB "
+        f"read in {seconds['load']:.0f} s"
         f"\neach GPU and step: {plan.flops / 1e12:.1f} TFLOP; sends {wire['nvlink'] / 1e9:.2f} GB by NVLink and "
         f"{wire['network'] / 1e9:.2f} GB by network (experts {wire['experts'] / 1e9:.2f}, gathered "
         f"{wire['gather'] / 1e9:.2f}, gradients {wire['reduce'] / 1e9:.2f})"
-        f"\na step of {plan.settings.batch_size} documents on {gpu.name}s takes at least {seconds['step']:.2f} s (compute "
-        f"{seconds['compute']:.2f}, memory {seconds['memory']:.2f}, NVLink {seconds['nvlink']:.2f}, network "
+        f"\na step of {plan.settings.batch_size} documents on {gpu.name}s takes at least {seconds['step']:.2f} s "
+        f"(compute {seconds['compute']:.2f}, memory {seconds['memory']:.2f}, NVLink {seconds['nvlink']:.2f}, network "
         f"{seconds['network']:.2f}): at most {plan.tokens_per_second:,.0f} tokens/s\n\n{ASSUMED}"
     )
     print(f"{'fits' if plan.fits else 'does NOT fit'} into {USABLE * cluster.memory:.1f} GB of {cluster.memory:g}")
@@ -342,7 +342,8 @@ def main(arguments: list[str] | None = None) -> int:
         found = search(settings, checkpoint, cluster) if values["search"] else []
         for other in found[:5]:
             print(
-                f"{other.gpu_bytes['total'] / 1e9:6.1f} GB, {other.tokens_per_second:9,.0f} tokens/s at most: {flags(other.settings)}"
+                f"{other.gpu_bytes['total'] / 1e9:6.1f} GB, {other.tokens_per_second:9,.0f} tokens/s at most: "
+                f"{flags(other.settings)}"
             )
         if values["search"] and not found:
             print("no setting of method, micro-batch, checkpointing and expert parallelism fits")

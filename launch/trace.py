@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
@@ -34,10 +34,10 @@ INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 
 @dataclass
 class Step:
-    """One micro-batch. peak: category -> bytes of all tensors beside weights, gradients and optimizer, at the moment when
-    they are most together; each: category -> the most of it at any moment; kept: bytes alive between forward and backward; flops: of matrix products, convolution and attention,
-    two a multiplication; moved: bytes read and written by the operations; wire: bytes that a rank sends to the other
-    ranks of its expert-parallel group."""
+    """One micro-batch. peak: category -> bytes of all tensors beside weights, gradients and optimizer, at the moment
+    when they are most together; each: category -> the most of it at any moment; kept: bytes alive between forward and
+    backward; flops: of matrix products, convolution and attention, two a multiplication; moved: bytes read and written
+    by the operations; wire: bytes that a rank sends to the other ranks of its expert-parallel group."""
 
     peak: Counter[str] = field(default_factory=Counter)
     each: Counter[str] = field(default_factory=Counter)
@@ -136,14 +136,14 @@ class Trace(TorchDispatchMode):
         if key in self.known or key in self.alive or not size:
             return
         tag = _tags[-1]
-        self.alive[key] = weakref.ref(storage, lambda _, key=key: self._forget(key)), size, tag
+        self.alive[key] = weakref.ref(storage, partial(self._forget, key)), size, tag
         self.now[tag] += size
         self.total += size
         self.step.each[tag] = max(self.step.each[tag], self.now[tag])
         if self.total > self.most:
             self.most, self.step.peak = self.total, self.now.copy()
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: int, _: Any) -> None:
         _, size, tag = self.alive.pop(key)
         self.now[tag] -= size
         self.total -= size
@@ -190,9 +190,9 @@ FLOPS: dict[Any, Callable[..., int]] = {
 def attention(
     gpu: bool, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None, **_: Any
 ) -> tuple[Tensor, None]:
-    """transformers' `sdpa` attention, by the kernel that the device would have: on a GPU the memory-efficient one, which
-    takes any mask and keeps what flash attention keeps (queries, keys, values, output, a log-sum-exp a row: Dao et al.,
-    arXiv 2205.14135); on a CPU the one that torch chooses, flash attention or products with all T x T weights."""
+    """transformers' `sdpa` attention, by the kernel that the device would have: on a GPU the memory-efficient one,
+    which takes any mask and keeps what flash attention keeps (queries, keys, values, output, a log-sum-exp a row: Dao
+    et al., arXiv 2205.14135); on a CPU the one that torch chooses, flash attention or all T x T weights."""
     gqa = getattr(module, "num_key_value_groups", 1) > 1
     if gqa and not use_gqa_in_sdpa(mask, k, v):
         k, v, gqa = repeat_kv(k, module.num_key_value_groups), repeat_kv(v, module.num_key_value_groups), False
@@ -216,10 +216,11 @@ def attention(
 
 def _chosen_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, gqa: bool) -> int:
     """torch's choice depends on heads, head sizes and dtype."""
-    with torch.utils._python_dispatch._disable_current_modes():
+    with _disable_current_modes():
         small = [torch.empty(1, x.shape[1], 2, x.shape[3], dtype=x.dtype) for x in (q, k, v)]
         allowed = None if mask is None else torch.ones(1, 1, 2, 2, dtype=torch.bool)
-        return torch._fused_sdp_choice(*small, allowed, 0.0, causal, scale=None, enable_gqa=gqa)
+        choose: Any = torch._fused_sdp_choice
+        return choose(*small, allowed, 0.0, causal, scale=None, enable_gqa=gqa)
 
 
 for _gpu in (True, False):
@@ -228,36 +229,38 @@ for _gpu in (True, False):
 
 
 class DeltaRule(torch.autograd.Function):
-    """The gated delta rule as flash-linear-attention's chunk kernel has it (Yang et al., arXiv 2412.06464; chunks of 64):
-    what it keeps, what it makes besides, and its FLOPs; transformers' own fallback, for CPUs, makes some twenty times as
-    much. Kept: q, k, v, their rates, the cumulated decay and each chunk's [C, C] triangle. Besides: w, u, the new values
-    and every chunk's state [K, V]; in backward these again, and the gradients of them all."""
+    """The gated delta rule as flash-linear-attention's chunk kernel has it (Yang et al., arXiv 2412.06464): what it
+    keeps, what it makes besides, and its products; transformers' own fallback, for CPUs, makes many times as much.
+    Kept: q, k, v, their rates, the cumulated decay and each chunk's [C, C] triangle. In backward everything is made
+    again, and a gradient of each, by twice the products."""
 
     CHUNK = 64
 
     @staticmethod
     def forward(ctx, q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH):
-        B, T, H, V = v_BTHV.shape
-        K = q_BTHK.shape[-1]
-        decay, triangle = torch.empty_like(g_BTH), v_BTHV.new_empty(B, T, H, DeltaRule.CHUNK)
-        ctx.save_for_backward(q_BTHK, k_BTHK, v_BTHV, decay, beta_BTH, triangle)
-        DeltaRule.inner(v_BTHV, K)
+        kept = torch.empty_like(g_BTH), v_BTHV.new_empty(*v_BTHV.shape[:3], DeltaRule.CHUNK)
+        ctx.save_for_backward(q_BTHK, k_BTHK, v_BTHV, beta_BTH, *kept)
+        DeltaRule.products(k_BTHK, v_BTHV)
         return torch.empty_like(v_BTHV)
 
     @staticmethod
-    def inner(v_BTHV, K):
-        """w, u, the new values, and the states."""
-        B, T, H, V = v_BTHV.shape
-        states = v_BTHV.new_empty(B, -(-T // DeltaRule.CHUNK), H, K, V)
-        return v_BTHV.new_empty(B, T, H, K), torch.empty_like(v_BTHV), torch.empty_like(v_BTHV), states
+    def products(k_BTHK: Tensor, v_BTHV: Tensor) -> list[Tensor]:
+        """Of every chunk: triangle, w, u, state, new values, output."""
+        B, T, H, _ = v_BTHV.shape
+        chunks, C = B * H * -(-T // DeltaRule.CHUNK), DeltaRule.CHUNK
+        k, v = (x.new_empty(()).expand(chunks, C, x.shape[-1]) for x in (k_BTHK, v_BTHV))
+        triangle = k @ k.mT
+        w, u, state = triangle @ k, triangle @ v, k.mT @ v
+        new = w @ state
+        return [triangle, w, u, state, new, (k @ state).add_(triangle @ new)]
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, decay, beta, triangle = ctx.saved_tensors
-        again = DeltaRule.inner(v, q.shape[-1])
-        grads = [torch.empty_like(x) for x in again]
+        q, k, v, beta, decay, _ = ctx.saved_tensors
+        made, gradients = DeltaRule.products(k, v), DeltaRule.products(k, v)
+        DeltaRule.products(k, v)
         out = [torch.empty_like(x) for x in (q, k, v, decay, beta)]
-        del again, grads
+        del made, gradients
         return tuple(out)
 
 

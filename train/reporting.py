@@ -195,8 +195,8 @@ class Run:
         if planned := summary["memory"].get("planned"):
             measured = summary["memory"]["measured"]
             print(
-                f"memory of a rank: {planned / 1e9:.2f} GB planned (python -m launch.plan), {measured / 1e9:.2f} GB measured"
-                f" ({measured / planned - 1:+.0%})"
+                f"memory of a rank: {planned / 1e9:.2f} GB planned (python -m launch.plan), {measured / 1e9:.2f} GB "
+                f"measured ({measured / planned - 1:+.0%})"
             )
         left = "model/ (safetensors)" if self.settings.method == "full" else "adapter/ (PEFT)"
         print(

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/plan.py [--json FILE] [--ranks 1 2 4] [--methods lora qlora full] [--tokens 256 512]
 
-A Qwen3.5-MoE of four layers (hidden 256, 32 experts of width 256, top 4), four documents a micro-batch, four steps: at the
-third, ZeRO-3 has learned the order of the layers and gathers as it will for the rest of the run. On a CPU a rank's memory
-is what its process took beyond its imports and documents. Bytes read and sent are counted as they are read and sent.
+A Qwen3.5-MoE of four layers (hidden 256, 32 experts of width 256, top 4), four documents a micro-batch, four steps: at
+the third, ZeRO-3 has learned the order of the layers and gathers as it will for the rest of the run. On a CPU a rank's
+memory is what its process took beyond its imports and documents. Bytes read are counted as they are read.
 """
 
 import argparse
@@ -67,9 +67,10 @@ def main() -> None:
             for method in args.methods:
                 for tokens in args.tokens:
                     rows.append(row := measure(model, method, ranks, tokens, flags))
+                    planned, measured = row["planned_bytes"], row["measured_bytes"]
                     print(
-                        f"{ranks} ranks, {method}, {tokens} tokens: planned {row['planned_bytes'] / 1e6:.0f} MB, measured "
-                        f"{row['measured_bytes'] / 1e6:.0f} MB ({row['measured_bytes'] / row['planned_bytes'] - 1:+.1%}); "
+                        f"{ranks} ranks, {method}, {tokens} tokens: planned {planned / 1e6:.0f} MB, "
+                        f"measured {measured / 1e6:.0f} MB ({measured / planned - 1:+.1%}); "
                         f"read {row['read_bytes'] / 1e6:.1f} MB (planned {row['planned_read_bytes'] / 1e6:.1f})",
                         flush=True,
                     )
