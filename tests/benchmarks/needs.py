@@ -2,8 +2,9 @@
 
     python tests/benchmarks/needs.py [--json FILE] [--checkpoints DIR]
 
-Documents of 10,000 tokens, one a micro-batch, gradient checkpointing, LoRA rank 32, experts divided among all GPUs; nodes of
-up to 8 GPUs, and numbers of GPUs that are powers of two. DIR holds MODEL/config.json: ../shared/checkpoints by default.
+Documents of 10,000 tokens, one a micro-batch, gradient checkpointing, LoRA rank 32, experts divided among all GPUs;
+nodes of up to 8 GPUs, and numbers of GPUs that are powers of two. DIR holds MODEL/config.json: ../shared/checkpoints by
+default.
 """
 
 import argparse
