@@ -19,12 +19,17 @@ from launch.watchdog import watch
 from train.errors import UserError
 
 
+def memory_status() -> dict[str, int]:
+    """Bytes of this process by /proc/self/status: VmRSS resident now, of which RssFile are files' pages, mostly
+    libraries' code; VmHWM, the most that was resident so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+
+
 def peak_host_bytes() -> int:
     """The peak resident set of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage has the peak of the process that started this one in it
-        high_water = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(high_water.split()[1]) * 1024
+    if Path("/proc/self/status").exists():  # getrusage has the peak of the process that started this one in it
+        return memory_status()["VmHWM"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -35,6 +40,15 @@ def reset_peak_host_bytes() -> bool:
     except OSError:
         return False
     return True
+
+
+def allocated_since_start() -> int:
+    """The most that this process took for itself since it joined the others. What libraries' code takes when first
+    used is not among it."""
+    return peak_host_bytes() - memory_status()["RssFile"] - at_start
+
+
+at_start = 0  # bytes that this process had taken when it joined the others, for imports and documents
 
 
 def start_distributed(timeout: float = 0) -> torch.device:
@@ -57,12 +71,13 @@ def start_distributed(timeout: float = 0) -> torch.device:
     if timeout:
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = watch(rank, ranks, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
-        for_ever = timedelta(
-            days=7
-        )  # a rank may wait for another's slow load; whoever hangs is the watchdog's business
+        # A rank may wait for another's slow load; whoever hangs is the watchdog's business.
+        for_ever = timedelta(days=7)
         store.set_timeout(for_ever)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=for_ever)
     deepspeed.init_distributed(backend, verbose=False)
+    global at_start
+    at_start = memory_status()["VmRSS"] - memory_status()["RssFile"]
     return torch.device(accelerator.current_device_name())
 
 

@@ -112,7 +112,7 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     checkpoint, text, model, plan, tokenizer, probes = known.base
     lora = None if settings.method == "full" else lora_settings(settings, text)
     if lora is None:
-        config |= _full_precision(settings, plan)
+        config |= full_precision(settings, plan)
     elif settings.adapter and first:
         check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint), checkpoint)
     corpus = read_corpus(settings, tokenizer, show, known.documents)
@@ -180,7 +180,7 @@ def lora_settings(settings: Settings, text: Any) -> LoRASettings:
     )
 
 
-def _full_precision(settings: Settings, plan: LoadPlan) -> dict[str, Any]:
+def full_precision(settings: Settings, plan: LoadPlan) -> dict[str, Any]:
     """What --method full adds to DeepSpeed's configuration: F32 weights are trained as they are; BF16 ones in BF16 with
     fp32 masters in the optimizer, the few F32 ones among them rounded to BF16 (buffers stay F32)."""
     where = f"--method full --model {settings.model}"

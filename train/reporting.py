@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from launch.distributed import peak_host_bytes, reset_peak_host_bytes
+from launch.distributed import allocated_since_start, peak_host_bytes, reset_peak_host_bytes
 from launch.interruption import INTERRUPTED
 from train.belief.records import read_rows
 from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, by_claim, calibration, measured
@@ -103,7 +103,15 @@ def expert_metrics(layers: list[ExpertParallelExperts], device: torch.device) ->
 
 def peak_memory(device: torch.device) -> int:
     """Bytes, the highest of any rank so far: allocated on the GPU, or resident on a CPU."""
-    own = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_bytes()
+    return _most(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_bytes(), device)
+
+
+def measured_memory(device: torch.device) -> int:
+    """What launch.plan plans, of the rank that took most: allocated on the GPU, or on a CPU since the start."""
+    return _most(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else allocated_since_start(), device)
+
+
+def _most(own: int, device: torch.device) -> int:
     value = torch.tensor(own, dtype=torch.int64, device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return int(value.item())
@@ -221,6 +229,12 @@ class Run:
         self._tell_wandb(lambda run: run.summary.update(flat(summary)))
         self._tell_wandb(lambda run: run.finish())
         console().print(_closing_table(summary))
+        if planned := summary["memory"].get("planned"):
+            measured = summary["memory"]["measured"]
+            print(
+                f"memory of a rank: {planned / 1e9:.2f} GB planned (python -m launch.plan), {measured / 1e9:.2f} GB "
+                f"measured ({measured / planned - 1:+.0%})"
+            )
         left = "model/ (safetensors)" if self.settings.method == "full" else "adapter/ (PEFT)"
         print(
             f"{summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s, "

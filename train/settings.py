@@ -195,12 +195,12 @@ def parse(argv: list[str], usage: str) -> Settings:
     parser.add_settings(Recipe)  # for --help
     values = vars(parser.parse_args([*flags(chosen(recipe.recipe, recipe.variant, names), but=rest), *rest]))
     settings = Settings(**{name: values[name] for name in names})
-    _check_numbers(settings)
+    check_numbers(settings)
     settings.sources()
     return settings
 
 
-def _check_numbers(s: Settings) -> None:
+def check_numbers(s: Settings) -> None:
     least: dict[str, float] = {
         "steps": 0, "epochs": 1, "batch_size": 1, "micro_batch_size": 1, "max_tokens": 2, "warmup_steps": 0,
         "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "lora_rank": 1, "lora_alpha": 0,

@@ -20,6 +20,7 @@ import torch
 
 from launch.distributed import leave, start_distributed
 from launch.interruption import INTERRUPTED, interruption
+from launch.plan import planned_memory
 from train.belief.probes import Record
 from train.checkpoints import resume
 from train.checkpoints.adapter import save_adapter
@@ -29,7 +30,7 @@ from train.checkpoints.whole import save_model
 from train.errors import Interrupted, NonFiniteLoss, UserError
 from train.job import Job, prepare
 from train.model import build
-from train.reporting import Run, peak_memory, summarize
+from train.reporting import Run, measured_memory, peak_memory, summarize
 from train.settings import parse
 from train.trainer import Trainer, make_engine
 
@@ -113,8 +114,12 @@ def finish(
     else:
         save_model(run.directory / "model", plan, job.checkpoint)
     peak = peak_memory(engine.device)
+    measured = measured_memory(engine.device)
     if run.main:
-        run.finish(summarize(job, run, hashes, peak, seconds=time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        run.finish(
+            summarize(job, run, hashes, peak, seconds) | {"memory": {"measured": measured} | planned_memory(job)}
+        )
 
 
 if __name__ == "__main__":

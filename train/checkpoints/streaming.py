@@ -9,7 +9,6 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,7 +50,8 @@ def load(
     reads = plan.reads(dist.get_rank(), dist.get_world_size(), method)
     total = sum(checkpoint.bytes_of(read.name, read.count) for read in reads)
     loader = _Loader(plan, checkpoint, method, ds_config, device)
-    with _freed_memory_goes_back(), tqdm(
+    _freed_memory_goes_back()
+    with tqdm(
         total=total, desc="loading", unit="B", unit_scale=True, disable=not show, mininterval=0.5
     ) as bar, ThreadPoolExecutor(READERS) as pool:  # fmt: skip
         for work in (loader.dense(), loader.experts()):
@@ -59,21 +59,19 @@ def load(
                 bar.update(count)
                 progress("loading")
     checkpoint.close()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # what smaller blocks left
     return Loaded(plan, checkpoint.bytes_read, time.perf_counter() - started, peak_host_bytes())
 
 
-@contextmanager
-def _freed_memory_goes_back() -> Iterator[None]:
-    """glibc keeps freed blocks of up to 32 MiB for itself, and between the lasting small ones of quantized experts they
-    are lost: a load would take a quarter more than it keeps. Here blocks from 1 MiB on are given back when freed."""
-    mallopt, mmap_threshold = getattr(ctypes.CDLL(None), "mallopt", None), -3
+def _freed_memory_goes_back() -> None:
+    """glibc keeps freed blocks of up to 32 MiB for itself, and between lasting small ones they are lost: a load would
+    take a quarter more than it keeps, and a step on a CPU a third more than its tensors. From here on, blocks of 1 MiB
+    and more are given back when freed, and threads share one heap, so that what one freed another can use."""
+    mallopt, mmap_threshold, arena_max = getattr(ctypes.CDLL(None), "mallopt", None), -3, -8
     if mallopt is not None:
         mallopt(mmap_threshold, 2**20)
-    try:
-        yield
-    finally:
-        if mallopt is not None:
-            mallopt(mmap_threshold, 2**25)  # to what glibc would have raised it by itself
+        mallopt(arena_max, 1)
 
 
 class _Loader:
@@ -155,18 +153,14 @@ class _Loader:
         for piece in self.plan.experts:
             if self.method == "full":
                 yield from self._trained(piece)
-            elif self.method == "qlora" and piece.format.kind != "int4":
+            elif becomes_nf4(piece, self.method):
                 yield from self._nf4(piece)
             else:
                 yield from self._as_on_disk(piece)
 
     def _as_on_disk(self, piece: ExpertPiece) -> Iterator[Callable[[], int]]:
         owned = piece.module.ep.owned(piece.module.experts)
-        storage = FrozenExperts(len(owned), *piece.module.shapes()[piece.target][1:])
-        (first, *_) = piece.reads(owned.start)
-        dtypes = {suffix: self.checkpoint.tensors[read.name].dtype for suffix, read in first.items()}
-        storage.allocate(piece.format, len(piece.matrices), dtypes, self.device)
-        piece.module.frozen[piece.target] = storage
+        storage = frozen_as_on_disk(piece, self.checkpoint, self.device)
 
         def fill(expert: int) -> int:
             done = 0
@@ -183,10 +177,7 @@ class _Loader:
 
     def _nf4(self, piece: ExpertPiece) -> Iterator[Callable[[], int]]:
         owned = piece.module.ep.owned(piece.module.experts)
-        out_features, in_features = piece.module.shapes()[piece.target][1:]
-        storage = NF4Experts(len(owned), out_features, in_features)
-        storage.allocate(self.device)
-        piece.module.frozen[piece.target] = storage
+        storage = frozen_as_nf4(piece, self.device)
         shapes = piece.format.tensors(*piece.matrix_shape)
 
         def fill(expert: int) -> int:
@@ -214,3 +205,27 @@ class _Loader:
         ep = piece.module.ep
         for place, read in piece.partition_reads(dist.get_rank() // ep.size, dist.get_world_size() // ep.size):
             yield partial(fill, place, read)
+
+
+def becomes_nf4(piece: ExpertPiece, method: str) -> bool:
+    """Whether a frozen weight is quantized as it is read: INT4 stays what it is."""
+    return method == "qlora" and piece.format.kind != "int4"
+
+
+def frozen_as_on_disk(piece: ExpertPiece, checkpoint: Checkpoint, device: torch.device) -> FrozenExperts:
+    """Gives the piece's module room for its experts' weights in the checkpoint's own format."""
+    owned = piece.module.ep.owned(piece.module.experts)
+    storage = FrozenExperts(len(owned), *piece.module.shapes()[piece.target][1:])
+    (first, *_) = piece.reads(owned.start)
+    dtypes = {suffix: checkpoint.tensors[read.name].dtype for suffix, read in first.items()}
+    storage.allocate(piece.format, len(piece.matrices), dtypes, device)
+    piece.module.frozen[piece.target] = storage
+    return storage
+
+
+def frozen_as_nf4(piece: ExpertPiece, device: torch.device) -> NF4Experts:
+    """Gives the piece's module room for its experts' weights in NF4."""
+    storage = NF4Experts(len(piece.module.ep.owned(piece.module.experts)), *piece.module.shapes()[piece.target][1:])
+    storage.allocate(device)
+    piece.module.frozen[piece.target] = storage
+    return storage

@@ -31,6 +31,13 @@ class ExpertGroup:
         local = experts // self.size
         return range(self.rank * local, (self.rank + 1) * local)
 
+    def exchange(self, rows: Tensor, received_D: list[int], sent_D: list[int]) -> Tensor:
+        """Rows [S, ...] in destination order -> rows [R, ...] in source order. No gradient."""
+        received = rows.new_empty(sum(received_D), *rows.shape[1:])
+        dist.all_to_all_single(received, rows.contiguous(), received_D, sent_D, group=self.group)
+        self.wire_bytes += (sum(sent_D) - sent_D[self.rank]) * math.prod(rows.shape[1:]) * rows.element_size()
+        return received
+
     def zero3_tags(self) -> dict[str, Any]:
         """Attributes of an expert parameter by which ZeRO-3 partitions and reduces it over `replicas` (DeepSpeed's
         AutoEP placement, which has no public name yet). Needed before the parameter is partitioned."""
@@ -51,10 +58,7 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, sent_D, received_D, ep):
         ctx.sizes = sent_D, received_D, ep
-        received = rows.new_empty(sum(received_D), *rows.shape[1:])
-        dist.all_to_all_single(received, rows.contiguous(), received_D, sent_D, group=ep.group)
-        ep.wire_bytes += (sum(sent_D) - sent_D[ep.rank]) * math.prod(rows.shape[1:]) * rows.element_size()
-        return received
+        return ep.exchange(rows, received_D, sent_D)
 
     @staticmethod
     def backward(ctx, grad):
@@ -78,20 +82,18 @@ class Dispatch:
         self.here_Sk = owner_Tk[self.token_S] == destination_S[:, None]
         local_Sk = index_Tk[self.token_S] - destination_S[:, None] * (experts // ep.size)
         slot_Sk = torch.where(self.here_Sk, local_Sk, -1).to(torch.int32)
-        if ep.group is None:
+        if ep.size == 1:
             self.slot_Rk = slot_Sk
             return
         sent = hit_TD.sum(0)
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=ep.group)
-        ep.wire_bytes += (ep.size - 1) * sent.element_size()
+        received = ep.exchange(sent, [1] * ep.size, [1] * ep.size)
         self.sent_D, self.received_D = torch.stack([sent, received]).tolist()
         self.slot_Rk = _Exchange.apply(slot_Sk, self.sent_D, self.received_D, ep)
 
     def send(self, hidden_TH: Tensor, weight_Tk: Tensor) -> tuple[Tensor, Tensor]:
         """-> hidden_RH, weight_Rk of the tokens that use experts of this rank (weight 0 for experts elsewhere)."""
         hidden_SH, weight_Sk = hidden_TH[self.token_S], weight_Tk[self.token_S] * self.here_Sk
-        if self.ep.group is None:
+        if self.ep.size == 1:
             return hidden_SH, weight_Sk
         return (
             _Exchange.apply(hidden_SH, self.sent_D, self.received_D, self.ep),
@@ -100,7 +102,7 @@ class Dispatch:
 
     def combine(self, partial_RH: Tensor) -> Tensor:
         """Partial sums of the received tokens -> out_TH, the sum over the ranks for each token of this rank."""
-        if self.ep.group is not None:
+        if self.ep.size > 1:
             partial_RH = _Exchange.apply(partial_RH, self.received_D, self.sent_D, self.ep)
         out_TH = partial_RH.new_zeros(self.tokens, partial_RH.shape[1])
         return out_TH.index_add(0, self.token_S, partial_RH)

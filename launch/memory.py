@@ -1,0 +1,236 @@
+"""What a rank holds at its fullest moment, from shapes alone.
+
+What lasts (weights, gradients, optimizer) follows from the model's parameters and from what DeepSpeed's ZeRO-3
+allocates for them; what a step makes comes from running it without data (trace.py).
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from torch import Tensor, nn
+
+from launch.trace import PlannedGroup, Step, Trace, device_kernels, tag_calls
+from train.checkpoints.layout import LoadPlan, plan_load
+from train.checkpoints.reader import Checkpoint
+from train.checkpoints.streaming import becomes_nf4, frozen_as_nf4, frozen_as_on_disk
+from train.data.batches import Batch
+from train.lora import LoRASettings
+from train.model import LanguageModel, architecture, skeleton, text_config
+
+META = torch.device("meta")
+
+
+def planned_model(
+    checkpoint: Checkpoint, method: str, lora: LoRASettings | None, ep: PlannedGroup
+) -> tuple[LanguageModel, LoadPlan]:
+    """The model of a rank as `train.model.build` leaves it, on the meta device, with every dense weight whole."""
+    model = skeleton(text_config(checkpoint), ep)
+    plan = plan_load(model, checkpoint)
+    full = method == "full"
+    for piece in plan.dense:
+        parameter = nn.Parameter(
+            torch.empty(piece.shape, dtype=plan.dtype if full else piece.dtype, device=META), requires_grad=full
+        )
+        for module, name in [(piece.module, piece.target), *piece.tied]:
+            module._parameters[name] = parameter
+    for piece in plan.buffers:
+        piece.module._buffers[piece.target] = torch.empty(piece.shape, dtype=piece.dtype, device=META)
+    for experts in plan.experts:
+        if full:
+            shape = len(ep.owned(experts.module.experts)), *experts.module.shapes()[experts.target][1:]
+            weight = nn.Parameter(torch.empty(shape, dtype=plan.dtype, device=META))
+            experts.module.register_parameter(experts.target, weight)
+        elif becomes_nf4(experts, method):
+            nf4 = frozen_as_nf4(experts, META)
+            nf4.quantize(0, torch.empty(nf4.out_features, nf4.in_features, dtype=plan.dtype, device=META))
+        else:
+            frozen_as_on_disk(experts, checkpoint, META)
+    wrapped = LanguageModel(model, architecture(checkpoint), lora, META, compute_dtype=plan.dtype).to(META)
+    storage: Any
+    for storage in (storage for layer in wrapped.expert_layers for storage in layer.frozen.values()):
+        storage.weight = tag_calls(storage.weight, "dequantization")
+    wrapped.causal.lm_head.forward = tag_calls(wrapped.causal.lm_head.forward, "logits")
+    return wrapped, plan
+
+
+def planned_batch(documents: int, tokens: int) -> Batch:
+    """A micro-batch of documents of `tokens` tokens, all but the first of which are in the loss; where there are
+    several, all but one are a token shorter, so that there is padding."""
+    keep = torch.ones(documents, tokens, dtype=torch.bool)
+    keep[1:, -1] = False
+    position = torch.cat([row * tokens + torch.arange(int(keep[row].sum()) - 1) for row in range(documents)])
+    zeros = torch.zeros(documents, tokens, dtype=torch.int64)
+    return Batch(
+        ids_BT=zeros, attention_BT=keep.long(), keep_BT=keep, position_N=position, target_N=torch.zeros_like(position),
+        coefficient_N=torch.ones(len(position)), roles_N=torch.zeros_like(position), names=[],
+    )  # fmt: skip
+
+
+def run_step(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bool) -> Step:
+    """Forward and backward of one micro-batch. The model is `planned_model`'s. gpu: with the kernels of a GPU. Of a
+    deep model, whose layers repeat, two depths a period apart are run: every layer adds what the one a period before
+    it added."""
+    stack = model.causal.model
+    layers = stack.layers
+    start, period = _repetition([_kind(layer) for layer in layers])
+    least = start + period + (len(layers) - start) % period
+    if least + 2 * period >= len(layers):
+        return _run_layers(model, batch, checkpointing, gpu)
+    steps = []
+    for depth in (least, least + period):
+        stack.layers = layers[:depth]
+        steps.append(_run_layers(model, batch, checkpointing, gpu))
+    stack.layers = layers
+    times = (len(layers) - least) // period
+
+    def extended(first: Any, second: Any) -> Any:
+        return first + times * (second - first)
+
+    one, two = steps
+    peak, each = (
+        Counter({tag: max(0, extended(a[tag], b[tag])) for tag in a | b})
+        for a, b in ((one.peak, two.peak), (one.each, two.each))
+    )
+    rest = {name: extended(getattr(one, name), getattr(two, name)) for name in ("kept", "flops", "moved", "wire")}
+    return Step(peak, each, **rest)
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    return tuple((name, parameter.shape) for name, parameter in layer.named_parameters())
+
+
+def _repetition(kinds: list[Any]) -> tuple[int, int]:
+    """(start, period): from `start` on, each layer is of the kind of the one `period` before it."""
+    found = []
+    for period in range(1, len(kinds)):
+        differing = [i for i in range(len(kinds) - period) if kinds[i] != kinds[i + period]]
+        start = differing[-1] + 1 if differing else 0
+        found.append((start + 2 * period, start, period))
+    return min(found, default=(0, 0, 1))[1:]
+
+
+def _run_layers(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bool) -> Step:
+    model.train()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    else:
+        model.causal.gradient_checkpointing_disable()
+
+    def gone(parameter: Tensor) -> None:
+        parameter.grad = None  # ZeRO-3 reduces a gradient as soon as it is whole
+
+    hooks = [p.register_post_accumulate_grad_hook(gone) for p in model.parameters() if p.requires_grad]
+    trace = Trace([*model.parameters(), *model.buffers()])
+    if model.expert_layers:
+        model.expert_layers[0].ep.wire_bytes = 0
+    with trace, device_kernels(model.causal, gpu):
+        terms = model(batch)
+        trace.step.kept = trace.total
+        terms.loss.backward()
+        del terms
+    for hook in hooks:
+        hook.remove()
+    if model.expert_layers:
+        trace.step.wire = model.expert_layers[0].ep.wire_bytes
+    return trace.step
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What DeepSpeed's ZeRO-3 does with parameters (Rajbhandari et al., arXiv 1910.02054, and deepspeed/runtime/zero of
+    the version in constraints.txt). Sizes in elements. ranks: all; replicas: those that hold the same experts."""
+
+    ranks: int
+    replicas: int
+    bucket: int
+    prefetch: int
+    reuse: int
+    group: int  # of the optimizer's updates
+
+    @classmethod
+    def of(cls, config: dict[str, Any], ranks: int, expert_parallel: int) -> "Zero":
+        zero = DeepSpeedZeroConfig(**config["zero_optimization"])
+        sizes = zero.reduce_bucket_size, zero.prefetch_bucket_size, zero.max_reuse_distance, zero.sub_group_size
+        return cls(ranks, ranks // expert_parallel, *map(int, sizes))
+
+
+def split(model: LanguageModel, zero: Zero) -> list[tuple[nn.Parameter, int]]:
+    """Every parameter with the number of ranks among which it is partitioned."""
+    of_experts = {id(p) for layer in model.expert_layers for p in layer.parameters()}
+    return [(p, zero.replicas if id(p) in of_experts else zero.ranks) for p in model.parameters()]
+
+
+@dataclass
+class Memory:
+    """Bytes of one rank. gpu: category -> bytes, at the fullest moment of a step; phases: the total of each moment that
+    was looked at; step: what one micro-batch makes."""
+
+    gpu: dict[str, int]
+    phases: dict[str, int]
+    step: Step
+
+    @property
+    def total(self) -> int:
+        return max(self.phases.values())
+
+
+CATEGORIES = (
+    "dense_partition", "gathered_layer", "experts", "lora_factors", "gradients", "optimizer", "activations", "logits",
+    "dispatch", "dequantization", "buckets",
+)  # fmt: skip
+
+
+def rank_memory(model: LanguageModel, step: Step, zero: Zero, gpu: bool, bf16: bool) -> Memory:
+    """Adds what lasts to a step's tensors.
+
+    Partitions: ceil(numel / ranks) of every parameter. Of what is trained besides: a gradient partition in the
+    parameter's dtype (fp32 factors; BF16 under --method full), an fp32 master copy and AdamW's two moments: 4 + 8
+    bytes. A bucket of reduce_bucket_size elements; on a CPU, where memory is taken when it is first written, as much of
+    it as is ever filled. What is gathered stays until it is used again, within max_reuse_distance elements: a whole
+    small model, of a large one the layers nearest to the loss; besides, prefetch_bucket_size elements. Gathered
+    together, parameters exist twice for a moment: in a flat buffer and each by itself.
+
+    The moments: `gathering`, before the first layer; `backward`, the fullest of forward and backward; `reducing`, the
+    last bucket's gradients, once more in a flat buffer; `updating`, with an fp32 gradient of sub_group_size elements,
+    and AdamW's root of the second moment, on a CPU twice.
+    """
+    parts = [(p, -(-p.numel() // ranks), ranks) for p, ranks in split(model, zero)]
+    trained = [(p, part, ranks) for p, part, ranks in parts if p.requires_grad]
+    experts = {id(p) for layer in model.expert_layers for p in layer.parameters()}
+    factors = {id(p) for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
+    held: Counter[str] = Counter(dict.fromkeys(CATEGORIES, 0))
+    for p, part, _ in parts:
+        kind = "lora_factors" if id(p) in factors else "experts" if id(p) in experts else "dense_partition"
+        held[kind] += part * p.itemsize
+    buffers = {id(b): b.nbytes for layer in model.expert_layers for b in layer.frozen.buffers()}
+    held["experts"] += sum(buffers.values())
+    held["dense_partition"] += sum(b.nbytes for b in model.buffers() if id(b) not in buffers)
+    itemsize, trained_part = (2 if bf16 else 4), sum(part for _, part, _ in trained)
+    held["gradients"] = trained_part * itemsize
+    held["optimizer"] = trained_part * 12
+    filled = min(zero.bucket, sum(p.numel() for p, _, _ in trained))
+    held["buckets"] = (zero.bucket if gpu else filled) * itemsize
+
+    divided = [p for p, _, ranks in parts if ranks > 1]
+    elements, size = sum(p.numel() for p in divided), sum(p.nbytes for p in divided)
+    mean = size / max(1, elements)
+    largest = max((p.nbytes for p in divided), default=0)
+    whole = 2 * elements <= zero.reuse
+    stays = size if whole else min(size, max(largest, int(mean * zero.reuse / 2)))
+    flat = int(mean * min(elements, zero.prefetch))
+    reduced = filled * itemsize if any(ranks > 1 for _, _, ranks in trained) else 0
+    update = max(min(zero.group, sum(part for p, part, _ in trained if (id(p) in experts) == of)) for of in (0, 1))
+    moments = {
+        "gathering": Counter(gathered_layer=(stays if whole else flat) + flat),
+        "backward": Counter(step.peak) + Counter(gathered_layer=stays if whole else stays + flat),
+        "reducing": Counter(gathered_layer=stays, buckets=reduced),
+        "updating": Counter(optimizer=update * (4 + (4 if gpu else 8))),
+    }
+    if filled == zero.bucket:  # it is emptied in the midst of backward
+        moments["backward"]["buckets"] += reduced
+    phases = {name: sum((held + moment).values()) for name, moment in moments.items()}
+    fullest = held + moments[max(phases, key=lambda name: phases[name])]
+    return Memory({name: int(fullest[name]) for name in CATEGORIES}, phases, step)

@@ -1,0 +1,363 @@
+"""Says before a job is queued whether it fits, how long it loads and what a step costs.
+
+    python -m launch.plan --model DIR --nodes 1 --gpus 8 --gpu-memory 80 --method qlora --gradient-checkpointing
+    python -m launch.plan --model config.json --nodes 2 --gpus 8 --gpu-memory 141 --search
+
+Needs no weights and no GPU: a directory, or its config.json alone. Takes the settings of train/sft.py; every document
+is taken to have --max-tokens tokens, all of them in the loss. Exit code 1 where it does not fit.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from launch.bare import BareCheckpoint
+from launch.distributed import memory_status
+from launch.memory import CATEGORIES, Memory, Zero, planned_batch, planned_model, rank_memory, run_step, split
+from launch.trace import PlannedGroup
+from train.checkpoints.reader import Checkpoint
+from train.checkpoints.streaming import READERS
+from train.errors import UserError
+from train.job import Job, checked_expert_parallel, full_precision, lora_settings
+from train.model import text_config
+from train.settings import MOST, Parser, Settings, check_numbers, ds_config
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A kind of GPU, by its memory in GB. Per second, by its maker's data sheet: dense BF16 operations, bytes of its
+    memory, bytes of NVLink one way."""
+
+    name: str
+    memory: int
+    flops: float
+    bandwidth: float
+    nvlink: float
+
+
+GPUS = (
+    GPU("H100", 80, 989e12, 3.35e12, 450e9),
+    GPU("H200", 141, 989e12, 4.8e12, 450e9),
+    GPU("B200", 192, 2250e12, 8e12, 900e9),
+)
+NETWORK = 50e9  # bytes a second and GPU: 400 Gb/s InfiniBand
+DISK = 2e9  # bytes a second and node
+RUNTIME = 2_000_000_000  # CUDA context, NCCL's and cuBLAS's buffers
+USABLE = 0.95  # of a GPU's memory: the rest is lost between blocks of torch's allocator
+
+ASSUMED = f"""\
+assumed: {RUNTIME / 1e9:.0f} GB for CUDA, NCCL and cuBLAS, and {1 - USABLE:.0%} of the memory lost between blocks of
+torch's allocator; routing uniformly at random; all documents of --max-tokens tokens. Time is a
+roofline: for each micro-batch the longer of matrix products at the GPU's dense BF16 peak and of all
+operands through its memory, once each; then, not overlapped, NVLink and a network of {NETWORK * 8 / 1e9:.0f} Gb/s
+a GPU; load from a disk of {DISK / 1e9:.0f} GB/s a node. Real steps are slower.
+"""
+
+
+@dataclass(kw_only=True)
+class Cluster:
+    """What the job is to run on."""
+
+    nodes: int
+    gpus: int  # of a node
+    memory: float  # GB of a GPU; 0: on CPUs
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus
+
+    @property
+    def gpu(self) -> GPU:
+        """The kind of GPU whose memory is nearest."""
+        return min(GPUS, key=lambda gpu: abs(gpu.memory - self.memory))
+
+
+class Plan:
+    """What a job of these settings needs on a cluster. tokens: those of the longest document."""
+
+    def __init__(self, settings: Settings, checkpoint: Checkpoint, cluster: Cluster, tokens: int):
+        self.settings, self.checkpoint, self.cluster, self.tokens = settings, checkpoint, cluster, tokens
+        self.accumulation = math.ceil(settings.batch_size / (cluster.ranks * settings.micro_batch_size))
+        self.expert_parallel = checked_expert_parallel(settings, cluster.ranks)
+        config = ds_config(settings, cluster.ranks, self.accumulation)
+        lora = None if settings.method == "full" else lora_settings(settings, text_config(checkpoint))
+        self.group = PlannedGroup(self.expert_parallel)
+        self.model, self.load = planned_model(checkpoint, settings.method, lora, self.group)
+        if lora is None:
+            config |= full_precision(settings, self.load)
+        self._memory: dict[bool, Memory] = {}
+        self.zero, self.bf16 = Zero.of(config, cluster.ranks, self.expert_parallel), "bf16" in config
+
+    def memory(self, checkpointing: bool) -> Memory:
+        """Of one rank, with or without gradient checkpointing."""
+        if checkpointing not in self._memory:
+            gpu, batch = self.cluster.memory > 0, planned_batch(self.settings.micro_batch_size, self.tokens)
+            step = run_step(self.model, batch, checkpointing, gpu)
+            self._memory[checkpointing] = rank_memory(self.model, step, self.zero, gpu, self.bf16)
+        return self._memory[checkpointing]
+
+    @property
+    def chosen(self) -> Memory:
+        return self.memory(self.settings.gradient_checkpointing)
+
+    @property
+    def gpu_bytes(self) -> dict[str, int]:
+        """Category -> bytes of a GPU, and their total."""
+        entries = self.chosen.gpu | {"runtime": RUNTIME if self.cluster.memory else 0}
+        return entries | {"total": sum(entries.values())}
+
+    @property
+    def fits(self) -> bool:
+        return self.gpu_bytes["total"] <= USABLE * self.cluster.memory * 1e9
+
+    @cached_property
+    def read_bytes(self) -> int:
+        """What the first rank reads from disk; the others read as much, but for padding."""
+        reads = self.load.reads(0, self.cluster.ranks, self.settings.method)
+        return sum(self.checkpoint.bytes_of(read.name, read.count) for read in reads)
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of a node: for each rank its process, as large as this one, the matrices that its readers hold, and
+        its factors, which ZeRO-3 lays out anew by way of the host. On CPUs, all that a rank holds."""
+        if not self.cluster.memory:
+            return self.cluster.gpus * (memory_status()["VmRSS"] + self.gpu_bytes["total"])
+        first = (piece.reads(0, self.cluster.ranks) for piece in self.load.dense)
+        sizes = [sum(self.checkpoint.bytes_of(r.name, r.count) for r in reads.values()) for reads in first]
+        sizes += [
+            sum(self.checkpoint.bytes_of(r.name, r.count) for matrix in piece.reads(0) for r in matrix.values())
+            for piece in self.load.experts
+        ]
+        buffers = READERS * max(sizes) + self.chosen.gpu["lora_factors"]
+        return self.cluster.gpus * (memory_status()["VmRSS"] + buffers)
+
+    @property
+    def wire_bytes(self) -> dict[str, int]:
+        """What a GPU sends in a step. experts: hidden states, counted as the step without data sends them. gather:
+        ZeRO-3's partitions, (ranks - 1) / ranks of every parameter, before forward and, where it was let go, before
+        backward. reduce: as much of every gradient. As much to each rank: so the part to other nodes is that of the
+        ranks that are there."""
+        micro, parts = self.accumulation, split(self.model, self.zero)
+        again = 2 if 2 * sum(p.numel() for p, ranks in parts if ranks > 1) > self.zero.reuse else 1
+        gather = sum(p.nbytes * (ranks - 1) // ranks for p, ranks in parts)
+        reduce = sum(p.numel() * (2 if self.bf16 else 4) * (n - 1) // n for p, n in parts if p.requires_grad)
+        sent = {"experts": micro * self.chosen.step.wire, "gather": micro * again * gather, "reduce": micro * reduce}
+        away = sent["experts"] * self._away(self.expert_parallel)
+        away += (sent["gather"] + sent["reduce"]) * self._away(self.cluster.ranks)
+        total = sum(sent.values())
+        return sent | {"nvlink": total - int(away), "network": int(away), "total": total}
+
+    def _away(self, ranks: int) -> float:
+        """Of the other ranks of a group of consecutive ones, the part on other nodes."""
+        return (ranks - min(ranks, self.cluster.gpus)) / (ranks - 1) if ranks > 1 else 0.0
+
+    @property
+    def flops(self) -> int:
+        """Of a GPU in a step."""
+        return self.accumulation * self.chosen.step.flops
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By the roofline (Williams et al., CACM 52(4), 2009) of ASSUMED."""
+        gpu, wire = self.cluster.gpu, self.wire_bytes
+        compute, memory = self.chosen.step.flops / gpu.flops, self.chosen.step.moved / gpu.bandwidth
+        update = 32 * self.chosen.gpu["optimizer"] / 12 / gpu.bandwidth  # read and write four numbers an element
+        parts = {
+            "compute": self.accumulation * compute, "memory": self.accumulation * memory + update,
+            "nvlink": wire["nvlink"] / gpu.nvlink, "network": wire["network"] / NETWORK,
+        }  # fmt: skip
+        step = self.accumulation * max(compute, memory) + update + parts["nvlink"] + parts["network"]
+        return {"load": self.cluster.gpus * self.read_bytes / DISK, "step": step} | parts
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.settings.batch_size * self.tokens / self.seconds["step"]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "fits": self.fits, "gpu_bytes": self.gpu_bytes, "host_bytes": self.host_bytes,
+            "read_bytes": self.cluster.gpus * self.read_bytes, "wire_bytes": self.wire_bytes, "flops": self.flops,
+            "seconds": self.seconds, "tokens_per_second": self.tokens_per_second,
+            "activation_bytes": {
+                name: sum(self.memory(on).step.peak.values())
+                for name, on in (("checkpointing", True), ("no_checkpointing", False))
+            },
+            "settings": dataclasses.asdict(self.settings), "cluster": dataclasses.asdict(self.cluster),
+        }  # fmt: skip
+
+
+def planned_memory(job: Job) -> dict[str, Any]:
+    """Of a job that has run here, what it was to take: bytes of a rank, beside those of its imports, and how they
+    divide. {} for a model that cannot be planned."""
+    device, local = get_accelerator().device_name(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = job.resolved["ranks"]
+    memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if device == "cuda" else 0
+    cluster = Cluster(nodes=max(1, ranks // local), gpus=min(local, ranks), memory=memory)
+    longest = max(len(sample.ids_L) for sample in job.corpus.samples)
+    try:
+        plan = Plan(job.settings, job.checkpoint, cluster, longest)
+        categories = plan.gpu_bytes
+    except NotImplementedError:
+        return {}
+    held = {"planned": plan.chosen.total, "read": plan.read_bytes}
+    return held | {"categories": categories, "moments": plan.chosen.phases}
+
+
+def changes(settings: Settings, cluster: Cluster) -> Iterator[tuple[str, Settings, Cluster]]:
+    """What makes a job smaller, the cheapest first, each upon the ones before: (what it costs, settings, cluster)."""
+    now = settings
+    if not now.gradient_checkpointing:
+        now = dataclasses.replace(now, gradient_checkpointing=True)
+        yield "--gradient-checkpointing: a forward more, the same losses", now, cluster
+    while now.micro_batch_size > 1:
+        now = dataclasses.replace(now, micro_batch_size=now.micro_batch_size // 2)
+        yield f"--micro-batch-size {now.micro_batch_size}: more micro-batches, the same losses", now, cluster
+    if now.expert_parallel not in (0, cluster.ranks):
+        now = dataclasses.replace(now, expert_parallel=0)
+        yield f"--expert-parallel {cluster.ranks}: tokens travel further, the same losses", now, cluster
+    for method in {"full": ["lora", "qlora"], "lora": ["qlora"]}.get(now.method, []):
+        now = dataclasses.replace(now, method=method)
+        cost = "factors instead of weights are trained" if method == "lora" else "experts rounded to NF4"
+        yield f"--method {method}: {cost}", now, cluster
+    nodes = cluster.nodes
+    while nodes < 64:
+        nodes *= 2
+        yield f"--nodes {nodes}", now, dataclasses.replace(cluster, nodes=nodes)
+    while now.max_tokens > 1024:
+        now = dataclasses.replace(now, max_tokens=now.max_tokens // 2)
+        yield f"--max-tokens {now.max_tokens}: longer documents are cut", now, dataclasses.replace(cluster, nodes=nodes)
+
+
+def search(settings: Settings, checkpoint: Checkpoint, cluster: Cluster) -> list[Plan]:
+    """Settings that fit, the fastest first; by qlora, which rounds the experts, only where nothing fits by lora."""
+    found: list[Plan] = []
+    methods = [settings.method] if settings.method == "full" else ["lora", "qlora"]
+    groups = [size for size in (cluster.gpus, cluster.ranks) if settings.expert_parallel in (0, size)]
+    for method in methods:
+        for expert_parallel in sorted(set(groups or [settings.expert_parallel])):
+            for checkpointing in (False, True):
+                for micro in (1, 2, 4, 8):
+                    if micro * cluster.ranks > max(settings.batch_size, cluster.ranks):
+                        break
+                    tried = dataclasses.replace(
+                        settings, method=method, expert_parallel=expert_parallel, micro_batch_size=micro,
+                        gradient_checkpointing=checkpointing,
+                    )  # fmt: skip
+                    plan = Plan(tried, checkpoint, cluster, settings.max_tokens)
+                    if not plan.fits:
+                        break  # nor does a larger one
+                    found.append(plan)
+        if found:
+            break
+    return sorted(found, key=lambda plan: plan.seconds["step"])
+
+
+def flags(settings: Settings) -> str:
+    """The settings that a search decides, as a command line."""
+    names = ["method", "micro_batch_size", "expert_parallel"]
+    words = [f"--{name.replace('_', '-')} {getattr(settings, name)}" for name in names]
+    return " ".join(words + ["--gradient-checkpointing"] * settings.gradient_checkpointing)
+
+
+def show(plan: Plan) -> None:
+    """The plan on the terminal."""
+    cluster, gpu, held = plan.cluster, plan.cluster.gpu, plan.gpu_bytes
+    wire, seconds = plan.wire_bytes, plan.seconds
+    print(f"{cluster.nodes} x {cluster.gpus} GPUs of {cluster.memory:g} GB, {flags(plan.settings)}")
+    print("\neach GPU, in GB, at its fullest moment, and the most of a step's tensors of a kind at any moment:")
+    for name in (*CATEGORIES, "runtime", "total"):
+        most = plan.chosen.step.each.get(name)
+        print(f"  {name.replace('_', ' '):<18}{held[name] / 1e9:9.2f}" + (f"{most / 1e9:9.2f}" if most else ""))
+    for on in (False, True):
+        kept, peak = plan.memory(on).step.kept, sum(plan.memory(on).step.peak.values())
+        name = "with" if on else "without"
+        print(f"  a step's tensors {name} checkpointing: {peak / 1e9:.2f}, of which {kept / 1e9:.2f} kept for backward")
+    print(
+        f"\neach node: {plan.host_bytes / 1e9:.0f} GB of host memory, {cluster.gpus * plan.read_bytes / 1e9:.1f} GB "
+        f"read in {seconds['load']:.0f} s"
+        f"\neach GPU and step: {plan.flops / 1e12:.1f} TFLOP; sends {wire['nvlink'] / 1e9:.2f} GB by NVLink and "
+        f"{wire['network'] / 1e9:.2f} GB by network (experts {wire['experts'] / 1e9:.2f}, gathered "
+        f"{wire['gather'] / 1e9:.2f}, gradients {wire['reduce'] / 1e9:.2f})"
+        f"\na step of {plan.settings.batch_size} documents on {gpu.name}s takes at least {seconds['step']:.2f} s "
+        f"(compute {seconds['compute']:.2f}, memory {seconds['memory']:.2f}, NVLink {seconds['nvlink']:.2f}, network "
+        f"{seconds['network']:.2f}): at most {plan.tokens_per_second:,.0f} tokens/s\n\n{ASSUMED}"
+    )
+    print(f"{'fits' if plan.fits else 'does NOT fit'} into {USABLE * cluster.memory:.1f} GB of {cluster.memory:g}")
+
+
+def advise(plan: Plan) -> None:
+    """What to change where a plan does not fit, each change upon the ones before, until it does."""
+    print("\nto make it fit, the cheapest first, each with those before:")
+    for what, settings, cluster in changes(plan.settings, plan.cluster):
+        try:
+            smaller = Plan(settings, plan.checkpoint, cluster, min(plan.tokens, settings.max_tokens))
+        except UserError:  # such as a number of ranks that does not divide the experts
+            continue
+        print(f"  {smaller.gpu_bytes['total'] / 1e9:8.1f} GB  {what}{'  <- fits' if smaller.fits else ''}")
+        if smaller.fits:
+            return
+
+
+def opened(model: str) -> Checkpoint:
+    """--model: a directory with its weights, or a config.json."""
+    path = Path(model)
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        return Checkpoint(path)
+    if path.is_file() and path.name != "config.json":
+        raise UserError(f"--model {path}: give a model's directory or its config.json.")
+    return BareCheckpoint(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0 where the job fits, 1 where not, 2 for what the user can mend."""
+    try:
+        parser = Parser(__doc__ or "")
+        parser.add_settings(Settings)
+        parser.add_argument("--nodes", type=int, default=1, help="nodes (default: 1)")
+        parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node (default: 8)")
+        parser.add_argument("--gpu-memory", type=float, default=80, help="GB of each (default: 80)")
+        parser.add_argument("--search", action="store_true", help="propose settings, the fastest that fit")
+        parser.add_argument("--json", metavar="FILE", help="write the plan")
+        values = vars(parser.parse_args(arguments))
+        given = {name: values[name] for name in Settings.__dataclass_fields__}
+        settings, cluster = (
+            Settings(**given),
+            Cluster(nodes=values["nodes"], gpus=values["gpus"], memory=values["gpu_memory"]),
+        )
+        check_numbers(settings)
+        for name in ("nodes", "gpus", "gpu_memory"):
+            if not 0 < values[name] <= MOST:
+                raise UserError(f"--{name.replace('_', '-')} {values[name]}: must be more than 0, and at most {MOST}.")
+        checkpoint = opened(settings.model)
+        found = search(settings, checkpoint, cluster) if values["search"] else []
+        for other in found[:5]:
+            print(
+                f"{other.gpu_bytes['total'] / 1e9:6.1f} GB, {other.tokens_per_second:9,.0f} tokens/s at most: "
+                f"{flags(other.settings)}"
+            )
+        if values["search"] and not found:
+            print("no setting of method, micro-batch, checkpointing and expert parallelism fits")
+        plan = found[0] if found else Plan(settings, checkpoint, cluster, settings.max_tokens)
+        show(plan)
+        if not plan.fits:
+            advise(plan)
+        if values["json"]:
+            Path(values["json"]).write_text(json.dumps(plan.as_json(), indent=1) + "\n")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if plan.fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,290 @@
+"""One training step run without data, to learn what it allocates, computes and sends.
+
+The model's own forward, loss and backward run on torch's meta device, where tensors have shapes but no values; integers
+that decide shapes (tokens, routing) are real. So what is counted are the tensors that the step makes, not a formula's
+idea of them. The router's choice, which would need values, is replaced by experts drawn uniformly at random.
+
+Shapes: B documents, T tokens, H heads, K and V head sizes of keys and values, C tokens of a chunk.
+"""
+
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from train.experts.dispatch import ExpertGroup
+
+aten = torch.ops.aten
+INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+
+
+@dataclass
+class Step:
+    """One micro-batch. peak: category -> bytes of all tensors beside weights, gradients and optimizer, at the moment
+    when they are most together; each: category -> the most of it at any moment; kept: bytes alive between forward and
+    backward; flops: of matrix products, convolution and attention, two a multiplication; moved: bytes read and written
+    by the operations; wire: bytes that a rank sends to the other ranks of its expert-parallel group."""
+
+    peak: Counter[str] = field(default_factory=Counter)
+    each: Counter[str] = field(default_factory=Counter)
+    kept: int = 0
+    flops: int = 0
+    moved: int = 0
+    wire: int = 0
+
+
+class PlannedGroup(ExpertGroup):
+    """A group whose other ranks are not there: they send this rank as much as it sends them."""
+
+    def exchange(self, rows: Tensor, received_D: list[int], sent_D: list[int]) -> Tensor:
+        self.wire_bytes += (sum(sent_D) - sent_D[self.rank]) * rows[:1].numel() * rows.element_size()
+        with tagged("dispatch"):
+            return rows.clone()
+
+
+_tags = ["activations"]
+
+
+@contextmanager
+def tagged(name: str) -> Iterator[None]:
+    """What is allocated inside counts as `name`."""
+    _tags.append(name)
+    try:
+        yield
+    finally:
+        _tags.pop()
+
+
+def tag_calls(function: Callable, name: str) -> Callable:
+    """The function, with what it allocates counted as `name`."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with tagged(name):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@lru_cache(maxsize=8)
+def drawn(rows: int, experts: int, k: int) -> Tensor:
+    """[rows, k] different experts for each row, uniformly at random."""
+    return torch.rand(rows, experts, generator=torch.Generator().manual_seed(0)).topk(k, sorted=False).indices
+
+
+class Trace(TorchDispatchMode):
+    """Counts the tensors alive while operations run. An operation with a meta tensor among its arguments runs on the
+    meta device altogether. known: weights, which are counted elsewhere."""
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.alive: dict[int, tuple[Any, int, str]] = {}
+        self.now: Counter[str] = Counter()
+        self.total = self.most = 0
+        self.step = Step()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        meta = any(tensor.is_meta for tensor in tensors)
+        if meta and func is aten.topk.default:
+            out: Any = self._topk(*args, **kwargs)
+        elif meta and func is aten._local_scalar_dense.default:
+            raise NotImplementedError("a value of the model decides what it computes: it cannot be planned")
+        else:
+            if func is aten._to_copy.default and not meta:  # to where the model is: integers stay real
+                kwargs = kwargs | {"device": torch.device("cpu")}
+            if meta and func in INDEXING:  # where a mask is true, is known while it is real
+                args = args[0], [_positions(index) for index in args[1]], *args[2:]
+            if meta:
+                args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
+            out = _grouped_mm(*args, **kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
+        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for tensor in results:
+            self._count(tensor)
+        given = {tensor.untyped_storage()._cdata for tensor in tensors}
+        if func._schema.is_mutable or not all(t.untyped_storage()._cdata in given for t in results):  # no mere view
+            self.step.moved += sum(tensor.nbytes for tensor in (*tensors, *results))
+        count = FLOPS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
+        self.step.flops += count(*args, **kwargs, out_val=out) if count else 0
+        return out
+
+    @staticmethod
+    def _topk(values: Tensor, k: int, dim: int = -1, *rest: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        assert dim in (-1, values.dim() - 1)
+        indices = drawn(values.numel() // values.shape[-1], values.shape[-1], k).view(*values.shape[:-1], k)
+        return values.new_empty(indices.shape), indices.clone()
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known or key in self.alive or not size:
+            return
+        tag = _tags[-1]
+        self.alive[key] = weakref.ref(storage, partial(self._forget, key)), size, tag
+        self.now[tag] += size
+        self.total += size
+        self.step.each[tag] = max(self.step.each[tag], self.now[tag])
+        if self.total > self.most:
+            self.most, self.step.peak = self.total, self.now.copy()
+
+    def _forget(self, key: int, _: Any) -> None:
+        _, size, tag = self.alive.pop(key)
+        self.now[tag] -= size
+        self.total -= size
+
+
+def _positions(index: Tensor | None) -> Tensor | None:
+    return index.nonzero()[:, 0] if index is not None and index.dtype == torch.bool and not index.is_meta else index
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor, *rest: Any) -> Tensor:
+    """Rows by group [P, k] @ [E, k, n] -> [P, n]; [m, P] @ [P, n] -> [E, m, n]. (torch's own meta function takes BF16
+    alone.)"""
+    shape = (len(offs), a.shape[0], b.shape[1]) if b.dim() == 2 else (a.shape[0], b.shape[2])
+    return a.new_empty(shape)
+
+
+def _grouped_flops(a: Tensor, b: Tensor, *rest: Any, out_val: Tensor, **more: Any) -> int:
+    return 2 * a.numel() * b.shape[-1]
+
+
+def _attention_flops(products: int) -> Callable[..., int]:
+    """Each product of T x T with a head's size; the causal half that is masked is not left out."""
+
+    def count(*args: Any, out_val: Any, **kwargs: Any) -> int:
+        query = next(a for a in args[products // 5 :] if isinstance(a, Tensor))  # backward has the gradient first
+        return 2 * products * query.numel() * query.shape[2]
+
+    return count
+
+
+FLOPS: dict[Any, Callable[..., int]] = {
+    aten._grouped_mm: _grouped_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops(2),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_flops(5),
+}
+
+
+def attention(
+    gpu: bool, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None, **_: Any
+) -> tuple[Tensor, None]:
+    """transformers' `sdpa` attention, by the kernel that the device would have: on a GPU the memory-efficient one,
+    which takes any mask and keeps what flash attention keeps (queries, keys, values, output, a log-sum-exp a row: Dao
+    et al., arXiv 2205.14135); on a CPU the one that torch chooses, flash attention or all T x T weights."""
+    gqa = getattr(module, "num_key_value_groups", 1) > 1
+    if gqa and not use_gqa_in_sdpa(mask, k, v):
+        k, v, gqa = repeat_kv(k, module.num_key_value_groups), repeat_kv(v, module.num_key_value_groups), False
+    causal = mask is None and q.shape[2] > 1
+    if not gpu and _chosen_on_cpu(q, k, v, mask, causal, gqa) == SDPBackend.MATH.value:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, 0.0, causal, scale=scaling, enable_gqa=gqa
+        )
+        return out.transpose(1, 2).contiguous(), None
+    if mask is not None:  # torch makes a sum of it, once for each layer
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device="meta").masked_fill_(mask.logical_not(), float("-inf"))
+    if gpu:
+        bias = None if mask is None else mask.expand(-1, q.shape[1], -1, -1)
+        if gqa:
+            k, v = (repeat_kv(x, module.num_key_value_groups) for x in (k, v))
+        out = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scaling)[0]
+    else:
+        out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scaling)[0]
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _chosen_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, gqa: bool) -> int:
+    """torch's choice depends on heads, head sizes and dtype."""
+    with _disable_current_modes():
+        small = [torch.empty(1, x.shape[1], 2, x.shape[3], dtype=x.dtype) for x in (q, k, v)]
+        allowed = None if mask is None else torch.ones(1, 1, 2, 2, dtype=torch.bool)
+        choose: Any = torch._fused_sdp_choice
+        return choose(*small, allowed, 0.0, causal, scale=None, enable_gqa=gqa)
+
+
+for _gpu in (True, False):
+    ALL_ATTENTION_FUNCTIONS.register(f"planned_{_gpu}", partial(attention, _gpu))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(f"planned_{_gpu}", sdpa_mask)
+
+
+class DeltaRule(torch.autograd.Function):
+    """The gated delta rule as flash-linear-attention's chunk kernel has it (Yang et al., arXiv 2412.06464): what it
+    keeps, what it makes besides, and its products; transformers' own fallback, for CPUs, makes many times as much.
+    Kept: q, k, v, their rates, the cumulated decay and each chunk's [C, C] triangle. In backward everything is made
+    again, and a gradient of each, by twice the products."""
+
+    CHUNK = 64
+
+    @staticmethod
+    def forward(ctx, q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH):
+        kept = torch.empty_like(g_BTH), v_BTHV.new_empty(*v_BTHV.shape[:3], DeltaRule.CHUNK)
+        ctx.save_for_backward(q_BTHK, k_BTHK, v_BTHV, beta_BTH, *kept)
+        DeltaRule.products(k_BTHK, v_BTHV)
+        return torch.empty_like(v_BTHV)
+
+    @staticmethod
+    def products(k_BTHK: Tensor, v_BTHV: Tensor) -> list[Tensor]:
+        """Of every chunk: triangle, w, u, state, new values, output."""
+        B, T, H, _ = v_BTHV.shape
+        chunks, C = B * H * -(-T // DeltaRule.CHUNK), DeltaRule.CHUNK
+        k, v = (x.new_empty(()).expand(chunks, C, x.shape[-1]) for x in (k_BTHK, v_BTHV))
+        triangle = k @ k.mT
+        w, u, state = triangle @ k, triangle @ v, k.mT @ v
+        new = w @ state
+        return [triangle, w, u, state, new, (k @ state).add_(triangle @ new)]
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, beta, decay, _ = ctx.saved_tensors
+        made, gradients = DeltaRule.products(k, v), DeltaRule.products(k, v)
+        DeltaRule.products(k, v)
+        out = [torch.empty_like(x) for x in (q, k, v, decay, beta)]
+        del made, gradients
+        return tuple(out)
+
+
+def _delta_rule(query, key, value, g, beta, initial_state=None, output_final_state=False, **kwargs):
+    """In the place of transformers' function of this signature."""
+    assert initial_state is None and not output_final_state
+    groups = value.shape[2] // key.shape[2]
+    if groups > 1:
+        query, key = (x.repeat_interleave(groups, dim=2) for x in (query, key))
+    return DeltaRule.apply(query, key, value, g, beta), None
+
+
+@contextmanager
+def device_kernels(model: Any, gpu: bool) -> Iterator[None]:
+    """Attention and, for a GPU, its kernel of the gated delta rule in the place of the model's fallback."""
+    name, usual = "torch_chunk_gated_delta_rule", model.config._attn_implementation
+    modules = {sys.modules[type(module).__module__] for module in model.modules()} if gpu else set()
+    fallbacks = {module: getattr(module, name) for module in modules if hasattr(module, name)}
+    for module in fallbacks:
+        setattr(module, name, _delta_rule)
+    model.config._attn_implementation = f"planned_{gpu}"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = usual
+        for module, fallback in fallbacks.items():
+            setattr(module, name, fallback)

@@ -1,0 +1,94 @@
+"""The plan: a step without data makes the tensors that the step makes, and the command says what follows from them."""
+
+import json
+
+import pytest
+import torch
+
+from launch.memory import planned_batch, planned_model, run_step
+from launch.plan import Cluster, Plan, main, opened
+from launch.trace import PlannedGroup, Trace
+from tests.models import write_model
+from train.checkpoints.reader import Checkpoint
+from train.lora import LoRASettings
+from train.settings import parse
+
+LORA = LoRASettings(rank=4, alpha=8.0, expert_rank=4, seed=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("family", "method"), [("qwen", "lora"), ("qwen", "full"), ("deepseek", "lora"), ("dense", "lora")]
+)
+def test_a_step_without_data_makes_the_tensors_of_the_step(tmp_path, family, method, checkpointing):
+    checkpoint, batch = Checkpoint(write_model(tmp_path / "model", family)), planned_batch(2, 48)
+    model, _ = planned_model(checkpoint, method, LORA if method == "lora" else None, PlannedGroup())
+    planned = run_step(model, batch, checkpointing, gpu=False)
+
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.normal_(0, 0.02, generator=generator)
+    trace = Trace([*model.parameters(), *model.buffers()])
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        for p in model.parameters()
+        if p.requires_grad
+    ]
+    with trace:
+        terms = model(batch)
+        kept = trace.total
+        terms.loss.backward()
+    assert hooks
+    assert kept == pytest.approx(planned.kept, rel=0.02)
+    assert trace.most == pytest.approx(sum(planned.peak.values()), rel=0.02)
+
+
+def test_a_deep_model_is_planned_from_two_depths(tmp_path):
+    sizes = {"num_hidden_layers": 12, "layer_types": ["linear_attention", "full_attention"] * 6}
+    checkpoint = Checkpoint(write_model(tmp_path / "deep", "qwen", **sizes))
+    batch = planned_batch(1, 32)
+    model, _ = planned_model(checkpoint, "lora", LORA, PlannedGroup(2))
+    extended = run_step(model, batch, True, gpu=True)
+    from launch.memory import _run_layers
+
+    whole = _run_layers(model, batch, True, gpu=True)
+    assert (extended.kept, extended.flops, extended.wire) == (whole.kept, whole.flops, whole.wire)
+    assert sum(extended.peak.values()) == pytest.approx(sum(whole.peak.values()), rel=0.01)
+
+
+def test_a_config_alone_gives_the_plan_of_the_checkpoint(tmp_path):
+    directory = write_model(tmp_path / "model", "qwen", dtype=torch.bfloat16)
+    (tmp_path / "bare").mkdir()
+    config = tmp_path / "bare" / "config.json"
+    config.write_text((directory / "config.json").read_text())
+    settings = parse(["--model", str(directory), "--method", "lora", "--max-tokens", "64"], "")
+    cluster = Cluster(nodes=1, gpus=2, memory=80)
+    whole, bare = (Plan(settings, opened(str(path)), cluster, 64) for path in (directory, config))
+    assert bare.gpu_bytes == whole.gpu_bytes and bare.read_bytes == whole.read_bytes > 0
+    assert bare.wire_bytes == whole.wire_bytes
+
+
+def test_the_command_writes_what_it_says_and_advises_where_it_does_not_fit(tmp_path, capsys):
+    directory, out = write_model(tmp_path / "model", "qwen"), tmp_path / "plan.json"
+    common = ["--model", str(directory), "--gpus", "2", "--max-tokens", "64", "--batch-size", "8", "--json", str(out)]
+    assert main([*common, "--gpu-memory", "80"]) == 0
+    plan = json.loads(out.read_text())
+    assert {"fits", "gpu_bytes", "host_bytes", "wire_bytes", "seconds"} <= plan.keys() and plan["fits"]
+    entries = dict(plan["gpu_bytes"])
+    assert entries.pop("total") == sum(entries.values()) and entries["experts"] > 0
+    assert plan["wire_bytes"]["network"] == 0 < plan["wire_bytes"]["nvlink"]
+
+    assert main([*common, "--gpu-memory", "2.107"]) == 1
+    shown = capsys.readouterr().out
+    assert "does NOT fit" in shown and shown.index("--gradient-checkpointing:") < shown.index("--micro-batch-size 2")
+    assert main([*common, "--search"]) == 0
+
+
+@pytest.mark.parametrize(
+    "flag", [["--nodes", "0"], ["--gpu-memory", "nan"], ["--model", "nowhere"], ["--expert-parallel", "3"]]
+)
+def test_what_is_wrong_is_told(flag, capsys):
+    assert main(["--gpus", "2", *flag]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {flag[0]}")
