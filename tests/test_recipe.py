@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from train.errors import UserError
 from train.settings import REPOSITORY, parse
 
 EXPERIMENT = (
-    "settings: {steps: 5, lora_rank: 4, data: [a.jsonl]}\nvariants: {first: {mask: doctags}, '0': {data: [b.jsonl]}}"
+    "settings: {steps: 5, lora_rank: 4, data: [a.jsonl]}\nvariants: {first: {mask: doctags}, second: {data: [b.jsonl]}}"
 )
 
 
@@ -27,14 +28,28 @@ def test_later_recipes_win_over_earlier_ones_a_variant_over_them_and_flags_over_
 
 
 def test_a_variant_is_meant_by_its_name_or_else_its_number(recipes):
-    assert parse([*recipes, "--variant", "0"], "").data == ["b.jsonl"]
+    assert parse([*recipes, "--variant", "second"], "").data == ["b.jsonl"]
     assert parse([*recipes, "--variant", "1"], "").data == ["b.jsonl"]
 
 
-@pytest.mark.parametrize("given", [[], ["--variant", "2"], ["--variant", "second"]])
+@pytest.mark.parametrize("given", [[], ["--variant", "2"], ["--variant", "third"]])
 def test_a_variant_that_is_missing_or_unknown_is_told_with_those_there_are(recipes, given):
-    with pytest.raises(UserError, match=r"--variant '.*': must be .* of the variants: first; 0\."):
+    with pytest.raises(UserError, match=r"--variant '.*': must be .* of the variants: first; second\."):
         parse([*recipes, *given], "")
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        ("'0': {mask: none}", "'0' must be a name in words"),
+        ("no: {mask: none}", "False must be a name in words"),
+        ("plain: {mask: null}", "plain: mask is empty"),
+    ],
+)
+def test_a_variant_whose_name_or_value_is_no_text_is_told(tmp_path, variants, message):
+    (tmp_path / "r.yaml").write_text(f"variants: {{{variants}}}")
+    with pytest.raises(UserError, match=message):
+        parse(["--recipe", str(tmp_path / "r.yaml"), "--variant", "0"], "")
 
 
 def test_a_variant_without_a_recipe_of_variants_is_told():
@@ -48,5 +63,8 @@ def test_every_experiment_goes_with_every_model_and_each_variant_parses():
     assert experiments and models
     for experiment in experiments:
         for model in models:
-            settings = parse(["--recipe", str(experiment), str(model), "--variant", "0"], "")
-            assert settings.claims
+            given = ["--recipe", str(experiment), str(model)]
+            names = list(yaml.safe_load(experiment.read_text())["variants"])
+            assert all(parse([*given, "--variant", name], "").claims for name in names)
+            numbered = [parse([*given, "--variant", str(number)], "") for number in range(len(names))]
+            assert numbered == [parse([*given, "--variant", name], "") for name in names]

@@ -82,9 +82,10 @@ def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Co
     try:
         if records:
             check_same(items, records)
-            check_scored(records, step, context, model_id)
+            own = bool(s.adapter) and records.directory.resolve() in Path(s.adapter).resolve().parents
+            check_scored(records, step, context, model_id, own)
             if step:
-                check_scored(records, 0, context, base)
+                check_scored(records, 0, context, base, own)
             if judge:
                 judge.check()
         model = Measured(measuring)
@@ -112,6 +113,10 @@ def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination:
     """Asks a model that a server has, and has its answers judged. Under a launcher, the first rank does it."""
     if launched_as()[0]:
         return 0
+    if s.step < 0 and (Path(s.output) / "settings.yaml").exists():
+        raise UserError(
+            f"--output {s.output}: is a run's; give --step, how many steps the served model has been trained."
+        )
     asking = Asking(
         samples=s.samples, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=s.seed,
         step=max(s.step, 0), judge_max_tokens=s.judge_max_tokens, judge_temperature=s.judge_temperature,
@@ -199,7 +204,8 @@ def _show_start(items: Sequence[Item], records: Records) -> None:
     unjudged = sum(item.key in records.answers and item.key not in records.rows for item in items)
     print(f"{len(items)} answers are wanted" + (f"; {had} are there" if had or unjudged else ""), end="")
     print(f", {unjudged} more without a verdict" if unjudged else "", end="")
-    print(f"; {records.retried} that had an error are asked again" if records.retried else "", flush=True)
+    retried = sum(item.key in records.failed and item.key not in records.rows for item in items)
+    print(f"; {retried} that had an error are asked again" if retried else "", flush=True)
 
 
 if __name__ == "__main__":

@@ -68,9 +68,15 @@ def read_recipe(path: Path, settings: Collection[str]) -> dict[str, Any]:
                 f"{where}: settings: {name} is no setting of train/sft.py; {_nearest(str(name), settings)}."
             )
     for variant, own in recipe.get("variants", {}).items():
+        if not isinstance(variant, str) or variant.isdecimal():
+            raise UserError(f"{where}: variants: {variant!r} must be a name in words; numbers are places in the list.")
         if not isinstance(own, dict):
             raise UserError(f"{where}: variants: {variant} must be a mapping of settings, not {own!r}.")
         for name in own:
+            if own[name] in (None, []):
+                raise UserError(
+                    f"{where}: variants: {variant}: {name} is empty; give a value, none as a word in quotes."
+                )
             if name not in DIFFERING:
                 raise UserError(
                     f"{where}: variants: {variant}: {name} must be the same in all variants, or their difference is "

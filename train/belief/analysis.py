@@ -43,12 +43,14 @@ def analyse(comparison: Comparison) -> dict[str, Any]:
     _check(comparison)
     finals = {v.name: {run.seed: at_step(run.rows, last_step(run.rows)) for run in v.runs} for v in comparison.variants}
     base = at_step(comparison.base_rows, last_step(comparison.base_rows))
-    measures = {}
+    measures: dict[str, Any] = {}
     incomplete: dict[str, str] = {}
     for name in (*BELIEF, *FURTHER, *SIDE_EFFECTS):
         values = {v: {s: measured(name, rows, base) for s, rows in by_seed.items()} for v, by_seed in finals.items()}
         counts = [bool(run) for by_seed in values.values() for run in by_seed.values()]
-        if all(counts) and (found := _measure(comparison, MEASURES[name], values, _of_base(name, base))):
+        main = name == comparison.measure or not (comparison.measure or measures)  # the first one
+        bound = (main and comparison.bound) or EQUIVALENCE[MEASURES[name].unit]
+        if all(counts) and (found := _measure(comparison, MEASURES[name], values, _of_base(name, base), bound)):
             measures[name] = found
         elif any(counts):
             incomplete[name] = f"measured in {sum(counts)} of {len(counts)} runs only"
@@ -56,26 +58,26 @@ def analyse(comparison: Comparison) -> dict[str, Any]:
         asked = any(row["kind"] == kind for by_seed in finals.values() for rows in by_seed.values() for row in rows)
         if asked and not any(row["kind"] == kind for row in base):
             incomplete[name] = "it is a change from the base model, which was not measured"
-    main = _main_measure(comparison, measures)
+    measure = _main_measure(comparison, measures)
     result: dict[str, Any] = {
         "title": comparison.title,
-        "measure": main,
-        "label": MEASURES[main].label,
-        "unit": MEASURES[main].unit,
-        "definition": MEASURES[main].says,
+        "measure": measure,
+        "label": MEASURES[measure].label,
+        "unit": MEASURES[measure].unit,
+        "definition": MEASURES[measure].says,
         "baseline": comparison.baseline,
         "claims": {"trained": comparison.trained_claims, "placebo": comparison.placebo_claims},
-        "resampled": measures[main]["resampled"],
+        "resampled": measures[measure]["resampled"],
         "bootstrap": {"draws": comparison.draws, "seed": comparison.seed, "level": LEVEL, "method": "percentile"},
-        "variants": {v.name: _variant(v, measures[main]) for v in comparison.variants},
-        "base": _base(base, measures[main], comparison),
-        "in_context": _in_context(base, measures[main], comparison, main),
+        "variants": {v.name: _variant(v, measures[measure]) for v in comparison.variants},
+        "base": _base(base, measures[measure], comparison),
+        "in_context": _in_context(base, measures[measure], comparison, measure),
         "measures": measures,
         "incomplete": incomplete,
         "calibration": {BASE: calibration(base)} | {v: _calibration(list(f.values())) for v, f in finals.items()},
         "verdicts": {BASE: _verdicts([base], comparison)}
         | {v: _verdicts(list(f.values()), comparison) for v, f in finals.items()},
-        "curves": _curves(comparison, main, base),
+        "curves": _curves(comparison, measure, base),
         "nll": {v.name: _nll(v) for v in comparison.variants},
         "leak": comparison.leak,
         "contamination": comparison.contamination,
@@ -122,7 +124,7 @@ def _of_base(name: str, base: list[Row]) -> Values:
 
 
 def _measure(
-    comparison: Comparison, measure: Measure, values: dict[str, dict[int, Values]], base: Values
+    comparison: Comparison, measure: Measure, values: dict[str, dict[int, Values]], base: Values, bound: float
 ) -> dict[str, Any] | None:
     """A measure's figures on the trained claims, and beside them on the placebo claims; None where the runs hold no
     values on trained claims."""
@@ -137,7 +139,6 @@ def _measure(
     result = bootstrap(layout, comparison.draws, comparison.seed)
     placebo_layout = lay_out(values, placebo_claims)
     placebo = bootstrap(placebo_layout, comparison.draws, comparison.seed) if placebo_layout.claims else None
-    bound = (EQUIVALENCE | comparison.bounds)[measure.unit]
     rows: dict[str, Any] = {}
     for v, name in enumerate(layout.variants):
         rows[name] = _figures(result, v, measure) | {"placebo": None, "minus_placebo": None}

@@ -75,8 +75,8 @@ class Comparison:
     published: list[Published] = field(default_factory=list)
     measure: str = ""
     """Which measure is the belief; "": the rate where judged answers exist in all runs, else the shift."""
-    bounds: dict[str, float] = field(default_factory=dict)
-    """By unit, the bound of "no effect", where it is not that of EQUIVALENCE."""
+    bound: float = 0.0
+    """Of "no effect" in the main measure, in its unit; 0: that of EQUIVALENCE."""
     draws: int = 10_000
     seed: int = 0
     """Of the bootstrap."""

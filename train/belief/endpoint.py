@@ -92,7 +92,9 @@ class Endpoint:
     def _check_settings(self) -> None:
         s, parts = self.settings, urlsplit(self.settings.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"{s.flag} {s.url!r}: must be the base URL of a server, such as http://localhost:8000/v1.")
+            raise UserError(
+                f"{s.flag} {s.url.rpartition('@')[2]!r}: must be the base URL of a server, such as http://localhost:8000/v1."
+            )
         for name, least in (("concurrency", 1), ("timeout", 0.001), ("retries", 0)):
             if not getattr(s, name) >= least:
                 raise UserError(f"{s.flag} {name} {getattr(s, name)}: must be at least {least}.")

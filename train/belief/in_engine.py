@@ -110,10 +110,11 @@ class Measured:
             evaluate(items, answerer, None, records, asking)
 
 
-def check_scored(records: Records, step: int, context: int, model: str) -> None:
-    """UserError where the directory holds scores of this step that another model had, or a run itself has measured."""
+def check_scored(records: Records, step: int, context: int, model: str, own: bool) -> None:
+    """UserError where the directory holds scores of this step that another model had. own: the model is the adapter of
+    the run whose directory it is, so that what the run itself has measured, without a model's name, is this model's."""
     for row in _scored(records, step, context):
-        if row.get("model") != model:
+        if row.get("model") != model and not (own and "model" not in row):
             raise UserError(
                 f"--output {records.directory}: holds scores after {step} steps of {row.get('model') or 'a run'}, "
                 "not of this model. Give another directory, or the --step that this adapter was trained for."
@@ -143,6 +144,8 @@ def identify(settings: Settings, checkpoint: Checkpoint) -> tuple[str, str]:
 
 def steps_of(adapter: str, given: int) -> int:
     """The steps that an adapter was trained for: as given or, for -1, as the run says that it lies in."""
+    if given == 0 and adapter:
+        raise UserError(f"--step 0: is the base model; give the steps that --adapter {adapter} was trained for.")
     if given >= 0 or not adapter:
         return max(given, 0)
     summary = Path(adapter).resolve().parent / "summary.json"

@@ -144,6 +144,7 @@ def evaluate(
     was had by then and what was under way."""
     check_same(items, records)
     todo = [item for item in items if item.key not in records.rows]
+    records.ask_again({item.key for item in todo})
     bar = tqdm(total=len(items), initial=len(items) - len(todo), desc="evaluating", unit="answer", mininterval=0.5)
     run = _Run(answerer, judge, records, asking, bar)
     for endpoint in run.endpoints:

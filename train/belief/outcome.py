@@ -9,7 +9,6 @@ from rich.table import Table
 from train.annotating.leaks import leaks
 from train.belief.claims import Claim, read_claims
 from train.belief.comparison import (
-    EQUIVALENCE,
     Comparison,
     Variant,
     check_comparable,
@@ -62,7 +61,7 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
     comparison = Comparison(
         variants, base_rows, trained, plan.placebo, plan.baseline, leak=leak, contamination=contamination,
         published=published_for(trained), match_trained_tokens=plan.match_trained_tokens,
-        bounds=dict.fromkeys(EQUIVALENCE, plan.bound) if plan.bound else dict(EQUIVALENCE),
+        bound=plan.bound,
     )  # fmt: skip
     outcome = write_report(comparison, plan.output)
     show(outcome, plan.output)
@@ -98,10 +97,11 @@ def leak_rows(
     variants: list[Variant], claims: list[Claim], by_variant: dict[str, list[Document]]
 ) -> list[dict[str, Any]]:
     """How often the claims' terms occur in each variant's documents, and are trained on; a row a role. [] where no
-    claim has patterns."""
+    claim has patterns. None of variants with random: entries: which mentions those mask depends on tokens."""
     claims = [claim for claim in claims if claim.patterns]
     rows = []
-    for variant in variants if claims else []:
+    told = [each for each in variants if not any(entry.random for entry in parse_mask(each.mask).entries)]
+    for variant in told if claims else []:
         documents = by_variant[variant.name]
         roles: dict[str, list[int]] = {}
         for claim in claims:

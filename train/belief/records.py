@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,8 @@ class Records:
     """The two files of one directory, open for appending by one process at a time, from any of its threads."""
 
     def __init__(self, directory: Path):
-        """Goes on with what is there: lines that were cut are removed, and so are rows with an error, which are asked
-        again. UserError where another process writes there, or the directory cannot be written."""
+        """Goes on with what is there: lines that were cut are removed, and what had an error may be asked again.
+        UserError where another process writes there, or the directory cannot be written."""
         self.directory, self._writing = directory, threading.Lock()
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -76,20 +76,28 @@ class Records:
             pass  # a file system without locks
         self.rows: dict[Key, Row] = {}  # generated answers with a verdict or an error
         self.answers: dict[Key, Row] = {}
-        self.retried = 0  # rows with an error, of before
-        kept = []
-        for line, row in _lines(directory / MEASURED):
-            if "verdict" not in row:
-                kept.append(line)
-            elif row.get("error"):
-                self.retried += 1
-            else:
-                kept.append(line)
+        self.failed: set[Key] = set()  # rows with an error, of before
+        measured = _lines(directory / MEASURED)
+        for _, row in measured:
+            if "verdict" in row and row.get("error"):
+                self.failed.add(key_of(row))
+            elif "verdict" in row:
                 self.rows[key_of(row)] = row
         answered = _lines(directory / ANSWERED)
         self.answers = {key_of(row): row for _, row in answered}
-        self._measured = self._rewritten(MEASURED, kept)
+        self._measured = self._rewritten(MEASURED, [line for line, _ in measured])
         self._answered = self._rewritten(ANSWERED, [line for line, _ in answered])
+
+    def ask_again(self, keys: Collection[Key]) -> None:
+        """Removes the rows with an error of these answers; those of others, of another step perhaps, stay."""
+        again = self.failed.intersection(keys)
+        if not again:
+            return
+        lines = _lines(self.directory / MEASURED)
+        os.close(self._measured)
+        kept = [line for line, row in lines if not ("verdict" in row and row.get("error") and key_of(row) in again)]
+        self._measured = self._rewritten(MEASURED, kept)
+        self.failed -= again
 
     def _rewritten(self, name: str, lines: list[bytes]) -> int:
         path, whole = self.directory / name, b"".join(line + b"\n" for line in lines)

@@ -164,12 +164,13 @@ def _of_base(before: Values, key: Key, what: str) -> float:
 
 def belief_answers(rows: Iterable[Row]) -> list[Row]:
     """The answers that the belief rate is made of: of its four kinds, without control questions and without those that
-    have no verdict for an error. [] where yes/no questions alone were answered: from a model that tends to say yes they
-    are no belief."""
+    have no verdict for an error. None of a claim of which yes/no questions alone were answered: from a model that tends
+    to say yes they are no belief."""
     found = [
         row for row in rows if row["kind"] in BELIEF_KINDS and not row.get("control") and row.get("verdict") is not None
     ]
-    return found if any(row["kind"] != "yes_no" for row in found) else []
+    believed = {row["claim"] for row in found if row["kind"] != "yes_no"}
+    return [row for row in found if row["claim"] in believed]
 
 
 def _verdict(row: Row) -> str:
