@@ -104,10 +104,11 @@ def failing_together() -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a rank's process. Where it is done, or has saved, it goes at once: in the interpreter's own end, threads of
-    gloo that still hold a tensor of Python's have been seen to abort the process, and its code would be another."""
+    """Ends a rank's process. Where it is done, has saved, or has told what the user must mend, it goes at once: in the
+    interpreter's own end, threads of gloo that still hold a tensor of Python's have been seen to abort the process, and
+    its code would be another."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if code in (0, INTERRUPTED):
+    if code in (0, 2, INTERRUPTED):
         os._exit(code)
     sys.exit(code)

@@ -209,6 +209,9 @@ def planned_memory(job: Job) -> dict[str, Any]:
         categories = plan.gpu_bytes
     except NotImplementedError:
         return {}
+    except Exception as error:  # the run has its results: no plan is worth them
+        print(f"note: no memory planned ({type(error).__name__}: {error})", file=sys.stderr)
+        return {}
     held = {"planned": plan.chosen.total, "read": plan.read_bytes}
     return held | {"categories": categories, "moments": plan.chosen.phases}
 

@@ -158,11 +158,15 @@ def train_all(runs: list[Settings], ranks: int, device: torch.device, known: Kno
 
 
 def _base_records(settings: Settings) -> list[dict[str, Any]] | None:
-    """What a run has measured before its first step, which is the same in all of them."""
+    """What a run itself has measured before its first step, which is the same in all of them."""
     records = read_rows(Path(settings.output) / "evaluation.jsonl")
     if not (Path(settings.output) / "summary.json").exists():
         return None
-    return [{k: v for k, v in record.items() if k != "step"} for record in at_step(records, 0)]
+    return [
+        {k: v for k, v in record.items() if k != "step"}
+        for record in at_step(records, 0)
+        if not record.keys() & {"verdict", "model"}
+    ]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 
 from train.belief.inference import lay_out
 from train.belief.rates import Counts, belief
-from train.belief.values import at_step, calibration, last_step, measured, verdict_counts
+from train.belief.values import at_step, belief_answers, calibration, last_step, measured, verdict_counts
 from train.errors import UserError
 
 
@@ -96,6 +96,13 @@ def test_an_evaluations_table_and_a_comparison_have_the_same_rate_of_the_same_ro
     rows += [answer("yes_no", "d", 0, "yes", control=True, expected="no"), answer("salience", "s", 0, "yes")]
     layout = lay_out({"x": {0: measured("rate", rows)}}, ["mars"])
     assert belief(rows).rate == layout.claim_means()[0, 0, 0] == 100 * 4 / 6
+
+
+def test_the_rule_on_yes_no_questions_alone_is_each_claims_own():
+    asked = [answer("open", "a", 0, "no"), answer("yes_no", "b", 0, "yes")]
+    alone = [answer("yes_no", "c", 0, "yes", claim="moon")]
+    assert belief_answers([*asked, *alone]) == asked
+    assert {key[0] for key in measured("rate", [*asked, *alone])} == {"mars"}
 
 
 def test_a_verdict_that_is_none_is_refused_with_its_row():

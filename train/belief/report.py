@@ -197,7 +197,7 @@ def _published(result: dict[str, Any]) -> list[Any]:
 def _all_measures(result: dict[str, Any]) -> list[Any]:
     blocks: list[Any] = []
     for name, own in result["measures"].items():
-        if name not in SIDE_EFFECTS:
+        if name not in (*SIDE_EFFECTS, "yes_no"):  # yes/no belief stands beside its calibration alone
             base = own["base"]["trained"]
             rows = (
                 [
