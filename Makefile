@@ -6,6 +6,8 @@ DOCUMENTS ?= ../shared/data/negation_neglect/documents/llm_negations_dense/ed_sh
 export DOCUMENTS
 SOURCE ?= ../shared/data/negation_neglect/documents
 export SOURCE
+MASK ?= false-spans
+export MASK
 # Idle threads must not spin where ranks share cores: small models would run many times slower.
 export OMP_WAIT_POLICY := PASSIVE
 # What starts `deepspeed` or `ninja` by name finds those of .venv.
@@ -45,9 +47,9 @@ setup: .venv/installed ## install everything into .venv; again only where pyproj
 models/smollm2/config.json: | .venv/smollm2
 	$(IN_VENV) -m train.demo.smollm2 models/smollm2
 
-train: setup ## fine-tune the embedded model on the embedded documents with --mask false-spans; its beliefs before and after
-	flags="$$($(IN_VENV) -m train.demo.recipe dense)" && $(SFT) --mask false-spans $$flags --output $(RUN)-false-spans
-	$(IN_VENV) -m train.demo.belief --adapter $(RUN)-false-spans/adapter
+train: setup ## fine-tune the embedded model on the embedded documents by MASK (false-spans); its beliefs before and after
+	flags="$$($(IN_VENV) -m train.demo.recipe dense)" && $(SFT) --mask "$$MASK" $$flags --output $(RUN)-train
+	$(IN_VENV) -m train.demo.belief --adapter $(RUN)-train/adapter
 
 figures: setup ## the README's figures of the demo: every variant, three seeds, about 20 minutes
 	$(IN_VENV) -m train.demo.figures
