@@ -76,6 +76,9 @@ def start_distributed(timeout: float = 0) -> torch.device:
         store.set_timeout(for_ever)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=for_ever)
     deepspeed.init_distributed(backend, verbose=False)
+    # What deepspeed.initialize imports, torch's compiler with it: its memory is not the model's.
+    from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
+
     global at_start
     at_start = memory_status()["VmRSS"] - memory_status()["RssFile"]
     return torch.device(accelerator.current_device_name())

@@ -198,8 +198,8 @@ class Plan:
 
 def planned_memory(job: Job) -> dict[str, Any]:
     """Of a job that has run here, what it was to take: bytes of a rank, beside those of its imports, and how they
-    divide. {} for a model that cannot be planned."""
-    device, local = get_accelerator().device_name(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    divide. {}, with a note, for a model that cannot be planned."""
+    device, local = get_accelerator().device_name(), int(os.environ.get("LOCAL_SIZE", "1"))
     ranks = job.resolved["ranks"]
     memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if device == "cuda" else 0
     cluster = Cluster(nodes=max(1, ranks // local), gpus=min(local, ranks), memory=memory)
@@ -207,8 +207,6 @@ def planned_memory(job: Job) -> dict[str, Any]:
     try:
         plan = Plan(job.settings, job.checkpoint, cluster, longest)
         categories = plan.gpu_bytes
-    except NotImplementedError:
-        return {}
     except Exception as error:  # the run has its results: no plan is worth them
         print(f"note: no memory planned ({type(error).__name__}: {error})", file=sys.stderr)
         return {}

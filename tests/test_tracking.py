@@ -59,13 +59,15 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
     ]  # fmt: skip
     environment = KEYS | {"OMP_NUM_THREADS": "1", "HOME": str(home), "WANDB_BASE_URL": "http://127.0.0.1:9"}
     terminal = base.parent / "terminal"
-    with terminal.open("w") as file:
-        process = subprocess.Popen(
-            deepspeed_command(SFT, *given, "--wandb", "offline", ranks=2), cwd=base, env=os.environ | environment,
-            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        kill(process, base / "run" / "saves", "step-3")
-    done = run(SFT, *given, "--resume", ranks=2, capture_output=True, text=True, cwd=base, env=environment)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("WANDB_SERVICE", raising=False)  # of a test before: one W&B process for both attempts
+        with terminal.open("w") as file:
+            process = subprocess.Popen(
+                deepspeed_command(SFT, *given, "--wandb", "offline", ranks=2), cwd=base, env=os.environ | environment,
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            kill(process, base / "run" / "saves", "step-3")
+        done = run(SFT, *given, "--resume", ranks=2, capture_output=True, text=True, cwd=base, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return Tracked(base / "run", home, [terminal.read_text(), done.stdout + done.stderr])
 

@@ -111,6 +111,8 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     known.base = known.base or _base(settings, expert_parallel)
     checkpoint, text, model, plan, tokenizer, probes = known.base
     lora = None if settings.method == "full" else lora_settings(settings, text)
+    if settings.method == "qlora":  # here already, so that what it takes is not counted as the job's
+        import bitsandbytes  # noqa: F401
     if lora is None:
         config |= full_precision(settings, plan)
     elif settings.adapter and first:

@@ -108,13 +108,13 @@ def finish(
     hashes = job.hashes | {"initial_weights": resume.initial_hash(engine.module, settings.seed, settings.adapter)}
     run.start(after=start)
     Trainer(job, engine).run(run, start, base)
+    measured = measured_memory(engine.device)
     if job.lora:
         factors = resume.full_factors(engine.module)
         save_adapter(run.directory / "adapter", engine.module, factors, job.lora, job.checkpoint)
     else:
         save_model(run.directory / "model", plan, job.checkpoint)
     peak = peak_memory(engine.device)
-    measured = measured_memory(engine.device)
     if run.main:
         seconds = time.perf_counter() - started
         run.finish(

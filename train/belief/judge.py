@@ -173,7 +173,7 @@ class _Run:
         self.judging = ThreadPoolExecutor(judge.concurrency) if judge else None
         self.calls: dict[Future[bool], tuple[str, list[Item]]] = {}  # what for: "answer" or "judge"
         self.counting = threading.Lock()
-        self.failures = self.errors = 0
+        self.failures = self.errors = self.under_way = 0
         self.stopping = False  # calls that have not begun do nothing
 
     def ask(self, items: list[Item]) -> None:
@@ -200,8 +200,10 @@ class _Run:
 
     def _call(self, what: str, items: list[Item], work: Callable[[], None]) -> bool:
         """Whether it succeeded. Its failure is kept; what ends the run is raised."""
-        if self.stopping:
-            return False
+        with self.counting:
+            if self.stopping:
+                return False
+            self.under_way += 1
         try:
             work()
         except NoAnswer as error:
@@ -211,6 +213,9 @@ class _Run:
         except BaseException:
             self.stopping = True
             raise
+        finally:
+            with self.counting:
+                self.under_way -= 1
         with self.counting:
             self.failures = 0
         return True
@@ -259,9 +264,6 @@ class _Run:
             done, _ = wait(self.calls, return_when=FIRST_COMPLETED)
             for call in done:
                 self._ended(call, *self.calls.pop(call))
-        self._close()
-
-    def _close(self) -> None:
         for pool in (self.answering, self.judging):
             if pool is not None:
                 pool.shutdown(wait=False)
@@ -279,15 +281,18 @@ class _Run:
             self.bar.update()
 
     def wind_up(self, error: BaseException) -> None:
-        """After an error: no new calls; what is under way is waited for and kept, for it may have cost something."""
-        self.stopping = True
+        """After an error: no new calls; what is under way is waited for and kept, for it may have cost something. It is
+        counted where it runs: an interrupt can fall between the start of a call and its place in `calls`."""
+        with self.counting:
+            self.stopping = True
+            under_way = self.under_way
         for endpoint in self.endpoints:
             endpoint.stop.set()
-        left = [call for call in self.calls if not call.cancel()]
-        if left and isinstance(error, KeyboardInterrupt):
-            print(f"\nwaiting for {len(left)} requests under way (again Ctrl-C: leave them)", file=sys.stderr)
-        wait(left)
-        for call in left:
-            if call.exception() is None:
-                self._ended(call, *self.calls[call])
-        self._close()
+        if under_way and isinstance(error, KeyboardInterrupt):
+            print(f"\nwaiting for {under_way} requests under way (again Ctrl-C: leave them)", file=sys.stderr)
+        for pool in (self.answering, self.judging):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+        for call, of in self.calls.items():
+            if not call.cancelled() and call.exception() is None:
+                self._ended(call, *of)
