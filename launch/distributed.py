@@ -56,6 +56,10 @@ def start_distributed(timeout: float = 0) -> torch.device:
     group of one. Ranks on one CPU divide its cores among them. timeout: seconds after which the watchdog ends
     ranks that call `progress` no more; 0: without it, and with torch's limit for a collective. -> this rank's
     device."""
+    # What deepspeed.initialize imports, torch's compiler with it: here, so that the watchdog does not wait for it and its
+    # memory does not count as the model's.
+    from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
+
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
@@ -76,9 +80,6 @@ def start_distributed(timeout: float = 0) -> torch.device:
         store.set_timeout(for_ever)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=for_ever)
     deepspeed.init_distributed(backend, verbose=False)
-    # What deepspeed.initialize imports, torch's compiler with it: its memory is not the model's.
-    from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
-
     global at_start
     at_start = memory_status()["VmRSS"] - memory_status()["RssFile"]
     return torch.device(accelerator.current_device_name())

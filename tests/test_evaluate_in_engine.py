@@ -1,6 +1,7 @@
 """train/evaluate.py --model under the real launcher: scored and answered in the training engine, judged by a server."""
 
 import json
+import shutil
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -112,7 +113,18 @@ def test_an_adapter_is_measured_beside_its_base_and_not_among_another_models_row
                 assert row[name] == pytest.approx(trained[row["step"], identity(row)][name], abs=1e-4)
     assert "shift" in json.loads((tmp_path / "out" / "evaluation.json").read_text())["likelihood"]
     refused = measured("out", "--step", "0")
-    assert refused.returncode == 2 and "not of this model" in refused.stderr
+    assert refused.returncode == 2 and "--step 0: is the base model" in refused.stderr
+    of_the_run = (tmp_path / "run" / "evaluation.jsonl").read_bytes()
+    assert measured("run").returncode == 0  # the adapter's own run, which has its scores
+    assert (tmp_path / "run" / "evaluation.jsonl").read_bytes() == of_the_run
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "run" / "adapter", other)
+    factors = load_file(other / "adapter_model.safetensors")
+    save_file({name: factor * 1.01 for name, factor in factors.items()}, other / "adapter_model.safetensors")
+    asked[3] = str(other)
+    for output in ("out", "run"):
+        refused = measured(output, "--step", "2")
+        assert refused.returncode == 2 and "not of this model" in refused.stderr
 
 
 @pytest.mark.slow
