@@ -56,8 +56,8 @@ def start_distributed(timeout: float = 0) -> torch.device:
     group of one. Ranks on one CPU divide its cores among them. timeout: seconds after which the watchdog ends
     ranks that call `progress` no more; 0: without it, and with torch's limit for a collective. -> this rank's
     device."""
-    # What deepspeed.initialize imports, torch's compiler with it: here, so that the watchdog does not wait for it and its
-    # memory does not count as the model's.
+    # What deepspeed.initialize imports, torch's compiler with it: here, so that the watchdog does not wait for it, and
+    # that its memory does not count as the model's.
     from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
 
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
