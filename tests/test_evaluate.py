@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,7 @@ def test_an_interrupt_waits_for_what_is_under_way_and_keeps_it(tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-m", "train.evaluate", *given], cwd=REPOSITORY, text=True, stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         )  # fmt: skip
         assert begun.acquire(timeout=60) and begun.acquire(timeout=60)
         process.send_signal(signal.SIGINT)
