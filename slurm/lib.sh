@@ -3,12 +3,12 @@
 # after it. Sourced with the repository as the working directory.
 #
 # An attempt that made room (code 85: it was told to end before the time limit, or preempted, and has saved) is requeued
-# and goes on. So is one that failed, but MAX_FAILURES attempts (3) in a row without a new save end the job. What the
-# user must mend (code 2) is not tried again.
+# and goes on. So is one that failed or reached the time limit, but MAX_FAILURES attempts (3) in a row without a new save
+# end the job. What the user must mend (code 2) is not tried again.
 
 set -euo pipefail
 
-readonly USER_ERROR=2
+readonly USER_ERROR=2 INTERRUPTED=85
 
 # values_of FLAG ARGUMENT…: those that the arguments give to FLAG, in the array `values`.
 values_of() {
@@ -58,7 +58,9 @@ attempt() {
     MASTER_ADDR=$(hostname) MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) LOCAL_SIZE=$ranks
     export MASTER_ADDR MASTER_PORT LOCAL_SIZE CODES=$output/logs/attempt-$number.codes
     rm -f -- "$CODES"
-    on_every_node 1 python -m launch.preflight "${flags[@]}" >>"$log" 2>&1 || code=$?
+    if ((number == 1)); then rm -f -- "$output/logs/failures"; fi # of a job before this one
+    # --wait: once one node has given its verdict, the others have it too, or never will.
+    on_every_node 1 --wait=60 python -m launch.preflight "${flags[@]}" >>"$log" 2>&1 || code=$?
     if ((code == 0)); then
         # srun's own code mixes in those of the ranks that it ends when one fails: so the first one's is written down.
         # shellcheck disable=SC2016 # for the shell of each task
@@ -83,24 +85,30 @@ on_every_node() {
 
 # after CODE OUTPUT LOG: ends the job, or requeues it.
 after() {
-    local code=$1 output=$2 failures=0 before=-1 saved
+    local code=$1 output=$2 failures=0 before=-1 saved job=$SLURM_JOB_ID
     if ((code == 0)); then exit 0; fi
     tail -n 20 -- "$3"
     if ((code == USER_ERROR)); then exit "$code"; fi
 
+    # An array's own number is one of its tasks' too, but means all of them.
+    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+    # What Slurm preempts or loses, it requeues by itself; and what a user cancels must not come back.
+    case $(squeue --noheader --format=%T/%r --jobs="$job") in
+        RUNNING/* | */TimeLimit) ;;
+        *) exit "$code" ;;
+    esac
+
     saved=$(newest_save "$output")
     if [[ -s $output/logs/failures ]]; then read -r failures before <"$output/logs/failures"; fi
-    failures=$((saved > before ? 1 : failures + 1))
+    if ((saved > before)); then failures=0; fi
+    if ((saved == before || code != INTERRUPTED)); then failures=$((failures + 1)); fi
     echo "$failures $saved" >"$output/logs/failures"
     if ((failures >= ${MAX_FAILURES:-3})); then
         echo "$failures attempts in a row without a new save: not tried again"
         exit "$code"
     fi
-    # What Slurm preempts or loses, it requeues by itself; and what a user cancels must not come back.
-    if [[ $(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID") == RUNNING ]]; then
-        echo "requeued after code $code; the newest save is of step $saved"
-        scontrol requeue "$SLURM_JOB_ID"
-    fi
+    echo "requeued after code $code; the newest save is of step $saved"
+    scontrol requeue "$job"
     exit "$code"
 }
 

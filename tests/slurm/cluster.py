@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 ELSEWHERE = "/usr/sbin:/sbin"  # not in every user's PATH
@@ -43,6 +45,13 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=1:00:00
 """
 
 
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
 def missing() -> list[str]:
     """The programs of Slurm that this machine lacks."""
     path = f"{os.environ['PATH']}:{ELSEWHERE}"
@@ -57,7 +66,7 @@ class Cluster:
         self.hastened: set[str] = set()
         self.environment = os.environ | {
             "SLURM_CONF": str(directory / "slurm.conf"), "PATH": f"{os.environ['PATH']}:{ELSEWHERE}",
-            "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PREFLIGHT_TIME_LIMIT": "60",
         }  # fmt: skip
         text = CONFIGURATION.format(host=socket.gethostname(), user=getpass.getuser(), directory=directory)
         (directory / "slurm.conf").write_text(text)
@@ -84,8 +93,13 @@ class Cluster:
         self.call("slurmd", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """Ends a node's slurmd as a crash would; what its jobs have started there goes on."""
-        os.kill(int((self.directory / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
+        """Ends a node's slurmd and all that its jobs have started there, as a crash of the node would."""
+        slurmd = psutil.Process(int((self.directory / f"slurmd-{node}.pid").read_text()))
+        tasks = [process for process in psutil.process_iter() if _environment(process).get("SLURMD_NODENAME") == node]
+        stepds = [parent for task in tasks for parent in task.parents() if parent.name().startswith("slurmstepd")]
+        for process in dict.fromkeys([slurmd, *stepds, *tasks]):  # slurmstepd first: it would report its tasks' end
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def sbatch(self, *words: str) -> str:
         """Submits, as users do, a script of slurm/ with options before and flags after it. -> the job's number.
