@@ -84,10 +84,12 @@ remake: setup ## make the demo's model again and compare it with the shipped one
 test-fast: setup ## the tests that are not slow
 	$(IN_VENV) -m pytest -m "not slow"
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy, shellcheck and hadolint
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m ruff format --check .
 	$(IN_VENV) -m mypy
+	.venv/bin/shellcheck --external-sources slurm/*.sh .ci/run
+	.venv/bin/hadolint Dockerfile
 
 format: setup ## let ruff format and mend what it can
 	$(IN_VENV) -m ruff check --fix .

@@ -80,7 +80,7 @@ class Cluster:
         self.call("slurmctld")
         for node in ("n1", "n2"):
             self.start_node(node)
-        self.until(lambda: self.call("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split() == ["n1", "n2"], 60)
+        self.until(lambda: self.call("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split() == ["n1", "n2"])
 
     def call(self, *command: str) -> str:
         """A command's output."""
@@ -119,7 +119,7 @@ class Cluster:
 
     def end(self, job: str) -> dict[str, str]:
         """Waits until a job is done with all of its attempts. -> what Slurm knows of it."""
-        self.until(lambda: self.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), 240)
+        self.until(lambda: self.state(job) not in ("PENDING", "RUNNING", "COMPLETING"))
         return self.show(job)
 
     def state(self, job: str) -> str:
@@ -132,9 +132,9 @@ class Cluster:
                 self.call("scontrol", "update", f"jobid={job}", "starttime=now+3")
         return known["JobState"]
 
-    def until(self, true: Callable[[], Any], seconds: float) -> None:
-        """Waits until something is so."""
-        deadline = time.monotonic() + seconds
+    def until(self, true: Callable[[], Any]) -> None:
+        """Waits until something is so, at most five minutes."""
+        deadline = time.monotonic() + 300
         while not true():
             assert time.monotonic() < deadline, (self.directory / "slurmctld.log").read_text()[-3000:]
             time.sleep(0.2)
