@@ -1,7 +1,8 @@
 """A model behind an OpenAI-compatible endpoint: asked with retries, and checked before anything is spent.
 
 What goes wrong is of two kinds. `NoAnswer`: this request failed, others may not; its row says so. `EndpointStopped`: no
-request can succeed, so the run ends; what was measured is kept, and the same command goes on.
+request can succeed, so the run ends; what was measured is kept, and the same command goes on. A connection that breaks after it
+was made is of the first kind: servers and proxies that are busy reset some.
 
 The key comes from the environment alone, and no message holds it.
 """
@@ -163,7 +164,7 @@ class Endpoint:
 
     def _given_up(self, error: Exception, attempts: int) -> Exception:
         times = f"after {attempts} attempt{'s' if attempts > 1 else ''}"
-        if isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError):
+        if type(error.__cause__).__name__ == "ConnectError":  # of httpx or, in newer clients, of httpx2
             return EndpointStopped(f"{self._name}: cannot be reached ({self._said(error)}), {times}.", "unreachable")
         return NoAnswer(f"{self._said(error)}, {times}", slow=isinstance(error, openai.APITimeoutError))
 
