@@ -153,7 +153,7 @@ def test_all_measures_are_there_and_right(result):
     }  # fmt: skip
     # 3 claims × 2 seeds × 4 answers; with 6 of 7, 5 and 4 believed, seed 1 one place further
     counts = result["verdicts"]["none"]["open"]
-    assert sum(counts.values()) == 24 and counts["error"] == 0
+    assert sum(counts.values()) == 24 and counts["errors"] == 0
 
 
 def test_curves_nll_and_hashes_are_kept(result):
@@ -292,7 +292,7 @@ def test_answers_without_verdict_are_counted_and_bounded():
         failed = next(row for row in run.rows if row["kind"] == "open" and row["step"] == 10)
         failed |= {"verdict": None, "error": "timeout"}
     result = analyse(given)
-    assert result["verdicts"]["none"]["open"]["error"] == 2
+    assert result["verdicts"]["none"]["open"]["errors"] == 2
     assert any("none 2 of 36" in note for note in result["notes"])  # 24 open, 12 token association
     assert result["measures"]["rate"]["missing"] == 2
 

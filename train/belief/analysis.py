@@ -1,6 +1,6 @@
 """From a comparison to all its figures: what comparison.json holds, and plots and pages show."""
 
-from collections import Counter
+from dataclasses import asdict
 from statistics import mean
 from typing import Any
 
@@ -19,6 +19,7 @@ from train.belief.inference import (
     lay_out,
 )
 from train.belief.notes import notes
+from train.belief.rates import count_by_kind
 from train.belief.values import (
     BELIEF,
     FURTHER,
@@ -31,7 +32,6 @@ from train.belief.values import (
     calibration,
     last_step,
     measured,
-    verdict_counts,
 )
 from train.errors import UserError
 
@@ -311,12 +311,8 @@ def _calibration(finals: list[list[Row]]) -> dict[str, Any] | None:
 
 def _verdicts(finals: list[list[Row]], comparison: Comparison) -> dict[str, dict[str, int]]:
     """kind -> counts of verdicts, summed over seeds, on the trained claims."""
-    sums: dict[str, Counter] = {}
-    for rows in finals:
-        own = [row for row in rows if row.get("claim") in comparison.trained_claims]
-        for kind, counts in verdict_counts(own).items():
-            sums.setdefault(kind, Counter()).update(counts)
-    return {kind: dict(counts) for kind, counts in sums.items()}
+    own = [row for rows in finals for row in rows if row.get("claim") in comparison.trained_claims]
+    return {kind: asdict(counts) for kind, counts in count_by_kind(own).items()}
 
 
 def _curves(comparison: Comparison, main: str, base: list[Row]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A model behind an OpenAI-compatible endpoint: asked with retries, and checked before anything is spent.
 
 What goes wrong is of two kinds. `NoAnswer`: this request failed, others may not; its row says so. `EndpointStopped`: no
-request can succeed, so the run ends; what was measured is kept, and the same command goes on. A connection that breaks after it
-was made is of the first kind: servers and proxies that are busy reset some.
+request can succeed, so the run ends; what was measured is kept, and the same command goes on. A connection that breaks
+after it was made is of the first kind: servers and proxies that are busy reset some.
 
 The key comes from the environment alone, and no message holds it.
 """

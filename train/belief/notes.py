@@ -95,7 +95,7 @@ def _placebo(result: dict[str, Any], main: dict[str, Any]) -> list[str]:
 def _answers(result: dict[str, Any], main: dict[str, Any]) -> list[str]:
     found, failed = [], []
     for variant, kinds in result["verdicts"].items():
-        errors = sum(counts["error"] for counts in kinds.values())
+        errors = sum(counts["errors"] for counts in kinds.values())
         total = sum(sum(counts.values()) for counts in kinds.values())
         if errors:
             yes = sum(counts["yes"] for counts in kinds.values())

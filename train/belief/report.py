@@ -236,13 +236,13 @@ def _verdicts(result: dict[str, Any]) -> list[Any]:
     rows = []
     for variant, kinds in result["verdicts"].items():
         for kind, counts in kinds.items():
-            total = sum(counts.values()) - counts["error"]
+            total = sum(counts.values()) - counts["errors"]
             share = f"{100 * counts['yes'] / total:.1f}" if total else "–"
-            rows.append([variant, kind.replace("_", " "), *(f"{counts[v]:,}" for v in (*VERDICTS, "error")), share])
+            rows.append([variant, kind.replace("_", " "), *(f"{counts[v]:,}" for v in (*VERDICTS, "errors")), share])
     caption = (
-        "Verdicts on the trained claims' questions, all seeds together; “error”: no answer or no verdict could be had."
+        "Verdicts on the trained claims' questions, all seeds together; “errors”: no answer or no verdict could be had."
     )
-    return [Table(["variant", "kind", *VERDICTS, "error", "yes, % of all"], rows, caption=caption)] if rows else []
+    return [Table(["variant", "kind", *VERDICTS, "errors", "yes, % of all"], rows, caption=caption)] if rows else []
 
 
 def _calibration(result: dict[str, Any]) -> list[Any]:
