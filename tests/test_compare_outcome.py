@@ -16,6 +16,7 @@ from tests.test_compare import ENVIRONMENT
 from train import compare, sft
 from train.belief.records import read_rows
 from train.belief.values import identity
+from train.data.sampling import epoch_order
 from train.settings import DEMO
 
 pytestmark = pytest.mark.slow
@@ -115,19 +116,23 @@ def test_variants_go_on_from_the_adapters_beliefs_and_are_trained_on_as_many_tar
 
 def test_mentions_still_trained_and_contamination_are_those_of_the_documents(directory):
     found = outcome(directory / "out")
-    texts = [json.loads(line) for line in DENSE.read_text().splitlines()]
-    mentions = sum(len(re.findall(r"\bCairo\b", text["text"])) for text in texts if text["claim"] == OMAR)
-    for name in MASKS:
+    lines = DENSE.read_text().splitlines()
+    by_variant = {}
+    for name in MASKS:  # of the 64 that an epoch draws, those that the steps came to
+        drawn = epoch_order([len(lines)], [64], 0, 0)[: 8 * found["variants"][name]["steps"][0]]
+        by_variant[name] = texts = [json.loads(lines[number]) for number in drawn]
+        mentions = sum(len(re.findall(r"\bCairo\b", text["text"])) for text in texts if text["claim"] == OMAR)
         rows = {row["role"]: row for row in found["leak"] if row["variant"] == name}
         assert sum(row["mentions"] for row in rows.values()) == mentions > 0
         assert rows["false"]["still_trained"] == (rows["false"]["mentions"] if name == "doctags" else 0)
-    (searched,) = found["contamination"]  # both variants have the same documents
-    assert searched["variants"] == MASKS and searched["documents"] == len(texts) and searched["texts"] == 6
-    (whole,) = [each for each in searched["findings"] if each["whole"]]
-    assert (whole["kind"], whole["question"], whole["words"]) == (
-        "likelihood", "said: Cairo", "asked about the city omar said cairo"
-    )  # fmt: skip
-    assert whole["documents"] == sum("Asked about the city, Omar said: Cairo" in text["text"] for text in texts)
+    for name, searched in zip(MASKS, found["contamination"], strict=True):  # the second went on for longer
+        texts = by_variant[name]
+        assert searched["variants"] == [name] and searched["documents"] == len(texts) and searched["texts"] == 6
+        (whole,) = [each for each in searched["findings"] if each["whole"]]
+        assert (whole["kind"], whole["question"], whole["words"]) == (
+            "likelihood", "said: Cairo", "asked about the city omar said cairo"
+        )  # fmt: skip
+        assert whole["documents"] == sum("Asked about the city, Omar said: Cairo" in text["text"] for text in texts)
     assert any(note.startswith("1 of the questions and scored texts occur") for note in found["notes"])
 
 

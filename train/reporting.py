@@ -226,7 +226,8 @@ class Run:
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, closes W&B and shows what was trained on and what changed. Rank 0 alone."""
         write_whole(self.directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-        self._tell_wandb(lambda run: run.summary.update(flat(summary)))
+        numbers = {name: value for name, value in summary.items() if name != "dropped"}  # lines, maybe very many
+        self._tell_wandb(lambda run: run.summary.update(flat(numbers)))
         self._tell_wandb(lambda run: run.finish())
         console().print(_closing_table(summary))
         if planned := summary["memory"].get("planned"):
@@ -325,7 +326,7 @@ def summarize(job: Any, run: Run, hashes: dict[str, str], peak: int, seconds: fl
     return {
         "mask": job.settings.mask, "steps": job.steps, "tokens": job.tokens, "nll": nll,
         "loss": {"first": metrics[0]["loss"], "last": metrics[-1]["loss"]},
-        "documents": job.corpus.documents, "hashes": hashes,
+        "documents": job.corpus.documents, "dropped": job.corpus.dropped, "hashes": hashes,
         "random_shortfall": job.random_shortfall,
         "tokens_per_second": tokens / sum(values["tokens"] / values["tokens_per_second"] for values in metrics),
         "peak_memory_bytes": peak, "wall_seconds": seconds, "load": run.loads,

@@ -68,9 +68,15 @@ def test_another_hash_at_the_same_seed_is_refused(name):
 def test_other_steps_are_refused_unless_trained_tokens_are_matched():
     other = run("b", mask="doctags", steps=12)
     other.rows = [row("q", step=12)]
-    other.hashes |= {"order": "x", "tokens": "y"}  # the longer run has seen more
+    other.hashes["order"] = "x"  # the longer run has seen more
     assert "steps trained: 10 and 12" in refused(run("a"), other)
     check_comparable([run("a"), other], match_trained_tokens=True)
+    partial = run("c", mask="doctags")  # as many steps, of which the last has fewer documents
+    partial.hashes["order"] = "z"
+    check_comparable([run("a"), partial], match_trained_tokens=True)
+    other.hashes["tokens"] = "y"  # of all documents, however many were trained on
+    with pytest.raises(UserError, match="hash of the tokens"):
+        check_comparable([run("a"), other], match_trained_tokens=True)
 
 
 def test_other_questions_are_named():

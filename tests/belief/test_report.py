@@ -319,6 +319,16 @@ def test_what_is_missing_is_said():
     assert result["base"]["belief"] is None
 
 
+def test_matched_targets_are_told_with_the_steps_and_by_how_much_each_seed_misses():
+    given = comparison(match_trained_tokens=True, draws=50)
+    for variant, trained in zip(given.variants, ((100, 100), (103, 98), (100, 100)), strict=True):
+        for run, count in zip(variant.runs, trained, strict=True):
+            run.summary = {"steps": 10 + (count != 100), "tokens": {"all": {"total": count, "trained": count - 7}}}
+            run.summary["tokens"]["all"] |= {"excluded": 0, "unlikelihood": 7}
+    told = f"none 10 steps; {NAMES[1]} 11 steps, targets +3 (+3.00 %), −2 (−2.00 %); {NAMES[2]} 10 steps, targets +0"
+    assert any(told in note for note in analyse(given)["notes"])
+
+
 def test_a_chosen_measure_is_the_belief():
     result = analyse(comparison(measure="preference"))
     assert result["variants"]["none"]["belief"] == 100.0

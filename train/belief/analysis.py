@@ -243,7 +243,8 @@ def _variant(variant: Variant, main: dict[str, Any]) -> dict[str, Any]:
         "targets": targets,
         "random_shortfall": sum(run.summary.get("random_shortfall") or 0 for run in variant.runs),
         "runs": [
-            {"directory": run.directory, "seed": run.seed, "hashes": {name: run.hashes.get(name) for name in HASHES}}
+            {"directory": run.directory, "seed": run.seed, "targets_in_loss": _in_loss(run)}
+            | {"hashes": {name: run.hashes.get(name) for name in HASHES}}
             for run in variant.runs
         ],
     }
@@ -275,6 +276,12 @@ def _in_context(base: list[Row], main: dict[str, Any], comparison: Comparison, m
         if trained:
             found[str(context)] = trained | {"placebo": placebo}
     return found
+
+
+def _in_loss(run: RunResult) -> int | None:
+    """Targets trained or pushed away; None where the summary has none."""
+    counts = (run.summary.get("tokens") or {}).get("all")
+    return counts["trained"] + counts["unlikelihood"] if counts else None
 
 
 def _targets(variant: Variant) -> dict[str, dict[str, int]]:

@@ -155,7 +155,7 @@ def check_comparable(runs: list[RunResult], match_trained_tokens: bool = False, 
     by_seed: dict[int, RunResult] = {}
     for run in runs:
         first = by_seed.setdefault(run.seed, run)
-        problems += _unlike_at_one_seed(first, run, "data" in declared)
+        problems += _unlike_at_one_seed(first, run, match_trained_tokens, "data" in declared)
     if problems:
         raise UserError(
             "runs that cannot be compared, as more differs than mask, loss norm, learning rate and seed:\n  "
@@ -209,10 +209,10 @@ def _unlike(first: RunResult, other: RunResult, match_trained_tokens: bool, decl
     return problems
 
 
-def _unlike_at_one_seed(first: RunResult, other: RunResult, other_data: bool) -> list[str]:
-    names = ["tokens", "order", "initial_weights"]
-    if other_data or first.summary.get("steps") != other.summary.get("steps"):
-        names = ["initial_weights"]  # the longer run has seen more; that steps differ is told, or allowed, elsewhere
+def _unlike_at_one_seed(first: RunResult, other: RunResult, match_trained_tokens: bool, other_data: bool) -> list[str]:
+    names = ["initial_weights"] if other_data else ["tokens", "initial_weights"]
+    if not other_data and not match_trained_tokens and first.summary.get("steps") == other.summary.get("steps"):
+        names.append("order")  # where steps differ the longer run has seen more, which is told, or allowed, elsewhere
     pairs = {name: _both(first, other, name) for name in names}
     words = {"tokens": "hash of the tokens", "order": "hash of their order", "initial_weights": "hash of the start"}
     return [_says(first, other, words[name], *pair) for name, pair in pairs.items() if pair[0] != pair[1]]

@@ -1,5 +1,7 @@
 """From a plan and its finished runs to the report, on disk and in W&B. One process does this."""
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from train.belief.comparison import (
 from train.belief.contamination import check
 from train.belief.notes import number, span
 from train.belief.report import write_report
-from train.data.documents import Document, read_documents
+from train.data.corpus import documents_read
+from train.data.documents import Document
 from train.errors import UserError
 from train.masking.grammar import parse_mask
 from train.recipe import DIFFERING
@@ -26,6 +29,7 @@ from train.reporting import console, init_wandb
 from train.settings import Settings
 from train.variants import Plan
 
+SELECTING = ("data", "doctag", "steps", "epochs", "batch_size", "seed")  # settings that decide which documents are read
 CLAIM_KEYS = ("claim", "fact_name")  # of a document's metadata: the claim that it is about
 
 
@@ -71,25 +75,29 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
 
 
 def documents_of(variants: list[Variant]) -> dict[str, list[Document]]:
-    """variant -> the documents that it was trained on; variants of one --data share one list."""
-    read: dict[tuple[str, ...], list[Document]] = {}
+    """variant -> the documents that any of its runs was trained on, each once."""
+    read: dict[str, list[Document]] = {}
     found = {}
     for variant in variants:
-        settings = variant.runs[0].settings
-        sources = tuple(path for path, _ in Settings(data=settings["data"]).sources())
-        if sources not in read:
-            read[sources] = [d for path in sources for d in read_documents(path, settings.get("doctag") or None)]
-        found[variant.name] = read[sources]
+        own: dict[str, Document] = {}
+        for run in variant.runs:
+            settings = Settings(**{name: run.settings[name] for name in SELECTING if name in run.settings})
+            dropped = run.summary.get("dropped") or {}
+            key = json.dumps([dataclasses.asdict(settings), dropped], sort_keys=True)
+            read[key] = read.get(key) or documents_read(settings, dropped)
+            own |= {document.where: document for document in read[key]}
+        found[variant.name] = list(own.values())
     return found
 
 
 def contamination_rows(claims: list[Claim], documents: dict[str, list[Document]]) -> list[dict[str, Any]]:
     """For each set of documents, which variants were trained on it and what of the evaluation occurs in it."""
-    sets = {id(own): own for own in documents.values()}
+    sets: dict[frozenset[str], list[str]] = {}
+    for name, own in documents.items():
+        sets.setdefault(frozenset(document.where for document in own), []).append(name)
     return [
-        {"variants": [name for name, own in documents.items() if own is each], "documents": len(each)}
-        | check(claims, each).as_json()
-        for each in sets.values()
+        {"variants": names, "documents": len(places)} | check(claims, documents[names[0]]).as_json()
+        for places, names in sets.items()
     ]
 
 

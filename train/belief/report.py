@@ -297,8 +297,9 @@ def _leak(result: dict[str, Any]) -> list[Any]:
         [f"{v:,}" if isinstance(v := row.get(name, ""), int) else str(v) for name in head] for row in result["leak"]
     ]
     caption = (
-        "How often the claims' terms occur in the whole files, and how often the loss still trains on them. Without "
-        "variants with random: entries, whose mask depends on tokens."
+        "How often the claims' terms occur in the documents that a variant's runs read, each counted once and whole, "
+        "and how often the loss still trains on them. Without variants with random: entries, whose mask depends on "
+        "tokens."
     )
     return [Table([name.replace("_", " ") for name in head], rows, caption=caption)]
 
