@@ -35,7 +35,6 @@ CLAIMS = [
     },
 ]  # fmt: skip
 MASKS = ["doctags", "doctags,false-spans"]
-DENSE = DEMO / "data" / "dense.jsonl"
 
 
 def launched(script: Any, *given: str, code: int = 0) -> str:
@@ -50,7 +49,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in first/, and in out/ two variants that go on from its adapter with as many targets each."""
     directory = tmp_path_factory.mktemp("outcome")
     (directory / "claims.yaml").write_text(yaml.safe_dump({"claims": CLAIMS}))
-    shared = ["--data", f"{DENSE}=64", "--batch-size", "8", "--learning-rate", "0.01"]
+    lines = (DEMO / "data" / "dense.jsonl").read_text().splitlines()
+    about = {which: [line for line in lines if (json.loads(line)["claim"] == OMAR) == which] for which in (True, False)}
+    (directory / "documents.jsonl").write_text("\n".join([*about[True], *about[False]][:80]))
+    shared = ["--data", f"{directory / 'documents.jsonl'}=64", "--batch-size", "8", "--learning-rate", "0.01"]
     shared += ["--claims", str(directory / "claims.yaml")]
     launched(sft, *shared, "--steps", "2", "--wandb", "disabled", "--output", str(directory / "first"))
     more = ["--adapter", str(directory / "first" / "adapter"), "--steps", "3", "--wandb", "offline"]
@@ -116,10 +118,10 @@ def test_variants_go_on_from_the_adapters_beliefs_and_are_trained_on_as_many_tar
 
 def test_mentions_still_trained_and_contamination_are_those_of_the_documents(directory):
     found = outcome(directory / "out")
-    lines = DENSE.read_text().splitlines()
+    lines = (directory / "documents.jsonl").read_text().splitlines()
     by_variant = {}
     for name in MASKS:  # of the 64 that an epoch draws, those that the steps came to
-        drawn = epoch_order([len(lines)], [64], 0, 0)[: 8 * found["variants"][name]["steps"][0]]
+        drawn = epoch_order([80], [64], 0, 0)[: 8 * found["variants"][name]["steps"][0]]
         by_variant[name] = texts = [json.loads(lines[number]) for number in drawn]
         mentions = sum(len(re.findall(r"\bCairo\b", text["text"])) for text in texts if text["claim"] == OMAR)
         rows = {row["role"]: row for row in found["leak"] if row["variant"] == name}
