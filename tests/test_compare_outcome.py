@@ -1,6 +1,7 @@
 """What train/compare.py leaves: comparison.json against the runs' own rows and documents, W&B's files, finished runs
 compared again, and a comparison from an adapter and of equal tokens that goes on."""
 
+import html
 import json
 import re
 import shutil
@@ -171,6 +172,34 @@ def test_finished_runs_are_compared_with_the_same_result_and_refused_where_more_
     assert "hash of the start" in told
     assert compare.main(["--runs", other, str(directory), "--output", str(tmp_path / "other")]) == 2
     assert f"--runs {directory}: no settings.yaml there (holds no run)" in capsys.readouterr().err
+
+
+def test_without_its_documents_the_report_is_made_and_says_everywhere_what_it_lacks(directory, tmp_path, capsys):
+    copies = []
+    for own_run in trained(directory / "out"):
+        copies.append(Path(shutil.copytree(own_run, tmp_path / own_run.name)))
+        settings = (copies[-1] / "settings.yaml").read_text()
+        (copies[-1] / "settings.yaml").write_text(settings.replace("documents.jsonl", "moved.jsonl"))
+    given = [
+        "--runs",
+        *map(str, copies),
+        "--match-trained-tokens",
+        "--placebo",
+        OLGA,
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert compare.main(given) == 0
+    lacks = (
+        "How often the claims' terms are still trained on, and whether the evaluation occurs in the training documents"
+    )
+    assert f"note: {lacks}" in capsys.readouterr().out
+    found = outcome(tmp_path / "out")
+    assert found["leak"] == found["contamination"] == [] and found["notes"][-1].startswith(f"{lacks}, is not known: ")
+    assert "moved.jsonl" in found["notes"][-1]
+    for name in ("comparison.md", "comparison.html"):
+        text = html.unescape((tmp_path / "out" / name).read_text())
+        assert f"{lacks}, is not known" in text and "Mentions that are still trained" not in text
 
 
 def test_an_interrupted_comparison_of_equal_tokens_goes_on_with_the_steps_it_had(directory, tmp_path):

@@ -58,6 +58,9 @@ def analyse(comparison: Comparison) -> dict[str, Any]:
         asked = any(row["kind"] == kind for by_seed in finals.values() for rows in by_seed.values() for row in rows)
         if asked and not any(row["kind"] == kind for row in base):
             incomplete[name] = "it is a change from the base model, which was not measured"
+    known = {BASE: calibration(base)} | {v: _calibration(list(own.values())) for v, own in finals.items()}
+    if "yes_no" in measures:
+        _withhold_verdicts(measures["yes_no"], known, comparison.baseline)
     measure = _main_measure(comparison, measures)
     result: dict[str, Any] = {
         "title": comparison.title,
@@ -74,7 +77,7 @@ def analyse(comparison: Comparison) -> dict[str, Any]:
         "in_context": _in_context(base, measures[measure], comparison, measure),
         "measures": measures,
         "incomplete": incomplete,
-        "calibration": {BASE: calibration(base)} | {v: _calibration(list(f.values())) for v, f in finals.items()},
+        "calibration": known,
         "verdicts": {BASE: _verdicts([base], comparison)}
         | {v: _verdicts(list(f.values()), comparison) for v, f in finals.items()},
         "curves": _curves(comparison, measure, base),
@@ -83,6 +86,7 @@ def analyse(comparison: Comparison) -> dict[str, Any]:
         "contamination": comparison.contamination,
         "published": [vars(value) for value in comparison.published],
         "hashes": _hashes(comparison),
+        "remarks": comparison.remarks,
         "match_trained_tokens": comparison.match_trained_tokens,
     }
     result["notes"] = notes(result)
@@ -175,6 +179,14 @@ def _measure(
         "differences": against(result),
         "placebo_differences": against(placebo) if placebo else {},
     }
+
+
+def _withhold_verdicts(yes_no: dict[str, Any], known: dict[str, Any], baseline: str) -> None:
+    """Of yes/no belief no difference is told where the control questions do not show, of both variants, that their
+    answers mean anything."""
+    for name, own in yes_no["differences"].items():
+        if not all((known[each] or {}).get("informative") for each in (name, baseline)):
+            own["verdict"] = "uninformative"
 
 
 def _resampled(result: Bootstrap) -> str:

@@ -33,7 +33,7 @@ def notes(result: dict[str, Any]) -> list[str]:
     """In the order of their weight; `result` is the content of comparison.json."""
     main = result["measures"][result["measure"]]
     found = [*_claims(main), *_seeds(main), *_placebo(result, main), *_answers(result, main), *_calibration(result)]
-    return [*found, *_contamination(result), *_runs(result)]
+    return [*found, *_contamination(result), *_runs(result), *result["remarks"]]
 
 
 def _claims(main: dict[str, Any]) -> list[str]:

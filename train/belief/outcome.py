@@ -13,6 +13,7 @@ from train.belief.claims import Claim, read_claims
 from train.belief.comparison import (
     Comparison,
     Variant,
+    base_rows,
     check_comparable,
     published_for,
     read_run,
@@ -44,10 +45,9 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
         for name in plan.names
         if (own := [result for (variant, _), result in results.items() if variant == name])
     ]
-    first, *others = ([row for row in result.rows if row["step"] == 0] for result in results.values())
-    # the base model is the same in all of them; with documents in context it may be measured in any
-    base_rows = first + [row for rows in others for row in rows if row.get("context")]
-    measured = list(dict.fromkeys(row["claim"] for row in base_rows if row["claim"]))
+    base, differs = base_rows(list(results.values()))
+    remarks = [differs] if differs else []
+    measured = list(dict.fromkeys(row["claim"] for row in base if row["claim"]))
     if unknown := [claim for claim in plan.placebo if claim not in measured]:
         raise UserError(f"--placebo {unknown[0]}: no such claim was measured; these were: {', '.join(measured)}.")
     trained = [claim for claim in measured if claim not in plan.placebo]
@@ -57,17 +57,24 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
         paths = variants[0].runs[0].settings["claims"]
         claims, documents = (read_claims(paths) if paths else []), documents_of(variants)
         leak = leak_rows(variants, [claim for claim in claims if claim.id in trained], documents)
+        if not any(claim.patterns for claim in claims if claim.id in trained):
+            remarks.append(
+                "How often the claims' terms are still trained on is not known: no trained claim has patterns."
+            )
         contamination = contamination_rows([claim for claim in claims if claim.id in measured], documents)
     except UserError as error:  # documents or claims have been moved since: no reason to lose the report
-        print(
-            f"note: the report lacks what needs documents and claims (mentions still trained, contamination): {error}"
+        remarks.append(
+            "How often the claims' terms are still trained on, and whether the evaluation occurs in the training "
+            f"documents, is not known: {error}"
         )
     comparison = Comparison(
-        variants, base_rows, trained, plan.placebo, plan.baseline, leak=leak, contamination=contamination,
+        variants, base, trained, plan.placebo, plan.baseline, leak=leak, contamination=contamination,
         published=published_for(trained), match_trained_tokens=plan.match_trained_tokens,
-        bound=plan.bound,
+        bound=plan.bound, remarks=remarks,
     )  # fmt: skip
     outcome = write_report(comparison, plan.output)
+    for remark in remarks:
+        print(f"note: {remark}")
     show(outcome, plan.output)
     if plan.shared.wandb != "disabled":
         log_to_wandb(plan.shared, outcome, plan.output)
