@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launch.local import deepspeed_command, run
 from train import compare, sft
 from train.belief.records import read_rows
-from train.compare import checked_runs
+from train.compare import checked_runs, matching_steps
 from train.data import corpus
 from train.data.tokenizer import tokenize_document
 from train.errors import UserError
@@ -198,6 +198,9 @@ def test_matched_tokens_give_each_variant_the_steps_nearest_to_the_baselines_tar
     assert alone.documents == (32 if length[1] == "4" else 38)
     for name in ("dense", "hot"):  # of the same mask: the same run
         assert jobs[name].documents == alone.documents and jobs[name].tokens == alone.tokens
+    untagged = replace(runs["dense", 0], mask="none")  # with a few more targets than that: whole steps are no nearer
+    if alone.documents == 38:
+        assert matching_steps(prepare(replace(untagged, output=""), 1, False), wanted) == 0
     masked = jobs["masked"]
     assert masked.steps > alone.steps and masked.documents == 8 * masked.steps
 

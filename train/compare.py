@@ -121,14 +121,13 @@ def targets_in_loss(job: Job) -> int:
 
 
 def matching_steps(job: Job, budget: int) -> int:
-    """--steps with which the targets in the loss are nearest to the budget. As the job has it, 0 for --epochs, where
-    they are equal to it already: an epoch may end in a partial step, and --steps are whole ones."""
-    if targets_in_loss(job) == budget:
-        return job.settings.steps
+    """--steps with which the targets in the loss are nearest to the budget. As the job has it, 0 for --epochs, where no
+    other number is nearer: --epochs may end in a partial step, and --steps are whole ones."""
     steps = job.steps
     while (sums := trained_by_step(job, steps * job.settings.batch_size))[-1] < budget:
         steps *= 2
-    return int(np.abs(sums - budget).argmin()) + 1
+    missed = np.abs(sums - budget)
+    return int(missed.argmin()) + 1 if missed.min() < abs(targets_in_loss(job) - budget) else job.settings.steps
 
 
 def train_all(runs: list[Settings], ranks: int, device: torch.device, known: Known) -> None:
