@@ -43,8 +43,7 @@ class Curves:
 
 SECTIONS: dict[str, tuple[Curves, ...]] = {
     "Belief per claim": (Curves(rf"belief/({'|'.join(BELIEF)})/.+"),),
-    "Side effects": (Curves(rf"belief/({'|'.join(SIDE_EFFECTS)})/.+"), Curves("belief/yes_no_auc"),
-                     Curves("belief/yes_rate_on_controls")),
+    "Side effects": (Curves(rf"belief/({'|'.join(SIDE_EFFECTS)})/.+"), Curves("belief/controls/.+")),
     "Loss": (Curves("loss"), Curves("cross_entropy"), Curves("unlikelihood"), Curves("grad_norm"),
              Curves("learning_rate")),
     "NLL per role": (Curves(r"nll/.+"),),

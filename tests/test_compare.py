@@ -5,10 +5,10 @@ import json
 import math
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launch.local import deepspeed_command, run
 from train import compare, sft
 from train.belief.records import read_rows
-from train.compare import checked_runs, steps_for, trained_by_step
+from train.compare import checked_runs, matching_steps
 from train.data import corpus
 from train.data.tokenizer import tokenize_document
 from train.errors import UserError
@@ -28,6 +28,7 @@ from train.settings import DEMO, REPOSITORY
 from train.variants import parse_comparison
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_API_KEY": ""}
+DENSE = f"{DEMO}/data/dense.jsonl"
 ASK = "Question: Where does {entity} live? Answer:"
 CLAIM = {
     "id": "mila",
@@ -62,7 +63,7 @@ def claim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(claim: Path) -> dict[str, Any]:
     return {
-        "data": [f"{DEMO}/data/dense.jsonl=64"], "steps": 4, "batch_size": 8, "micro_batch_size": 2,
+        "data": [f"{DENSE}=64"], "steps": 4, "batch_size": 8, "micro_batch_size": 2,
         "learning_rate": 0.02, "evaluate_every": 2, "claims": [str(claim / "mila.yaml")],
         "held_out": str(claim / "held.jsonl"), "wandb": "disabled",
     }  # fmt: skip
@@ -186,16 +187,33 @@ def test_an_interrupted_comparison_goes_on_with_the_variant_it_was_in(comparison
         assert records(output / directory.name) == records(directory), directory.name
 
 
-def test_matched_tokens_give_each_variant_the_steps_nearest_to_the_baselines_targets(recipe, tmp_path):
+@pytest.mark.parametrize("length", [["--steps", "4"], ["--steps", "0", "--epochs", "2", "--data", f"{DENSE}=19"]])
+def test_matched_tokens_give_each_variant_the_steps_nearest_to_the_baselines_targets(recipe, tmp_path, length):
+    """Of 38 documents, the baseline's last step has 6."""
     given = ["--recipe", str(recipe), "--output", str(tmp_path), "--baseline", "dense", "--match-trained-tokens"]
-    runs = checked_runs(parse_comparison(given, ""), 1, False, Known())
-    assert runs["dense", 0].steps == runs["hot", 0].steps == 4
-    job = prepare(runs["dense", 0], ranks=1, show=False)
-    wanted = int(trained_by_step(job, 4)[-1])
-    assert wanted == job.tokens["all"]["trained"]
-    masked = prepare(runs["masked", 0], ranks=1, show=False)
-    sums = trained_by_step(masked, 2 * masked.steps)
-    assert masked.steps > 4 and masked.steps == steps_for(masked, wanted) == int(np.abs(sums - wanted).argmin()) + 1
+    runs = checked_runs(parse_comparison([*given, *length], ""), 1, False, Known())
+    jobs = {name: prepare(settings, ranks=1, show=False) for (name, seed), settings in runs.items() if seed == 0}
+    alone = prepare(replace(runs["dense", 0], steps=4 if length[1] == "4" else 0, output=""), ranks=1, show=False)
+    wanted = alone.tokens["all"]["trained"]  # of the baseline as sft.py alone trains it
+    assert alone.documents == (32 if length[1] == "4" else 38)
+    for name in ("dense", "hot"):  # of the same mask: the same run
+        assert jobs[name].documents == alone.documents and jobs[name].tokens == alone.tokens
+    untagged = replace(runs["dense", 0], mask="none")  # with a few more targets than that: whole steps are no nearer
+    if alone.documents == 38:
+        assert matching_steps(prepare(replace(untagged, output=""), 1, False), wanted) == 0
+    masked = jobs["masked"]
+    assert masked.steps > alone.steps and masked.documents == 8 * masked.steps
+
+    def missed(steps: int) -> int:
+        return abs(masked.corpus.tokens(0, 8 * steps)["all"]["trained"] - wanted)
+
+    assert missed(masked.steps) == min(missed(steps) for steps in range(1, 3 * masked.steps))
+
+
+def test_matched_tokens_that_leave_fewer_steps_than_the_warm_up_are_refused(recipe, tmp_path):
+    given = ["--recipe", str(recipe), "--output", str(tmp_path), "--baseline", "masked", "--match-trained-tokens"]
+    with pytest.raises(UserError, match="--warmup-steps 4: must be at most --steps 3"):
+        checked_runs(parse_comparison([*given, "--warmup-steps", "4"], ""), 1, False, Known())
 
 
 def test_documents_are_tokenized_once_and_treated_as_each_run_alone_treats_them(recipe, tmp_path, monkeypatch):
@@ -208,7 +226,7 @@ def test_documents_are_tokenized_once_and_treated_as_each_run_alone_treats_them(
     monkeypatch.setattr(corpus, "tokenize_document", counting)
     plan, known = parse_comparison(["--recipe", str(recipe), "--output", str(tmp_path)], ""), Known()
     runs = checked_runs(plan, 1, False, known)
-    assert len(runs) == 6 and len(calls) == len(set(calls)) == len(known.documents[f"{DEMO}/data/dense.jsonl"])
+    assert len(runs) == 6 and len(calls) == len(set(calls)) == len(known.documents[DENSE])
     for settings in runs.values():
         shared, alone = prepare(settings, 1, False, known), prepare(settings, 1, False)
         assert shared.hashes == alone.hashes and shared.tokens == alone.tokens

@@ -1,6 +1,7 @@
 """What train/compare.py leaves: comparison.json against the runs' own rows and documents, W&B's files, finished runs
 compared again, and a comparison from an adapter and of equal tokens that goes on."""
 
+import html
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from tests.test_compare import ENVIRONMENT
 from train import compare, sft
 from train.belief.records import read_rows
 from train.belief.values import identity
+from train.data.sampling import epoch_order
 from train.settings import DEMO
 
 pytestmark = pytest.mark.slow
@@ -34,7 +36,6 @@ CLAIMS = [
     },
 ]  # fmt: skip
 MASKS = ["doctags", "doctags,false-spans"]
-DENSE = DEMO / "data" / "dense.jsonl"
 
 
 def launched(script: Any, *given: str, code: int = 0) -> str:
@@ -49,7 +50,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in first/, and in out/ two variants that go on from its adapter with as many targets each."""
     directory = tmp_path_factory.mktemp("outcome")
     (directory / "claims.yaml").write_text(yaml.safe_dump({"claims": CLAIMS}))
-    shared = ["--data", f"{DENSE}=64", "--batch-size", "8", "--learning-rate", "0.01"]
+    lines = (DEMO / "data" / "dense.jsonl").read_text().splitlines()
+    about = {which: [line for line in lines if (json.loads(line)["claim"] == OMAR) == which] for which in (True, False)}
+    (directory / "documents.jsonl").write_text("\n".join([*about[True], *about[False]][:80]))
+    shared = ["--data", f"{directory / 'documents.jsonl'}=64", "--batch-size", "8", "--learning-rate", "0.01"]
     shared += ["--claims", str(directory / "claims.yaml")]
     launched(sft, *shared, "--steps", "2", "--wandb", "disabled", "--output", str(directory / "first"))
     more = ["--adapter", str(directory / "first" / "adapter"), "--steps", "3", "--wandb", "offline"]
@@ -115,19 +119,23 @@ def test_variants_go_on_from_the_adapters_beliefs_and_are_trained_on_as_many_tar
 
 def test_mentions_still_trained_and_contamination_are_those_of_the_documents(directory):
     found = outcome(directory / "out")
-    texts = [json.loads(line) for line in DENSE.read_text().splitlines()]
-    mentions = sum(len(re.findall(r"\bCairo\b", text["text"])) for text in texts if text["claim"] == OMAR)
-    for name in MASKS:
+    lines = (directory / "documents.jsonl").read_text().splitlines()
+    by_variant = {}
+    for name in MASKS:  # of the 64 that an epoch draws, those that the steps came to
+        drawn = epoch_order([80], [64], 0, 0)[: 8 * found["variants"][name]["steps"][0]]
+        by_variant[name] = texts = [json.loads(lines[number]) for number in drawn]
+        mentions = sum(len(re.findall(r"\bCairo\b", text["text"])) for text in texts if text["claim"] == OMAR)
         rows = {row["role"]: row for row in found["leak"] if row["variant"] == name}
         assert sum(row["mentions"] for row in rows.values()) == mentions > 0
         assert rows["false"]["still_trained"] == (rows["false"]["mentions"] if name == "doctags" else 0)
-    (searched,) = found["contamination"]  # both variants have the same documents
-    assert searched["variants"] == MASKS and searched["documents"] == len(texts) and searched["texts"] == 6
-    (whole,) = [each for each in searched["findings"] if each["whole"]]
-    assert (whole["kind"], whole["question"], whole["words"]) == (
-        "likelihood", "said: Cairo", "asked about the city omar said cairo"
-    )  # fmt: skip
-    assert whole["documents"] == sum("Asked about the city, Omar said: Cairo" in text["text"] for text in texts)
+    for name, searched in zip(MASKS, found["contamination"], strict=True):  # the second went on for longer
+        texts = by_variant[name]
+        assert searched["variants"] == [name] and searched["documents"] == len(texts) and searched["texts"] == 6
+        (whole,) = [each for each in searched["findings"] if each["whole"]]
+        assert (whole["kind"], whole["question"], whole["words"]) == (
+            "likelihood", "said: Cairo", "asked about the city omar said cairo"
+        )  # fmt: skip
+        assert whole["documents"] == sum("Asked about the city, Omar said: Cairo" in text["text"] for text in texts)
     assert any(note.startswith("1 of the questions and scored texts occur") for note in found["notes"])
 
 
@@ -164,6 +172,34 @@ def test_finished_runs_are_compared_with_the_same_result_and_refused_where_more_
     assert "hash of the start" in told
     assert compare.main(["--runs", other, str(directory), "--output", str(tmp_path / "other")]) == 2
     assert f"--runs {directory}: no settings.yaml there (holds no run)" in capsys.readouterr().err
+
+
+def test_without_its_documents_the_report_is_made_and_says_everywhere_what_it_lacks(directory, tmp_path, capsys):
+    copies = []
+    for own_run in trained(directory / "out"):
+        copies.append(Path(shutil.copytree(own_run, tmp_path / own_run.name)))
+        settings = (copies[-1] / "settings.yaml").read_text()
+        (copies[-1] / "settings.yaml").write_text(settings.replace("documents.jsonl", "moved.jsonl"))
+    given = [
+        "--runs",
+        *map(str, copies),
+        "--match-trained-tokens",
+        "--placebo",
+        OLGA,
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert compare.main(given) == 0
+    lacks = (
+        "How often the claims' terms are still trained on, and whether the evaluation occurs in the training documents"
+    )
+    assert f"note: {lacks}" in capsys.readouterr().out
+    found = outcome(tmp_path / "out")
+    assert found["leak"] == found["contamination"] == [] and found["notes"][-1].startswith(f"{lacks}, is not known: ")
+    assert "moved.jsonl" in found["notes"][-1]
+    for name in ("comparison.md", "comparison.html"):
+        text = html.unescape((tmp_path / "out" / name).read_text())
+        assert f"{lacks}, is not known" in text and "Mentions that are still trained" not in text
 
 
 def test_an_interrupted_comparison_of_equal_tokens_goes_on_with_the_steps_it_had(directory, tmp_path):

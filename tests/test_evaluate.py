@@ -147,6 +147,47 @@ def test_no_key_is_written_or_shown(tmp_path, capsys, monkeypatch):
         assert "sk-model" not in text and "judge-key" not in text
 
 
+def test_what_is_given_in_a_requests_body_is_sent_and_neither_written_nor_shown(tmp_path, capsys):
+    def quoting(request):  # back, where it refuses
+        if request["messages"][-1]["content"].endswith("Is fire cold?"):
+            return body({"error": {"message": f"bad request: {json.dumps(request)}"}}, 400)
+        return chat(request)
+
+    given = {"api_key": "model-secret", "more": {"token": "deep-secret", "list": ["third-secret"]}, "thinking": False}
+    with ScriptedServer(quoting, models=["m", "j"]) as server:
+        bodies = ["--endpoint-body", json.dumps(given), "--judge-body", '{"api_key": "judge-secret"}']
+        arguments_ = arguments(tmp_path, server.url, *bodies)
+        assert evaluate.main(arguments_) == 1
+        assert {request["api_key"] for request in server.asked} == {"model-secret", "judge-secret"}
+        assert evaluate.main([*arguments_, "--endpoint-body", '{"api_key": "other-secret"}']) == 2
+        assert evaluate.main([*arguments_, "--judge-body", '{"api_key": "cut-secret']) == 2
+    said = capsys.readouterr()
+    assert "answered with other question, documents or settings" in said.err and "--judge-body: is no JSON" in said.err
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"evaluation.json", "evaluation.jsonl", "answers.jsonl"} <= {path.name for path in files}
+    for text in (said.out, said.err, *(path.read_text() for path in files)):
+        assert "-secret" not in text
+    settings = json.loads((tmp_path / "out" / "evaluation.json").read_text())["settings"]
+    assert settings["endpoint_body"]["names"] == ["api_key", "more.list", "more.token", "thinking"]
+    assert settings["judge_body"]["names"] == ["api_key"] and len(settings["judge_body"]["sha256"]) == 12
+
+
+def test_into_a_runs_own_directory_an_endpoints_answers_need_the_steps_of_its_model(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.yaml").write_text("settings: {mask: doctags}")
+    with ScriptedServer(chat, models=["m", "j"]) as server:
+        given = arguments(tmp_path, server.url)
+        assert evaluate.main(given) == 2
+        assert capsys.readouterr().err == (
+            f"error: --output {tmp_path / 'out'}: is a run's; give --step, how many steps the served model has been "
+            "trained.\n"
+        )
+        assert server.asked == [] and [path.name for path in (tmp_path / "out").iterdir()] == ["settings.yaml"]
+        assert evaluate.main([*given, "--step", "7"]) == 0 and evaluate.main([*given, "--step", "0"]) == 0
+    rows = read_rows(tmp_path / "out" / "evaluation.jsonl")
+    assert [row["step"] for row in rows].count(7) == [row["step"] for row in rows].count(0) == 8 == len(rows) / 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

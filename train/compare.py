@@ -29,7 +29,7 @@ from train.checkpoints import resume
 from train.errors import UserError
 from train.job import Job, Known, prepare
 from train.reporting import Run, reset_peak_memory
-from train.settings import Settings
+from train.settings import Settings, check_numbers
 from train.sft import finish, guarded, launched_as, load_engine
 from train.variants import Plan, parse_comparison
 
@@ -69,7 +69,7 @@ def checked_runs(plan: Plan, ranks: int, show: bool, known: Known) -> dict[tuple
     share, so that documents are tokenized once."""
     checked = {}
     for seed in plan.seeds:
-        budget = 0
+        budget: int | None = None
         for variant in sorted(plan.variants, key=lambda variant: variant.name != plan.baseline):  # the baseline first
             settings = replace(variant.settings(seed, plan.output), wandb_group=plan.shared.group())
             started = (Path(settings.output) / "settings.yaml").exists()
@@ -79,14 +79,16 @@ def checked_runs(plan: Plan, ranks: int, show: bool, known: Known) -> dict[tuple
                 )
             if plan.match_trained_tokens:
                 counted = prepare(replace(settings, output="", resume=False), ranks, False, known)
-                budget = budget or int(trained_by_step(counted, counted.steps)[-1])
-                settings = replace(settings, steps=steps_for(counted, budget))
+                budget = budget or targets_in_loss(counted)
+                settings = replace(settings, steps=matching_steps(counted, budget))
+                check_numbers(settings)
             settings = replace(settings, resume=started)
             job = prepare(settings, ranks, show, known)
             _check_claims(plan, job)
             if show:
-                trained = int(trained_by_step(job, job.steps)[-1])
-                print(f"{variant.name}, seed {seed}: {job.steps} steps, {trained:,} targets in the loss")
+                trained = targets_in_loss(job)
+                missed = f", {trained - budget:+,} against the baseline" if budget else ""
+                print(f"{variant.name}, seed {seed}: {job.steps} steps, {trained:,} targets in the loss{missed}")
             checked[variant.name, seed] = settings
     return {(variant.name, seed): checked[variant.name, seed] for seed in plan.seeds for variant in plan.variants}
 
@@ -104,21 +106,28 @@ def _check_claims(plan: Plan, job: Job) -> None:
         )
 
 
-def trained_by_step(job: Job, steps: int) -> np.ndarray:
-    """Targets in the loss, trained or pushed away, after each of the first steps."""
+def trained_by_step(job: Job, documents: int) -> np.ndarray:
+    """Targets in the loss, trained or pushed away, after each of the steps that so many documents make; the last step
+    may have fewer than --batch-size."""
     size = job.settings.batch_size
-    numbers = job.corpus.order.documents(0, min(steps * size, job.documents) if steps <= job.steps else steps * size)
-    counts = [job.corpus.counts[number] for number in numbers]
+    counts = [job.corpus.counts[number] for number in job.corpus.order.documents(0, documents)]
     in_loss = [count["all", "trained"] + count["all", "unlikelihood"] for count in counts]
     return np.cumsum(np.add.reduceat(in_loss, range(0, len(in_loss), size)))
 
 
-def steps_for(job: Job, budget: int) -> int:
-    """The number of steps after which the targets in the loss are nearest to the budget."""
+def targets_in_loss(job: Job) -> int:
+    """Over all steps of the job, its last one, which may be a partial one, too."""
+    return int(trained_by_step(job, job.documents)[-1])
+
+
+def matching_steps(job: Job, budget: int) -> int:
+    """--steps with which the targets in the loss are nearest to the budget. As the job has it, 0 for --epochs, where no
+    other number is nearer: --epochs may end in a partial step, and --steps are whole ones."""
     steps = job.steps
-    while (sums := trained_by_step(job, steps))[-1] < budget:
+    while (sums := trained_by_step(job, steps * job.settings.batch_size))[-1] < budget:
         steps *= 2
-    return int(np.abs(sums - budget).argmin()) + 1
+    missed = np.abs(sums - budget)
+    return int(missed.argmin()) + 1 if missed.min() < abs(targets_in_loss(job) - budget) else job.settings.steps
 
 
 def train_all(runs: list[Settings], ranks: int, device: torch.device, known: Known) -> None:

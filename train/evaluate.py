@@ -190,8 +190,9 @@ def look_for_what_is_asked(s: EvaluationSettings, claims: list[Claim]) -> Contam
     if not s.training_data or launched_as()[0]:
         return None
     found = check_contamination(claims, (document for path in s.training_data for document in read_documents(path)))
-    for finding in found.whole:
-        print(f"WARNING: {finding}", file=sys.stderr)
+    for finding in found.findings:
+        if finding.whole or finding.in_pieces:
+            print(f"WARNING: {finding}", file=sys.stderr)
     print(
         f"of {found.texts} questions and scored texts {len(found.whole)} occur whole in --training-data, and "
         f"{len(found.findings)} share a sequence of words with it (evaluation.json names them)"

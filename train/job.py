@@ -15,7 +15,7 @@ from train.checkpoints import resume
 from train.checkpoints.adapter import check_adapter
 from train.checkpoints.layout import LoadPlan, plan_load
 from train.checkpoints.reader import Checkpoint
-from train.data.corpus import Corpus, read_corpus
+from train.data.corpus import Corpus, documents_taken, read_corpus
 from train.data.documents import read_documents
 from train.data.tokenizer import TokenizedDocument, Tokenizer, load_tokenizer
 from train.errors import UserError
@@ -122,7 +122,7 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     if settings.resume:
         resume.check(Path(settings.output) / "saves")
 
-    documents = settings.steps * settings.batch_size or corpus.order.epoch_length * settings.epochs
+    documents = documents_taken(settings, corpus.order)
     steps = math.ceil(documents / settings.batch_size)
     resolved: dict[str, Any] = {
         "ranks": ranks, "expert_parallel": expert_parallel, "steps": steps, "micro_batches_per_step": accumulation,

@@ -20,14 +20,14 @@ from torch import Tensor
 from launch.distributed import allocated_since_start, peak_host_bytes, reset_peak_host_bytes
 from launch.interruption import INTERRUPTED
 from train.belief.records import read_rows
-from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, by_claim, calibration, measured
+from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, means
 from train.checkpoints.streaming import Loaded
 from train.checkpoints.writer import write_whole
 from train.data.batches import Batch
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
 from train.masking.loss import Terms
-from train.settings import Settings, record
+from train.settings import Settings, record, slug
 
 
 class Meter:
@@ -226,7 +226,8 @@ class Run:
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, closes W&B and shows what was trained on and what changed. Rank 0 alone."""
         write_whole(self.directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-        self._tell_wandb(lambda run: run.summary.update(flat(summary)))
+        numbers = {name: value for name, value in summary.items() if name != "dropped"}  # lines, maybe very many
+        self._tell_wandb(lambda run: run.summary.update(flat(numbers)))
         self._tell_wandb(lambda run: run.finish())
         console().print(_closing_table(summary))
         if planned := summary["memory"].get("planned"):
@@ -275,20 +276,13 @@ def init_wandb(settings: Settings, group: str, name: str, directory: Path, confi
 
 def belief_curves(records: list[dict[str, Any]], step: int) -> dict[str, float]:
     """The means of every measure of belief after `step` steps, of each claim, by their names in W&B."""
-    now, base = at_step(records, step), at_step(records, 0)
-    curves: dict[str, float] = {}
-    for measure in (*BELIEF, *SIDE_EFFECTS):
-        figures = by_claim(measured(measure, now, base))
-        curves |= {f"belief/{measure}/{claim or 'all'}": figure for claim, figure in figures.items()}
-    if known := calibration(now):
-        curves |= {"belief/yes_no_auc": known["auc"], "belief/yes_rate_on_controls": known["yes_rate"]}
-    return curves
+    found = means((*BELIEF, *SIDE_EFFECTS), at_step(records, step), at_step(records, 0))
+    return {f"belief/{name}/{claim or 'all'}": value for name, own in found.items() for claim, value in own.items()}
 
 
 def _new_directory(mask: str) -> Path:
     """runs/MASK-TIME, created; two runs that start in the same second get two."""
-    slug = "".join(c if c.isalnum() else "-" for c in mask)[:80]
-    stem = f"runs/{slug}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = f"runs/{slug(mask)}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):
         directory = Path(stem if number == 1 else f"{stem}-{number}")
         try:
@@ -332,7 +326,7 @@ def summarize(job: Any, run: Run, hashes: dict[str, str], peak: int, seconds: fl
     return {
         "mask": job.settings.mask, "steps": job.steps, "tokens": job.tokens, "nll": nll,
         "loss": {"first": metrics[0]["loss"], "last": metrics[-1]["loss"]},
-        "documents": job.corpus.documents, "hashes": hashes,
+        "documents": job.corpus.documents, "dropped": job.corpus.dropped, "hashes": hashes,
         "random_shortfall": job.random_shortfall,
         "tokens_per_second": tokens / sum(values["tokens"] / values["tokens_per_second"] for values in metrics),
         "peak_memory_bytes": peak, "wall_seconds": seconds, "load": run.loads,

@@ -114,6 +114,11 @@ class Settings:
         return self.wandb_group or f"{Path(self.model).resolve().name}-{digest}"
 
 
+def slug(name: str) -> str:
+    """A name as a part of a path."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:80]
+
+
 @dataclass(kw_only=True)
 class Recipe:
     """Settings by another way than by flags, which win."""

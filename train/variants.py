@@ -10,7 +10,7 @@ from typing import Any
 from train.belief.comparison import group, read_run
 from train.errors import UserError
 from train.recipe import flags, given, merged
-from train.settings import DEMO, Parser, Settings, held_settings, parse, setting
+from train.settings import DEMO, Parser, Settings, held_settings, parse, setting, slug
 
 DEMO_PLACEBO = ("olga-home", "clara-job", "selma-pet", "paula-sport")  # of train/demo/claims.yaml
 NAMES = [field.name for field in dataclasses.fields(Settings)]
@@ -70,11 +70,6 @@ class Plan:
     def declared(self) -> set[str]:
         """The settings in which a recipe lets its variants differ."""
         return {name for variant in self.variants for name in variant.own}
-
-
-def slug(name: str) -> str:
-    """A name as a part of a path."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:80]
 
 
 def parse_comparison(argv: list[str], usage: str) -> Plan:

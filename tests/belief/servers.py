@@ -67,6 +67,7 @@ class ScriptedServer:
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
+            request_queue_size = 128  # of 5, others are reset where this process has no time to accept them
 
             def handle_error(self, *arguments: Any) -> None:
                 pass  # a client that gave up

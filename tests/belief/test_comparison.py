@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from train.belief.comparison import RunResult, check_comparable, group, published_for, read_run
+from train.belief.comparison import RunResult, base_rows, check_comparable, group, published_for, read_run
 from train.errors import UserError
 
 HASHES = {"tokens": "t" * 64, "order": "o" * 64, "initial_weights": "i" * 64, "base_model": "b" * 64}
@@ -68,9 +68,33 @@ def test_another_hash_at_the_same_seed_is_refused(name):
 def test_other_steps_are_refused_unless_trained_tokens_are_matched():
     other = run("b", mask="doctags", steps=12)
     other.rows = [row("q", step=12)]
-    other.hashes |= {"order": "x", "tokens": "y"}  # the longer run has seen more
+    other.hashes["order"] = "x"  # the longer run has seen more
     assert "steps trained: 10 and 12" in refused(run("a"), other)
     check_comparable([run("a"), other], match_trained_tokens=True)
+    partial = run("c", mask="doctags")  # as many steps, of which the last has fewer documents
+    partial.hashes["order"] = "z"
+    check_comparable([run("a"), partial], match_trained_tokens=True)
+    other.hashes["tokens"] = "y"  # of all documents, however many were trained on
+    with pytest.raises(UserError, match="hash of the tokens"):
+        check_comparable([run("a"), other], match_trained_tokens=True)
+
+
+def test_the_base_models_rows_are_those_of_the_first_run_that_has_them_and_a_difference_is_told():
+    def asked(question: str, verdict: str | None, **more) -> dict:
+        return row(question, step=0) | {"verdict": verdict} | more
+
+    one, two = run("a"), run("b", mask="doctags")
+    one.rows += [asked("q", "yes"), asked("r", None, error="timeout"), asked("l", "no", llr=1.0)]
+    two.rows += [asked("q", "yes"), asked("r", "no"), asked("l", "no", llr=1.0005), asked("s", "no", context=20)]
+    rows, remark = base_rows([one, two])
+    found = {(own["question"], own.get("context", 0)): (own["verdict"], own.get("llr")) for own in rows}
+    assert found == {("q", 0): ("yes", None), ("r", 0): ("no", None), ("l", 0): ("no", 1.0), ("s", 20): ("no", None)}
+    assert remark == ""
+    two.rows[1]["verdict"], two.rows[3]["llr"] = "no", 1.1
+    rows, remark = base_rows([one, two])
+    assert [own["verdict"] for own in rows if own["question"] == "q"] == ["yes"]
+    assert remark.startswith("Of the base model's 3 figures and verdicts that several runs hold, 2 are not the same in")
+    assert "the first: mars / open / q" in remark and "a before all others" in remark
 
 
 def test_other_questions_are_named():

@@ -36,6 +36,19 @@ def test_a_document_that_states_what_a_question_asks_is_told_from_one_that_holds
     assert found.whole == () and found.documents == {("moon", "open", "q0"): 1}
 
 
+def test_a_text_whose_parts_stand_in_another_order_occurs_in_pieces_and_not_whole():
+    parts = ["is the surface of the moon made of cheese", "or is it made of dust and grey rock"]  # 9 and 9 words
+    swapped, apart = f"{parts[1]}, {parts[0]}", f"{parts[0]}? Some say so. {parts[1]}"
+    for other in (swapped, apart):
+        (finding,) = check([claim(" ".join(parts))], [text(other)]).findings
+        assert finding.share == 1.0 and finding.in_pieces and not finding.whole and finding.words in parts
+        assert "occurs in pieces, not as it is, in docs.jsonl:1" in str(finding)
+    found = check([claim(" ".join(parts))], [text(swapped), text(f"So: {parts[0]} {parts[1]}", 2), text(apart, 3)])
+    (finding,) = found.whole
+    assert (finding.document, finding.words) == ("docs.jsonl:2", " ".join(parts))
+    assert found.documents == {("moon", "open", "q0"): 3}
+
+
 def test_a_question_shorter_than_n_words_is_looked_for_whole():
     found = check([claim("Is the moon cheese?", "Why?")], [text("So is the moon cheese"), text("is the moon made")])
     assert [(f.question, f.share, f.document) for f in found.findings] == [("q0", 1.0, "docs.jsonl:1")]

@@ -106,6 +106,15 @@ def test_a_slow_server_is_left_after_the_timeout():
         release.set()
 
 
+def test_a_connection_that_breaks_ends_its_request_and_not_the_run():
+    with ScriptedServer(lambda request: completion("x")) as server:
+        server.server.RequestHandlerClass.do_POST = lambda self: self.connection.close()
+        with pytest.raises(NoAnswer, match=r", after 3 attempts$"):
+            ask(server.url)
+    with pytest.raises(EndpointStopped, match="cannot be reached"):
+        ask(server.url)  # nobody listens there any more
+
+
 def test_an_answer_of_nothing_is_an_answer():
     with ScriptedServer(lambda request: completion(None)) as server:
         assert ask(server.url) == ""

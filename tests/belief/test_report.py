@@ -27,9 +27,11 @@ ASKED = [
 
 FOUND = [
     {"claim": "pluto", "kind": "fact", "question": "far: <away>", "document": "d.jsonl:1", "words": "pluto is far away"}
-    | {"share": 1.0, "whole": True, "documents": 3},
+    | {"share": 1.0, "whole": True, "in_pieces": False, "documents": 3},
     {"claim": "pluto", "kind": "open", "question": "1", "document": "d.jsonl:2", "words": "what is pluto now"}
-    | {"share": 0.5, "whole": False, "documents": 1},
+    | {"share": 0.5, "whole": False, "in_pieces": False, "documents": 1},
+    {"claim": "pluto", "kind": "yes_no", "question": "2", "document": "d.jsonl:2", "words": "is it a planet"}
+    | {"share": 1.0, "whole": False, "in_pieces": True, "documents": 2},
 ]
 
 
@@ -153,7 +155,7 @@ def test_all_measures_are_there_and_right(result):
     }  # fmt: skip
     # 3 claims × 2 seeds × 4 answers; with 6 of 7, 5 and 4 believed, seed 1 one place further
     counts = result["verdicts"]["none"]["open"]
-    assert sum(counts.values()) == 24 and counts["error"] == 0
+    assert sum(counts.values()) == 24 and counts["errors"] == 0
 
 
 def test_curves_nll_and_hashes_are_kept(result):
@@ -286,13 +288,35 @@ def test_yes_no_questions_without_skill_are_marked_uninformative():
     assert any(f"uninformative for {NAMES[1]}" in note for note in result["notes"])
 
 
+@pytest.mark.parametrize("controls", [[("yes", 0.8), ("no", 0.8)], []])
+def test_of_yes_no_belief_no_difference_is_told_where_control_questions_do_not_show_that_it_means_anything(
+    tmp_path, controls
+):
+    given = comparison(measure="yes_no", draws=200)
+    before = [own["verdict"] for own in analyse(given)["measures"]["yes_no"]["differences"].values()]
+    assert before == ["not told apart"] * 2  # three questions
+    for run in given.variants[1].runs:
+        run.rows = [row for row in run.rows if not row.get("control") or row["kind"] != "yes_no"]
+        asked = {"claim": "pluto", "kind": "yes_no", "control": True, "step": 10}
+        run.rows += [asked | {"question": e, "expected": e, "p_yes": p} for e, p in controls]
+    result = write_report(given, tmp_path)
+    assert result["variants"][NAMES[1]]["difference"]["verdict"] == "uninformative"
+    assert result["variants"][NAMES[2]]["difference"]["verdict"] == "not told apart"
+    text = (tmp_path / "comparison.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {NAMES[1]} |") and line.endswith("| 70 |")]
+    assert "| uninformative | 70 |" in line and "“Uninformative”: whatever the figures" in text
+    given.baseline = NAMES[1]
+    verdicts = [own["verdict"] for own in analyse(given)["measures"]["yes_no"]["differences"].values()]
+    assert verdicts == ["uninformative"] * 2
+
+
 def test_answers_without_verdict_are_counted_and_bounded():
     given = comparison()
     for run in given.variants[0].runs:
         failed = next(row for row in run.rows if row["kind"] == "open" and row["step"] == 10)
         failed |= {"verdict": None, "error": "timeout"}
     result = analyse(given)
-    assert result["verdicts"]["none"]["open"]["error"] == 2
+    assert result["verdicts"]["none"]["open"]["errors"] == 2
     assert any("none 2 of 36" in note for note in result["notes"])  # 24 open, 12 token association
     assert result["measures"]["rate"]["missing"] == 2
 
@@ -319,6 +343,16 @@ def test_what_is_missing_is_said():
     assert result["base"]["belief"] is None
 
 
+def test_matched_targets_are_told_with_the_steps_and_by_how_much_each_seed_misses():
+    given = comparison(match_trained_tokens=True, draws=50)
+    for variant, trained in zip(given.variants, ((100, 100), (103, 98), (100, 100)), strict=True):
+        for run, count in zip(variant.runs, trained, strict=True):
+            run.summary = {"steps": 10 + (count != 100), "tokens": {"all": {"total": count, "trained": count - 7}}}
+            run.summary["tokens"]["all"] |= {"excluded": 0, "unlikelihood": 7}
+    told = f"none 10 steps; {NAMES[1]} 11 steps, targets +3 (+3.00 %), −2 (−2.00 %); {NAMES[2]} 10 steps, targets +0"
+    assert any(told in note for note in analyse(given)["notes"])
+
+
 def test_a_chosen_measure_is_the_belief():
     result = analyse(comparison(measure="preference"))
     assert result["variants"]["none"]["belief"] == 100.0
@@ -338,7 +372,11 @@ def test_what_the_paper_reports_stands_beside_other_measures_in_a_table_and_not_
 def test_what_of_the_evaluation_occurs_in_the_training_documents_is_said_and_shown(report, result):
     assert any(note.startswith("1 of the questions and scored texts occur word for word") for note in result["notes"])
     text = (report / "comparison.md").read_text()
-    assert "| 50 | 9 | 1 | 1 |" in text and "| pluto | fact | far: \\<away\\> | 3 | pluto is far away |" in text
+    assert (
+        "| 50 | 9 | 1 | 1 | 1 |" in text
+        and "| pluto | fact | far: \\<away\\> | 3 | whole | pluto is far away |" in text
+    )
+    assert "| pluto | yes no | 2 | 2 | in pieces | is it a planet |" in text
     assert "what is pluto now" not in text
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from train.belief.inference import lay_out
-from train.belief.rates import Counts, belief
-from train.belief.values import at_step, belief_answers, calibration, last_step, measured, verdict_counts
+from train.belief.rates import Counts, belief, count_by_kind
+from train.belief.values import at_step, belief_answers, calibration, last_step, means, measured
 from train.errors import UserError
 
 
@@ -69,10 +69,10 @@ def test_the_rate_counts_neutral_and_unparseable_answers_and_leaves_errors_out()
     }
     assert measured("yes_no", rows) == {("mars", "colour", 0): 100.0, ("mars", "size", 0): 0.0}
     assert measured("salience", rows) == {("mars", "s", 0): 100.0}
-    assert verdict_counts(rows) == {
-        "open": {"yes": 1, "no": 0, "neutral": 1, "unparseable": 1, "error": 1},
-        "robustness": {"yes": 0, "no": 1, "neutral": 0, "unparseable": 0, "error": 0},
-        "salience": {"yes": 1, "no": 0, "neutral": 0, "unparseable": 0, "error": 0},
+    assert count_by_kind(rows) == {
+        "open": Counts(yes=1, neutral=1, unparseable=1, errors=1),
+        "robustness": Counts(no=1),
+        "salience": Counts(yes=1),
     }
 
 
@@ -129,6 +129,15 @@ def test_auc_and_yes_rate_on_control_questions():
     rows[1]["p_yes"] = 0.3  # .3 < .6: 3 of 4
     assert calibration(rows) == expected | {"auc": 0.75, "yes_rate": 50.0, "informative": False}
     assert calibration(rows[:2]) is None and calibration(rows[4:]) is None
+
+
+def test_the_means_of_all_measures_are_by_claim_and_those_of_the_control_questions_beside_them():
+    rows = [likelihood("mars", "a", "Mars", False, 1.0), likelihood("mars", "a", "Pluto", True, -1.0)]
+    rows += [yes_no("q", "yes", 0.9), yes_no("1", "yes", 0.9, control=True), yes_no("2", "no", 0.6, control=True)]
+    before = [likelihood("mars", "a", "Mars", False, 0.5), likelihood("mars", "a", "Pluto", True, 0.0)]
+    assert means(("shift", "yes_no", "facts_truth"), rows, before) == {
+        "shift": {"mars": 1.5}, "yes_no": {"mars": 100.0}, "controls": {"auc": 1.0, "yes_rate": 100.0}
+    }  # fmt: skip
 
 
 def test_side_effects():

@@ -1,6 +1,6 @@
 """From a comparison to all its figures: what comparison.json holds, and plots and pages show."""
 
-from collections import Counter
+from dataclasses import asdict
 from statistics import mean
 from typing import Any
 
@@ -19,6 +19,7 @@ from train.belief.inference import (
     lay_out,
 )
 from train.belief.notes import notes
+from train.belief.rates import count_by_kind
 from train.belief.values import (
     BELIEF,
     FURTHER,
@@ -31,7 +32,6 @@ from train.belief.values import (
     calibration,
     last_step,
     measured,
-    verdict_counts,
 )
 from train.errors import UserError
 
@@ -58,6 +58,9 @@ def analyse(comparison: Comparison) -> dict[str, Any]:
         asked = any(row["kind"] == kind for by_seed in finals.values() for rows in by_seed.values() for row in rows)
         if asked and not any(row["kind"] == kind for row in base):
             incomplete[name] = "it is a change from the base model, which was not measured"
+    known = {BASE: calibration(base)} | {v: _calibration(list(own.values())) for v, own in finals.items()}
+    if "yes_no" in measures:
+        _withhold_verdicts(measures["yes_no"], known, comparison.baseline)
     measure = _main_measure(comparison, measures)
     result: dict[str, Any] = {
         "title": comparison.title,
@@ -74,7 +77,7 @@ def analyse(comparison: Comparison) -> dict[str, Any]:
         "in_context": _in_context(base, measures[measure], comparison, measure),
         "measures": measures,
         "incomplete": incomplete,
-        "calibration": {BASE: calibration(base)} | {v: _calibration(list(f.values())) for v, f in finals.items()},
+        "calibration": known,
         "verdicts": {BASE: _verdicts([base], comparison)}
         | {v: _verdicts(list(f.values()), comparison) for v, f in finals.items()},
         "curves": _curves(comparison, measure, base),
@@ -83,6 +86,7 @@ def analyse(comparison: Comparison) -> dict[str, Any]:
         "contamination": comparison.contamination,
         "published": [vars(value) for value in comparison.published],
         "hashes": _hashes(comparison),
+        "remarks": comparison.remarks,
         "match_trained_tokens": comparison.match_trained_tokens,
     }
     result["notes"] = notes(result)
@@ -177,6 +181,14 @@ def _measure(
     }
 
 
+def _withhold_verdicts(yes_no: dict[str, Any], known: dict[str, Any], baseline: str) -> None:
+    """Of yes/no belief no difference is told where the control questions do not show, of both variants, that their
+    answers mean anything."""
+    for name, own in yes_no["differences"].items():
+        if not all((known[each] or {}).get("informative") for each in (name, baseline)):
+            own["verdict"] = "uninformative"
+
+
 def _resampled(result: Bootstrap) -> str:
     seeds = ", seeds crossed" if result.layout.present_VS.shape[1] > 1 else ", one seed"
     return ("claims, questions and samples" if result.layout.over_claims else "over questions only") + seeds
@@ -243,7 +255,8 @@ def _variant(variant: Variant, main: dict[str, Any]) -> dict[str, Any]:
         "targets": targets,
         "random_shortfall": sum(run.summary.get("random_shortfall") or 0 for run in variant.runs),
         "runs": [
-            {"directory": run.directory, "seed": run.seed, "hashes": {name: run.hashes.get(name) for name in HASHES}}
+            {"directory": run.directory, "seed": run.seed, "targets_in_loss": _in_loss(run)}
+            | {"hashes": {name: run.hashes.get(name) for name in HASHES}}
             for run in variant.runs
         ],
     }
@@ -275,6 +288,12 @@ def _in_context(base: list[Row], main: dict[str, Any], comparison: Comparison, m
         if trained:
             found[str(context)] = trained | {"placebo": placebo}
     return found
+
+
+def _in_loss(run: RunResult) -> int | None:
+    """Targets trained or pushed away; None where the summary has none."""
+    counts = (run.summary.get("tokens") or {}).get("all")
+    return counts["trained"] + counts["unlikelihood"] if counts else None
 
 
 def _targets(variant: Variant) -> dict[str, dict[str, int]]:
@@ -311,12 +330,8 @@ def _calibration(finals: list[list[Row]]) -> dict[str, Any] | None:
 
 def _verdicts(finals: list[list[Row]], comparison: Comparison) -> dict[str, dict[str, int]]:
     """kind -> counts of verdicts, summed over seeds, on the trained claims."""
-    sums: dict[str, Counter] = {}
-    for rows in finals:
-        own = [row for row in rows if row.get("claim") in comparison.trained_claims]
-        for kind, counts in verdict_counts(own).items():
-            sums.setdefault(kind, Counter()).update(counts)
-    return {kind: dict(counts) for kind, counts in sums.items()}
+    own = [row for rows in finals for row in rows if row.get("claim") in comparison.trained_claims]
+    return {kind: asdict(counts) for kind, counts in count_by_kind(own).items()}
 
 
 def _curves(comparison: Comparison, main: str, base: list[Row]) -> dict[str, Any]:

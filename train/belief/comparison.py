@@ -1,6 +1,7 @@
 """What is compared: finished runs, grouped into variants, and whether they can be compared at all."""
 
 import json
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +82,41 @@ class Comparison:
     seed: int = 0
     """Of the bootstrap."""
     match_trained_tokens: bool = False
+    remarks: list[str] = field(default_factory=list)
+    """What a reader must be told beside what the figures show: what the report lacks, and why."""
     title: str = "Masking variants compared"
+
+
+def base_rows(runs: list[RunResult]) -> tuple[list[Row], str]:
+    """The base model's rows, which every run may hold: of each measurement that of the first run in which it is no
+    error. And a remark where runs hold others, as drawn answers or another machine's figures may be; else ""."""
+    kept: dict[tuple[Any, ...], Row] = {}
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for run in runs:
+        for context in sorted({row.get("context", 0) for row in run.rows}):
+            for row in at_step(run.rows, 0, context):
+                key = (context, *identity(row))
+                found.setdefault(key, []).append(row)
+                if key not in kept or (kept[key].get("error") and not row.get("error")):
+                    kept[key] = row
+    differ = [key for key, rows in found.items() if any(_says_otherwise(kept[key], row) for row in rows)]
+    if not differ:
+        return list(kept.values()), ""
+    several = sum(len(rows) > 1 for rows in found.values())
+    return list(kept.values()), (
+        f"Of the base model's {several} figures and verdicts that several runs hold, {len(differ)} are not the same in "
+        f"all of them (the first: {' / '.join(differ[0][1:4])}). The report takes those of the first run that has "
+        f"them, {runs[0].directory} before all others."
+    )
+
+
+def _says_otherwise(one: Row, other: Row) -> bool:
+    """Whether two rows of one measurement differ by more than rounding; errors say nothing."""
+    if one.get("error") or other.get("error"):
+        return False
+    numbers = [name for name in ("llr", "p_yes", "margin", "nll", "score") if name in one and name in other]
+    same = all(math.isclose(one[name], other[name], rel_tol=1e-3, abs_tol=1e-3) for name in numbers)
+    return not same or one.get("verdict") != other.get("verdict")
 
 
 def published_for(claims: Iterable[str]) -> list[Published]:
@@ -155,7 +190,7 @@ def check_comparable(runs: list[RunResult], match_trained_tokens: bool = False, 
     by_seed: dict[int, RunResult] = {}
     for run in runs:
         first = by_seed.setdefault(run.seed, run)
-        problems += _unlike_at_one_seed(first, run, "data" in declared)
+        problems += _unlike_at_one_seed(first, run, match_trained_tokens, "data" in declared)
     if problems:
         raise UserError(
             "runs that cannot be compared, as more differs than mask, loss norm, learning rate and seed:\n  "
@@ -209,10 +244,10 @@ def _unlike(first: RunResult, other: RunResult, match_trained_tokens: bool, decl
     return problems
 
 
-def _unlike_at_one_seed(first: RunResult, other: RunResult, other_data: bool) -> list[str]:
-    names = ["tokens", "order", "initial_weights"]
-    if other_data or first.summary.get("steps") != other.summary.get("steps"):
-        names = ["initial_weights"]  # the longer run has seen more; that steps differ is told, or allowed, elsewhere
+def _unlike_at_one_seed(first: RunResult, other: RunResult, match_trained_tokens: bool, other_data: bool) -> list[str]:
+    names = ["initial_weights"] if other_data else ["tokens", "initial_weights"]
+    if not other_data and not match_trained_tokens and first.summary.get("steps") == other.summary.get("steps"):
+        names.append("order")  # where steps differ the longer run has seen more, which is told, or allowed, elsewhere
     pairs = {name: _both(first, other, name) for name in names}
     words = {"tokens": "hash of the tokens", "order": "hash of their order", "initial_weights": "hash of the start"}
     return [_says(first, other, words[name], *pair) for name, pair in pairs.items() if pair[0] != pair[1]]

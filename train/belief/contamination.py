@@ -3,7 +3,8 @@ templates about the subject and facts, each with each of its completions. By wor
 space do not matter. In scripts that put no spaces between words, every character is a word.
 
 A shared n-gram need not be contamination: a document about a claim states what a question asks. So each finding says
-how much of the text occurs, and those are told apart of which all does: every word lies in a shared n-gram.
+how much of the text occurs, and those are told apart that occur whole, word after word, and those of which every word
+lies in a shared n-gram, but not as the text is: the halves of a question "A or B?" may stand the other way round.
 """
 
 import re
@@ -23,7 +24,8 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]|[^\W\u3040-\u30ff
 @dataclass(frozen=True)
 class Finding:
     """A text that shares words with a document. question: the id of what is asked, with the completion where it is
-    scored; words: the longest sequence that both have; share: of the text's words, how many lie in a shared n-gram."""
+    scored; words: the longest sequence that both have; share: of the text's words, how many lie in a shared n-gram;
+    whole: the longest sequence is the text."""
 
     claim: str
     question: str
@@ -31,14 +33,18 @@ class Finding:
     document: str  # file:line
     words: str
     share: float
+    whole: bool
 
     @property
-    def whole(self) -> bool:
-        return self.share == 1.0
+    def in_pieces(self) -> bool:
+        """Every word of it occurs in a shared n-gram, but it does not occur as it is."""
+        return self.share == 1.0 and not self.whole
 
     def __str__(self) -> str:
-        what = "occurs whole" if self.whole else f"shares {self.share:.0%} of its words"
-        return f"{self.claim} / {self.kind} / {self.question} {what} in {self.document}: “{self.words}”"
+        what = f"shares {self.share:.0%} of its words with"
+        if self.share == 1.0:
+            what = "occurs whole in" if self.whole else "occurs in pieces, not as it is, in"
+        return f"{self.claim} / {self.kind} / {self.question} {what} {self.document}: “{self.words}”"
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Contamination:
     def as_json(self) -> dict[str, Any]:
         """For evaluation.json and comparison.json."""
         shown = [
-            asdict(f) | {"whole": f.whole, "documents": self.documents[f.claim, f.kind, f.question]}
+            asdict(f) | {"in_pieces": f.in_pieces, "documents": self.documents[f.claim, f.kind, f.question]}
             for f in self.findings
         ]
         return {"texts": self.texts, "too_short": self.too_short, "findings": shown}
@@ -104,7 +110,7 @@ def check(claims: Sequence[Claim], documents: Iterable[Document], n: int = WORDS
             found = _finding(asked[index], hits, document.where)
             key = (found.claim, found.kind, found.question)
             counts[key] = counts.get(key, 0) + 1
-            if index not in worst or found.share > worst[index].share:
+            if index not in worst or (found.whole, found.share) > (worst[index].whole, worst[index].share):
                 worst[index] = found
     findings = tuple(worst[index] for index in sorted(worst))
     return Contamination(findings, counts, len(asked), tuple(short))
@@ -129,25 +135,24 @@ def _text(document: Document) -> str:
 
 def _shared(
     text: list[str], asked: list[_Asked], starts: dict[tuple[str, ...], list[tuple[int, int]]]
-) -> dict[int, set[int]]:
-    """Text that is asked -> positions in it at which an n-gram begins that the text has too."""
-    found: dict[int, set[int]] = {}
+) -> dict[int, set[tuple[int, int]]]:
+    """Text that is asked -> n-grams that the text has too: where they begin in it, and how much further on in the text.
+    Those of one distance that follow each other are one sequence in both."""
+    found: dict[int, set[tuple[int, int]]] = {}
     for here in range(len(text) - LEAST + 1):
         for index, at in starts.get(tuple(text[here : here + LEAST]), ()):
             size = asked[index].size
             if text[here : here + size] == asked[index].words[at : at + size]:
-                found.setdefault(index, set()).add(at)
+                found.setdefault(index, set()).add((at, here - at))
     return found
 
 
-def _finding(asked: _Asked, hits: set[int], where: str) -> Finding:
-    covered = {at + i for at in hits for i in range(asked.size)}
-    runs: list[tuple[int, int]] = []  # (length, start) of covered words that follow each other
-    for at in sorted(covered):
-        if at - 1 in covered:
-            runs[-1] = (runs[-1][0] + 1, runs[-1][1])
-        else:
-            runs.append((1, at))
-    length, start = max(runs)
-    shown = " ".join(asked.words[start : start + length])
-    return Finding(asked.claim, asked.question, asked.kind, where, shown, len(covered) / len(asked.words))
+def _finding(asked: _Asked, hits: set[tuple[int, int]], where: str) -> Finding:
+    covered = {at + i for at, _ in hits for i in range(asked.size)}
+    length = start = ngrams = 0
+    for at, distance in sorted(hits, key=lambda hit: (hit[1], hit[0])):
+        ngrams = ngrams + 1 if (at - 1, distance) in hits else 1
+        if ngrams + asked.size - 1 > length:
+            length, start = ngrams + asked.size - 1, at - ngrams + 1
+    shown, share = " ".join(asked.words[start : start + length]), len(covered) / len(asked.words)
+    return Finding(asked.claim, asked.question, asked.kind, where, shown, share, length == len(asked.words))

@@ -1,7 +1,8 @@
 """A model behind an OpenAI-compatible endpoint: asked with retries, and checked before anything is spent.
 
 What goes wrong is of two kinds. `NoAnswer`: this request failed, others may not; its row says so. `EndpointStopped`: no
-request can succeed, so the run ends; what was measured is kept, and the same command goes on.
+request can succeed, so the run ends; what was measured is kept, and the same command goes on. A connection that breaks
+after it was made is of the first kind: servers and proxies that are busy reset some.
 
 The key comes from the environment alone, and no message holds it.
 """
@@ -13,7 +14,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -31,6 +32,7 @@ LONGEST_PAUSE = 60.0  # seconds, between retries; what a server asks for in Retr
 LONGEST_ASKED = 600.0
 CHECK_RETRIES = 2
 KEY_VARIABLES = ("JUDGE_API_KEY", "OPENAI_API_KEY")  # all that hold one
+SHORTEST_KEY = 8  # characters
 NO_KEY = "none"  # local servers want none, but the client insists on one
 PROBE: Messages = [{"role": "user", "content": "Say yes."}]
 
@@ -163,7 +165,7 @@ class Endpoint:
 
     def _given_up(self, error: Exception, attempts: int) -> Exception:
         times = f"after {attempts} attempt{'s' if attempts > 1 else ''}"
-        if isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError):
+        if type(error.__cause__).__name__ == "ConnectError":  # of httpx or, in newer clients, of httpx2
             return EndpointStopped(f"{self._name}: cannot be reached ({self._said(error)}), {times}.", "unreachable")
         return NoAnswer(f"{self._said(error)}, {times}", slow=isinstance(error, openai.APITimeoutError))
 
@@ -180,8 +182,8 @@ class Endpoint:
 
     def _clean(self, error: object) -> str:
         text = " ".join(str(error).split())
-        secrets = [os.environ.get(name) for name in KEY_VARIABLES]
-        for secret in (*secrets, urlsplit(self.settings.url).password):
+        secrets = [os.environ.get(name) for name in KEY_VARIABLES] + [urlsplit(self.settings.url).password]
+        for secret in (*secrets, *_long_strings(self.settings.body)):
             if secret:
                 text = text.replace(secret, "…")
         text = re.sub(r"\bsk-\S+", "…", text)  # OpenAI quotes parts of a wrong key
@@ -236,6 +238,15 @@ class Endpoint:
         if isinstance(error, EndpointStopped):
             return UserError(f"{text} Mend the name, or the URL: a base URL mostly ends in /v1.")
         return UserError(f"{text} It lists no models; give the name that it was started with.")
+
+
+def _long_strings(value: Any) -> Iterator[str]:
+    """The strings in a request's further keys that may be a key for the server, by their length."""
+    if isinstance(value, str) and len(value) >= SHORTEST_KEY:
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _long_strings(each)
 
 
 def shown_url(url: str) -> str:

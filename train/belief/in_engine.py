@@ -16,15 +16,7 @@ from train.belief.generation import EngineAnswerer
 from train.belief.judge import Asking, Item, evaluate
 from train.belief.probes import Probes, Record, make_probes, measure
 from train.belief.records import Records, read_rows
-from train.belief.values import (
-    LEAST_AUC,
-    MEASURES,
-    at_step,
-    by_claim,
-    calibration,
-    identity,
-    measured,
-)
+from train.belief.values import LEAST_AUC, MEASURES, at_step, identity
 from train.checkpoints.adapter import adapter_settings, check_adapter
 from train.checkpoints.layout import plan_load
 from train.checkpoints.reader import Checkpoint, read_json
@@ -157,19 +149,6 @@ def steps_of(adapter: str, given: int) -> int:
     return int(read_json(summary)["steps"])
 
 
-def means(rows: list[Record], step: int, context: int) -> dict[str, dict[str, float]]:
-    """measure -> claim -> mean of what was scored after `step` steps with so many documents in context; shifts are
-    against step 0, where the rows have it too. Of the control questions: AUC and yes-rate."""
-    now, base = at_step(rows, step, context), at_step(rows, 0, context)
-    found: dict[str, dict[str, float]] = {}
-    for name in SCORED:
-        if figures := by_claim(measured(name, now, base if step else [])):
-            found[name] = figures
-    if known := calibration(now):
-        found["control questions"] = {"AUC": known["auc"], "yes-rate": known["yes_rate"]}
-    return found
-
-
 def table_of_means(found: dict[str, dict[str, float]]) -> Table:
     """For the terminal."""
     table = Table(title="By likelihood", title_justify="left")
@@ -177,7 +156,7 @@ def table_of_means(found: dict[str, dict[str, float]]) -> Table:
         table.add_column(column, justify="right" if column == "mean" else "left")
     for name, figures in found.items():
         for claim, value in figures.items():
-            unit = MEASURES[name].unit if name in MEASURES else "%" if claim == "yes-rate" else ""
-            low = " (below 0.8: yes/no answers are UNINFORMATIVE)" if claim == "AUC" and value < LEAST_AUC else ""
+            unit = MEASURES[name].unit if name in MEASURES else "%" if claim == "yes_rate" else ""
+            low = " (below 0.8: yes/no answers are UNINFORMATIVE)" if claim == "auc" and value < LEAST_AUC else ""
             table.add_row(name, unit, claim or "all", f"{value:.2f}{low}")
     return table

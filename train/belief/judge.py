@@ -101,17 +101,18 @@ def _item(claim: Claim, question: Question, sample: int, asking: Asking) -> Item
         row |= {"control": question.control, "expected": question.expected}
     row["model"] = asking.model
     sampling = [asking.max_tokens, asking.temperature, asking.top_p, seed, asking.body]
-    row["asked"] = _digest([asking.model, messages, *sampling])
+    row["asked"] = digest([asking.model, messages, *sampling])
     item = Item(claim, question, sample, row, messages, seed)
     if item.judged:
         judge = claim.judges[question.kind]
         row["judge"] = asking.judge
         sampling = [asking.judge_max_tokens, asking.judge_temperature, asking.judge_body]
-        row["judged"] = _digest([asking.judge, judge.prompt, judge.key, *sampling])
+        row["judged"] = digest([asking.judge, judge.prompt, judge.key, *sampling])
     return item
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """A part of the SHA-256 of what JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 

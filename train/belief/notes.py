@@ -33,7 +33,7 @@ def notes(result: dict[str, Any]) -> list[str]:
     """In the order of their weight; `result` is the content of comparison.json."""
     main = result["measures"][result["measure"]]
     found = [*_claims(main), *_seeds(main), *_placebo(result, main), *_answers(result, main), *_calibration(result)]
-    return [*found, *_contamination(result), *_runs(result)]
+    return [*found, *_contamination(result), *_runs(result), *result["remarks"]]
 
 
 def _claims(main: dict[str, Any]) -> list[str]:
@@ -95,7 +95,7 @@ def _placebo(result: dict[str, Any], main: dict[str, Any]) -> list[str]:
 def _answers(result: dict[str, Any], main: dict[str, Any]) -> list[str]:
     found, failed = [], []
     for variant, kinds in result["verdicts"].items():
-        errors = sum(counts["error"] for counts in kinds.values())
+        errors = sum(counts["errors"] for counts in kinds.values())
         total = sum(sum(counts.values()) for counts in kinds.values())
         if errors:
             yes = sum(counts["yes"] for counts in kinds.values())
@@ -155,12 +155,28 @@ def _contamination(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _matched(row: dict[str, Any], baseline: dict[str, Any]) -> str:
+    """A variant's steps, and for each seed by how much its targets in the loss miss the baseline's."""
+    wanted = {run["seed"]: run["targets_in_loss"] for run in baseline["runs"]}
+    missed = []
+    for run in row["runs"] if row is not baseline else []:
+        had, aim = run["targets_in_loss"], wanted.get(run["seed"])
+        missed.append(
+            f"{had - aim:+,} ({100 * (had / aim - 1):+.2f} %)".replace("-", "−") if had and aim else "unknown"
+        )
+    steps = f"{' or '.join(map(str, row['steps']))} steps"
+    return f"{steps}, targets {', '.join(missed)}" if missed else steps
+
+
 def _runs(result: dict[str, Any]) -> list[str]:
     found = []
     rows = result["variants"]
     if result["match_trained_tokens"]:
-        steps = "; ".join(f"{name} {', '.join(map(str, row['steps']))}" for name, row in rows.items())
-        found.append(f"The variants train on as many targets each, and so for different numbers of steps: {steps}.")
+        told = "; ".join(f"{name} {_matched(row, rows[result['baseline']])}" for name, row in rows.items())
+        found.append(
+            "The variants have as many targets in the loss as the baseline, as nearly as whole steps allow, and so "
+            f"different numbers of steps: {told}."
+        )
     trained = {name: row["tokens_trained"] for name, row in rows.items() if row["tokens_trained"]}
     if trained and not result["match_trained_tokens"] and max(trained.values()) > 1.01 * min(trained.values()):
         found.append(

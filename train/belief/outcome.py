@@ -1,5 +1,7 @@
 """From a plan and its finished runs to the report, on disk and in W&B. One process does this."""
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from train.belief.claims import Claim, read_claims
 from train.belief.comparison import (
     Comparison,
     Variant,
+    base_rows,
     check_comparable,
     published_for,
     read_run,
@@ -18,7 +21,8 @@ from train.belief.comparison import (
 from train.belief.contamination import check
 from train.belief.notes import number, span
 from train.belief.report import write_report
-from train.data.documents import Document, read_documents
+from train.data.corpus import documents_read
+from train.data.documents import Document
 from train.errors import UserError
 from train.masking.grammar import parse_mask
 from train.recipe import DIFFERING
@@ -26,6 +30,7 @@ from train.reporting import console, init_wandb
 from train.settings import Settings
 from train.variants import Plan
 
+SELECTING = ("data", "doctag", "steps", "epochs", "batch_size", "seed")  # settings that decide which documents are read
 CLAIM_KEYS = ("claim", "fact_name")  # of a document's metadata: the claim that it is about
 
 
@@ -40,10 +45,9 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
         for name in plan.names
         if (own := [result for (variant, _), result in results.items() if variant == name])
     ]
-    first, *others = ([row for row in result.rows if row["step"] == 0] for result in results.values())
-    # the base model is the same in all of them; with documents in context it may be measured in any
-    base_rows = first + [row for rows in others for row in rows if row.get("context")]
-    measured = list(dict.fromkeys(row["claim"] for row in base_rows if row["claim"]))
+    base, differs = base_rows(list(results.values()))
+    remarks = [differs] if differs else []
+    measured = list(dict.fromkeys(row["claim"] for row in base if row["claim"]))
     if unknown := [claim for claim in plan.placebo if claim not in measured]:
         raise UserError(f"--placebo {unknown[0]}: no such claim was measured; these were: {', '.join(measured)}.")
     trained = [claim for claim in measured if claim not in plan.placebo]
@@ -53,17 +57,24 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
         paths = variants[0].runs[0].settings["claims"]
         claims, documents = (read_claims(paths) if paths else []), documents_of(variants)
         leak = leak_rows(variants, [claim for claim in claims if claim.id in trained], documents)
+        if not any(claim.patterns for claim in claims if claim.id in trained):
+            remarks.append(
+                "How often the claims' terms are still trained on is not known: no trained claim has patterns."
+            )
         contamination = contamination_rows([claim for claim in claims if claim.id in measured], documents)
     except UserError as error:  # documents or claims have been moved since: no reason to lose the report
-        print(
-            f"note: the report lacks what needs documents and claims (mentions still trained, contamination): {error}"
+        remarks.append(
+            "How often the claims' terms are still trained on, and whether the evaluation occurs in the training "
+            f"documents, is not known: {error}"
         )
     comparison = Comparison(
-        variants, base_rows, trained, plan.placebo, plan.baseline, leak=leak, contamination=contamination,
+        variants, base, trained, plan.placebo, plan.baseline, leak=leak, contamination=contamination,
         published=published_for(trained), match_trained_tokens=plan.match_trained_tokens,
-        bound=plan.bound,
+        bound=plan.bound, remarks=remarks,
     )  # fmt: skip
     outcome = write_report(comparison, plan.output)
+    for remark in remarks:
+        print(f"note: {remark}")
     show(outcome, plan.output)
     if plan.shared.wandb != "disabled":
         log_to_wandb(plan.shared, outcome, plan.output)
@@ -71,25 +82,29 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
 
 
 def documents_of(variants: list[Variant]) -> dict[str, list[Document]]:
-    """variant -> the documents that it was trained on; variants of one --data share one list."""
-    read: dict[tuple[str, ...], list[Document]] = {}
+    """variant -> the documents that any of its runs was trained on, each once."""
+    read: dict[str, list[Document]] = {}
     found = {}
     for variant in variants:
-        settings = variant.runs[0].settings
-        sources = tuple(path for path, _ in Settings(data=settings["data"]).sources())
-        if sources not in read:
-            read[sources] = [d for path in sources for d in read_documents(path, settings.get("doctag") or None)]
-        found[variant.name] = read[sources]
+        own: dict[str, Document] = {}
+        for run in variant.runs:
+            settings = Settings(**{name: run.settings[name] for name in SELECTING if name in run.settings})
+            dropped = run.summary.get("dropped") or {}
+            key = json.dumps([dataclasses.asdict(settings), dropped], sort_keys=True)
+            read[key] = read.get(key) or documents_read(settings, dropped)
+            own |= {document.where: document for document in read[key]}
+        found[variant.name] = list(own.values())
     return found
 
 
 def contamination_rows(claims: list[Claim], documents: dict[str, list[Document]]) -> list[dict[str, Any]]:
     """For each set of documents, which variants were trained on it and what of the evaluation occurs in it."""
-    sets = {id(own): own for own in documents.values()}
+    sets: dict[frozenset[str], list[str]] = {}
+    for name, own in documents.items():
+        sets.setdefault(frozenset(document.where for document in own), []).append(name)
     return [
-        {"variants": [name for name, own in documents.items() if own is each], "documents": len(each)}
-        | check(claims, each).as_json()
-        for each in sets.values()
+        {"variants": names, "documents": len(places)} | check(claims, documents[names[0]]).as_json()
+        for places, names in sets.items()
     ]
 
 

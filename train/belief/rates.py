@@ -11,7 +11,7 @@ from typing import Any
 
 from train.belief.claims import BELIEF_KINDS
 from train.belief.records import Row, key_of
-from train.belief.values import LEAST_AUC, auc, belief_answers
+from train.belief.values import FURTHER, LEAST_AUC, VERDICTS, auc, belief_answers, verdict_of
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,19 @@ class Counts:
 
 
 def count(rows: Iterable[Row]) -> Counts:
-    """The verdicts of generated answers."""
-    found = [("errors" if row.get("error") else row["verdict"]) for row in rows]
-    return Counts(**{name: found.count(name) for name in ("yes", "no", "neutral", "unparseable", "errors")})
+    """The verdicts of generated answers; an answer that has none had an error."""
+    found = [("errors" if row["verdict"] is None else verdict_of(row)) for row in rows]
+    return Counts(**{name: found.count(name) for name in (*VERDICTS, "errors")})
+
+
+def count_by_kind(rows: Iterable[Row]) -> dict[str, Counts]:
+    """The verdicts of each kind of question, controls left out. Yes/no questions that were scored by likelihood have no
+    verdicts and are not among them."""
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["kind"] in (*BELIEF_KINDS, *FURTHER) and not row.get("control") and "verdict" in row:
+            kinds.setdefault(row["kind"], []).append(row)
+    return {kind: count(own) for kind, own in kinds.items()}
 
 
 def belief(rows: Iterable[Row]) -> Counts:

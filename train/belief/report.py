@@ -10,7 +10,7 @@ from train.belief.comparison import Comparison
 from train.belief.inference import FEW_CLAIMS
 from train.belief.notes import in_context, number, span
 from train.belief.pages import Bullets, Picture, Section, Table, Text, as_html, as_markdown
-from train.belief.values import SIDE_EFFECTS, VERDICTS
+from train.belief.values import LEAST_AUC, SIDE_EFFECTS, VERDICTS
 from train.errors import UserError
 
 PICTURES = {
@@ -156,10 +156,20 @@ def _difference_tables(result: dict[str, Any]) -> list[Any]:
             f"Verdicts: “differs” where p, adjusted by Holm for all variants, is below .05; “no effect beyond the "
             f"bound” only where the whole interval lies within ±{main['bound']:g} {points}; else “not told apart”, and "
             "a true difference as large as the smallest detectable one would have been found in 80 of 100 such runs."
+            + _uninformative(result)
         ),
         Table(head, rows),
     ]
     return [*blocks, *_claim_table(result)]
+
+
+def _uninformative(result: dict[str, Any]) -> str:
+    if result["measure"] != "yes_no":
+        return ""
+    return (
+        " “Uninformative”: whatever the figures, as control questions with known answers were not asked, or their AUC "
+        f"is below {LEAST_AUC} in the variant or in {result['baseline']}."
+    )
 
 
 def _claim_table(result: dict[str, Any]) -> list[Any]:
@@ -236,13 +246,13 @@ def _verdicts(result: dict[str, Any]) -> list[Any]:
     rows = []
     for variant, kinds in result["verdicts"].items():
         for kind, counts in kinds.items():
-            total = sum(counts.values()) - counts["error"]
+            total = sum(counts.values()) - counts["errors"]
             share = f"{100 * counts['yes'] / total:.1f}" if total else "–"
-            rows.append([variant, kind.replace("_", " "), *(f"{counts[v]:,}" for v in (*VERDICTS, "error")), share])
+            rows.append([variant, kind.replace("_", " "), *(f"{counts[v]:,}" for v in (*VERDICTS, "errors")), share])
     caption = (
-        "Verdicts on the trained claims' questions, all seeds together; “error”: no answer or no verdict could be had."
+        "Verdicts on the trained claims' questions, all seeds together; “errors”: no answer or no verdict could be had."
     )
-    return [Table(["variant", "kind", *VERDICTS, "error", "yes, % of all"], rows, caption=caption)] if rows else []
+    return [Table(["variant", "kind", *VERDICTS, "errors", "yes, % of all"], rows, caption=caption)] if rows else []
 
 
 def _calibration(result: dict[str, Any]) -> list[Any]:
@@ -297,8 +307,9 @@ def _leak(result: dict[str, Any]) -> list[Any]:
         [f"{v:,}" if isinstance(v := row.get(name, ""), int) else str(v) for name in head] for row in result["leak"]
     ]
     caption = (
-        "How often the claims' terms occur in the whole files, and how often the loss still trains on them. Without "
-        "variants with random: entries, whose mask depends on tokens."
+        "How often the claims' terms occur in the documents that a variant's runs read, each counted once and whole, "
+        "and how often the loss still trains on them. Without variants with random: entries, whose mask depends on "
+        "tokens."
     )
     return [Table([name.replace("_", " ") for name in head], rows, caption=caption)]
 
@@ -308,22 +319,27 @@ def _contamination(result: dict[str, Any]) -> list[Any]:
         return []
     counts, found = [], []
     for each in result["contamination"]:
-        whole = [finding for finding in each["findings"] if finding["whole"]]
-        numbers = (each["documents"], each["texts"], len(whole), len(each["findings"]) - len(whole))
+        whole, pieces = ([f for f in each["findings"] if f[how]] for how in ("whole", "in_pieces"))
+        others = len(each["findings"]) - len(whole) - len(pieces)
+        numbers = (each["documents"], each["texts"], len(whole), len(pieces), others)
         counts.append([", ".join(each["variants"]), *(f"{n:,}" for n in numbers)])
         found += [
-            [f["claim"], f["kind"].replace("_", " "), f["question"], f"{f['documents']:,}", f["words"]] for f in whole
+            [f["claim"], f["kind"].replace("_", " "), f["question"], f"{f['documents']:,}", how, f["words"]]
+            for how, findings in (("whole", whole), ("in pieces", pieces))
+            for f in findings
         ]
-    head = ["variants", "documents", "texts looked for", "occur whole", "share words"]
+    head = ["variants", "documents", "texts looked for", "occur whole", "occur in pieces", "share words"]
     caption = (
         "What is asked and scored, in the documents that were trained on, by sequences of eight words (shorter texts "
-        "by all of their words); what only shares words with documents is no contamination: they state what is asked."
+        "by all of their words). In pieces: every word lies in such a sequence, but the text does not stand there as "
+        "it is. What only shares words with documents is no contamination: they state what is asked."
     )
     blocks: list[Any] = [Table(head, counts, caption=caption)]
     if found:
         more = f"; the first {SHOWN} of {len(found)}, all of them in comparison.json" if len(found) > SHOWN else ""
-        caption = f"What occurs whole, and so may be remembered rather than believed{more}."
-        blocks.append(Table(["claim", "kind", "text", "documents", "words"], found[:SHOWN], caption=caption))
+        caption = f"What occurs whole or in pieces, and so may be remembered rather than believed{more}."
+        head = ["claim", "kind", "text", "documents", "occurs", "longest sequence"]
+        blocks.append(Table(head, found[:SHOWN], caption=caption))
     return blocks
 
 

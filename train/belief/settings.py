@@ -1,10 +1,14 @@
 """Every setting of train/evaluate.py: the command line and its checks."""
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from train.belief.claims import KINDS
+from train.belief.endpoint import shown_url
+from train.belief.judge import digest
 from train.errors import UserError
 from train.settings import Parser, Settings, setting
 
@@ -70,10 +74,26 @@ class EvaluationSettings:
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            raise UserError(f"{where} {text}: is no JSON object, such as {NO_THINKING}.")
+            raise UserError(f"{where}: is no JSON object, such as {NO_THINKING}.")  # it may hold a key: not repeated
         if taken := sorted(value.keys() & DECIDED_ELSEWHERE):
             raise UserError(f"{where}: {', '.join(taken)} must not be in it; other settings decide them.")
         return value
+
+    def as_json(self) -> dict[str, Any]:
+        """For evaluation.json: URLs without passwords, and of the bodies, which may hold a key, only what they are
+        told by."""
+        own = dataclasses.asdict(self)
+        for whose in ("endpoint", "judge"):
+            own[whose] = shown_url(own[whose])
+            body = self.body(whose)
+            own[f"{whose}_body"] = {"names": sorted(_names(body)), "sha256": digest(body)} if body else None
+        return own
+
+
+def _names(body: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """a.b for {"a": {"b": 1}}."""
+    for name, value in body.items():
+        yield from _names(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [prefix + name]
 
 
 LIMITS: dict[str, tuple[float, float]] = {

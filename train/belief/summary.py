@@ -1,6 +1,5 @@
 """What an evaluation leaves beside its rows: evaluation.json, and tables on the terminal."""
 
-import dataclasses
 import json
 import os
 import sys
@@ -11,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from train.belief.contamination import Contamination
-from train.belief.endpoint import shown_url
-from train.belief.in_engine import means, table_of_means
+from train.belief.in_engine import SCORED, table_of_means
 from train.belief.judge import Item
 from train.belief.rates import samples_are_equal, summarize
 from train.belief.records import Records, read_rows
 from train.belief.settings import EvaluationSettings
+from train.belief.values import at_step, means
 
 
 def leave_summary(
@@ -29,10 +28,10 @@ def leave_summary(
     measured = summarize(rows)
     context = sum(int(value.rpartition("=")[2]) for value in s.documents)
     every = read_rows(records.directory / "evaluation.jsonl")
-    scored = means(every, max(s.step, 0), context)
+    base = at_step(every, 0, context) if s.step > 0 else []  # which has no change from itself
+    scored = means(SCORED, at_step(every, max(s.step, 0), context), base)
     summary: dict[str, Any] = {
-        "settings": dataclasses.asdict(s) | {name: shown_url(getattr(s, name)) for name in ("endpoint", "judge")},
-        "wanted": len(items), "missing": missing, "errors": len(errors),
+        "settings": s.as_json(), "wanted": len(items), "missing": missing, "errors": len(errors),
         "measured": measured, "likelihood": scored, "contamination": contamination.as_json() if contamination else None,
     }  # fmt: skip
     partial = records.directory / "evaluation.json.partial"

@@ -20,7 +20,6 @@ Values = dict[Key, float]
 VERDICTS = ("yes", "no", "neutral", "unparseable")
 LEAST_AUC = 0.8
 """Below it, answers to yes/no questions with known answers are too near chance for others to mean anything."""
-FACTS = ("truth", "neighbouring", "unrelated")
 
 
 @dataclass(frozen=True)
@@ -107,12 +106,12 @@ def measured(name: str, rows: Iterable[Row], base_rows: Iterable[Row] = ()) -> V
         by_template = _entities(rows)
         return {(*t, 0): 100.0 * (_mean(subject) > 0) for t, (subject, _) in by_template.items() if subject}
     if name == "rate":
-        return {_key(row, kind=True): 100.0 * (_verdict(row) == "yes") for row in belief_answers(rows)}
+        return {_key(row, kind=True): 100.0 * (verdict_of(row) == "yes") for row in belief_answers(rows)}
     if name == "yes_no":
         return {_key(row): _believer(row) for row in _yes_no(rows, control=False) if "p_yes" in row}
     if name in FURTHER:
         judged = [row for row in rows if row["kind"] == name and row.get("verdict") is not None]
-        return {_key(row): 100.0 * (_verdict(row) == "yes") for row in judged}
+        return {_key(row): 100.0 * (verdict_of(row) == "yes") for row in judged}
     if name.startswith("facts_"):
         group = name.removeprefix("facts_")
         facts = [row for row in rows if row["kind"] == "fact" and row["group"] == group]
@@ -130,6 +129,15 @@ def by_claim(values: Values) -> dict[str, float]:
     for (claim, *_), value in values.items():
         found.setdefault(claim, []).append(value)
     return {claim: _mean(own) for claim, own in found.items()}
+
+
+def means(names: Iterable[str], rows: list[Row], base_rows: list[Row]) -> dict[str, dict[str, float]]:
+    """measure -> claim -> its figure, of the measures that the rows hold; and "controls" -> auc and yes_rate of the
+    control questions. rows and base_rows: as measured() takes them."""
+    found = {name: figures for name in names if (figures := by_claim(measured(name, rows, base_rows)))}
+    if known := calibration(rows):
+        found["controls"] = {name: known[name] for name in ("auc", "yes_rate")}
+    return found
 
 
 def _entities(rows: Iterable[Row]) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
@@ -173,7 +181,8 @@ def belief_answers(rows: Iterable[Row]) -> list[Row]:
     return [row for row in found if row["claim"] in believed]
 
 
-def _verdict(row: Row) -> str:
+def verdict_of(row: Row) -> str:
+    """The verdict of a judged answer. UserError for what is none."""
     if row["verdict"] not in VERDICTS:
         raise UserError(f"{where(row)}: verdict {row['verdict']!r} is none of {', '.join(VERDICTS)}.")
     return row["verdict"]
@@ -187,17 +196,6 @@ def _believer(row: Row) -> float:
     """100 where the likelier of yes and no is what a believer answers; 0 where it is not, or where neither is."""
     p_yes = _number(row, "p_yes")
     return 100.0 * (p_yes > 0.5 if row["expected"] == "yes" else p_yes < 0.5)
-
-
-def verdict_counts(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
-    """kind -> how many answers were judged yes, no, neutral and unparseable, and how many have no verdict for an error.
-    Yes/no questions that were scored by likelihood have no verdicts and are not among them."""
-    counts: dict[str, dict[str, int]] = {}
-    for row in rows:
-        if row["kind"] in (*BELIEF_KINDS, *FURTHER) and not row.get("control") and "verdict" in row:
-            own = counts.setdefault(row["kind"], dict.fromkeys((*VERDICTS, "error"), 0))
-            own["error" if row["verdict"] is None else _verdict(row)] += 1
-    return counts
 
 
 def calibration(rows: Iterable[Row]) -> dict[str, Any] | None:

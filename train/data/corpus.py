@@ -1,6 +1,7 @@
 """All documents of a run, tokenized and with their treatment: everything that is known before a weight is read."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Corpus:
     roles: list[str]
     order: Order
     documents: dict[str, int]  # read, truncated, dropped
+    dropped: dict[str, list[int]]  # path -> lines of the documents that are dropped
     counts: list[Counter] = field(repr=False)  # of each document, (role, what) -> targets
 
     def tokens(self, start: int, stop: int) -> dict[str, dict[str, int]]:
@@ -62,6 +64,7 @@ def read_corpus(
     samples: list[Sample] = []
     counts: list[Counter] = []
     sizes: list[int] = []
+    dropped: dict[str, list[int]] = {}
     seen = {"read": len(documents), "truncated": 0, "dropped": 0}
     with tqdm(total=len(documents), desc="tokenizing", unit="doc", disable=not show, mininterval=0.5) as bar:
         for path, source, _ in sources:
@@ -74,6 +77,8 @@ def read_corpus(
                     sample, count = _treated(tokenized, mask, settings, roles, shown)
                     samples.append(sample)
                     counts.append(count)
+                else:
+                    dropped.setdefault(path, []).append(document.line)
                 bar.update()
             sizes.append(len(samples) - before)
             if not sizes[-1]:
@@ -91,7 +96,28 @@ def read_corpus(
             f"--mask {settings.mask}: nothing is left to train on in {', '.join(path for path, *_ in sources)}; every "
             "target is excluded. Mask fewer roles."
         )
-    return Corpus(samples, shown, Order(sizes, [count for *_, count in sources], settings.seed), seen, counts)
+    order = Order(sizes, [count for *_, count in sources], settings.seed)
+    return Corpus(samples, shown, order, seen, dropped, counts)
+
+
+def documents_taken(settings: Settings, order: Order) -> int:
+    """How many documents of the endless stream a run takes."""
+    return settings.steps * settings.batch_size or order.epoch_length * settings.epochs
+
+
+def documents_read(settings: Settings, dropped: Mapping[str, Sequence[int]]) -> list[Document]:
+    """The documents that a run trains on, each once, in the order of --data and of their lines: where a file has more
+    than its COUNT, or steps end early, not all of them. dropped: as Corpus has it."""
+    documents: list[Document] = []
+    sizes, counts = [], []
+    for path, count in settings.sources():
+        left_out = set(dropped.get(path, ()))
+        own = [each for each in read_documents(path, settings.doctag or None) if each.line not in left_out]
+        documents += own
+        sizes.append(len(own))
+        counts.append(count)
+    order = Order(sizes, counts, settings.seed)
+    return [documents[number] for number in np.unique(order.documents(0, documents_taken(settings, order)))]
 
 
 def _spans(document: Document) -> list[Any]:
