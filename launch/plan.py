@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -143,23 +144,35 @@ class Plan:
 
     @property
     def wire_bytes(self) -> dict[str, int]:
-        """What a GPU sends in a step. experts: hidden states, counted as the step without data sends them. gather:
-        ZeRO-3's partitions, (ranks - 1) / ranks of every parameter, before forward and, where it was let go, before
-        backward. reduce: as much of every gradient. As much to each rank: so the part to other nodes is that of the
-        ranks that are there."""
-        micro, parts = self.accumulation, split(self.model, self.zero)
-        again = 2 if 2 * sum(p.numel() for p, ranks in parts if ranks > 1) > self.zero.reuse else 1
-        gather = sum(p.nbytes * (ranks - 1) // ranks for p, ranks in parts)
-        reduce = sum(p.numel() * (2 if self.bf16 else 4) * (n - 1) // n for p, n in parts if p.requires_grad)
-        sent = {"experts": micro * self.chosen.step.wire, "gather": micro * again * gather, "reduce": micro * reduce}
-        away = sent["experts"] * self._away(self.expert_parallel)
-        away += (sent["gather"] + sent["reduce"]) * self._away(self.cluster.ranks)
+        """What a GPU sends in a step, on the average. experts: hidden states, counted as the step without data sends
+        them. gather: ZeRO-3's partitions, (ranks - 1) / ranks of every parameter, before forward and, where it was let
+        go, before backward. reduce: as much of every gradient. As much to each rank of a group: so the part to other
+        nodes is that of the ranks that are there. Groups are those of deepspeed.utils.groups: consecutive ranks divide
+        a layer's experts; those an expert_parallel apart hold the same ones, and divide what is trained of them."""
+        micro, parts, ranks = self.accumulation, split(self.model, self.zero), range(self.cluster.ranks)
+        again = 2 if 2 * sum(p.numel() for p, n in parts if n > 1) > self.zero.reuse else 1
+        size = self.expert_parallel
+        away = {
+            self.zero.replicas: self._away([ranks[first::size] for first in range(size)]),
+            self.zero.ranks: self._away([ranks]),
+        }
+        gather, reduce, network = 0, 0, 0.0
+        for p, n in parts:
+            own = again * (p.nbytes * (n - 1) // n)
+            gradient = p.numel() * (2 if self.bf16 else 4) * (n - 1) // n if p.requires_grad else 0
+            gather, reduce, network = gather + own, reduce + gradient, network + (own + gradient) * away[n]
+        sent = {"experts": micro * self.chosen.step.wire, "gather": micro * gather, "reduce": micro * reduce}
+        groups = [ranks[first : first + size] for first in ranks[::size]]
+        network = sent["experts"] * self._away(groups) + micro * network
         total = sum(sent.values())
-        return sent | {"nvlink": total - int(away), "network": int(away), "total": total}
+        return sent | {"nvlink": total - int(network), "network": int(network), "total": total}
 
-    def _away(self, ranks: int) -> float:
-        """Of the other ranks of a group of consecutive ones, the part on other nodes."""
-        return (ranks - min(ranks, self.cluster.gpus)) / (ranks - 1) if ranks > 1 else 0.0
+    def _away(self, groups: list[range]) -> float:
+        """Of the pairs of ranks of a group, the part that lies on two nodes."""
+        pairs = sum(len(group) * (len(group) - 1) for group in groups)
+        counts = [Counter(rank // self.cluster.gpus for rank in group).values() for group in groups]
+        near = sum(count * (count - 1) for nodes in counts for count in nodes)
+        return 1 - near / pairs if pairs else 0.0
 
     @property
     def flops(self) -> int:
@@ -254,7 +267,10 @@ def search(settings: Settings, checkpoint: Checkpoint, cluster: Cluster) -> list
                         settings, method=method, expert_parallel=expert_parallel, micro_batch_size=micro,
                         gradient_checkpointing=checkpointing,
                     )  # fmt: skip
-                    plan = Plan(tried, checkpoint, cluster, settings.max_tokens)
+                    try:
+                        plan = Plan(tried, checkpoint, cluster, settings.max_tokens)
+                    except UserError:  # such as a number of ranks that does not divide the experts
+                        break
                     if not plan.fits:
                         break  # nor does a larger one
                     found.append(plan)
