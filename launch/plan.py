@@ -53,6 +53,8 @@ GPUS = (
 )
 NETWORK = 50e9  # bytes a second and GPU: 400 Gb/s InfiniBand
 DISK = 2e9  # bytes a second and node
+# Two allowances, not measured. On a GPU: what nvidia-smi shows of a rank beyond torch.cuda.max_memory_reserved(), and
+# torch.cuda.max_memory_allocated() / max_memory_reserved().
 RUNTIME = 2_000_000_000  # CUDA context, NCCL's and cuBLAS's buffers
 USABLE = 0.95  # of a GPU's memory: the rest is lost between blocks of torch's allocator
 
@@ -211,7 +213,8 @@ class Plan:
 
 def planned_memory(job: Job) -> dict[str, Any]:
     """Of a job that has run here, what it was to take: bytes of a rank, beside those of its imports, and how they
-    divide. {}, with a note, for a model that cannot be planned."""
+    divide; on a GPU whose roofline is known, tokens a second, of documents as long as the longest. {}, with a note, for
+    a model that cannot be planned."""
     device, local = get_accelerator().device_name(), int(os.environ.get("LOCAL_SIZE", "1"))
     ranks = job.resolved["ranks"]
     memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if device == "cuda" else 0
@@ -220,11 +223,13 @@ def planned_memory(job: Job) -> dict[str, Any]:
     try:
         plan = Plan(job.settings, job.checkpoint, cluster, longest)
         categories = plan.gpu_bytes
+        known = device == "cuda" and cluster.gpu.name in torch.cuda.get_device_name(0)
+        speed = {"planned_tokens_per_second": plan.tokens_per_second} if known else {}
     except Exception as error:  # the run has its results: no plan is worth them
         print(f"note: no memory planned ({type(error).__name__}: {error})", file=sys.stderr)
         return {}
     held = {"planned": plan.chosen.total, "read": plan.read_bytes}
-    return held | {"categories": categories, "moments": plan.chosen.phases}
+    return held | {"categories": categories, "moments": plan.chosen.phases} | speed
 
 
 def changes(settings: Settings, cluster: Cluster) -> Iterator[tuple[str, Settings, Cluster]]:
