@@ -3,8 +3,8 @@
     python -m launch.plan --model DIR --nodes 1 --gpus 8 --gpu-memory 80 --method qlora --gradient-checkpointing
     python -m launch.plan --model config.json --nodes 2 --gpus 8 --gpu-memory 141 --search
 
-Needs no weights and no GPU: a directory, or its config.json alone. Takes the settings of train/sft.py; every document
-is taken to have --max-tokens tokens, all of them in the loss. Exit code 1 where it does not fit.
+Needs no weights and no GPU: a directory, or its config.json alone. Takes the settings of train/sft.py, by --recipe too;
+every document is taken to have --max-tokens tokens, all of them in the loss. Exit code 1 where it does not fit.
 """
 
 import dataclasses
@@ -29,9 +29,10 @@ from launch.trace import PlannedGroup
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import READERS
 from train.errors import UserError
+from train.experts.storage import NF4Experts
 from train.job import Job, checked_expert_parallel, full_precision, lora_settings
 from train.model import text_config
-from train.settings import MOST, Parser, Settings, check_numbers, ds_config
+from train.settings import MOST, Parser, Settings, ds_config, parse, setting
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,17 @@ roofline: for each micro-batch the longer of matrix products at the GPU's dense 
 operands through its memory, once each; then, not overlapped, NVLink and a network of {NETWORK * 8 / 1e9:.0f} Gb/s
 a GPU; load from a disk of {DISK / 1e9:.0f} GB/s a node. Real steps are slower.
 """
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What the plan takes beside the settings of train/sft.py."""
+
+    nodes: int = setting(1, "nodes")
+    gpus: int = setting(8, "GPUs of a node")
+    gpu_memory: float = setting(80.0, "GB of each GPU")
+    search: bool = setting(False, "propose settings, the fastest that fit")
+    json: str = setting("", "FILE to write the plan to")
 
 
 @dataclass(kw_only=True)
@@ -118,6 +130,18 @@ class Plan:
         """Category -> bytes of a GPU, and their total."""
         entries = self.chosen.gpu | {"runtime": RUNTIME if self.cluster.memory else 0}
         return entries | {"total": sum(entries.values())}
+
+    @cached_property
+    def expert_bytes(self) -> dict[str, int]:
+        """Bytes of a GPU's experts by how they are kept: nf4, the checkpoint's fp8, int4 or dtype, or trained."""
+        kept: Counter[str] = Counter()
+        storage: Any
+        for storage in (storage for layer in self.model.expert_layers for storage in layer.frozen.values()):
+            kind = "nf4" if isinstance(storage, NF4Experts) else storage.format.kind
+            name = str(storage.data.dtype).removeprefix("torch.") if kind == "plain" else kind
+            kept[name] += sum(buffer.nbytes for buffer in storage.buffers())
+        kept["trained"] = self.chosen.gpu["experts"] - kept.total()
+        return {name: size for name, size in kept.items() if size}
 
     @property
     def fits(self) -> bool:
@@ -200,8 +224,8 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "fits": self.fits, "gpu_bytes": self.gpu_bytes, "host_bytes": self.host_bytes,
-            "read_bytes": self.cluster.gpus * self.read_bytes, "wire_bytes": self.wire_bytes, "flops": self.flops,
+            "fits": self.fits, "gpu_bytes": self.gpu_bytes, "expert_bytes": self.expert_bytes,
+            "host_bytes": self.host_bytes, "read_bytes": self.cluster.gpus * self.read_bytes, "wire_bytes": self.wire_bytes, "flops": self.flops,
             "seconds": self.seconds, "tokens_per_second": self.tokens_per_second,
             "activation_bytes": {
                 name: sum(self.memory(on).step.peak.values())
@@ -299,7 +323,10 @@ def show(plan: Plan) -> None:
     print("\neach GPU, in GB, at its fullest moment, and the most of a step's tensors of a kind at any moment:")
     for name in (*CATEGORIES, "runtime", "total"):
         most = plan.chosen.step.each.get(name)
-        print(f"  {name.replace('_', ' '):<18}{held[name] / 1e9:9.2f}" + (f"{most / 1e9:9.2f}" if most else ""))
+        note = f"{most / 1e9:9.2f}" if most else ""
+        if name == "experts":
+            note = f"  {', '.join(f'{size / 1e9:.2f} as {kind}' for kind, size in plan.expert_bytes.items())}"
+        print(f"  {name.replace('_', ' '):<18}{held[name] / 1e9:9.2f}{note}")
     for on in (False, True):
         kept, peak = plan.memory(on).step.kept, sum(plan.memory(on).step.peak.values())
         name = "with" if on else "without"
@@ -344,37 +371,32 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 where the job fits, 1 where not, 2 for what the user can mend."""
     try:
         parser = Parser(__doc__ or "")
-        parser.add_settings(Settings)
-        parser.add_argument("--nodes", type=int, default=1, help="nodes (default: 1)")
-        parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node (default: 8)")
-        parser.add_argument("--gpu-memory", type=float, default=80, help="GB of each (default: 80)")
-        parser.add_argument("--search", action="store_true", help="propose settings, the fastest that fit")
-        parser.add_argument("--json", metavar="FILE", help="write the plan")
-        values = vars(parser.parse_args(arguments))
-        given = {name: values[name] for name in Settings.__dataclass_fields__}
-        settings, cluster = (
-            Settings(**given),
-            Cluster(nodes=values["nodes"], gpus=values["gpus"], memory=values["gpu_memory"]),
+        parser.add_settings(Options)
+        given, rest = parser.parse_known_args(arguments)
+        options, settings = (
+            Options(**{name: getattr(given, name) for name in Options.__dataclass_fields__}),
+            parse(rest, ""),
         )
-        check_numbers(settings)
         for name in ("nodes", "gpus", "gpu_memory"):
-            if not 0 < values[name] <= MOST:
-                raise UserError(f"--{name.replace('_', '-')} {values[name]}: must be more than 0, and at most {MOST}.")
+            if not 0 < getattr(options, name) <= MOST:
+                flag, value = name.replace("_", "-"), getattr(options, name)
+                raise UserError(f"--{flag} {value}: must be more than 0, and at most {MOST}.")
+        cluster = Cluster(nodes=options.nodes, gpus=options.gpus, memory=options.gpu_memory)
         checkpoint = opened(settings.model)
-        found = search(settings, checkpoint, cluster) if values["search"] else []
+        found = search(settings, checkpoint, cluster) if options.search else []
         for other in found[:5]:
             print(
                 f"{other.gpu_bytes['total'] / 1e9:6.1f} GB, {other.tokens_per_second:9,.0f} tokens/s at most: "
                 f"{flags(other.settings)}"
             )
-        if values["search"] and not found:
+        if options.search and not found:
             print("no setting of method, micro-batch, checkpointing and expert parallelism fits")
         plan = found[0] if found else Plan(settings, checkpoint, cluster, settings.max_tokens)
         show(plan)
         if not plan.fits:
             advise(plan)
-        if values["json"]:
-            Path(values["json"]).write_text(json.dumps(plan.as_json(), indent=1) + "\n")
+        if options.json:
+            Path(options.json).write_text(json.dumps(plan.as_json(), indent=1) + "\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

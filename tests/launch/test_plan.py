@@ -1,5 +1,6 @@
 """The plan: a step without data makes the tensors that the step makes, and the command says what follows from them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -68,6 +69,24 @@ def test_a_config_alone_gives_the_plan_of_the_checkpoint(tmp_path):
     whole, bare = (Plan(settings, opened(str(path)), cluster, 64) for path in (directory, config))
     assert bare.gpu_bytes == whole.gpu_bytes and bare.read_bytes == whole.read_bytes > 0
     assert bare.wire_bytes == whole.wire_bytes
+
+
+@pytest.mark.parametrize(("method", "kind"), [("lora", "bfloat16"), ("qlora", "nf4"), ("full", "trained")])
+def test_experts_are_told_by_how_they_are_kept(tmp_path, method, kind):
+    settings = parse(["--model", str(write_model(tmp_path / "model", "qwen", dtype=torch.bfloat16))], "")
+    settings = dataclasses.replace(settings, method=method)
+    plan = Plan(settings, opened(settings.model), Cluster(nodes=1, gpus=2, memory=80), 32)
+    assert plan.expert_bytes == {kind: plan.gpu_bytes["experts"]}
+
+
+def test_the_plan_takes_a_recipe_as_the_job_does(tmp_path):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "plan.json"
+    text = f"settings: {{model: {json.dumps(str(write_model(tmp_path / 'model', 'qwen')))}, method: full}}\n"
+    recipe.write_text(text + "variants: {a: {mask: none}, b: {mask: doctags}}\n")
+    common = ["--recipe", str(recipe), "--variant", "1", "--max-tokens", "64", "--gpus", "2", "--json", str(out)]
+    assert main(common) == 0
+    settings = json.loads(out.read_text())["settings"]
+    assert (settings["method"], settings["mask"], settings["max_tokens"]) == ("full", "doctags", 64)
 
 
 def test_the_command_writes_what_it_says_and_advises_where_it_does_not_fit(tmp_path, capsys):
