@@ -225,7 +225,8 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         return {
             "fits": self.fits, "gpu_bytes": self.gpu_bytes, "expert_bytes": self.expert_bytes,
-            "host_bytes": self.host_bytes, "read_bytes": self.cluster.gpus * self.read_bytes, "wire_bytes": self.wire_bytes, "flops": self.flops,
+            "host_bytes": self.host_bytes, "read_bytes": self.cluster.gpus * self.read_bytes,
+            "wire_bytes": self.wire_bytes, "flops": self.flops,
             "seconds": self.seconds, "tokens_per_second": self.tokens_per_second,
             "activation_bytes": {
                 name: sum(self.memory(on).step.peak.values())
