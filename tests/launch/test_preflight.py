@@ -133,7 +133,7 @@ def test_everything_that_is_wrong_is_told_at_once_with_its_node(nodes):
 
 @pytest.mark.slow
 def test_a_node_that_does_not_come_and_one_whose_rank_hangs_are_named_after_the_time_limit(nodes):
-    nodes.environment["n1"] = {"PREFLIGHT_TIME_LIMIT": "12"}
+    nodes.environment["n1"] = {"PREFLIGHT_TIME_LIMIT": "20"}
     nodes.start(names=("n1",))
     code, report = nodes.wait("n1")
     assert code == MAY_PASS
