@@ -170,11 +170,12 @@ class Plan:
 
     @property
     def wire_bytes(self) -> dict[str, int]:
-        """What a GPU sends in a step, on the average. experts: hidden states, counted as the step without data sends
-        them. gather: ZeRO-3's partitions, (ranks - 1) / ranks of every parameter, before forward and, where it was let
-        go, before backward. reduce: as much of every gradient (Rajbhandari et al., arXiv 1910.02054, section 7). As much
-        to each rank of a group: so the part to other nodes is that of the ranks that are there. Groups are those of deepspeed.utils.groups: consecutive ranks divide
-        a layer's experts; those an expert_parallel apart hold the same ones, and divide what is trained of them."""
+        """What a GPU sends in a step, on the average (Rajbhandari et al., arXiv 1910.02054, section 7). experts: hidden
+        states, counted as the step without data sends them. gather: ZeRO-3's partitions, (ranks - 1) / ranks of every
+        parameter, before forward and, where it was let go, before backward. reduce: as much of every gradient. As much
+        to each rank of a group: so the part to other nodes is that of the ranks that are there. Groups are those of
+        deepspeed.utils.groups: consecutive ranks divide a layer's experts; those an expert_parallel apart hold the same
+        ones, and divide what is trained of them."""
         micro, parts, ranks = self.accumulation, split(self.model, self.zero), range(self.cluster.ranks)
         again = 2 if 2 * sum(p.numel() for p, n in parts if n > 1) > self.zero.reuse else 1
         size = self.expert_parallel
