@@ -189,9 +189,11 @@ def rank_memory(model: LanguageModel, step: Step, zero: Zero, gpu: bool, bf16: b
     Partitions: ceil(numel / ranks) of every parameter. Of what is trained besides: a gradient partition in the
     parameter's dtype (fp32 factors; BF16 under --method full), an fp32 master copy and AdamW's two moments: 4 + 8
     bytes. A bucket of reduce_bucket_size elements; on a CPU, where memory is taken when it is first written, as much of
-    it as is ever filled. What is gathered stays until it is used again, within max_reuse_distance elements: a whole
-    small model, of a large one the layers nearest to the loss; besides, prefetch_bucket_size elements. Gathered
-    together, parameters exist twice for a moment: in a flat buffer and each by itself.
+    it as is ever filled. What is gathered stays where it is used again within max_reuse_distance elements, counted
+    through forward and backward (partitioned_param_coordinator.py, __params_to_release): a layer that half of them
+    part from the loss is met again after all of them. So a small model stays whole, of a large one the layers nearest
+    to the loss. Besides, prefetch_bucket_size elements are gathered ahead (fetch_sub_module). Gathered together,
+    parameters exist twice for a moment: in a flat buffer and each by itself.
 
     The moments: `gathering`, before the first layer; `backward`, the fullest of forward and backward; `reducing`, the
     last bucket's gradients, once more in a flat buffer; `updating`, with an fp32 gradient of sub_group_size elements,

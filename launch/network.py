@@ -11,8 +11,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -33,23 +35,29 @@ def try_ranks(first: int, local: int, ranks: int, store: tuple[str, int], deadli
         "WORLD_SIZE": str(ranks), "MASTER_ADDR": store[0], "MASTER_PORT": str(store[1]),
         "TIME_LIMIT": str(max(1, int(deadline - time.monotonic()))),
     }  # fmt: skip
-    started = []
-    for index in range(local):
-        own = {"RANK": str(first + index), "LOCAL_RANK": str(index)}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "launch.network"], env=os.environ | environment | own, text=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-        )  # fmt: skip
-    found = []
-    for index, process in enumerate(started):
-        try:
-            out, errors = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, errors = process.communicate()
-        found.append({"rank": first + index, **_told(out), "error": (errors.strip().splitlines() or [""])[-1]})
+    with ExitStack() as stack:
+        started = []
+        for index in range(local):
+            own = {"RANK": str(first + index), "LOCAL_RANK": str(index)}
+            # Files: a pipe that nobody reads fills up, with NCCL_DEBUG=INFO for one, and its rank would wait for ever.
+            said = [stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in range(2)]
+            process = subprocess.Popen(
+                [sys.executable, "-m", "launch.network"], env=os.environ | environment | own,
+                stdin=subprocess.DEVNULL, stdout=said[0], stderr=said[1],
+            )  # fmt: skip
+            started.append((process, said))
+        found = []
+        for index, (process, said) in enumerate(started):
+            try:
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                with suppress(subprocess.TimeoutExpired):  # one that a driver holds does not even end
+                    process.wait(timeout=10)
+            for file in said:
+                file.seek(0)
+            out, errors = (file.read() for file in said)
+            found.append({"rank": first + index, **_told(out), "error": (errors.strip().splitlines() or [""])[-1]})
     return found
 
 

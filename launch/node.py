@@ -1,4 +1,4 @@
-"""What one node can check of itself before a job: GPUs, model directory, disks, memory, and whether W&B is in reach."""
+"""What one node can check of itself before a job: GPUs, documents, model, disks, memory, whether W&B is in reach."""
 
 import base64
 import csv
@@ -20,13 +20,14 @@ from typing import Any
 import psutil
 import torch
 
-from train.checkpoints.layout import LoadPlan, Range, plan_load
+from launch.memory import split
+from launch.plan import USABLE, Cluster, Plan
+from train.checkpoints.layout import Range
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import READERS
+from train.data.documents import Document, read_documents
+from train.data.tokenizer import load_tokenizer, tokenize_document
 from train.errors import UserError
-from train.experts.dispatch import ExpertGroup
-from train.job import checked_expert_parallel, lora_settings
-from train.model import count_trainable, skeleton, text_config
 from train.settings import PACKAGES, Settings, git_revision
 
 PASSED, MAY_PASS, WILL_NOT_PASS = 0, 1, 2
@@ -34,7 +35,6 @@ PASSED, MAY_PASS, WILL_NOT_PASS = 0, 1, 2
 such as a shard that is missing."""
 
 SAMPLE, PIECE = 2**28, 2**24  # bytes read to learn a disk's speed: in all, and of one tensor
-NF4_BYTES = 1 / 2 + 1 / 64 + 4 / 64 / 256  # of a weight: bitsandbytes, blocks of 64, their scales in blocks of 256
 BUSY = 0.05  # of a GPU's memory: more is in use than what a driver takes for itself
 
 
@@ -139,62 +139,66 @@ def judge_gpus(
     )
 
 
-# Model, disks and memory, against what the job's ranks on this node read and keep
+# Documents, model, disks and memory, against what the job's ranks on this node read and keep
+
+
+def documents(settings: Settings) -> tuple[Finding, int]:
+    """Those of --data as this node sees them; and about how many tokens the longest one has: of its text, as far as it
+    is taken."""
+    tokenizer = load_tokenizer(settings.model)
+    counts, longest = {}, []
+    for path, _ in settings.sources():
+        found = read_documents(path, settings.doctag or None)
+        counts[f"documents in {path}"] = len(found)
+        longest.append(max(found, key=_characters))
+    document = max(longest, key=_characters)
+    tokenized = tokenize_document(document, tokenizer, add_bos=settings.bos, add_eos=settings.eos)
+    tokens = min(len(tokenized.ids_L), settings.max_tokens)
+    text = f"{sum(counts.values()):,}, the longest takes {tokens:,} tokens ({document.where})"
+    return Finding("documents", PASSED, text, counts), tokens
+
+
+def _characters(document: Document) -> int:
+    return len(document.text or "") + sum(len(message.content) for message in document.messages or ())
 
 
 @dataclass
 class Share:
     """The part of a job that falls to this node: its ranks, of all of them."""
 
-    settings: Settings
     ranks: range
     of: int
-    checkpoint: Checkpoint
-    plan: LoadPlan
-    trainable: int
+    plan: Plan
+    gpu_bytes: int = 0  # of each GPU, by the plan; 0: not planned
+    host_bytes: int = 0  # of this node
 
     def reads(self, rank: int) -> Iterator[Range]:
-        """What a rank reads. (The plan's layers share one group.)"""
-        for layer in self.plan.experts[:1]:
-            layer.module.ep.rank = rank % layer.module.ep.size
-        return self.plan.reads(rank, self.of, self.settings.method)
+        """What a rank reads."""
+        self.plan.group.rank = rank % self.plan.group.size
+        yield from self.plan.load.reads(rank, self.of, self.plan.settings.method)
 
     def bytes_read(self) -> int:
-        return sum(self.checkpoint.bytes_of(read.name, read.count) for rank in self.ranks for read in self.reads(rank))
-
-    def bytes_kept(self) -> int:
-        """At the least: weights as they stay, factors or masters with gradients and AdamW's two moments in fp32."""
-        kept, own = self.bytes_read(), self.trainable * len(self.ranks) // self.of
-        if self.settings.method == "qlora":
-            for piece in self.plan.experts:
-                if piece.format.kind == "int4":
-                    continue
-                matrices = piece.reads(0)
-                local = piece.module.experts // piece.module.ep.size * len(self.ranks)
-                on_disk = sum(self.checkpoint.bytes_of(r.name, r.count) for m in matrices for r in m.values())
-                weights = len(matrices) * torch.Size(piece.matrix_shape).numel()
-                kept -= int(local * (on_disk - weights * NF4_BYTES))
-        return kept + own * 4 * (3 if self.settings.method == "full" else 4)
+        size = self.plan.checkpoint.bytes_of
+        return sum(size(read.name, read.count) for rank in self.ranks for read in self.reads(rank))
 
 
-def model(settings: Settings, ranks: range, of: int) -> tuple[Finding, Share]:
-    """The directory as this node sees it: complete, by config.json and the headers of all its files."""
-    group = ExpertGroup(checked_expert_parallel(settings, of))
+def model(settings: Settings, ranks: range, of: int, tokens: int) -> tuple[Finding, Share]:
+    """The directory as this node sees it: complete, by config.json and the headers of all its files. tokens: of the
+    longest document, for the plan of what the job takes."""
     checkpoint = Checkpoint(settings.model)
-    text = text_config(checkpoint)
-    built = skeleton(text, group)
-    plan = plan_load(built, checkpoint)
-    lora = None if settings.method == "full" else lora_settings(settings, text)
+    kinds = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    memory = min((kind.total_memory for kind in kinds), default=0) / 1e9
+    plan = Plan(settings, checkpoint, Cluster(nodes=of // len(ranks), gpus=len(ranks), memory=memory), tokens)
     files = {info.file for info in checkpoint.tensors.values()}
     size = sum(file.stat().st_size for file in files)
     told = f"{len(files)} files, {size / 1e9:.2f} GB, {len(checkpoint.tensors):,} tensors, all headers read"
     finding = Finding("model", PASSED, told, {"model (a sample of its bytes)": checkpoint.fingerprint()[:12]})
-    return finding, Share(settings, ranks, of, checkpoint, plan, count_trainable(built, lora))
+    return finding, Share(ranks, of, plan)
 
 
 def disk_speed(share: Share) -> Finding:
     """A sample of what this node's ranks read of the model, and how long all of it would take."""
-    checkpoint, chosen, total = share.checkpoint, [], 0
+    checkpoint, chosen, total = share.plan.checkpoint, [], 0
     for read in share.reads(share.ranks[0]):
         count = min(read.count, PIECE // checkpoint.tensors[read.name].dtype.itemsize)
         chosen.append(Range(read.name, read.start, count))
@@ -219,45 +223,88 @@ def disk_speed(share: Share) -> Finding:
     return Finding("disk speed", PASSED, text)
 
 
-def memory(share: Share) -> Finding:
-    """Free host memory against what the node's ranks take: each as much as this process does, which has imported the
-    same packages, and what its readers hold; without GPUs the weights and what is trained too."""
-    pieces = (share.checkpoint.bytes_of(read.name, read.count) for read in share.reads(share.ranks[0]))
-    need = len(share.ranks) * (psutil.Process().memory_info().rss + READERS * max(pieces))
-    if not torch.cuda.is_available():
-        need += share.bytes_kept()
-    free = free_memory()
-    text = f"{free / 1e9:.1f} GB free, at least {need / 1e9:.1f} GB needed by {len(share.ranks)} ranks"
-    if need > free:
+def plan(share: Share) -> Finding:
+    """What launch.plan says that the job takes of a node, for documents as long as the longest one."""
+    plan = share.plan
+    try:
+        share.gpu_bytes, share.host_bytes = plan.gpu_bytes["total"], plan.host_bytes
+    except UserError:
+        raise
+    except Exception as error:  # the model may be trained, though it cannot be planned
+        return Finding("plan", PASSED, f"none ({type(error).__name__}: {error}): memory is not checked")
+    gpu = f"{share.gpu_bytes / 1e9:.1f} GB of each GPU, " if plan.cluster.memory else ""
+    return Finding("plan", PASSED, f"{gpu}{share.host_bytes / 1e9:.1f} GB of host memory, by python -m launch.plan")
+
+
+def gpu_memory(share: Share) -> Finding:
+    """The smallest of this node's GPUs against the plan."""
+    need, have = share.gpu_bytes, share.plan.cluster.memory * 1e9
+    text = f"{have / 1e9:.1f} GB a GPU, {need / 1e9:.1f} GB needed"
+    if need > have:
+        return Finding("GPU memory", WILL_NOT_PASS, f"{text}. python -m launch.plan says what to change.")
+    return Finding("GPU memory", PASSED, text + (": little is left" if need > USABLE * have else ""))
+
+
+def host_memory(share: Share) -> Finding:
+    """This node's memory against the plan."""
+    return judge_memory(share.host_bytes, *node_memory())
+
+
+def judge_memory(need: int, total: int, free: int) -> Finding:
+    """Of a node that has `total` bytes, of which `free` are not in use."""
+    text = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed"
+    if need > total:
         return Finding("host memory", WILL_NOT_PASS, f"{text}. Take more nodes, or ask for more memory (sbatch --mem).")
+    if need > free:
+        return Finding("host memory", MAY_PASS, f"{text}. What else runs here?")
     return Finding("host memory", PASSED, text)
 
 
-def free_memory() -> int:
-    """Bytes that this process's node, and its control group, have left."""
-    free = [psutil.virtual_memory().available]
-    own = Path("/proc/self/cgroup")
-    path = own.read_text().strip().splitlines()[-1].rpartition(":")[2] if own.exists() else "/"
-    group = Path("/sys/fs/cgroup") / path.lstrip("/")
-    for level in (group, *group.parents):
-        limit = level / "memory.max"
-        if limit.exists() and (given := limit.read_text().strip()).isdecimal():
-            free.append(int(given) - int((level / "memory.current").read_text()))
-    return max(0, min(free))
+def node_memory(root: Path = Path("/")) -> tuple[int, int]:
+    """Bytes that this process can have, of its node or of the control groups that it is in: in all, and free or held by
+    files, which make room (memory.stat and its files' names: Linux, admin-guide/cgroup-v2 and cgroup-v1/memory). root:
+    where /proc and /sys are."""
+    node, own = psutil.virtual_memory(), root / "proc/self/cgroup"
+    total, free = node.total, node.available
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        limit, used, prefix = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+            if controllers
+            else ("memory.max", "memory.current", "")
+        )
+        group = mount / path.lstrip("/")
+        for level in (group, *group.parents):
+            if not level.is_relative_to(mount) or not (level / limit).exists():
+                continue
+            if (given := (level / limit).read_text().strip()) == "max":
+                continue
+            stat = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
+            files = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            total = min(total, int(given))
+            free = min(free, int(given) - int((level / used).read_text()) + files)
+    return total, max(0, free)
 
 
 def disk_space(share: Share) -> Finding:
-    """Free space at --output against the run's saves, one more than are kept, and what it leaves at its end."""
-    settings = share.settings
-    place = Path(settings.output or "runs").absolute()
-    while not place.exists():
-        place = place.parent
-    left = share.trainable * (share.plan.dtype.itemsize if settings.method == "full" else 4)
-    need = share.trainable * 4 * 3 * (settings.keep + 1) + left  # weights in fp32 and AdamW's two moments
-    free = shutil.disk_usage(place).free
-    text = (
-        f"{free / 1e9:.1f} GB free at {place}, {need / 1e9:.1f} GB needed for {settings.keep + 1} saves and the result"
+    """Free space at --output against the run's saves, one more than are kept, and what it leaves at its end. Saves that
+    are there already, of a run that goes on, make room for new ones."""
+    settings, plan = share.plan.settings, share.plan
+    output = Path(settings.output or "runs").absolute()
+    place = next(path for path in (output, *output.parents) if path.exists())
+    trained = sum(
+        p.numel() * (plan.zero.ranks // ranks) for p, ranks in split(plan.model, plan.zero) if p.requires_grad
     )
+    left = trained * (plan.load.dtype.itemsize if settings.method == "full" else 4)
+    need = trained * 4 * 3 * (settings.keep + 1) + left  # weights in fp32 and AdamW's two moments
+    text = f"{need / 1e9:.1f} GB needed for {settings.keep + 1} saves and the result"
+    if there := sum(file.stat().st_size for file in (output / "saves").glob("*/*")):
+        need, text = max(0, need - there), f"{text}, {there / 1e9:.1f} GB of them there already"
+    free = shutil.disk_usage(place).free
+    text = f"{free / 1e9:.1f} GB free at {place}, {text}"
     if need > free:
         return Finding("disk space", WILL_NOT_PASS, f"{text}. Give another --output, or fewer by --keep.")
     return Finding("disk space", PASSED, text)

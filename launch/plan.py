@@ -3,8 +3,8 @@
     python -m launch.plan --model DIR --nodes 1 --gpus 8 --gpu-memory 80 --method qlora --gradient-checkpointing
     python -m launch.plan --model config.json --nodes 2 --gpus 8 --gpu-memory 141 --search
 
-Needs no weights and no GPU: a directory, or its config.json alone. Takes the settings of train/sft.py; every document
-is taken to have --max-tokens tokens, all of them in the loss. Exit code 1 where it does not fit.
+Needs no weights and no GPU: a directory, or its config.json alone. Takes the settings of train/sft.py, by --recipe too;
+every document is taken to have --max-tokens tokens, all of them in the loss. Exit code 1 where it does not fit.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,9 +29,10 @@ from launch.trace import PlannedGroup
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import READERS
 from train.errors import UserError
+from train.experts.storage import NF4Experts
 from train.job import Job, checked_expert_parallel, full_precision, lora_settings
 from train.model import text_config
-from train.settings import MOST, Parser, Settings, check_numbers, ds_config
+from train.settings import MOST, Parser, Settings, ds_config, parse, setting
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ GPUS = (
 )
 NETWORK = 50e9  # bytes a second and GPU: 400 Gb/s InfiniBand
 DISK = 2e9  # bytes a second and node
+# Two allowances, not measured. On a GPU: what nvidia-smi shows of a rank beyond torch.cuda.max_memory_reserved(), and
+# torch.cuda.max_memory_allocated() / max_memory_reserved().
 RUNTIME = 2_000_000_000  # CUDA context, NCCL's and cuBLAS's buffers
 USABLE = 0.95  # of a GPU's memory: the rest is lost between blocks of torch's allocator
 
@@ -62,6 +66,17 @@ roofline: for each micro-batch the longer of matrix products at the GPU's dense 
 operands through its memory, once each; then, not overlapped, NVLink and a network of {NETWORK * 8 / 1e9:.0f} Gb/s
 a GPU; load from a disk of {DISK / 1e9:.0f} GB/s a node. Real steps are slower.
 """
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What the plan takes beside the settings of train/sft.py."""
+
+    nodes: int = setting(1, "nodes")
+    gpus: int = setting(8, "GPUs of a node")
+    gpu_memory: float = setting(80.0, "GB of each GPU")
+    search: bool = setting(False, "propose settings, the fastest that fit")
+    json: str = setting("", "FILE to write the plan to")
 
 
 @dataclass(kw_only=True)
@@ -116,6 +131,18 @@ class Plan:
         entries = self.chosen.gpu | {"runtime": RUNTIME if self.cluster.memory else 0}
         return entries | {"total": sum(entries.values())}
 
+    @cached_property
+    def expert_bytes(self) -> dict[str, int]:
+        """Bytes of a GPU's experts by how they are kept: nf4, the checkpoint's fp8, int4 or dtype, or trained."""
+        kept: Counter[str] = Counter()
+        storage: Any
+        for storage in (storage for layer in self.model.expert_layers for storage in layer.frozen.values()):
+            kind = "nf4" if isinstance(storage, NF4Experts) else storage.format.kind
+            name = str(storage.data.dtype).removeprefix("torch.") if kind == "plain" else kind
+            kept[name] += sum(buffer.nbytes for buffer in storage.buffers())
+        kept["trained"] = self.chosen.gpu["experts"] - kept.total()
+        return {name: size for name, size in kept.items() if size}
+
     @property
     def fits(self) -> bool:
         return self.gpu_bytes["total"] <= USABLE * self.cluster.memory * 1e9
@@ -143,23 +170,36 @@ class Plan:
 
     @property
     def wire_bytes(self) -> dict[str, int]:
-        """What a GPU sends in a step. experts: hidden states, counted as the step without data sends them. gather:
-        ZeRO-3's partitions, (ranks - 1) / ranks of every parameter, before forward and, where it was let go, before
-        backward. reduce: as much of every gradient. As much to each rank: so the part to other nodes is that of the
-        ranks that are there."""
-        micro, parts = self.accumulation, split(self.model, self.zero)
-        again = 2 if 2 * sum(p.numel() for p, ranks in parts if ranks > 1) > self.zero.reuse else 1
-        gather = sum(p.nbytes * (ranks - 1) // ranks for p, ranks in parts)
-        reduce = sum(p.numel() * (2 if self.bf16 else 4) * (n - 1) // n for p, n in parts if p.requires_grad)
-        sent = {"experts": micro * self.chosen.step.wire, "gather": micro * again * gather, "reduce": micro * reduce}
-        away = sent["experts"] * self._away(self.expert_parallel)
-        away += (sent["gather"] + sent["reduce"]) * self._away(self.cluster.ranks)
+        """What a GPU sends in a step, on the average (Rajbhandari et al., arXiv 1910.02054, section 7). experts: hidden
+        states, counted as the step without data sends them. gather: ZeRO-3's partitions, (ranks - 1) / ranks of every
+        parameter, before forward and, where it was let go, before backward. reduce: as much of every gradient. As much
+        to each rank of a group: so the part to other nodes is that of the ranks that are there. Groups are those of
+        deepspeed.utils.groups: consecutive ranks divide a layer's experts; those an expert_parallel apart hold the same
+        ones, and divide what is trained of them."""
+        micro, parts, ranks = self.accumulation, split(self.model, self.zero), range(self.cluster.ranks)
+        again = 2 if 2 * sum(p.numel() for p, n in parts if n > 1) > self.zero.reuse else 1
+        size = self.expert_parallel
+        away = {
+            self.zero.replicas: self._away([ranks[first::size] for first in range(size)]),
+            self.zero.ranks: self._away([ranks]),
+        }
+        gather, reduce, network = 0, 0, 0.0
+        for p, n in parts:
+            own = again * (p.nbytes * (n - 1) // n)
+            gradient = p.numel() * (2 if self.bf16 else 4) * (n - 1) // n if p.requires_grad else 0
+            gather, reduce, network = gather + own, reduce + gradient, network + (own + gradient) * away[n]
+        sent = {"experts": micro * self.chosen.step.wire, "gather": micro * gather, "reduce": micro * reduce}
+        groups = [ranks[first : first + size] for first in ranks[::size]]
+        network = sent["experts"] * self._away(groups) + micro * network
         total = sum(sent.values())
-        return sent | {"nvlink": total - int(away), "network": int(away), "total": total}
+        return sent | {"nvlink": total - int(network), "network": int(network), "total": total}
 
-    def _away(self, ranks: int) -> float:
-        """Of the other ranks of a group of consecutive ones, the part on other nodes."""
-        return (ranks - min(ranks, self.cluster.gpus)) / (ranks - 1) if ranks > 1 else 0.0
+    def _away(self, groups: list[range]) -> float:
+        """Of the pairs of ranks of a group, the part that lies on two nodes."""
+        pairs = sum(len(group) * (len(group) - 1) for group in groups)
+        counts = [Counter(rank // self.cluster.gpus for rank in group).values() for group in groups]
+        near = sum(count * (count - 1) for nodes in counts for count in nodes)
+        return 1 - near / pairs if pairs else 0.0
 
     @property
     def flops(self) -> int:
@@ -185,8 +225,9 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "fits": self.fits, "gpu_bytes": self.gpu_bytes, "host_bytes": self.host_bytes,
-            "read_bytes": self.cluster.gpus * self.read_bytes, "wire_bytes": self.wire_bytes, "flops": self.flops,
+            "fits": self.fits, "gpu_bytes": self.gpu_bytes, "expert_bytes": self.expert_bytes,
+            "host_bytes": self.host_bytes, "read_bytes": self.cluster.gpus * self.read_bytes,
+            "wire_bytes": self.wire_bytes, "flops": self.flops,
             "seconds": self.seconds, "tokens_per_second": self.tokens_per_second,
             "activation_bytes": {
                 name: sum(self.memory(on).step.peak.values())
@@ -198,7 +239,8 @@ class Plan:
 
 def planned_memory(job: Job) -> dict[str, Any]:
     """Of a job that has run here, what it was to take: bytes of a rank, beside those of its imports, and how they
-    divide. {}, with a note, for a model that cannot be planned."""
+    divide; on a GPU whose roofline is known, tokens a second, of documents as long as the longest. {}, with a note, for
+    a model that cannot be planned."""
     device, local = get_accelerator().device_name(), int(os.environ.get("LOCAL_SIZE", "1"))
     ranks = job.resolved["ranks"]
     memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if device == "cuda" else 0
@@ -207,11 +249,13 @@ def planned_memory(job: Job) -> dict[str, Any]:
     try:
         plan = Plan(job.settings, job.checkpoint, cluster, longest)
         categories = plan.gpu_bytes
+        known = device == "cuda" and cluster.gpu.name in torch.cuda.get_device_name(0)
+        speed = {"planned_tokens_per_second": plan.tokens_per_second} if known else {}
     except Exception as error:  # the run has its results: no plan is worth them
         print(f"note: no memory planned ({type(error).__name__}: {error})", file=sys.stderr)
         return {}
     held = {"planned": plan.chosen.total, "read": plan.read_bytes}
-    return held | {"categories": categories, "moments": plan.chosen.phases}
+    return held | {"categories": categories, "moments": plan.chosen.phases} | speed
 
 
 def changes(settings: Settings, cluster: Cluster) -> Iterator[tuple[str, Settings, Cluster]]:
@@ -254,7 +298,10 @@ def search(settings: Settings, checkpoint: Checkpoint, cluster: Cluster) -> list
                         settings, method=method, expert_parallel=expert_parallel, micro_batch_size=micro,
                         gradient_checkpointing=checkpointing,
                     )  # fmt: skip
-                    plan = Plan(tried, checkpoint, cluster, settings.max_tokens)
+                    try:
+                        plan = Plan(tried, checkpoint, cluster, settings.max_tokens)
+                    except UserError:  # such as a number of ranks that does not divide the experts
+                        break
                     if not plan.fits:
                         break  # nor does a larger one
                     found.append(plan)
@@ -278,7 +325,10 @@ def show(plan: Plan) -> None:
     print("\neach GPU, in GB, at its fullest moment, and the most of a step's tensors of a kind at any moment:")
     for name in (*CATEGORIES, "runtime", "total"):
         most = plan.chosen.step.each.get(name)
-        print(f"  {name.replace('_', ' '):<18}{held[name] / 1e9:9.2f}" + (f"{most / 1e9:9.2f}" if most else ""))
+        note = f"{most / 1e9:9.2f}" if most else ""
+        if name == "experts":
+            note = f"  {', '.join(f'{size / 1e9:.2f} as {kind}' for kind, size in plan.expert_bytes.items())}"
+        print(f"  {name.replace('_', ' '):<18}{held[name] / 1e9:9.2f}{note}")
     for on in (False, True):
         kept, peak = plan.memory(on).step.kept, sum(plan.memory(on).step.peak.values())
         name = "with" if on else "without"
@@ -323,37 +373,32 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 where the job fits, 1 where not, 2 for what the user can mend."""
     try:
         parser = Parser(__doc__ or "")
-        parser.add_settings(Settings)
-        parser.add_argument("--nodes", type=int, default=1, help="nodes (default: 1)")
-        parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node (default: 8)")
-        parser.add_argument("--gpu-memory", type=float, default=80, help="GB of each (default: 80)")
-        parser.add_argument("--search", action="store_true", help="propose settings, the fastest that fit")
-        parser.add_argument("--json", metavar="FILE", help="write the plan")
-        values = vars(parser.parse_args(arguments))
-        given = {name: values[name] for name in Settings.__dataclass_fields__}
-        settings, cluster = (
-            Settings(**given),
-            Cluster(nodes=values["nodes"], gpus=values["gpus"], memory=values["gpu_memory"]),
+        parser.add_settings(Options)
+        given, rest = parser.parse_known_args(arguments)
+        options, settings = (
+            Options(**{name: getattr(given, name) for name in Options.__dataclass_fields__}),
+            parse(rest, ""),
         )
-        check_numbers(settings)
         for name in ("nodes", "gpus", "gpu_memory"):
-            if not 0 < values[name] <= MOST:
-                raise UserError(f"--{name.replace('_', '-')} {values[name]}: must be more than 0, and at most {MOST}.")
+            if not 0 < getattr(options, name) <= MOST:
+                flag, value = name.replace("_", "-"), getattr(options, name)
+                raise UserError(f"--{flag} {value}: must be more than 0, and at most {MOST}.")
+        cluster = Cluster(nodes=options.nodes, gpus=options.gpus, memory=options.gpu_memory)
         checkpoint = opened(settings.model)
-        found = search(settings, checkpoint, cluster) if values["search"] else []
+        found = search(settings, checkpoint, cluster) if options.search else []
         for other in found[:5]:
             print(
                 f"{other.gpu_bytes['total'] / 1e9:6.1f} GB, {other.tokens_per_second:9,.0f} tokens/s at most: "
                 f"{flags(other.settings)}"
             )
-        if values["search"] and not found:
+        if options.search and not found:
             print("no setting of method, micro-batch, checkpointing and expert parallelism fits")
         plan = found[0] if found else Plan(settings, checkpoint, cluster, settings.max_tokens)
         show(plan)
         if not plan.fits:
             advise(plan)
-        if values["json"]:
-            Path(values["json"]).write_text(json.dumps(plan.as_json(), indent=1) + "\n")
+        if options.json:
+            Path(options.json).write_text(json.dumps(plan.as_json(), indent=1) + "\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

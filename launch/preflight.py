@@ -4,8 +4,9 @@
 
 One process a node: which one it is comes from SLURM_PROCID and SLURM_NTASKS, or from RANK and WORLD_SIZE; the first
 node's address from MASTER_ADDR and MASTER_PORT; how many ranks a node will have from LOCAL_SIZE, or else it is one a
-GPU, or one without GPUs. Exit code, the same on all nodes: 0, go on; 2, something will not pass
-by itself, such as a shard that is missing; 1, something may, such as a busy GPU or a node that does not answer.
+GPU, or one without GPUs. The time limit comes from --time-limit or, for instance where a job script starts this, from
+PREFLIGHT_TIME_LIMIT. Exit code, the same on all nodes: 0, go on; 2, something will not pass by itself, such as a shard
+that is missing; 1, something may, such as a busy GPU or a node that does not answer.
 """
 
 import json
@@ -32,9 +33,12 @@ from launch.node import (
     Share,
     disk_space,
     disk_speed,
+    documents,
+    gpu_memory,
     gpus,
-    memory,
+    host_memory,
     model,
+    plan,
     versions,
     wandb_mode,
     within,
@@ -49,7 +53,9 @@ MOST_SKEW = 5.0  # seconds: beyond it, the logs of two nodes cannot be put in or
 class Options:
     """What preflight takes beside the settings of train/sft.py."""
 
-    time_limit: int = setting(120, "seconds for a node's own checks, and again for the network")
+    time_limit: int = setting(
+        0, "seconds for a node's own checks, and again for the network; default PREFLIGHT_TIME_LIMIT, or else 120"
+    )
 
 
 @dataclass(frozen=True)
@@ -127,34 +133,48 @@ def parse_options(argv: list[str]) -> tuple[Options, Settings]:
     parser = Parser(__doc__ or "")
     parser.add_settings(Options)
     values, rest = parser.parse_known_args(argv)
-    if values.time_limit < 1:
-        raise UserError(f"--time-limit {values.time_limit}: must be ≥ 1 second.")
-    return Options(time_limit=values.time_limit), parse(rest, "")
+    limit = values.time_limit or _whole("PREFLIGHT_TIME_LIMIT", default=120)
+    if limit < 1:
+        raise UserError(f"--time-limit or PREFLIGHT_TIME_LIMIT {limit}: must be ≥ 1 second.")
+    return Options(time_limit=limit), parse(rest, "")
 
 
 def own_findings(place: Place, options: Options, settings: Settings) -> list[Finding]:
     """What this node finds without the others."""
     until = time.monotonic() + options.time_limit
     ranks = range(place.number * place.local, (place.number + 1) * place.local)
+    findings: list[Finding] = []
     shares: list[Share] = []
+    tokens = settings.max_tokens
+
+    def check(name: str, work: Callable[[], Finding]) -> bool:
+        findings.append(within(until - time.monotonic(), name, work))
+        return findings[-1].code == PASSED
+
+    def read_documents() -> Finding:
+        nonlocal tokens
+        finding, tokens = documents(settings)
+        return finding
 
     def read_headers() -> Finding:
-        finding, share = model(settings, ranks, place.nodes * place.local)
+        finding, share = model(settings, ranks, place.nodes * place.local, tokens)
         shares.append(share)
         return finding
 
-    def check(name: str, work: Callable[[], Finding]) -> Finding:
-        return within(until - time.monotonic(), name, work)
-
-    findings = [check("versions", versions), check("GPUs", gpus), check("model", read_headers)]
-    for share in shares:  # none where the model cannot be read
-        findings += [
-            check("disk speed", lambda: disk_speed(share)),  # noqa: B023  # called at once
-            check("host memory", lambda: memory(share)),  # noqa: B023
-            check("disk space", lambda: disk_space(share)),  # noqa: B023
-        ]
+    check("versions", versions)
+    check("GPUs", gpus)
+    check("documents", read_documents)
+    if check("model", read_headers):
+        (share,) = shares
+        check("disk speed", lambda: disk_speed(share))
+        check("disk space", lambda: disk_space(share))
+        check("plan", lambda: plan(share))
+        if share.host_bytes:
+            check("host memory", lambda: host_memory(share))
+        if share.gpu_bytes and share.plan.cluster.memory:
+            check("GPU memory", lambda: gpu_memory(share))
     if place.number == 0:  # whose rank is W&B's
-        findings.append(check("W&B", lambda: wandb_mode(settings.wandb)))
+        check("W&B", lambda: wandb_mode(settings.wandb))
     return findings
 
 

@@ -1,5 +1,6 @@
 """The plan: a step without data makes the tensors that the step makes, and the command says what follows from them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -70,6 +71,24 @@ def test_a_config_alone_gives_the_plan_of_the_checkpoint(tmp_path):
     assert bare.wire_bytes == whole.wire_bytes
 
 
+@pytest.mark.parametrize(("method", "kind"), [("lora", "bfloat16"), ("qlora", "nf4"), ("full", "trained")])
+def test_experts_are_told_by_how_they_are_kept(tmp_path, method, kind):
+    settings = parse(["--model", str(write_model(tmp_path / "model", "qwen", dtype=torch.bfloat16))], "")
+    settings = dataclasses.replace(settings, method=method)
+    plan = Plan(settings, opened(settings.model), Cluster(nodes=1, gpus=2, memory=80), 32)
+    assert plan.expert_bytes == {kind: plan.gpu_bytes["experts"]}
+
+
+def test_the_plan_takes_a_recipe_as_the_job_does(tmp_path):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "plan.json"
+    text = f"settings: {{model: {json.dumps(str(write_model(tmp_path / 'model', 'qwen')))}, method: full}}\n"
+    recipe.write_text(text + "variants: {a: {mask: none}, b: {mask: doctags}}\n")
+    common = ["--recipe", str(recipe), "--variant", "1", "--max-tokens", "64", "--gpus", "2", "--json", str(out)]
+    assert main(common) == 0
+    settings = json.loads(out.read_text())["settings"]
+    assert (settings["method"], settings["mask"], settings["max_tokens"]) == ("full", "doctags", 64)
+
+
 def test_the_command_writes_what_it_says_and_advises_where_it_does_not_fit(tmp_path, capsys):
     directory, out = write_model(tmp_path / "model", "qwen"), tmp_path / "plan.json"
     common = ["--model", str(directory), "--gpus", "2", "--max-tokens", "64", "--batch-size", "8", "--json", str(out)]
@@ -84,6 +103,46 @@ def test_the_command_writes_what_it_says_and_advises_where_it_does_not_fit(tmp_p
     shown = capsys.readouterr().out
     assert "does NOT fit" in shown and shown.index("--gradient-checkpointing:") < shown.index("--micro-batch-size 2")
     assert main([*common, "--search"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "expert_parallel", "experts", "replicas", "dense"),
+    [
+        (1, 4, 2, 0, 0, 0),  # one node: nothing leaves it
+        (2, 2, 2, 0, 1, 2 / 3),  # experts divided within a node: who holds the same ones is on the other node
+        (2, 2, 4, 2 / 3, 0, 2 / 3),  # across nodes: one copy of each expert, and nobody to share gradients with
+        (2, 4, 2, 0, 2 / 3, 4 / 7),  # two groups a node: of the other three with the same experts, two are away
+        (4, 2, 4, 2 / 3, 1, 6 / 7),  # groups of two nodes, two of them
+        (2, 2, 1, 0, 2 / 3, 2 / 3),  # experts not divided: their factors are shared by all, as all else
+    ],
+)
+def test_what_leaves_a_node_follows_from_where_the_ranks_of_each_group_are(
+    tmp_path, nodes, gpus, expert_parallel, experts, replicas, dense
+):
+    flags = ["--model", str(write_model(tmp_path / "model", "qwen")), "--expert-parallel", str(expert_parallel)]
+    settings = parse([*flags, "--method", "lora", "--batch-size", "8", "--micro-batch-size", "1"], "")
+    plan = Plan(settings, opened(settings.model), Cluster(nodes=nodes, gpus=gpus, memory=80), 32)
+    wire, ranks = plan.wire_bytes, nodes * gpus
+    of_experts = {id(p) for layer in plan.model.expert_layers for p in layer.parameters()}
+    shared = {True: 0.0, False: 0.0}  # bytes gathered, and of gradients, of experts' factors and of all else
+    for p in plan.model.parameters():
+        n = ranks // expert_parallel if id(p) in of_experts else ranks
+        shared[id(p) in of_experts] += (n - 1) / n * (p.nbytes + 4 * p.numel() * p.requires_grad)
+    steps = 8 // ranks
+    assert wire["gather"] + wire["reduce"] == pytest.approx(steps * sum(shared.values()), rel=1e-3)
+    wanted = wire["experts"] * experts + steps * (shared[True] * replicas + shared[False] * dense)
+    assert wire["network"] == pytest.approx(wanted, rel=1e-3)
+    assert wire["network"] + wire["nvlink"] == wire["total"] == wire["experts"] + wire["gather"] + wire["reduce"]
+
+
+def test_a_search_passes_over_ranks_that_do_not_divide_the_experts(tmp_path, capsys):
+    directory = write_model(tmp_path / "model", "qwen")
+    common = ["--model", str(directory), "--gpu-memory", "80", "--max-tokens", "64", "--batch-size", "12", "--search"]
+    assert main([*common, "--nodes", "3", "--gpus", "2"]) == 0  # 8 experts: not by 6 ranks, but by 2
+    proposed = [line for line in capsys.readouterr().out.splitlines() if "tokens/s at most" in line]
+    assert proposed and all("--expert-parallel 2" in line for line in proposed)
+    assert main([*common, "--nodes", "1", "--gpus", "3"]) == 2
+    assert "must divide the model's" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

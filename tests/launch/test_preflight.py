@@ -11,16 +11,35 @@ import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch.distributed as dist
 
 from launch.local import free_port
-from launch.network import STAGES
-from launch.node import MAY_PASS, PASSED, WILL_NOT_PASS, Finding, judge_gpus, wandb_hindrance, wandb_mode, within
-from launch.preflight import differing, judge_network
-from tests.models import write_model
+from launch.network import STAGES, try_ranks
+from launch.node import (
+    MAY_PASS,
+    PASSED,
+    WILL_NOT_PASS,
+    Finding,
+    disk_space,
+    documents,
+    gpu_memory,
+    judge_gpus,
+    judge_memory,
+    model,
+    node_memory,
+    plan,
+    wandb_hindrance,
+    wandb_mode,
+    within,
+)
+from launch.preflight import differing, judge_network, parse_options
+from tests.models import write_documents, write_model
 from train.errors import UserError
+from train.settings import parse
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -85,11 +104,12 @@ def test_two_sound_nodes_pass_with_a_line_a_check_and_measured_speeds(nodes):
     (code, report), (follower_code, follower_report) = nodes.wait("n1"), nodes.wait("n2")
     assert (code, follower_code) == (PASSED, PASSED), report
     assert follower_report == []  # the first node tells for all
-    checks = ["versions", "GPUs", "model", "disk speed", "host memory", "disk space", "W&B", "clock", "network"]
+    checks = ["versions", "GPUs", "documents", "model", "disk speed", "disk space", "plan", "host memory", "W&B"]
+    checks += ["clock", "network"]
     assert [line.split(": ")[1] for line in report] == checks
     assert all(line.split(": ")[2] == "ok" for line in report)
-    assert "n1, n2: no GPU: gloo" in report[1] and "n1, n2: 1 files" in report[2]
-    assert "n1: offline: no WANDB_API_KEY" in report[6]
+    assert "n1, n2: no GPU: gloo" in report[1] and "n1, n2: 1 files" in report[3]
+    assert "n1: offline: no WANDB_API_KEY" in report[8]
     assert "gloo, 4 ranks: all-reduce " in report[-1] and "all-to-all " in report[-1] and "GB/s" in report[-1]
 
 
@@ -113,7 +133,8 @@ def test_everything_that_is_wrong_is_told_at_once_with_its_node(nodes):
 
 @pytest.mark.slow
 def test_a_node_that_does_not_come_and_one_whose_rank_hangs_are_named_after_the_time_limit(nodes):
-    nodes.start("--time-limit", "8", names=("n1",))
+    nodes.environment["n1"] = {"PREFLIGHT_TIME_LIMIT": "20"}
+    nodes.start(names=("n1",))
     code, report = nodes.wait("n1")
     assert code == MAY_PASS
     assert [line.split(": is it")[0] for line in report if "FAILED" in line] == [
@@ -141,6 +162,115 @@ def test_a_check_that_hangs_says_where_it_stood():
         raise UserError("--model: the fix")
 
     assert within(5, "model", broken) == Finding("model", WILL_NOT_PASS, "--model: the fix")
+
+
+def test_the_time_limit_comes_from_the_flag_or_else_from_the_environment(monkeypatch):
+    monkeypatch.setenv("PREFLIGHT_TIME_LIMIT", "7")
+    assert parse_options([])[0].time_limit == 7
+    assert parse_options(["--time-limit", "9"])[0].time_limit == 9
+    monkeypatch.setenv("PREFLIGHT_TIME_LIMIT", "0")
+    with pytest.raises(UserError, match="PREFLIGHT_TIME_LIMIT 0: must be"):
+        parse_options([])
+    monkeypatch.delenv("PREFLIGHT_TIME_LIMIT")
+    assert parse_options([])[0].time_limit == 120
+
+
+@pytest.mark.slow
+def test_a_rank_that_writes_much_does_not_hold_up_the_network(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    for stream in (sys.stdout, sys.stderr):\n"
+        "        print('NCCL INFO ' * 20_000, file=stream, flush=True)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{REPOSITORY}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    found = try_ranks(0, 2, 2, ("127.0.0.1", store.port), time.monotonic() + 120)
+    assert [(rank["rank"], rank["standing"]) for rank in found] == [(0, None), (1, None)], found
+    assert found[1]["error"].startswith("NCCL INFO NCCL INFO")
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("need", "total", "free", "code", "text"),
+    [
+        (30 * GB, 64 * GB, 40 * GB, PASSED, "40.0 of 64.0 GB free, 30.0 GB needed"),
+        (50 * GB, 64 * GB, 40 * GB, MAY_PASS, "What else runs here?"),
+        (70 * GB, 64 * GB, 40 * GB, WILL_NOT_PASS, "Take more nodes"),
+    ],
+)
+def test_memory_that_others_use_may_come_back_and_memory_that_is_not_there_does_not(need, total, free, code, text):
+    found = judge_memory(need, total, free)
+    assert found.code == code and text in found.text
+
+
+def test_a_control_groups_memory_counts_without_the_files_in_it(tmp_path):
+    def group(path: str, **files: str) -> None:
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (tmp_path / path / name.replace("memory_", "memory.")).write_text(text)
+
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/job/step\n")
+    group("sys/fs/cgroup/job/step", memory_max="max\n", memory_current="1\n", memory_stat="")
+    whole = node_memory(tmp_path)
+    assert whole[0] == psutil.virtual_memory().total
+    stat = "anon 300000\ninactive_file 500000\nactive_file 100000\ntotal_active_file 7\n"
+    group("sys/fs/cgroup/job", memory_max="1000000\n", memory_current="900000\n", memory_stat=stat)
+    assert node_memory(tmp_path) == (1_000_000, 700_000)
+
+    # Version 1, in a container whose own group is the root of the mount.
+    (tmp_path / "proc/self/cgroup").write_text("5:cpu,cpuacct:/x\n4:memory:/host/path\n0::/elsewhere\n")
+    files = {"memory_limit_in_bytes": "2000000\n", "memory_usage_in_bytes": "1500000\n"}
+    group("sys/fs/cgroup/memory", **files, memory_stat="total_inactive_file 40\ntotal_active_file 2\nactive_file 9\n")
+    assert node_memory(tmp_path) == (2_000_000, 500_042)
+
+
+@pytest.fixture
+def share(tmp_path):
+    """Of a node that has the only rank of a job."""
+    model_directory = write_model(tmp_path / "model", "qwen")
+    flags = ["--model", str(model_directory), "--output", str(tmp_path / "run"), "--keep", "2", "--lora-rank", "4"]
+    return model(parse(flags, ""), range(1), 1, 40)[1]
+
+
+def test_saves_that_are_there_already_are_not_asked_for_again(share, monkeypatch):
+    said = disk_space(share)
+    assert said.code == PASSED and "needed for 3 saves and the result" in said.text
+    saves = Path(share.plan.settings.output) / "saves"
+    size = sum(p.nbytes for p in share.plan.model.parameters() if p.requires_grad) * 3
+    for step in (1, 2):
+        (saves / f"step-{step}").mkdir(parents=True)
+        (saves / f"step-{step}" / "state.safetensors").write_bytes(bytes(size))
+    nearly_full = size + size // 3  # room for one more save and the result
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=nearly_full))
+    assert disk_space(share).code == PASSED
+    (saves / "step-2" / "state.safetensors").unlink()
+    assert disk_space(share).code == WILL_NOT_PASS
+
+
+def test_memory_is_held_against_the_plan(share):
+    assert plan(share).code == PASSED
+    assert (share.host_bytes, share.plan.cluster.memory) == (pytest.approx(share.plan.host_bytes, rel=0.2), 0)
+    share.plan.cluster.memory, share.gpu_bytes = 80, 90 * GB
+    found = gpu_memory(share)
+    assert found.code == WILL_NOT_PASS and found.text.startswith("80.0 GB a GPU, 90.0 GB needed. python -m launch.plan")
+    share.gpu_bytes = 78 * GB
+    assert gpu_memory(share) == Finding("GPU memory", PASSED, "80.0 GB a GPU, 78.0 GB needed: little is left")
+
+
+def test_the_longest_document_is_that_of_the_data_as_far_as_it_is_taken(tmp_path):
+    directory = write_model(tmp_path / "model", "qwen")
+    data = write_documents(tmp_path / "d.jsonl", [{"text": "ab"}, {"text": "abcdefgh" * 8}, {"text": "abc"}])
+    flags = ["--model", str(directory), "--data", str(data)]
+    found, tokens = documents(parse(flags, ""))
+    assert found.code == PASSED and f"{data}:2)" in found.text and found.text.startswith("3, the longest takes ")
+    assert documents(parse([*flags, "--max-tokens", "5"], ""))[1] == 5 < tokens
+    with pytest.raises(UserError, match="nowhere"):
+        documents(parse([*flags, "--data", "nowhere"], ""))
 
 
 class Server(BaseHTTPRequestHandler):

@@ -66,11 +66,12 @@ def load(
 
 def _freed_memory_goes_back() -> None:
     """glibc keeps freed blocks of up to 32 MiB for itself, and between lasting small ones they are lost: a load would
-    take a quarter more than it keeps, and a step on a CPU a third more than its tensors. From here on, blocks of 1 MiB
-    and more are given back when freed, and threads share one heap, so that what one freed another can use."""
+    take a quarter more than it keeps, and a step on a CPU a third more than its tensors. From here on, blocks of
+    256 KiB and more, such as an expert's matrix, are given back when freed, and threads share one heap, so that what
+    one freed another can use."""
     mallopt, mmap_threshold, arena_max = getattr(ctypes.CDLL(None), "mallopt", None), -3, -8
     if mallopt is not None:
-        mallopt(mmap_threshold, 2**20)
+        mallopt(mmap_threshold, 2**18)
         mallopt(arena_max, 1)
 
 

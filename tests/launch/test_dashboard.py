@@ -1,0 +1,13 @@
+"""The workspace's panels for what only a run on GPUs logs; tests/test_tracking.py has those of a real run."""
+
+from launch.dashboard import Group, specification, workspace
+
+
+def test_planned_throughput_and_memory_stand_beside_the_measured_ones():
+    bars = {"tokens_per_second", "memory/planned_tokens_per_second", "memory/measured", "memory/planned", "steps"}
+    made, empty = workspace(Group("spanwise", ["group"], ["mask"], {"tokens_per_second"}, bars), "team")
+    sections = specification(made)["spec"]["section"]["panelBankConfig"]["sections"]
+    shown = {section["name"]: [panel["config"]["metrics"] for panel in section["panels"]] for section in sections}
+    assert shown["Throughput"] == [["tokens_per_second"], ["memory/planned_tokens_per_second", "tokens_per_second"]]
+    assert shown["Memory"] == [["memory/measured", "memory/planned"]]
+    assert "Loss" in empty and "Throughput" not in empty
