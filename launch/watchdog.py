@@ -28,7 +28,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch.distributed import TCPStore, distributed_c10d
+from torch.distributed import ProcessGroup, TCPStore, distributed_c10d
 
 REPOSITORY = str(Path(__file__).resolve().parents[1]) + os.sep
 
@@ -165,6 +165,8 @@ def collectives_issued() -> dict[str, int]:
     world = distributed_c10d._world
     issued = {"groups": world.group_count}
     for group, ranks in list(world.pg_group_ranks.items()):
+        if not isinstance(group, ProcessGroup):  # what stands for all groups that this rank is no member of
+            continue
         issued[f"{group.group_name}/{min(ranks)}"] = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
     return issued
 

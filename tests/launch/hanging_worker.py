@@ -3,6 +3,7 @@
 python hanging_worker.py DIRECTORY LIMIT RANK HOW    # which rank hangs, and how; DIRECTORY: where ranks meet first
 """
 
+import json
 import os
 import signal
 import socket
@@ -16,9 +17,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401  # as start_distributed imports it
 
 from launch.distributed import leave, start_distributed
-from launch.watchdog import progress
-from train.data.tokenizer import load_tokenizer
-from train.settings import DEMO
+from launch.watchdog import progress, work_alone
 
 
 def break_connections() -> None:
@@ -32,7 +31,6 @@ def break_connections() -> None:
 if __name__ == "__main__":
     directory, limit, hanging, how = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3], sys.argv[4]
     rank = os.environ["RANK"]
-    tokenizer = load_tokenizer(DEMO / "model")
     (directory / rank).touch()
     while len(list(directory.iterdir())) < 2:  # imports take longer than the limit may
         time.sleep(0.01)
@@ -47,11 +45,10 @@ if __name__ == "__main__":
                 while time.monotonic() < until:
                     time.sleep(limit / 8)
                     progress("a slow part")
-            elif how in ("works", "is cut off"):  # and says nothing
-                if how == "is cut off":
-                    break_connections()
+            elif how == "is cut off":  # and works without a word
+                break_connections()
                 while time.monotonic() < until:
-                    tokenizer.encode(f"No. {time.monotonic()} of many documents " * 100)
+                    json.loads(json.dumps([{"number": number} for number in range(1000)]))
             elif how == "is stopped":
                 time.sleep(limit / 3)  # until it has been heard of
                 os.kill(os.getpid(), signal.SIGSTOP)
@@ -63,4 +60,7 @@ if __name__ == "__main__":
                 time.sleep(600)
         else:
             dist.all_reduce(torch.ones(1))
+    if how == "gets on" and rank != hanging:  # the other one leaves
+        work_alone()
+        time.sleep(2 * limit)
     leave(0)

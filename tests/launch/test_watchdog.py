@@ -32,15 +32,15 @@ def ranks(directory: Path, *arguments: str) -> list[subprocess.Popen]:
 def test_ranks_that_wait_for_one_that_hangs_or_is_stopped_end_and_name_it_but_not_for_one_that_is_slow(tmp_path):
     cases = [
         *[("1", "hangs"), ("1", "hangs with others elsewhere"), ("1", "is stopped"), ("0", "is stopped")],
-        *[("1", "comes"), ("1", "gets on"), ("1", "works"), ("1", "is cut off")],
+        *[("1", "comes"), ("1", "gets on"), ("1", "is cut off")],
     ]
-    slow = {"gets on", "works", "is cut off"}
+    slow = {"gets on", "is cut off"}
     jobs = {case: ranks(tmp_path / " ".join(case), "5", *case) for case in cases}
     try:
         said = {}
         for (hanging, how), job in jobs.items():
             waiting = job[1 - int(hanging)]
-            said[hanging, how] = waiting.communicate(timeout=120)[1]
+            said[hanging, how] = waiting.communicate(timeout=300)[1]
             assert waiting.returncode == (0 if how in slow else 1), said[hanging, how]
     finally:
         for job in jobs.values():
