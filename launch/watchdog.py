@@ -7,7 +7,7 @@ So a slow load of one rank, for which the others wait, is no reason to end.
 
 A rank gets on where it says so by `progress`, issues a collective, or its main thread is at another instruction than
 before: so work in Python is no hang. A single call of C's for longer than the limit is taken for one, and so is a loop
-so small that it is always met at the same instruction.
+so small that it is always met at the same instruction; an endless loop of several is not.
 
 To blame is the rank that has issued fewer collectives than others that wait for it. They are torch's own counts for
 each group (`ProcessGroup._get_sequence_number_for_group`), made on the host when a collective is issued: so they also
