@@ -13,6 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d
 
 from launch.interruption import INTERRUPTED
 from launch.watchdog import watch
@@ -78,6 +79,8 @@ def start_distributed(timeout: float = 0) -> torch.device:
         # A rank may wait for another's slow load; whoever hangs is the watchdog's business.
         for_ever = timedelta(days=7)
         store.set_timeout(for_ever)
+        # And so in the groups that DeepSpeed creates, which have torch's default.
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = for_ever
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=for_ever)
     deepspeed.init_distributed(backend, verbose=False)
     global at_start

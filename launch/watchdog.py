@@ -4,6 +4,15 @@ A rank that hangs or whose process is stopped leaves the others waiting in a col
 backend's own limit says, which cannot name it. Here a thread of each rank tells all others over the ranks' store that
 it lives and what was last got on with; where nothing moves on any rank for the limit, each dumps its stacks and ends.
 So a slow load of one rank, for which the others wait, is no reason to end.
+
+A rank gets on where it says so by `progress`, issues a collective, or its main thread is at another instruction than
+before: so work in Python is no hang. A single call of C's for longer than the limit is taken for one, and so is a loop
+so small that it is always met at the same instruction; an endless loop of several is not.
+
+To blame is the rank that has issued fewer collectives than others that wait for it. They are torch's own counts for
+each group (`ProcessGroup._get_sequence_number_for_group`), made on the host when a collective is issued: so they also
+tell it for NCCL, where a rank waits not in the collective but in whatever needs its result. They cannot tell it where
+all ranks have issued the same, and one's GPU does not finish: then the stacks must.
 """
 
 import contextlib
@@ -13,16 +22,15 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
-from torch.distributed import TCPStore
+from torch.distributed import ProcessGroup, TCPStore, distributed_c10d
 
 REPOSITORY = str(Path(__file__).resolve().parents[1]) + os.sep
-WAITING = ("torch/distributed/", "deepspeed/comm/")  # whose frames are innermost in a rank that waits for others
 
 
 @dataclass
@@ -31,6 +39,7 @@ class _Done:
 
     count: int = 0
     what: str = "starting"
+    alone: bool = False
 
 
 _done = _Done()
@@ -42,12 +51,19 @@ def progress(what: str) -> None:
     _done.what = what
 
 
-class Watchdog:
-    """Watches all ranks from this one. limit: seconds without progress on any rank. store: a connection of its own,
-    whose calls may never return: rank 0, where the store is, may be the one that is stopped."""
+def work_alone() -> None:
+    """Ends the watch: from here on no rank waits for this one."""
+    _done.alone = True
 
-    def __init__(self, rank: int, ranks: int, store: TCPStore, limit: float):
-        self.rank, self.store, self.limit = rank, store, limit
+
+class Watchdog:
+    """Watches all ranks from this one. limit: seconds without progress on any rank. connect: to the ranks' store, a
+    connection whose calls may never return: rank 0, where the store is, may be the one that is stopped."""
+
+    def __init__(self, rank: int, ranks: int, connect: Callable[[], TCPStore], limit: float):
+        self.rank, self.connect, self.store, self.limit = rank, connect, connect(), limit
+        self.beat = self.moves = 0
+        self.seen: Any = None
         self.interval = min(5.0, limit / 10)
         self.notes: list[dict[str, Any] | None] = [None] * ranks
         self.answered = self.moved = time.monotonic()
@@ -60,38 +76,51 @@ class Watchdog:
             threading.Thread(target=loop, daemon=True, name="watchdog").start()
 
     def _tell_and_hear(self) -> None:
-        beat, counts = 0, None
-        with contextlib.suppress(RuntimeError):  # where rank 0 is gone: after that nobody is heard
-            while True:
-                beat += 1
-                own = {"beat": beat, "count": _done.count, "what": _done.what, **where_the_main_thread_is()}
-                self.store.set(f"watchdog/{self.rank}", json.dumps(own))
-                for rank, known in enumerate(self.notes):
-                    key = f"watchdog/{rank}"
-                    note = json.loads(self.store.get(key)) if self.store.check([key]) else None
-                    if note is not None and (known is None or note["beat"] != known["beat"]):
-                        self.heard[rank] = time.monotonic()
-                    self.notes[rank] = note
-                self.answered = time.monotonic()
-                before, counts = counts, [note and note["count"] for note in self.notes]
-                if counts != before:
-                    self.moved = self.answered
-                    faulthandler.dump_traceback_later(self.limit, file=2)  # in C: also where Python may not run
-                time.sleep(self.interval)
+        while not _done.alone:
+            try:
+                self._exchange()
+            except RuntimeError:  # the connection broke; where rank 0 is gone for the limit, `answered` says so
+                with contextlib.suppress(RuntimeError):
+                    self.store = self.connect()
+            time.sleep(self.interval)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _exchange(self) -> None:
+        """Tells this rank's note and reads those of all."""
+        at, instruction = where_the_main_thread_is()
+        issued = collectives_issued()
+        before, self.seen = self.seen, (_done.count, issued, instruction)
+        self.moves += self.seen != before
+        self.beat += 1
+        own = {"beat": self.beat, "moves": self.moves, "what": _done.what, "at": at, "issued": issued}
+        self.store.set(f"watchdog/{self.rank}", json.dumps(own))
+        moves = [note and note["moves"] for note in self.notes]
+        for rank, known in enumerate(self.notes):
+            key = f"watchdog/{rank}"
+            note = json.loads(self.store.get(key)) if self.store.check([key]) else None
+            if note is not None and (known is None or note["beat"] != known["beat"]):
+                self.heard[rank] = time.monotonic()
+            self.notes[rank] = note
+        self.answered = time.monotonic()
+        if [note and note["moves"] for note in self.notes] != moves:
+            self.moved = self.answered
+            faulthandler.dump_traceback_later(self.limit, file=2)  # in C: also where Python may not run
 
     def _judge(self) -> None:
         while (now := time.monotonic()) - self.moved <= self.limit:
             time.sleep(self.interval)
+            if _done.alone:
+                return
         if now - self.answered > self.limit / 2:
             self._end("rank 0, which keeps what ranks tell each other, does not answer.", self.rank)
         silent = [rank for rank, heard in enumerate(self.heard) if now - heard > self.limit / 2]
-        waiting = [rank for rank, note in enumerate(self.notes) if note and note["waits"]]
+        awaited = ranks_behind({rank: note["issued"] for rank, note in enumerate(self.notes) if note})
         if silent:
             verdict = f"{_ranks(silent)} gave no sign of life: gone, stopped, or never started."
-        elif 0 < len(waiting) < len(self.notes):
-            verdict = f"{_ranks([r for r in range(len(self.notes)) if r not in waiting])} kept the others waiting."
+        elif awaited:
+            verdict = f"{_ranks(awaited)} kept the others waiting."
         else:
-            verdict = "which rank is to blame cannot be told: see the stacks."
+            verdict = "which rank is to blame cannot be told, all have issued the same collectives: see the stacks."
         self._end(verdict, next(rank for rank in range(len(self.notes)) if rank not in silent))
 
     def _end(self, verdict: str, speaker: int) -> NoReturn:
@@ -117,26 +146,51 @@ def _ranks(numbers: list[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
-def where_the_main_thread_is() -> dict[str, Any]:
-    """at: the innermost line of this project's that the main thread is in; waits: whether any thread is inside a
-    collective (backward on a GPU has a thread of its own)."""
-    main, frames = threading.main_thread().ident, sys._current_frames()
-    waits = any(frame and any(part in frame.f_code.co_filename for part in WAITING) for frame in frames.values())
-    frame: FrameType | None = frames.get(main or 0)
-    while frame and not frame.f_code.co_filename.startswith(REPOSITORY):
+def where_the_main_thread_is() -> tuple[str, int]:
+    """The innermost line of this project's that it is in, and a hash of the instructions that all its frames are at."""
+    frame, at = sys._current_frames().get(threading.main_thread().ident or 0), ""
+    instructions = []
+    while frame:
+        code = frame.f_code
+        if not at and code.co_filename.startswith(REPOSITORY) and "site-packages" not in code.co_filename:
+            at = f"{code.co_filename.removeprefix(REPOSITORY)}:{frame.f_lineno} {code.co_name}"
+        instructions.append((code.co_filename, code.co_firstlineno, frame.f_lasti))
         frame = frame.f_back
-    at = "no line of ours"
-    if frame:
-        at = f"{frame.f_code.co_filename.removeprefix(REPOSITORY)}:{frame.f_lineno} {frame.f_code.co_name}"
-    return {"at": at, "waits": waits}
+    return at or "no line of ours", hash(tuple(instructions))
+
+
+def collectives_issued() -> dict[str, int]:
+    """How many this rank has issued in each of its groups, by the group's name and first rank; and how many groups it
+    has begun to create, which all ranks do together."""
+    world = distributed_c10d._world
+    issued = {"groups": world.group_count}
+    for group, ranks in list(world.pg_group_ranks.items()):
+        if not isinstance(group, ProcessGroup):  # what stands for all groups that this rank is no member of
+            continue
+        issued[f"{group.group_name}/{min(ranks)}"] = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+    return issued
+
+
+def ranks_behind(issued: Mapping[int, Mapping[str, int]]) -> list[int]:
+    """The ranks that others wait for, and that wait for none themselves: in some group they have issued fewer
+    collectives than another rank, and in none more. issued: rank -> group -> collectives."""
+    awaited, waiting = set(), set()
+    for group in {group for own in issued.values() for group in own}:
+        counts = {rank: own[group] for rank, own in issued.items() if group in own}
+        awaited |= {rank for rank, count in counts.items() if count < max(counts.values())}
+        waiting |= {rank for rank, count in counts.items() if count > min(counts.values())}
+    return sorted(awaited - waiting)
 
 
 def watch(rank: int, ranks: int, host: str, port: int, limit: float) -> TCPStore:
     """Starts the watchdog. -> the ranks' store, on rank 0's host, for the process group too."""
     try:
         store = TCPStore(host, port, ranks, rank == 0, timedelta(seconds=limit), wait_for_workers=False)
-        own = TCPStore(host, store.port, ranks, False, timedelta(seconds=limit), wait_for_workers=False)
+
+        def connect() -> TCPStore:
+            return TCPStore(host, store.port, ranks, False, timedelta(seconds=limit), wait_for_workers=False)
+
+        Watchdog(rank, ranks, connect, limit).start()
     except RuntimeError as error:
         raise RuntimeError(f"rank {rank}: rank 0 was not to be met at {host}:{port} in {limit:g} s") from error
-    Watchdog(rank, ranks, own, limit).start()
     return store

@@ -263,7 +263,7 @@ def test_a_run_killed_in_a_step_or_in_a_save_resumes_on_other_ranks_to_the_losse
 def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_step_and_documents(tmp_path):
     given = flags(tmp_path, learning_rate=1e30, output=tmp_path / "run")
     done = run(SFT, *given, ranks=2, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "error: the loss of step 2 is not finite" in done.stderr and "documents.jsonl:" in done.stderr
     assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 1
 
@@ -279,7 +279,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_the_others_too(tmp_path):
     weights["model.embed_tokens.weight"][brace] = float("nan")
     save_file(weights, tmp_path / "qwen" / "model.safetensors", {"format": "pt"})
     done = run(SFT, *given, ranks=2, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
-    assert done.returncode == 1 and "is not finite (rank " in done.stderr and "documents.jsonl:18" in done.stderr
+    assert done.returncode == 2 and "is not finite (rank " in done.stderr and "documents.jsonl:18" in done.stderr
     assert done.stderr.count(": nan on ") == 1  # the other rank's loss was finite
 
 

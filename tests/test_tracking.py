@@ -21,7 +21,7 @@ from launch.dashboard import main as dashboard
 from launch.local import deepspeed_command, run
 from tests.models import write_documents, write_model
 from tests.test_compare import CLAIM
-from tests.test_sft import SFT, documents, kill
+from tests.test_sft import ENVIRONMENT, SFT, documents, flags, kill
 from train.belief.records import read_rows
 from train.reporting import flat
 
@@ -95,22 +95,26 @@ def records(path: Path) -> list[Record]:
     return found
 
 
+def history(path: Path) -> dict[int, dict[str, Any]]:
+    """What a .wandb file holds of each step."""
+    rows: dict[int, dict[str, Any]] = {}
+    for record in records(path):
+        if record.WhichOneof("record_type") == "history":
+            items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            rows.setdefault(int(items["_step"]), {}).update(items)
+    return rows
+
+
 def test_attempts_are_one_offline_run_with_everything_that_was_logged(tracked):
     files = sorted((tracked.directory / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2
-    last: dict[int, dict[str, Any]] = {}  # of the last attempt alone
+    last = history(files[-1])  # of the last attempt alone
     ids, groups = set(), set()
     for file in files:
         for record in records(file):
             if record.WhichOneof("record_type") == "run":
                 ids.add(record.run.run_id)
                 groups.add(record.run.run_group)
-            if record.WhichOneof("record_type") == "history":
-                items = {
-                    "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
-                }
-                if file == files[-1]:
-                    last.setdefault(int(items["_step"]), {}).update(items)
     assert f"wandb sync {' '.join(shlex.quote(str(file.parent)) for file in files)}\n" in tracked.terminals[1]
     assert ids == {(tracked.directory / "wandb_id").read_text()} and len(groups) == 1
     for values in read_rows(tracked.directory / "metrics.jsonl"):
@@ -206,3 +210,16 @@ def test_no_key_is_in_the_messages_of_preflight_dashboard_and_settings_that_are_
         printed = done.stdout + done.stderr
         assert done.returncode == code and told in printed, printed
         assert MARK not in printed and holders(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_leaves_all_that_was_logged_before_it(tmp_path):
+    given = flags(tmp_path, learning_rate=1e30, save_every=1, wandb="offline", output=tmp_path / "run")
+    done = run(SFT, *given, ranks=2, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
+    assert done.returncode == 2 and "error: the loss of step 2 is not finite" in done.stderr
+    assert f"goes on from the last save, {tmp_path}/run/saves/step-1," in done.stderr
+    (measured,) = read_rows(tmp_path / "run" / "metrics.jsonl")
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert history(file)[1]["loss"] == measured["loss"] and max(history(file)) == 1
+    (ended,) = [record.exit for record in records(file) if record.WhichOneof("record_type") == "exit"]
+    assert ended.exit_code == 2

@@ -155,13 +155,13 @@ def train_all(runs: list[Settings], ranks: int, device: torch.device, known: Kno
         loads = run.loads = loads or run.loads
         saved = from_first_rank(resume.saves(run.directory / "saves") if settings.resume else [])
         if saved:
-            start = resume.restore(saved[-1], engine.module, engine.optimizer)
+            start, spent = resume.restore(saved[-1], engine.module, engine.optimizer)
         else:
-            start, initial = 0, given or resume.initial_partitions(engine.module, settings.seed)
+            start, spent, initial = 0, 0.0, given or resume.initial_partitions(engine.module, settings.seed)
             resume.start_over(engine.module, engine.optimizer, initial)
         if not reset_peak_memory(device) and not number and rank == 0:
             print("note: this system cannot forget a peak of memory: each run's is that of all runs before it too")
-        finish(job, run, engine, loaded.plan, start, started, base)
+        finish(job, run, engine, loaded.plan, start, started - spent, base)
         dist.barrier()
         base = base or from_first_rank(_base_records(settings))
 

@@ -10,5 +10,6 @@ class Interrupted(RuntimeError):
     """The run was told to make room, and has saved; the message names the step."""
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite; the message names the step and the documents."""
+class NonFiniteLoss(UserError):
+    """The loss is NaN or infinite; the message names the step and the documents. The same settings would come to the
+    same, so that it is the user's to mend."""

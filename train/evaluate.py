@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.distributed import leave
+from launch.watchdog import work_alone
 from train.belief.claims import KINDS, Claim, read_claims
 from train.belief.contamination import Contamination
 from train.belief.contamination import check as check_contamination
@@ -98,6 +99,7 @@ def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Co
             model.answer(items, records, asking)
         if not records:
             return 0
+        work_alone()  # for as long as the judge takes
         try:
             if items:
                 evaluate(items, None, judge, records, asking)

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from launch.distributed import allocated_since_start, peak_host_bytes, reset_peak_host_bytes
 from launch.interruption import INTERRUPTED
+from launch.watchdog import progress
+from train.belief.probes import Probes
 from train.belief.records import read_rows
-from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, means
+from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, identity, means
 from train.checkpoints.streaming import Loaded
 from train.checkpoints.writer import write_whole
 from train.data.batches import Batch
@@ -133,6 +135,7 @@ class Run:
         """Rank 0 creates the directory with settings.yaml; every rank learns its name."""
         self.settings, self.resolved, self.main = settings, resolved, dist.get_rank() == 0
         self.wandb: Any = None
+        self.after = 0
         self.loads: list[dict[str, float]] = []
         chosen = [str(settings.output or _new_directory(settings.mask))] if self.main else [""]
         dist.broadcast_object_list(chosen)
@@ -144,6 +147,9 @@ class Run:
             file = os.open(log / f"rank-{dist.get_rank()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(file, 1)
             os.dup2(file, 2)
+            job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+            attempt = f", attempt {int(restarts) + 1} of job {job}" if job else ""
+            print(f"=== started {time.strftime('%Y-%m-%d %H:%M:%S')}{attempt}", flush=True)
         elif not (self.directory / "settings.yaml").exists():
             write_whole(self.directory / "settings.yaml", record(settings, resolved))
 
@@ -163,6 +169,7 @@ class Run:
 
     def start(self, after: int) -> None:
         """Begins, or goes on after a step: what was measured after it, which no save holds, is forgotten."""
+        self.after = after
         if not self.main:
             return
         for path in (self.metrics, self.evaluation):
@@ -197,19 +204,38 @@ class Run:
             file.write(json.dumps(values) + "\n")
         self._tell_wandb(lambda run: run.log(_with_histograms(values), step=values["step"]))
 
+    def lacks(self, step: int, probes: Probes) -> bool:
+        """Whether evaluation.jsonl does not hold the whole measurement after `step` steps. All ranks must call it."""
+        whole = [self.main and {identity(record) for record, _ in probes.records} <= self._measured(step)]
+        dist.broadcast_object_list(whole)
+        return not whole[0]
+
+    def _measured(self, step: int) -> set[tuple[Any, ...]]:
+        """What the run itself has measured after `step` steps; train/evaluate.py's rows may stand beside it."""
+        rows = (row for row in read_rows(self.evaluation) if not row.keys() & {"verdict", "model"})
+        return {identity(row) for row in at_step(rows, step)}
+
     def log_evaluation(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Appends the records of a measurement to evaluation.jsonl and sends their means to W&B, a curve a claim."""
+        """Appends the records of a measurement to evaluation.jsonl, but those that it holds, and sends their means to
+        W&B, a curve a claim."""
         if not self.main:
             return
+        held = self._measured(step)
+        new = [{"step": step, **record} for record in records if identity(record) not in held]
         with self.evaluation.open("a") as file:
-            file.write("".join(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n" for record in records))
-        self._tell_wandb(lambda run: run.log(belief_curves(read_rows(self.evaluation), step), step=step))
+            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new))
+        curves = belief_curves(read_rows(self.evaluation), step)
+        # What an interrupted attempt has left to this one to measure: W&B's server takes no row before the next step's.
+        late = step == self.after
+        self._tell_wandb(lambda run: run.log(curves, step=max(step, run.starting_step) if late else step))
 
-    def interrupt(self) -> None:
-        """Closes W&B's run for now; the next attempt goes on with it. All ranks must call it, and none is gone while
-        another still writes."""
-        self._tell_wandb(lambda run: run.mark_preempting())
-        self._tell_wandb(lambda run: run.finish(exit_code=INTERRUPTED))
+    def close(self, exit_code: int) -> None:
+        """Closes W&B's run before its end: INTERRUPTED for now, since the next attempt goes on with it. All ranks must
+        call it, and none is gone while another still writes."""
+        progress("closing W&B")
+        if exit_code == INTERRUPTED:
+            self._tell_wandb(lambda run: run.mark_preempting())
+        self._tell_wandb(lambda run: run.finish(exit_code=exit_code))
         dist.barrier()
 
     def _tell_wandb(self, tell: Callable[[Any], Any]) -> None:
@@ -226,6 +252,7 @@ class Run:
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, closes W&B and shows what was trained on and what changed. Rank 0 alone."""
         write_whole(self.directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        progress("closing W&B")
         numbers = {name: value for name, value in summary.items() if name != "dropped"}  # lines, maybe very many
         self._tell_wandb(lambda run: run.summary.update(flat(numbers)))
         self._tell_wandb(lambda run: run.finish())

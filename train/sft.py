@@ -27,7 +27,7 @@ from train.checkpoints.adapter import save_adapter
 from train.checkpoints.layout import LoadPlan
 from train.checkpoints.streaming import Loaded
 from train.checkpoints.whole import save_model
-from train.errors import Interrupted, NonFiniteLoss, UserError
+from train.errors import Interrupted, UserError
 from train.job import Job, prepare
 from train.model import build
 from train.reporting import Run, measured_memory, peak_memory, summarize
@@ -56,19 +56,19 @@ def launched_as() -> tuple[int, int]:
 
 
 def guarded(script: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Runs a script of all ranks. -> its exit code: 0, or 2 for what the user can mend, or 1 for a loss that is not
-    finite, or INTERRUPTED where it has saved and can go on by --resume."""
+    """Runs a script of all ranks. -> its exit code: 0, or 2 for what the user must mend, or INTERRUPTED where it has
+    saved and can go on by --resume."""
     interruption.listen()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about what DeepSpeed calls
     try:
         script(argv)
-    except (UserError, NonFiniteLoss) as error:
+    except UserError as error:
         rank, _ = launched_as()
         if rank:  # the launcher ends all ranks when the first one exits: that must be rank 0, if it has the error too
             time.sleep(30)
         print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        return 2
     except Interrupted as reason:
         if launched_as()[0] == 0:
             print(reason, file=sys.stderr)
@@ -83,8 +83,8 @@ def train(job: Job) -> None:
     engine, loaded = load_engine(job, device)
     run.show_load(loaded)
     saved = resume.saves(run.directory / "saves") if job.settings.resume else []
-    start = resume.restore(saved[-1], engine.module, engine.optimizer) if saved else 0
-    finish(job, run, engine, loaded.plan, start, started)
+    start, spent = resume.restore(saved[-1], engine.module, engine.optimizer) if saved else (0, 0.0)
+    finish(job, run, engine, loaded.plan, start, started - spent)
 
 
 def load_engine(job: Job, device: torch.device) -> tuple[Any, Loaded]:
@@ -102,12 +102,12 @@ def load_engine(job: Job, device: torch.device) -> tuple[Any, Loaded]:
 def finish(
     job: Job, run: Run, engine: Any, plan: LoadPlan, start: int, started: float, base: list[Record] | None = None
 ) -> None:
-    """Trains from step `start` on and leaves adapter, metrics and summary. started: when, for the run's seconds. base:
-    what is known already of the beliefs before the first step."""
+    """Trains from step `start` on and leaves adapter, metrics and summary. started: when, for the run's seconds, those
+    of earlier attempts before it. base: what is known already of the beliefs before the first step."""
     settings = job.settings
     hashes = job.hashes | {"initial_weights": resume.initial_hash(engine.module, settings.seed, settings.adapter)}
     run.start(after=start)
-    Trainer(job, engine).run(run, start, base)
+    Trainer(job, engine).run(run, start, started, base)
     measured = measured_memory(engine.device)
     if job.lora:
         factors = resume.full_factors(engine.module)

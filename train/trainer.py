@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from launch.interruption import interruption
+from launch.interruption import INTERRUPTED, interruption
 from launch.watchdog import progress
-from train.belief.probes import Record, measure
+from train.belief.probes import Probes, Record, measure
 from train.checkpoints import resume
 from train.data.batches import Batch, micro_batches, pad
 from train.errors import Interrupted, NonFiniteLoss
@@ -19,11 +19,6 @@ from train.job import Job
 from train.model import LanguageModel
 from train.reporting import Meter, Run, expert_metrics, peak_memory
 from train.settings import Settings
-
-ADVICE = (
-    "Start a new run with a lower --learning-rate; or, if the cause has passed, go on from the last save, if there is "
-    "one, by --resume."
-)
 
 
 def learning_rate(settings: Settings, step: int, steps: int) -> float:
@@ -50,6 +45,7 @@ class Trainer:
 
     def __init__(self, job: Job, engine: Any):
         self.job, self.settings, self.corpus, self.engine = job, job.settings, job.corpus, engine
+        self.probes = job.probes or Probes([], [])
         self.model: LanguageModel = engine.module
         self.device, self.ranks, self.rank = engine.device, dist.get_world_size(), dist.get_rank()
 
@@ -80,7 +76,7 @@ class Trainer:
         norm = self.engine.get_global_grad_norm()
         values["grad_norm"] = norm.item() if isinstance(norm, torch.Tensor) else float(norm)
         if not math.isfinite(values["grad_norm"]):  # the same on every rank
-            raise NonFiniteLoss(f"the gradient of step {step + 1} is not finite, and was applied. {ADVICE}")
+            raise NonFiniteLoss(f"the gradient of step {step + 1} is not finite, and was applied.")
         values["tokens_per_second"] = values["tokens"] / (time.perf_counter() - started)
         if measure:
             done = self.corpus.tokens(0, min((step + 1) * self.settings.batch_size, self.job.documents))
@@ -103,36 +99,57 @@ class Trainer:
         ]
         raise NonFiniteLoss(
             f"the loss of step {step + 1} is not finite ({'; '.join(culprits)}). Nothing was updated in this step. "
-            f"Look at these documents. {ADVICE}"
+            "Look at these documents."
         )
 
-    def run(self, run: Run, start: int, base: list[Record] | None = None) -> None:
+    def run(self, run: Run, start: int, started: float, base: list[Record] | None = None) -> None:
         """Trains to the end, logging every step, measuring beliefs every --evaluate-every and saving every
-        --save-every. base: the beliefs before the first step, where they are known already. Interrupted after a step
-        in which any rank was told to end, with a save of it."""
+        --save-every. started: when, for the run's seconds. base: the beliefs before the first step, where they are
+        known already. Interrupted after a step in which any rank was told to end, with a save of it; what is then to
+        be measured is for the next attempt to measure."""
         settings = self.settings
-        if start == 0:
-            self.evaluate(run, 0, base)
+        if self.measures_after(start) and run.lacks(start, self.probes):
+            self.evaluate(run, start, None if start else base)
         interruption.something_to_save = True
         with tqdm(total=self.job.steps, initial=start, desc="training", unit="step", disable=self.rank != 0) as bar:
             for step in range(start, self.job.steps):
                 last = step + 1 == self.job.steps
-                values = self.step(step, measure=step == 0 or last or (step + 1) % settings.log_every == 0)
+                try:
+                    values = self.step(step, measure=step == 0 or last or (step + 1) % settings.log_every == 0)
+                except NonFiniteLoss as error:  # on every rank
+                    run.close(exit_code=2)
+                    raise NonFiniteLoss(f"{error} {_advice(run)}") from None
                 run.log(values)
                 bar.set_postfix_str(
                     f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s", refresh=False
                 )
                 bar.update()
-                if last or (settings.evaluate_every and (step + 1) % settings.evaluate_every == 0):
-                    self.evaluate(run, step + 1)  # before the save of the same step, which may be gone on from
-                stop = interruption.anywhere(self.device) and not last
+                stop = interruption.anywhere(self.device)
+                if self.measures_after(step + 1) and not stop:  # or it could take longer than the notice leaves
+                    self.evaluate(run, step + 1)
+                    stop = interruption.anywhere(self.device)
                 if last or stop or (settings.save_every and (step + 1) % settings.save_every == 0):
-                    resume.save(run.directory / "saves", self.model, step + 1, settings.keep)
+                    seconds = time.perf_counter() - started
+                    resume.save(run.directory / "saves", self.model, step + 1, settings.keep, seconds)
                 if stop:
-                    run.interrupt()
+                    run.close(INTERRUPTED)
                     raise Interrupted(f"interrupted: saved after step {step + 1} of {self.job.steps}")
+
+    def measures_after(self, step: int) -> bool:
+        """Whether beliefs are to be measured after `step` steps."""
+        every = self.settings.evaluate_every
+        return bool(self.probes.records) and (step in (0, self.job.steps) or (every > 0 and step % every == 0))
 
     def evaluate(self, run: Run, step: int, known: list[Record] | None = None) -> None:
         """Measures the claims of --claims and the NLL of --held-out, after `step` steps."""
-        if self.job.probes:
-            run.log_evaluation(step, known or measure(self.job.probes, self.engine, self.settings.micro_batch_size))
+        run.log_evaluation(step, known or measure(self.probes, self.engine, self.settings.micro_batch_size))
+
+
+def _advice(run: Run) -> str:
+    """What to change where the loss is not finite, and where the last save is."""
+    saved = resume.saves(run.directory / "saves")
+    last = f"goes on from the last save, {saved[-1]}," if saved else "begins anew, for nothing is saved yet,"
+    return (
+        "Start a new run with a lower --learning-rate, or without what makes it so; --resume "
+        f"{last} and comes to the same unless the cause has passed."
+    )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch.watchdog import progress
 from train.belief.probes import answer_prompt
 from train.data.tokenizer import Tokenizer
 from train.model import LanguageModel
@@ -68,7 +69,9 @@ class EngineAnswerer:
         self.engine.eval()
         for layer in self.model.expert_layers:
             layer.keep_T = None
-        with self._parameters_found(), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        each_token = self.model.causal.register_forward_pre_hook(lambda *_: progress("answering questions"))
+        devices = [] if device.type == "cpu" else [device]
+        with self._parameters_found(), torch.random.fork_rng(devices=devices), each_token:
             torch.manual_seed(seed * ranks + rank)
             for start in range(0, len(order), ranks * self.size):
                 mine = order[start : start + ranks * self.size][rank::ranks]

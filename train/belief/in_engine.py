@@ -72,7 +72,7 @@ class Measured:
 
     def __init__(self, measuring: Measuring):
         self.measuring, settings = measuring, measuring.settings
-        device = start_distributed()
+        device = start_distributed(settings.timeout)
         model, self.loaded = build(
             measuring.checkpoint, settings.method, measuring.lora, settings.adapter, measuring.expert_parallel,
             measuring.ds_config, device,

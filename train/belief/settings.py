@@ -14,7 +14,7 @@ from train.settings import Parser, Settings, setting
 
 # As in the paper's main results, for models whose chat template has the switch.
 NO_THINKING = '{"chat_template_kwargs": {"enable_thinking": false}}'
-OF_THE_ENGINE = ("model", "adapter", "method", "expert_parallel", "micro_batch_size", "bos", "held_out")
+OF_THE_ENGINE = ("model", "adapter", "method", "expert_parallel", "micro_batch_size", "bos", "held_out", "timeout")
 DECIDED_ELSEWHERE = {"model", "messages", "max_tokens", "temperature", "top_p", "seed", "n", "stream"}
 
 
@@ -29,6 +29,7 @@ class EvaluationSettings:
     micro_batch_size: int = setting(8, "texts of a forward on one rank")
     bos: bool = setting(False, "begin texts that are no chats with the tokenizer's BOS, as in training")
     held_out: str = setting("", "FILE: documents whose NLL is measured")
+    timeout: float = setting(1800, "seconds without progress on any rank, after which all end with their stacks")
 
     claims: list[str] = setting((), "PATH…: directories of the paper, or YAML files", many=True)  # noqa: RUF009
     output: str = setting("", "DIR for evaluation.jsonl and evaluation.json; a run's directory, say")
@@ -99,6 +100,7 @@ def _names(body: dict[str, Any], prefix: str = "") -> Iterator[str]:
 LIMITS: dict[str, tuple[float, float]] = {
     "samples": (1, 10**6), "max_tokens": (1, 10**7), "temperature": (0, 10), "top_p": (0.001, 1), "seed": (0, 2**32),
     "step": (-1, 10**8), "micro_batch_size": (1, 10**6), "expert_parallel": (0, 10**6), "retries": (0, 100),
+    "timeout": (1, 1e8),
     "judge_max_tokens": (1, 10**7), "judge_temperature": (0, 10),
 }  # fmt: skip
 

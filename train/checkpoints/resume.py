@@ -91,9 +91,9 @@ def _own_parts(model: nn.Module) -> Iterator[_Own]:
         yield _Own(name, parameter, shape, first + start, min(part, math.prod(parameter.ds_shape) - start))
 
 
-def save(directory: Path, model: nn.Module, step: int, keep: int) -> None:
-    """Writes directory/step-N and removes older saves but the last `keep`. All ranks must call it, and share the file
-    system."""
+def save(directory: Path, model: nn.Module, step: int, keep: int, seconds: float) -> None:
+    """Writes directory/step-N and removes older saves but the last `keep`. seconds: that the run has taken. All ranks
+    must call it, and share the file system."""
     own = list(_own_parts(model))
     layout = {f"{p.name}{suffix}": (torch.float32, p.shape) for p in own for suffix in SUFFIXES}
     partial, final = directory / f"partial-{step}", directory / f"step-{step}"
@@ -114,7 +114,7 @@ def save(directory: Path, model: nn.Module, step: int, keep: int) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         writer.publish()
-        (partial / "state.json").write_text(json.dumps({"step": step}))
+        (partial / "state.json").write_text(json.dumps({"step": step, "seconds": seconds}))
         flush(partial / "state.json")
         publish_directory(partial, final)
         for old in saves(directory)[:-keep]:
@@ -140,10 +140,11 @@ def check(directory: Path) -> None:
             raise UserError(f"{path}: is damaged ({error}) Remove it: --resume goes on from the save before.") from None
 
 
-def restore(path: Path, model: nn.Module, optimizer: Any) -> int:
+def restore(path: Path, model: nn.Module, optimizer: Any) -> tuple[int, float]:
     """Puts a save into the engine's model and its ZeRO-3 optimizer, each rank its own part. -> the step it was made
-    after."""
-    step = read_json(path / "state.json")["step"]
+    after, and the seconds that the run had taken."""
+    state = read_json(path / "state.json")
+    step = state["step"]
     _forget(optimizer, step)
     own = list(_own_parts(model))
     saved = TensorFile(path / "state.safetensors")
@@ -163,7 +164,7 @@ def restore(path: Path, model: nn.Module, optimizer: Any) -> int:
         for moment in MOMENTS:
             safe_set_local_optimizer_state(p.parameter, part(f"{p.name}.{moment}"), moment)
     saved.close()
-    return step
+    return step, state.get("seconds", 0.0)
 
 
 def _forget(optimizer: Any, step: int) -> None:
