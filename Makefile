@@ -73,10 +73,10 @@ train-real: documents setup models/smollm2/config.json ## fine-tune SmolLM2-135M
 documents: # asked for first: a wrong path should not cost an installation
 	@test -f "$$DOCUMENTS" || { echo "DOCUMENTS=$$DOCUMENTS: no such file; give a JSONL file: make train-real DOCUMENTS=path" >&2; exit 2; }
 
-# Two files at a time; one after the other what waits for time limits.
+# Two files at a time; apart from the others what mostly waits, for time limits and for Slurm, the longest file first.
 test: setup .venv/smollm2 ## all tests
 	$(IN_VENV) -m pytest -n 2 --dist loadfile --ignore tests/launch --ignore tests/slurm
-	$(IN_VENV) -m pytest tests/launch tests/slurm
+	$(IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/slurm tests/launch
 
 remake: setup ## make the demo's model again and compare it with the shipped one, about five minutes
 	REMAKE=1 $(IN_VENV) -m pytest tests/demo/test_make.py

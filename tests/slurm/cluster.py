@@ -45,13 +45,6 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=1:00:00
 """
 
 
-def _environment(process: psutil.Process) -> dict[str, str]:
-    try:
-        return process.environ()
-    except psutil.Error:
-        return {}
-
-
 def missing() -> list[str]:
     """The programs of Slurm that this machine lacks."""
     path = f"{os.environ['PATH']}:{ELSEWHERE}"
@@ -95,11 +88,19 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """Ends a node's slurmd and all that its jobs have started there, as a crash of the node would."""
         slurmd = psutil.Process(int((self.directory / f"slurmd-{node}.pid").read_text()))
-        tasks = [process for process in psutil.process_iter() if _environment(process).get("SLURMD_NODENAME") == node]
+        tasks = [process for process in psutil.process_iter() if self._runs_on(process, node)]
         stepds = [parent for task in tasks for parent in task.parents() if parent.name().startswith("slurmstepd")]
         for process in dict.fromkeys([slurmd, *stepds, *tasks]):  # slurmstepd first: it would report its tasks' end
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+    def _runs_on(self, process: psutil.Process, node: str) -> bool:
+        try:
+            environment = process.environ()
+        except psutil.Error:
+            return False
+        configuration = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
+        return configuration and environment.get("SLURMD_NODENAME") == node
 
     def sbatch(self, *words: str) -> str:
         """Submits, as users do, a script of slurm/ with options before and flags after it. -> the job's number.
