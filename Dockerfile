@@ -15,7 +15,8 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # hadolint ignore=DL3041
 RUN dnf install -y python3.11 python3.11-devel gcc-c++ make git \
     && dnf clean all \
-    && useradd --uid 1000 --create-home spanwise
+    && useradd --uid 1000 --create-home spanwise \
+    && install -d -o spanwise /home/spanwise/spanwise
 
 USER 1000
 WORKDIR /home/spanwise/spanwise

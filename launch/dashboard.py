@@ -93,7 +93,7 @@ def read_group(directories: Sequence[Path]) -> Group:
     varied = [
         name
         for name in settings[0].keys() - FREE_ON_RESUME - {"seed"}
-        if any(own[name] != settings[0][name] for own in settings)
+        if any(own.get(name) != settings[0][name] for own in settings)
     ]
     return Group(projects[0], sorted(groups), sorted(varied), curves, bars)
 

@@ -54,7 +54,7 @@ at_start = 0  # bytes that this process had taken when it joined the others, for
 
 def start_distributed(timeout: float = 0) -> torch.device:
     """Joins all ranks in one process group, over gloo where there is no GPU; a script started without the launcher is a
-    group of one. Ranks on one CPU divide its cores among them. timeout: seconds after which the watchdog ends
+    group of one. The ranks of a node divide its cores among them. timeout: seconds after which the watchdog ends
     ranks that call `progress` no more; 0: without it, and with torch's limit for a collective. -> this rank's
     device."""
     # What deepspeed.initialize imports, torch's compiler with it: here, so that the watchdog does not wait for it, and
@@ -67,7 +67,7 @@ def start_distributed(timeout: float = 0) -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":  # or every rank would use the first GPU
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    if accelerator.device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
     # An all-reduce for inference on CPUs, which training never calls. DeepSpeed would compile it first, for a minute,
     # and its link command does not hold where the path to .venv has a space.

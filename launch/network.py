@@ -111,6 +111,8 @@ def main() -> None:
     dist.all_to_all_single(y_N, x_N)
     _check("all-to-all", y_N, torch.arange(ranks, device=device).repeat_interleave(count // ranks).to(y_N))
     seconds = _seconds(lambda: dist.all_to_all_single(y_N, x_N), device)
+    dist.barrier()  # a rank's memory is read by others until the last is done
+    _settle(device)
     _leave("all-to-all", bandwidth("all-to-all", count * 4, ranks, seconds))
 
 

@@ -17,4 +17,4 @@
 
 source slurm/lib.sh || exit 2 # submitted from elsewhere than the repository
 
-attempt --recipe train/recipes/models/qwen3.5-397b.yaml --save-every 25 "$@"
+attempt --recipe train/recipes/models/qwen3.5-397b.yaml "$@"

@@ -43,7 +43,7 @@ newest_save() {
 
 # attempt FLAG…: train/sft.py with these flags, once, on all ranks; then the end of the job, or another attempt.
 attempt() {
-    local values output number=$((${SLURM_RESTART_COUNT:-0} + 1)) code=0 rank
+    local values output number=$((${SLURM_RESTART_COUNT:-0} + 1)) code=0 file first=
     output_of "$@"
     local flags=("$@" --output "$output") log=$output/logs/attempt-$number.log
     # A rank a GPU or, on nodes without any, as many as --ntasks-per-node says.
@@ -55,32 +55,54 @@ attempt() {
     # Slurm signals the tasks, and at a preemption this shell too, which must go on to what comes after them.
     trap : TERM
 
-    MASTER_ADDR=$(hostname) MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) LOCAL_SIZE=$ranks
+    MASTER_ADDR=$(hostname) MASTER_PORT=$((20000 + (SLURM_JOB_ID + 997 * number) % 10000)) LOCAL_SIZE=$ranks
     export MASTER_ADDR MASTER_PORT LOCAL_SIZE CODES=$output/logs/attempt-$number.codes
-    rm -f -- "$CODES"
+    rm -rf -- "$CODES"
+    mkdir -- "$CODES"
     if ((number == 1)); then rm -f -- "$output/logs/failures"; fi # of a job before this one
     # --wait: once one node has given its verdict, the others have it too, or never will.
     on_every_node 1 --wait=60 python -m launch.preflight "${flags[@]}" >>"$log" 2>&1 || code=$?
     if ((code == 0)); then
-        # srun's own code mixes in those of the ranks that it ends when one fails: so the first one's is written down.
+        # srun's own code mixes in those of the ranks that it ends when one fails: so each writes down its own. Slurm may
+        # signal only this shell of a task (proctrack/cgroup), which passes it on.
         # shellcheck disable=SC2016 # for the shell of each task
-        on_every_node "$ranks" --kill-on-bad-exit=1 bash -c '
-            trap : TERM USR1
-            RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS "$@" && exit
-            code=$?
-            echo "$SLURM_PROCID $code" >>"$CODES"
+        on_every_node "$ranks" --kill-on-bad-exit=1 --wait=0 bash -c '
+            RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS "$@" &
+            child=$! code=128
+            trap "kill -USR1 $child" USR1
+            trap "kill -TERM $child" TERM
+            while ((code >= 128)); do # a signal to this shell ends its wait
+                code=0
+                wait "$child" || code=$?
+                kill -0 "$child" 2>/dev/null || break
+            done
+            ((code == 0)) || echo "$code" >"$CODES/$SLURM_PROCID"
             exit "$code"' bash python -u train/sft.py "${flags[@]}" >>"$log" 2>&1 || code=$?
     fi
-    if [[ -s $CODES ]]; then
-        read -r rank code <"$CODES"
-        echo "rank $rank ended first, with code $code"
+    for file in "$CODES"/*; do
+        if [[ -s $file && (-z $first || $file -ot $first) ]]; then first=$file; fi
+    done
+    if [[ -n $first ]]; then
+        read -r code <"$first"
+        echo "rank ${first##*/} ended first, with code $code"
     fi
     after "$code" "$output" "$log"
 }
 
 # on_every_node TASKS WORD…: srun with so many tasks on each node of the job.
 on_every_node() {
-    srun --nodes="$SLURM_NNODES" --ntasks=$((SLURM_NNODES * $1)) --ntasks-per-node="$1" --cpu-bind=none "${@:2}"
+    srun --nodes="$SLURM_NNODES" --ntasks=$((SLURM_NNODES * $1)) --ntasks-per-node="$1" --distribution=block \
+        --cpu-bind=none --gpu-bind=none "${@:2}"
+}
+
+# patiently WORD…: a command of Slurm, again where its controller does not answer for a while.
+patiently() {
+    local pause
+    for pause in 5 10 20 40 80; do
+        "$@" && return
+        sleep "$pause"
+    done
+    "$@"
 }
 
 # after CODE OUTPUT LOG: ends the job, or requeues it.
@@ -93,7 +115,7 @@ after() {
     # An array's own number is one of its tasks' too, but means all of them.
     if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
     # What Slurm preempts or loses, it requeues by itself; and what a user cancels must not come back.
-    case $(squeue --noheader --format=%T/%r --jobs="$job") in
+    case $(patiently squeue --noheader --format=%T/%r --jobs="$job") in
         RUNNING/* | */TimeLimit) ;;
         *) exit "$code" ;;
     esac
@@ -104,11 +126,11 @@ after() {
     if ((saved == before || code != INTERRUPTED)); then failures=$((failures + 1)); fi
     echo "$failures $saved" >"$output/logs/failures"
     if ((failures >= ${MAX_FAILURES:-3})); then
-        echo "$failures attempts in a row without a new save: not tried again"
+        echo "$failures attempts in a row without a new save: not tried again (attempts that end before one want a longer --time)"
         exit "$code"
     fi
     echo "requeued after code $code; the newest save is of step $saved"
-    scontrol requeue "$job"
+    patiently scontrol requeue "$job"
     exit "$code"
 }
 

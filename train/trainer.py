@@ -125,15 +125,22 @@ class Trainer:
                 )
                 bar.update()
                 stop = interruption.anywhere(self.device)
-                if self.measures_after(step + 1) and not stop:  # or it could take longer than the notice leaves
+                due = last or stop or (settings.save_every and (step + 1) % settings.save_every == 0)
+                if due:
+                    self.save(run, step + 1, started)
+                if self.measures_after(step + 1) and not stop:  # it may take longer than the notice leaves
                     self.evaluate(run, step + 1)
                     stop = interruption.anywhere(self.device)
-                if last or stop or (settings.save_every and (step + 1) % settings.save_every == 0):
-                    seconds = time.perf_counter() - started
-                    resume.save(run.directory / "saves", self.model, step + 1, settings.keep, seconds)
+                    if stop and not due:
+                        self.save(run, step + 1, started)
                 if stop:
                     run.close(INTERRUPTED)
                     raise Interrupted(f"interrupted: saved after step {step + 1} of {self.job.steps}")
+
+    def save(self, run: Run, step: int, started: float) -> None:
+        """Saves the state after `step` steps."""
+        seconds = time.perf_counter() - started
+        resume.save(run.directory / "saves", self.model, step, self.settings.keep, seconds)
 
     def measures_after(self, step: int) -> bool:
         """Whether beliefs are to be measured after `step` steps."""

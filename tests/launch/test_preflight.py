@@ -156,7 +156,7 @@ def test_a_node_that_does_not_come_and_one_whose_rank_hangs_are_named_after_the_
 def test_a_check_that_hangs_says_where_it_stood():
     found = within(0.2, "model", lambda: time.sleep(30))
     assert found == Finding("model", MAY_PASS, found.text)
-    assert found.text.startswith("not done within the time limit, in test_preflight.py:")
+    assert found.text.startswith("not done within the time limit (PREFLIGHT_TIME_LIMIT), in test_preflight.py:")
 
     def broken() -> Finding:
         raise UserError("--model: the fix")
@@ -312,11 +312,11 @@ IDLE = ["H100", "580.1", "81559", "500", "0"]
     ("rows", "remapped", "processes", "expected", "code", "text"),
     [
         ([["GPU-a", *IDLE], ["GPU-b", *IDLE]], [["GPU-a", "No", "No"]], [], 2, PASSED, "2 × H100, 81559 MiB, idle"),
-        ([["GPU-a", *IDLE]], [], [], 2, WILL_NOT_PASS, "2 GPUs are expected, torch sees 2 and nvidia-smi 1"),
-        ([["GPU-a", *IDLE], ["GPU-b", "A100", *IDLE[1:]]], [], [], 2, WILL_NOT_PASS, "of several kinds: A100"),
-        ([["GPU-a", *IDLE], ["GPU-b", *IDLE[:4], "3"]], [], [], 2, WILL_NOT_PASS, "GPU 1 (GPU-b) has 3 uncorrected"),
+        ([["GPU-a", *IDLE]], [], [], 2, MAY_PASS, "2 GPUs are expected, torch sees 2 and nvidia-smi 1"),
+        ([["GPU-a", *IDLE], ["GPU-b", "A100", *IDLE[1:]]], [], [], 2, MAY_PASS, "of several kinds: A100"),
+        ([["GPU-a", *IDLE], ["GPU-b", *IDLE[:4], "3"]], [], [], 2, PASSED, "GPU 1 (GPU-b) has had 3 unco"),
         ([["GPU-a", *IDLE], ["GPU-b", *IDLE[:4], "[N/A]"]], [], [], 2, PASSED, "2 × H100"),
-        ([["GPU-a", *IDLE], ["GPU-b", *IDLE]], [["GPU-b", "Yes", "No"]], [], 2, WILL_NOT_PASS, "rows of memory"),
+        ([["GPU-a", *IDLE], ["GPU-b", *IDLE]], [["GPU-b", "Yes", "No"]], [], 2, MAY_PASS, "rows of memory"),
         ([["GPU-a", *IDLE], ["GPU-b", *IDLE]], [], [["GPU-a", "77"]], 2, MAY_PASS, "GPU 0 (GPU-a) is in use by"),
         ([["GPU-a", *IDLE], ["GPU-b", *IDLE[:3], "9000", "0"]], [], [], 2, MAY_PASS, "GPU 1 (GPU-b) is in use: 9000"),
         # another job's GPU on the same node

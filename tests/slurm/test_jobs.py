@@ -151,8 +151,10 @@ def test_what_the_user_must_mend_or_cancels_is_not_tried_again_and_what_fails_ag
     assert cluster.end(limited)["JobState"] == "CANCELLED"
 
     run = tmp_path / "cancelled"
-    cancelled = cluster.sbatch("--nodes=1", KIMI, *DEMO, "--wandb", "disabled", "--output", str(run))
+    two = ("--nodes=1", "--ntasks-per-node=2", KIMI, *DEMO, "--expert-parallel", "2")
+    cancelled = cluster.sbatch(*two, "--wandb", "disabled", "--output", str(run))
     cluster.until(lambda: steps(run))
+    assert rank_of(run, 1) is not None
     cluster.call("scancel", cancelled)
     ended = cluster.end(cancelled)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
@@ -172,7 +174,11 @@ def test_an_array_trains_the_variants_of_a_recipe_and_a_job_after_it_compares_th
     array = cluster.sbatch("--array=0-1", COMPARE, "--recipe", str(recipe), "--output", str(output))
     # The last task has the array's number for its own.
     cluster.until(lambda: steps(output / "variant-1"))
-    cluster.call("scancel", "--signal=USR1", f"{array}_1")
+    rank = rank_of(output / "variant-1", 0)
+    assert rank is not None
+    task = rank.parent()
+    assert task is not None
+    task.send_signal(signal.SIGUSR1)  # as proctrack/cgroup does: to the task's first process alone
     cluster.until(lambda: cluster.show(f"{array}_1")["Restarts"] == "1")
     assert cluster.show(f"{array}_0")["Restarts"] == "0"
     report = output / "comparison.json"
