@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.local import deepspeed_command, run
 from train import compare, sft
+from train.belief.outcome import check_free
 from train.belief.records import read_rows
 from train.compare import checked_runs, matching_steps
 from train.data import corpus
@@ -266,6 +267,20 @@ def test_a_command_line_that_is_wrong_is_told_with_the_fix(recipe):
     assert "Did you mean --steps?" in message("--masks", "none", "doctags", "--claims", "x", "--step", "3")
     assert "full" in message("--masks", "none", "doctags", "--method", "full", "--claims", "x")
     assert "holds no run" in message("--runs", "/nowhere", "/neither")
+
+
+def test_a_comparison_of_other_runs_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_free(Path("out"), [Path("a"), Path("b")])
+    Path("out").mkdir()
+    runs = {"none": {"runs": [{"directory": "a"}]}, "doctags": {"runs": [{"directory": str(tmp_path / "b")}]}}
+    Path("out/comparison.json").write_text(json.dumps({"variants": runs}))
+    check_free(Path("out"), [Path("b"), Path("a")])
+    for held in ("whole", "cut"):
+        with pytest.raises(UserError, match="--output out: holds a comparison of other runs"):
+            check_free(Path("out"), [Path("a"), Path("c")])
+        if held == "whole":
+            Path("out/comparison.json").write_text('{"variants": ')
 
 
 def test_the_command_line_wins_over_the_recipe(recipe):

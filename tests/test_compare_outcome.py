@@ -163,6 +163,7 @@ def test_finished_runs_are_compared_with_the_same_result_and_refused_where_more_
         assert again["variants"][name] == first["variants"][name] and again["variants"][name]["settings"] == {
             "mask": name
         }
+    assert compare.main([*given, "--match-trained-tokens"]) == 0  # of the same runs
     assert again["hashes"] == first["hashes"] and again["contamination"] == first["contamination"]
 
     other = str(directory / "first")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,20 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
     if plan.shared.wandb != "disabled":
         log_to_wandb(plan.shared, outcome, plan.output)
     return outcome
+
+
+def check_free(output: Path, runs: Iterable[Path]) -> None:
+    """UserError where the directory holds a comparison of other runs than these."""
+    path = output / "comparison.json"
+    if not path.exists():
+        return
+    try:
+        variants = json.loads(path.read_text(encoding="utf-8"))["variants"].values()
+        held = {Path(run["directory"]).resolve() for variant in variants for run in variant["runs"]}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        held = set()
+    if held != {run.resolve() for run in runs}:
+        raise UserError(f"--output {output}: holds a comparison of other runs, which would be lost. Give another.")
 
 
 def documents_of(variants: list[Variant]) -> dict[str, list[Document]]:
