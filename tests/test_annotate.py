@@ -129,6 +129,10 @@ def test_what_is_left_out_is_named_and_nothing_is_written_where_nothing_is_left(
         (["--data", "D", "--judge", "http://x/v1", "--output", "O"], "needs --judge-model and --claim"),
         (["--data", "none.jsonl", "--leaks", "W"], "none.jsonl: cannot be read"),
         (["--data", "D", "--leaks", "W", "--mask", "flase-spans"], "did you mean false-spans"),
+        (
+            ["--data", "D", "--leaks", "W", "--mask", "doctags,random:false"],
+            "what random:false masks depends on tokens",
+        ),
         (["--data", "D", "--leaks", "W", "--json", "."], "--json .: is a directory"),
         (["--data", "E", "--leaks", "W"], "E:1: text is empty"),
         (["--data", "M", "--markup", "m=word", "--output", "O"], "M:2: <m> at code point 0 is never closed"),

@@ -46,6 +46,10 @@ def run(args: argparse.Namespace) -> None:
     patterns = read_patterns("--patterns", args.patterns) if args.patterns else []
     markup, mask = parse_markup(args.markup), parse_mask(args.mask)
     terms = read_patterns("--leaks", args.leaks) if args.leaks else []
+    if random := [entry.name for entry in mask.entries if entry.random]:
+        raise UserError(
+            f"--mask {args.mask}: what {random[0]} masks depends on tokens, which --leaks does not know; leave it out"
+        )
     report: dict[str, Any] = {}
 
     if args.positive:
