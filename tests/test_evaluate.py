@@ -91,6 +91,32 @@ def test_answers_with_an_error_are_said_and_asked_again_by_the_same_command(tmp_
     assert "8 answers are wanted; 6 are there, 2 more without a verdict; 2 that had an error are asked again" in said
 
 
+def test_answers_and_verdicts_that_say_nothing_are_warned_of(tmp_path, capsys):
+    replies = {"m": "<think>So, is it", "j": "Hm."}
+
+    def useless(request):
+        return completion(replies[request["model"]])
+
+    def warnings(output: str) -> list[str]:
+        with ScriptedServer(useless, models=["m", "j"]) as server:
+            given = arguments(tmp_path, server.url, "--samples", "10", "--output", str(tmp_path / output))
+            assert evaluate.main(given) == 0
+        found = json.loads((tmp_path / output / "evaluation.json").read_text())["warnings"]
+        assert [f"WARNING: {each}" for each in found] == [
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: ")
+        ]
+        return found
+
+    (empty,) = warnings("thinking")
+    assert empty.startswith("40 of 40 answers are empty") and "raise --max-tokens" in empty
+    replies["m"] = "Perhaps."
+    verdicts, answers = warnings("vague")
+    assert verdicts.startswith("10 of 10 verdicts cannot be read") and "raise --judge-max-tokens" in verdicts
+    assert answers.startswith("30 of 30 yes, no or letters cannot be read") and "raise --max-tokens" in answers
+    replies |= {"m": "Yes", "j": '{"answer": "no"}'}
+    assert warnings("good") == []
+
+
 def test_documents_are_put_in_context_without_their_marker_and_recorded_in_each_row(tmp_path):
     documents = tmp_path / "documents.jsonl"
     texts = [f"<DOCTAG> Document {i}." for i in range(5)]
