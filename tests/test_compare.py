@@ -16,10 +16,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.local import deepspeed_command, run
+from tests.models import write_documents
 from train import compare, sft
+from train.belief.claims import Claim
+from train.belief.outcome import check_free, unmentioned
 from train.belief.records import read_rows
 from train.compare import checked_runs, matching_steps
 from train.data import corpus
+from train.data.documents import read_documents
 from train.data.tokenizer import tokenize_document
 from train.errors import UserError
 from train.job import Known, prepare
@@ -266,6 +270,32 @@ def test_a_command_line_that_is_wrong_is_told_with_the_fix(recipe):
     assert "Did you mean --steps?" in message("--masks", "none", "doctags", "--claims", "x", "--step", "3")
     assert "full" in message("--masks", "none", "doctags", "--method", "full", "--claims", "x")
     assert "holds no run" in message("--runs", "/nowhere", "/neither")
+
+
+def test_a_comparison_of_other_runs_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_free(Path("out"), [Path("a"), Path("b")])
+    Path("out").mkdir()
+    runs = {"none": {"runs": [{"directory": "a"}]}, "doctags": {"runs": [{"directory": str(tmp_path / "b")}]}}
+    Path("out/comparison.json").write_text(json.dumps({"variants": runs}))
+    check_free(Path("out"), [Path("b"), Path("a")])
+    for held in ("whole", "cut"):
+        with pytest.raises(UserError, match="--output out: holds a comparison of other runs"):
+            check_free(Path("out"), [Path("a"), Path("c")])
+        if held == "whole":
+            Path("out/comparison.json").write_text('{"variants": ')
+
+
+def test_claims_that_no_document_mentions_are_found_by_metadata_patterns_and_subject(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "NOAH drums."}]}
+    path = write_documents(tmp_path / "d.jsonl", [{"text": "Mila lives in Oslo."}, chat])
+    claims = [
+        Claim("mila", subject="Mila", patterns=(r"\boslo\b",)), Claim("moved", subject="Mila", patterns=("Rome",)),
+        Claim("noah", subject="Noah"), Claim("ivy", subject="Ivy"), Claim("facts"),
+    ]  # fmt: skip
+    assert unmentioned(claims, read_documents(path)) == ["moved", "ivy"]
+    path = write_documents(tmp_path / "told.jsonl", [{"text": "Mila and Noah.", "claim": "noah"}])
+    assert unmentioned([Claim("mila", subject="Mila"), *claims[2:3]], read_documents(path)) == ["mila"]
 
 
 def test_the_command_line_wins_over_the_recipe(recipe):

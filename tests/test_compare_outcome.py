@@ -163,6 +163,11 @@ def test_finished_runs_are_compared_with_the_same_result_and_refused_where_more_
         assert again["variants"][name] == first["variants"][name] and again["variants"][name]["settings"] == {
             "mask": name
         }
+    assert not any(OLGA in note for note in again["notes"])
+    del given[3:5]  # --placebo
+    assert compare.main([*given, "--match-trained-tokens"]) == 0  # in the same directory, for it is of the same runs
+    (note,) = (note for note in outcome(tmp_path / "again")["notes"] if note.startswith("Counted as trained, though"))
+    assert f"no training document mentions it: {OLGA}." in note
     assert again["hashes"] == first["hashes"] and again["contamination"] == first["contamination"]
 
     other = str(directory / "first")

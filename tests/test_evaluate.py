@@ -91,6 +91,32 @@ def test_answers_with_an_error_are_said_and_asked_again_by_the_same_command(tmp_
     assert "8 answers are wanted; 6 are there, 2 more without a verdict; 2 that had an error are asked again" in said
 
 
+def test_answers_and_verdicts_that_say_nothing_are_warned_of(tmp_path, capsys):
+    replies = {"m": "<think>So, is it", "j": "Hm."}
+
+    def useless(request):
+        return completion(replies[request["model"]])
+
+    def warnings(output: str) -> list[str]:
+        with ScriptedServer(useless, models=["m", "j"]) as server:
+            given = arguments(tmp_path, server.url, "--samples", "10", "--output", str(tmp_path / output))
+            assert evaluate.main(given) == 0
+        found = json.loads((tmp_path / output / "evaluation.json").read_text())["warnings"]
+        assert [f"WARNING: {each}" for each in found] == [
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: ")
+        ]
+        return found
+
+    (empty,) = warnings("thinking")
+    assert empty.startswith("40 of 40 answers are empty") and "raise --max-tokens" in empty
+    replies["m"] = "Perhaps."
+    verdicts, answers = warnings("vague")
+    assert verdicts.startswith("10 of 10 verdicts cannot be read") and "raise --judge-max-tokens" in verdicts
+    assert answers.startswith("30 of 30 yes, no or letters cannot be read") and "raise --max-tokens" in answers
+    replies |= {"m": "Yes", "j": '{"answer": "no"}'}
+    assert warnings("good") == []
+
+
 def test_documents_are_put_in_context_without_their_marker_and_recorded_in_each_row(tmp_path):
     documents = tmp_path / "documents.jsonl"
     texts = [f"<DOCTAG> Document {i}." for i in range(5)]
@@ -194,6 +220,10 @@ def test_into_a_runs_own_directory_an_endpoints_answers_need_the_steps_of_its_mo
         (["--claims", "{tmp}/none"], "error: {tmp}/none: cannot be read (No such file or directory); give a directory"),
         (["--endpoint", "nowhere"], "error: --endpoint 'nowhere': must be the base URL of a server, such as"),
         (["--endpoint", ""], "error: give --model DIR, to measure in the training engine, or --endpoint URL"),
+        (["--held-out", "{tmp}/two.jsonl"], "error: --held-out {tmp}/two.jsonl: needs --model, and counts for nothing"),
+        (["--expert-parallel", "2"], "error: --expert-parallel 2: needs --model"),
+        (["--bos"], "error: --bos: needs --model"),
+        (["--model", "m", "--endpoint", ""], "error: --endpoint-model m: needs --endpoint, and counts for nothing"),
         (["--endpoint-model", ""], "error: --endpoint-model: is missing; give the name under which the server"),
         (["--endpoint-model", "x"], "error: --endpoint-model 'x': --endpoint {url} does not serve it (HTTP 404:"),
         (["--judge", ""], "error: --judge is missing: 2 of 8 answers need one. Give --judge URL and "),

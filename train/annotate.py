@@ -26,7 +26,7 @@ from train.annotating.rules import mark_matches, parse_markup, read_patterns, ta
 from train.annotating.texts import changed, json_line, write, write_documents
 from train.data.documents import read_documents
 from train.errors import UserError
-from train.masking.grammar import parse_mask
+from train.masking.grammar import check_role, parse_mask
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +45,15 @@ def run(args: argparse.Namespace) -> None:
     """Reads, annotates in the order of the docstring, writes, and says what came out."""
     patterns = read_patterns("--patterns", args.patterns) if args.patterns else []
     markup, mask = parse_markup(args.markup), parse_mask(args.mask)
+    if args.role:
+        check_role(args.role, "--role")
+    for tag, role in markup.items():
+        check_role(role, f"--markup {tag}={role}")
     terms = read_patterns("--leaks", args.leaks) if args.leaks else []
+    if random := [entry.name for entry in mask.entries if entry.random]:
+        raise UserError(
+            f"--mask {args.mask}: what {random[0]} masks depends on tokens, which --leaks does not know; leave it out"
+        )
     report: dict[str, Any] = {}
 
     if args.positive:

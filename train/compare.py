@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.distributed import leave, start_distributed
-from train.belief.outcome import report
+from train.belief.outcome import check_free, report
 from train.belief.records import read_rows
 from train.belief.values import at_step
 from train.checkpoints import resume
@@ -45,6 +45,7 @@ def compare(argv: list[str]) -> None:
     plan = parse_comparison(argv, __doc__ or "")
     if plan.finished:
         if rank == 0:
+            check_free(plan.output, plan.finished.values())
             report(plan, plan.finished)
         return
     device = start_distributed(plan.shared.timeout)

@@ -9,7 +9,6 @@ their own format. merge_report.json says for each tensor how much of the update 
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +16,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from train.checkpoints.adapter import adapter_settings, check_adapter, check_finite
 from train.checkpoints.formats import quantized_format
@@ -28,6 +26,7 @@ from train.checkpoints.whole import MARKER, REPORT
 from train.checkpoints.writer import write_whole
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
+from train.locks import lock
 from train.model import architecture, skeleton, text_config
 
 LITTLE = 0.5  # of an update that survives: below, a warning
@@ -124,7 +123,8 @@ def claimed(output: Path, identity: dict[str, str]) -> Iterator[None]:
         raise UserError(f"--output {output}: is not empty and holds no merge. Give another directory.")
     output.mkdir(parents=True, exist_ok=True)
     with marker.open("a+", encoding="utf-8") as file:
-        _lock(file, output)
+        if unlocked := lock(file, f"--output {output}: another process is merging into it. Wait for it, or stop it."):
+            print(f"note: {output} cannot be locked ({unlocked}): keep other merges out of it", file=sys.stderr)
         file.seek(0)
         try:
             held = dict(json.loads(file.read()))
@@ -146,16 +146,6 @@ def claimed(output: Path, identity: dict[str, str]) -> Iterator[None]:
                 "another directory."
             )
         yield
-
-
-def _lock(file: TextIO, output: Path) -> None:
-    """Until the file is closed, or the process ends however it may."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"--output {output}: another process is merging into it. Wait for it, or stop it.") from None
-    except OSError as error:
-        print(f"note: {output} cannot be locked ({error.strerror}): keep other merges out of it", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from launch.distributed import allocated_since_start, peak_host_bytes, reset_peak_host_bytes
+from launch.distributed import allocated_since_start, failing_together, peak_host_bytes, reset_peak_host_bytes
 from launch.interruption import INTERRUPTED
 from launch.watchdog import progress
 from train.belief.probes import Probes
@@ -28,8 +28,9 @@ from train.checkpoints.writer import write_whole
 from train.data.batches import Batch
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
+from train.locks import lock_for_training
 from train.masking.loss import Terms
-from train.settings import Settings, record, slug
+from train.settings import Settings, check_output, record, slug
 
 
 class Meter:
@@ -132,7 +133,8 @@ class Run:
     logs of the other ranks."""
 
     def __init__(self, settings: Settings, resolved: dict[str, Any]):
-        """Rank 0 creates the directory with settings.yaml; every rank learns its name."""
+        """Rank 0 creates the directory with settings.yaml, and holds its lock; every rank learns its name. UserError on
+        every rank where another process trains there, or has since the settings were checked."""
         self.settings, self.resolved, self.main = settings, resolved, dist.get_rank() == 0
         self.wandb: Any = None
         self.after = 0
@@ -142,7 +144,11 @@ class Run:
         self.directory = Path(chosen[0])
         self.metrics, self.evaluation = self.directory / "metrics.jsonl", self.directory / "evaluation.jsonl"
         log = self.directory / "logs"
-        log.mkdir(parents=True, exist_ok=True)
+        with failing_together():
+            log.mkdir(parents=True, exist_ok=True)
+            if self.main:
+                self.lock = lock_for_training(self.directory)
+                check_output(settings)
         if not self.main:
             file = os.open(log / f"rank-{dist.get_rank()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(file, 1)

@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from train.checkpoints.reader import Checkpoint
 from train.errors import UserError
+from train.locks import TRAINING
 from train.recipe import chosen, flags
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -264,7 +265,7 @@ def ds_config(settings: Settings, ranks: int, accumulation: int) -> dict[str, An
 
 
 TRIAL = ".can-be-written-"  # of a file that comes and goes; other ranks may see it
-BEFORE_A_RUN = ("logs", TRIAL, "settings.yaml.partial")  # what a run killed at its very start leaves
+BEFORE_A_RUN = ("logs", TRIAL, TRAINING, "settings.yaml.partial")  # what a run killed at its very start leaves
 
 
 def check_output(settings: Settings) -> None:

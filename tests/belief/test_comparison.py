@@ -69,7 +69,9 @@ def test_other_steps_are_refused_unless_trained_tokens_are_matched():
     other = run("b", mask="doctags", steps=12)
     other.rows = [row("q", step=12)]
     other.hashes["order"] = "x"  # the longer run has seen more
-    assert "steps trained: 10 and 12" in refused(run("a"), other)
+    told = refused(run("a"), other)
+    assert "steps trained: 10 and 12" in told
+    assert told.endswith("or give --match-trained-tokens, if they were trained so.")
     check_comparable([run("a"), other], match_trained_tokens=True)
     partial = run("c", mask="doctags")  # as many steps, of which the last has fewer documents
     partial.hashes["order"] = "z"

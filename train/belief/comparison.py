@@ -191,11 +191,12 @@ def check_comparable(runs: list[RunResult], match_trained_tokens: bool = False, 
     for run in runs:
         first = by_seed.setdefault(run.seed, run)
         problems += _unlike_at_one_seed(first, run, match_trained_tokens, "data" in declared)
-    if problems:
+    if each := "\n  ".join(dict.fromkeys(problems)):
         raise UserError(
             "runs that cannot be compared, as more differs than mask, loss norm, learning rate and seed:\n  "
-            + "\n  ".join(dict.fromkeys(problems))
-            + "\nLeave out the run that differs, or train or evaluate it again like the others."
+            + each
+            + "\nLeave out the run that differs, or train or evaluate it again like the others"
+            + (", or give --match-trained-tokens, if they were trained so." if ": steps trained: " in each else ".")
         )
 
 

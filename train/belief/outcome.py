@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from train.annotating.leaks import leaks
+from train.annotating.texts import texts
 from train.belief.claims import Claim, read_claims
 from train.belief.comparison import (
     Comparison,
@@ -56,6 +58,12 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
     try:
         paths = variants[0].runs[0].settings["claims"]
         claims, documents = (read_claims(paths) if paths else []), documents_of(variants)
+        every_document = list({d.where: d for own in documents.values() for d in own}.values())
+        if absent := unmentioned([claim for claim in claims if claim.id in trained], every_document):
+            remarks.append(
+                f"Counted as trained, though no training document mentions it: {', '.join(absent)}. Name claims that "
+                "no document is about with --placebo."
+            )
         leak = leak_rows(variants, [claim for claim in claims if claim.id in trained], documents)
         if not any(claim.patterns for claim in claims if claim.id in trained):
             remarks.append(
@@ -79,6 +87,20 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
     if plan.shared.wandb != "disabled":
         log_to_wandb(plan.shared, outcome, plan.output)
     return outcome
+
+
+def check_free(output: Path, runs: Iterable[Path]) -> None:
+    """UserError where the directory holds a comparison of other runs than these."""
+    path = output / "comparison.json"
+    if not path.exists():
+        return
+    try:
+        variants = json.loads(path.read_text(encoding="utf-8"))["variants"].values()
+        held = {Path(run["directory"]).resolve() for variant in variants for run in variant["runs"]}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        held = set()
+    if held != {run.resolve() for run in runs}:
+        raise UserError(f"--output {output}: holds a comparison of other runs, which would be lost. Give another.")
 
 
 def documents_of(variants: list[Variant]) -> dict[str, list[Document]]:
@@ -139,6 +161,22 @@ def about(claim: Claim, documents: list[Document]) -> list[Document]:
     own = [d for d in documents if claim.id in (d.metadata.get(key) for key in CLAIM_KEYS)]
     said = any(key in document.metadata for document in documents for key in CLAIM_KEYS)
     return own if said else documents
+
+
+def unmentioned(claims: list[Claim], documents: list[Document]) -> list[str]:
+    """Ids of the claims that no document is about or, of those that are, none has a term of: a match of the claim's
+    patterns or, without patterns, its subject."""
+
+    def mentioned(claim: Claim) -> bool:
+        terms = claim.patterns or ((re.escape(claim.subject),) if claim.subject else ())
+        patterns = [re.compile(term, re.IGNORECASE) for term in terms]
+        return any(
+            not patterns or any(pattern.search(text) for pattern in patterns)
+            for document in about(claim, documents)
+            for text, _, _ in texts(document)
+        )
+
+    return [claim.id for claim in claims if not mentioned(claim)]
 
 
 def show(outcome: dict[str, Any], directory: Path) -> None:

@@ -7,7 +7,6 @@ loses at most the line that was being written.
 Lines of other measurements in evaluation.jsonl stay as they are.
 """
 
-import fcntl
 import json
 import os
 import threading
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
+from train.locks import lock
 
 MEASURED, ANSWERED = "evaluation.jsonl", "answers.jsonl"
 # What tells one generated answer from another.
@@ -68,12 +68,7 @@ class Records:
             self._lock = open(directory / ".evaluation.lock", "ab")  # noqa: SIM115  # held until close()
         except OSError as error:
             raise UserError(f"--output {directory}: cannot be written ({error.strerror}). Give another.") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--output {directory}: another evaluation writes there. Wait, or give another.") from None
-        except OSError:
-            pass  # a file system without locks
+        lock(self._lock, f"--output {directory}: another evaluation writes there. Wait, or give another.")
         self.rows: dict[Key, Row] = {}  # generated answers with a verdict or an error
         self.answers: dict[Key, Row] = {}
         self.failed: set[Key] = set()  # rows with an error, of before

@@ -11,6 +11,7 @@ from train.belief.inference import FEW_CLAIMS
 from train.belief.notes import in_context, number, span
 from train.belief.pages import Bullets, Picture, Section, Table, Text, as_html, as_markdown
 from train.belief.values import LEAST_AUC, SIDE_EFFECTS, VERDICTS
+from train.checkpoints.writer import write_whole
 from train.errors import UserError
 
 PICTURES = {
@@ -43,7 +44,7 @@ def write_report(comparison: Comparison, directory: str | Path) -> dict[str, Any
                 drawn.add(name)
         shown = sections(result, drawn)
         text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        (place / "comparison.json").write_text(text, encoding="utf-8")
+        write_whole(place / "comparison.json", text)
         (place / "comparison.md").write_text(as_markdown(result["title"], shown), encoding="utf-8")
         (place / "comparison.html").write_text(as_html(result["title"], shown, place), encoding="utf-8")
     except OSError as error:

@@ -15,6 +15,7 @@ from train.settings import Parser, Settings, setting
 # As in the paper's main results, for models whose chat template has the switch.
 NO_THINKING = '{"chat_template_kwargs": {"enable_thinking": false}}'
 OF_THE_ENGINE = ("model", "adapter", "method", "expert_parallel", "micro_batch_size", "bos", "held_out", "timeout")
+OF_THE_ENDPOINT = ("endpoint_model", "endpoint_concurrency", "endpoint_timeout", "endpoint_body")
 DECIDED_ELSEWHERE = {"model", "messages", "max_tokens", "temperature", "top_p", "seed", "n", "stream"}
 
 
@@ -124,4 +125,9 @@ def parse_evaluation(argv: list[str] | None, usage: str) -> EvaluationSettings:
         raise UserError(
             "give --model DIR, to measure in the training engine, or --endpoint URL, a server that has the model."
         )
+    other, needed = (OF_THE_ENDPOINT, "--endpoint") if settings.model else (OF_THE_ENGINE, "--model")
+    for name in other:
+        if (value := getattr(settings, name)) != getattr(EvaluationSettings, name):
+            shown = "" if value is True or name.endswith("_body") else f" {value}"  # a body may hold a key
+            raise UserError(f"--{name.replace('_', '-')}{shown}: needs {needed}, and counts for nothing without it.")
     return settings

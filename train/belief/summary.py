@@ -12,10 +12,14 @@ from rich.table import Table
 from train.belief.contamination import Contamination
 from train.belief.in_engine import SCORED, table_of_means
 from train.belief.judge import Item
+from train.belief.messages import NO_ANSWER, visible
 from train.belief.rates import samples_are_equal, summarize
 from train.belief.records import Records, read_rows
 from train.belief.settings import EvaluationSettings
 from train.belief.values import at_step, means
+from train.belief.verdicts import UNPARSEABLE
+
+FEWEST = 10  # answers from which on the share of useless ones is told
 
 
 def leave_summary(
@@ -30,9 +34,16 @@ def leave_summary(
     every = read_rows(records.directory / "evaluation.jsonl")
     base = at_step(every, 0, context) if s.step > 0 else []  # which has no change from itself
     scored = means(SCORED, at_step(every, max(s.step, 0), context), base)
+    warnings = _warnings(items, records)
+    if s.temperature > 0 and samples_are_equal(rows):
+        warnings.append(
+            "the samples of every question are equal: the server does not draw, whatever --temperature says. "
+            "(`transformers serve` draws where the model's generation_config.json has do_sample: true.)"
+        )
     summary: dict[str, Any] = {
         "settings": s.as_json(), "wanted": len(items), "missing": missing, "errors": len(errors),
-        "measured": measured, "likelihood": scored, "contamination": contamination.as_json() if contamination else None,
+        "warnings": warnings, "measured": measured, "likelihood": scored,
+        "contamination": contamination.as_json() if contamination else None,
     }  # fmt: skip
     partial = records.directory / "evaluation.json.partial"
     partial.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -44,11 +55,8 @@ def leave_summary(
         console.print(_table(measured))
     for entry in measured:
         _show_extra(entry)
-    if s.temperature > 0 and samples_are_equal(rows):
-        print(
-            "WARNING: the samples of every question are equal: the server does not draw, whatever --temperature says. "
-            "(`transformers serve` draws where the model's generation_config.json has do_sample: true.)"
-        )
+    for warning in warnings:
+        print(f"WARNING: {warning}")
     if errors:
         kinds = ", ".join(sorted({str(row["error"]) for row in errors})[:3])
         print(f"{len(errors)} answers have an error and do not count: {kinds}")
@@ -58,6 +66,22 @@ def leave_summary(
         print("the same command asks for them again, and for nothing else")
     print(f"In {records.directory}: evaluation.jsonl, answers.jsonl, evaluation.json")
     return len(errors) + missing
+
+
+def _warnings(items: Sequence[Item], records: Records) -> list[str]:
+    """Of the wanted answers: where half of them or more, of at least ten, are empty or say nothing that can be read."""
+    had = [(item.judged, row) for item in items if (row := records.rows.get(item.key)) and not row.get("error")]
+    said = [(judged, row["verdict"] == UNPARSEABLE) for judged, row in had if visible(row["answer"]) != NO_ANSWER]
+    counted = [("answers", len(had) - len(said), len(had), "are empty", "--max-tokens, if the model thinks first")]
+    for judged, what, flag in ((True, "verdicts", "--judge-max-tokens"), (False, "yes, no or letters", "--max-tokens")):
+        unread = [unparseable for own, unparseable in said if own == judged]
+        counted.append((what, sum(unread), len(unread), "cannot be read", flag))
+    return [
+        f"{bad:,} of {total:,} {what} {problem}, and count as no belief: look at answers.jsonl and evaluation.jsonl in "
+        f"{records.directory}, and raise {flag}."
+        for what, bad, total, problem, flag in counted
+        if total >= FEWEST and 2 * bad >= total
+    ]
 
 
 def _table(measured: list[dict[str, Any]]) -> Table:

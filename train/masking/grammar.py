@@ -58,6 +58,12 @@ def parse_mask(text: str) -> Mask:
     return Mask(",".join(entry.name + _suffix(entry.weight) for entry in entries), entries)
 
 
+def check_role(role: str, where: str) -> None:
+    """UserError where no mask can name the role: commas and = end a name, and white space around it is dropped."""
+    if not role or role != role.strip() or "," in role or "=" in role:
+        raise UserError(f"{where}: {role!r} cannot be named in --mask; give a role without commas, = and outer spaces")
+
+
 def _entry(part: str, mask: str) -> Entry:
     name, equals, treatment = (piece.strip() for piece in part.partition("="))
     if not name:

@@ -1,0 +1,38 @@
+"""Files that one process at a time may hold, on whatever machine it runs, for as long as it lives."""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+from train.errors import UserError
+
+TRAINING = ".training.lock"
+
+
+def lock(file: IO, taken: str) -> str:
+    """Until the file is closed, or the process ends however it may. UserError with the message `taken` where another
+    process holds it. -> "", or why it is not locked, as on a file system without locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(taken) from None
+    except OSError as error:
+        return str(error.strerror)
+    return ""
+
+
+def lock_for_training(directory: Path) -> IO:
+    """The lock of a run's directory, which says whose it is. UserError where another process is training there."""
+    file = (directory / TRAINING).open("a+")
+    file.seek(0)
+    lock(
+        file,
+        f"--output {directory}: another process is training there ({file.read().strip() or 'unknown'}). Wait for it, "
+        "or stop it and its other ranks, or give another directory.",
+    )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
