@@ -47,9 +47,10 @@ def test_merge(tmp_path):
 
 
 @pytest.mark.slow
-def test_load_reads_what_it_keeps(tmp_path):
-    (row,) = rows(tmp_path, "load", "--layouts", "kimi", "--experts", "4", "--rounds", "1")
-    assert row["layout"] == "kimi" and row["bytes_read_per_rank"] == row["bytes_kept_per_rank"]
+@pytest.mark.parametrize("layout", ["qwen3.5", "kimi"])
+def test_load_reads_what_it_keeps(tmp_path, layout):
+    (row,) = rows(tmp_path, "load", "--layouts", layout, "--experts", "4", "--rounds", "1")
+    assert row["layout"] == layout and row["bytes_read_per_rank"] == row["bytes_kept_per_rank"]
     assert row["share_bytes"] == max(row["bytes_kept_per_rank"]) and len(row["peak_bytes_per_rank"]) == 2
     assert row["time_over_transformers"] > 0
 
@@ -135,8 +136,8 @@ def test_groups_that_do_not_read_the_same_experts_are_noticed(tmp_path, tiling, 
 
 @pytest.mark.slow
 def test_a_job_takes_the_memory_that_was_planned(tmp_path):
-    found = rows(tmp_path, "plan", "--ranks", "2", "--methods", "qlora", "--tokens", "256")
-    assert [(row["ranks"], row["method"], row["tokens"]) for row in found] == [(2, "qlora", 256)]
+    found = rows(tmp_path, "plan", "--ranks", "2", "--methods", "lora", "qlora", "--tokens", "256")
+    assert [(row["ranks"], row["method"], row["tokens"]) for row in found] == [(2, "lora", 256), (2, "qlora", 256)]
     for row in found:
         assert row["measured_bytes"] == pytest.approx(row["planned_bytes"], rel=0.1)
         assert row["read_bytes"] == row["planned_read_bytes"]

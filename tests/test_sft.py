@@ -243,7 +243,7 @@ def uninterrupted(tmp_path_factory) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("moment", "ranks", "ep"), [("step-3", 1, 1), ("partial-[2-8]", 2, 2)])
+@pytest.mark.parametrize(("moment", "ranks", "ep"), [("step-3", 1, 1), ("partial-[2-8]", 4, 2)])
 def test_a_run_killed_in_a_step_or_in_a_save_resumes_on_other_ranks_to_the_losses_of_an_uninterrupted_one(
     tmp_path, uninterrupted, moment, ranks, ep
 ):

@@ -78,7 +78,9 @@ def test_a_job_of_two_nodes_leaves_adapter_summary_and_a_log_of_its_attempt(whol
     assert "rank 1 read" in log and "Traceback" not in log
 
 
-def test_a_job_that_is_signalled_requeued_and_loses_a_node_has_an_uninterrupted_runs_losses(cluster, whole, tmp_path):
+def test_a_job_that_is_signalled_requeued_hangs_and_loses_a_node_has_an_uninterrupted_runs_losses(
+    cluster, whole, tmp_path
+):
     run, reached = tmp_path / "run", 0
     job = cluster.sbatch("--nodes=2", QWEN, *TWO_NODES, "--wandb", "offline", "--save-every", "1", "--output", str(run))
 
@@ -103,8 +105,13 @@ def test_a_job_that_is_signalled_requeued_and_loses_a_node_has_an_uninterrupted_
     cluster.until(lambda: cluster.said(job).count("interrupted: saved after step") == 2)
 
     train_on()
-    cluster.kill_node("n2")
+    signal_rank(run, 1, signal.SIGSTOP)  # it hangs
     next_attempt(3)
+    assert "(--timeout): rank 1 gave no sign of life" in cluster.said(job)
+
+    train_on()
+    cluster.kill_node("n2")
+    next_attempt(4)
     cluster.start_node("n2")
 
     assert cluster.end(job)["JobState"] == "COMPLETED", cluster.said(job)
@@ -112,7 +119,7 @@ def test_a_job_that_is_signalled_requeued_and_loses_a_node_has_an_uninterrupted_
     assert [values["step"] for values in read_rows(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
     # One W&B run, in as many pieces as attempts that reached it.
     pieces = [path.name.rpartition("-")[2] for path in (run / "wandb").glob("offline-run-*")]
-    assert len(pieces) >= 4 and set(pieces) == {(run / "wandb_id").read_text()}
+    assert len(pieces) >= 5 and set(pieces) == {(run / "wandb_id").read_text()}
 
 
 def test_what_the_user_must_mend_or_cancels_is_not_tried_again_and_what_fails_again_and_again_stops(cluster, tmp_path):
