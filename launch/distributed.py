@@ -55,7 +55,7 @@ at_start = 0  # bytes that this process had taken when it joined the others, for
 def start_distributed(timeout: float = 0) -> torch.device:
     """Joins all ranks in one process group, over gloo where there is no GPU; a script started without the launcher is a
     group of one. The ranks of a node divide its cores among them. timeout: seconds after which the watchdog ends
-    ranks that call `progress` no more; 0: without it, and with torch's limit for a collective. -> this rank's
+    ranks none of which gets on; 0: without it, and with torch's limit for a collective. -> this rank's
     device."""
     # What deepspeed.initialize imports, torch's compiler with it: here, so that the watchdog does not wait for it, and
     # that its memory does not count as the model's.
