@@ -57,10 +57,8 @@ def start_distributed(timeout: float = 0) -> torch.device:
     group of one. The ranks of a node divide its cores among them. timeout: seconds after which the watchdog ends
     ranks none of which gets on; 0: without it, and with torch's limit for a collective. -> this rank's
     device."""
-    # What deepspeed.initialize imports, torch's compiler with it: here, so that the watchdog does not wait for it, and
-    # that its memory does not count as the model's.
-    from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
-
+    # Nothing here is compiled: DeepSpeed, which compiles an optimizer that is not used, need not import the compiler.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)

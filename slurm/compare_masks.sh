@@ -32,7 +32,7 @@ if ((SLURM_ARRAY_TASK_ID == SLURM_ARRAY_TASK_MIN && ${SLURM_RESTART_COUNT:-0} ==
     report=(
         --dependency="afterok:$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes --job-name="$SLURM_JOB_NAME-report"
         --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"}
-        ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} --time=1:00:00 --output=/dev/null
+        ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${SLURM_JOB_RESERVATION:+--reservation="$SLURM_JOB_RESERVATION"} --time=1:00:00 --output=/dev/null
     )
     sbatch "${report[@]}" <<END || echo "the report's job was refused: run train/compare.py --runs yourself at the end"
 #!/usr/bin/env bash

@@ -62,6 +62,11 @@ attempt() {
     if ((number == 1)); then rm -f -- "$output/logs/failures"; fi # of a job before this one
     # --wait: once one node has given its verdict, the others have it too, or never will.
     on_every_node 1 --wait=60 python -m launch.preflight "${flags[@]}" >>"$log" 2>&1 || code=$?
+    # A node that Slurm lost may still train there, until its ranks miss the others (--timeout).
+    if ((code == 0 && number > 1)) && ! flock --nonblock -- "$output/.training.lock" true; then
+        echo "waiting for the ranks of an earlier attempt: $(<"$output/.training.lock")"
+        flock --wait 3600 -- "$output/.training.lock" true || echo "they have not left: going on" >&2
+    fi
     if ((code == 0)); then
         # srun's own code mixes in those of the ranks that it ends when one fails: so each writes down its own. Slurm may
         # signal only this shell of a task (proctrack/cgroup), which passes it on.

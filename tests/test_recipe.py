@@ -24,7 +24,12 @@ def test_later_recipes_win_over_earlier_ones_a_variant_over_them_and_flags_over_
     settings = parse(["--steps", "7", *recipes, "--variant", "first"], "")
     assert (settings.steps, settings.lora_rank, settings.mask, settings.data) == (7, 8, "doctags", ["a.jsonl"])
     assert settings.gradient_checkpointing
-    assert parse([*recipes, "--variant", "first", "--mask=none"], "").mask == "none"
+
+
+@pytest.mark.parametrize("flag", [["--mask=none"], ["--data", "c.jsonl"]])
+def test_what_variants_differ_in_is_not_taken_from_the_command_line(recipes, flag):
+    with pytest.raises(UserError, match=f"{flag[0][:6]}.*: is what the variants differ in; leave it out"):
+        parse([*recipes, "--variant", "first", *flag], "")
 
 
 def test_a_variant_is_meant_by_its_name_or_else_its_number(recipes):

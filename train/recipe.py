@@ -9,7 +9,7 @@ seeds: 3
 """
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ def merged(paths: Collection[str], settings: Collection[str]) -> dict[str, Any]:
     return keys
 
 
-def chosen(paths: Collection[str], variant: str, settings: Collection[str]) -> dict[str, Any]:
-    """The settings of recipes; of one variant, by its name or its number from 0, where they have any."""
+def chosen(paths: Collection[str], variant: str, settings: Collection[str], argv: Sequence[str]) -> dict[str, Any]:
+    """The settings of recipes; of one variant, by its name or its number from 0, where they have any. argv: the rest of
+    the command line. UserError where it gives what makes a variant."""
     keys = merged(paths, settings)
     variants: dict[str, dict[str, Any]] = keys.get("variants", {})
     if variant not in variants and variant.isdecimal() and int(variant) < len(variants):
@@ -42,7 +43,16 @@ def chosen(paths: Collection[str], variant: str, settings: Collection[str]) -> d
     if (variant or variants) and variant not in variants:
         known = "; ".join(variants) or "none; a recipe with variants is needed: --recipe FILE…"
         raise UserError(f"--variant {variant!r}: must be a name, or a number from 0, of the variants: {known}.")
+    check_own(variants, argv)
     return keys.get("settings", {}) | variants.get(variant, {})
+
+
+def check_own(variants: dict[str, dict[str, Any]], argv: Sequence[str]) -> None:
+    """UserError where a command line gives what variants differ in: they would all be the same."""
+    for name in dict.fromkeys(name for own in variants.values() for name in own):
+        if given(name, argv):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag}: is what the variants differ in; leave it out, or change it in the recipe.")
 
 
 def read_recipe(path: Path, settings: Collection[str]) -> dict[str, Any]:
@@ -85,7 +95,7 @@ def read_recipe(path: Path, settings: Collection[str]) -> dict[str, Any]:
     return recipe
 
 
-def flags(values: dict[str, Any], but: list[str] | tuple[str, ...] = ()) -> list[str]:
+def flags(values: dict[str, Any], but: Sequence[str] = ()) -> list[str]:
     """Settings as a command line; those that `but`, another command line, gives are left out."""
     made: list[str] = []
     for name, value in values.items():
@@ -96,7 +106,7 @@ def flags(values: dict[str, Any], but: list[str] | tuple[str, ...] = ()) -> list
     return made
 
 
-def given(name: str, argv: list[str] | tuple[str, ...]) -> bool:
+def given(name: str, argv: Sequence[str]) -> bool:
     """Whether a command line gives a setting."""
     flag = "--" + name.replace("_", "-")
     return any(word == flag or word.startswith(f"{flag}=") for word in argv)

@@ -199,7 +199,8 @@ def parse(argv: list[str], usage: str) -> Settings:
     parser = Parser(usage)
     parser.add_settings(Settings)
     parser.add_settings(Recipe)  # for --help
-    values = vars(parser.parse_args([*flags(chosen(recipe.recipe, recipe.variant, names), but=rest), *rest]))
+    own = chosen(recipe.recipe, recipe.variant, names, rest)
+    values = vars(parser.parse_args([*flags(own, but=rest), *rest]))
     settings = Settings(**{name: values[name] for name in names})
     check_numbers(settings)
     settings.sources()

@@ -9,7 +9,7 @@ from typing import Any
 
 from train.belief.comparison import group, read_run
 from train.errors import UserError
-from train.recipe import flags, given, merged
+from train.recipe import check_own, flags, merged
 from train.settings import DEMO, Parser, Settings, held_settings, parse, setting, slug
 
 DEMO_PLACEBO = ("olga-home", "clara-job", "selma-pet", "paula-sport")  # of train/demo/claims.yaml
@@ -92,9 +92,7 @@ def parse_comparison(argv: list[str], usage: str) -> Plan:
         raise UserError(f"--recipe {' '.join(options.recipe)}: none has variants; give an experiment with it.")
     settings = recipe.get("settings", {})
     owned = recipe.get("variants") or {mask: {"mask": mask} for mask in options.masks}
-    if taken := sorted({name for own in owned.values() for name in own if given(name, rest)}):
-        flag = "--" + taken[0].replace("_", "-")
-        raise UserError(f"{flag}: is what the variants differ in; leave it out, or change it in the recipe.")
+    check_own(owned, rest)
     shared = parse([*flags(settings, but=rest), *rest], "")
     if not shared.claims and not settings and _is_demo(shared):
         rest += ["--claims", str(DEMO / "claims.yaml")]
