@@ -104,13 +104,18 @@ class Watchdog:
         self.answered = time.monotonic()
         if [note and note["moves"] for note in self.notes] != moves:
             self.moved = self.answered
-            faulthandler.dump_traceback_later(self.limit, file=2)  # in C: also where Python may not run
+            faulthandler.dump_traceback_later(self.limit + 4 * self.interval, file=2)  # in C: where Python may not run
 
     def _judge(self) -> None:
-        while (now := time.monotonic()) - self.moved <= self.limit:
+        now = time.monotonic()
+        while now - self.moved <= self.limit:
             time.sleep(self.interval)
             if _done.alone:
                 return
+            before, now = now, time.monotonic()
+            if now - before > self.limit / 2:  # this process was stopped itself, and has heard nothing of the others
+                self.moved = self.answered = now
+                self.heard = [now] * len(self.notes)
         if now - self.answered > self.limit / 2:
             self._end("rank 0, which keeps what ranks tell each other, does not answer.", self.rank)
         silent = [rank for rank, heard in enumerate(self.heard) if now - heard > self.limit / 2]
@@ -134,6 +139,8 @@ class Watchdog:
             "Where each was last seen:", *stood,
             "The stacks of this rank are above, those of the others in logs/rank-N.log.\n",
         ])  # fmt: skip
+        faulthandler.cancel_dump_traceback_later()  # and waits for the end of one that has begun
+        faulthandler.dump_traceback(file=2)
         own_log = not os.path.sameopenfile(2, self.terminal)
         for file in (2, self.terminal) if own_log and self.rank == speaker else (2,):
             os.write(file, message.encode())

@@ -114,6 +114,7 @@ patiently() {
 after() {
     local code=$1 output=$2 failures=0 before=-1 saved job=$SLURM_JOB_ID
     if ((code == 0)); then exit 0; fi
+    head -n -20 -- "$3" | grep --after-context=10 '^error: ' || true # what stacks or other ranks' messages follow
     tail -n 20 -- "$3"
     if ((code == USER_ERROR)); then exit "$code"; fi
 

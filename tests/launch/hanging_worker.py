@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401  # as start_distributed imports it
 
 from launch.distributed import leave, start_distributed
 from launch.watchdog import progress, work_alone

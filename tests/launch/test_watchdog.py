@@ -1,6 +1,7 @@
 """The watchdog on real ranks, of which one hangs, is stopped, or never starts."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,11 +38,16 @@ def test_ranks_that_wait_for_one_that_hangs_or_is_stopped_end_and_name_it_but_no
     slow = {"gets on", "is cut off"}
     jobs = {case: ranks(tmp_path / " ".join(case), "5", *case) for case in cases}
     try:
-        said = {}
+        said, blamed = {}, {}
         for (hanging, how), job in jobs.items():
             waiting = job[1 - int(hanging)]
             said[hanging, how] = waiting.communicate(timeout=300)[1]
             assert waiting.returncode == (0 if how in slow else 1), said[hanging, how]
+            if how == "is stopped":
+                stopped = job[int(hanging)]
+                stopped.send_signal(signal.SIGCONT)
+                blamed[hanging] = stopped.communicate(timeout=300)[1]
+                assert stopped.returncode
     finally:
         for job in jobs.values():
             for process in job:
@@ -58,6 +64,7 @@ def test_ranks_that_wait_for_one_that_hangs_or_is_stopped_end_and_name_it_but_no
     assert "rank 0, which keeps what ranks tell each other, does not answer" in said["0", "is stopped"]
     assert "rank 1 gave no sign of life" in said["1", "comes"] and "rank 1: never heard of" in said["1", "comes"]
     assert not any("no rank has got on" in said["1", how] for how in slow)
+    assert not any("no rank has got on" in text for text in blamed.values())  # by those who were stopped, and went on
 
 
 def test_the_rank_to_blame_is_the_one_that_others_wait_for_and_that_waits_for_none():
