@@ -20,9 +20,6 @@ SFT := .venv/bin/deepspeed --num_gpus 2 --master_port $$((20000 + $$$$ % 10000))
 # A directory of its own for each run.
 RUN := runs/$(shell date +%Y%m%d-%H%M%S)
 
-LONGEST := tests/slurm tests/test_sft.py tests/test_benchmarks.py tests/test_compare.py tests/launch \
-	tests/test_evaluate_in_engine.py tests/checkpoints tests/belief/test_real_server.py tests/experts tests/test_tracking.py
-
 .PHONY: help setup train train-real compare compare-real documents figures test remake test-fast lint format clean
 
 help: ## this list
@@ -76,9 +73,9 @@ train-real: documents setup models/smollm2/config.json ## fine-tune SmolLM2-135M
 documents: # asked for first: a wrong path should not cost an installation
 	@test -f "$$DOCUMENTS" || { echo "DOCUMENTS=$$DOCUMENTS: no such file; give a JSONL file: make train-real DOCUMENTS=path" >&2; exit 2; }
 
-# Three files at a time on two cores, for those of tests/slurm and tests/launch mostly wait. The longest come first.
+# Three files at a time on two cores, for those of tests/slurm and tests/launch mostly wait; in the order of conftest.py.
 test: setup .venv/smollm2 ## all tests
-	$(IN_VENV) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(LONGEST) tests
+	$(IN_VENV) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 remake: setup ## make the demo's model again and compare it with the shipped one, about five minutes
 	REMAKE=1 $(IN_VENV) -m pytest tests/demo/test_make.py

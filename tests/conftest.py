@@ -1,11 +1,20 @@
 """Fixtures of several test modules: directories with real vocabularies, written once a run, and real documents."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.vocabularies import write_kimi_tokenizer, write_qwen_tokenizer
 from train.data.tokenizer import Tokenizer, load_tokenizer
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that files run side by side end together: those of tests/slurm, which mostly wait,
+    and then by how many of their tests are slow."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (item.path.parent.name != "slurm", -slow[item.path]))
 
 
 @pytest.fixture(scope="session")
