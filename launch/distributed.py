@@ -15,7 +15,6 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
-from launch.interruption import INTERRUPTED
 from launch.watchdog import watch
 from train.errors import UserError
 
@@ -96,24 +95,23 @@ def failing_together() -> Iterator[None]:
         yield
     except Exception as error:
         own = error
-    told: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    told: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()
     user = isinstance(own, UserError)
-    dist.all_gather_object(told, own and (user, str(own) if user else f"{type(own).__name__}: {own}"))
+    dist.all_gather_object(
+        told, own and ((type(own), str(own)) if user else (RuntimeError, f"{type(own).__name__}: {own}"))
+    )
     failed = {rank: what for rank, what in enumerate(told) if what}
     if own and not user:
         raise own  # with its traceback
     if failed:
-        rank, (user, message) = next(iter(failed.items()))
+        rank, (kind, message) = next(iter(failed.items()))
         everywhere = len(failed) == len(told) and len(set(failed.values())) == 1
-        raise (UserError if user else RuntimeError)(message if everywhere else f"rank {rank}: {message}") from own
+        raise kind(message if everywhere else f"rank {rank}: {message}") from own
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a rank's process. Where it is done, has saved, or has told what the user must mend, it goes at once: in the
-    interpreter's own end, threads of gloo that still hold a tensor of Python's have been seen to abort the process, and
-    its code would be another."""
+    """Ends a process at once: in the interpreter's own end, threads of gloo that still hold a tensor of Python's have
+    been seen to abort it, so that its code was another, and a thread that a disk does not answer is waited for."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if code in (0, 2, INTERRUPTED):
-        os._exit(code)
-    sys.exit(code)
+    os._exit(code)

@@ -22,6 +22,7 @@ import torch
 
 from launch.memory import split
 from launch.plan import USABLE, Cluster, Plan
+from launch.watchdog import REPOSITORY
 from train.checkpoints.layout import Range
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import READERS
@@ -51,6 +52,8 @@ class Finding:
 def within(seconds: float, check: str, work: Callable[[], Finding]) -> Finding:
     """The finding of `work`, or that it was not done within the time, and where it stood: a file system that does not
     answer holds its reader for ever."""
+    if seconds <= 0:
+        return Finding(check, MAY_PASS, "not tried: what came before has taken the time (PREFLIGHT_TIME_LIMIT)")
     found: list[Finding] = []
 
     def run() -> None:
@@ -63,10 +66,12 @@ def within(seconds: float, check: str, work: Callable[[], Finding]) -> Finding:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(max(0.0, seconds))
+    thread.join(seconds)
     if found:
         return found[0]
     frame = sys._current_frames().get(thread.ident or 0)
+    while frame and frame.f_back and not frame.f_code.co_filename.startswith(REPOSITORY):
+        frame = frame.f_back
     stood = f", in {Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else ""
     return Finding(check, MAY_PASS, f"not done within the time limit (PREFLIGHT_TIME_LIMIT){stood}")
 
@@ -91,7 +96,7 @@ def gpus() -> Finding:
     given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     if shutil.which("nvidia-smi") is None:
         if torch.cuda.is_available() or given != "0":
-            raise UserError("there should be GPUs, but there is no nvidia-smi. Is the driver installed?")
+            raise RuntimeError("there should be GPUs, but there is no nvidia-smi. Is the driver installed?")
         return Finding("GPUs", PASSED, "no GPU: gloo", {})
     rows = _nvidia_smi(
         "--query-gpu=uuid,name,driver_version,memory.total,memory.used,ecc.errors.uncorrected.volatile.total"
@@ -107,7 +112,7 @@ def _nvidia_smi(query: str) -> list[list[str]]:
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise UserError(f"nvidia-smi fails ({(done.stdout + done.stderr).strip()}). Is the driver loaded?")
+        raise RuntimeError(f"nvidia-smi fails ({(done.stdout + done.stderr).strip()}). Is the driver loaded?")
     return [row for row in csv.reader(done.stdout.splitlines(), skipinitialspace=True) if row]
 
 
@@ -325,6 +330,7 @@ def wandb_hindrance(seconds: float = 10) -> str | None:
     if not key:
         return "no WANDB_API_KEY"
     where = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    shown = where.rpartition("@")[2]  # without a password
     request = urllib.request.Request(
         f"{where.rstrip('/')}/graphql",
         data=json.dumps({"query": "query Viewer { viewer { username } }"}).encode(),
@@ -337,5 +343,5 @@ def wandb_hindrance(seconds: float = 10) -> str | None:
         with urllib.request.urlopen(request, timeout=seconds) as answer:
             viewer = (json.load(answer).get("data") or {}).get("viewer")
     except (OSError, ValueError) as error:  # no network, an address that is none, an answer that is no JSON
-        return f"{where} cannot be reached ({error})"
-    return None if viewer else f"{where} does not take the key in WANDB_API_KEY"
+        return f"{shown} cannot be reached ({str(error).replace(where.rstrip('/'), shown)})"
+    return None if viewer else f"{shown} does not take the key in WANDB_API_KEY"

@@ -398,7 +398,10 @@ def main(arguments: list[str] | None = None) -> int:
         if not plan.fits:
             advise(plan)
         if options.json:
-            Path(options.json).write_text(json.dumps(plan.as_json(), indent=1) + "\n")
+            try:
+                Path(options.json).write_text(json.dumps(plan.as_json(), indent=1) + "\n")
+            except OSError as error:
+                raise UserError(f"--json {options.json}: cannot be written ({error.strerror}). Give another.") from None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

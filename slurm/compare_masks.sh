@@ -13,7 +13,7 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
-#SBATCH --signal=USR1@600
+#SBATCH --signal=B:USR1@600
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
@@ -27,20 +27,31 @@ if ((${#recipes[@]} == 0)); then
 fi
 output_of "$@"
 
-if ((SLURM_ARRAY_TASK_ID == SLURM_ARRAY_TASK_MIN && ${SLURM_RESTART_COUNT:-0} == 0)); then
+submitted=$output/report-of-$SLURM_ARRAY_JOB_ID
+if ((SLURM_ARRAY_TASK_ID == SLURM_ARRAY_TASK_MIN)) && [[ ! -e $submitted ]]; then
     # Once all variants are done. Where one is given up, Slurm takes it back.
     report=(
         --dependency="afterok:$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes --job-name="$SLURM_JOB_NAME-report"
         --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"}
-        ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${SLURM_JOB_RESERVATION:+--reservation="$SLURM_JOB_RESERVATION"} --time=1:00:00 --output=/dev/null
+        ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${SLURM_JOB_RESERVATION:+--reservation="$SLURM_JOB_RESERVATION"}
+        --time=1:00:00 --output=/dev/null
     )
-    sbatch "${report[@]}" <<END || echo "the report's job was refused: run train/compare.py --runs yourself at the end"
+    # shellcheck disable=SC2329 # patiently calls it
+    submit() {
+        sbatch "${report[@]}" <<END
 #!/usr/bin/env bash
 exec >$(printf %q "$output")/report.log 2>&1
 PATH=$(printf %q "$PATH")
 exec python train/compare.py --runs $(printf %q "$output")/variant-* --recipe $(printf '%q ' "${recipes[@]}") \
     --output $(printf %q "$output")
 END
+    }
+    mkdir -p -- "$output"
+    if patiently submit; then
+        touch -- "$submitted"
+    else
+        echo "the report's job was refused: run train/compare.py --runs yourself at the end"
+    fi
 fi
 attempt --wandb-group "$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID" "$@" --variant "$SLURM_ARRAY_TASK_ID" \
     --output "$output/variant-$SLURM_ARRAY_TASK_ID"

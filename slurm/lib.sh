@@ -44,6 +44,8 @@ newest_save() {
 # attempt FLAG…: train/sft.py with these flags, once, on all ranks; then the end of the job, or another attempt.
 attempt() {
     local values output number=$((${SLURM_RESTART_COUNT:-0} + 1)) code=0 file first=
+    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # an array's own number means all of its tasks
+    job=${job:-$SLURM_JOB_ID}
     output_of "$@"
     local flags=("$@" --output "$output") log=$output/logs/attempt-$number.log
     # A rank a GPU or, on nodes without any, as many as --ntasks-per-node says.
@@ -52,26 +54,28 @@ attempt() {
     if ((number > 1)) && [[ -e $output/settings.yaml ]]; then flags+=(--resume); fi
     if ! mkdir -p -- "$output/logs"; then exit "$USER_ERROR"; fi
     echo "attempt $number, $ranks ranks on each of $SLURM_JOB_NODELIST: $log"
-    # Slurm signals the tasks, and at a preemption this shell too, which must go on to what comes after them.
-    trap : TERM
+    before_the_time_limit &
+    # shellcheck disable=SC2064 # this one
+    trap "kill $! 2>/dev/null || true" EXIT
 
     MASTER_ADDR=$(hostname) MASTER_PORT=$((20000 + (SLURM_JOB_ID + 997 * number) % 10000)) LOCAL_SIZE=$ranks
     export MASTER_ADDR MASTER_PORT LOCAL_SIZE CODES=$output/logs/attempt-$number.codes
     rm -rf -- "$CODES"
-    mkdir -- "$CODES"
+    mkdir -p -- "$CODES"
     if ((number == 1)); then rm -f -- "$output/logs/failures"; fi # of a job before this one
-    # --wait: once one node has given its verdict, the others have it too, or never will.
-    on_every_node 1 --wait=60 python -m launch.preflight "${flags[@]}" >>"$log" 2>&1 || code=$?
-    # A node that Slurm lost may still train there, until its ranks miss the others (--timeout).
+    # --wait: for longer than its nodes wait for each other.
+    step on_every_node 1 --wait=$((4 * ${PREFLIGHT_TIME_LIMIT:-120} + 120)) python -m launch.preflight "${flags[@]}"
+    # A node that Slurm lost may still train there: its ranks see the file, save and leave, or miss the others (--timeout).
     if ((code == 0 && number > 1)) && ! flock --nonblock -- "$output/.training.lock" true; then
         echo "waiting for the ranks of an earlier attempt: $(<"$output/.training.lock")"
-        flock --wait 3600 -- "$output/.training.lock" true || echo "they have not left: going on" >&2
+        touch -- "$output/.make-room"
+        step flock --wait 2400 -- "$output/.training.lock" true
     fi
     if ((code == 0)); then
         # srun's own code mixes in those of the ranks that it ends when one fails: so each writes down its own. Slurm may
         # signal only this shell of a task (proctrack/cgroup), which passes it on.
         # shellcheck disable=SC2016 # for the shell of each task
-        on_every_node "$ranks" --kill-on-bad-exit=1 --wait=0 bash -c '
+        step on_every_node "$ranks" --kill-on-bad-exit=1 --wait=0 bash -c '
             RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS "$@" &
             child=$! code=128
             trap "kill -USR1 $child" USR1
@@ -82,7 +86,7 @@ attempt() {
                 kill -0 "$child" 2>/dev/null || break
             done
             ((code == 0)) || echo "$code" >"$CODES/$SLURM_PROCID"
-            exit "$code"' bash python -u train/sft.py "${flags[@]}" >>"$log" 2>&1 || code=$?
+            exit "$code"' bash python -u train/sft.py "${flags[@]}"
     fi
     for file in "$CODES"/*; do
         if [[ -s $file && (-z $first || $file -ot $first) ]]; then first=$file; fi
@@ -91,43 +95,86 @@ attempt() {
         read -r code <"$first"
         echo "rank ${first##*/} ended first, with code $code"
     fi
-    after "$code" "$output" "$log"
+    if ((code == 0)) && [[ ! -e $output/summary.json ]]; then code=1; fi # srun's own, where Slurm has lost a node
+    if ((code == 128 + 10)); then code=$INTERRUPTED; fi                  # SIGUSR1, before a process listened for it
+    after "$code" "$output" "$log" "$number"
 }
 
-# on_every_node TASKS WORD…: srun with so many tasks on each node of the job.
+# Slurm tells this shell (--signal=B:USR1), the tasks, or both; at a preemption it ends all with SIGTERM, and this shell
+# must go on to what comes after the tasks. SIGALRM is before_the_time_limit's.
+told=0 late=0 child=
+trap 'told=1; if [[ -n $child ]]; then kill -USR1 "$child" 2>/dev/null || true; fi' USR1 # srun passes it on
+trap : TERM
+trap late=1 ALRM
+
+# step WORD…: runs it, its output in $log, and its code in $code; it is left behind where the time is up.
+step() {
+    if ((told || late)); then
+        code=$INTERRUPTED
+        return
+    fi
+    "$@" >>"$log" 2>&1 &
+    child=$!
+    while ((!late)); do # a signal to this shell ends its wait
+        code=0
+        wait "$child" || code=$?
+        kill -0 "$child" 2>/dev/null || break
+    done
+    if ((late)); then
+        echo "the time limit is near, and the ranks have not left"
+        code=1
+    fi
+    child=
+}
+
+# Tells this shell when half a minute is left: Slurm would end it with the ranks, and nobody could requeue the job.
+before_the_time_limit() {
+    local end left silent
+    exec {silent}<> <(:) # to wait without a process of its own, which would stay
+    while end=$(squeue --noheader --format=%e --jobs="$job" 2>/dev/null) && end=$(date --date="$end" +%s 2>/dev/null); do
+        left=$((end - $(date +%s) - 30))
+        if ((left <= 0)); then
+            kill -ALRM $$
+            break
+        fi
+        read -r -t "$left" -u "$silent" || true
+    done
+}
+
+# on_every_node TASKS WORD…: becomes srun, with so many tasks on each node of the job.
 on_every_node() {
-    srun --nodes="$SLURM_NNODES" --ntasks=$((SLURM_NNODES * $1)) --ntasks-per-node="$1" --distribution=block \
+    exec srun --nodes="$SLURM_NNODES" --ntasks=$((SLURM_NNODES * $1)) --ntasks-per-node="$1" --distribution=block \
         --cpu-bind=none --gpu-bind=none "${@:2}"
 }
 
-# patiently WORD…: a command of Slurm, again where its controller does not answer for a while.
+# patiently WORD…: a command of Slurm, again for as long as its controller does not answer, and twice where it does.
 patiently() {
-    local pause
-    for pause in 5 10 20 40 80; do
-        "$@" && return
+    local pause=5 refused=0
+    until "$@"; do
+        if scontrol ping 2>/dev/null | grep --quiet 'is UP' && ((++refused == 3)); then return 1; fi
         sleep "$pause"
+        pause=$((pause < 80 ? 2 * pause : 80))
     done
-    "$@"
 }
 
-# after CODE OUTPUT LOG: ends the job, or requeues it.
+# after CODE OUTPUT LOG ATTEMPT: ends the job, or requeues it.
 after() {
-    local code=$1 output=$2 failures=0 before=-1 saved job=$SLURM_JOB_ID
+    local code=$1 output=$2 failures=0 before=-1 saved known
     if ((code == 0)); then exit 0; fi
     head -n -20 -- "$3" | grep --after-context=10 '^error: ' || true # what stacks or other ranks' messages follow
     tail -n 20 -- "$3"
     if ((code == USER_ERROR)); then exit "$code"; fi
 
-    # An array's own number is one of its tasks' too, but means all of them.
-    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
     # What Slurm preempts or loses, it requeues by itself; and what a user cancels must not come back.
-    case $(patiently squeue --noheader --format=%T/%r --jobs="$job") in
-        RUNNING/* | */TimeLimit) ;;
-        *) exit "$code" ;;
-    esac
+    known=$(patiently scontrol --oneliner show job "$job") || known=
+    if [[ ! ($known =~ JobState=RUNNING || $known =~ Reason=TimeLimit) || ! $known =~ Restarts=$(($4 - 1))\  ]]; then
+        known=$(grep --only-matching --extended-regexp '(JobState|Reason|Restarts)=[^ ]*' <<<"$known" | tr '\n' ' ' || true)
+        echo "not requeued by attempt $4: ${known:-Slurm does not know the job any more}"
+        exit "$code"
+    fi
 
     saved=$(newest_save "$output")
-    if [[ -s $output/logs/failures ]]; then read -r failures before <"$output/logs/failures"; fi
+    if [[ -s $output/logs/failures ]]; then read -r failures before <"$output/logs/failures" || true; fi
     if ((saved > before)); then failures=0; fi
     if ((saved == before || code != INTERRUPTED)); then failures=$((failures + 1)); fi
     echo "$failures $saved" >"$output/logs/failures"

@@ -13,8 +13,8 @@ import pytest
 from launch.local import run
 from tests.models import write_documents, write_model
 from train import sft
-from train.errors import UserError
-from train.locks import TRAINING, lock_for_training
+from train.errors import Held
+from train.locks import MAKE_ROOM, TRAINING, lock_for_training
 
 
 def test_a_runs_directory_is_one_process_s_for_as_long_as_it_lives(tmp_path):
@@ -26,12 +26,14 @@ def test_a_runs_directory_is_one_process_s_for_as_long_as_it_lives(tmp_path):
     ) as other:
         other.stdout.readline()
         owner = f"process {other.pid} on {socket.gethostname()}"
-        with pytest.raises(UserError) as told:
+        with pytest.raises(Held) as told:
             lock_for_training(tmp_path)
         assert f"--output {tmp_path}: another process is training there ({owner})" in str(told.value)
         assert (tmp_path / TRAINING).read_text() == f"{owner}\n"  # and so for the next one that is refused
         other.kill()
+    (tmp_path / MAKE_ROOM).touch()
     with lock_for_training(tmp_path):
+        assert not (tmp_path / MAKE_ROOM).exists()  # it was meant for the one before
         assert (tmp_path / TRAINING).read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
@@ -55,6 +57,6 @@ def test_a_directory_where_another_process_trains_is_refused_on_all_ranks_with_n
             Path(sft.__file__), *flags, ranks=2, capture_output=True, text=True, timeout=300,
             env={"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: rank 0: --output" in done.stderr and "another process is training there" in done.stderr
     assert sorted(path.name for path in output.iterdir()) == [TRAINING, "logs"]

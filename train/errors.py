@@ -3,7 +3,15 @@
 
 class UserError(ValueError):
     """A setting, a file or a document is wrong. The message gives the setting (or file and line), the value, the rule
-    and the fix; the commands print it without a traceback and exit with code 2."""
+    and the fix; the commands print it without a traceback and exit with `code`."""
+
+    code = 2
+
+
+class Held(UserError):
+    """Another process holds what this one needs. It may go by itself, so that job scripts try a run again."""
+
+    code = 1
 
 
 class Interrupted(RuntimeError):

@@ -6,25 +6,27 @@ import socket
 from pathlib import Path
 from typing import IO
 
-from train.errors import UserError
+from train.errors import Held
 
 TRAINING = ".training.lock"
+MAKE_ROOM = ".make-room"
+"""Beside a run's lock: whoever holds that is to save, and to leave. slurm/lib.sh makes it for an attempt that waits."""
 
 
 def lock(file: IO, taken: str) -> str:
-    """Until the file is closed, or the process ends however it may. UserError with the message `taken` where another
-    process holds it. -> "", or why it is not locked, as on a file system without locks."""
+    """Until the file is closed, or the process ends however it may. Held with the message `taken` where another process
+    holds it. -> "", or why it is not locked, as on a file system without locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(taken) from None
+        raise Held(taken) from None
     except OSError as error:
         return str(error.strerror)
     return ""
 
 
 def lock_for_training(directory: Path) -> IO:
-    """The lock of a run's directory, which says whose it is. UserError where another process is training there."""
+    """The lock of a run's directory, which says whose it is. Held where another process is training there."""
     file = (directory / TRAINING).open("a+")
     file.seek(0)
     lock(
@@ -32,6 +34,7 @@ def lock_for_training(directory: Path) -> IO:
         f"--output {directory}: another process is training there ({file.read().strip() or 'unknown'}). Wait for it, "
         "or stop it and its other ranks, or give another directory.",
     )
+    (directory / MAKE_ROOM).unlink(missing_ok=True)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

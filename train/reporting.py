@@ -28,7 +28,7 @@ from train.checkpoints.writer import write_whole
 from train.data.batches import Batch
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
-from train.locks import lock_for_training
+from train.locks import MAKE_ROOM, lock_for_training
 from train.masking.loss import Terms
 from train.settings import Settings, check_output, record, slug
 
@@ -158,6 +158,10 @@ class Run:
             print(f"=== started {time.strftime('%Y-%m-%d %H:%M:%S')}{attempt}", flush=True)
         elif not (self.directory / "settings.yaml").exists():
             write_whole(self.directory / "settings.yaml", record(settings, resolved))
+
+    def awaited(self) -> bool:
+        """Whether another attempt waits for this one to leave: seen by rank 0."""
+        return self.main and (self.directory / MAKE_ROOM).exists()
 
     def show_load(self, loaded: Loaded) -> None:
         """What each rank read from disk, in which time, and its peak of host memory. All ranks must call it."""
@@ -330,7 +334,7 @@ def _wandb_id(directory: Path) -> str:
     """One W&B run per run directory, over all its attempts."""
     path = directory / "wandb_id"
     if not path.exists():
-        path.write_text(os.urandom(6).hex())
+        write_whole(path, os.urandom(6).hex())
     return path.read_text()
 
 

@@ -56,8 +56,8 @@ def launched_as() -> tuple[int, int]:
 
 
 def guarded(script: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Runs a script of all ranks. -> its exit code: 0, or 2 for what the user must mend, or INTERRUPTED where it has
-    saved and can go on by --resume."""
+    """Runs a script of all ranks. -> its exit code: 0, or 2 for what the user must mend, 1 for what may pass, or
+    INTERRUPTED where it has saved and can go on by --resume."""
     interruption.listen()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about what DeepSpeed calls
@@ -68,7 +68,7 @@ def guarded(script: Callable[[list[str]], None], argv: list[str]) -> int:
         if rank:  # the launcher ends all ranks when the first one exits: that must be rank 0, if it has the error too
             time.sleep(30)
         print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
-        return 2
+        return error.code
     except Interrupted as reason:
         if launched_as()[0] == 0:
             print(reason, file=sys.stderr)

@@ -124,18 +124,23 @@ class Trainer:
                     f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s", refresh=False
                 )
                 bar.update()
-                stop = interruption.anywhere(self.device)
+                stop = self.told_to_end(run)
                 due = last or stop or (settings.save_every and (step + 1) % settings.save_every == 0)
                 if due:
                     self.save(run, step + 1, started)
                 if self.measures_after(step + 1) and not stop:  # it may take longer than the notice leaves
                     self.evaluate(run, step + 1)
-                    stop = interruption.anywhere(self.device)
+                    stop = self.told_to_end(run)
                     if stop and not due:
                         self.save(run, step + 1, started)
                 if stop:
                     run.close(INTERRUPTED)
                     raise Interrupted(f"interrupted: saved after step {step + 1} of {self.job.steps}")
+
+    def told_to_end(self, run: Run) -> bool:
+        """Whether any rank was told to end, or another attempt waits for this one to; the same on every rank."""
+        interruption.told |= run.awaited()
+        return interruption.anywhere(self.device)
 
     def save(self, run: Run, step: int, started: float) -> None:
         """Saves the state after `step` steps."""

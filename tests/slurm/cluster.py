@@ -85,6 +85,10 @@ class Cluster:
         """Starts a node's slurmd."""
         self.call("slurmd", "-N", node)
 
+    def kill_slurmd(self, node: str) -> None:
+        """Ends a node's slurmd alone."""
+        psutil.Process(int((self.directory / f"slurmd-{node}.pid").read_text())).kill()
+
     def kill_node(self, node: str) -> None:
         """Ends a node's slurmd and all that its jobs have started there, as a crash of the node would."""
         slurmd = psutil.Process(int((self.directory / f"slurmd-{node}.pid").read_text()))

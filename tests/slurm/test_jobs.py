@@ -122,6 +122,31 @@ def test_a_job_that_is_signalled_requeued_hangs_and_loses_a_node_has_an_uninterr
     assert len(pieces) >= 5 and set(pieces) == {(run / "wandb_id").read_text()}
 
 
+def test_a_job_whose_shell_is_signalled_and_whose_node_slurm_loses_while_it_trains_goes_on_elsewhere(cluster, tmp_path):
+    run = tmp_path / "run"
+    job = cluster.sbatch("--nodes=1", QWEN, *DEMO, "--steps", "1000", "--save-every", "500", "--output", str(run))
+    cluster.until(lambda: steps(run) >= 2)
+    cluster.call("scancel", "--full", "--signal=USR1", job)  # the job's shell too, as --signal=B:USR1@600 does
+    cluster.until(lambda: cluster.show(job)["Restarts"] == "1")
+    assert "requeued after code 85" in cluster.said(job)
+
+    reached = steps(run)
+    cluster.until(lambda: cluster.state(job) == "RUNNING" and steps(run) >= reached + 2)
+    node = cluster.show(job)["NodeList"]
+    cluster.kill_slurmd(node)  # alone: what runs there runs on
+    cluster.until(lambda: cluster.state(job) == "RUNNING" and cluster.show(job)["Restarts"] == "2")
+    assert cluster.show(job)["NodeList"] != node
+    cluster.until(lambda: "waiting for the ranks of an earlier attempt" in cluster.said(job))
+    cluster.until(lambda: "interrupted: saved after step" in (run / "logs" / "attempt-2.log").read_text())
+    reached = steps(run)
+    cluster.until(lambda: steps(run) >= reached + 2)
+    assert [values["step"] for values in read_rows(run / "metrics.jsonl")] == list(range(1, steps(run) + 1))
+    cluster.start_node(node)
+
+    cluster.call("scancel", job)
+    assert cluster.end(job)["JobState"] == "CANCELLED"
+
+
 def test_what_the_user_must_mend_or_cancels_is_not_tried_again_and_what_fails_again_and_again_stops(cluster, tmp_path):
     wrong = cluster.sbatch("--nodes=1", KIMI, *DEMO, "--mask", "nonsense", "--output", str(tmp_path / "wrong"))
     ended = cluster.end(wrong)
