@@ -23,13 +23,15 @@ import torch
 from launch.memory import split
 from launch.plan import USABLE, Cluster, Plan
 from launch.watchdog import REPOSITORY
+from train.belief.claims import read_claims
 from train.checkpoints.layout import Range
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import READERS
 from train.data.documents import Document, read_documents
 from train.data.tokenizer import load_tokenizer, tokenize_document
 from train.errors import UserError
-from train.settings import PACKAGES, Settings, git_revision
+from train.masking.grammar import parse_mask
+from train.settings import PACKAGES, Settings, check_output, git_revision
 
 PASSED, MAY_PASS, WILL_NOT_PASS = 0, 1, 2
 """Codes of a finding, and of the command: go on; a reason that may go by itself, such as a busy GPU; one that will not,
@@ -148,17 +150,29 @@ def judge_gpus(
 def documents(settings: Settings) -> tuple[Finding, int]:
     """Those of --data as this node sees them; and about how many tokens the longest one has: of its text, as far as it
     is taken."""
-    tokenizer = load_tokenizer(settings.model)
     counts, longest = {}, []
     for path, _ in settings.sources():
         found = read_documents(path, settings.doctag or None)
         counts[f"documents in {path}"] = len(found)
         longest.append(max(found, key=_characters))
-    document = max(longest, key=_characters)
+    document, tokenizer = max(longest, key=_characters), load_tokenizer(settings.model)
     tokenized = tokenize_document(document, tokenizer, add_bos=settings.bos, add_eos=settings.eos)
     tokens = min(len(tokenized.ids_L), settings.max_tokens)
     text = f"{sum(counts.values()):,}, the longest takes {tokens:,} tokens ({document.where})"
     return Finding("documents", PASSED, text, counts), tokens
+
+
+def checked_settings(settings: Settings) -> Finding:
+    """What train/sft.py checks of its settings that reads neither documents of --data nor the model."""
+    parse_mask(settings.mask)
+    check_output(settings)
+    if settings.claims:
+        read_claims(settings.claims)
+    if settings.held_out:
+        read_documents(settings.held_out)
+    if settings.adapter and not (Path(settings.adapter) / "adapter_config.json").is_file():
+        raise UserError(f"--adapter {settings.adapter}: no adapter_config.json there; give a PEFT adapter's directory.")
+    return Finding("settings", PASSED, f"--mask {settings.mask}")
 
 
 def _characters(document: Document) -> int:

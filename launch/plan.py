@@ -57,6 +57,7 @@ DISK = 2e9  # bytes a second and node
 # Two allowances, not measured. On a GPU: what nvidia-smi shows of a rank beyond torch.cuda.max_memory_reserved(), and
 # torch.cuda.max_memory_allocated() / max_memory_reserved().
 RUNTIME = 2_000_000_000  # CUDA context, NCCL's and cuBLAS's buffers
+PROCESS = 20_000_000  # on a CPU: Python's objects and the heap, about the middle of what tests/benchmarks/plan.py finds
 USABLE = 0.95  # of a GPU's memory: the rest is lost between blocks of torch's allocator
 
 ASSUMED = f"""\
@@ -128,7 +129,7 @@ class Plan:
     @property
     def gpu_bytes(self) -> dict[str, int]:
         """Category -> bytes of a GPU, and their total."""
-        entries = self.chosen.gpu | {"runtime": RUNTIME if self.cluster.memory else 0}
+        entries = self.chosen.gpu | {"runtime": RUNTIME if self.cluster.memory else PROCESS}
         return entries | {"total": sum(entries.values())}
 
     @cached_property
@@ -254,11 +255,11 @@ def planned_memory(job: Job) -> dict[str, Any]:
     except Exception as error:  # the run has its results: no plan is worth them
         print(f"note: no memory planned ({type(error).__name__}: {error})", file=sys.stderr)
         return {}
-    held = {"planned": plan.chosen.total, "read": plan.read_bytes}
+    held = {"planned": plan.chosen.total + (0 if plan.cluster.memory else PROCESS), "read": plan.read_bytes}
     return held | {"categories": categories, "moments": plan.chosen.phases} | speed
 
 
-def changes(settings: Settings, cluster: Cluster) -> Iterator[tuple[str, Settings, Cluster]]:
+def changes(settings: Settings, cluster: Cluster, rounded: bool) -> Iterator[tuple[str, Settings, Cluster]]:
     """What makes a job smaller, the cheapest first, each upon the ones before: (what it costs, settings, cluster)."""
     now = settings
     if not now.gradient_checkpointing:
@@ -270,7 +271,8 @@ def changes(settings: Settings, cluster: Cluster) -> Iterator[tuple[str, Setting
     if now.expert_parallel not in (0, cluster.ranks):
         now = dataclasses.replace(now, expert_parallel=0)
         yield f"--expert-parallel {cluster.ranks}: tokens travel further, the same losses", now, cluster
-    for method in {"full": ["lora", "qlora"], "lora": ["qlora"]}.get(now.method, []):
+    methods = {"full": ["lora", "qlora"], "lora": ["qlora"]}.get(now.method, [])
+    for method in methods if rounded else methods[:-1]:
         now = dataclasses.replace(now, method=method)
         cost = "factors instead of weights are trained" if method == "lora" else "experts rounded to NF4"
         yield f"--method {method}: {cost}", now, cluster
@@ -321,7 +323,10 @@ def show(plan: Plan) -> None:
     """The plan on the terminal."""
     cluster, gpu, held = plan.cluster, plan.cluster.gpu, plan.gpu_bytes
     wire, seconds = plan.wire_bytes, plan.seconds
-    print(f"{cluster.nodes} x {cluster.gpus} GPUs of {cluster.memory:g} GB, {flags(plan.settings)}")
+    settings = plan.settings
+    print(f"{settings.model}: {cluster.nodes} x {cluster.gpus} GPUs of {cluster.memory:g} GB, {flags(settings)}")
+    rank = "" if settings.method == "full" else f", factors of rank {settings.lora_rank}"
+    print(f"documents of {plan.tokens:,} tokens, {settings.batch_size} a step{rank}")
     print("\neach GPU, in GB, at its fullest moment, and the most of a step's tensors of a kind at any moment:")
     for name in (*CATEGORIES, "runtime", "total"):
         most = plan.chosen.step.each.get(name)
@@ -349,7 +354,8 @@ def show(plan: Plan) -> None:
 def advise(plan: Plan) -> None:
     """What to change where a plan does not fit, each change upon the ones before, until it does."""
     print("\nto make it fit, the cheapest first, each with those before:")
-    for what, settings, cluster in changes(plan.settings, plan.cluster):
+    rounded = bool(plan.expert_bytes.keys() - {"fp8", "int4"})  # these stay as they are
+    for what, settings, cluster in changes(plan.settings, plan.cluster, rounded):
         try:
             smaller = Plan(settings, plan.checkpoint, cluster, min(plan.tokens, settings.max_tokens))
         except UserError:  # such as a number of ranks that does not divide the experts

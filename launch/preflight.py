@@ -3,9 +3,9 @@
     srun --ntasks-per-node=1 python -m launch.preflight [--time-limit S] [settings of train/sft.py]
 
 One process a node: which one it is comes from SLURM_PROCID and SLURM_NTASKS, or from RANK and WORLD_SIZE; the first
-node's address from MASTER_ADDR and MASTER_PORT; how many ranks a node will have from LOCAL_SIZE, or else it is one a
-GPU, or one without GPUs. The time limit comes from --time-limit or, for instance where a job script starts this, from
-PREFLIGHT_TIME_LIMIT. Exit code, the same on all nodes: 0, go on; 2, something will not pass by itself, such as a shard
+node's address from MASTER_ADDR and MASTER_PORT, or else from Slurm; how many ranks a node will have from LOCAL_SIZE, or
+else it is one a GPU, or one without GPUs. The time limit comes from --time-limit or, for instance where a job script
+starts this, from PREFLIGHT_TIME_LIMIT. Exit code, the same on all nodes: 0, go on; 2, something will not pass by itself, such as a shard
 that is missing; 1, something may, such as a busy GPU or a node that does not answer.
 """
 
@@ -31,6 +31,7 @@ from launch.node import (
     WILL_NOT_PASS,
     Finding,
     Share,
+    checked_settings,
     disk_space,
     disk_speed,
     documents,
@@ -75,27 +76,35 @@ class Place:
         nodes = _whole("WORLD_SIZE", "SLURM_NTASKS", default=1)
         if not 0 <= number < nodes:
             raise UserError(f"RANK or SLURM_PROCID is {number}, of {nodes} nodes: must be from 0 to {nodes - 1}.")
-        if nodes > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        by_slurm = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST"} <= os.environ.keys()
+        if nodes > 1 and not by_slurm and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise UserError(
                 f"MASTER_ADDR, MASTER_PORT: must be set where there are {nodes} nodes: the first node's name, and a "
                 "port that is free there."
             )
         name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _whole("MASTER_PORT", default=0)
+        if nodes > 1 and "MASTER_ADDR" not in os.environ:
+            address = (slurm_nodes() or [address])[0]
         local = _whole("LOCAL_SIZE", default=0) or torch.cuda.device_count() or 1
-        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        return cls(number, nodes, name, local, address, _whole("MASTER_PORT", default=0))
+        return cls(number, nodes, name, local, address, port or _whole("SLURM_JOB_ID", default=0) % 10_000 + 20_000)
 
     def names(self) -> dict[int, str]:
         """The nodes' names as Slurm has them, for those that never say theirs."""
-        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST")
-        names: list[str] = []
-        if nodes:
-            try:
-                command = ["scontrol", "show", "hostnames", nodes]
-                names = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split()
-            except (OSError, subprocess.TimeoutExpired):
-                pass
+        names = slurm_nodes()
         return {number: names[number] if number < len(names) else f"node {number}" for number in range(self.nodes)}
+
+
+def slurm_nodes() -> list[str]:
+    """The names of the step's nodes; none where Slurm does not tell."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST")
+    if not nodes:
+        return []
+    try:
+        command = ["scontrol", "show", "hostnames", nodes]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return []
 
 
 def _whole(*variables: str, default: int) -> int:
@@ -163,6 +172,7 @@ def own_findings(place: Place, options: Options, settings: Settings) -> list[Fin
 
     check("versions", versions)
     check("GPUs", gpus)
+    check("settings", lambda: checked_settings(settings))
     check("documents", read_documents)
     if check("model", read_headers):
         (share,) = shares

@@ -17,7 +17,11 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-source slurm/lib.sh || exit 2 # submitted from elsewhere than the repository
+if [[ ! -e slurm/lib.sh ]]; then
+    echo "error: submitted from $PWD: call sbatch in the repository, or with --chdir=REPOSITORY" >&2
+    exit 2
+fi
+source slurm/lib.sh
 
 values_of --recipe "$@"
 recipes=("${values[@]}")
@@ -26,6 +30,14 @@ if ((${#recipes[@]} == 0)); then
     set -- --recipe "${recipes[@]}" "$@"
 fi
 output_of "$@"
+
+# Of what cannot be read, train/sft.py tells what is wrong.
+names='import sys, yaml; print(*(n for path in sys.argv[1:] for n in yaml.safe_load(open(path)).get("variants", {})), sep="\n")'
+variants=$(python -c "$names" "${recipes[@]}" 2>/dev/null | sort -u | grep --count .) || variants=0
+if ((variants && SLURM_ARRAY_TASK_MAX >= variants)); then
+    echo "error: --array: a task $SLURM_ARRAY_TASK_MAX, but the recipe has $variants variants: --array=0-$((variants - 1))" >&2
+    exit 2
+fi
 
 submitted=$output/report-of-$SLURM_ARRAY_JOB_ID
 if ((SLURM_ARRAY_TASK_ID == SLURM_ARRAY_TASK_MIN)) && [[ ! -e $submitted ]]; then

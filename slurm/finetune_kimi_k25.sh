@@ -15,6 +15,10 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-source slurm/lib.sh || exit 2 # submitted from elsewhere than the repository
+if [[ ! -e slurm/lib.sh ]]; then
+    echo "error: submitted from $PWD: call sbatch in the repository, or with --chdir=REPOSITORY" >&2
+    exit 2
+fi
+source slurm/lib.sh
 
 attempt --recipe train/recipes/models/kimi-k2.5.yaml "$@"

@@ -52,25 +52,23 @@ attempt() {
     local ranks=${SLURM_GPUS_ON_NODE:-0}
     ((ranks)) || ranks=${SLURM_NTASKS_PER_NODE:-1}
     if ((number > 1)) && [[ -e $output/settings.yaml ]]; then flags+=(--resume); fi
-    if ! mkdir -p -- "$output/logs"; then exit "$USER_ERROR"; fi
+    if ! mkdir -p -- "$output/logs"; then
+        echo "error: --output $output: cannot be made on $(hostname). Give another directory." >&2
+        exit "$USER_ERROR"
+    fi
     echo "attempt $number, $ranks ranks on each of $SLURM_JOB_NODELIST: $log"
     before_the_time_limit &
     # shellcheck disable=SC2064 # this one
     trap "kill $! 2>/dev/null || true" EXIT
 
     MASTER_ADDR=$(hostname) MASTER_PORT=$((20000 + (SLURM_JOB_ID + 997 * number) % 10000)) LOCAL_SIZE=$ranks
-    export MASTER_ADDR MASTER_PORT LOCAL_SIZE CODES=$output/logs/attempt-$number.codes
+    export MASTER_ADDR MASTER_PORT LOCAL_SIZE CODES=$output/logs/codes-$SLURM_JOB_ID-$number
+    await_earlier_ranks
     rm -rf -- "$CODES"
     mkdir -p -- "$CODES"
     if ((number == 1)); then rm -f -- "$output/logs/failures"; fi # of a job before this one
     # --wait: for longer than its nodes wait for each other.
-    step on_every_node 1 --wait=$((4 * ${PREFLIGHT_TIME_LIMIT:-120} + 120)) python -m launch.preflight "${flags[@]}"
-    # A node that Slurm lost may still train there: its ranks see the file, save and leave, or miss the others (--timeout).
-    if ((code == 0 && number > 1)) && ! flock --nonblock -- "$output/.training.lock" true; then
-        echo "waiting for the ranks of an earlier attempt: $(<"$output/.training.lock")"
-        touch -- "$output/.make-room"
-        step flock --wait 2400 -- "$output/.training.lock" true
-    fi
+    ((code)) || step on_every_node 1 --wait=$((4 * ${PREFLIGHT_TIME_LIMIT:-120} + 120)) python -m launch.preflight "${flags[@]}"
     if ((code == 0)); then
         # srun's own code mixes in those of the ranks that it ends when one fails: so each writes down its own. Slurm may
         # signal only this shell of a task (proctrack/cgroup), which passes it on.
@@ -89,7 +87,7 @@ attempt() {
             exit "$code"' bash python -u train/sft.py "${flags[@]}"
     fi
     for file in "$CODES"/*; do
-        if [[ -s $file && (-z $first || $file -ot $first) ]]; then first=$file; fi
+        if ((code)) && [[ -s $file && (-z $first || $file -ot $first) ]]; then first=$file; fi
     done
     if [[ -n $first ]]; then
         read -r code <"$first"
@@ -98,6 +96,21 @@ attempt() {
     if ((code == 0)) && [[ ! -e $output/summary.json ]]; then code=1; fi # srun's own, where Slurm has lost a node
     if ((code == 128 + 10)); then code=$INTERRUPTED; fi                  # SIGUSR1, before a process listened for it
     after "$code" "$output" "$log" "$number"
+}
+
+# await_earlier_ranks: waits for ranks of this job's that still train in $output, on a node that Slurm has lost. They see
+# the file, save and leave; or they miss the others (--timeout).
+await_earlier_ranks() {
+    local lock=$output/.training.lock holder
+    if [[ ! -e $lock ]] || flock --nonblock -- "$lock" true; then return; fi
+    holder=$(<"$lock")
+    if [[ $holder != *", job $SLURM_JOB_ID" ]]; then
+        echo "error: --output $output: another run is training there ($holder). Wait for it, or give another directory." >&2
+        exit "$USER_ERROR"
+    fi
+    echo "waiting for the ranks of an earlier attempt: $holder"
+    touch -- "$output/.make-room"
+    step flock --wait 2400 -- "$lock" true
 }
 
 # Slurm tells this shell (--signal=B:USR1), the tasks, or both; at a preemption it ends all with SIGTERM, and this shell

@@ -36,6 +36,7 @@ def lock_for_training(directory: Path) -> IO:
     )
     (directory / MAKE_ROOM).unlink(missing_ok=True)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    job = f", job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""  # slurm/lib.sh looks for it
+    file.write(f"process {os.getpid()} on {socket.gethostname()}{job}\n")
     file.flush()
     return file

@@ -138,7 +138,10 @@ def _plan_of_runs(options: Options, rest: list[str]) -> Plan:
                     f"--runs {finished[key]} {run}: both are {key[0]!r} with --seed {key[1]}. Leave one out."
                 )
             finished[key] = run
-        variants = [Variant(name, [], own) for name, own in owned.items() if name in {name for name, _ in finished}]
+        there = {name for name, _ in finished}
+        variants = [Variant(name, [], own) for name, own in owned.items() if name in there]
+        if absent := [name for name in owned if name not in there]:
+            print(f"note: of the recipe's variants, no run is given of {'; '.join(absent)}")
     else:
         grouped = group([read_run(run) for run in options.runs])
         finished = {(variant.name, run.seed): Path(run.directory) for variant in grouped for run in variant.runs}

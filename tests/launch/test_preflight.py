@@ -104,12 +104,12 @@ def test_two_sound_nodes_pass_with_a_line_a_check_and_measured_speeds(nodes):
     (code, report), (follower_code, follower_report) = nodes.wait("n1"), nodes.wait("n2")
     assert (code, follower_code) == (PASSED, PASSED), report
     assert follower_report == []  # the first node tells for all
-    checks = ["versions", "GPUs", "documents", "model", "disk speed", "disk space", "plan", "host memory", "W&B"]
-    checks += ["clock", "network"]
+    checks = ["versions", "GPUs", "settings", "documents", "model", "disk speed", "disk space", "plan", "host memory"]
+    checks += ["W&B", "clock", "network"]
     assert [line.split(": ")[1] for line in report] == checks
     assert all(line.split(": ")[2] == "ok" for line in report)
-    assert "n1, n2: no GPU: gloo" in report[1] and "n1, n2: 1 files" in report[3]
-    assert "n1: offline: no WANDB_API_KEY" in report[8]
+    assert "n1, n2: no GPU: gloo" in report[1] and "n1, n2: 1 files" in report[4]
+    assert "n1: offline: no WANDB_API_KEY" in report[9]
     assert "gloo, 4 ranks: all-reduce " in report[-1] and "all-to-all " in report[-1] and "GB/s" in report[-1]
 
 
@@ -120,13 +120,14 @@ def test_everything_that_is_wrong_is_told_at_once_with_its_node(nodes):
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: wandb\nVersion: 0.1\n")
     nodes.environment["n2"]["PYTHONPATH"] = f"{nodes.tmp / 'other'}{os.pathsep}{REPOSITORY}"
-    nodes.start()
+    nodes.start("--mask", "nonsense")
     (code, report), (follower_code, _) = nodes.wait("n1"), nodes.wait("n2")
     assert (code, follower_code) == (WILL_NOT_PASS, WILL_NOT_PASS)
     failed = [line for line in report if "FAILED" in line]
-    assert len(failed) == 2, report
-    assert "model: FAILED: n2: --model model: 1 of 1 weight files missing (model.safetensors)" in failed[0]
-    assert "versions: FAILED: n2 has wandb 0.1, n1 has " in failed[1]
+    assert len(failed) == 4, report
+    assert "settings: FAILED: n1: --mask 'nonsense'" in failed[0] and "settings: FAILED: n2: --mask" in failed[1]
+    assert "model: FAILED: n2: --model model: 1 of 1 weight files missing (model.safetensors)" in failed[2]
+    assert "versions: FAILED: n2 has wandb 0.1, n1 has " in failed[3]
     assert any(line.startswith("preflight: model: ok: n1: ") for line in report)
     assert any(line.startswith("preflight: network: ok: gloo, 2 ranks") for line in report)
 

@@ -137,7 +137,7 @@ def test_a_job_whose_shell_is_signalled_and_whose_node_slurm_loses_while_it_trai
     cluster.until(lambda: cluster.state(job) == "RUNNING" and cluster.show(job)["Restarts"] == "2")
     assert cluster.show(job)["NodeList"] != node
     cluster.until(lambda: "waiting for the ranks of an earlier attempt" in cluster.said(job))
-    cluster.until(lambda: "interrupted: saved after step" in (run / "logs" / "attempt-2.log").read_text())
+    cluster.until(lambda: "going on after step" in (run / "logs" / "attempt-3.log").read_text())
     reached = steps(run)
     cluster.until(lambda: steps(run) >= reached + 2)
     assert [values["step"] for values in read_rows(run / "metrics.jsonl")] == list(range(1, steps(run) + 1))
@@ -151,7 +151,7 @@ def test_what_the_user_must_mend_or_cancels_is_not_tried_again_and_what_fails_ag
     wrong = cluster.sbatch("--nodes=1", KIMI, *DEMO, "--mask", "nonsense", "--output", str(tmp_path / "wrong"))
     ended = cluster.end(wrong)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
-    assert "error: --mask 'nonsense'" in cluster.said(wrong)
+    assert "settings: FAILED: n1: --mask 'nonsense'" in cluster.said(wrong)
     long = tmp_path / "long"
     limited = cluster.sbatch(
         "--nodes=1", "--time=1", "--signal=B:CONT", KIMI, *DEMO, "--steps", "10000", "--output", str(long)

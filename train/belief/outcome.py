@@ -90,7 +90,7 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
 
 
 def check_free(output: Path, runs: Iterable[Path]) -> None:
-    """UserError where the directory holds a comparison of other runs than these."""
+    """UserError where the directory holds a comparison of runs that are not all among these."""
     path = output / "comparison.json"
     if not path.exists():
         return
@@ -98,8 +98,8 @@ def check_free(output: Path, runs: Iterable[Path]) -> None:
         variants = json.loads(path.read_text(encoding="utf-8"))["variants"].values()
         held = {Path(run["directory"]).resolve() for variant in variants for run in variant["runs"]}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        held = set()
-    if held != {run.resolve() for run in runs}:
+        held = {path}
+    if not held <= {run.resolve() for run in runs}:
         raise UserError(f"--output {output}: holds a comparison of other runs, which would be lost. Give another.")
 
 
