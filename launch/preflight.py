@@ -5,8 +5,8 @@
 One process a node: which one it is comes from SLURM_PROCID and SLURM_NTASKS, or from RANK and WORLD_SIZE; the first
 node's address from MASTER_ADDR and MASTER_PORT, or else from Slurm; how many ranks a node will have from LOCAL_SIZE, or
 else it is one a GPU, or one without GPUs. The time limit comes from --time-limit or, for instance where a job script
-starts this, from PREFLIGHT_TIME_LIMIT. Exit code, the same on all nodes: 0, go on; 2, something will not pass by itself, such as a shard
-that is missing; 1, something may, such as a busy GPU or a node that does not answer.
+starts this, from PREFLIGHT_TIME_LIMIT. Exit code, the same on all nodes: 0, go on; 2, something will not pass by
+itself, such as a shard that is missing; 1, something may, such as a busy GPU or a node that does not answer.
 """
 
 import json

@@ -140,17 +140,20 @@ step() {
     child=
 }
 
-# Tells this shell when half a minute is left: Slurm would end it with the ranks, and nobody could requeue the job.
+# Gives this shell notice when 45 seconds are left, as --signal may have done earlier; and at 20 seconds has it requeue the
+# job, or Slurm would end it with ranks that have not left, and nobody could.
 before_the_time_limit() {
-    local end left silent
+    local end left silent before=45 signal=USR1
     exec {silent}<> <(:) # to wait without a process of its own, which would stay
     while end=$(squeue --noheader --format=%e --jobs="$job" 2>/dev/null) && end=$(date --date="$end" +%s 2>/dev/null); do
-        left=$((end - $(date +%s) - 30))
-        if ((left <= 0)); then
-            kill -ALRM $$
-            break
+        left=$((end - $(date +%s) - before))
+        if ((left > 0)); then
+            read -r -t "$left" -u "$silent" || true
+        else
+            kill -"$signal" $$
+            if [[ $signal == ALRM ]]; then break; fi
+            before=20 signal=ALRM
         fi
-        read -r -t "$left" -u "$silent" || true
     done
 }
 

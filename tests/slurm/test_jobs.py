@@ -154,7 +154,7 @@ def test_what_the_user_must_mend_or_cancels_is_not_tried_again_and_what_fails_ag
     assert "settings: FAILED: n1: --mask 'nonsense'" in cluster.said(wrong)
     long = tmp_path / "long"
     limited = cluster.sbatch(
-        "--nodes=1", "--time=1", "--signal=B:CONT", KIMI, *DEMO, "--steps", "10000", "--output", str(long)
+        "--nodes=1", "--time=2", "--signal=B:CONT", KIMI, *DEMO, "--steps", "10000", "--output", str(long)
     )
 
     run = tmp_path / "failing"
@@ -169,8 +169,13 @@ def test_what_the_user_must_mend_or_cancels_is_not_tried_again_and_what_fails_ag
     assert "3 attempts in a row without a new save" in cluster.said(failing)
     assert "rank 0 ended first, with code 137" in cluster.said(failing)
 
-    # Its time limit reached, and no signal before it.
-    cluster.until(lambda: cluster.show(limited)["Restarts"] == "1")
+    # Its time limit near, and no signal of Slurm's before it; and then reached, for it was lowered.
+    cluster.until(lambda: cluster.state(limited) == "RUNNING" and cluster.show(limited)["Restarts"] == "1")
+    assert "requeued after code 85" in cluster.said(limited) and steps(long) > 0
+    reached = steps(long)
+    cluster.until(lambda: steps(long) > reached)
+    cluster.call("scontrol", "update", f"jobid={limited}", "timelimit=1")
+    cluster.until(lambda: cluster.show(limited)["Restarts"] == "2")
     assert "interrupted: saved after step" in cluster.said(limited)
     cluster.call("scancel", limited)
     assert cluster.end(limited)["JobState"] == "CANCELLED"
