@@ -128,6 +128,7 @@ step() {
     fi
     "$@" >>"$log" 2>&1 &
     child=$!
+    if ((told)); then kill -USR1 "$child" 2>/dev/null || true; fi # between the two lines above
     while ((!late)); do # a signal to this shell ends its wait
         code=0
         wait "$child" || code=$?

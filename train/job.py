@@ -142,8 +142,8 @@ def checked_expert_parallel(settings: Settings, ranks: int) -> int:
     size = settings.expert_parallel or ranks
     if ranks % size:
         raise UserError(
-            f"--expert-parallel {size}: must divide the {ranks} ranks into equal groups. Give a divisor, or more "
-            "ranks: deepspeed --num_gpus N."
+            f"--expert-parallel {size}: must divide the {ranks} ranks into equal groups. Give a divisor, or "
+            "another number of ranks: deepspeed --num_gpus N, or sbatch --nodes=N."
         )
     return size
 
