@@ -57,8 +57,9 @@ DISK = 2e9  # bytes a second and node
 # Two allowances, not measured. On a GPU: what nvidia-smi shows of a rank beyond torch.cuda.max_memory_reserved(), and
 # torch.cuda.max_memory_allocated() / max_memory_reserved().
 RUNTIME = 2_000_000_000  # CUDA context, NCCL's and cuBLAS's buffers
-PROCESS = 20_000_000  # on a CPU: Python's objects and the heap, about the middle of what tests/benchmarks/plan.py finds
 USABLE = 0.95  # of a GPU's memory: the rest is lost between blocks of torch's allocator
+# On a CPU, a process's objects of Python's and its heap: about the middle of what tests/benchmarks/plan.py finds.
+PROCESS = 20_000_000
 
 ASSUMED = f"""\
 assumed: {RUNTIME / 1e9:.0f} GB for CUDA, NCCL and cuBLAS, and {1 - USABLE:.0%} of the memory lost between blocks of

@@ -3,9 +3,9 @@
 
 class UserError(ValueError):
     """A setting, a file or a document is wrong. The message gives the setting (or file and line), the value, the rule
-    and the fix; the commands print it without a traceback and exit with `code`."""
+    and the fix; the commands print it without a traceback and exit with code 2."""
 
-    code = 2
+    code = 2  # of train/sft.py and what else `guarded` runs
 
 
 class Held(UserError):
