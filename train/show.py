@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         tokenized = [tokenize_document(doc, tokenizer, add_bos=False, add_eos=False) for doc in documents]
         shown = [show(doc, mask, args.seed) for doc in tokenized]
         for entry in mask.entries:
-            if not any(entry.role in each.treatment.touched for each in shown):
+            if entry.role and not any(entry.role in each.treatment.touched for each in shown):
                 print(f"note: --mask {entry.name}: no document shown has role {entry.role!r}", file=sys.stderr)
         if missing := sum(each.treatment.random_shortfall for each in shown):
             print(f"note: random: found no place for {missing} targets: documents have too few others", file=sys.stderr)
@@ -109,9 +109,10 @@ def show(doc: TokenizedDocument, mask: Mask, seed: int) -> Shown:
     weight_of_entry = [entry.weight for entry in mask.entries] + [1.0]  # not rounded to float32 as in weight_L
     for i in np.flatnonzero(treatment.entry_L >= 0):
         entry = mask.entries[treatment.entry_L[i]]
-        role_L[i] = entry.name if entry.random else entry.role
-    decided = zip(treatment.entry_L, doc.target_L, strict=True)
-    weight_L = [weight_of_entry[index] if target else 0.0 for index, target in decided]
+        if entry.role:  # what decides for all tokens, or for the unspanned, leaves them the role of their span
+            role_L[i] = entry.name if entry.random else entry.role
+    decided = zip(treatment.entry_L, doc.factor_L.tolist(), doc.target_L, strict=True)
+    weight_L = [weight_of_entry[index] * factor if target else 0.0 for index, factor, target in decided]
     return Shown(doc, treatment, role_L, weight_L)
 
 

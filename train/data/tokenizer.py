@@ -16,7 +16,7 @@ import numpy as np
 import tiktoken
 import tokenizers
 
-from train.data.chat import Render, render_and_locate, template_renderer
+from train.data.chat import Render, Trained, render_and_locate, template_renderer
 from train.data.documents import Document, Span
 from train.data.offsets import hold_merged_marks, offsets_from_bytes, solid_counts, touched
 from train.errors import UserError
@@ -79,7 +79,11 @@ class TokenizedDocument:
     target_L: np.ndarray
     """Predicted and counted: what `--mask none` trains. Not the first token, nor template tokens, nor messages that are
     not trained on."""
+    factor_L: np.ndarray
+    """float64, what multiplies the mask's weight: the document's own weight times its message's."""
     spans: tuple[Span, ...]
+    thoughts_dropped: int = 0
+    """Trained messages of which the chat template leaves out the thinking block."""
 
     @cached_property
     def solid_counts(self) -> np.ndarray:
@@ -87,7 +91,7 @@ class TokenizedDocument:
 
     def truncated(self, max_tokens: int) -> "TokenizedDocument":
         """Its first max_tokens tokens; text and spans stay whole."""
-        cut = {name: getattr(self, name)[:max_tokens] for name in ("ids_L", "start_L", "end_L", "target_L")}
+        cut = {name: getattr(self, name)[:max_tokens] for name in ("ids_L", "start_L", "end_L", "target_L", "factor_L")}
         return replace(self, **cut)
 
 
@@ -96,29 +100,48 @@ def tokenize_document(document: Document, tokenizer: Tokenizer, *, add_bos: bool
     that ends each, not what the template writes around them, nor an empty <think> block."""
     if document.messages is None:
         assert document.text is not None
-        text, spans, last_trained = document.text, document.spans, True
+        text, spans, last_trained, dropped, last_weight = document.text, document.spans, True, 0, 1.0
         encoded = tokenizer.encode(text)
         target_L = np.ones(len(encoded.ids_L), dtype=bool)
+        factor_L = np.ones(len(target_L))
     else:
-        rendered = render_and_locate(document.messages, tokenizer.render_chat, document.where)
-        text, spans, last_trained = rendered.text, rendered.spans, document.messages[-1].train
+        rendered = render_and_locate(document.messages, tokenizer.render_chat, document.where, document.tools)
+        text, spans, dropped = rendered.text, rendered.spans, rendered.thoughts_dropped
+        last_trained, last_weight = document.messages[-1].train, document.messages[-1].weight
         encoded = tokenizer.encode(text)
-        target_L = touched(encoded.start_L, encoded.end_L, solid_counts(text), rendered.trained)
-        special_L = np.isin(encoded.ids_L, list(tokenizer.special_ids))
-        # what ends a turn may stand after white space of the template's
-        ends = [len(text) - len(text[end:].lstrip()) for _, end in rendered.trained]
-        target_L |= special_L & np.isin(encoded.start_L, ends) & (encoded.end_L > encoded.start_L)
+        target_L, factor_L = _chat_targets(encoded, text, rendered.trained, tokenizer.special_ids)
+    factor_L = factor_L * document.weight
 
     ids_L, start_L, end_L = encoded.ids_L, encoded.start_L, encoded.end_L
     if add_bos and (not len(ids_L) or ids_L[0] != tokenizer.bos_id):  # many chat templates write one themselves
         ids_L = np.insert(ids_L, 0, _required(tokenizer.bos_id, "BOS", "--bos"))
         start_L, end_L, target_L = np.insert(start_L, 0, 0), np.insert(end_L, 0, 0), np.insert(target_L, 0, False)
+        factor_L = np.insert(factor_L, 0, 1)
     if add_eos:
         ids_L = np.append(ids_L, np.int32(_required(tokenizer.eos_id, "EOS", "--eos")))
         target_L = np.append(target_L, last_trained)
+        factor_L = np.append(factor_L, document.weight * last_weight)
         start_L, end_L = np.append(start_L, np.int32(len(text))), np.append(end_L, np.int32(len(text)))
     target_L[:1] = False  # nothing predicts the first token
-    return TokenizedDocument(document, text, ids_L, start_L, end_L, target_L, spans)
+    return TokenizedDocument(document, text, ids_L, start_L, end_L, target_L, factor_L, spans, dropped)
+
+
+def _chat_targets(
+    encoded: Encoded, text: str, trained: Sequence[Trained], special_ids: frozenset[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """target_L and, of each message's own weight, factor_L of a rendered chat."""
+    target_L = np.zeros(len(encoded.ids_L), dtype=bool)
+    factor_L = np.ones(len(target_L))
+    solid, special_L = solid_counts(text), np.isin(encoded.ids_L, list(special_ids))
+    for weight in {each.weight for each in trained}:
+        ranges = [(each.start, each.end) for each in trained if each.weight == weight]
+        # what ends a turn may stand after white space of the template's
+        ends = [len(text) - len(text[end:].lstrip()) for _, end in ranges]
+        own_L = touched(encoded.start_L, encoded.end_L, solid, ranges)
+        own_L |= special_L & np.isin(encoded.start_L, ends) & (encoded.end_L > encoded.start_L)
+        target_L |= own_L
+        factor_L[own_L] = weight
+    return target_L, factor_L
 
 
 def _required(token_id: int | None, name: str, setting: str) -> int:

@@ -1,0 +1,59 @@
+"""What was found in documents that whoever reads the results should know: counted, shown, and kept with the run."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+SHOWN = 5  # places of a finding that the terminal lists; summary.json lists all
+
+SKIPPED = "rows left out by --bad-rows skip"
+NO_TARGET = "documents without anything to predict (no trained message, or all of it cut away), which train nothing"
+NO_ROLE_OF_CHATS = "messages with a role that is none of chats, which are trained on only where they say so"
+TAGS = "tags of masks left in texts, which are trained on as they stand (python train/annotate.py --markup takes them out)"
+NOT_JSON = "numbers that JSON cannot say (NaN, Infinity, beyond range), kept as null"
+THOUGHT_DROPPED = "trained messages whose thinking block the chat template drops"
+
+
+def unknown_key(of: str, key: str) -> str:
+    """The finding that messages or spans have a key that is not read."""
+    return f"{of} with the key {key!r}, which is not read"
+
+
+@dataclass
+class Findings:
+    """places: what was found -> (path, line, detail or "") of each time."""
+
+    places: dict[str, list[tuple[str, int, str]]] = field(default_factory=dict)
+
+    def add(self, what: str, path: str, line: int, detail: str = "") -> None:
+        """Counts one more."""
+        self.places.setdefault(what, []).append((path, line, detail))
+
+    def include(self, other: "Findings") -> None:
+        """Adds all that another holds."""
+        for what, places in other.places.items():
+            self.places.setdefault(what, []).extend(places)
+
+    def lines(self) -> list[str]:
+        """A note each, with the first places."""
+        notes = []
+        for what, places in self.places.items():
+            named = list(dict.fromkeys(f"{path}:{line}" + (f" ({detail})" if detail else "") for path, line, detail in places))
+            more = f" and {len(named) - SHOWN:,} more" if len(named) > SHOWN else ""
+            notes.append(f"note: {len(places):,} {what}: {', '.join(named[:SHOWN])}{more}")
+        return notes
+
+    def summary(self) -> dict[str, Any]:
+        """what -> {"count", "lines": {path: [line]}, "details": {detail: count}}, as summary.json has it."""
+        return {what: _summary(places) for what, places in self.places.items()}
+
+
+def _summary(places: list[tuple[str, int, str]]) -> dict[str, Any]:
+    lines: dict[str, list[int]] = {}
+    details: dict[str, int] = {}
+    for path, line, detail in places:
+        own = lines.setdefault(path, [])
+        if line not in own[-1:]:
+            own.append(line)
+        if detail:
+            details[detail] = details.get(detail, 0) + 1
+    return {"count": len(places), "lines": lines} | ({"details": details} if details else {})
