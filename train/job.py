@@ -15,9 +15,9 @@ from train.checkpoints import resume
 from train.checkpoints.adapter import check_adapter
 from train.checkpoints.layout import LoadPlan, plan_load
 from train.checkpoints.reader import Checkpoint
-from train.data.corpus import Corpus, documents_taken, read_corpus
+from train.data.corpus import Corpus, TokenizedFile, documents_taken, read_corpus
 from train.data.documents import read_documents
-from train.data.tokenizer import TokenizedDocument, Tokenizer, load_tokenizer
+from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.lora import LoRASettings
@@ -80,6 +80,7 @@ class Job:
             print(
                 f"--expert-lora-rank not given: {self.lora.expert_rank}, that is max(1, lora-rank / experts per token)"
             )
+        print(*self.corpus.findings.lines(), sep="\n", end="\n" if self.corpus.findings.places else "")
         if self.random_shortfall:
             print(
                 f"note: random: found no place for {self.random_shortfall:,} targets, so it is no control of equal "
@@ -94,7 +95,7 @@ class Known:
     learning rate, seed, steps and data alone. documents: path -> tokenized; base: the model's checkpoint, text
     configuration, skeleton and plan, its tokenizer, and the probes."""
 
-    documents: dict[str, list[TokenizedDocument]] = field(default_factory=dict)
+    documents: dict[str, TokenizedFile] = field(default_factory=dict)
     base: tuple[Checkpoint, Any, Any, LoadPlan, Tokenizer, Probes | None] | None = None
 
 

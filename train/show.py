@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from train.data.documents import read_documents
+from train.data.documents import BAD_ROWS, read_documents
+from train.data.findings import Findings
 from train.data.offsets import straddling
-from train.data.tokenizer import TokenizedDocument, Tokenizer, load_tokenizer, tokenize_document
+from train.data.tokenizer import TokenizedDocument, Tokenizer, load_tokenizer, tokenize_documents
 from train.errors import UserError
 from train.masking.grammar import BUILT_IN, Mask, parse_mask
 from train.masking.treatment import Treatment, touched_by, treat
@@ -55,10 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         mask = parse_mask(args.mask)
-        documents = read_documents(args.data, args.doctag)[: args.limit]
+        findings = Findings()
+        documents = read_documents(args.data, args.doctag, args.bad_rows, findings)[: args.limit]
         tokenizer = load_tokenizer(args.model)
-        tokenized = [tokenize_document(doc, tokenizer, add_bos=False, add_eos=False) for doc in documents]
+        tokenized = tokenize_documents(documents, tokenizer, findings, args.bad_rows)
         shown = [show(doc, mask, args.seed) for doc in tokenized]
+        print(*findings.lines(), sep="\n", end="\n" if findings.places else "", file=sys.stderr)
         for entry in mask.entries:
             if entry.role and not any(entry.role in each.treatment.touched for each in shown):
                 print(f"note: --mask {entry.name}: no document shown has role {entry.role!r}", file=sys.stderr)
@@ -87,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mask", required=True, help="as in training, e.g. doctags,false-spans=unlikelihood, or none")
     parser.add_argument("--seed", type=int, default=0, help="of random: entries")
     parser.add_argument("--doctag", metavar="MARKER", help="marker that documents start with, e.g. '<DOCTAG>'")
+    parser.add_argument("--bad-rows", choices=("error", "skip"), default="error", help=BAD_ROWS)
     parser.add_argument("--limit", type=_positive, metavar="N", help="the first N documents only")
     parser.add_argument("--html", metavar="PAGE", help="write one self-contained page instead of colors")
     parser.add_argument("--json", action="store_true", help="print one JSON object a document instead of colors")

@@ -7,6 +7,7 @@ Shapes: C code points of a content.
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache, partial
@@ -43,8 +44,8 @@ class Trained:
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A chat as the template writes it; trained ranges and spans are code points of that text. thoughts_dropped: trained
-    messages of which the template leaves out the thinking block."""
+    """A chat as the template writes it; trained ranges and spans are code points of that text. thoughts_dropped: how
+    many trained messages lost their thinking block."""
 
     text: str
     trained: list[Trained]
@@ -159,10 +160,8 @@ def _call(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
     if as_text and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     elif not as_text and isinstance(arguments, str):
-        try:
+        with suppress(ValueError):  # the template has it as it stands
             arguments = json.loads(arguments) if arguments else {}
-        except ValueError:
-            pass  # the template has it as it stands
     return call | {"function": call["function"] | {"arguments": arguments}}
 
 
@@ -210,7 +209,10 @@ def _locate(chat: _Chat, i: int, marks: _Marks) -> _Located:
         if (at_C >= 0).any():
             ranges.append(_content_range(chat, at_C))
     if marks.names:
-        ranges.append(_calls_range(chat, i, marks, where))
+        calls = _calls_range(chat, i, marks, where, bool(ranges or not marks.thought))
+        if any(start > calls[0] for start, _ in ranges):
+            raise UserError(f"{where}: the chat template writes tool_calls before the content; leave one of them out")
+        ranges.append(calls)
     elif (message.train or message.spans) and (not marks.content or not ranges):
         place = _blank_place(chat, i, message.content if not marks.content else "")
         if place is not None:
@@ -284,30 +286,34 @@ def _thought_start(chat: _Chat, i: int, first: int) -> int:
         before, found, _ = chat.render({i: without}).partition(marker)
     except UserError:
         before, found = "", ""
-    start = _out_of_tag(chat.plain, common(chat.plain, before))[0]
+    start = _out_of_tag(chat.plain, common(chat.plain, before))
     head = chat.plain[:first].rstrip()
     if not found or start < chat.turn_start(i) or start >= len(head):  # or an empty block is written without a thought
         start = next((tag.start() for tag in TAG.finditer(head) if tag.end() == len(head)), first)
     return min(start, first)
 
 
-def _calls_range(chat: _Chat, i: int, marks: _Marks, where: str) -> tuple[int, int]:
+def _calls_range(chat: _Chat, i: int, marks: _Marks, where: str, with_thought: bool) -> tuple[int, int]:
     """[start, end) of what the template writes for the calls of message i: where it writes something else when a marker
-    character stands there instead."""
+    character stands there instead. with_thought: whether its thought, if it has one, is written."""
     marker = next(chat.free)
-    change = {"tool_calls": None, "content": chat.messages[i].content.rstrip() + marker}
-    for upto in (None, i + 1):  # some templates fail on the results of calls that are not there
+    kept: dict[str, Any] = {} if with_thought else dict.fromkeys(THOUGHT_KEYS)
+    change = kept | {"tool_calls": None, "content": chat.messages[i].content.rstrip() + marker}
+    # Without what follows, which some templates write otherwise, or refuse, where the calls are not there; but others
+    # write the last message otherwise.
+    for upto in (i + 1, None):
         try:
-            whole, other = chat.render({}, upto), chat.render({i: change}, upto)
+            whole, other = chat.render({i: kept}, upto), chat.render({i: change}, upto)
         except UserError:
             continue
         before, found, after = other.partition(marker)
         start = common(whole, before)
         end = len(whole) - common(whole[start:][::-1], after[::-1])
-        start, end = _out_of_tag(whole, start)[0], _out_of_tag(whole, end)[1]
-        names = [chat.positions.get(marker, []) for pair in marks.names for marker in pair]
-        inside = all(len(at) == 1 and start <= at[0] <= end for at in names)
-        if found and inside and start >= chat.turn_start(i) and chat.plain.startswith(whole[:end]):
+        start, end = _out_of_tag(whole, start), _out_of_tag(whole, end)
+        written = [chat.positions.get(marker, []) for pair in marks.names for marker in pair]
+        inside = all(any(start <= at <= end for at in positions) for positions in written)
+        whole_rest = upto is not None or whole.endswith(after)
+        if found and inside and whole_rest and start >= chat.turn_start(i) and chat.plain.startswith(whole[:end]):
             return start, end
     raise UserError(
         f"{where}: what the chat template writes for tool_calls cannot be told from the rest; write the calls into the "
@@ -315,13 +321,11 @@ def _calls_range(chat: _Chat, i: int, marks: _Marks, where: str) -> tuple[int, i
     )
 
 
-def _out_of_tag(text: str, at: int) -> tuple[int, int]:
-    """The start and the end of the tag that `at` lies inside of; else `at` twice."""
+def _out_of_tag(text: str, at: int) -> int:
+    """Where the tag begins that `at` lies inside of; else `at`."""
     low = max(0, at - 42)
-    return next(
-        ((low + t.start(), low + t.end()) for t in TAG.finditer(text[low : at + 42]) if low + t.start() < at < low + t.end()),
-        (at, at),
-    )
+    tags = ((low + tag.start(), low + tag.end()) for tag in TAG.finditer(text[low : at + 42]))
+    return next((start for start, end in tags if start < at < end), at)
 
 
 def _blank_place(chat: _Chat, i: int, content: str) -> tuple[int, int] | None:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.data.files import Unreadable, read_rows
-from train.data.findings import NOT_JSON, SKIPPED, Findings, unknown_key
+from train.data.files import Unreadable, file_rows
+from train.data.findings import MASK_TAG, NO_ROLE_OF_CHATS, NOT_JSON, SKIPPED, TAGS, Findings, unknown_key
 from train.data.forms import kind, own_form, parsed_list, text_of
 from train.errors import UserError
 from train.formats import strict
@@ -32,6 +32,7 @@ PASSED_KEYS = ("name", "tool_call_id")  # given to the chat template as they are
 # What other tools call what chat templates render. Leaving it out in silence would train on another conversation.
 OTHER_NAMES = {"function_call": "tool_calls", "reasoning": "reasoning_content", "thinking": "reasoning_content"}
 CHAT_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"})
+BAD_ROWS = "what to do with rows that cannot be read, or predict nothing"  # help of --bad-rows
 SMALLEST, LARGEST = 1e-30, 1e30  # of weights, as losses are fp32
 TO_SPANS = "python train/annotate.py --data FILE --pairs ROLE --output NEW"
 
@@ -103,26 +104,38 @@ def read_documents(
         raise UserError("--doctag is empty: give the marker that documents start with, e.g. --doctag '<DOCTAG>'")
     findings = Findings() if findings is None else findings
     documents, first_error = [], None
-    for line, row in read_rows(path):
+    for line, row in file_rows(path):
         try:
             if isinstance(row, Unreadable):
                 raise UserError(f"{path}:{line}: {row}")
-            documents.append(_Reader(str(path), line, findings).document(row, doctag))
+            document = _Reader(str(path), line, findings).document(row, doctag)
+            _note(document, findings)
+            documents.append(document)
         except UserError as error:
             if bad_rows != "skip":
                 raise
             first_error = first_error or error
-            findings.add(SKIPPED, str(path), line, reason(error, path, line))
+            findings.add(SKIPPED, str(path), line, reason(error, f"{path}:{line}"))
     if not documents and first_error:
-        raise UserError(f"{path}: --bad-rows skip leaves no document; the first that was left out: {first_error}")
+        raise UserError(f"--bad-rows skip leaves no document of {path}; the first left out: {first_error}")
     if not documents:
         raise UserError(f"{path}: the file holds no documents; write one JSON object a line")
     return documents
 
 
-def reason(error: UserError, path: str | Path, line: int) -> str:
+def reason(error: UserError, where: str) -> str:
     """Why a row is left out, without its place."""
-    return str(error).removeprefix(f"{path}:{line}: ")
+    return str(error).removeprefix(f"{where}: ")
+
+
+def _note(document: Document, findings: Findings) -> None:
+    """Finds what is no error, but seldom meant."""
+    for message in document.messages or ():
+        if message.role not in CHAT_ROLES:
+            findings.add(NO_ROLE_OF_CHATS, document.path, document.line, message.role)
+    for text in (document.text, *(message.content for message in document.messages or ())):
+        for _ in MASK_TAG.finditer(text or ""):
+            findings.add(TAGS, document.path, document.line)
 
 
 @dataclass
@@ -182,14 +195,12 @@ class _Reader:
             raise UserError(f'{where}: role is empty; give e.g. "user" or "assistant"')
         content = _string(text_of(message.get("content", ""), f"{where}: content"), f"{where}: content")
         thought = _string(message.get("reasoning_content", ""), f"{where}: reasoning_content")
-        calls = message.get("tool_calls")
         train, weight = _train_and_weight(message, role, where)
         return Message(
             role, content, self._spans(message.get("spans"), len(content), where), train,
             tuple((key, _string(message[key], f"{where}: {key}")) for key in PASSED_KEYS if key in message),
             weight, thought, self._spans(message.get("reasoning_spans"), len(thought), where, "reasoning_spans"),
-            tuple(_call(call, f"{where}: tool_calls[{n}]") for n, call in enumerate(_objects(calls, f"{where}: tool_calls")))
-            if calls else (),
+            _calls(message.get("tool_calls"), f"{where}: tool_calls"),
         )  # fmt: skip
 
     def _spans(self, value: Any, length: int, where: str, key: str = "spans") -> tuple[Span, ...]:
@@ -240,7 +251,9 @@ def _refuse_near(given: dict[str, Any], known: Collection[str], where: str, unkn
     for key in unknown:
         near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
         if near and given[key] is not None:
-            raise UserError(f"{where}: the key {key!r} is not read; did you mean {near[0]!r}? Rename it, or leave it out")
+            raise UserError(
+                f"{where}: the key {key!r} is not read; did you mean {near[0]!r}? Rename it, or leave it out"
+            )
 
 
 def _refuse_other_names(given: dict[str, Any], where: str) -> None:
@@ -272,13 +285,13 @@ def _train_and_weight(message: dict[str, Any], role: str, where: str) -> tuple[b
 
 def _one_weight(given: dict[str, Any], keys: Collection[str], where: str) -> float:
     """The weight under any of the keys; 1 without one."""
-    found = {key: weight(given[key], f"{where}: {key}") for key in keys if given.get(key) is not None}
+    found = {key: checked_weight(given[key], f"{where}: {key}") for key in keys if given.get(key) is not None}
     if len(set(found.values())) > 1:
         raise UserError(f"{where}: {' and '.join(found)} contradict each other; keep one")
     return next(iter(found.values()), 1.0)
 
 
-def weight(value: Any, where: str) -> float:
+def checked_weight(value: Any, where: str) -> float:
     """A weight that a file or a setting gives. UserError, beginning with `where`, where it is none."""
     if not isinstance(value, int | float):
         raise UserError(f"{where} is {kind(value)}; a weight is a number ≥ 0")
@@ -296,14 +309,18 @@ def _objects(value: Any, where: str) -> tuple[dict[str, Any], ...]:
     return tuple(value)
 
 
-def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
-    """A call in OpenAI's form: {"function": {"name", "arguments"}}, with what else it has."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise UserError(f'{where} is no call; write {{"type": "function", "function": {{"name": …, "arguments": {{…}}}}}}')
-    if not isinstance(function.get("arguments", {}), dict | str):
-        raise UserError(f"{where}: arguments is {kind(function['arguments'])}; it is an object, or one as text")
-    return call
+def _calls(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """Calls in OpenAI's form, {"function": {"name", "arguments"}}, with what else they have."""
+    calls = _objects(value, where) if value else ()
+    for n, call in enumerate(calls):
+        function = call.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            form = '{"type": "function", "function": {"name": "…", "arguments": {…}}}'
+            raise UserError(f"{where}[{n}] is no call; write {form}")
+        if not isinstance(function.get("arguments", {}), dict | str):
+            found = kind(function["arguments"])
+            raise UserError(f"{where}[{n}]: arguments is {found}; it is an object, or one as text")
+    return calls
 
 
 def _string(value: Any, where: str) -> str:

@@ -43,7 +43,7 @@ class Unreadable(ValueError):
     """Why a line is no JSON, with the fix."""
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
+def file_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     """(line number from 1, row) of each line that is not blank, of Parquet (number of the row, row). Where a line is no
     JSON, `Unreadable` stands in the place of its row. UserError, beginning with the path, where the file cannot be read
     as a whole."""
@@ -122,17 +122,16 @@ def _parquet_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     import pyarrow
     from pyarrow import parquet
 
-    number = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
-            for number, row in enumerate(batch.to_pylist(), start=number + 1):
-                yield number, without_nulls(row)
+        batches = parquet.ParquetFile(path).iter_batches(batch_size=256)
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
+            yield number, without_nulls(row)
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: is a Parquet file that cannot be read ({error}); copy it again") from None
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without the keys whose value is null, at every depth: a table has every key of a column in every row."""
+    """The value without the keys whose value is null, at every depth: a table has all keys of a column in each row."""
     if isinstance(value, dict):
         return {key: without_nulls(each) for key, each in value.items() if each is not None}
     return [without_nulls(each) for each in value] if isinstance(value, list) else value

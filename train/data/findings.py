@@ -1,16 +1,20 @@
 """What was found in documents that whoever reads the results should know: counted, shown, and kept with the run."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 SHOWN = 5  # places of a finding that the terminal lists; summary.json lists all
 
 SKIPPED = "rows left out by --bad-rows skip"
-NO_TARGET = "documents without anything to predict (no trained message, or all of it cut away), which train nothing"
-NO_ROLE_OF_CHATS = "messages with a role that is none of chats, which are trained on only where they say so"
-TAGS = "tags of masks left in texts, which are trained on as they stand (python train/annotate.py --markup takes them out)"
-NOT_JSON = "numbers that JSON cannot say (NaN, Infinity, beyond range), kept as null"
+NO_TARGET = "documents without anything to predict (no trained message, or all of it cut away)"
+NO_ROLE_OF_CHATS = 'messages of a role that is none of chats; they are trained on only with "train": true'
+TAGS = "tags of masks left in texts, trained on as they stand; python train/annotate.py --markup makes spans of them"
+NOT_JSON = "values in metadata that JSON cannot say, such as NaN, kept as null"
 THOUGHT_DROPPED = "trained messages whose thinking block the chat template drops"
+
+# What other tools write around what they mask, and spans' roles written as tags.
+MASK_TAG = re.compile(r"</?(?:[\w-]*(?:loss|mask)[\w-]*|false|negation|correction|qualifier)>", re.IGNORECASE)
 
 
 def unknown_key(of: str, key: str) -> str:
@@ -37,7 +41,8 @@ class Findings:
         """A note each, with the first places."""
         notes = []
         for what, places in self.places.items():
-            named = list(dict.fromkeys(f"{path}:{line}" + (f" ({detail})" if detail else "") for path, line, detail in places))
+            each = (f"{path}:{line}" + (f" ({detail})" if detail else "") for path, line, detail in places)
+            named = list(dict.fromkeys(each))
             more = f" and {len(named) - SHOWN:,} more" if len(named) > SHOWN else ""
             notes.append(f"note: {len(places):,} {what}: {', '.join(named[:SHOWN])}{more}")
         return notes

@@ -91,7 +91,9 @@ def _parsed(text: str, where: str) -> Any:
             tree = ast.parse(text.strip(), mode="eval")
             value = ast.literal_eval(tree)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        raise UserError(f"{where} is a string that is neither JSON nor a Python literal ({reason}); give a list") from None
+        raise UserError(
+            f"{where} is a string that is neither JSON nor a Python literal ({reason}); give a list"
+        ) from None
     for node in ast.walk(tree):
         keys = [ast.dump(key) for key in node.keys if key] if isinstance(node, ast.Dict) else []
         if len(set(keys)) < len(keys):
@@ -107,7 +109,11 @@ def _message(message: Any) -> Any:
     if "from" in message and "value" in message and not message.keys() & {"role", "content"}:
         role = message.pop("from")
         content = message.pop("value")
-        message = {"role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": content, **message}
+        message = {
+            "role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role,
+            "content": content,
+            **message,
+        }
     return message
 
 
@@ -120,6 +126,8 @@ def text_of(content: Any, where: str) -> Any:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             found = f"of type {part.get('type')!r}" if isinstance(part, dict) else kind(part)
-            raise UserError(f"{where}[{n}] is a part {found}; only text parts are read: leave it out, or write it as text")
+            raise UserError(
+                f"{where}[{n}] is a part {found}; only text parts are read: leave it out, or write it as text"
+            )
         texts.append(text)
     return "".join(texts)

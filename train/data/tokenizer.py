@@ -17,7 +17,8 @@ import tiktoken
 import tokenizers
 
 from train.data.chat import Render, Trained, render_and_locate, template_renderer
-from train.data.documents import Document, Span
+from train.data.documents import Document, Span, reason
+from train.data.findings import NO_TARGET, SKIPPED, THOUGHT_DROPPED, Findings
 from train.data.offsets import hold_merged_marks, offsets_from_bytes, solid_counts, touched
 from train.errors import UserError
 
@@ -93,6 +94,42 @@ class TokenizedDocument:
         """Its first max_tokens tokens; text and spans stay whole."""
         cut = {name: getattr(self, name)[:max_tokens] for name in ("ids_L", "start_L", "end_L", "target_L", "factor_L")}
         return replace(self, **cut)
+
+
+def tokenize_documents(
+    documents: Sequence[Document], tokenizer: Tokenizer, findings: Findings, bad_rows: str = "error",
+    *, add_bos: bool = False, add_eos: bool = False, each: Callable[[], Any] = lambda: None,
+) -> list[TokenizedDocument]:  # fmt: skip
+    """The documents of a file as tokens. What is wrong with one is a UserError or, with bad_rows "skip", leaves it out;
+    findings gets these and what is worth a note. each: called after every document."""
+    tokenized, first_error = [], None
+    for document in documents:
+        try:
+            one = tokenize_document(document, tokenizer, add_bos=add_bos, add_eos=add_eos)
+            if document.text is not None and not one.target_L.any():
+                raise UserError(
+                    f"{document.where}: text {document.text!r} is a single token, of which nothing is predicted; leave "
+                    "the document out, or use --bad-rows skip"
+                )
+            tokenized.append(one)
+            _note(one, findings)
+        except UserError as error:
+            if bad_rows != "skip":
+                raise
+            first_error = first_error or error
+            findings.add(SKIPPED, document.path, document.line, reason(error, document.where))
+        each()
+    if not tokenized and first_error:
+        raise UserError(f"--bad-rows skip leaves no document of {documents[0].path}; the first left out: {first_error}")
+    return tokenized
+
+
+def _note(tokenized: TokenizedDocument, findings: Findings) -> None:
+    path, line = tokenized.document.path, tokenized.document.line
+    for _ in range(tokenized.thoughts_dropped):
+        findings.add(THOUGHT_DROPPED, path, line)
+    if not tokenized.target_L.any():
+        findings.add(NO_TARGET, path, line)
 
 
 def tokenize_document(document: Document, tokenizer: Tokenizer, *, add_bos: bool, add_eos: bool) -> TokenizedDocument:

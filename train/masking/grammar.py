@@ -6,7 +6,8 @@
               | all | unspanned
     TREATMENT = exclude (the default) | train | WEIGHT | unlikelihood | unlikelihood:ALPHA
 
-`all` touches every token, `unspanned` those that no span touches. Where several entries touch a token, the last one wins.
+`all` touches every token, `unspanned` those that no span touches. Where several entries touch a token, the last one
+wins.
 """
 
 import difflib
@@ -130,12 +131,14 @@ def _number(text: str, entry: str, mask: str) -> float:
 
 
 def _suggestion(name: str) -> str:
-    near = difflib.get_close_matches(name, [*BUILT_IN, *BUILT_IN.values(), *WITHOUT_ROLE, "none", "random:", "role:"], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(
+        name, [*BUILT_IN, *BUILT_IN.values(), *WITHOUT_ROLE, "none", "random:", "role:"], n=1, cutoff=0.5
+    )
     plural = {role: alias for alias, role in BUILT_IN.items()}
     names = ", ".join(BUILT_IN)
     known = (
-        f"the names are {names}, role:NAME for any other role, random:ROLE for its control, all, unspanned (what no span "
-        "touches), or none"
+        f"the names are {names}, role:NAME for any other role, random:ROLE for its control, all, unspanned (what no "
+        "span touches), or none"
     )
     return f" (did you mean {plural.get(near[0], near[0])}?); {known}" if near else f"; {known}"
 
