@@ -140,7 +140,8 @@ class _Chat:
                 if all(name in text for name in names):
                     return given
         raise first_error or UserError(
-            f"{self.where}: the chat template does not write tool_calls; write the calls into the content"
+            f"{self.where}: the chat template does not write tool_calls; write the calls into the content (where it "
+            'writes ids, and not names, give each call an id such as "functions.NAME:0")'
         )
 
 
@@ -166,23 +167,17 @@ def _call(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
 
 
 class _Marks:
-    """The marker characters of message i: around the pieces of its content and thought, and its calls' names."""
+    """The marker characters of message i, around the pieces of its content and of its thought."""
 
     def __init__(self, chat: _Chat, i: int):
-        message, given = chat.messages[i], chat.given[i]
+        message = chat.messages[i]
         self.content = self._of(chat, message.content, message.train or bool(message.spans))
         self.thought = self._of(chat, message.reasoning, message.train or bool(message.reasoning_spans))
-        self.names = [(next(chat.free), next(chat.free)) for _ in message.tool_calls if message.train]
         self.change: dict[str, Any] = {}
         if self.content:
             self.change["content"] = marked(message.content, self.content)
         if self.thought:
             self.change |= dict.fromkeys(THOUGHT_KEYS, marked(message.reasoning, self.thought))
-        if self.names:
-            self.change["tool_calls"] = [
-                call | {"function": call["function"] | {"name": f"{opening}{call['function']['name']}{closing}"}}
-                for call, (opening, closing) in zip(given["tool_calls"], self.names, strict=True)
-            ]
 
     @staticmethod
     def _of(chat: _Chat, text: str, wanted: bool) -> list[tuple[int, int, str, str]]:
@@ -208,8 +203,8 @@ def _locate(chat: _Chat, i: int, marks: _Marks) -> _Located:
         at_C = _content(chat, i, marks, where, found)
         if (at_C >= 0).any():
             ranges.append(_content_range(chat, at_C))
-    if marks.names:
-        calls = _calls_range(chat, i, marks, where, bool(ranges or not marks.thought))
+    if message.train and message.tool_calls:
+        calls = _calls_range(chat, i, where, bool(ranges or not marks.thought))
         if any(start > calls[0] for start, _ in ranges):
             raise UserError(f"{where}: the chat template writes tool_calls before the content; leave one of them out")
         ranges.append(calls)
@@ -293,7 +288,7 @@ def _thought_start(chat: _Chat, i: int, first: int) -> int:
     return min(start, first)
 
 
-def _calls_range(chat: _Chat, i: int, marks: _Marks, where: str, with_thought: bool) -> tuple[int, int]:
+def _calls_range(chat: _Chat, i: int, where: str, with_thought: bool) -> tuple[int, int]:
     """[start, end) of what the template writes for the calls of message i: where it writes something else when a marker
     character stands there instead. with_thought: whether its thought, if it has one, is written."""
     marker = next(chat.free)
@@ -310,8 +305,7 @@ def _calls_range(chat: _Chat, i: int, marks: _Marks, where: str, with_thought: b
         start = common(whole, before)
         end = len(whole) - common(whole[start:][::-1], after[::-1])
         start, end = _out_of_tag(whole, start), _out_of_tag(whole, end)
-        written = [chat.positions.get(marker, []) for pair in marks.names for marker in pair]
-        inside = all(any(start <= at <= end for at in positions) for positions in written)
+        inside = all(call["function"]["name"] in whole[start:end] for call in chat.messages[i].tool_calls)
         whole_rest = upto is not None or whole.endswith(after)
         if found and inside and whole_rest and start >= chat.turn_start(i) and chat.plain.startswith(whole[:end]):
             return start, end
@@ -329,11 +323,12 @@ def _out_of_tag(text: str, at: int) -> int:
 
 
 def _blank_place(chat: _Chat, i: int, content: str) -> tuple[int, int] | None:
-    """Where a content without text stands: its white space and tags, if the template keeps them, else the empty range;
-    None where the template writes such a message otherwise."""
+    """Where a content without text stands: its white space and tags, if the template keeps them, or what follows its
+    last tag, else the empty range; None where the template writes such a message otherwise."""
     opening, closing = next(chat.free), next(chat.free)
-    for kept in (content, ""):
-        text = chat.render({i: {"content": f"{opening}{kept}{closing}"}})
+    past = max((tag.end() for tag in THINK_TAG.finditer(content)), default=0)
+    for head, kept in (("", content), (content[:past], content[past:]), ("", "")):
+        text = chat.render({i: {"content": f"{head}{opening}{kept}{closing}"}})
         if text.replace(opening, "").replace(closing, "") == chat.plain and text.count(opening) == 1:
             return text.index(opening), text.index(closing) - 1
     return None

@@ -4,10 +4,9 @@ What a file is, is told by its first bytes, whatever its name.
 """
 
 import gzip
-import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,22 +53,36 @@ def file_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
             for first_bytes, what, fix in REFUSED:
                 if start.startswith(first_bytes):
                     raise UserError(f"{path}: is {what}, which is not read; {fix}")
-            yield from _parquet_rows(path) if start.startswith(PARQUET) else _json_rows(path, _unpacked(file, start))
+            if start.startswith(PARQUET):
+                yield from _parquet_rows(path)
+            elif start.startswith(GZIP):
+                with gzip.open(file) as lines:
+                    yield from _json_rows(path, lines)
+            else:
+                yield from _json_rows(path, _zstandard_lines(file) if start.startswith(ZSTANDARD) else file)
     except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
         raise UserError(f"{path}: cannot be unpacked ({error}); copy the file again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a JSONL file of documents") from None
 
 
-def _unpacked(file: BinaryIO, start: bytes) -> Any:
-    if start.startswith(GZIP):
-        return gzip.open(file)
-    if start.startswith(ZSTANDARD):
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
-    return file
+def _zstandard_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file of one frame or more. EOFError where the last is cut off, at which zstandard's own reader
+    stops in silence."""
+    frame, line = zstandard.ZstdDecompressor().decompressobj(), b""
+    while packed := file.read(2**20):
+        while packed:
+            if frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            *lines, line = (line + frame.decompress(packed)).split(b"\n")
+            yield from lines
+            packed = frame.unused_data
+    if not frame.eof:
+        raise EOFError("it is cut off")
+    yield line
 
 
-def _json_rows(path: str | Path, lines: Any) -> Iterator[tuple[int, Any]]:
+def _json_rows(path: str | Path, lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
     # Lines end at \n alone: str.splitlines would also split at U+2028 inside a JSON string.
     for number, raw in enumerate(lines, start=1):
         if number == 1:

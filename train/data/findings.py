@@ -1,6 +1,7 @@
 """What was found in documents that whoever reads the results should know: counted, shown, and kept with the run."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,12 +54,7 @@ class Findings:
 
 
 def _summary(places: list[tuple[str, int, str]]) -> dict[str, Any]:
-    lines: dict[str, list[int]] = {}
-    details: dict[str, int] = {}
-    for path, line, detail in places:
-        own = lines.setdefault(path, [])
-        if line not in own[-1:]:
-            own.append(line)
-        if detail:
-            details[detail] = details.get(detail, 0) + 1
-    return {"count": len(places), "lines": lines} | ({"details": details} if details else {})
+    paths = {path: None for path, _, _ in places}
+    lines = {path: sorted({line for other, line, _ in places if other == path}) for path in paths}
+    details = Counter(detail for _, _, detail in places if detail)
+    return {"count": len(places), "lines": lines} | ({"details": dict(details)} if details else {})
