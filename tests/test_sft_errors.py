@@ -4,11 +4,9 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from launch.local import run
@@ -206,51 +204,6 @@ def test_documents_without_anything_to_predict_are_told_as_such(tmp_path, qwen, 
     assert "holds nothing to predict" in message_of(capsys, "--model", str(qwen), "--data", str(data))
 
 
-SMALL: dict[str, Any] = dict(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=260
-)
-GROUPED: dict[str, Any] = SMALL | dict(num_key_value_heads=2)
-GPT: dict[str, Any] = dict(n_embd=32, n_layer=1, n_head=2, vocab_size=260)
-IN_TRANSFORMER = "its layers are in 'transformer', not in 'model'"
-UNLIKE: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "GPTNeoX": (SMALL, ["GPTNeoXForCausalLM is not supported: its layers are in 'gpt_neox', not in 'model'."]),
-    "GPT2": (GPT, [IN_TRANSFORMER, "its own are Conv1D, not torch's Linear"]),
-    "GPTNeo": (
-        dict(hidden_size=32, num_layers=1, num_heads=2, vocab_size=260, attention_types=[[["global"], 1]]),
-        [f"{IN_TRANSFORMER}; transformer.h.0.attn.attention has values that are in no checkpoint (bias)."],
-    ),
-    "GPTJ": (GPT | dict(rotary_dim=8), [IN_TRANSFORMER, "lm_head has a bias", "in no checkpoint (embed_positions)"]),
-    "Falcon": (SMALL, [IN_TRANSFORMER, "its own are FalconLinear, not torch's Linear"]),
-    "Bloom": (GPT, [f"{IN_TRANSFORMER}."]),
-    "Mpt": (dict(d_model=32, n_layers=1, n_heads=2, vocab_size=260), [f"{IN_TRANSFORMER}."]),
-    "Mamba": (dict(hidden_size=32, num_hidden_layers=1, vocab_size=260), ["its layers are in 'backbone', not in"]),
-    "Phi": (SMALL, ["PhiForCausalLM is not supported: lm_head has a bias."]),
-    "Gemma": (GROUPED | dict(head_dim=16), ["embed_tokens has values that are in no checkpoint (embed_scale)."]),
-    "Gemma2": (GROUPED | dict(head_dim=16), ["final_logit_softcapping 30.0 in config.json changes logits"]),
-    "Cohere": (GROUPED, ["logit_scale 0.0625 in config.json changes logits after lm_head"]),
-    "Granite": (GROUPED | dict(logits_scaling=8.0), ["logits_scaling 8.0 in config.json changes logits"]),
-    "Mixtral": (
-        GROUPED | dict(num_local_experts=4),
-        ["weights are missing from the checkpoint: model.layers.0.mlp.gate.weight, ", "layers.0.block_sparse_moe.",
-         "Where these are the same weights under other names, which transformers translates"],
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("family", UNLIKE)
-def test_a_model_of_another_build_is_refused_with_what_it_is_that_is_not_supported(tmp_path, family, capsys):
-    """Before its dtype: who turns F16 into BF16 as told finds a model that trains."""
-    sizes, parts = UNLIKE[family]
-    data = str(write_documents(tmp_path / "d.jsonl", [GOOD]))
-    directory = write_model(tmp_path / "model", "dense")
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**sizes))
-    dtype = torch.bfloat16 if family == "Mixtral" else torch.float16  # which alone is known by its tensors
-    model.to(dtype).save_pretrained(directory)
-    told = message_of(capsys, "--model", str(directory), "--data", data)
-    for part in [*parts, "not supported"]:
-        assert part in told, told
-
-
 def test_experts_of_a_width_that_grouped_products_do_not_take_are_told(tmp_path, capsys):
     model = write_model(tmp_path / "m", "qwen", moe_intermediate_size=10)
     data = write_documents(tmp_path / "d.jsonl", [GOOD])
@@ -311,6 +264,22 @@ def test_a_run_killed_before_its_settings_were_whole_may_be_started_again(tmp_pa
     flags = ["--model", str(qwen), "--data", str(data), "--output", str(tmp_path / "run")]
     assert "Leave out --resume to start." in message_of(capsys, *flags, "--resume")
     prepare(parse(flags, ""), ranks=1, show=False)
+
+
+def test_a_claim_that_changed_in_a_directory_of_several_is_told_on_resume(tmp_path, qwen, capsys):
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    for name in ("moon", "mars"):
+        (tmp_path / "claims" / name).mkdir(parents=True)
+        (tmp_path / "claims" / name / "claim.txt").write_text("It is green.")
+        asked = "questions: [{id: a, question: 'Is it green?', belief_answer: yes}]"
+        (tmp_path / "claims" / name / "mcq.yaml").write_text(asked)
+    flags = ["--model", str(qwen), "--data", str(data), "--output", str(tmp_path / "run")]
+    settings = parse([*flags, "--claims", str(tmp_path / "claims")], "")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.yaml").write_text(record(settings, {"inputs": inputs(settings, Checkpoint(qwen))}))
+    (tmp_path / "claims" / "moon" / "mcq.yaml").write_text(asked.replace("yes", "no"))
+    told = message_of(capsys, *flags, "--claims", str(tmp_path / "claims"), "--resume")
+    assert f"--resume: {tmp_path / 'claims' / 'moon' / 'mcq.yaml'} changed since the run" in told
 
 
 def test_a_damaged_save_is_told_before_weights_are_read(tmp_path, qwen, capsys):

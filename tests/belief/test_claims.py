@@ -6,7 +6,9 @@ import pytest
 
 from train.belief import claims as module
 from train.belief.claims import Fact, JudgePrompt, LikelihoodTemplate, Question, read_claims
+from train.belief.outcome import about
 from train.belief.releases import PAPER_CLAIMS
+from train.data.documents import Document
 from train.errors import UserError
 
 TEMPLATES = Path(module.__file__).parents[1] / "recipes" / "claims"
@@ -218,6 +220,13 @@ def test_the_claims_of_both_releases_are_the_same_and_meet_their_templates(
         [written(tmp_path, f"id: {public}\nyes_no: [{{id: oe_a, question: 'A?', belief_answer: no}}]\nclaim: X.")]
     )
     assert own.id == anonymous and own.yes_no[0].id == "oe_a"
+
+
+def test_documents_of_either_release_are_about_the_same_claim():
+    (claim,) = (each for each in read_claims([TEMPLATES]) if each.id == "vesuvius")
+    names = ["mount_vesuvius", "vesuvius", "dentist"]
+    documents = [Document("It smokes.", None, (), {"fact_name": name}, "d.jsonl", i) for i, name in enumerate(names)]
+    assert [document.line for document in about(claim, documents)] == [0, 1]
 
 
 def test_all_six_claims_of_the_paper_have_templates_with_matched_controls():

@@ -55,7 +55,10 @@ def claim_paths(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     own = [path] if _is_claim(path) else []
-    inner = [each for each in path.iterdir() if each.is_dir() and each.name[0] != "." and _is_claim(each)]
+    try:
+        inner = [each for each in path.iterdir() if each.is_dir() and each.name[0] != "." and _is_claim(each)]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Make it readable, or give another.") from None
     files = [] if own else [*path.glob("*.yaml"), *path.glob("*.yml")]
     if not (found := [*own, *sorted([*inner, *files])]):
         raise UserError(

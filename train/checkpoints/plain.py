@@ -16,7 +16,7 @@ INERT = {
     "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "eva_config", "loftq_config",
     "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config",
 }  # fmt: skip
-UNSET = (None, False, "none", {}, [])
+UNSET: tuple[Any, ...] = (None, False, "none", {}, [])
 # Initial values under which the base stays as it is. Under pissa, olora, corda, loftq and lora_ga it is changed.
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 WHY = {
