@@ -1,9 +1,12 @@
-"""Strict JSON (RFC 8259), as everything that is written here: no NaN, no Infinity, no half surrogates as raw bytes."""
+"""JSON and YAML as they are read and written here. Read: no key twice, of which other readers keep the last in silence.
+Written: strict JSON (RFC 8259), without NaN and Infinity."""
 
 import json
 import math
 import re
 from typing import Any
+
+import yaml
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -30,3 +33,42 @@ def strict(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     return None if isinstance(value, bytes) else str(value)
+
+
+class Unreadable(ValueError):
+    """Why a text is no JSON, with the fix."""
+
+
+def parse_json(text: str) -> Any:
+    """JSON in which no object gives a key twice; else Unreadable."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except Unreadable:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"not valid JSON ({error}); give one object a line") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise Unreadable(f"the key {json.dumps(twice)} is given twice; keep one of the two")
+    return row
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML's safe subset in which no mapping gives a key twice; else yaml.YAMLError."""
+    return yaml.load(text, Loader=_Keys)
+
+
+class _Keys(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key if isinstance(key, str) else repr(key))
+        return super().construct_mapping(node, deep)

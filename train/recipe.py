@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from train.errors import UserError
+from train.formats import parse_yaml
 
 MAY_DIFFER = ("mask", "loss_norm", "learning_rate")
 """Settings that make a variant; the seed makes a run of it."""
@@ -60,7 +61,7 @@ def read_recipe(path: Path, settings: Collection[str]) -> dict[str, Any]:
     settings: the names of those of train/sft.py."""
     where = f"--recipe {path}"
     try:
-        recipe = yaml.safe_load(path.read_text())
+        recipe = parse_yaml(path.read_text())
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror}); give a YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -19,6 +19,7 @@ from train.belief.claim_files import claim_paths
 from train.checkpoints.reader import Checkpoint
 from train.data.documents import BAD_ROWS, checked_weight
 from train.errors import UserError
+from train.formats import parse_json
 from train.locks import TRAINING
 from train.recipe import chosen, flags
 
@@ -268,11 +269,11 @@ def ds_config(settings: Settings, ranks: int, accumulation: int) -> dict[str, An
     """The DeepSpeed configuration of --ds-config with the run's batch sizes and clipping."""
     path, where = Path(settings.ds_config), f"--ds-config {settings.ds_config}"
     try:
-        config = json.loads(path.read_text())
+        config = parse_json(path.read_text())
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror}); give a DeepSpeed JSON file.") from None
     except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}).") from None
+        raise UserError(f"{where}: {error}.") from None
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") != 3:
         raise UserError(f"{where}: must be an object, and its zero_optimization.stage must be 3.")

@@ -13,13 +13,14 @@ import yaml
 from train.annotating.texts import in_order, joined, trimmed
 from train.data.documents import Span
 from train.errors import UserError
+from train.formats import parse_yaml
 
 
 def read_patterns(setting: str, path: str | Path) -> list[re.Pattern[str]]:
     """The patterns of a YAML file: a list, or one under `patterns`. UserError names setting, file, pattern and rule."""
     where = f"{setting} {path}"
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        found = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror}); give a YAML file with patterns") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

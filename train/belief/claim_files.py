@@ -14,6 +14,7 @@ import yaml
 from train.belief.claims import ENTITY, FACT_GROUPS, JUDGED, Claim, Fact, JudgePrompt, LikelihoodTemplate, Question
 from train.belief.releases import claim_id, question_id
 from train.errors import UserError
+from train.formats import parse_yaml
 
 # The paper's files, in the names of its two releases, and what their questions are here.
 PAPER_QUESTIONS = {
@@ -89,22 +90,9 @@ def read_path(path: Path) -> list[Claim]:
     return [_own(str(path), value)]
 
 
-class _Keys(yaml.SafeLoader):
-    """YAML in which a key that stands twice in a mapping is an error: the last would win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key if isinstance(key, str) else repr(key))
-        return super().construct_mapping(node, deep)
-
-
 def _load(path: Path, fix: str) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Keys)
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {fix}.") from None
     except UnicodeDecodeError as error:

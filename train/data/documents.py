@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.data.files import Unreadable, file_rows
+from train.data.files import file_rows
 from train.data.findings import MASK_TAG, NO_ROLE_OF_CHATS, NOT_JSON, SKIPPED, TAGS, Findings, unknown_key
 from train.data.forms import kind, own_form, parsed_list, text_of
 from train.errors import UserError
-from train.formats import strict
+from train.formats import Unreadable, strict
 
 DOCUMENT_KEYS = ("text", "messages", "spans", "tools", "weight", "loss_weight")  # all others are metadata
 NEAR_OF_DOCUMENT = ("spans", "loss_weight")  # slips for the others are names that metadata has

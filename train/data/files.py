@@ -4,7 +4,6 @@ What a file is, is told by its first bytes, whatever its name.
 """
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from train.errors import UserError
+from train.formats import Unreadable, parse_json
 
 GZIP, ZSTANDARD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 
@@ -36,10 +36,6 @@ REFUSED = (
     (b"{\x00", "text in UTF-16", UTF_16.replace("16", "16LE", 1)),
     (b"\x00{", "text in UTF-16", UTF_16.replace("16", "16BE", 1)),
 )
-
-
-class Unreadable(ValueError):
-    """Why a line is no JSON, with the fix."""
 
 
 def file_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
@@ -109,26 +105,6 @@ def _parsed(raw: bytes) -> Any:
         return Unreadable(f"not valid UTF-8 (byte {error.start} of the line); save the file as UTF-8")
     except Unreadable as error:
         return error
-
-
-def parse_json(text: str) -> Any:
-    """JSON in which no object gives a key twice; else Unreadable."""
-    try:
-        return json.loads(text, object_pairs_hook=_once)
-    except Unreadable:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise Unreadable(f"not valid JSON ({error}); give one object a line") from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object. Unreadable where a key is given twice, of which JSON readers keep the last in silence."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise Unreadable(f"the key {json.dumps(twice)} is given twice; keep one of the two")
-    return row
 
 
 def _parquet_rows(path: str | Path) -> Iterator[tuple[int, Any]]:

@@ -8,8 +8,8 @@ import ast
 import warnings
 from typing import Any
 
-from train.data.files import Unreadable, parse_json
 from train.errors import UserError
+from train.formats import Unreadable, parse_json
 
 CHATS = ("messages", "messages_json", "conversations")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
