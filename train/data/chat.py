@@ -27,6 +27,7 @@ from train.errors import UserError
 TAG = re.compile(r"<[^<>\s]{1,40}>")  # templates look for <think>, <tool_response>, ...: no marker may touch these
 EMPTY_THINK = re.compile(r"(<think>\s*</think>)\n*")
 MARKERS = range(0xF0000, 0x10FFFD)  # private use: no document has a meaning for them
+TEMPLATE_TIME = datetime(2026, 1, 1)  # what the clock says to templates, on every rank and in every run alike
 
 Render = Callable[[list[dict[str, str]]], str]
 Piece = tuple[int, int, str, str]  # start and end in the content, and the two markers put there
@@ -203,13 +204,20 @@ def _moved(spans: Sequence[Span], content: str, at_C: np.ndarray, where: str) ->
     return moved
 
 
-def template_renderer(template: str | None, special_tokens: dict[str, str], directory: str) -> Render:
-    """Messages to text through a chat template, as transformers renders it: sandboxed, and without its code."""
-    return partial(_render, template, tuple(special_tokens.items()), directory)
+def template_renderer(
+    template: str | None, special_tokens: dict[str, str], directory: str, moment: datetime = TEMPLATE_TIME
+) -> Render:
+    """Messages to text through a chat template, as transformers renders it: sandboxed, and without its code. moment:
+    what a template is told that asks for the time."""
+    return partial(_render, template, tuple(special_tokens.items()), directory, moment)
 
 
 def _render(
-    template: str | None, special_tokens: tuple[tuple[str, str], ...], directory: str, messages: list[dict[str, str]]
+    template: str | None,
+    special_tokens: tuple[tuple[str, str], ...],
+    directory: str,
+    moment: datetime,
+    messages: list[dict[str, str]],
 ) -> str:
     if template is None:
         raise UserError(
@@ -217,8 +225,9 @@ def _render(
         )
     try:
         return _compiled(template).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=False, **dict(special_tokens)
-        )
+            messages=messages, tools=None, documents=None, add_generation_prompt=False, strftime_now=moment.strftime,
+            **dict(special_tokens),
+        )  # fmt: skip
     except Exception as error:  # whatever a template does: its own raise_exception, or a TypeError
         raise UserError(f"the chat template of {directory} fails on these messages ({error})") from None
 
@@ -230,7 +239,7 @@ def _compiled(template: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    del environment.filters["random"], environment.globals["lipsum"]  # every rank and run must write the same text
     return environment.from_string(template)
 
 
