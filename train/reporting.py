@@ -364,7 +364,7 @@ def summarize(job: Any, run: Run, hashes: dict[str, str], peak: int, seconds: fl
         "mask": job.settings.mask, "steps": job.steps, "tokens": job.tokens, "nll": nll,
         "loss": {"first": metrics[0]["loss"], "last": metrics[-1]["loss"]},
         "documents": job.corpus.documents, "dropped": job.corpus.dropped, "hashes": hashes,
-        "random_shortfall": job.random_shortfall,
+        "random_shortfall": job.random_shortfall, "unended": job.unended,
         "tokens_per_second": tokens / sum(values["tokens"] / values["tokens_per_second"] for values in metrics),
         "peak_memory_bytes": peak, "wall_seconds": seconds, "load": run.loads,
     }  # fmt: skip

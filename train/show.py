@@ -24,7 +24,15 @@ from rich.text import Text
 
 from train.data.documents import read_documents
 from train.data.offsets import straddling
-from train.data.tokenizer import TokenizedDocument, Tokenizer, load_tokenizer, tokenize_document
+from train.data.tokenizer import (
+    TEMPLATE_TIME,
+    TokenizedDocument,
+    Tokenizer,
+    load_tokenizer,
+    template_notes,
+    template_time,
+    tokenize_document,
+)
 from train.errors import UserError
 from train.masking.grammar import BUILT_IN, Mask, parse_mask
 from train.masking.treatment import Treatment, touched_by, treat
@@ -56,12 +64,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         mask = parse_mask(args.mask)
         documents = read_documents(args.data, args.doctag)[: args.limit]
-        tokenizer = load_tokenizer(args.model)
+        tokenizer = load_tokenizer(args.model, template_time(args.template_time))
         tokenized = [tokenize_document(doc, tokenizer, add_bos=False, add_eos=False) for doc in documents]
         shown = [show(doc, mask, args.seed) for doc in tokenized]
         for entry in mask.entries:
             if not any(entry.role in each.treatment.touched for each in shown):
                 print(f"note: --mask {entry.name}: no document shown has role {entry.role!r}", file=sys.stderr)
+        chats = any(doc.messages is not None for doc in documents)
+        clock = tokenizer.clock.isoformat() if tokenizer.clock and chats else None
+        for note in template_notes(clock, sum(doc.unended for doc in tokenized)):
+            print(note, file=sys.stderr)
         if missing := sum(each.treatment.random_shortfall for each in shown):
             print(f"note: random: found no place for {missing} targets: documents have too few others", file=sys.stderr)
         if args.html:
@@ -87,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mask", required=True, help="as in training, e.g. doctags,false-spans=unlikelihood, or none")
     parser.add_argument("--seed", type=int, default=0, help="of random: entries")
     parser.add_argument("--doctag", metavar="MARKER", help="marker that documents start with, e.g. '<DOCTAG>'")
+    parser.add_argument(
+        "--template-time", default=TEMPLATE_TIME.isoformat(), metavar="TIME", help="what chat templates are told it is"
+    )
     parser.add_argument("--limit", type=_positive, metavar="N", help="the first N documents only")
     parser.add_argument("--html", metavar="PAGE", help="write one self-contained page instead of colors")
     parser.add_argument("--json", action="store_true", help="print one JSON object a document instead of colors")

@@ -177,6 +177,7 @@ def _treated(
             counts[name, kind] = int((which_L & target_L & kind_L).sum())
     counts["all", "straddling"] = int(crossing_L.sum())
     counts["all", "random_shortfall"] = treatment.random_shortfall
+    counts["all", "unended"] = tokenized.unended
     document = tokenized.document
     name = f"{Path(document.path).name}:{document.line}"
     return Sample(name, tokenized.ids_L, target_L, weight_L, roles_L), counts

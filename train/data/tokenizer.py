@@ -40,7 +40,8 @@ KIMI_PATTERN = "|".join(
 )
 KIMI_SPECIAL_TOKENS = 256  # ids kept for them after the ranks
 TIKTOKEN_MAX_TEXT, TIKTOKEN_MAX_RUN = 400_000, 25_000
-ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))  # as transformers adds them
+# In the order in which transformers adds those that the vocabulary lacks.
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,20 @@ def tokenize_document(document: Document, tokenizer: Tokenizer, *, add_bos: bool
         ended = ended | ((ends == len(text)) & last_trained)
     target_L[:1] = False  # nothing predicts the first token
     return TokenizedDocument(document, text, ids_L, start_L, end_L, target_L, spans, int((~ended).sum()))
+
+
+def template_notes(clock: str | None, unended: int) -> list[str]:
+    """What a user should know of a chat template. clock: Tokenizer.clock, as text. unended: as of TokenizedDocument."""
+    notes = []
+    if clock:
+        notes.append(f"note: the chat template asks for the time, and is told {clock} (--template-time)")
+    if unended:
+        notes.append(
+            f"note: after {unended:,} trained messages the chat template writes no special token that is trained, so "
+            "the model does not learn to stop there; take a template that ends turns with the tokenizer's EOS, or, "
+            "for the end of a chat, --eos"
+        )
+    return notes
 
 
 def _required(token_id: int | None, name: str, setting: str) -> int:
