@@ -224,7 +224,7 @@ def _unlike(first: RunResult, other: RunResult, match_trained_tokens: bool, decl
         "epochs",
     }  # the steps that were trained are compared below
     if all(first.hashes.get(name) and other.hashes.get(name) for name in ("tokens", "base_model")):
-        free |= {"data", "model", "template_time"}  # one content may lie at two paths
+        free |= {"data", "model"}  # one content may lie at two paths
     pairs: dict[str, tuple[Any, Any]] = {
         "--" + name.replace("_", "-"): (first.settings.get(name), other.settings.get(name))
         for name in sorted(first.settings.keys() | other.settings.keys())
