@@ -115,7 +115,8 @@ def tokenize_document(document: Document, tokenizer: Tokenizer, *, add_bos: bool
         special_L = np.isin(encoded.ids_L, list(tokenizer.special_ids)) & (encoded.end_L > encoded.start_L)
         # what ends a turn may stand after white space of the template's
         ends = np.array([len(text) - len(text[end:].lstrip()) for _, end in rendered.trained], dtype=int)
-        target_L |= special_L & np.isin(encoded.start_L, ends)
+        after_L = special_L & np.isin(encoded.start_L, ends)
+        target_L |= _ends_of_turns(encoded.ids_L, special_L, after_L, tokenizer.eos_id)
         written = [end for _, end in rendered.trained]  # a content may end with such a token itself
         ended = np.isin(ends, encoded.start_L[special_L]) | np.isin(written, encoded.end_L[special_L & target_L])
 
@@ -151,6 +152,17 @@ def _required(token_id: int | None, name: str, setting: str) -> int:
     if token_id is None:
         raise UserError(f"{setting}: the model's tokenizer has no {name} token; leave the setting off")
     return token_id
+
+
+def _ends_of_turns(ids_L: np.ndarray, special_L: np.ndarray, first_L: np.ndarray, eos_id: int | None) -> np.ndarray:
+    """[L] bool: first_L, the special tokens right after contents, and up to an EOS that follows at once with special
+    tokens alone before it, as where a template closes an answer and then its turn."""
+    end_L = first_L.copy()
+    for i in np.flatnonzero(first_L):
+        run = len(ids_L) if special_L[i:].all() else i + int(special_L[i:].argmin())
+        found = np.flatnonzero(ids_L[i:run] == eos_id) if eos_id is not None else ()
+        end_L[i : i + found[0] + 1 if len(found) else i + 1] = True
+    return end_L
 
 
 def template_time(text: str) -> datetime:
@@ -215,7 +227,7 @@ def _special_tokens(
     try:
         named = {role: _special_token(both[role]) for role in ROLES if both.get(role)}
         return named, [_special_token(token) for token in (further.values() if isinstance(further, dict) else further)]
-    except (TypeError, KeyError):
+    except (TypeError, KeyError, AttributeError):
         raise UserError(
             f"{directory}/tokenizer_config.json: a special token must be its text, or an object with its content; copy "
             "the file again from the checkpoint, and special_tokens_map.json too"
