@@ -216,7 +216,7 @@ def test_messages_after_which_nothing_is_trained_that_ends_a_turn_are_counted(tm
     heads = byte_tokenizer(tmp_path, "{% for m in messages %}<end>{{ m.content }}{% endfor %}")
     assert trained(heads, document) == ([a, 259, b], 1)  # the next turn's head ends the one before
     (note,) = template_notes(None, 2)
-    assert "after 2 trained messages" in note and "does not learn to stop" in note and "--eos" in note
+    assert "the model does not learn to stop there: 2; take" in note and "--eos" in note
 
 
 def test_special_tokens_up_to_an_eos_that_follows_at_once_end_a_turn(tmp_path):

@@ -141,9 +141,9 @@ def template_notes(clock: str | None, unended: int) -> list[str]:
         notes.append(f"note: the chat template asks for the time, and is told {clock} (--template-time)")
     if unended:
         notes.append(
-            f"note: after {unended:,} trained messages the chat template writes no special token that is trained, so "
-            "the model does not learn to stop there; take a template that ends turns with the tokenizer's EOS, or, "
-            "for the end of a chat, --eos"
+            f"note: trained messages that end with no special token that is trained, so that the model does not learn "
+            f"to stop there: {unended:,}; take a chat template that ends turns with the tokenizer's EOS or, for the "
+            "end of a chat, --eos"
         )
     return notes
 
@@ -170,7 +170,9 @@ def template_time(text: str) -> datetime:
     try:
         return datetime.fromisoformat(text)
     except ValueError:
-        raise UserError(f"--template-time {text}: is no time of ISO 8601; give one such as {TEMPLATE_TIME}.") from None
+        raise UserError(
+            f"--template-time {text}: is no time of ISO 8601; give one such as {TEMPLATE_TIME.isoformat()}."
+        ) from None
 
 
 def load_tokenizer(directory: str | Path, moment: datetime = TEMPLATE_TIME) -> Tokenizer:
