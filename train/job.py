@@ -70,6 +70,16 @@ class Job:
     def _over_all_steps(self, what: str) -> int:
         return sum(self.corpus.counts[number]["all", what] for number in self.corpus.order.documents(0, self.documents))
 
+    def notes(self) -> list[str]:
+        """What a user should know of the tokens, beside their counts."""
+        notes = template_notes(self.resolved["template_clock"], self.unended)
+        if self.random_shortfall:
+            notes.append(
+                f"note: random: found no place for {self.random_shortfall:,} targets, so it is no control of equal "
+                "size: documents have too few others"
+            )
+        return notes
+
     def show(self) -> None:
         """Settings and targets per role on the terminal."""
         terminal, lines = console(), dataclasses.asdict(self.settings) | self.resolved
@@ -78,13 +88,7 @@ class Job:
             print(
                 f"--expert-lora-rank not given: {self.lora.expert_rank}, that is max(1, lora-rank / experts per token)"
             )
-        if self.random_shortfall:
-            print(
-                f"note: random: found no place for {self.random_shortfall:,} targets, so it is no control of equal "
-                "size: documents have too few others"
-            )
-        for note in template_notes(self.resolved["template_clock"], self.unended):
-            print(note)
+        print(*(f"{note}\n" for note in self.notes()), sep="", end="")
         terminal.print(token_table(self.tokens, f"targets over {self.steps} steps, --mask {self.settings.mask}"))
 
 

@@ -62,22 +62,22 @@ def prepare_measuring(settings: Settings, claims: Sequence[Claim], documents: Se
         lora = adapter_settings(Path(settings.adapter))
         check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint), checkpoint)
     tokenizer = load_tokenizer(settings.model, template_time(settings.template_time))
-    _check_template_time(settings, tokenizer)
+    check_template_time(settings.adapter, tokenizer)
     held_out = read_documents(settings.held_out) if settings.held_out else []
     probes = make_probes(claims, held_out, tokenizer, settings.bos, PROMPT_TOKENS, text.vocab_size, documents)
     return Measuring(settings, checkpoint, tokenizer, lora, expert_parallel, config, probes)
 
 
-def _check_template_time(settings: Settings, tokenizer: Tokenizer) -> None:
+def check_template_time(adapter: str, tokenizer: Tokenizer) -> None:
     """UserError where the adapter's run told a template that asks for the time another one."""
-    held = Path(settings.adapter).resolve().parent / "settings.yaml"
-    if not (settings.adapter and tokenizer.clock and held.is_file()):
+    held = Path(adapter).resolve().parent / "settings.yaml"
+    if not (adapter and tokenizer.clock and held.is_file()):
         return
     then = held_settings(held)["settings"].get("template_time")
     if then and template_time(then) != tokenizer.clock:
         raise UserError(
-            f"--template-time {settings.template_time}: in the run of --adapter {settings.adapter} the chat template "
-            f"was told {then}; give --template-time {then}, so that questions are as in training."
+            f"--template-time {tokenizer.clock.isoformat()}: in the run of --adapter {adapter} the chat template was "
+            f"told {then}; give --template-time {then}, so that questions are asked as in training."
         )
 
 
