@@ -158,10 +158,12 @@ def _ends_of_turns(ids_L: np.ndarray, special_L: np.ndarray, first_L: np.ndarray
     """[L] bool: first_L, the special tokens right after contents, and up to an EOS that follows at once with special
     tokens alone before it, as where a template closes an answer and then its turn."""
     end_L = first_L.copy()
-    for i in np.flatnonzero(first_L):
-        run = len(ids_L) if special_L[i:].all() else i + int(special_L[i:].argmin())
-        found = np.flatnonzero(ids_L[i:run] == eos_id) if eos_id is not None else ()
-        end_L[i : i + found[0] + 1 if len(found) else i + 1] = True
+    for first in np.flatnonzero(first_L):
+        past = first + 1
+        while ids_L[past - 1] != eos_id and past < len(ids_L) and special_L[past]:
+            past += 1
+        if ids_L[past - 1] == eos_id:
+            end_L[first:past] = True
     return end_L
 
 
