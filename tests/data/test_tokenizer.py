@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +201,23 @@ def test_roles_are_read_as_transformers_reads_them_and_what_is_unknown_gets_the_
         assert tokenizer.special_ids >= set(stock.all_special_ids)
     file.write_text(json.dumps(config | {"bos_token": ["<s>"]}))
     with pytest.raises(UserError, match=r"a special token must be its text, or an object with its content"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_role_makes_a_token_of_a_ranks_file_special_and_must_be_one_of_its_tokens(tmp_path, kimi_directory):
+    shutil.copytree(kimi_directory, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config["added_tokens_decoder"]["163586"]["special"] = False
+    file.write_text(json.dumps(config))
+    assert 163586 not in load_tokenizer(tmp_path).special_ids
+    file.write_text(json.dumps(config | {"eos_token": "<|im_end|>"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_id == 163586 and 163586 in tokenizer.special_ids
+    file.write_text(json.dumps(config | {"eos_token": "<eos>"}))
+    with pytest.raises(
+        UserError, match=r"tokenizer_config\.json: eos_token '<eos>' is not in the vocabulary; correct it"
+    ):
         load_tokenizer(tmp_path)
 
 
