@@ -264,6 +264,19 @@ def test_a_run_killed_in_a_step_or_in_a_save_resumes_on_other_ranks_to_the_losse
     assert sorted(path.name for path in (resumed / "saves").iterdir()) == ["step-7", "step-8"]
 
 
+def test_messages_that_no_trained_token_ends_are_counted_over_all_steps_and_told(tmp_path, capsys):
+    given = flags(tmp_path, steps=2, batch_size=3, mask="none", data=tmp_path / "chats.jsonl")
+    turns = [{"role": role, "content": "ab"} for role in ("user", "assistant") * 2]
+    write_documents(tmp_path / "chats.jsonl", [{"messages": turns}] * 3)
+    assert (prepare(parse(given, ""), 1, show=False)).unended == 0
+    (tmp_path / "qwen" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    job = prepare(parse(given, ""), 1, show=False)
+    assert job.unended == 12  # two of each chat, three chats a step
+    assert prepare(parse([*given, "--eos"], ""), 1, show=False).unended == 6
+    job.show()
+    assert "does not learn to stop there: 12; take a chat template" in capsys.readouterr().out
+
+
 def clock_flags(tmp: Path, cases: Path, *more: str) -> list[str]:
     """The demo's model with a template that writes hour and minute, on chats."""
     if not (tmp / "model").exists():
