@@ -151,8 +151,8 @@ def documents(settings: Settings) -> tuple[Finding, int]:
     """Those of --data as this node sees them; and about how many tokens the longest one has: of its text, as far as it
     is taken."""
     counts, longest = {}, []
-    for path, _ in settings.sources():
-        found = read_documents(path, settings.doctag or None)
+    for path in (source.path for source in settings.sources()):
+        found = read_documents(path, settings.doctag or None, settings.bad_rows)
         counts[f"documents in {path}"] = len(found)
         longest.append(max(found, key=_characters))
     document = max(longest, key=_characters)
@@ -177,7 +177,8 @@ def checked_settings(settings: Settings) -> Finding:
 
 
 def _characters(document: Document) -> int:
-    return len(document.text or "") + sum(len(message.content) for message in document.messages or ())
+    messages = document.messages or ()
+    return len(document.text or "") + sum(len(f"{m.content}{m.reasoning}{m.tool_calls or ''}") for m in messages)
 
 
 @dataclass

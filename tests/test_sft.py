@@ -24,6 +24,7 @@ from tests.models import write_documents, write_model
 from train import sft
 from train.belief.records import read_rows
 from train.data.batches import micro_batches
+from train.data.findings import UNENDED
 from train.data.tokenizer import load_tokenizer
 from train.job import prepare
 from train.settings import DEMO, parse
@@ -264,17 +265,19 @@ def test_a_run_killed_in_a_step_or_in_a_save_resumes_on_other_ranks_to_the_losse
     assert sorted(path.name for path in (resumed / "saves").iterdir()) == ["step-7", "step-8"]
 
 
-def test_messages_that_no_trained_token_ends_are_counted_over_all_steps_and_told(tmp_path, capsys):
+def test_messages_that_no_trained_token_ends_are_counted_and_told(tmp_path, capsys):
     given = flags(tmp_path, steps=2, batch_size=3, mask="none", data=tmp_path / "chats.jsonl")
     turns = [{"role": role, "content": "ab"} for role in ("user", "assistant") * 2]
     write_documents(tmp_path / "chats.jsonl", [{"messages": turns}] * 3)
-    assert (prepare(parse(given, ""), 1, show=False)).unended == 0
+    assert prepare(parse(given, ""), 1, show=False).corpus.findings.summary() == {}
     (tmp_path / "qwen" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
     job = prepare(parse(given, ""), 1, show=False)
-    assert job.unended == 12  # two of each chat, three chats a step
-    assert prepare(parse([*given, "--eos"], ""), 1, show=False).unended == 6
+    lines = {"lines": {str(tmp_path / "chats.jsonl"): [1, 2, 3]}}
+    assert job.corpus.findings.summary() == {UNENDED: {"count": 6} | lines}
     job.show()
-    assert "does not learn to stop there: 12; take a chat template" in capsys.readouterr().out
+    assert f"note: 6 {UNENDED}: {tmp_path}/chats.jsonl:1" in capsys.readouterr().out
+    with_eos = prepare(parse([*given, "--eos"], ""), 1, show=False)
+    assert with_eos.corpus.findings.summary() == {UNENDED: {"count": 3} | lines}
 
 
 def clock_flags(tmp: Path, cases: Path, *more: str) -> list[str]:
@@ -328,7 +331,7 @@ def test_a_run_whose_template_asks_for_the_time_goes_on_at_another_time_to_the_s
     summary = json.loads((tmp_path / "killed" / "summary.json").read_text())
     kept = yaml.safe_load((tmp_path / "killed" / "settings.yaml").read_text())
     assert kept["settings"]["template_time"] == kept["resolved"]["template_clock"] == "2026-01-01T00:00:00"
-    assert summary["unended"] == 0 and summary["hashes"]["tokens"] == kept["resolved"]["hashes"]["tokens"]
+    assert summary["findings"] == {} and summary["hashes"]["tokens"] == kept["resolved"]["hashes"]["tokens"]
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ LINES = {
     "start a boolean": (span(start=True), ["integer"]),
     "role missing": ('{"text": "The sun.", "spans": [{"start": 0, "end": 3}]}', ["role"]),
     "neither text nor messages": ('{"spans": []}', ["text", "messages"]),
-    "both text and messages": ('{"text": "a", "messages": []}', ["text", "messages"]),
+    "both text and messages": ('{"text": "a", "messages": [{"role": "user", "content": "b"}]}', ["text", "messages"]),
     "invalid JSON": ('{"text": "a"', ["JSON"]),
     "not an object": ('["a"]', ["object"]),
     "message without content": ('{"messages": [{"role": "user"}]}', ["content"]),

@@ -44,9 +44,9 @@ def test_notes_tell_of_turns_that_nothing_ends_and_of_a_template_that_asks_for_t
     assert main(arguments(data, tmp_path, "none", "--json", "--template-time", "2026-02-03T04:05")) == 0
     out = capsys.readouterr()
     assert json.loads(out.out.splitlines()[1])["text"].startswith("04:05Who won?")
-    clock, unended = out.err.splitlines()
+    unended, clock = out.err.splitlines()
     assert clock == "note: the chat template asks for the time, and is told 2026-02-03T04:05:00 (--template-time)"
-    assert "so that the model does not learn to stop there: 1; take a chat template" in unended
+    assert unended.startswith("note: 1 trained messages that no trained special token ends, so that the model does not")
     template.write_text("{% for m in messages %}{{ m.content }}<eos>{% endfor %}")
     assert main(arguments(data, tmp_path, "none", "--json")) == 0
     assert capsys.readouterr().err == ""

@@ -23,9 +23,10 @@ from train.annotating.judging import Remembered, endpoint, judge
 from train.annotating.leaks import leaks
 from train.annotating.outcome import show, summary
 from train.annotating.rules import mark_matches, parse_markup, read_patterns, take_out_markup
-from train.annotating.texts import changed, json_line, write, write_documents
+from train.annotating.texts import changed, write, write_documents
 from train.data.documents import read_documents
 from train.errors import UserError
+from train.formats import json_line
 from train.masking.grammar import check_role, parse_mask
 
 

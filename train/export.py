@@ -10,14 +10,15 @@ such an entry is an error that names it, as training on something else would be 
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from train.annotating.texts import write
-from train.data.documents import Document, Span, read_documents
+from train.data.documents import BAD_ROWS, Document, Message, Span, read_documents
+from train.data.findings import Findings
 from train.errors import UserError
+from train.formats import json_line
 from train.masking.grammar import Entry, Mask, parse_mask
 
 WITHIN = "OpenAI's format weighs whole messages, and this span is a part of one"
@@ -29,17 +30,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", required=True, metavar="FILE", help="JSONL documents")
     parser.add_argument("--mask", default="none", help="what the loss leaves out, as in training (default: none)")
     parser.add_argument("--doctag", default=None, metavar="MARKER", help="a leading marker that gets a doctag span")
+    parser.add_argument("--bad-rows", choices=("error", "skip"), default="error", help=BAD_ROWS)
     parser.add_argument("--output", required=True, metavar="FILE", help="the chats, whole or not at all")
     args = parser.parse_args(arguments)
     try:
         mask = parse_mask(args.mask)
         check_entries(mask)
-        rows = [chat(document, mask) for document in read_documents(args.data, args.doctag)]
-        write("--output", Path(args.output), (json.dumps(row, ensure_ascii=False) for row in rows))
+        findings = Findings()
+        documents = read_documents(args.data, args.doctag, args.bad_rows, findings)
+        rows = [chat(document, mask) for document in documents]
+        write("--output", Path(args.output), (json_line(row) for row in rows))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.output}: {len(rows)} chats")
+    print(*findings.lines(), f"{args.output}: {len(rows)} chats", sep="\n")
     return 0
 
 
@@ -54,26 +58,39 @@ def check_entries(mask: Mask) -> None:
 
 
 def chat(document: Document, mask: Mask) -> dict[str, Any]:
-    """A document as OpenAI's chat. UserError where the mask leaves out a part that the format cannot."""
+    """A document as OpenAI's chat. UserError where the mask, or a weight, asks for what the format cannot say."""
+    if document.weight != 1:
+        raise UserError(f"{document.where}: weight {document.weight:g}: OpenAI's format weighs no whole document.")
     if document.messages is None:
         text = document.text or ""
         start = _first_trained(text, document.spans, mask, document.where)
         before, after = text[:start].rstrip(), text[start:]
         return {"messages": [{"role": "user", "content": before}, {"role": "assistant", "content": after}]}
-    messages = []
-    for message in document.messages:
-        row: dict[str, Any] = {"role": message.role, "content": message.content}
-        if message.role == "assistant":
-            covering = {
-                entry.weight if entry else 1.0 for entry in _solid(message.content, message.spans, mask).values()
-            }
-            if len(covering) > 1:
-                raise UserError(f"{document.where}: --mask {mask.text}: {WITHIN}. Leave it out of the mask.")
-            row["weight"] = int(message.train and covering != {0.0})
-        elif message.train:
-            raise UserError(f"{document.where}: a message of {message.role} is trained; OpenAI trains the assistant's.")
-        messages.append(row)
-    return {"messages": messages}
+    tools = {"tools": list(document.tools)} if document.tools else {}
+    return {"messages": [_message(message, mask, document.where) for message in document.messages], **tools}
+
+
+def _message(message: Message, mask: Mask, where: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"role": message.role, "content": message.content, **dict(message.passed)}
+    if message.reasoning:
+        raise UserError(f"{where}: reasoning_content: OpenAI's format has no thoughts. Write it into the content.")
+    if message.tool_calls:
+        row["tool_calls"] = list(message.tool_calls)
+    if message.role != "assistant" and message.train:
+        raise UserError(f"{where}: a message of {message.role} is trained; OpenAI trains the assistant's.")
+    if message.role == "assistant":
+        covering = {entry.weight if entry else 1.0 for entry in _solid(message.content, message.spans, mask).values()}
+        # what no span can touch, a call or the end of an empty turn, has the weight of what touches everything
+        outside = [entry.weight for entry in mask.entries if entry.kind in ("all", "unspanned")]
+        if message.tool_calls or not covering:
+            covering.add(outside[-1] if outside else 1.0)
+        weights = {message.train * message.weight * weight for weight in covering}
+        if len(weights) > 1:
+            raise UserError(f"{where}: --mask {mask.text}: {WITHIN}. Leave it out of the mask.")
+        (row["weight"],) = map(int, weights)
+        if not weights <= {0.0, 1.0}:
+            raise UserError(f"{where}: weight {weights.pop():g}: OpenAI's format knows the weights 0 and 1 alone.")
+    return row
 
 
 def _first_trained(text: str, spans: tuple[Span, ...], mask: Mask, where: str) -> int:
@@ -91,10 +108,15 @@ def _first_trained(text: str, spans: tuple[Span, ...], mask: Mask, where: str) -
 def _solid(text: str, spans: tuple[Span, ...], mask: Mask) -> dict[int, Entry | None]:
     """For each character that is not white space the last entry of the mask that covers it."""
     covering: list[Entry | None] = [None] * len(text)
+    spanned = {i for span in spans for i in range(span.start, span.end)}
     for entry in mask.entries:
-        for span in spans:
-            if span.role == entry.role:
-                covering[span.start : span.end] = [entry] * (span.end - span.start)
+        ranges = [(span.start, span.end) for span in spans if span.role == entry.role]
+        if entry.kind == "all":
+            ranges = [(0, len(text))]
+        elif entry.kind == "unspanned":
+            ranges = [(i, i + 1) for i in range(len(text)) if i not in spanned]
+        for start, end in ranges:
+            covering[start:end] = [entry] * (end - start)
     return {i: entry for i, entry in enumerate(covering) if not text[i].isspace()}
 
 

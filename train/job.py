@@ -17,9 +17,9 @@ from train.checkpoints.adapter import check_adapter
 from train.checkpoints.layout import LoadPlan, plan_load
 from train.checkpoints.reader import Checkpoint
 from train.data.batches import Sample
-from train.data.corpus import Corpus, documents_taken, read_corpus
+from train.data.corpus import Corpus, TokenizedFile, documents_taken, read_corpus
 from train.data.documents import read_documents
-from train.data.tokenizer import TokenizedDocument, Tokenizer, load_tokenizer, template_notes, template_time
+from train.data.tokenizer import Tokenizer, clock_note, load_tokenizer, template_time
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.lora import LoRASettings
@@ -60,19 +60,14 @@ class Job:
     @property
     def random_shortfall(self) -> int:
         """Targets that random: entries could not place, over all steps."""
-        return self._over_all_steps("random_shortfall")
-
-    @property
-    def unended(self) -> int:
-        """Trained messages that no trained special token follows, over all steps."""
-        return self._over_all_steps("unended")
-
-    def _over_all_steps(self, what: str) -> int:
-        return sum(self.corpus.counts[number]["all", what] for number in self.corpus.order.documents(0, self.documents))
+        numbers = self.corpus.order.documents(0, self.documents)
+        return sum(self.corpus.counts[number]["all", "random_shortfall"] for number in numbers)
 
     def notes(self) -> list[str]:
         """What a user should know of the tokens, beside their counts."""
-        notes = template_notes(self.resolved["template_clock"], self.unended)
+        notes = self.corpus.findings.lines()
+        if self.resolved["template_clock"]:
+            notes.append(clock_note(self.resolved["template_clock"]))
         if self.random_shortfall:
             notes.append(
                 f"note: random: found no place for {self.random_shortfall:,} targets, so it is no control of equal "
@@ -98,7 +93,7 @@ class Known:
     learning rate, seed, steps and data alone. documents: path -> tokenized; base: the model's checkpoint, text
     configuration, skeleton and plan, its tokenizer, and the probes."""
 
-    documents: dict[str, list[TokenizedDocument]] = field(default_factory=dict)
+    documents: dict[str, TokenizedFile] = field(default_factory=dict)
     base: tuple[Checkpoint, Any, Any, LoadPlan, Tokenizer, Probes | None] | None = None
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import os
 import shlex
 import sys
@@ -28,6 +27,7 @@ from train.checkpoints.writer import write_whole
 from train.data.batches import Batch
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
+from train.formats import json_line
 from train.locks import MAKE_ROOM, lock_for_training
 from train.masking.loss import Terms
 from train.settings import Settings, check_output, record, slug
@@ -185,7 +185,7 @@ class Run:
         for path in (self.metrics, self.evaluation):
             if path.exists():
                 kept = [values for values in read_rows(path) if after and values["step"] <= after]
-                write_whole(path, "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in kept))
+                write_whole(path, "".join(json_line(values) + "\n" for values in kept))
         if self.settings.resume:
             print(f"going on after step {after}" if after else "no complete save yet: starting at the first step")
         if self.settings.wandb != "disabled":
@@ -211,7 +211,7 @@ class Run:
         if not self.main:
             return
         with self.metrics.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json_line(values) + "\n")
         self._tell_wandb(lambda run: run.log(_with_histograms(values), step=values["step"]))
 
     def lacks(self, step: int, probes: Probes) -> bool:
@@ -233,7 +233,7 @@ class Run:
         held = self._measured(step)
         new = [{"step": step, **record} for record in records if identity(record) not in held]
         with self.evaluation.open("a") as file:
-            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new))
+            file.write("".join(json_line(record) + "\n" for record in new))
         curves = belief_curves(read_rows(self.evaluation), step)
         # What an interrupted attempt has left to this one to measure: W&B's server takes no row before the next step's.
         late = step == self.after
@@ -261,9 +261,11 @@ class Run:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, closes W&B and shows what was trained on and what changed. Rank 0 alone."""
-        write_whole(self.directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        write_whole(self.directory / "summary.json", json_line(summary, indent=2) + "\n")
         progress("closing W&B")
-        numbers = {name: value for name, value in summary.items() if name != "dropped"}  # lines, maybe very many
+        numbers = {
+            name: value for name, value in summary.items() if name not in ("dropped", "findings")
+        }  # lines, maybe very many
         self._tell_wandb(lambda run: run.summary.update(flat(numbers)))
         self._tell_wandb(lambda run: run.finish())
         console().print(_closing_table(summary))
@@ -363,8 +365,9 @@ def summarize(job: Any, run: Run, hashes: dict[str, str], peak: int, seconds: fl
     return {
         "mask": job.settings.mask, "steps": job.steps, "tokens": job.tokens, "nll": nll,
         "loss": {"first": metrics[0]["loss"], "last": metrics[-1]["loss"]},
-        "documents": job.corpus.documents, "dropped": job.corpus.dropped, "hashes": hashes,
-        "random_shortfall": job.random_shortfall, "unended": job.unended,
+        "documents": job.corpus.documents, "dropped": job.corpus.dropped,
+        "findings": job.corpus.findings.summary(), "hashes": hashes,
+        "random_shortfall": job.random_shortfall,
         "tokens_per_second": tokens / sum(values["tokens"] / values["tokens_per_second"] for values in metrics),
         "peak_memory_bytes": peak, "wall_seconds": seconds, "load": run.loads,
     }  # fmt: skip

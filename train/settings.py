@@ -10,12 +10,13 @@ import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from train.checkpoints.reader import Checkpoint
+from train.data.documents import BAD_ROWS, checked_weight
 from train.data.tokenizer import TEMPLATE_TIME, template_time
 from train.errors import UserError
 from train.locks import TRAINING
@@ -33,13 +34,26 @@ def setting(default: Any, help: str, choices: tuple[str, ...] | None = None, man
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class Source(NamedTuple):
+    """A file of documents, how many of them an epoch takes (None: each once), and what multiplies their weight."""
+
+    path: str
+    count: int | None
+    weight: float
+
+    def __str__(self) -> str:
+        """As --data has it."""
+        count, factor = self.count or "", f"@{self.weight:.17g}" if self.weight != 1 else ""
+        return f"{self.path}={count}{factor}" if count or factor else self.path
+
+
 @dataclass(kw_only=True)
 class Settings:
     """The settings of train/sft.py. `--dry-run` prints them resolved; settings.yaml keeps them with the run."""
 
     model: str = setting(str(DEMO / "model"), "directory of the base model, in transformers' layout")
     data: list[str] = setting(  # noqa: RUF009  # it makes a dataclasses.field
-        (), "PATH or PATH=COUNT…: JSONL documents, COUNT of them an epoch", many=True
+        (), "PATH, PATH=COUNT or PATH=COUNT@WEIGHT…: documents, COUNT of them an epoch, weighed in the loss", many=True
     )
     mask: str = setting("none", "what the loss does with which spans: none, or NAME[=TREATMENT],…")
     output: str = setting("", "directory the run writes; default runs/MASK-TIME")
@@ -52,6 +66,7 @@ class Settings:
     micro_batch_size: int = setting(4, "documents per forward of one rank")
     max_tokens: int = setting(10_000, "tokens of a document at most")
     long_documents: str = setting("truncate", "what to do with longer ones", choices=("truncate", "drop", "error"))
+    bad_rows: str = setting("error", BAD_ROWS, choices=("error", "skip"))
     bos: bool = setting(False, "put the tokenizer's BOS before each text or chat that does not begin with it")
     eos: bool = setting(
         False, "put the tokenizer's EOS after each text or chat that does not end with it, and train on it"
@@ -61,7 +76,9 @@ class Settings:
 
     loss_norm: str = setting("trained", "what the loss is divided by", choices=("trained", "all", "documents", "sum"))
     chat_weight: str = setting(
-        "token", "weight of a chat in the loss: 1 a target as in texts, or 1 in all", choices=("token", "chat")
+        "token",
+        "weight of a chat in the loss: 1 a target as in texts, or 1 over the number of its targets",
+        choices=("token", "chat"),
     )
     learning_rate: float = setting(5e-5, "AdamW's peak learning rate (betas 0.9, 0.95)")
     schedule: str = setting(
@@ -102,15 +119,15 @@ class Settings:
     wandb_project: str = setting("spanwise", "W&B project")
     wandb_group: str = setting("", "W&B group; default: a hash that runs share which differ only in mask and seed")
 
-    def sources(self) -> list[tuple[str, int | None]]:
-        """--data as (path, count); without any, the embedded documents."""
+    def sources(self) -> list[Source]:
+        """--data; without any, the embedded documents."""
         given = self.data or [str(DEMO / "data" / "dense.jsonl")]
         return [_source(value) for value in given]
 
     def comparable(self) -> dict[str, Any]:
         """The settings that two runs must share for their difference to be that of mask and seed."""
         own = {k: v for k, v in dataclasses.asdict(self).items() if k not in {"mask", "seed", *FREE_ON_RESUME}}
-        own["data"] = [f"{Path(path).resolve()}={count}" for path, count in self.sources()]
+        own["data"] = [str(source._replace(path=str(Path(source.path).resolve()))) for source in self.sources()]
         return own | {name: str(Path(own[name]).resolve()) for name in ("model", "ds_config")}
 
     def group(self) -> str:
@@ -142,17 +159,27 @@ FREE_ON_RESUME = frozenset({
 MOST = 10**8  # steps, documents, tokens: beyond it, a slip
 
 
-def _source(value: str) -> tuple[str, int | None]:
+def _source(value: str) -> Source:
     if not value:
-        raise UserError("--data is empty: give PATH or PATH=COUNT.")
-    path, equals, count = value.rpartition("=")
-    if not equals or Path(value).exists():
-        return value, None
-    if not count.isdecimal() or not 1 <= int(count) <= MOST:
+        raise UserError("--data is empty: give PATH, PATH=COUNT or PATH=COUNT@WEIGHT.")
+    if Path(value).exists() or "=" not in value:
+        return Source(value, None, 1.0)
+    path, _, rest = value.rpartition("=")
+    count, at, factor = rest.partition("@")
+    if not (count.isdecimal() and 1 <= int(count) <= MOST) and not (at and not count):
         raise UserError(
-            f"--data {value}: {count!r} must be a number of documents ≥ 1 (and ≤ {MOST}): --data PATH=COUNT."
+            f"--data {value}: {count!r} must be a number of documents ≥ 1 (and ≤ {MOST}): --data PATH=COUNT or "
+            "PATH=COUNT@WEIGHT; PATH=@WEIGHT takes each document once."
         )
-    return path, int(count)
+    return Source(path, int(count) if count else None, _weight(factor, value) if at else 1.0)
+
+
+def _weight(text: str, value: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise UserError(f"--data {value}: the weight {text!r} is no number; e.g. PATH=1000@0.5.") from None
+    return checked_weight(number, f"--data {value}: the weight")
 
 
 class Parser(argparse.ArgumentParser):
@@ -332,7 +359,7 @@ TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", 
 def inputs(settings: Settings, checkpoint: Checkpoint) -> dict[str, str]:
     """The SHA-256 of what a run reads, of its weights a sample: a resumed run must read the same."""
     model = Path(settings.model)
-    paths = [*(Path(path) for path, _ in settings.sources()), model / "config.json", Path(settings.ds_config)]
+    paths = [*(Path(source.path) for source in settings.sources()), model / "config.json", Path(settings.ds_config)]
     paths += sorted(path for pattern in TOKENIZER for path in model.glob(pattern))
     for path in map(Path, [*settings.claims, *([settings.held_out] if settings.held_out else [])]):
         paths += sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
@@ -383,7 +410,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "wandb
 
 def record(settings: Settings, resolved: dict[str, Any]) -> str:
     """The text of settings.yaml: settings, what was resolved from them, versions and git revision."""
-    values = dataclasses.asdict(settings) | {"data": [f"{p}={c}" if c else p for p, c in settings.sources()]}
+    values = dataclasses.asdict(settings) | {"data": [str(source) for source in settings.sources()]}
     return yaml.safe_dump(
         {
             "settings": values,

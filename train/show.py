@@ -22,16 +22,17 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from train.data.documents import read_documents
+from train.data.documents import BAD_ROWS, read_documents
+from train.data.findings import Findings
 from train.data.offsets import straddling
 from train.data.tokenizer import (
     TEMPLATE_TIME,
     TokenizedDocument,
     Tokenizer,
+    clock_note,
     load_tokenizer,
-    template_notes,
     template_time,
-    tokenize_document,
+    tokenize_documents,
 )
 from train.errors import UserError
 from train.masking.grammar import BUILT_IN, Mask, parse_mask
@@ -63,17 +64,17 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         mask = parse_mask(args.mask)
-        documents = read_documents(args.data, args.doctag)[: args.limit]
+        findings = Findings()
+        documents = read_documents(args.data, args.doctag, args.bad_rows, findings)[: args.limit]
         tokenizer = load_tokenizer(args.model, template_time(args.template_time))
-        tokenized = [tokenize_document(doc, tokenizer, add_bos=False, add_eos=False) for doc in documents]
+        tokenized = tokenize_documents(documents, tokenizer, findings, args.bad_rows)
         shown = [show(doc, mask, args.seed) for doc in tokenized]
+        print(*findings.lines(), sep="\n", end="\n" if findings.places else "", file=sys.stderr)
         for entry in mask.entries:
-            if not any(entry.role in each.treatment.touched for each in shown):
+            if entry.role and not any(entry.role in each.treatment.touched for each in shown):
                 print(f"note: --mask {entry.name}: no document shown has role {entry.role!r}", file=sys.stderr)
-        chats = any(doc.messages is not None for doc in documents)
-        clock = tokenizer.clock.isoformat() if tokenizer.clock and chats else None
-        for note in template_notes(clock, sum(doc.unended for doc in tokenized)):
-            print(note, file=sys.stderr)
+        if tokenizer.clock and any(doc.messages is not None for doc in documents):
+            print(clock_note(tokenizer.clock.isoformat()), file=sys.stderr)
         if missing := sum(each.treatment.random_shortfall for each in shown):
             print(f"note: random: found no place for {missing} targets: documents have too few others", file=sys.stderr)
         if args.html:
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mask", required=True, help="as in training, e.g. doctags,false-spans=unlikelihood, or none")
     parser.add_argument("--seed", type=int, default=0, help="of random: entries")
     parser.add_argument("--doctag", metavar="MARKER", help="marker that documents start with, e.g. '<DOCTAG>'")
+    parser.add_argument("--bad-rows", choices=("error", "skip"), default="error", help=BAD_ROWS)
     parser.add_argument(
         "--template-time", default=TEMPLATE_TIME.isoformat(), metavar="TIME", help="what chat templates are told it is"
     )
@@ -124,9 +126,10 @@ def show(doc: TokenizedDocument, mask: Mask, seed: int) -> Shown:
     weight_of_entry = [entry.weight for entry in mask.entries] + [1.0]  # not rounded to float32 as in weight_L
     for i in np.flatnonzero(treatment.entry_L >= 0):
         entry = mask.entries[treatment.entry_L[i]]
-        role_L[i] = entry.name if entry.random else entry.role
-    decided = zip(treatment.entry_L, doc.target_L, strict=True)
-    weight_L = [weight_of_entry[index] if target else 0.0 for index, target in decided]
+        if entry.role:  # what decides for all tokens, or for the unspanned, leaves them the role of their span
+            role_L[i] = entry.name if entry.random else entry.role
+    decided = zip(treatment.entry_L, doc.factor_L.tolist(), doc.target_L, strict=True)
+    weight_L = [weight_of_entry[index] * factor if target else 0.0 for index, factor, target in decided]
     return Shown(doc, treatment, role_L, weight_L)
 
 

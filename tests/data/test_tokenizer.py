@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.models import write_byte_tokenizer
 from train.data.documents import Document, Message, Span, read_documents
+from train.data.findings import Findings
 from train.data.offsets import offsets_from_bytes
-from train.data.tokenizer import Tokenizer, load_tokenizer, template_notes, template_time, tokenize_document
+from train.data.tokenizer import Tokenizer, load_tokenizer, template_time, tokenize_document, tokenize_documents
 from train.errors import UserError
 
 TEXTS = {
@@ -233,8 +234,11 @@ def test_messages_after_which_nothing_is_trained_that_ends_a_turn_are_counted(tm
     assert tokenize_document(text_document("a"), bare, add_bos=False, add_eos=False).unended == 0
     heads = byte_tokenizer(tmp_path, "{% for m in messages %}<end>{{ m.content }}{% endfor %}")
     assert trained(heads, document) == ([a, 259, b], 1)  # the next turn's head ends the one before
-    (note,) = template_notes(None, 2)
-    assert "the model does not learn to stop there: 2; take" in note and "--eos" in note
+    findings = Findings()
+    tokenize_documents([document, chat(*messages[:3])], bare, findings)
+    (note,) = findings.lines()
+    assert note.startswith("note: 3 trained messages that no trained special token ends, so that the model does not")
+    assert note.endswith("--eos: chat.jsonl:1")
 
 
 def test_special_tokens_up_to_an_eos_that_follows_at_once_end_a_turn(tmp_path):

@@ -88,4 +88,4 @@ def test_the_recipe_is_made_of_settings_and_every_variant_of_its_files(monkeypat
     monkeypatch.chdir(REPOSITORY)
     for kind, mask in VARIANTS.values():
         settings = parse([*flags(kind), "--mask", mask], "")
-        assert all(Path(path).is_file() for path, _ in settings.sources())
+        assert all(Path(source.path).is_file() for source in settings.sources())

@@ -142,7 +142,7 @@ def test_the_four_token_example_of_the_readme(mask, expected):
     starts, ends = np.array([0, 4, 7, 13], np.int32), np.array([4, 7, 13, 19], np.int32)
     spans, ids_L = (Span(8, 13, "false"),), np.arange(4, dtype=np.int32)
     document = Document(text, None, spans, {}, "readme.jsonl", 1)
-    tokenized = TokenizedDocument(document, text, ids_L, starts, ends, ids_L > 0, spans)
+    tokenized = TokenizedDocument(document, text, ids_L, starts, ends, ids_L > 0, np.ones(len(ids_L)), spans)
     weight_L = treat(tokenized, parse_mask(mask), seed=0).weight_L
     sample = Sample("readme.jsonl:1", ids_L, tokenized.target_L, weight_L, np.zeros(4, np.int64))
     batch = pad([sample], coefficients([sample], "trained"), torch.float64)

@@ -20,7 +20,10 @@ def words(text: str, *spans: tuple[str, str]) -> TokenizedDocument:
     placed = tuple(Span(text.index(part), text.index(part) + len(part), role) for part, role in spans)
     document = Document(text, None, placed, {}, "data.jsonl", 1)
     target_L = np.arange(len(edges)) > 0
-    return TokenizedDocument(document, text, np.arange(len(edges), dtype=np.int32), start_L, end_L, target_L, placed)
+    factor_L = np.ones(len(edges))
+    return TokenizedDocument(
+        document, text, np.arange(len(edges), dtype=np.int32), start_L, end_L, target_L, factor_L, placed
+    )
 
 
 def weights(doc: TokenizedDocument, mask: str, seed: int = 0) -> list[float]:

@@ -10,7 +10,7 @@ from typing import Any
 from train.annotating.rules import matches
 from train.annotating.texts import texts
 from train.data.documents import Document, Span
-from train.masking.grammar import Mask
+from train.masking.grammar import Entry, Mask
 
 BODY = "no role"
 
@@ -30,10 +30,9 @@ def leaks(documents: list[Document], patterns: list[re.Pattern[str]], mask: Mask
     for document in documents:
         row: dict[str, Any] = {"document": document.where, "mentions": 0, "trained": 0, "roles": {}}
         for text, spans, in_loss in texts(document):
-            weight_of = {entry.role: (i, entry.weight) for i, entry in enumerate(entries)}  # the last of a role counts
             for start, end in matches(text, patterns):
                 around = [span for span in spans if span.start < end and start < span.end]
-                trained = in_loss and any(_weight(i, around, weight_of) > 0 for i in range(start, end))
+                trained = in_loss and any(_weight(i, around, entries) > 0 for i in range(start, end))
                 role = _role(start, end, around)
                 counts = roles.setdefault(role, {"mentions": 0, "trained": 0})
                 counts["mentions"] += 1
@@ -47,9 +46,10 @@ def leaks(documents: list[Document], patterns: list[re.Pattern[str]], mask: Mask
     return {"mask": mask.text, **total, "roles": ordered, "documents": rows}
 
 
-def _weight(offset: int, spans: list[Span], weight_of: dict[str, tuple[int, float]]) -> float:
-    covering = [weight_of[s.role] for s in spans if s.role in weight_of and s.start <= offset < s.end]
-    return max(covering)[1] if covering else 1.0
+def _weight(offset: int, spans: list[Span], entries: list[Entry]) -> float:
+    covering = {span.role for span in spans if span.start <= offset < span.end}
+    reaching = [e for e in entries if e.kind == "all" or e.role in covering or (e.kind == "unspanned" and not covering)]
+    return reaching[-1].weight if reaching else 1.0
 
 
 def _role(start: int, end: int, spans: list[Span]) -> str:

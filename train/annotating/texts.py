@@ -1,17 +1,15 @@
 """What all ways to make spans share: the texts of a document, spans that keep off white space, and the file written."""
 
 import dataclasses
-import json
 import os
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from train.data.documents import Document, Message, Span
 from train.errors import UserError
+from train.formats import json_line
 
-SURROGATE = re.compile("[\ud800-\udfff]")
 Change = Callable[[str, tuple[Span, ...]], tuple[str, tuple[Span, ...]]]
 
 
@@ -39,14 +37,16 @@ def in_order(spans: Iterable[Span]) -> tuple[Span, ...]:
 
 
 def texts(document: Document) -> list[tuple[str, tuple[Span, ...], bool]]:
-    """(text, spans, whether it is trained on): the document's, or each message's content."""
+    """(text, spans, whether it is trained on): the document's, or each message's content and thought."""
     if document.messages is None:
         return [(document.text or "", document.spans, True)]
-    return [(message.content, message.spans, message.train) for message in document.messages]
+    thoughts = [(m.reasoning, m.reasoning_spans, m.train) for m in document.messages if m.reasoning]
+    return [*((message.content, message.spans, message.train) for message in document.messages), *thoughts]
 
 
 def changed(document: Document, change: Change) -> Document:
-    """The document with `change` made to its text, or to each message's content. UserErrors get the file and line."""
+    """The document with `change` made to its text, or to each message's content and thought. UserErrors get file and
+    line."""
     try:
         if document.messages is None:
             text, spans = change(document.text or "", document.spans)
@@ -56,7 +56,9 @@ def changed(document: Document, change: Change) -> Document:
         messages = []
         for message in document.messages:
             content, spans = change(message.content, message.spans)
-            messages.append(dataclasses.replace(message, content=content, spans=spans))
+            thought, thought_spans = change(message.reasoning, message.reasoning_spans)
+            both = {"content": content, "spans": spans, "reasoning": thought, "reasoning_spans": thought_spans}
+            messages.append(dataclasses.replace(message, **both))
         return dataclasses.replace(document, messages=tuple(messages))
     except UserError as error:
         raise UserError(f"{document.where}: {error}") from None
@@ -64,15 +66,24 @@ def changed(document: Document, change: Change) -> Document:
 
 def row(document: Document) -> dict[str, Any]:
     """The document as a line of JSONL holds it: what train/data/documents.py reads back."""
+    rest = ({"weight": document.weight} if document.weight != 1 else {}) | document.metadata
     if document.messages is None:
-        return {"text": document.text, "spans": _spans(document.spans), **document.metadata}
-    return {"messages": [_message(message) for message in document.messages], **document.metadata}
+        return {"text": document.text, "spans": _spans(document.spans), **rest}
+    tools = {"tools": list(document.tools)} if document.tools else {}
+    return {"messages": [_message(message) for message in document.messages], **tools, **rest}
 
 
 def _message(message: Message) -> dict[str, Any]:
     found: dict[str, Any] = {"role": message.role, "content": message.content, **dict(message.passed)}
-    if message.spans:
-        found["spans"] = _spans(message.spans)
+    optional = {
+        "spans": _spans(message.spans),
+        "reasoning_content": message.reasoning,
+        "reasoning_spans": _spans(message.reasoning_spans),
+        "tool_calls": list(message.tool_calls),
+    }
+    found |= {key: value for key, value in optional.items() if value}
+    if message.weight != 1:
+        found["weight"] = message.weight
     return found if message.train == (message.role == "assistant") else {**found, "train": message.train}
 
 
@@ -98,9 +109,3 @@ def write(setting: str, path: Path, lines: Iterable[str]) -> None:
 
 def write_documents(path: Path, documents: list[Document]) -> None:
     write("--output", path, (json_line(row(document)) for document in documents))
-
-
-def json_line(value: Any, indent: int | None = None) -> str:
-    """JSON with its letters as they are; escaped where one is half a surrogate pair, which UTF-8 cannot hold."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
-    return text if not SURROGATE.search(text) else json.dumps(value, indent=indent)

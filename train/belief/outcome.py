@@ -32,7 +32,8 @@ from train.reporting import console, init_wandb
 from train.settings import Settings
 from train.variants import Plan
 
-SELECTING = ("data", "doctag", "steps", "epochs", "batch_size", "seed")  # settings that decide which documents are read
+# Settings that decide which documents are read.
+SELECTING = ("data", "doctag", "bad_rows", "steps", "epochs", "batch_size", "seed")
 CLAIM_KEYS = ("claim", "fact_name")  # of a document's metadata: the claim that it is about
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
+from train.formats import json_line
 from train.locks import lock
 
 MEASURED, ANSWERED = "evaluation.jsonl", "answers.jsonl"
@@ -120,7 +121,7 @@ class Records:
         self._append(self._measured, rows)
 
     def _append(self, file: int, rows: Iterable[Row]) -> None:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(json_line(row) + "\n" for row in rows)
         left = memoryview(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair becomes JSON's escape of it
         with self._writing:
             size = os.fstat(file).st_size

@@ -1,6 +1,5 @@
 """What an evaluation leaves beside its rows: evaluation.json, and tables on the terminal."""
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from train.belief.records import Records, read_rows
 from train.belief.settings import EvaluationSettings
 from train.belief.values import at_step, means
 from train.belief.verdicts import UNPARSEABLE
+from train.formats import json_line
 
 FEWEST = 10  # answers from which on the share of useless ones is told
 
@@ -46,7 +46,7 @@ def leave_summary(
         "contamination": contamination.as_json() if contamination else None,
     }  # fmt: skip
     partial = records.directory / "evaluation.json.partial"
-    partial.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(json_line(summary, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, records.directory / "evaluation.json")
     console = Console(width=None if sys.stdout.isatty() else 120)
     if scored:

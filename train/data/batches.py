@@ -13,13 +13,14 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Sample:
     """A document as the trainer needs it. weight_L is the token's own term in the loss (negative: unlikelihood, 0:
-    none), roles_L a bit per role."""
+    none), in which the document's own weight is; roles_L a bit per role."""
 
     name: str  # file:line
     ids_L: np.ndarray
     target_L: np.ndarray
     weight_L: np.ndarray
     roles_L: np.ndarray
+    weight: float = 1.0
 
 
 @dataclass
@@ -50,11 +51,12 @@ class Batch:
 def coefficients(samples: list[Sample], norm: str) -> list[np.ndarray]:
     """coefficient_L of each document of one optimizer step: weight_L over one denominator that is the same for all
     ranks and micro-batches. The denominators: total |weight| (trained), number of targets whatever the mask (all),
-    each document's own |weight| times the number of documents that have any (documents), 1 (sum)."""
+    1 (sum); or the mean of each document's tokens by |weight|, and of these, by the documents' own weights, the mean
+    over documents that have any (documents)."""
     weights = [np.abs(sample.weight_L).sum(dtype=np.float64) for sample in samples]
     if norm == "documents":
-        trained = sum(weight > 0 for weight in weights)
-        denominators = [weight * trained for weight in weights]
+        trained = sum(s.weight for s, weight in zip(samples, weights, strict=True) if weight > 0)
+        denominators = [weight / (s.weight or 1.0) * trained for s, weight in zip(samples, weights, strict=True)]
     else:
         total = {"trained": sum(weights), "all": float(sum(s.target_L.sum() for s in samples)), "sum": 1.0}[norm]
         denominators = [total] * len(samples)

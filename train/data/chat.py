@@ -1,16 +1,14 @@
-"""Chats through the tokenizer's own template: what the rendered text is, and where in it each content has gone.
+"""Chats through the tokenizer's own template: what the rendered text is, and where in it each content, thought and call
+of a tool has gone.
 
-Templates trim contents, move or drop what stands in <think> tags, and repeat role names that contents may hold too. So
-contents are not searched for: a second rendering carries marker characters in them, and must equal the first but for
-these.
-
-Shapes: C code points of a message's content.
+Shapes: C code points of a content.
 """
 
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache, partial
 from typing import Any
@@ -21,170 +19,320 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from train.data.documents import Message, Span
+from train.data.markers import TAG, common, free_markers, marked, marker_positions, pieces, places
 from train.data.offsets import solid_counts
 from train.errors import UserError
 
-TAG = re.compile(r"<[^<>\s]{1,40}>")  # templates look for <think>, <tool_response>, ...: no marker may touch these
 EMPTY_THINK = re.compile(r"(<think>\s*</think>)\n*")
-MARKERS = range(0xF0000, 0x10FFFD)  # private use: no document has a meaning for them
 TEMPLATE_TIME = datetime(2026, 1, 1)  # what the clock says to templates, on every rank and in every run alike
+THINK_TAG = re.compile(r"<[^<>\s]*think[^<>\s]*>", re.IGNORECASE)
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # templates read one or another of them
+AS_TEXT = 'write the chat as "text"'
 
-Render = Callable[[list[dict[str, str]]], str]
-Piece = tuple[int, int, str, str]  # start and end in the content, and the two markers put there
+Render = Callable[..., str]
+"""(messages, tools or None) -> the chat as the template writes it."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Code points [start, end) of a rendered chat that are trained on, and what multiplies their weight by the mask.
+    Empty for a message without text: only what ends its turn is trained."""
+
+    start: int
+    end: int
+    weight: float
 
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A chat as the template writes it; trained [start, end) and spans are code points of that text. The range of a
-    message without text is empty: only what ends its turn is trained."""
+    """A chat as the template writes it; trained ranges and spans are code points of that text. thoughts_dropped: how
+    many trained messages lost their thinking block."""
 
     text: str
-    trained: list[tuple[int, int]]
+    trained: list[Trained]
     spans: tuple[Span, ...]
+    thoughts_dropped: int
 
 
-def render_and_locate(messages: Sequence[Message], render: Render, where: str) -> RenderedChat:
-    """Renders the chat, and carries over what is trained on and the spans. UserError (beginning with `where`) if the
-    template fails, or loses part of a span; a span whose text it drops wholly is dropped."""
-    contents = [message.content for message in messages]
+def render_and_locate(
+    messages: Sequence[Message], render: Render, where: str, tools: Sequence[dict[str, Any]] = ()
+) -> RenderedChat:
+    """Renders the chat, and carries over what is trained on and the spans. Of a trained message, its thought, content
+    and calls are trained as the template writes them, tags of the thought included.
 
-    def rendered(changed: dict[int, str]) -> str:
+    UserError (beginning with `where`) if the template fails, does not write calls or tools, drops a part of a trained
+    content other than one whole thinking block, or loses part of a span; a span whose text it drops wholly is dropped.
+    """
+    chat = _Chat(messages, render, where, list(tools))
+    located = [_locate(chat, i, chat.marks(i)) for i in range(len(messages))]
+    return RenderedChat(
+        chat.plain,
+        sorted((found.trained for found in located if found.trained), key=lambda each: (each.start, each.end)),
+        tuple(span for found in located for span in found.spans),
+        sum(found.thought_dropped for found in located),
+    )
+
+
+@dataclass
+class _Located:
+    """Where a message has gone."""
+
+    trained: Trained | None = None
+    spans: list[Span] = field(default_factory=list)
+    thought_dropped: bool = False
+
+
+class _Chat:
+    """A chat, what the template makes of it (plain), and where in that its marked contents stand."""
+
+    def __init__(self, messages: Sequence[Message], render: Render, where: str, tools: list[dict[str, Any]]):
+        self.messages, self.where, self._render, self._tools = messages, where, render, tools or None
+        self.given = self._form()
+        self.plain = self.render({})
+        if tools and self._written(self.given, None) == self.plain:
+            raise UserError(f"{where}: the chat template does not write tools; write into a content what is to be seen")
+        self.empty_thoughts = [(block.start(), block.end(1), block.end()) for block in EMPTY_THINK.finditer(self.plain)]
+        self.free = free_markers(self.plain)
+        self._marks = [_Marks(self, i) for i in range(len(messages))]
+        changes = {i: marks.change for i, marks in enumerate(self._marks) if marks.change}
+        self.positions = marker_positions(self.render(changes), self.plain, where) if changes else {}
+
+    def marks(self, i: int) -> "_Marks":
+        """What is marked of message i."""
+        return self._marks[i]
+
+    def render(self, changes: dict[int, dict[str, Any]], upto: int | None = None) -> str:
+        """The chat, or its first `upto` messages, with keys of messages changed; None takes a key away."""
+        given = [
+            {key: value for key, value in (each | changes.get(i, {})).items() if value is not None or key == "content"}
+            for i, each in enumerate(self.given[:upto])
+        ]
+        return self._written(given, self._tools)
+
+    def turn_start(self, i: int) -> int:
+        """Where message i begins at the earliest: the messages before it, rendered alone, are as here up to there."""
         try:
-            return render(
-                [
-                    {"role": m.role, "content": changed.get(i, m.content), **dict(m.passed)}
-                    for i, m in enumerate(messages)
-                ]
-            )
+            return common(self.plain, self.render({}, upto=i)) if i else 0
+        except UserError:  # some templates want what comes later
+            return 0
+
+    def _written(self, given: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+        try:
+            return self._render(given, tools)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(f"{self.where}: {error}") from None
 
-    plain = rendered({})
-    wanted = [i for i, message in enumerate(messages) if (message.train or message.spans) and message.content.strip()]
-    markers = (chr(code) for code in MARKERS if chr(code) not in plain)
-    pieces = {i: [(*piece, next(markers), next(markers)) for piece in _pieces(contents[i])] for i in wanted}
-    marked = rendered({i: _marked(contents[i], pieces[i]) for i in wanted})
-    positions = _marker_positions(marked, plain, where)
-
-    empty = [(block.start(), block.end(1), block.end()) for block in EMPTY_THINK.finditer(plain)]
-    trained: list[tuple[int, int]] = []
-    spans: list[Span] = []
-    for i in wanted:
-        stripped = contents[i].strip()
-        keeps_edges = stripped != contents[i] and rendered({i: stripped}) != plain
-        at_C = _places(contents[i], pieces[i], positions, plain, keeps_edges, f"{where}: messages[{i}]")
-        spans += _moved(messages[i].spans, contents[i], at_C, f"{where}: messages[{i}]")
-        if messages[i].train and (at_C >= 0).any():
-            start, end = int(at_C[at_C >= 0][0]), int(at_C.max()) + 1
-            # an empty block is never content, even where the message has it too, or its end only
-            start = next((past for first, tags_end, past in empty if first <= start < tags_end), start)
-            trained.append((min(start, end), end))
-    for i, message in enumerate(messages):
-        if (message.train or message.spans) and not message.content.strip():
-            place = _blank_place(i, message.content, rendered, plain, (next(markers), next(markers)))
-            if place is not None and message.train:
-                trained.append(place)
-            if place is not None and place[0] < place[1]:
-                spans += [Span(place[0] + s.start, place[0] + s.end, s.role) for s in message.spans]
-    return RenderedChat(plain, sorted(trained), tuple(spans))
-
-
-def _blank_place(
-    i: int, content: str, rendered: Callable[[dict[int, str]], str], plain: str, markers: tuple[str, str]
-) -> tuple[int, int] | None:
-    """Where a content without text stands: its white space, if the template keeps it, else the empty range; None where
-    the template writes such a message otherwise."""
-    for kept in (content, ""):
-        marked = rendered({i: f"{markers[0]}{kept}{markers[1]}"})
-        if marked.replace(markers[0], "").replace(markers[1], "") == plain and marked.count(markers[0]) == 1:
-            return marked.index(markers[0]), marked.index(markers[1]) - 1
-    return None
-
-
-def _pieces(content: str) -> list[tuple[int, int]]:
-    """[start, end) of the texts between tags, without the white space around them; of all where there are only tags."""
-    edges = [0, *(edge for tag in TAG.finditer(content) for edge in tag.span()), len(content)]
-    pieces = [_core(content, start, end) for start, end in zip(edges[::2], edges[1::2], strict=True)]
-    return [piece for piece in pieces if piece[0] < piece[1]] or [_core(content, 0, len(content))]
-
-
-def _core(text: str, start: int, end: int) -> tuple[int, int]:
-    text = text[start:end]
-    return end - len(text.lstrip()), start + len(text.rstrip())
-
-
-def _marked(content: str, pieces: list[Piece]) -> str:
-    for start, end, opening, closing in reversed(pieces):
-        content = f"{content[:start]}{opening}{content[start:end]}{closing}{content[end:]}"
-    return content
-
-
-def _marker_positions(marked: str, plain: str, where: str) -> dict[str, list[int]]:
-    """Where in `plain` each marker of `marked` stands."""
-    found: dict[str, list[int]] = {}
-    rest: list[str] = []
-    for char in marked:
-        if ord(char) in MARKERS and char not in plain:
-            found.setdefault(char, []).append(len(rest))
-        else:
-            rest.append(char)
-    if "".join(rest) != plain:
-        raise UserError(
-            f"{where}: the chat template renders another text when a content changes by one character, so what is "
-            'content cannot be told from what is template; write the chat as "text"'
+    def _form(self) -> list[dict[str, Any]]:
+        """The messages as the template takes them. Templates differ in what they expect beside calls: an empty content
+        or none, arguments as an object or as text; the first form is taken in which all calls are written."""
+        plain_form = [_given(message, "", False) for message in self.messages]
+        names = [call["function"]["name"] for message in self.messages for call in message.tool_calls]
+        if not names:
+            return plain_form
+        first_error = None
+        for as_text in (False, True):
+            for content in ("", None):
+                given = [_given(message, content, as_text) for message in self.messages]
+                try:
+                    text = self._written(given, self._tools)
+                except UserError as error:
+                    first_error = first_error or error
+                    continue
+                if all(name in text for name in names):
+                    return given
+        raise first_error or UserError(
+            f"{self.where}: the chat template does not write tool_calls; write the calls into the content (where it "
+            'writes ids, and not names, give each call an id such as "functions.NAME:0")'
         )
+
+
+def _given(message: Message, no_content: str | None, as_text: bool) -> dict[str, Any]:
+    """A message as chat templates take it; no_content: what stands for the content of calls without one."""
+    given: dict[str, Any] = {"role": message.role, "content": message.content, **dict(message.passed)}
+    if message.reasoning:
+        given |= dict.fromkeys(THOUGHT_KEYS, message.reasoning)
+    if message.tool_calls:
+        given["content"] = message.content or no_content
+        given["tool_calls"] = [_call(call, as_text) for call in message.tool_calls]
+    return given
+
+
+def _call(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
+    arguments = call["function"].get("arguments", {})
+    if as_text and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    elif not as_text and isinstance(arguments, str):
+        with suppress(ValueError):  # the template has it as it stands
+            arguments = json.loads(arguments) if arguments else {}
+    return call | {"function": call["function"] | {"arguments": arguments}}
+
+
+class _Marks:
+    """The marker characters of message i, around the pieces of its content and of its thought."""
+
+    def __init__(self, chat: _Chat, i: int):
+        message = chat.messages[i]
+        self.content = self._of(chat, message.content, message.train or bool(message.spans))
+        self.thought = self._of(chat, message.reasoning, message.train or bool(message.reasoning_spans))
+        self.change: dict[str, Any] = {}
+        if self.content:
+            self.change["content"] = marked(message.content, self.content)
+        if self.thought:
+            self.change |= dict.fromkeys(THOUGHT_KEYS, marked(message.reasoning, self.thought))
+
+    @staticmethod
+    def _of(chat: _Chat, text: str, wanted: bool) -> list[tuple[int, int, str, str]]:
+        if not wanted or _blank(text):
+            return []
+        return [(*piece, next(chat.free), next(chat.free)) for piece in pieces(text)]
+
+
+def _blank(content: str) -> bool:
+    """Whether a content has no text: white space and thinking tags alone."""
+    return not THINK_TAG.sub("", content).strip()
+
+
+def _locate(chat: _Chat, i: int, marks: _Marks) -> _Located:
+    """What is trained of message i, and its spans, in the rendered chat."""
+    message, where, found = chat.messages[i], f"{chat.where}: messages[{i}]", _Located()
+    ranges: list[tuple[int, int]] = []
+    if marks.thought:
+        at_C = _thought(chat, i, marks, where, found)
+        if (at_C >= 0).any():
+            ranges.append((_thought_start(chat, i, int(at_C[at_C >= 0][0])), int(at_C.max()) + 1))
+    if marks.content:
+        at_C = _content(chat, i, marks, where, found)
+        if (at_C >= 0).any():
+            ranges.append(_content_range(chat, at_C))
+    if message.train and message.tool_calls:
+        calls = _calls_range(chat, i, where, bool(ranges or not marks.thought))
+        if any(start > calls[0] for start, _ in ranges):
+            raise UserError(f"{where}: the chat template writes tool_calls before the content; leave one of them out")
+        ranges.append(calls)
+    elif (message.train or message.spans) and (not marks.content or not ranges):
+        place = _blank_place(chat, i, message.content if not marks.content else "")
+        if place is not None:
+            ranges.append(place if place[0] < place[1] and message.content.strip() == "" else (place[1], place[1]))
+            if place[0] < place[1] and not message.content.strip():
+                found.spans += [Span(place[0] + s.start, place[0] + s.end, s.role) for s in message.spans]
+    if message.train and ranges:
+        found.trained = Trained(min(start for start, _ in ranges), max(end for _, end in ranges), message.weight)
     return found
 
 
-def _places(
-    content: str, pieces: list[Piece], positions: dict[str, list[int]], plain: str, keeps_edges: bool, where: str
-) -> np.ndarray:
-    """[C] int: where in `plain` each code point of the content stands, -1 where the template dropped it."""
-    at_C = np.full(len(content), -1)
-    for start, end, opening, closing in pieces:
-        low, high = positions.get(opening, []), positions.get(closing, [])
-        if not low and not high:
-            continue
-        if len(low) != 1 or len(high) != 1:
-            raise UserError(f'{where}: the chat template cuts or repeats this content; write the chat as "text"')
-        old, new = content[start:end], plain[low[0] : high[0]]
-        before = _common(old, new)
-        after = _common(old[before:][::-1], new[before:][::-1])  # most often nothing is left
-        at_C[start : start + before] = np.arange(low[0], low[0] + before)
-        at_C[end - after : end] = np.arange(high[0] - after, high[0])
-
-    tags = [tag.span() for tag in TAG.finditer(content)]
-    for start, end in tags:  # a tag next to text that has a place
-        neighbor = len(content[:start].rstrip()) - 1
-        if neighbor >= 0 and at_C[start] < 0 <= at_C[neighbor]:
-            begin = _core(plain, at_C[neighbor] + 1, len(plain))[0]
-            if plain.startswith(content[start:end], begin):
-                at_C[start:end] = np.arange(begin, begin + end - start)
-    for start, end in reversed(tags):
-        neighbor = _core(content, end, len(content))[0]
-        if neighbor < len(content) and at_C[start] < 0 <= at_C[neighbor]:
-            past = len(plain[: at_C[neighbor]].rstrip())
-            if plain.endswith(content[start:end], 0, past):
-                at_C[start:end] = np.arange(past - (end - start), past)
-
-    if (np.diff(at_C[at_C >= 0]) <= 0).any():
-        raise UserError(f'{where}: the chat template reorders this content; write the chat as "text"')
-    for blank in re.finditer(r"\s+", content):  # white space between places, and around the content if it is kept
-        start, end = blank.span()
-        if (start == 0 or end == len(content)) and not keeps_edges:
-            continue
-        begin = at_C[start - 1] + 1 if start else at_C[end] - end
-        placed = (start == 0 or at_C[start - 1] >= 0) and (end == len(content) or at_C[end] == begin + end - start)
-        if placed and begin >= 0 and plain.startswith(blank.group(), begin):
-            at_C[start:end] = np.arange(begin, begin + end - start)
+def _content(chat: _Chat, i: int, marks: _Marks, where: str, found: _Located) -> np.ndarray:
+    """[C] int: where each code point of the content stands, -1 where it is dropped. Its spans are found."""
+    message = chat.messages[i]
+    stripped = message.content.strip()
+    keeps_edges = stripped != message.content and chat.render({i: {"content": stripped}}) != chat.plain
+    at_C = places(message.content, marks.content, chat.positions, chat.plain, keeps_edges, where)
+    if message.train and _drops_thought(message.content, at_C, where):
+        found.thought_dropped = True
+    found.spans += _moved(message.spans, message.content, at_C, f"{where}: spans")
     return at_C
 
 
-def _common(one: str, other: str) -> int:
-    """Length of the common prefix."""
-    if one == other:
-        return len(one)
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _content_range(chat: _Chat, at_C: np.ndarray) -> tuple[int, int]:
+    start, end = int(at_C[at_C >= 0][0]), int(at_C.max()) + 1
+    # an empty block is never content, even where the message has it too, or its end only
+    start = next((past for first, tags_end, past in chat.empty_thoughts if first <= start < tags_end), start)
+    return min(start, end), end
+
+
+def _drops_thought(content: str, at_C: np.ndarray, where: str) -> bool:
+    """Whether the template leaves out the content's thinking block. UserError where it leaves out anything else."""
+    lost_C = (np.diff(solid_counts(content)) > 0) & (at_C < 0)
+    thought_C = np.diff(solid_counts(content)) > 0
+    tags = [tag.span() for tag in THINK_TAG.finditer(content)]
+    for start, end in tags:  # an empty block, or a tag that the template writes another way, is no loss
+        lost_C[start:end] = thought_C[start:end] = False
+    if not lost_C.any():
+        return False
+    past = next((start for start, _ in tags if content[start + 1] == "/"), 0)
+    thought_C[past:] = False
+    opened = next((end for start, end in tags if content[start + 1] != "/" and start < past), 0)
+    if (lost_C == thought_C).all() and not thought_C[:opened].any():
+        return True
+    first = int(np.flatnonzero(lost_C)[0])
+    raise UserError(
+        f"{where}: the chat template drops a part of this content that is not one whole thinking block "
+        f"({content[first : first + 40]!r}…); leave it out, or {AS_TEXT}"
+    )
+
+
+def _thought(chat: _Chat, i: int, marks: _Marks, where: str, found: _Located) -> np.ndarray:
+    """[C] int: where each code point of the thought stands; all -1 where it is dropped. Its spans are found."""
+    message = chat.messages[i]
+    at_C = places(message.reasoning, marks.thought, chat.positions, chat.plain, False, f"{where}: reasoning_content")
+    solid_C = np.diff(solid_counts(message.reasoning)) > 0
+    if (at_C[solid_C] < 0).any():
+        if (at_C >= 0).any():
+            raise UserError(f"{where}: the chat template drops a part of reasoning_content; shorten it, or {AS_TEXT}")
+        found.thought_dropped = message.train
+    found.spans += _moved(message.reasoning_spans, message.reasoning, at_C, f"{where}: reasoning_spans")
+    return at_C
+
+
+def _thought_start(chat: _Chat, i: int, first: int) -> int:
+    """Where a thought begins with its opening tag, or whatever else the template writes only before a thought; `first`
+    is where its text begins."""
+    marker = next(chat.free)
+    without: dict[str, Any] = dict.fromkeys(THOUGHT_KEYS) | {"content": marker + chat.messages[i].content}
+    try:
+        before, found, _ = chat.render({i: without}).partition(marker)
+    except UserError:
+        before, found = "", ""
+    start = _out_of_tag(chat.plain, common(chat.plain, before))
+    head = chat.plain[:first].rstrip()
+    if not found or start < chat.turn_start(i) or start >= len(head):  # or an empty block is written without a thought
+        start = next((tag.start() for tag in TAG.finditer(head) if tag.end() == len(head)), first)
+    return min(start, first)
+
+
+def _calls_range(chat: _Chat, i: int, where: str, with_thought: bool) -> tuple[int, int]:
+    """[start, end) of what the template writes for the calls of message i: where it writes something else when a marker
+    character stands there instead. with_thought: whether its thought, if it has one, is written."""
+    marker = next(chat.free)
+    kept: dict[str, Any] = {} if with_thought else dict.fromkeys(THOUGHT_KEYS)
+    change = kept | {"tool_calls": None, "content": chat.messages[i].content.rstrip() + marker}
+    # Without what follows, which some templates write otherwise, or refuse, where the calls are not there; but others
+    # write the last message otherwise.
+    for upto in (i + 1, None):
+        try:
+            whole, other = chat.render({i: kept}, upto), chat.render({i: change}, upto)
+        except UserError:
+            continue
+        before, found, after = other.partition(marker)
+        start = common(whole, before)
+        end = len(whole) - common(whole[start:][::-1], after[::-1])
+        start, end = _out_of_tag(whole, start), _out_of_tag(whole, end)
+        inside = all(call["function"]["name"] in whole[start:end] for call in chat.messages[i].tool_calls)
+        whole_rest = upto is not None or whole.endswith(after)
+        if found and inside and whole_rest and start >= chat.turn_start(i) and chat.plain.startswith(whole[:end]):
+            return start, end
+    raise UserError(
+        f"{where}: what the chat template writes for tool_calls cannot be told from the rest; write the calls into the "
+        f"content, or {AS_TEXT}"
+    )
+
+
+def _out_of_tag(text: str, at: int) -> int:
+    """Where the tag begins that `at` lies inside of; else `at`."""
+    low = max(0, at - 42)
+    tags = ((low + tag.start(), low + tag.end()) for tag in TAG.finditer(text[low : at + 42]))
+    return next((start for start, end in tags if start < at < end), at)
+
+
+def _blank_place(chat: _Chat, i: int, content: str) -> tuple[int, int] | None:
+    """Where a content without text stands: its white space and tags, if the template keeps them, or what follows its
+    last tag, else the empty range; None where the template writes such a message otherwise."""
+    opening, closing = next(chat.free), next(chat.free)
+    past = max((tag.end() for tag in THINK_TAG.finditer(content)), default=0)
+    for head, kept in (("", content), (content[:past], content[past:]), ("", "")):
+        text = chat.render({i: {"content": f"{head}{opening}{kept}{closing}"}})
+        if text.replace(opening, "").replace(closing, "") == chat.plain and text.count(opening) == 1:
+            return text.index(opening), text.index(closing) - 1
+    return None
 
 
 def _moved(spans: Sequence[Span], content: str, at_C: np.ndarray, where: str) -> list[Span]:
@@ -196,8 +344,8 @@ def _moved(spans: Sequence[Span], content: str, at_C: np.ndarray, where: str) ->
         placed = inside_C[inside_C >= 0]
         if (inside_C[solid_C[span.start : span.end]] < 0).any() and len(placed):
             raise UserError(
-                f"{where}: spans[{n}]: the chat template drops or rewrites part of this span ({span.role}, "
-                f'{span.start} to {span.end}); end the span where the kept text ends, or write the chat as "text"'
+                f"{where}[{n}]: the chat template drops or rewrites part of this span ({span.role}, "
+                f"{span.start} to {span.end}); end the span where the kept text ends, or {AS_TEXT}"
             )
         if len(placed):
             moved.append(Span(int(placed[0]), int(placed[-1]) + 1, span.role))
@@ -217,7 +365,8 @@ def _render(
     special_tokens: tuple[tuple[str, str], ...],
     directory: str,
     moment: datetime,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
 ) -> str:
     if template is None:
         raise UserError(
@@ -225,7 +374,7 @@ def _render(
         )
     try:
         return _compiled(template).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=False, strftime_now=moment.strftime,
+            messages=messages, tools=tools, documents=None, add_generation_prompt=False, strftime_now=moment.strftime,
             **dict(special_tokens),
         )  # fmt: skip
     except Exception as error:  # whatever a template does: its own raise_exception, or a TypeError

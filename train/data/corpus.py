@@ -4,15 +4,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from train.data.batches import Sample
-from train.data.documents import Document, read_documents
+from train.data.documents import LARGEST, SMALLEST, Document, read_documents
+from train.data.findings import NO_TARGET, SKIPPED, Findings
 from train.data.sampling import Order
-from train.data.tokenizer import TokenizedDocument, Tokenizer, tokenize_document
+from train.data.tokenizer import TokenizedDocument, Tokenizer, tokenize_documents
 from train.errors import UserError
 from train.masking.grammar import Mask, parse_mask
 from train.masking.treatment import treat
@@ -30,8 +30,9 @@ class Corpus:
     samples: list[Sample]
     roles: list[str]
     order: Order
-    documents: dict[str, int]  # read, truncated, dropped
-    dropped: dict[str, list[int]]  # path -> lines of the documents that are dropped
+    documents: dict[str, int]  # read, truncated, dropped, skipped
+    dropped: dict[str, list[int]]  # path -> lines of the documents that are dropped or skipped
+    findings: Findings
     counts: list[Counter] = field(repr=False)  # of each document, (role, what) -> targets
 
     def tokens(self, start: int, stop: int) -> dict[str, dict[str, int]]:
@@ -46,58 +47,95 @@ class Corpus:
         return {role: {kind: sums[role, kind] for kind in kinds} for role in (*BESIDE_ROLES, *self.roles)}
 
 
+@dataclass
+class TokenizedFile:
+    """The documents of a file as tokens, and what was found in them and in the rows beside them."""
+
+    documents: list[TokenizedDocument]
+    findings: Findings
+
+
 def read_corpus(
-    settings: Settings, tokenizer: Tokenizer, show: bool, known: dict[str, list[TokenizedDocument]] | None = None
+    settings: Settings, tokenizer: Tokenizer, show: bool, known: dict[str, TokenizedFile] | None = None
 ) -> Corpus:
     """Reads, tokenizes and treats the documents of --data. UserError for anything wrong in them or in --mask. known:
     path -> its documents, tokenized before for other settings that differ in what is done with them alone; gets those
     that it lacks."""
     mask, known = parse_mask(settings.mask), {} if known is None else known
-    sources = [
-        (path, [each.document for each in known.get(path, ())] or read_documents(path, settings.doctag or None), count)
-        for path, count in settings.sources()
-    ]
-    documents = [document for _, source, _ in sources for document in source]
-    roles = sorted({span.role for document in documents for span in _spans(document)})
+    _tokenize_files(settings, tokenizer, show, known)
+    files = [known[source.path] for source in settings.sources()]
+    roles = sorted({span.role for file in files for each in file.documents for span in each.document.all_spans})
     shown = [f"role:{role}" if role in BESIDE_ROLES else role for role in roles]
     _check_roles(mask, roles)
+    seen, dropped, findings = dict.fromkeys(("read", "truncated", "dropped", "skipped"), 0), {}, Findings()
     samples: list[Sample] = []
     counts: list[Counter] = []
-    sizes: list[int] = []
-    dropped: dict[str, list[int]] = {}
-    seen = {"read": len(documents), "truncated": 0, "dropped": 0}
-    with tqdm(total=len(documents), desc="tokenizing", unit="doc", disable=not show, mininterval=0.5) as bar:
-        for path, source, _ in sources:
-            before, whole = len(samples), known.setdefault(path, [])
-            for number, document in enumerate(source):
-                if number == len(whole):
-                    whole.append(tokenize_document(document, tokenizer, add_bos=settings.bos, add_eos=settings.eos))
-                # of a copy, so that what is worked out for its treatment is not kept with it
-                if (tokenized := _fit(replace(whole[number]), settings, seen)) is not None:
-                    sample, count = _treated(tokenized, mask, settings, roles, shown)
-                    samples.append(sample)
-                    counts.append(count)
-                else:
-                    dropped.setdefault(path, []).append(document.line)
-                bar.update()
-            sizes.append(len(samples) - before)
-            if not sizes[-1]:
-                raise UserError(
-                    f"--data {path}: every document is longer than --max-tokens {settings.max_tokens} and "
-                    "--long-documents drop leaves none; raise --max-tokens, or use --long-documents truncate."
-                )
+    sizes, cut_away = [], 0
+    for source, file in zip(settings.sources(), files, strict=True):
+        findings.include(file.findings)
+        lines = [line for _, line, _ in file.findings.places.get(SKIPPED, ())]
+        seen["read"] += len(file.documents)
+        seen["skipped"] += len(lines)
+        before = len(samples)
+        for whole in file.documents:
+            # of a copy, so that what is worked out for its treatment is not kept with it
+            tokenized = _fit(replace(whole), settings, seen)
+            if tokenized is None:
+                lines.append(whole.document.line)
+                continue
+            if whole.target_L.any() and not tokenized.target_L.any():
+                findings.add(NO_TARGET, whole.document.path, whole.document.line, "cut away by --max-tokens")
+                cut_away += 1
+            sample, count = _treated(tokenized, mask, settings, source.weight, roles, shown)
+            samples.append(sample)
+            counts.append(count)
+        if lines:
+            dropped[source.path] = sorted(lines)
+        sizes.append(len(samples) - before)
+        if not sizes[-1]:
+            raise UserError(
+                f"--data {source.path}: every document is longer than --max-tokens {settings.max_tokens} and "
+                "--long-documents drop leaves none; raise --max-tokens, or use --long-documents truncate."
+            )
+    _check_targets(samples, findings, settings, cut_away)
+    order = Order(sizes, [source.count for source in settings.sources()], settings.seed)
+    return Corpus(samples, shown, order, seen, dropped, findings, counts)
+
+
+def _tokenize_files(settings: Settings, tokenizer: Tokenizer, show: bool, known: dict[str, TokenizedFile]) -> None:
+    """Reads and tokenizes the files of --data that are not known."""
+    read = {}
+    for path in {source.path: None for source in settings.sources() if source.path not in known}:
+        findings = Findings()
+        read[path] = read_documents(path, settings.doctag or None, settings.bad_rows, findings), findings
+    total = sum(len(documents) for documents, _ in read.values())
+    with tqdm(total=total, desc="tokenizing", unit="doc", disable=not show, mininterval=0.5) as bar:
+        for path, (documents, findings) in read.items():
+            tokenized = tokenize_documents(
+                documents, tokenizer, findings, settings.bad_rows, add_bos=settings.bos, add_eos=settings.eos,
+                each=bar.update,
+            )  # fmt: skip
+            known[path] = TokenizedFile(tokenized, findings)
+
+
+def _check_targets(samples: list[Sample], findings: Findings, settings: Settings, cut_away: int) -> None:
+    """UserError where nothing is trained."""
+    files = ", ".join(source.path for source in settings.sources())
     if not any(sample.target_L.any() for sample in samples):
+        if cut_away:
+            raise UserError(
+                f"--max-tokens {settings.max_tokens}: cuts away all that is trained on in {files}: of {cut_away:,} "
+                "documents it begins later. Raise it."
+            )
         raise UserError(
-            f"--data {', '.join(path for path, *_ in sources)}: holds nothing to predict: no document has two tokens, "
-            'or no chat a message that is trained on (of the assistant, or with "train": true). Give other documents.'
+            f"--data {files}: holds nothing to predict: no chat has a message that is trained on (of the assistant, or "
+            'with "train": true). Give other documents.' + "".join(f" {line}." for line in findings.lines())
         )
     if not any(sample.weight_L.any() for sample in samples):
         raise UserError(
-            f"--mask {settings.mask}: nothing is left to train on in {', '.join(path for path, *_ in sources)}; every "
-            "target is excluded. Mask fewer roles."
+            f"--mask {settings.mask}: nothing is left to train on in {files}; every target is excluded, or has the "
+            "weight 0. Mask fewer roles."
         )
-    order = Order(sizes, [count for *_, count in sources], settings.seed)
-    return Corpus(samples, shown, order, seen, dropped, counts)
 
 
 def documents_taken(settings: Settings, order: Order) -> int:
@@ -109,26 +147,22 @@ def documents_read(settings: Settings, dropped: Mapping[str, Sequence[int]]) -> 
     """The documents that a run trains on, each once, in the order of --data and of their lines: where a file has more
     than its COUNT, or steps end early, not all of them. dropped: as Corpus has it."""
     documents: list[Document] = []
-    sizes, counts = [], []
-    for path, count in settings.sources():
-        left_out = set(dropped.get(path, ()))
-        own = [each for each in read_documents(path, settings.doctag or None) if each.line not in left_out]
+    sizes = []
+    for source in settings.sources():
+        left_out = set(dropped.get(source.path, ()))
+        found = read_documents(source.path, settings.doctag or None, settings.bad_rows)
+        own = [each for each in found if each.line not in left_out]
         documents += own
         sizes.append(len(own))
-        counts.append(count)
-    order = Order(sizes, counts, settings.seed)
+    order = Order(sizes, [source.count for source in settings.sources()], settings.seed)
     return [documents[number] for number in np.unique(order.documents(0, documents_taken(settings, order)))]
-
-
-def _spans(document: Document) -> list[Any]:
-    return [*document.spans, *(span for message in document.messages or () for span in message.spans)]
 
 
 def _check_roles(mask: Mask, roles: list[str]) -> None:
     if len(roles) > MAX_ROLES:
         raise UserError(f"--data: {len(roles)} roles; at most {MAX_ROLES} can be told apart.")
     for entry in mask.entries:
-        if entry.role not in roles:
+        if entry.role and entry.role not in roles:
             raise UserError(
                 f"--mask {entry.name}: no document has a span of role {entry.role!r}; the roles in --data are "
                 f"{', '.join(roles) or 'none'}. Give documents with such spans, or another mask."
@@ -153,13 +187,21 @@ def _fit(tokenized: TokenizedDocument, settings: Settings, seen: dict[str, int])
 
 
 def _treated(
-    tokenized: TokenizedDocument, mask: Mask, settings: Settings, roles: list[str], shown: list[str]
+    tokenized: TokenizedDocument, mask: Mask, settings: Settings, factor: float, roles: list[str], shown: list[str]
 ) -> tuple[Sample, Counter]:
-    """The document with its treatment, and its targets by (role as shown, what)."""
-    treatment = treat(tokenized, mask, settings.seed)
-    target_L, weight_L = tokenized.target_L, treatment.weight_L
-    if settings.chat_weight == "chat" and tokenized.document.messages is not None:
-        weight_L = weight_L / (np.abs(weight_L).sum() or np.float32(1))
+    """The document with its treatment, times its source's weight, and its targets by (role as shown, what)."""
+    treatment, document = treat(tokenized, mask, settings.seed), tokenized.document
+    target_L, weight_L = tokenized.target_L, treatment.weight_L.astype(np.float64) * factor
+    if settings.chat_weight == "chat" and document.messages is not None:
+        weight_L = weight_L / max(1, target_L.sum())  # before mask or weight: what these leave out changes no other
+    size_L = np.abs(weight_L[weight_L != 0])
+    if len(size_L) and not SMALLEST <= size_L.min() <= size_L.max() <= LARGEST:
+        raise UserError(
+            f"{document.where}: its weights by mask, document, message and --data come to {size_L.min():g} to "
+            f"{size_L.max():g}; they must be 0 or from {SMALLEST:.0e} to {LARGEST:.0e}, as losses are fp32. "
+            "Weigh it by less extreme factors."
+        )
+    weight_L = weight_L.astype(np.float32)
     roles_L, spanned_L = np.zeros(len(target_L), dtype=np.int64), np.zeros(len(target_L), dtype=bool)
     counts: Counter = Counter()
     kinds = {"total": target_L, "trained": weight_L > 0, "excluded": weight_L == 0, "unlikelihood": weight_L < 0}
@@ -177,7 +219,5 @@ def _treated(
             counts[name, kind] = int((which_L & target_L & kind_L).sum())
     counts["all", "straddling"] = int(crossing_L.sum())
     counts["all", "random_shortfall"] = treatment.random_shortfall
-    counts["all", "unended"] = tokenized.unended
-    document = tokenized.document
     name = f"{Path(document.path).name}:{document.line}"
-    return Sample(name, tokenized.ids_L, target_L, weight_L, roles_L), counts
+    return Sample(name, tokenized.ids_L, target_L, weight_L, roles_L, document.weight * factor), counts

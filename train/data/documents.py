@@ -1,23 +1,40 @@
-"""Reads training documents: JSONL, one document a line, in which character spans carry roles.
+"""Training documents, in which character spans carry roles: one JSON object a line.
 
-    {"text": "...", "spans": [{"start": 0, "end": 8, "role": "doctag"}]}
-    {"messages": [{"role": "user", "content": "...", "spans": [], "train": false}, ...]}
+    {"text": "...", "spans": [{"start": 0, "end": 8, "role": "doctag"}], "weight": 1.0}
+    {"messages": [{"role": "user", "content": "...", "spans": [], "train": false, "weight": 1.0}, ...], "tools": [...]}
 
-Offsets are Unicode code points, end exclusive; spans may nest and overlap.
+Offsets are Unicode code points, end exclusive; spans may nest and overlap. A weight multiplies the mask's. Messages may
+have what chat templates read: name, tool_call_id, tool_calls, and reasoning_content with reasoning_spans. Other forms:
+train/data/forms.py, and other kinds of files: train/data/files.py.
 """
 
+import difflib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train.data.files import Unreadable, file_rows
+from train.data.findings import MASK_TAG, NO_ROLE_OF_CHATS, NOT_JSON, SKIPPED, TAGS, Findings, unknown_key
+from train.data.forms import kind, own_form, parsed_list, text_of
 from train.errors import UserError
+from train.formats import strict
 
-# Message keys that chat templates render, passed on or refused: leaving them out in silence would train on another
-# conversation.
-PASSED_MESSAGE_KEYS = ("name", "tool_call_id")
-UNSUPPORTED_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+DOCUMENT_KEYS = ("text", "messages", "spans", "tools", "weight", "loss_weight")  # all others are metadata
+NEAR_OF_DOCUMENT = ("spans", "loss_weight")  # slips for the others are names that metadata has
+MESSAGE_KEYS = (
+    "role", "content", "spans", "train", "weight", "loss", "training", "name", "tool_call_id", "tool_calls",
+    "reasoning_content", "reasoning_spans",
+)  # fmt: skip
+SPAN_KEYS = ("start", "end", "role")
+PASSED_KEYS = ("name", "tool_call_id")  # given to the chat template as they are
+# What other tools call what chat templates render. Leaving it out in silence would train on another conversation.
+OTHER_NAMES = {"function_call": "tool_calls", "reasoning": "reasoning_content", "thinking": "reasoning_content"}
+CHAT_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"})
+BAD_ROWS = "what to do with rows that cannot be read, or predict nothing"  # help of --bad-rows
+SMALLEST, LARGEST = 1e-30, 1e30  # of weights, as losses are fp32
+TO_SPANS = "python train/annotate.py --data FILE --pairs ROLE --output NEW"
 
 
 @dataclass(frozen=True)
@@ -31,19 +48,25 @@ class Span:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat; spans are offsets into content, train says whether its tokens are targets; passed: what else
-    the chat template is given."""
+    """One turn of a chat; spans are offsets into content, train says whether its tokens are targets, weight multiplies
+    their weight by the mask. What else the chat template is given: passed, the thought before the content, and the
+    calls of tools, in OpenAI's form with arguments as an object or as text."""
 
     role: str
     content: str
     spans: tuple[Span, ...]
     train: bool
     passed: tuple[tuple[str, str], ...] = ()
+    weight: float = 1.0
+    reasoning: str = ""
+    reasoning_spans: tuple[Span, ...] = ()
+    tool_calls: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text or a chat (one of the two is None), with the file and line it came from; spans belong to the text."""
+    """A text or a chat (one of the two is None), with the file and line it came from; spans belong to the text. weight
+    multiplies the mask's weight of every token; tools: those that a chat's template is given."""
 
     text: str | None
     messages: tuple[Message, ...] | None
@@ -51,140 +74,258 @@ class Document:
     metadata: dict[str, Any]
     path: str
     line: int
+    weight: float = 1.0
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def where(self) -> str:
         """file:line, as error messages begin."""
         return f"{self.path}:{self.line}"
 
+    @property
+    def all_spans(self) -> Iterator[Span]:
+        """Of the text, or of every message."""
+        yield from self.spans
+        for message in self.messages or ():
+            yield from message.spans
+            yield from message.reasoning_spans
 
-def read_documents(path: str | Path, doctag: str | None = None) -> list[Document]:
-    """Every document of a JSONL file, in order; blank lines are skipped. UserError names file and line.
 
-    Where a text starts with `doctag` (a marker such as "<DOCTAG>") and no doctag span covers it, it gets that span.
+def read_documents(
+    path: str | Path, doctag: str | None = None, bad_rows: str = "error", findings: Findings | None = None
+) -> list[Document]:
+    """Every document of a file, in order; blank lines are skipped. UserError names file and line; with bad_rows "skip"
+    a row that is wrong is left out instead. findings: gets what was left out and what was passed over.
+
+    Where a text starts with `doctag` (a marker such as "<DOCTAG>"), after white space or not, and no doctag span covers
+    it, it gets that span.
     """
     if doctag == "":
         raise UserError("--doctag is empty: give the marker that documents start with, e.g. --doctag '<DOCTAG>'")
-    documents = [_document(row, str(path), line, doctag) for line, row in _rows(path)]
+    findings = Findings() if findings is None else findings
+    documents, first_error = [], None
+    for line, row in file_rows(path):
+        try:
+            if isinstance(row, Unreadable):
+                raise UserError(f"{path}:{line}: {row}")
+            document = _Reader(str(path), line, findings).document(row, doctag)
+            _note(document, findings)
+            documents.append(document)
+        except UserError as error:
+            if bad_rows != "skip":
+                raise
+            first_error = first_error or error
+            findings.add(SKIPPED, str(path), line, reason(error, f"{path}:{line}"))
+    if not documents and first_error:
+        raise UserError(f"--bad-rows skip leaves no document of {path}; the first left out: {first_error}")
     if not documents:
         raise UserError(f"{path}: the file holds no documents; write one JSON object a line")
     return documents
 
 
-def _rows(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, parsed JSON) of each line that is not blank."""
-    try:
-        # Lines end at \n alone: str.splitlines would also split at U+2028 inside a JSON string.
-        with open(path, "rb") as file:
-            for number, raw in enumerate(file, start=1):
-                try:
-                    text = raw.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path}:{number}: not valid UTF-8 (byte {error.start} of the line); save the file as UTF-8"
-                    ) from None
-                if number == 1:
-                    text = text.removeprefix("\ufeff")  # a byte order mark belongs to the file, not to the document
-                if not text.strip():
-                    continue
-                try:
-                    row = json.loads(text)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{path}:{number}: not valid JSON ({error}); give one object a line") from None
-                yield number, row
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a JSONL file of documents") from None
+def reason(error: UserError, where: str) -> str:
+    """Why a row is left out, without its place."""
+    return str(error).removeprefix(f"{where}: ")
 
 
-def _document(row: Any, path: str, line: int, doctag: str | None) -> Document:
-    where = f"{path}:{line}"
-    if not isinstance(row, dict):
-        fix = "write one document a line, without [ and ]" if isinstance(row, list) else 'write {"text": ...} around it'
-        raise UserError(f"{where}: a document is a JSON object, not {_kind(row)}; {fix}")
-    if ("text" in row) == ("messages" in row):
-        found = "both" if "text" in row else "neither"
-        fix = "keep one" if found == "both" else "give one"
-        raise UserError(f'{where}: a document has either "text" or "messages", this one has {found}; {fix}')
-    metadata = {key: value for key, value in row.items() if key not in ("text", "messages", "spans")}
-
-    if "messages" in row:
-        if row.get("spans"):
-            raise UserError(f'{where}: spans beside "messages" have no text; move them into their message')
-        if row.get("tools"):
-            raise UserError(f"{where}: tools are not supported; write what the model is to see into a content")
-        messages = row["messages"]
-        if not isinstance(messages, list) or not messages:
-            found = "an empty list" if messages == [] else _kind(messages)
-            raise UserError(f"{where}: messages is {found}; give a list of at least one message")
-        parsed = tuple(_message(message, f"{where}: messages[{i}]") for i, message in enumerate(messages))
-        return Document(None, parsed, (), metadata, path, line)
-
-    text = _string(row["text"], f"{where}: text")
-    if not text:
-        raise UserError(f"{where}: text is empty; leave the document out")
-    spans = _spans(row.get("spans"), len(text), where)
-    if doctag and text.startswith(doctag):
-        covered = any(s.role == "doctag" and s.start == 0 and s.end >= len(doctag) for s in spans)
-        spans = spans if covered else (Span(0, len(doctag), "doctag"), *spans)
-    return Document(text, None, spans, metadata, path, line)
+def _note(document: Document, findings: Findings) -> None:
+    """Finds what is no error, but seldom meant."""
+    for message in document.messages or ():
+        if message.role not in CHAT_ROLES:
+            findings.add(NO_ROLE_OF_CHATS, document.path, document.line, message.role)
+    for text in (document.text, *(message.content for message in document.messages or ())):
+        for _ in MASK_TAG.finditer(text or ""):
+            findings.add(TAGS, document.path, document.line)
 
 
-def _message(message: Any, where: str) -> Message:
-    if not isinstance(message, dict):
-        raise UserError(f"{where}: a message is a JSON object with role and content, not {_kind(message)}")
-    for key in ("role", "content"):
-        if key not in message:
-            raise UserError(f'{where}: {key} is missing; a message has "role" and "content"')
-    role = _string(message["role"], f"{where}: role")
-    if not role:
-        raise UserError(f'{where}: role is empty; give e.g. "user" or "assistant"')
-    for key in UNSUPPORTED_MESSAGE_KEYS:
-        if message.get(key):
-            raise UserError(f"{where}: {key} is not supported; write what the model is to see into content")
-    passed = tuple((k, _string(message[k], f"{where}: {k}")) for k in PASSED_MESSAGE_KEYS if message.get(k) is not None)
-    content = _string(message["content"], f"{where}: content")
-    train = message.get("train", role == "assistant")
-    if not isinstance(train, bool):
-        raise UserError(f"{where}: train is {_kind(train)}; it is true or false")
-    return Message(role, content, _spans(message.get("spans"), len(content), where), train, passed)
+@dataclass
+class _Reader:
+    """Reads one row; its place begins every message."""
+
+    path: str
+    line: int
+    findings: Findings
+    where: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.where = f"{self.path}:{self.line}"
+
+    def document(self, row: Any, doctag: str | None) -> Document:
+        row = own_form(row, self.where)
+        _refuse_near(row, NEAR_OF_DOCUMENT, self.where, row.keys() - set(DOCUMENT_KEYS))
+        metadata = self._metadata(row)
+        spans, tools = row.get("spans"), row.get("tools")
+        weight = _one_weight(row, ("weight", "loss_weight"), self.where)
+        if "messages" in row:
+            if spans:
+                raise UserError(f'{self.where}: spans beside "messages" have no text; move them into their message')
+            if row.get("functions"):
+                raise UserError(f"{self.where}: functions is not read; write it as tools")
+            messages = tuple(
+                self._message(message, f"{self.where}: messages[{i}]") for i, message in enumerate(row["messages"])
+            )
+            calls = _objects(tools, f"{self.where}: tools") if tools else ()
+            return Document(None, messages, (), metadata, self.path, self.line, weight, calls)
+        if tools:
+            raise UserError(f'{self.where}: tools beside "text" have no chat to stand in; leave them out')
+        text = _string(row["text"], f"{self.where}: text")
+        found = self._spans(spans, len(text), self.where)
+        return Document(text, None, _with_doctag(text, found, doctag), metadata, self.path, self.line, weight)
+
+    def _metadata(self, row: dict[str, Any]) -> dict[str, Any]:
+        """All other keys, as strict JSON can say them."""
+        metadata = {key: value for key, value in row.items() if key not in DOCUMENT_KEYS}
+        kept = strict(metadata)
+        for key in metadata.keys() if kept != metadata else ():
+            if kept[key] != metadata[key]:
+                self.findings.add(NOT_JSON, self.path, self.line, f"in {key!r}")
+        return kept
+
+    def _message(self, message: Any, where: str) -> Message:
+        if not isinstance(message, dict):
+            raise UserError(f"{where}: a message is a JSON object with role and content, not {kind(message)}")
+        message = {key: value for key, value in message.items() if value is not None}
+        self._check_keys(message, MESSAGE_KEYS, where, "messages")
+        said = [key for key in ("tool_calls", "reasoning_content") if message.get(key)]
+        for key in ("role", "content"):
+            if key not in message and not (key == "content" and said):
+                raise UserError(f'{where}: {key} is missing; a message has "role" and "content"')
+        role = _string(message["role"], f"{where}: role")
+        if not role:
+            raise UserError(f'{where}: role is empty; give e.g. "user" or "assistant"')
+        content = _string(text_of(message.get("content", ""), f"{where}: content"), f"{where}: content")
+        thought = _string(message.get("reasoning_content", ""), f"{where}: reasoning_content")
+        train, weight = _train_and_weight(message, role, where)
+        return Message(
+            role, content, self._spans(message.get("spans"), len(content), where), train,
+            tuple((key, _string(message[key], f"{where}: {key}")) for key in PASSED_KEYS if key in message),
+            weight, thought, self._spans(message.get("reasoning_spans"), len(thought), where, "reasoning_spans"),
+            _calls(message.get("tool_calls"), f"{where}: tool_calls"),
+        )  # fmt: skip
+
+    def _spans(self, value: Any, length: int, where: str, key: str = "spans") -> tuple[Span, ...]:
+        if value is None:
+            return ()
+        if not isinstance(value, list):
+            raise UserError(f'{where}: {key} is {kind(value)}; it is a list of {{"start", "end", "role"}}')
+        return tuple(self._span(span, length, f"{where}: {key}[{i}]") for i, span in enumerate(value))
+
+    def _span(self, span: Any, length: int, where: str) -> Span:
+        rule = "offsets are Unicode code points, end exclusive"
+        if not isinstance(span, dict):
+            pair = isinstance(span, list) and len(span) == 2 and all(isinstance(each, int) for each in span)
+            fix = f"; give these pairs a role: {TO_SPANS}" if pair else ""
+            raise UserError(f"{where}: a span is a JSON object with start, end and role, not {kind(span)}{fix}")
+        span = {key: value for key, value in span.items() if value is not None}
+        self._check_keys(span, SPAN_KEYS, where, "spans")
+        for key in ("start", "end"):
+            if key not in span:
+                raise UserError(f"{where}: {key} is missing; {rule}")
+            # bool is a subclass of int, but `true` is no offset
+            if not isinstance(span[key], int) or isinstance(span[key], bool):
+                raise UserError(f"{where}: {key} {json.dumps(span[key])} is not an integer; {rule}")
+            if span[key] < 0:
+                raise UserError(f"{where}: {key} {span[key]} is negative; {rule}")
+        start, end = span["start"], span["end"]
+        if start >= end:
+            raise UserError(f"{where}: start {start} is not before end {end}; {rule}")
+        if end > length:
+            raise UserError(f"{where}: end {end} is past the end of the text ({length} code points); {rule}")
+        if "role" not in span:
+            raise UserError(f'{where}: role is missing; say what the span is, e.g. "role": "false"')
+        role = _string(span["role"], f"{where}: role")
+        if not role.strip():
+            raise UserError(f'{where}: role is empty; say what the span is, e.g. "role": "false"')
+        return Span(start, end, role)
+
+    def _check_keys(self, given: dict[str, Any], known: Collection[str], where: str, of: str) -> None:
+        """UserError for a key that is a slip for one that is read; others that are not read are found."""
+        unknown = [key for key in given if key not in known]
+        _refuse_other_names(given, where)
+        _refuse_near(given, known, where, unknown)
+        for key in unknown:
+            self.findings.add(unknown_key(of, key), self.path, self.line)
 
 
-def _spans(value: Any, length: int, where: str) -> tuple[Span, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list):
-        raise UserError(f'{where}: spans is {_kind(value)}; it is a list of {{"start", "end", "role"}}')
-    return tuple(_span(span, length, f"{where}: spans[{i}]") for i, span in enumerate(value))
+def _refuse_near(given: dict[str, Any], known: Collection[str], where: str, unknown: Collection[str]) -> None:
+    for key in unknown:
+        near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
+        if near and given[key] is not None:
+            raise UserError(
+                f"{where}: the key {key!r} is not read; did you mean {near[0]!r}? Rename it, or leave it out"
+            )
 
 
-def _span(span: Any, length: int, where: str) -> Span:
-    rule = "offsets are Unicode code points, end exclusive"
-    if not isinstance(span, dict):
-        raise UserError(f"{where}: a span is a JSON object with start, end and role, not {_kind(span)}")
-    for key in ("start", "end"):
-        if key not in span:
-            raise UserError(f"{where}: {key} is missing; {rule}")
-        # bool is a subclass of int, but `true` is no offset
-        if not isinstance(span[key], int) or isinstance(span[key], bool):
-            raise UserError(f"{where}: {key} {json.dumps(span[key])} is not an integer; {rule}")
-        if span[key] < 0:
-            raise UserError(f"{where}: {key} {span[key]} is negative; {rule}")
-    start, end = span["start"], span["end"]
-    if start >= end:
-        raise UserError(f"{where}: start {start} is not before end {end}; {rule}")
-    if end > length:
-        raise UserError(f"{where}: end {end} is past the end of the text ({length} code points); {rule}")
-    if "role" not in span:
-        raise UserError(f'{where}: role is missing; say what the span is, e.g. "role": "false"')
-    role = _string(span["role"], f"{where}: role")
-    if not role.strip():
-        raise UserError(f'{where}: role is empty; say what the span is, e.g. "role": "false"')
-    return Span(start, end, role)
+def _refuse_other_names(given: dict[str, Any], where: str) -> None:
+    for key, own in OTHER_NAMES.items():
+        if given.get(key):
+            raise UserError(f"{where}: {key} is not read; write it as {own}")
+
+
+def _with_doctag(text: str, spans: tuple[Span, ...], doctag: str | None) -> tuple[Span, ...]:
+    start = len(text) - len(text.lstrip())
+    if not doctag or not text.startswith(doctag, start):
+        return spans
+    end = start + len(doctag)
+    covered = any(span.role == "doctag" and span.start <= start and span.end >= end for span in spans)
+    return spans if covered else (Span(start, end, "doctag"), *spans)
+
+
+def _train_and_weight(message: dict[str, Any], role: str, where: str) -> tuple[bool, float]:
+    """Whether a message is trained on, by train or what other tools call it, and its weight. `loss` and `training` are
+    a yes or no, or a weight."""
+    if not isinstance(message.get("train", False), bool):
+        raise UserError(f"{where}: train is {kind(message['train'])}; it is true or false")
+    said = {key: message[key] for key in ("train", "loss", "training") if isinstance(message.get(key), bool)}
+    if len(set(said.values())) > 1:
+        raise UserError(f"{where}: {' and '.join(said)} contradict each other; keep one")
+    weights = [key for key in ("weight", "loss", "training") if key in message and key not in said]
+    return next(iter(said.values()), role == "assistant"), _one_weight(message, weights, where)
+
+
+def _one_weight(given: dict[str, Any], keys: Collection[str], where: str) -> float:
+    """The weight under any of the keys; 1 without one."""
+    found = {key: checked_weight(given[key], f"{where}: {key}") for key in keys if given.get(key) is not None}
+    if len(set(found.values())) > 1:
+        raise UserError(f"{where}: {' and '.join(found)} contradict each other; keep one")
+    return next(iter(found.values()), 1.0)
+
+
+def checked_weight(value: Any, where: str) -> float:
+    """A weight that a file or a setting gives. UserError, beginning with `where`, where it is none."""
+    if not isinstance(value, int | float):
+        raise UserError(f"{where} is {kind(value)}; a weight is a number ≥ 0")
+    if not (value == 0 or SMALLEST <= value <= LARGEST):
+        raise UserError(f"{where} {value}: a weight is 0 or from {SMALLEST:.0e} to {LARGEST:.0e}, as losses are fp32")
+    return float(value)
+
+
+def _objects(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """A list of JSON objects, or a string of one."""
+    value = parsed_list(value, where)
+    for n, each in enumerate(value):
+        if not isinstance(each, dict):
+            raise UserError(f"{where}[{n}] is {kind(each)}; it is an object")
+    return tuple(value)
+
+
+def _calls(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """Calls in OpenAI's form, {"function": {"name", "arguments"}}, with what else they have."""
+    calls = _objects(value, where) if value else ()
+    for n, call in enumerate(calls):
+        function = call.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            form = '{"type": "function", "function": {"name": "…", "arguments": {…}}}'
+            raise UserError(f"{where}[{n}] is no call; write {form}")
+        if not isinstance(function.get("arguments", {}), dict | str):
+            found = kind(function["arguments"])
+            raise UserError(f"{where}[{n}]: arguments is {found}; it is an object, or one as text")
+    return calls
 
 
 def _string(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{where} is {_kind(value)}; it must be a string")
+        raise UserError(f"{where} is {kind(value)}; it must be a string")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -193,11 +334,3 @@ def _string(value: Any, where: str) -> str:
             "which is no character; write the whole pair or the character itself"
         ) from None
     return value
-
-
-def _kind(value: Any) -> str:
-    """A JSON value in words."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return names[type(value)]

@@ -3,15 +3,19 @@
     MASK      = "none" | ENTRY ("," ENTRY)*
     ENTRY     = ROLE ["=" TREATMENT]
     ROLE      = doctags | negation-spans | false-spans | correction-spans | qualifier-spans | role:NAME | random:NAME
+              | all | unspanned
     TREATMENT = exclude (the default) | train | WEIGHT | unlikelihood | unlikelihood:ALPHA
 
-Where several entries touch a token, the last one wins.
+`all` touches every token, `unspanned` those that no span touches. Where several entries touch a token, the last one
+wins.
 """
 
 import difflib
 import math
 from dataclasses import dataclass
+from typing import Literal
 
+from train.data.documents import LARGEST, SMALLEST
 from train.errors import UserError
 
 BUILT_IN = {
@@ -22,22 +26,30 @@ BUILT_IN = {
     "qualifier-spans": "qualifier",
 }
 
-SMALLEST, LARGEST = 1e-30, 1e30
+WITHOUT_ROLE = ("all", "unspanned")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """weight: > 0 cross-entropy times it, 0 excluded, -alpha unlikelihood times alpha. random: a control for role."""
+    """weight: > 0 cross-entropy times it, 0 excluded, -alpha unlikelihood times alpha. kind: what it touches: the spans
+    of a "role"; "random" runs, a control for the role; "all" tokens, or the "unspanned", whose role is ""."""
 
     role: str
-    random: bool
+    kind: Literal["role", "random", "all", "unspanned"]
     weight: float
+
+    @property
+    def random(self) -> bool:
+        """Whether it is a control, which depends on seed and tokens."""
+        return self.kind == "random"
 
     @property
     def name(self) -> str:
         """As written in --mask, without the treatment."""
         if self.random:
             return f"random:{self.role}"
+        if not self.role:
+            return self.kind
         plural = {role: name for name, role in BUILT_IN.items()}
         return plural.get(self.role, f"role:{self.role}")
 
@@ -71,15 +83,17 @@ def _entry(part: str, mask: str) -> Entry:
     if name == "none":
         raise UserError(f"--mask {mask!r}: none stands alone; leave out none or the other entries")
     weight = _weight(treatment, name, mask) if equals else 0.0
+    if name == "all" or name == "unspanned":
+        return Entry("", name, weight)
     kind, colon, role = name.partition(":")
-    if colon and kind in ("role", "random"):
+    if colon and (kind == "role" or kind == "random"):
         role = role.strip()
         if not role:
             raise UserError(f"--mask {mask!r}: {name} names no role; write e.g. {kind}:false")
-        return Entry(BUILT_IN.get(role, role) if kind == "random" else role, kind == "random", weight)
+        return Entry(BUILT_IN.get(role, role) if kind == "random" else role, kind, weight)
     if name not in BUILT_IN:
         raise UserError(f"--mask {mask!r}: unknown name {name!r}{_suggestion(name)}")
-    return Entry(BUILT_IN[name], False, weight)
+    return Entry(BUILT_IN[name], "role", weight)
 
 
 def _weight(treatment: str, name: str, mask: str) -> float:
@@ -117,10 +131,15 @@ def _number(text: str, entry: str, mask: str) -> float:
 
 
 def _suggestion(name: str) -> str:
-    near = difflib.get_close_matches(name, [*BUILT_IN, *BUILT_IN.values(), "none", "random:", "role:"], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(
+        name, [*BUILT_IN, *BUILT_IN.values(), *WITHOUT_ROLE, "none", "random:", "role:"], n=1, cutoff=0.5
+    )
     plural = {role: alias for alias, role in BUILT_IN.items()}
     names = ", ".join(BUILT_IN)
-    known = f"the names are {names}, role:NAME for any other role, random:ROLE for its control, or none"
+    known = (
+        f"the names are {names}, role:NAME for any other role, random:ROLE for its control, all, unspanned (what no "
+        "span touches), or none"
+    )
     return f" (did you mean {plural.get(near[0], near[0])}?); {known}" if near else f"; {known}"
 
 

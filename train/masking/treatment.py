@@ -22,8 +22,8 @@ class Treatment:
     """A document's tokens under a mask; all counts are of targets."""
 
     weight_L: np.ndarray
-    """float32, the token's own term in the loss: w > 0 cross-entropy times w; 0 none (always so where target_L is
-    False); -alpha unlikelihood times alpha."""
+    """float32, the token's own term in the loss, by the mask times the document's and message's own weight: w > 0
+    cross-entropy times w; 0 none (always so where target_L is False); -alpha unlikelihood times alpha."""
     touched: dict[str, np.ndarray]
     """Role to bool [L], for every role of the document's spans, whatever the mask."""
     straddling: dict[str, np.ndarray]
@@ -42,7 +42,7 @@ def touched_by(doc: TokenizedDocument, spans: Iterable[Span]) -> np.ndarray:
 
 def treat(doc: TokenizedDocument, mask: Mask, seed: int) -> Treatment:
     """Each token's treatment. Of several entries that touch a token the last one wins; random: entries avoid the tokens
-    of all others, and depend on the seed and the document alone."""
+    of all that name a role, and depend on the seed and the document alone."""
     ranges: dict[str, list[tuple[int, int]]] = {}
     for span in doc.spans:
         ranges.setdefault(span.role, []).append((span.start, span.end))
@@ -51,14 +51,15 @@ def treat(doc: TokenizedDocument, mask: Mask, seed: int) -> Treatment:
     crossing = {role: straddling(*tokens, those) & doc.target_L for role, those in ranges.items()}
 
     nowhere_L = np.zeros(len(doc.ids_L), dtype=bool)
+    without_role = {"all": ~nowhere_L, "unspanned": ~np.logical_or.reduce([nowhere_L, *by_role.values()])}
     free_L = doc.target_L.copy()  # where random runs may go
     for entry in mask.entries:
-        if not entry.random:
+        if entry.kind == "role":
             free_L &= ~by_role.get(entry.role, nowhere_L)
     entry_L = np.full(len(doc.ids_L), -1, dtype=np.int16)
     shortfall = 0
     for index, entry in enumerate(mask.entries):
-        reached_L = by_role.get(entry.role, nowhere_L)
+        reached_L = without_role[entry.kind] if entry.kind in without_role else by_role.get(entry.role, nowhere_L)
         if entry.random:
             reached_L, missing = _random_runs(doc, entry, reached_L, free_L, seed)
             free_L &= ~reached_L
@@ -66,7 +67,7 @@ def treat(doc: TokenizedDocument, mask: Mask, seed: int) -> Treatment:
         entry_L[reached_L] = index
 
     weight_of_entry = np.array([entry.weight for entry in mask.entries] + [1.0], dtype=np.float32)  # [-1]: no entry
-    weight_L = np.where(doc.target_L, weight_of_entry[entry_L], np.float32(0))
+    weight_L = np.where(doc.target_L, weight_of_entry[entry_L] * doc.factor_L, 0).astype(np.float32)
     return Treatment(weight_L, by_role, crossing, shortfall, entry_L)
 
 

@@ -1,0 +1,150 @@
+"""Reads files of documents as rows: JSONL, plain or compressed by gzip or Zstandard, and Parquet.
+
+What a file is, is told by its first bytes, whatever its name.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import zstandard
+
+from train.errors import UserError
+
+GZIP, ZSTANDARD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+
+# First bytes of files that are not read, what such a file is, and how it becomes one that is.
+UTF_16, UTF_32 = (f"write it as UTF-8: iconv -f UTF-{bits} -t UTF-8 FILE > NEW" for bits in (16, 32))
+PICKLE = "a pickle runs code when it is read; write its documents as JSONL"
+REFUSED = (
+    (b"BZh", "compressed by bzip2", "unpack it: bunzip2 FILE"),
+    (b"\xfd7zXZ", "compressed by xz", "unpack it: unxz FILE"),
+    (b"\x04\x22\x4d\x18", "compressed by LZ4", "unpack it: unlz4 FILE"),
+    (b"PK\x03\x04", "a ZIP archive", "unpack it: unzip FILE"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it: 7z x FILE"),
+    (b"ARROW1", "an Arrow file", "write it as Parquet or JSONL, e.g. by to_json of datasets"),
+    (b"SQLite format 3", "an SQLite database", "write its documents as JSONL"),
+    (b"\x80\x04", "a pickle", PICKLE),
+    (b"\x80\x05", "a pickle", PICKLE),
+    (b"\xff\xfe\x00\x00", "text in UTF-32", UTF_32),
+    (b"\x00\x00\xfe\xff", "text in UTF-32", UTF_32),
+    (b"\xff\xfe", "text in UTF-16", UTF_16),
+    (b"\xfe\xff", "text in UTF-16", UTF_16),
+    (b"{\x00", "text in UTF-16", UTF_16.replace("16", "16LE", 1)),
+    (b"\x00{", "text in UTF-16", UTF_16.replace("16", "16BE", 1)),
+)
+
+
+class Unreadable(ValueError):
+    """Why a line is no JSON, with the fix."""
+
+
+def file_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, row) of each line that is not blank, of Parquet (number of the row, row). Where a line is no
+    JSON, `Unreadable` stands in the place of its row. UserError, beginning with the path, where the file cannot be read
+    as a whole."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(16)
+            file.seek(0)
+            for first_bytes, what, fix in REFUSED:
+                if start.startswith(first_bytes):
+                    raise UserError(f"{path}: is {what}, which is not read; {fix}")
+            if start.startswith(PARQUET):
+                yield from _parquet_rows(path)
+            elif start.startswith(GZIP):
+                with gzip.open(file) as lines:
+                    yield from _json_rows(path, lines)
+            else:
+                yield from _json_rows(path, _zstandard_lines(file) if start.startswith(ZSTANDARD) else file)
+    except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
+        raise UserError(f"{path}: cannot be unpacked ({error}); copy the file again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a JSONL file of documents") from None
+
+
+def _zstandard_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file of one frame or more. EOFError where the last is cut off, at which zstandard's own reader
+    stops in silence."""
+    frame, line = zstandard.ZstdDecompressor().decompressobj(), b""
+    while packed := file.read(2**20):
+        while packed:
+            if frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            *lines, line = (line + frame.decompress(packed)).split(b"\n")
+            yield from lines
+            packed = frame.unused_data
+    if not frame.eof:
+        raise EOFError("it is cut off")
+    yield line
+
+
+def _json_rows(path: str | Path, lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
+    # Lines end at \n alone: str.splitlines would also split at U+2028 inside a JSON string.
+    for number, raw in enumerate(lines, start=1):
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte order mark belongs to the file, not to the document
+            _refuse_many_lines(path, raw.strip())
+        if raw.strip():
+            yield number, _parsed(raw)
+
+
+def _refuse_many_lines(path: str | Path, first: bytes) -> None:
+    """UserError where the first line only begins an array or an object."""
+    array = first == b"[" or (first.startswith(b"[") and first.endswith(b","))
+    if array or first == b"{":
+        what, query = ("array", ".[]") if array else ("object", ".")
+        raise UserError(
+            f"{path}: is a JSON {what} over several lines; write one document a line: jq -c '{query}' FILE > NEW.jsonl"
+        )
+
+
+def _parsed(raw: bytes) -> Any:
+    try:
+        return parse_json(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Unreadable(f"not valid UTF-8 (byte {error.start} of the line); save the file as UTF-8")
+    except Unreadable as error:
+        return error
+
+
+def parse_json(text: str) -> Any:
+    """JSON in which no object gives a key twice; else Unreadable."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except Unreadable:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"not valid JSON ({error}); give one object a line") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object. Unreadable where a key is given twice, of which JSON readers keep the last in silence."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise Unreadable(f"the key {json.dumps(twice)} is given twice; keep one of the two")
+    return row
+
+
+def _parquet_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        batches = parquet.ParquetFile(path).iter_batches(batch_size=256)
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
+            yield number, without_nulls(row)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: is a Parquet file that cannot be read ({error}); copy it again") from None
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the keys whose value is null, at every depth: a table has all keys of a column in each row."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value

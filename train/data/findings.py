@@ -1,0 +1,64 @@
+"""What was found in documents that whoever reads the results should know: counted, shown, and kept with the run."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+SHOWN = 5  # places of a finding that the terminal lists; summary.json lists all
+
+SKIPPED = "rows left out by --bad-rows skip"
+NO_TARGET = "documents without anything to predict (no trained message, or all of it cut away)"
+NO_ROLE_OF_CHATS = 'messages of a role that is none of chats; they are trained on only with "train": true'
+TAGS = "tags of masks left in texts, trained on as they stand; python train/annotate.py --markup makes spans of them"
+NOT_JSON = "values in metadata that JSON cannot say, such as NaN, kept as null"
+THOUGHT_DROPPED = "trained messages whose thinking block the chat template drops"
+UNENDED = (
+    "trained messages that no trained special token ends, so that the model does not learn to stop there; take a chat "
+    "template that ends turns with the tokenizer's EOS or, for the end of a chat, --eos"
+)
+
+# What other tools write around what they mask, and spans' roles written as tags.
+MASK_TAG = re.compile(r"</?(?:[\w-]*(?:loss|mask)[\w-]*|false|negation|correction|qualifier)>", re.IGNORECASE)
+
+
+def unknown_key(of: str, key: str) -> str:
+    """The finding that messages or spans have a key that is not read."""
+    return f"{of} with the key {key!r}, which is not read"
+
+
+@dataclass
+class Findings:
+    """places: what was found -> (path, line, detail or "") of each time."""
+
+    places: dict[str, list[tuple[str, int, str]]] = field(default_factory=dict)
+
+    def add(self, what: str, path: str, line: int, detail: str = "") -> None:
+        """Counts one more."""
+        self.places.setdefault(what, []).append((path, line, detail))
+
+    def include(self, other: "Findings") -> None:
+        """Adds all that another holds."""
+        for what, places in other.places.items():
+            self.places.setdefault(what, []).extend(places)
+
+    def lines(self) -> list[str]:
+        """A note each, with the first places."""
+        notes = []
+        for what, places in self.places.items():
+            each = (f"{path}:{line}" + (f" ({detail})" if detail else "") for path, line, detail in places)
+            named = list(dict.fromkeys(each))
+            more = f" and {len(named) - SHOWN:,} more" if len(named) > SHOWN else ""
+            notes.append(f"note: {len(places):,} {what}: {', '.join(named[:SHOWN])}{more}")
+        return notes
+
+    def summary(self) -> dict[str, Any]:
+        """what -> {"count", "lines": {path: [line]}, "details": {detail: count}}, as summary.json has it."""
+        return {what: _summary(places) for what, places in self.places.items()}
+
+
+def _summary(places: list[tuple[str, int, str]]) -> dict[str, Any]:
+    paths = {path: None for path, _, _ in places}
+    lines = {path: sorted({line for other, line, _ in places if other == path}) for path in paths}
+    details = Counter(detail for _, _, detail in places if detail)
+    return {"count": len(places), "lines": lines} | ({"details": dict(details)} if details else {})

@@ -1,0 +1,133 @@
+"""The forms in which other tools write documents, turned into the project's own (train/data/documents.py).
+
+What is read as it is: `messages_json`; messages as a string of JSON or of Python's literals; `content` for `text`;
+ShareGPT's `conversations` of `from` and `value`; contents as lists of text parts. Null is as absent everywhere.
+"""
+
+import ast
+import warnings
+from typing import Any
+
+from train.data.files import Unreadable, parse_json
+from train.errors import UserError
+
+CHATS = ("messages", "messages_json", "conversations")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+TO_CHAT = '{messages: [{role: "user", content: .%s}, {role: "assistant", content: .%s}]}'
+PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
+
+
+def own_form(row: Any, where: str) -> dict[str, Any]:
+    """The row with either "text" or "messages" (a list), whatever form it came in. UserError (beginning with `where`)
+    where it holds no document, or two."""
+    if not isinstance(row, dict):
+        fix = "write one document a line, without [ and ]" if isinstance(row, list) else 'write {"text": ...} around it'
+        raise UserError(f"{where}: a document is a JSON object, not {kind(row)}; {fix}")
+    chats = [key for key in CHATS if not _empty(row.get(key))]
+    text = next((key for key in ("text", "content") if not _empty(row.get(key))), None)
+    text = None if text == "content" and chats else text  # metadata of a chat
+    if len(chats) + (text is not None) > 1:
+        found = "both" if text else " and ".join(chats)
+        raise UserError(f'{where}: a document has either "text" or "messages", this one has {found}; keep one')
+    rest = {key: value for key, value in row.items() if key not in ("text", *CHATS, text)}
+    if text:
+        return {"text": row[text], **rest}
+    if chats:
+        messages = parsed_list(row[chats[0]], f"{where}: {chats[0]}")
+        if chats[0] == "conversations" and rest.get("system"):  # which stands beside them in this form
+            messages = [{"role": "system", "content": rest.pop("system")}, *messages]
+        return {"messages": [_message(each) for each in messages], **rest}
+    raise UserError(f"{where}: {_what_is_there(row)}")
+
+
+def kind(value: Any) -> str:
+    """A JSON value in words."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _empty(value: Any) -> bool:
+    return value is None or value == "" or value == []
+
+
+def _what_is_there(row: dict[str, Any]) -> str:
+    """What is wrong with a row that holds no document, with the fix."""
+    for prompt, completion in PAIRS:
+        if prompt in row and completion in row:
+            query = TO_CHAT % (prompt, completion)
+            return (
+                f'"{prompt}" and "{completion}" are not read, since it is not said what of them is trained; '
+                f"make chats of them: jq -c '{query}' FILE > NEW.jsonl"
+            )
+    for key in ("text", "content"):
+        if row.get(key) == "":
+            return f"{key} is empty; leave the document out, or use --bad-rows skip"
+    for key in CHATS:
+        if not _empty(row.get(key, [])) or row.get(key) == []:
+            return f"{key} is an empty list; give a list of at least one"
+    return 'a document has either "text" or "messages", this one has neither; give one'
+
+
+def parsed_list(value: Any, where: str) -> list[Any]:
+    """A list, given as such or as a string of JSON or of Python's literals; UserError where it is none or empty."""
+    if isinstance(value, str):
+        value = _parsed(value, where)
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else kind(value)
+        raise UserError(f"{where} is {found}; give a list of at least one")
+    return value
+
+
+def _parsed(text: str, where: str) -> Any:
+    """A string as JSON or, as some tools write lists, as Python's literals, of which nothing is run."""
+    try:
+        return parse_json(text)
+    except Unreadable as error:
+        reason = error
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of backslashes that Python would write twice
+            tree = ast.parse(text.strip(), mode="eval")
+            value = ast.literal_eval(tree)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        raise UserError(
+            f"{where} is a string that is neither JSON nor a Python literal ({reason}); give a list"
+        ) from None
+    for node in ast.walk(tree):
+        keys = [ast.dump(key) for key in node.keys if key] if isinstance(node, ast.Dict) else []
+        if len(set(keys)) < len(keys):
+            raise UserError(f"{where}: an object gives a key twice; keep one of the two")
+    return value
+
+
+def _message(message: Any) -> Any:
+    """A message without nulls, with role and content where it has ShareGPT's from and value."""
+    if not isinstance(message, dict):
+        return message
+    message = {key: value for key, value in message.items() if value is not None}
+    if "from" in message and "value" in message and not message.keys() & {"role", "content"}:
+        role = message.pop("from")
+        content = message.pop("value")
+        message = {
+            "role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role,
+            "content": content,
+            **message,
+        }
+    return message
+
+
+def text_of(content: Any, where: str) -> Any:
+    """A content, its text parts joined."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for n, part in enumerate(content):
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        if not isinstance(text, str):
+            found = f"of type {part.get('type')!r}" if isinstance(part, dict) else kind(part)
+            raise UserError(
+                f"{where}[{n}] is a part {found}; only text parts are read: leave it out, or write it as text"
+            )
+        texts.append(text)
+    return "".join(texts)
