@@ -92,9 +92,8 @@ def places(
                 at_C[start:end] = np.arange(past - (end - start), past)
 
     if (np.diff(at_C[at_C >= 0]) <= 0).any():
-        raise UserError(
-            f'{where}: the chat template moves parts of this content, or drops some; write the chat as "text"'
-        )
+        what = "moves parts of this content, or drops some"
+        raise UserError(f'{where}: the chat template {what}; write the chat as "text"')
     for blank in re.finditer(r"\s+", content):  # white space between places, and around the content if it is kept
         start, end = blank.span()
         if (start == 0 or end == len(content)) and not keeps_edges:
