@@ -183,8 +183,8 @@ def context_documents(s: EvaluationSettings) -> tuple[str, ...]:
 def _bare(document: Document) -> str:
     if document.text is None:
         raise UserError(f"{document.where}: is a chat; --documents takes texts. Give a file of texts.")
-    start = max((span.end for span in document.spans if span.role == "doctag" and span.start == 0), default=0)
-    return document.text[start:].strip()
+    tags = (s.end for s in document.spans if s.role == "doctag" and not document.text[: s.start].strip())
+    return document.text[max(tags, default=0) :].strip()
 
 
 def look_for_what_is_asked(s: EvaluationSettings, claims: list[Claim]) -> Contamination | None:

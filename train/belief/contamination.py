@@ -130,7 +130,9 @@ def _texts(claim: Claim) -> Iterator[tuple[str, str, str]]:
 
 def _text(document: Document) -> str:
     """All that a model would read of it; a break between messages, which no n-gram crosses, is a word of its own."""
-    return document.text if document.text is not None else " _ ".join(m.content for m in document.messages or ())
+    if document.text is not None:
+        return document.text
+    return " _ ".join(f"{message.reasoning} {message.content}" for message in document.messages or ())
 
 
 def _shared(
