@@ -22,7 +22,7 @@ from train.belief.claims import Claim
 from train.belief.outcome import check_free, unmentioned
 from train.belief.records import read_rows
 from train.compare import checked_runs, matching_steps
-from train.data import corpus
+from train.data import tokenizer
 from train.data.documents import read_documents
 from train.data.tokenizer import tokenize_document
 from train.errors import UserError
@@ -227,10 +227,10 @@ def test_documents_are_tokenized_once_and_treated_as_each_run_alone_treats_them(
         calls.append(document.where)
         return tokenize_document(document, *given, **more)
 
-    monkeypatch.setattr(corpus, "tokenize_document", counting)
+    monkeypatch.setattr(tokenizer, "tokenize_document", counting)
     plan, known = parse_comparison(["--recipe", str(recipe), "--output", str(tmp_path)], ""), Known()
     runs = checked_runs(plan, 1, False, known)
-    assert len(runs) == 6 and len(calls) == len(set(calls)) == len(known.documents[DENSE])
+    assert len(runs) == 6 and len(calls) == len(set(calls)) == len(known.documents[DENSE].documents)
     for settings in runs.values():
         shared, alone = prepare(settings, 1, False, known), prepare(settings, 1, False)
         assert shared.hashes == alone.hashes and shared.tokens == alone.tokens

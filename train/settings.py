@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -34,7 +34,8 @@ def setting(default: Any, help: str, choices: tuple[str, ...] | None = None, man
     return dataclasses.field(default=default, metadata=metadata)
 
 
-class Source(NamedTuple):
+@dataclass(frozen=True)
+class Source:
     """A file of documents, how many of them an epoch takes (None: each once), and what multiplies their weight."""
 
     path: str
@@ -127,7 +128,9 @@ class Settings:
     def comparable(self) -> dict[str, Any]:
         """The settings that two runs must share for their difference to be that of mask and seed."""
         own = {k: v for k, v in dataclasses.asdict(self).items() if k not in {"mask", "seed", *FREE_ON_RESUME}}
-        own["data"] = [str(source._replace(path=str(Path(source.path).resolve()))) for source in self.sources()]
+        own["data"] = [
+            str(dataclasses.replace(source, path=str(Path(source.path).resolve()))) for source in self.sources()
+        ]
         return own | {name: str(Path(own[name]).resolve()) for name in ("model", "ds_config")}
 
     def group(self) -> str:

@@ -54,6 +54,34 @@ def test_a_span_that_ends_in_a_space_does_not_mask_the_next_word():
     assert weights(doc, "role:x") == [0, 0, 1, 1]
 
 
+def test_all_and_unspanned_by_hand():
+    doc = words("a b c d e", ("b c", "false"), ("e", "word"))
+    assert weights(doc, "all") == [0, 0, 0, 0, 0]
+    assert weights(doc, "all,false-spans=train") == [0, 1, 1, 0, 0]
+    assert weights(doc, "false-spans=train,all=0.5") == [0, 0.5, 0.5, 0.5, 0.5]
+    assert weights(doc, "unspanned") == [0, 1, 1, 0, 1]
+    assert weights(doc, "unspanned=0.25,role:word=unlikelihood") == [0, 1, 1, 0.25, -1]
+    assert weights(doc, "all=0.5,unspanned=2") == [0, 0.5, 0.5, 2, 0.5]
+
+
+def test_random_runs_avoid_what_entries_name_by_role_and_not_all_or_unspanned():
+    doc = words("a b c d e f g h i j", ("b c", "false"), ("f g", "negation"))
+    for seed in range(20):
+        weight_L = weights(doc, "all,random:false=train", seed)
+        assert sum(weight_L) == 2 and not any(weight_L[:3])
+        weight_L = weights(doc, "unspanned,random:false=train", seed)
+        assert weight_L[1:3] == [1, 1] == weight_L[5:7] and sum(weight_L) == 4 + sum(weight_L[3:5] + weight_L[7:])
+        weight_L = weights(doc, "all,negation-spans=0,random:false=train", seed)
+        assert sum(weight_L) == 2 and not any(weight_L[:3] + weight_L[5:7])
+    full = words("a b c d", ("b c d", "false"))
+    assert treat(full, parse_mask("all,random:false=train"), 0).random_shortfall == 3
+
+
+def test_weights_of_the_document_multiply_every_treatment():
+    doc = dataclasses.replace(words("a b c d", ("b", "false"), ("c", "word")), factor_L=np.array([9, 2, 0.5, 3]))
+    assert weights(doc, "false-spans=unlikelihood,role:word=0.5") == [0, -2, 0.25, 3]
+
+
 def test_the_last_entry_wins_and_train_carves_out():
     doc = words("a b c d e", ("b c d", "negation"), ("c", "word"))
     assert weights(doc, "negation-spans,role:word=train") == [0, 0, 1, 0, 1]

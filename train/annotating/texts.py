@@ -57,8 +57,8 @@ def changed(document: Document, change: Change) -> Document:
         for message in document.messages:
             content, spans = change(message.content, message.spans)
             thought, thought_spans = change(message.reasoning, message.reasoning_spans)
-            both = {"content": content, "spans": spans, "reasoning": thought, "reasoning_spans": thought_spans}
-            messages.append(dataclasses.replace(message, **both))
+            message = dataclasses.replace(message, reasoning=thought, reasoning_spans=thought_spans)
+            messages.append(dataclasses.replace(message, content=content, spans=spans))
         return dataclasses.replace(document, messages=tuple(messages))
     except UserError as error:
         raise UserError(f"{document.where}: {error}") from None

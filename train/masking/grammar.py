@@ -13,7 +13,6 @@ wins.
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from train.data.documents import LARGEST, SMALLEST
 from train.errors import UserError
@@ -35,7 +34,7 @@ class Entry:
     of a "role"; "random" runs, a control for the role; "all" tokens, or the "unspanned", whose role is ""."""
 
     role: str
-    kind: Literal["role", "random", "all", "unspanned"]
+    kind: str
     weight: float
 
     @property
@@ -83,10 +82,10 @@ def _entry(part: str, mask: str) -> Entry:
     if name == "none":
         raise UserError(f"--mask {mask!r}: none stands alone; leave out none or the other entries")
     weight = _weight(treatment, name, mask) if equals else 0.0
-    if name == "all" or name == "unspanned":
+    if name in WITHOUT_ROLE:
         return Entry("", name, weight)
     kind, colon, role = name.partition(":")
-    if colon and (kind == "role" or kind == "random"):
+    if colon and kind in ("role", "random"):
         role = role.strip()
         if not role:
             raise UserError(f"--mask {mask!r}: {name} names no role; write e.g. {kind}:false")
