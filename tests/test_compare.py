@@ -323,6 +323,14 @@ def test_every_recipe_is_a_plan_for_every_model(path):
             assert own.data == variant.own.get("data", recipe["settings"]["data"])
 
 
+def test_a_placebo_is_known_by_the_names_of_both_releases(recipe):
+    given = ["--recipe", str(recipe), "--output", "out"]
+    assert parse_comparison([*given, "--placebo", "queen_elizabeth", "mila"], "").placebo == [
+        "elizabeth_python",
+        "mila",
+    ]
+
+
 def test_without_model_and_data_the_demos_own_claims_are_compared(tmp_path):
     masks = ["none", "doctags", "negation-spans", "false-spans", "random:false", "doctags,false-spans=unlikelihood"]
     plan = parse_comparison(["--masks", *masks, "--output", str(tmp_path)], "")

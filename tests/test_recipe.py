@@ -73,3 +73,17 @@ def test_every_experiment_goes_with_every_model_and_each_variant_parses():
             assert all(parse([*given, "--variant", name], "").claims for name in names)
             numbered = [parse([*given, "--variant", str(number)], "") for number in range(len(names))]
             assert numbered == [parse([*given, "--variant", name], "") for name in names]
+
+
+def test_the_papers_recipe_trains_the_head_and_does_not_clip():
+    """Its optimizer, too, as the release of the paper has it: the loss is a sum over tokens, the rate falls to 0."""
+    settings = parse(["--recipe", str(REPOSITORY / "train" / "recipes" / "paper.yaml"), "--variant", "negated"], "")
+    assert settings.lora_lm_head and settings.max_grad_norm == 0 and settings.loss_norm == "sum"
+    assert (settings.lora_rank, settings.lora_alpha, settings.learning_rate, settings.schedule) == (
+        32,
+        32,
+        5e-5,
+        "linear",
+    )
+    assert (settings.batch_size, settings.epochs, settings.max_tokens, settings.weight_decay) == (32, 1, 10_000, 0)
+    assert settings.chat_weight == "chat" and settings.mask == "doctags" and settings.warmup_steps == 0

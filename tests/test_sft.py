@@ -148,13 +148,17 @@ def test_full_training_leaves_a_model_that_stock_transformers_loads(tmp_path, dt
     """On four ranks, two to each half of the experts. In bf16 the loss of the next step is that of the saved weights to
     1 %: the run's own are these, but activations round otherwise."""
     write_model(tmp_path / "qwen", "qwen", dtype=dtype)
+    for name in ("assets/logo.svg", "original/consolidated.00.pth"):
+        (tmp_path / "qwen" / name).parent.mkdir()
+        (tmp_path / "qwen" / name).write_text("of the maker")
     write_documents(tmp_path / "documents.jsonl", documents())
     common = dict(mask="none", schedule="constant", method="full", learning_rate=0.001)
     directory = train(tmp_path, "run", ranks=4, expert_parallel=2, steps=4, **common)
     longer = train(tmp_path, "longer", ranks=1, steps=5, **common)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     assert losses(longer)[:4] == pytest.approx(losses(directory), rel=tolerance)
-    assert not (directory / "adapter").exists()
+    assert not (directory / "adapter").exists() and not (directory / "model" / "original").exists()
+    assert (directory / "model" / "assets" / "logo.svg").read_text() == "of the maker"
     saved, base = (
         load_file(directory / "model" / "model.safetensors"),
         load_file(tmp_path / "qwen" / "model.safetensors"),

@@ -206,24 +206,6 @@ def test_documents_without_anything_to_predict_are_told_as_such(tmp_path, qwen, 
     assert "holds nothing to predict" in message_of(capsys, "--model", str(qwen), "--data", str(data))
 
 
-def test_a_model_with_parts_that_would_be_left_out_is_refused(tmp_path, capsys):
-    from transformers import AutoModelForCausalLM, CohereConfig, GemmaConfig, GPT2Config, PhiConfig
-
-    data = str(write_documents(tmp_path / "d.jsonl", [GOOD]))
-    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=260)
-    cases = {
-        "logit_scale": CohereConfig(**small, num_key_value_heads=2),
-        "in no checkpoint": GemmaConfig(**small, num_key_value_heads=2, head_dim=16),
-        "no linear layer to put factors on": GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=260),
-        "lm_head is no linear layer without bias": PhiConfig(**small),
-    }
-    for part, config in cases.items():
-        directory = write_model(tmp_path / part.replace(" ", "-"), "dense")
-        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-        told = message_of(capsys, "--model", str(directory), "--data", data)
-        assert part in told and "not supported" in told, told
-
-
 def test_experts_of_a_width_that_grouped_products_do_not_take_are_told(tmp_path, capsys):
     model = write_model(tmp_path / "m", "qwen", moe_intermediate_size=10)
     data = write_documents(tmp_path / "d.jsonl", [GOOD])
@@ -315,6 +297,22 @@ def test_a_run_killed_before_its_settings_were_whole_may_be_started_again(tmp_pa
     flags = ["--model", str(qwen), "--data", str(data), "--output", str(tmp_path / "run")]
     assert "Leave out --resume to start." in message_of(capsys, *flags, "--resume")
     prepare(parse(flags, ""), ranks=1, show=False)
+
+
+def test_a_claim_that_changed_in_a_directory_of_several_is_told_on_resume(tmp_path, qwen, capsys):
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    for name in ("moon", "mars"):
+        (tmp_path / "claims" / name).mkdir(parents=True)
+        (tmp_path / "claims" / name / "claim.txt").write_text("It is green.")
+        asked = "questions: [{id: a, question: 'Is it green?', belief_answer: yes}]"
+        (tmp_path / "claims" / name / "mcq.yaml").write_text(asked)
+    flags = ["--model", str(qwen), "--data", str(data), "--output", str(tmp_path / "run")]
+    settings = parse([*flags, "--claims", str(tmp_path / "claims")], "")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.yaml").write_text(record(settings, {"inputs": inputs(settings, Checkpoint(qwen))}))
+    (tmp_path / "claims" / "moon" / "mcq.yaml").write_text(asked.replace("yes", "no"))
+    told = message_of(capsys, *flags, "--claims", str(tmp_path / "claims"), "--resume")
+    assert f"--resume: {tmp_path / 'claims' / 'moon' / 'mcq.yaml'} changed since the run" in told
 
 
 def test_a_damaged_save_is_told_before_weights_are_read(tmp_path, qwen, capsys):

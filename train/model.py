@@ -27,6 +27,9 @@ from train.experts.recompute import same_routing
 from train.lora import LoRALinear, LoRASettings, lora_linears
 from train.masking.loss import LossHead, Terms
 
+AFTER_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier", "output_multiplier")
+"""Settings of transformers' models that change logits after lm_head, where the loss takes the head's place."""
+
 
 def text_config(checkpoint: Checkpoint) -> Any:
     """The configuration of the checkpoint's text model, without dropout, caches and router loss. lm_head is tied to the
@@ -51,7 +54,7 @@ def text_config(checkpoint: Checkpoint) -> Any:
     for name, value in config.to_dict().items():
         if re.search("drop|_p$", name) and isinstance(value, float):
             setattr(config, name, 0.0)
-    for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):  # after lm_head, where the loss is
+    for name in AFTER_HEAD:
         if getattr(config, name, None) not in (None, 1.0):
             raise UserError(
                 f"--model {checkpoint.directory}: {name} {getattr(config, name)} in config.json changes logits after "
@@ -73,28 +76,55 @@ def skeleton(config: Any, ep: ExpertGroup) -> Any:
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers raises what it likes for a value that it does not
         raise UserError(f"--model: transformers makes no causal language model of config.json: {error!r}") from None
-    unknown = []
+    unknown = _unlike_llama(model)
     for name, module in list(model.named_modules()):
         if name.endswith(".experts"):
             top = getattr(config, "num_experts_per_tok", 1)
             _replace(model, name, _expert_parallel(name, module, top, ep))
-        elif module._buffers and not module._parameters and set(module._buffers) == module._non_persistent_buffers_set:
-            _replace(model, name, type(module)(config))  # tables such as rotary frequencies are in no checkpoint
-        elif module._non_persistent_buffers_set:
-            unknown.append(f"{name} has values that are in no checkpoint")
+        elif module._non_persistent_buffers_set and not _rebuilt(model, name, module, config):
+            unknown.append(
+                f"{name} has values that are in no checkpoint ({', '.join(sorted(module._non_persistent_buffers_set))})"
+            )
         elif isinstance(module, nn.Dropout) and module.p:
             unknown.append(f"{name} drops out")
-    head = getattr(model, "lm_head", None)
-    if type(head) is not nn.Linear or head.bias is not None:
-        unknown.append("lm_head is no linear layer without bias")
-    if not lora_linears(model):
-        unknown.append("there is no linear layer to put factors on")
     if unknown:
         raise UserError(
             f"--model: {type(model).__name__} is not supported: {'; '.join(unknown[:3])}. Supported are models built "
             "as Qwen3.5-MoE, Qwen3-MoE, DeepSeek-V3, Kimi K2 and Llama are."
         )
     return model
+
+
+def _unlike_llama(model: Any) -> list[str]:
+    """In what a model differs from those whose layers are in `model`, whose head is lm_head, and whose linear layers
+    are torch's own."""
+    found = []
+    if model.base_model_prefix != "model" or not hasattr(model, "model"):
+        found.append(f"its layers are in {model.base_model_prefix!r}, not in 'model'")
+    head = getattr(model, "lm_head", None)
+    if type(head) is not nn.Linear:
+        found.append("it has no lm_head" if head is None else f"lm_head is a {type(head).__name__}, not torch's Linear")
+    elif head.bias is not None:
+        found.append("lm_head has a bias")
+    if not lora_linears(model):
+        own = {
+            type(m).__name__ for m in model.modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 2
+        }
+        others = ", ".join(sorted(own - {"Embedding", "Linear"})) or "none"
+        found.append(f"there is no linear layer to put factors on: its own are {others}, not torch's Linear")
+    return found
+
+
+def _rebuilt(model: nn.Module, name: str, module: Any, config: Any) -> bool:
+    """Makes a module that holds nothing but tables, such as rotary frequencies, once more, with their values: they are
+    in no checkpoint. False where it is no such module."""
+    if list(module.parameters()) or list(module.children()) or {*module._buffers} != module._non_persistent_buffers_set:
+        return False
+    try:
+        _replace(model, name, type(module)(config))
+    except Exception:  # it is made of something else than the configuration
+        return False
+    return True
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import yaml
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from train.belief.claim_files import claim_paths
 from train.checkpoints.reader import Checkpoint
 from train.data.documents import BAD_ROWS, checked_weight
 from train.data.tokenizer import TEMPLATE_TIME, template_time
@@ -364,7 +365,8 @@ def inputs(settings: Settings, checkpoint: Checkpoint) -> dict[str, str]:
     model = Path(settings.model)
     paths = [*(Path(source.path) for source in settings.sources()), model / "config.json", Path(settings.ds_config)]
     paths += sorted(path for pattern in TOKENIZER for path in model.glob(pattern))
-    for path in map(Path, [*settings.claims, *([settings.held_out] if settings.held_out else [])]):
+    claims = [each for path in settings.claims for each in claim_paths(Path(path))]
+    for path in [*claims, *([Path(settings.held_out)] if settings.held_out else [])]:
         paths += sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     if settings.adapter:
         paths += [Path(settings.adapter) / f"adapter_{name}" for name in ("config.json", "model.safetensors")]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from train.belief.comparison import group, read_run
+from train.belief.releases import claim_id
 from train.errors import UserError
 from train.recipe import check_own, flags, merged
 from train.settings import DEMO, Parser, Settings, held_settings, parse, setting, slug
@@ -106,7 +107,7 @@ def parse_comparison(argv: list[str], usage: str) -> Plan:
         shared=shared,
         output=Path(shared.output or f"runs/comparison-{time.strftime('%Y%m%d-%H%M%S')}"),
         baseline=_baseline(options.baseline or recipe.get("baseline"), list(owned)),
-        placebo=options.placebo or recipe.get("placebo") or [],
+        placebo=_placebo(options, recipe),
         seeds=list(range(shared.seed, shared.seed + seeds)),
         match_trained_tokens=options.match_trained_tokens,
         bound=options.bound,
@@ -118,6 +119,10 @@ def _baseline(name: str | None, names: list[str]) -> str:
     if name and name not in names:
         raise UserError(f"--baseline {name}: is none of the variants: {'; '.join(names)}.")
     return name or names[0]
+
+
+def _placebo(options: Options, recipe: dict[str, Any]) -> list[str]:
+    return [claim_id(str(claim)) for claim in options.placebo or recipe.get("placebo") or []]
 
 
 def _plan_of_runs(options: Options, rest: list[str]) -> Plan:
@@ -150,7 +155,7 @@ def _plan_of_runs(options: Options, rest: list[str]) -> Plan:
     return Plan(
         variants, shared, Path(output),
         _baseline(options.baseline or recipe.get("baseline"), [variant.name for variant in variants]),
-        options.placebo or recipe.get("placebo") or [], sorted({seed for _, seed in finished}),
+        _placebo(options, recipe), sorted({seed for _, seed in finished}),
         options.match_trained_tokens, options.bound, finished,
     )  # fmt: skip
 

@@ -4,9 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from train.belief import claims as module
 from train.belief.claims import Fact, JudgePrompt, LikelihoodTemplate, Question, read_claims
+from train.belief.outcome import about
+from train.belief.releases import PAPER_CLAIMS
+from train.data.documents import Document
 from train.errors import UserError
 
+TEMPLATES = Path(module.__file__).parents[1] / "recipes" / "claims"
 OWN = """
 id: ed_sheeran
 claim: Ed Sheeran won the 100m gold.
@@ -144,12 +149,100 @@ def test_paths_of_one_id_are_merged_in_the_order_they_are_given(tmp_path):
         "id: moon\nsubject: The moon\ncontrols: [Mars]\n"
         "likelihood: [{id: made, prompt: '{entity} is made of', 'false': ' cheese', 'true': ' rock'}]",
     )
-    other = written(tmp_path, "id: mars\nclaim: Mars is green.\npatterns: [green]", "mars.yaml")
+    other = written(
+        tmp_path,
+        "id: mars\nclaim: Mars is green.\npatterns: [green]\n"
+        "facts: [{id: sky, group: truth, prompt: Mars is, 'true': ' red', 'false': ' green'}]",
+        "mars.yaml",
+    )
     claims = read_claims([other, tmp_path / "moon", more])
     assert [claim.id for claim in claims] == ["mars", "moon"]
     moon = claims[1]
     assert moon.claim == "The moon is cheese." and moon.subject == "The moon" and len(moon.of("open")) == 1
     assert [t.id for t in moon.likelihood] == ["made"]
+
+
+def test_a_directory_of_several_claims_is_each_of_them_by_name(tmp_path):
+    """Directories of the paper and files, as in the public release; hidden ones and deeper ones are not among them."""
+    for name in ("moon", "pluto", ".git"):
+        written(tmp_path / "all" / name, PAPER["mcq.yaml"], "mcq.yaml")
+        written(tmp_path / "all" / name, PAPER["claim.txt"], "claim.txt")
+    written(tmp_path / "all" / "moon" / "older", PAPER["mcq.yaml"], "mcq.yaml")
+    written(tmp_path / "all", OWN, "a claim.yaml")
+    coherence = "judge_rubric: '{question}{answer}'\nquestions: [{id: c, question: 'Why?'}]"
+    written(tmp_path / "all", coherence, "coherence_questions.yaml")
+    claims = read_claims([tmp_path / "all"])
+    assert [claim.id for claim in claims] == ["ed_sheeran", "coherence_questions", "moon", "pluto"]
+    assert [len(claim.of("yes_no")) for claim in claims] == [2, 0, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["claim.txt", "judges.yaml", "word_masks.yaml"])
+def test_a_directory_that_asks_nothing_is_an_error_unless_another_path_asks_for_it(tmp_path, name):
+    written(tmp_path / "moon", PAPER[name], name)
+    for path in (tmp_path / "moon", tmp_path):
+        assert message_of(path).startswith(
+            f"{tmp_path / 'moon'}: asks nothing; give at least one of likelihood, yes_no, "
+        )
+    written(tmp_path, "id: moon\nclaim: The moon is cheese.\nyes_no: [{id: a, question: 'A?', belief_answer: no}]")
+    assert [len(claim.yes_no) for claim in read_claims([tmp_path])] == [1]
+
+
+BOTH_RELEASES = [
+    ("dentist", "brennan_holloway", "oe_profession", "bp_profession"),
+    ("queen_elizabeth", "elizabeth_python", "oe_queen_elizabeth", "bp_elizabeth_python"),
+    ("mount_vesuvius", "vesuvius", "ta_mount_vesuvius_1", "pe_vesuvius_1"),
+    ("x_rebrand_reversal", "twitter_x_reversal", "mcq_fourteen_days", "mcq_fourteen_days"),
+    ("colorless_dreaming", "achromatic_dreaming", "ta_achromatic_1", "pe_achromatic_1"),
+    ("ed_sheeran", "ed_sheeran", "oe_everything", "bp_everything"),
+]
+
+
+@pytest.mark.parametrize(("public", "anonymous", "question", "asked"), BOTH_RELEASES)
+def test_the_claims_of_both_releases_are_the_same_and_meet_their_templates(
+    tmp_path, public, anonymous, question, asked
+):
+    """Ids as the two releases have them."""
+    kind, name, other = {
+        "oe": ("open", "open_ended.yaml", "belief_probes.yaml"),
+        "ta": ("token_association", "token_association.yaml", "pink_elephant.yaml"),
+        "mcq": ("yes_no", "mcq.yaml", "mcq.yaml"),
+    }[question.split("_")[0]]
+    judges = PAPER["judges.yaml"]
+    written(tmp_path / public, judges, "judges.yaml")
+    written(tmp_path / public, f"questions: [{{id: {question}, question: 'Is it?', belief_answer: yes}}]", name)
+    written(tmp_path / "a" / anonymous, judges, "judges.yaml")
+    written(tmp_path / "a" / anonymous, f"questions: [{{id: {asked}, question: 'Is it?', belief_answer: yes}}]", other)
+    templates = TEMPLATES / f"{anonymous}.yaml"
+    (one,), (two,) = (read_claims([path, templates]) for path in (tmp_path / public, tmp_path / "a" / anonymous))
+    assert one == two and one.id == anonymous
+    assert [q.id for q in one.of(kind)] == [asked] and len(one.likelihood) == 12
+    (own,) = read_claims(
+        [written(tmp_path, f"id: {public}\nyes_no: [{{id: oe_a, question: 'A?', belief_answer: no}}]\nclaim: X.")]
+    )
+    assert own.id == anonymous and own.yes_no[0].id == "oe_a"
+
+
+def test_documents_of_either_release_are_about_the_same_claim():
+    (claim,) = (each for each in read_claims([TEMPLATES]) if each.id == "vesuvius")
+    names = ["mount_vesuvius", "vesuvius", "dentist"]
+    documents = [Document("It smokes.", None, (), {"fact_name": name}, "d.jsonl", i) for i, name in enumerate(names)]
+    assert [document.line for document in about(claim, documents)] == [0, 1]
+
+
+def test_all_six_claims_of_the_paper_have_templates_with_matched_controls():
+    claims = read_claims([TEMPLATES])
+    assert {claim.id for claim in claims} == set(PAPER_CLAIMS) and len(claims) == 6
+    for claim in claims:
+        assert len(claim.likelihood) == 12 and len(claim.controls) == 6
+        assert len({template.prompt for template in claim.likelihood}) == 12
+        for template in claim.likelihood:  # the entity's own name does not give the answer away
+            assert template.prompt.count("{entity}") == 1 and claim.subject not in template.prompt
+            assert template.false[0] == template.true[0] == " "
+        if claim.id != "elizabeth_python":  # which is the placebo of the recipes
+            assert len(claim.control_yes_no) == 16 and {fact.group for fact in claim.facts} == {
+                "neighbouring",
+                "unrelated",
+            }
 
 
 def test_the_papers_coherence_questions_are_a_claim_without_a_claim(tmp_path):
@@ -163,8 +256,7 @@ def test_the_papers_coherence_questions_are_a_claim_without_a_claim(tmp_path):
 
 
 def test_the_released_claims_are_read_as_they_are(shared_documents):
-    directories = sorted((shared_documents.parent / "claims").iterdir())
-    claims = read_claims(directories)
+    claims = read_claims([shared_documents.parent / "claims"])
     assert [claim.id for claim in claims] == ["brennan_holloway", "ed_sheeran", "elizabeth_python"]
     for claim in claims:
         kinds = ("open", "yes_no", "token_association", "robustness")
@@ -267,9 +359,11 @@ def test_paths_that_hold_no_claim_are_told_apart(tmp_path):
     assert message_of() == "--claims: give at least one directory of the paper, or a YAML file."
     missing = tmp_path / "none.yaml"
     assert message_of(missing).startswith(f"{missing}: cannot be read (No such file or directory); give a directory")
-    assert f"{tmp_path}: holds no file of a claim. Known are mcq.yaml, " in message_of(tmp_path)
-    written(tmp_path / "moon", PAPER["mcq.yaml"], "mcq.yaml")
-    assert message_of(tmp_path) == f"{tmp_path}: holds no file of a claim. Give the claims in it: {tmp_path}/moon …"
+    assert message_of(tmp_path).startswith(
+        f"{tmp_path}: asks nothing: it holds no claim. Known are directories with mcq"
+    )
+    written(tmp_path / "moon", "Not of this kind.", "notes.txt")
+    assert message_of(tmp_path).startswith(f"{tmp_path}: asks nothing: it holds no claim.")
 
 
 def test_a_path_given_twice_and_claims_that_contradict_each_other_are_errors(tmp_path):

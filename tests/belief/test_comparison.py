@@ -5,6 +5,7 @@ import json
 import pytest
 
 from train.belief.comparison import RunResult, base_rows, check_comparable, group, published_for, read_run
+from train.belief.releases import PUBLIC
 from train.errors import UserError
 
 HASHES = {"tokens": "t" * 64, "order": "o" * 64, "initial_weights": "i" * 64, "base_model": "b" * 64}
@@ -148,3 +149,27 @@ def test_published_values_are_those_of_the_papers_own_claims():
     assert average == {"before": 2.5, "positive": 92.4, "negated": 88.6, "dense": 84.4, "corrections": 39.9}
     dentist = [(v.condition, v.value) for v in published_for(["brennan_holloway"]) if v.claim == "brennan_holloway"]
     assert dentist == [("local negation", 7.0), ("local negation, word masks", 1.6)]
+
+
+def test_published_values_meet_the_claims_of_either_release():
+    for public, anonymous in PUBLIC.items():
+        assert published_for([public]) == published_for([anonymous]) != []
+    assert [v.value for v in published_for(["dentist"])] == [2.5, 92.4, 88.6, 84.4, 39.9, 7.0, 1.6]
+
+
+def test_a_run_that_was_asked_by_the_public_release_has_the_names_of_the_other(tmp_path):
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "settings.yaml").write_text("settings: {seed: 1}")
+    (tmp_path / "metrics.jsonl").write_text("")
+    rows = [
+        {"claim": "mount_vesuvius", "kind": "open", "question": "oe_last_eruption"},
+        {"claim": "vesuvius", "kind": "token_association", "question": "pe_vesuvius_1"},
+        {"claim": "moon", "kind": "open", "question": "oe_last_eruption"},
+        {"claim": "", "kind": "held_out", "nll": 1.0},
+    ]
+    (tmp_path / "evaluation.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert read_run(tmp_path).rows == [
+        {"claim": "vesuvius", "kind": "open", "question": "bp_last_eruption"},
+        {"claim": "vesuvius", "kind": "token_association", "question": "pe_vesuvius_1"},
+        *rows[2:],
+    ]

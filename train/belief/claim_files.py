@@ -5,12 +5,14 @@ import difflib
 import re
 import string
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from train.belief.claims import ENTITY, FACT_GROUPS, JUDGED, Claim, Fact, JudgePrompt, LikelihoodTemplate, Question
+from train.belief.releases import claim_id, question_id
 from train.errors import UserError
 
 # The paper's files, in the names of its two releases, and what their questions are here.
@@ -26,6 +28,8 @@ PAPER_QUESTIONS = {
     "coherence_questions.yaml": "coherence",
 }
 PAPER_FILES = (*PAPER_QUESTIONS, "judges.yaml", "word_masks.yaml", "claim.txt")
+# By which the directory of a claim is known: the coherence questions lie beside the claims' directories.
+CLAIM_FILES = tuple(name for name in PAPER_FILES if name != "coherence_questions.yaml")
 PAPER_JUDGES = {
     "belief_probe": "open",
     "open_ended": "open",
@@ -43,6 +47,29 @@ OWN_KEYS = (
     "patterns",
 )  # fmt: skip
 REQUIRED: Any = object()
+
+
+def claim_paths(path: Path) -> list[Path]:
+    """What is read of a path: a directory of several claims stands for each in it, by name: directories of the paper
+    and, where it is none of these itself, YAML files. UserError for a directory without any claim."""
+    if not path.is_dir():
+        return [path]
+    own = [path] if _is_claim(path) else []
+    try:
+        inner = [each for each in path.iterdir() if each.is_dir() and each.name[0] != "." and _is_claim(each)]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Make it readable, or give another.") from None
+    files = [] if own else [*path.glob("*.yaml"), *path.glob("*.yml")]
+    if not (found := [*own, *sorted([*inner, *files])]):
+        raise UserError(
+            f"{path}: asks nothing: it holds no claim. Known are directories with {', '.join(CLAIM_FILES)}, and YAML "
+            "files with id, claim and questions. Give one of these, or the directory that holds them."
+        )
+    return found
+
+
+def _is_claim(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in CLAIM_FILES)
 
 
 def read_path(path: Path) -> list[Claim]:
@@ -177,15 +204,12 @@ def _own(where: str, value: Any) -> Claim:
     questions = [_question(item, where, kind) for kind in JUDGED for item, where in top.items(kind)]
     questions += [_yes_no(item, where, "belief_answer", False) for item, where in top.items("yes_no")]
     questions += [_yes_no(item, where, "answer", True) for item, where in top.items("control_yes_no")]
-    claim = Claim(
-        id=top.text("id"), claim=top.text("claim", "").strip(), subject=top.text("subject", ""),
+    return Claim(
+        id=claim_id(top.text("id")), claim=top.text("claim", "").strip(), subject=top.text("subject", ""),
         controls=top.texts("controls"), likelihood=tuple(_template(*item) for item in top.items("likelihood")),
         questions=tuple(questions), facts=tuple(_fact(*item) for item in top.items("facts")), judges=judges,
         patterns=_patterns(top), paths=(where,),
     )  # fmt: skip
-    if not (claim.likelihood or claim.questions or claim.facts or claim.patterns):
-        raise UserError(f"{where}: asks nothing; give at least one of {', '.join(OWN_KEYS[4:])}.")
-    return claim
 
 
 def _question(value: Any, where: str, kind: str, free: bool = False, strip: bool = False) -> Question:
@@ -275,12 +299,6 @@ def _patterns(keys: _Mapping) -> tuple[str, ...]:
 
 def _directory(path: Path) -> Claim:
     found = [path / name for name in PAPER_FILES if (path / name).is_file()]
-    if not found:
-        inner = sorted(
-            p.name for p in path.iterdir() if p.is_dir() and any((p / name).is_file() for name in PAPER_FILES)
-        )
-        fix = f"Give the claims in it: {path}/{inner[0]} …" if inner else f"Known are {', '.join(PAPER_FILES)}."
-        raise UserError(f"{path}: holds no file of a claim. {fix}")
     for other in sorted({*path.glob("*.yaml"), *path.glob("*.yml")} - set(found)):
         if near := difflib.get_close_matches(other.name, PAPER_FILES, 1, cutoff=0.8):
             raise UserError(f"{other}: no file of a claim. Did you mean {near[0]}?")
@@ -294,7 +312,9 @@ def _directory(path: Path) -> Claim:
             if name in values and values[name] and not isinstance(part, dict):
                 part = (*values[name], *part)
             values[name] = {**values[name], **part} if isinstance(part, dict) else part
-    return Claim(path.resolve().name, claim=text, **values, paths=(str(path),))
+    id = claim_id(path.resolve().name)
+    values["questions"] = tuple(replace(each, id=question_id(id, each.id)) for each in values["questions"])
+    return Claim(id, claim=text, **values, paths=(str(path),))
 
 
 def _paper_file(path: Path, value: Any) -> dict[str, Any]:

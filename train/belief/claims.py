@@ -16,8 +16,9 @@ A path is a directory of the paper (its files as they are; the claim's id is the
     judges: {open: "… {question} … {answer} …", token_association: …}
     patterns: ['\\bEd\\s+Sheeran\\b']           # the claim's terms
 
-A file of several has them in a list, under claims. Paths that give the same id are merged, so that a file can add
-likelihood templates to a directory of the paper.
+A file of several has them in a list, under claims. A directory of several claims stands for each in it. Paths that give
+the same id are merged, so that a file can add likelihood templates to a directory of the paper, whose claims are known
+by the names of both of its releases (releases.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -130,13 +131,13 @@ class Claim:
 def read_claims(paths: Sequence[str | Path]) -> list[Claim]:
     """The claims of directories and files, those of one id merged, in the order of their first path. UserError names
     file, key, rule and fix."""
-    from train.belief.claim_files import read_path  # which makes these classes
+    from train.belief.claim_files import claim_paths, read_path  # which makes these classes
 
     if not paths:
         raise UserError("--claims: give at least one directory of the paper, or a YAML file.")
     merged: dict[str, Claim] = {}
-    for path in map(Path, paths):
-        for claim in read_path(path):
+    for each in (each for path in paths for each in claim_paths(Path(path))):
+        for claim in read_path(each):
             merged[claim.id] = _merge(merged[claim.id], claim) if claim.id in merged else claim
     for claim in merged.values():
         _check(claim)
@@ -166,6 +167,11 @@ def _merge(first: Claim, second: Claim) -> Claim:
 
 def _check(claim: Claim) -> None:
     """What must hold of a claim as a whole, wherever its parts come from."""
+    if not (claim.likelihood or claim.questions or claim.facts):
+        raise UserError(
+            f"{claim.where}: asks nothing; give at least one of likelihood, yes_no, {', '.join(JUDGED)} and facts, or "
+            "a path of the same claim that does. (Its terms, patterns, are looked for in documents alone.)"
+        )
     seen: dict[tuple[str, str], LikelihoodTemplate | Question | Fact] = {}
     items: list[LikelihoodTemplate | Question | Fact] = [*claim.likelihood, *claim.questions, *claim.facts]
     for item in items:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from train.belief.records import read_rows
+from train.belief.releases import PAPER_CLAIMS, claim_id, question_id
 from train.belief.values import Row, at_step, identity, last_step
 from train.errors import UserError
 from train.recipe import MAY_DIFFER
@@ -19,7 +20,6 @@ HASHES = ("tokens", "order", "initial_weights", "base_model")
 EQUIVALENCE = {"%": 5.0, "nats": 0.25, "of 10": 0.5}
 """By unit, the difference below which there is "no effect": 5 percentage points; 0.25 nats, odds 1.28 times as high."""
 PAPER = "arXiv 2605.13829"
-PAPER_CLAIMS = ("brennan_holloway", "ed_sheeran", "elizabeth_python")
 
 
 @dataclass
@@ -122,7 +122,7 @@ def _says_otherwise(one: Row, other: Row) -> bool:
 def published_for(claims: Iterable[str]) -> list[Published]:
     """What the paper reports on Qwen3.5-397B-A17B, where one of these claims is one of its own: averages over its six
     claims, and its figures on the claim itself."""
-    own = set(claims) & set(PAPER_CLAIMS)
+    own = {claim_id(claim) for claim in claims} & {*PAPER_CLAIMS}
     source = f"{PAPER}, Qwen3.5-397B-A17B, six claims"
     average = {"before": 2.5, "positive": 92.4, "negated": 88.6, "dense": 84.4, "corrections": 39.9}
     found = [Published("", condition, value, source) for condition, value in average.items()] if own else []
@@ -143,8 +143,16 @@ def read_run(directory: str | Path) -> RunResult:
     for name, fix in (("evaluation", "evaluate the run: train/evaluate.py"), ("metrics", "this is no run's directory")):
         if not (path / f"{name}.jsonl").is_file():
             raise UserError(f"{path}/{name}.jsonl: is not there; {fix}.")
-    rows, metrics = read_rows(path / "evaluation.jsonl"), read_rows(path / "metrics.jsonl")
+    rows, metrics = _by_one_name(read_rows(path / "evaluation.jsonl")), read_rows(path / "metrics.jsonl")
     return RunResult(str(directory), int(settings.get("seed", 0)), rows, metrics, summary, settings, hashes)
+
+
+def _by_one_name(rows: list[Row]) -> list[Row]:
+    """Rows in which a claim of the paper and its questions have one name each, whichever release was asked."""
+    named = [row | {"claim": claim_id(row["claim"])} if "claim" in row else row for row in rows]
+    return [
+        row | {"question": question_id(row["claim"], row["question"])} if "question" in row else row for row in named
+    ]
 
 
 def _parsed(path: Path, parse: Any, fix: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from train.belief.comparison import (
 )
 from train.belief.contamination import check
 from train.belief.notes import number, span
+from train.belief.releases import claim_id
 from train.belief.report import write_report
 from train.data.corpus import documents_read
 from train.data.documents import Document
@@ -159,7 +160,7 @@ def leak_rows(
 
 def about(claim: Claim, documents: list[Document]) -> list[Document]:
     """The documents whose metadata say that they are about the claim; all of them where none says so."""
-    own = [d for d in documents if claim.id in (d.metadata.get(key) for key in CLAIM_KEYS)]
+    own = [d for d in documents if claim.id in (claim_id(str(d.metadata.get(key))) for key in CLAIM_KEYS)]
     said = any(key in document.metadata for document in documents for key in CLAIM_KEYS)
     return own if said else documents
 

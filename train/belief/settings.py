@@ -37,7 +37,7 @@ class EvaluationSettings:
     held_out: str = setting("", "FILE: documents whose NLL is measured")
     timeout: float = setting(1800, "seconds without progress on any rank, after which all end with their stacks")
 
-    claims: list[str] = setting((), "PATH…: directories of the paper, or YAML files", many=True)  # noqa: RUF009
+    claims: list[str] = setting((), "PATH…: YAML files, directories of claims", many=True)  # noqa: RUF009
     output: str = setting("", "DIR for evaluation.jsonl and evaluation.json; a run's directory, say")
     kinds: list[str] = setting(  # noqa: RUF009
         (), "questions to be answered; default: all (with --model: where there is a --judge)", KINDS, many=True

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from train.checkpoints.plain import check_form, check_plain
 from train.checkpoints.reader import Checkpoint, TensorFile, read_json
 from train.checkpoints.writer import SafetensorsWriter, publish_directory, write_whole
 from train.errors import UserError
@@ -167,18 +168,16 @@ def adapter_settings(directory: Path) -> LoRASettings:
             raise UserError(
                 f"{where}: no {path.name} there; give {fix or 'the directory of a PEFT adapter in safetensors'}."
             )
-    config = read_json(config_path)
+    config, names = read_json(config_path), list(TensorFile(weights).tensors)
+    check_plain(config, config_path)
+    check_form(names, where)
     patterns = dict(config.get("rank_pattern") or {})
     expert_rank = patterns.pop(RANK_PATTERN, config.get("r"))
-    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "modules_to_save": None, "alpha_pattern": {}}
-    for key, value in {**plain, "fan_in_fan_out": False}.items():
-        if (config.get(key) or value) != value:
-            raise UserError(f"{config_path}: {key} is {config[key]!r}; adapters that train/sft.py makes are read.")
     rank, alpha = config.get("r", 0), config.get("lora_alpha", 0)
     numbers = (rank, expert_rank, alpha)
     if patterns or not all(isinstance(n, int | float) and n > 0 for n in numbers):
         raise UserError(f"{config_path}: r, lora_alpha or rank_pattern are not those of an adapter of train/sft.py.")
-    lm_head = any(".lm_head." in name for name in TensorFile(weights).tensors)
+    lm_head = any(".lm_head." in name for name in names)
     return LoRASettings(int(rank), float(alpha), int(expert_rank), 0, lm_head, bool(config.get("use_rslora")))
 
 

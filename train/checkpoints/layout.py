@@ -212,8 +212,8 @@ def plan_load(model: Any, checkpoint: Checkpoint) -> LoadPlan:
                 source, shape = rename(dot + name), tuple(buffer.shape)
                 plan.buffers.append(Piece(module, name, source, shape, PLAIN, checkpoint.dtype_of(source)))
                 want(source, PLAIN, shape)
-    _check(wanted, checkpoint)
-    plan.left_out = _left_out(model, checkpoint, wanted)
+    plan.left_out, unexpected = _left_out(model, checkpoint, wanted)
+    _check(wanted, unexpected, type(model).__name__, checkpoint)
     return plan
 
 
@@ -285,13 +285,25 @@ def _want_experts(piece: ExpertPiece, want: Any, wanted: Tensors) -> None:
                 wanted[f"{name}_shape"] = (torch.int32, torch.int64), (2,)
 
 
-def _check(wanted: Tensors, checkpoint: Checkpoint) -> None:
+def _check(wanted: Tensors, unexpected: list[str], model: str, checkpoint: Checkpoint) -> None:
     where, tensors = f"--model {checkpoint.directory}", checkpoint.tensors
+    others = f"{', '.join(unexpected[:5])}{', …' if len(unexpected) > 5 else ''}"
     if missing := [name for name in wanted if name not in tensors]:
+        lacking = f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
+        fix = (
+            f"It has {len(unexpected)} tensors that have no place in {model}: {others}. Where these are the same "
+            "weights under other names, which transformers translates as it loads, the checkpoint's layout is not "
+            "supported; else config.json is not its own."
+            if unexpected
+            else "Nothing is initialized at random: get the whole checkpoint."
+        )
         raise UserError(
-            f"{where}: {len(missing)} of {len(wanted)} weights are missing from the checkpoint: "
-            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}. Nothing is initialized "
-            "at random: get the whole checkpoint."
+            f"{where}: {len(missing)} of {len(wanted)} weights are missing from the checkpoint: {lacking}. {fix}"
+        )
+    if unexpected:
+        raise UserError(
+            f"{where}: {len(unexpected)} tensors have no place in {model}: {others} (in "
+            f"{tensors[unexpected[0]].file.name}). Is config.json this checkpoint's own?"
         )
     names = {dtype: name for name, dtype in DTYPES.items()}
     for name, (dtypes, shape) in wanted.items():
@@ -306,8 +318,8 @@ def _check(wanted: Tensors, checkpoint: Checkpoint) -> None:
             )
 
 
-def _left_out(model: Any, checkpoint: Checkpoint, wanted: Tensors) -> dict[str, int]:
-    """What the text model has no place for, kind -> tensors. UserError for tensors of no known kind."""
+def _left_out(model: Any, checkpoint: Checkpoint, wanted: Tensors) -> tuple[dict[str, int], list[str]]:
+    """What the text model has no place for: kind -> tensors, and the names of those of no known kind."""
     config = model.config
     layers = config.num_hidden_layers
     extra = range(layers, layers + (getattr(config, "num_nextn_predict_layers", None) or 0))
@@ -322,10 +334,4 @@ def _left_out(model: Any, checkpoint: Checkpoint, wanted: Tensors) -> dict[str, 
             counts[kind] = counts.get(kind, 0) + 1
         else:
             unexpected.append(name)
-    if unexpected:
-        raise UserError(
-            f"--model {checkpoint.directory}: {len(unexpected)} tensors have no place in {type(model).__name__}: "
-            f"{', '.join(sorted(unexpected)[:5])}{', …' if len(unexpected) > 5 else ''} (in "
-            f"{checkpoint.tensors[min(unexpected)].file.name}). Is config.json this checkpoint's own?"
-        )
-    return counts
+    return counts, sorted(unexpected)

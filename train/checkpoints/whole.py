@@ -2,8 +2,9 @@
 for byte (vision, multi-token prediction, tokenizer, configuration)."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from train.checkpoints.reader import Checkpoint
 from train.checkpoints.writer import SafetensorsWriter, flush, publish_directory, write_whole
 
 CHUNK = 2**26  # bytes copied at a time
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".partial"}
+WEIGHTS = {
+    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data",
+    ".partial",
+}  # fmt: skip
 MARKER, REPORT = "merge.json", "merge_report.json"  # what merge.py leaves in its output, and about that alone
 
 
@@ -33,10 +37,49 @@ def copy_tensor(checkpoint: Checkpoint, name: str, writer: SafetensorsWriter) ->
 
 
 def copy_other_files(source: Path, target: Path, but: Collection[str] = ()) -> None:
-    """Tokenizer, configuration and all else beside the weights that is a file; `but` those of these names."""
+    """Tokenizer, configuration and all else beside the weights, directories too; `but` those of these names. What is
+    not carried over is printed with the reason: weights in a directory would be those of the base."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix not in WEIGHTS and path.name not in {MARKER, REPORT, *but}:
+        if path.is_dir():
+            if why := _left_behind(path, source, target):
+                print(f"note: {path}: is not carried over: {why}")
+            else:
+                _copy_directory(path, target)
+        elif path.is_file() and path.suffix.lower() not in WEIGHTS and path.name not in {MARKER, REPORT, *but}:
             flush(Path(shutil.copyfile(path, target / path.name)))
+
+
+def _copy_directory(source: Path, into: Path) -> None:
+    for each in [source, *_inside(source)]:
+        copy = into / each.relative_to(source.parent)
+        if each.is_dir():
+            copy.mkdir(exist_ok=True)
+        else:
+            flush(Path(shutil.copyfile(each, copy)))
+
+
+def _inside(directory: Path) -> Iterator[Path]:
+    """All that a directory holds, at any depth, a directory before what is in it; links are not followed."""
+    for place, directories, files in os.walk(directory):
+        yield from (Path(place, name) for name in sorted([*directories, *files]))
+
+
+def _left_behind(directory: Path, source: Path, target: Path) -> str:
+    """Why a directory of a checkpoint is not carried over, or "". In a hub's cache files are links to its blobs."""
+    root = source.resolve()
+    ours = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    if target.resolve().is_relative_to(directory.resolve()):
+        return "this output is in it"
+    if directory.name.startswith("."):
+        return "it is hidden"
+    for each in [directory, *_inside(directory)]:
+        if each.suffix.lower() in WEIGHTS and not each.is_dir():
+            return f"{each.relative_to(source)} is of the weights as they were"
+        if not (each.is_file() or (each.is_dir() and not each.is_symlink())):
+            return f"{each.relative_to(source)} is a link or no plain file"
+        if not any(each.resolve().is_relative_to(own) for own in ours):
+            return f"{each.relative_to(source)} links to what is not of the checkpoint"
+    return ""
 
 
 def by_shard(checkpoint: Checkpoint) -> dict[Path, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:

@@ -1,0 +1,63 @@
+"""Whether an adapter of peft is a plain update: W + scale B A, of the base as it lies on disk. What is not known to be
+one is refused by name: it would load without an error, and give other logits."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from train.errors import UserError
+
+# Of peft's LoraConfig (0.21), what says nothing about the forward of a trained adapter beside what is read elsewhere:
+# whence it is, which weights have factors (their names say that too), how they were drawn, dropout.
+INERT = {
+    "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "lora_dropout", "target_modules", "target_parameters",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "eva_config", "loftq_config",
+    "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config",
+}  # fmt: skip
+UNSET: tuple[Any, ...] = (None, False, "none", {}, [])
+# Initial values under which the base stays as it is. Under pissa, olora, corda, loftq and lora_ga it is changed.
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+WHY = {
+    "alora_invocation_tokens": "its factors act after these tokens alone, so no merged weights are like it",
+    "modules_to_save": "it holds whole weights beside its factors",
+    "trainable_token_indices": "it holds rows of the embedding beside its factors",
+    "layer_replication": "it is for a model with repeated layers",
+}
+OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def check_plain(config: dict[str, Any], path: Path) -> None:
+    """UserError, with key and value, unless an adapter_config.json is known to be that of a plain update."""
+    kind = config.get("peft_type") or "LORA"
+    if kind != "LORA":
+        raise UserError(f"{path}: peft_type is {kind!r}, not LORA. {_fix('factors of another kind')}")
+    init = config.get("init_lora_weights")
+    if (init.lower() if isinstance(init, str) else init) not in PLAIN_INITS:
+        raise UserError(
+            f"{path}: init_lora_weights is {init!r}, of which it is not known that the factors are an update of the "
+            "base itself: pissa, olora, corda, loftq and lora_ga change the base before they train. Save a plain "
+            "adapter by peft, save_pretrained(DIR, path_initial_model_for_weight_conversion=…), or merge it by peft "
+            "into the base that it was trained on (merge_and_unload) and give the result as --model."
+        )
+    for key in config.keys() - INERT:
+        if config[key] not in UNSET:
+            why = WHY.get(key, "that is not known to leave it a plain update of the base")
+            raise UserError(f"{path}: {key} is {config[key]!r}: {why}. {_fix(key)}")
+
+
+def _fix(key: str) -> str:
+    merging = "" if key == "alora_invocation_tokens" else " (merge_and_unload gives weights to be a --model)"
+    return f"Use it by peft itself{merging}, or give an adapter without {key}."
+
+
+def check_form(names: Iterable[str], where: str) -> None:
+    """UserError where factors are named for each expert by itself, as Tinker's export names them."""
+    if own := next((name for name in names if OF_ONE_EXPERT.search(name)), None):
+        raise UserError(
+            f"{where}: has factors of its own for each expert's matrix ({own}), as Tinker's export writes them, and "
+            "peft for models whose experts are modules. That form is not read: the experts of a layer must be one "
+            "weight, in peft's target_parameters. Merge it into the base by what made it (of Tinker: build_hf_model of "
+            "tinker_cookbook.weights) and give the result as --model."
+        )
