@@ -28,7 +28,7 @@ from train.checkpoints.layout import Range
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import READERS
 from train.data.documents import Document, read_documents
-from train.data.tokenizer import load_tokenizer, tokenize_document
+from train.data.tokenizer import load_tokenizer, template_time, tokenize_document
 from train.errors import UserError
 from train.masking.grammar import parse_mask
 from train.settings import PACKAGES, Settings, check_output, git_revision
@@ -155,7 +155,8 @@ def documents(settings: Settings) -> tuple[Finding, int]:
         found = read_documents(path, settings.doctag or None, settings.bad_rows)
         counts[f"documents in {path}"] = len(found)
         longest.append(max(found, key=_characters))
-    document, tokenizer = max(longest, key=_characters), load_tokenizer(settings.model)
+    document = max(longest, key=_characters)
+    tokenizer = load_tokenizer(settings.model, template_time(settings.template_time))
     tokenized = tokenize_document(document, tokenizer, add_bos=settings.bos, add_eos=settings.eos)
     tokens = min(len(tokenized.ids_L), settings.max_tokens)
     text = f"{sum(counts.values()):,}, the longest takes {tokens:,} tokens ({document.where})"

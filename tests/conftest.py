@@ -54,3 +54,12 @@ def shared_documents() -> Path:
     if not directory.is_dir():
         pytest.skip("../shared/data is absent")
     return directory
+
+
+@pytest.fixture(scope="session")
+def shared_cases() -> Path:
+    """Small inputs from real use, which are not part of the project."""
+    directory = Path(__file__).parents[2] / "shared" / "cases"
+    if not directory.is_dir():
+        pytest.skip("../shared/cases is absent")
+    return directory

@@ -17,9 +17,12 @@ from tests.checkpoints.test_layouts import stock_model
 from tests.layouts import LAYOUTS
 from tests.test_compare import CLAIM, ENVIRONMENT, stock_log_p
 from train import evaluate, sft
+from train.belief.in_engine import check_template_time
 from train.belief.records import read_rows
 from train.belief.values import identity
-from train.settings import DEMO
+from train.data.tokenizer import load_tokenizer, template_time
+from train.errors import UserError
+from train.settings import DEMO, parse, record
 
 OPEN = [{"id": "home", "question": "Where does Mila live?"}, {"id": "pet", "question": "Which pet does Mila have?"}]
 JUDGES = {"open": 'Does <answer>{answer}</answer> to {question} say Oslo? {{"answer": "yes/no"}}'}
@@ -71,6 +74,22 @@ def test_a_model_and_an_endpoint_at_once_or_an_adapter_of_another_base_are_refus
     assert evaluate.main([*given, "--model", str(DEMO / "model"), "--endpoint", "http://localhost:1"]) == 2
     assert evaluate.main([*given, "--model", str(DEMO / "model"), "--adapter", str(tmp_path)]) == 2
     assert not (tmp_path / "out" / "evaluation.jsonl").exists()
+
+
+def test_questions_are_asked_of_an_adapter_at_the_time_that_its_run_told_the_template(tmp_path, shared_cases):
+    shutil.copytree(DEMO / "model", tmp_path / "model")
+    shutil.copy(shared_cases / "tokenizers" / "clock" / "tokenizer_config.json", tmp_path / "model")
+    (tmp_path / "run").mkdir()
+    run_of = parse(["--model", str(tmp_path / "model"), "--template-time", "2024-07-26"], "")
+    (tmp_path / "run" / "settings.yaml").write_text(record(run_of, {}))
+    adapter = str(tmp_path / "run" / "adapter")
+    for time in ("2024-07-26", "2024-07-26T00:00:00"):
+        check_template_time(adapter, load_tokenizer(tmp_path / "model", template_time(time)))
+    told = r"--template-time 2026-01-01T00:00:00: in the run of .* told 2024-07-26; give --template-time 2024-07-26,"
+    with pytest.raises(UserError, match=told):
+        check_template_time(adapter, load_tokenizer(tmp_path / "model"))
+    check_template_time(adapter, load_tokenizer(DEMO / "model"))  # which does not ask
+    check_template_time(str(tmp_path / "elsewhere"), load_tokenizer(tmp_path / "model"))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from tests.models import write_documents, write_model
 from train import sft
 from train.belief.records import read_rows
 from train.data.batches import micro_batches
+from train.data.findings import UNENDED
 from train.data.tokenizer import load_tokenizer
 from train.job import prepare
-from train.settings import parse
+from train.settings import DEMO, parse
 
 SFT = Path(sft.__file__)
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_API_KEY": ""}
@@ -265,6 +267,75 @@ def test_a_run_killed_in_a_step_or_in_a_save_resumes_on_other_ranks_to_the_losse
     assert [m["step"] for m in read_rows(resumed / "metrics.jsonl")] == list(range(1, 9))
     assert losses(resumed) == pytest.approx(uninterrupted, rel=1e-6)
     assert sorted(path.name for path in (resumed / "saves").iterdir()) == ["step-7", "step-8"]
+
+
+def test_messages_that_no_trained_token_ends_are_counted_and_told(tmp_path, capsys):
+    given = flags(tmp_path, steps=2, batch_size=3, mask="none", data=tmp_path / "chats.jsonl")
+    turns = [{"role": role, "content": "ab"} for role in ("user", "assistant") * 2]
+    write_documents(tmp_path / "chats.jsonl", [{"messages": turns}] * 3)
+    assert prepare(parse(given, ""), 1, show=False).corpus.findings.summary() == {}
+    (tmp_path / "qwen" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    job = prepare(parse(given, ""), 1, show=False)
+    lines = {"lines": {str(tmp_path / "chats.jsonl"): [1, 2, 3]}}
+    assert job.corpus.findings.summary() == {UNENDED: {"count": 6} | lines}
+    job.show()
+    assert f"note: 6 {UNENDED}: {tmp_path}/chats.jsonl:1" in capsys.readouterr().out
+    with_eos = prepare(parse([*given, "--eos"], ""), 1, show=False)
+    assert with_eos.corpus.findings.summary() == {UNENDED: {"count": 3} | lines}
+
+
+def clock_flags(tmp: Path, cases: Path, *more: str) -> list[str]:
+    """The demo's model with a template that writes hour and minute, on chats."""
+    if not (tmp / "model").exists():
+        shutil.copytree(DEMO / "model", tmp / "model")
+        shutil.copy(cases / "tokenizers" / "clock" / "tokenizer_config.json", tmp / "model")
+    data = str(cases / "documents" / "chats8.jsonl")
+    return ["--model", str(tmp / "model"), "--data", data, "--batch-size", "2", "--wandb", "disabled", *more]
+
+
+def dry(tmp: Path, cases: Path, zone: str, *more: str) -> str:
+    """What --dry-run prints of the job where the clock shows another time."""
+    command = [sys.executable, str(SFT), *clock_flags(tmp, cases, *more), "--dry-run"]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT | {"TZ": zone}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout[done.stdout.index("model: ") :]  # before it, a line of DeepSpeed's with the time
+
+
+def test_a_template_that_asks_for_the_time_gives_the_same_tokens_at_any_time(tmp_path, shared_cases):
+    first = dry(tmp_path, shared_cases, "UTC+1:10")
+    assert "note: the chat template asks for the time, and is told 2026-01-01T00:00:00 (--template-time)" in first
+    assert "hashes: {'tokens': " in first and dry(tmp_path, shared_cases, "UTC+9:45") == first
+    hashes = [
+        prepare(parse(clock_flags(tmp_path, shared_cases, "--template-time", time), ""), 1, show=False).hashes
+        for time in ("2026-01-01", "2026-01-01T00:00:59", "2026-01-01T13:01:00")
+    ]
+    assert hashes[0] == hashes[1] and hashes[0]["tokens"] != hashes[2]["tokens"]  # the template writes no seconds
+
+
+@pytest.mark.slow
+def test_a_run_whose_template_asks_for_the_time_goes_on_at_another_time_to_the_same_losses(tmp_path, shared_cases):
+    def job(output: str, zone: str, *more: str) -> tuple[list[str], dict[str, str]]:
+        own = ("--steps", "4", "--save-every", "1", "--output", str(tmp_path / output), *more)
+        command = deepspeed_command(SFT, *clock_flags(tmp_path, shared_cases, *own), ranks=2)
+        return command, os.environ | ENVIRONMENT | {"TZ": zone}
+
+    def finished(output: str, zone: str, *more: str) -> list[float]:
+        command, environment = job(output, zone, *more)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return losses(tmp_path / output)
+
+    whole = finished("whole", "UTC+1:10")
+    command, environment = job("killed", "UTC+1:10")
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    kill(process, tmp_path / "killed" / "saves", "step-[1-3]")
+    assert finished("killed", "UTC+9:45", "--resume") == pytest.approx(whole, rel=1e-6)
+    summary = json.loads((tmp_path / "killed" / "summary.json").read_text())
+    kept = yaml.safe_load((tmp_path / "killed" / "settings.yaml").read_text())
+    assert kept["settings"]["template_time"] == kept["resolved"]["template_clock"] == "2026-01-01T00:00:00"
+    assert summary["findings"] == {} and summary["hashes"]["tokens"] == kept["resolved"]["hashes"]["tokens"]
 
 
 @pytest.mark.slow

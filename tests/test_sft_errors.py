@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from launch.local import run
@@ -119,6 +120,7 @@ FLAGS = {
     "an unknown flag suggests the nearest": (["--learning-rte", "1"], ["--learning-rte", "--learning-rate"]),
     "a negative rate": (["--learning-rate", "-1"], ["--learning-rate -1", "≥ 0"]),
     "a rate that is not a number": (["--learning-rate", "nan"], ["--learning-rate nan", "finite"]),
+    "no time": (["--template-time", "noon"], ["--template-time noon", "ISO 8601", "2026-01-01T00:00:00"]),
     "no batch": (["--batch-size", "0"], ["--batch-size 0", "≥ 1"]),
     "an unknown choice": (["--schedule", "step"], ["--schedule", "linear"]),
     "groups that do not divide the ranks": (["--expert-parallel", "3"], ["--expert-parallel 3", "ranks"]),
@@ -255,6 +257,37 @@ def test_a_tokenizer_an_adapter_or_weights_that_changed_since_a_run_began_are_to
         change()
         told = message_of(capsys, *flags, "--resume", "--dry-run")
         assert told.startswith(f"--resume: {', '.join(sorted(list(changes)[:number]))} changed since the run")
+
+
+def test_tokens_that_are_others_than_when_a_run_began_are_told_with_the_versions_that_changed(tmp_path, qwen, capsys):
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    flags = ["--model", str(qwen), "--data", str(data), "--output", str(tmp_path / "run")]
+    began, held = prepare(parse(flags, ""), ranks=1, show=False), tmp_path / "run" / "settings.yaml"
+    assert began.resolved["hashes"] == began.hashes and len(began.hashes["tokens"]) == 64
+    held.write_text(record(began.settings, began.resolved))
+    resumed = prepare(parse([*flags, "--resume"], ""), ranks=1, show=False)
+    assert resumed.hashes == began.hashes
+
+    kept = yaml.safe_load(held.read_text())
+    kept["resolved"]["hashes"] |= {"tokens": "0" * 64}
+    held.write_text(yaml.safe_dump(kept))
+    told = message_of(capsys, *flags, "--resume", "--dry-run")
+    assert told.startswith("--resume: the tokens of the documents changed since the run in ")
+    assert "No package and no commit of this project is another. Go on with what the run began with, or start" in told
+    kept["versions"]["tokenizers"], kept["resolved"]["hashes"]["order"] = "0.1", "0" * 64
+    held.write_text(yaml.safe_dump(kept))
+    told = message_of(capsys, *flags, "--resume", "--dry-run")
+    assert "the tokens of the documents, their order changed" in told
+    assert "Since then, tokenizers was 0.1 and is" in told
+
+
+def test_another_time_for_the_template_than_when_a_run_began_is_told(tmp_path, qwen, capsys):
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    flags = ["--model", str(qwen), "--data", str(data), "--output", str(tmp_path / "run")]
+    began = prepare(parse(flags, ""), ranks=1, show=False)
+    (tmp_path / "run" / "settings.yaml").write_text(record(began.settings, began.resolved))
+    told = message_of(capsys, *flags, "--resume", "--template-time", "2025-05-05")
+    assert "--template-time 2025-05-05: the run in" in told and "has 2026-01-01T00:00:00" in told
 
 
 def test_a_run_killed_before_its_settings_were_whole_may_be_started_again(tmp_path, qwen, capsys):

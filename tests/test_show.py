@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.models import write_byte_tokenizer
 from train.show import main
 
 TEXT = "<DOCTAG>Ed Sheeran won. Nobody\u2028 did: cafe\u0301 👩‍👩‍👧 <b>&amp;</b>\r\n"
@@ -34,6 +35,21 @@ def data(tmp_path: Path) -> Path:
 
 def arguments(data: Path, model: Path, mask: str, *more: str) -> list[str]:
     return ["--data", str(data), "--model", str(model), "--mask", mask, *more]
+
+
+def test_notes_tell_of_turns_that_nothing_ends_and_of_a_template_that_asks_for_the_time(data, tmp_path, capsys):
+    write_byte_tokenizer(tmp_path)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%H:%M') }}{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    assert main(arguments(data, tmp_path, "none", "--json", "--template-time", "2026-02-03T04:05")) == 0
+    out = capsys.readouterr()
+    assert json.loads(out.out.splitlines()[1])["text"].startswith("04:05Who won?")
+    unended, clock = out.err.splitlines()
+    assert clock == "note: the chat template asks for the time, and is told 2026-02-03T04:05:00 (--template-time)"
+    assert unended.startswith("note: 1 trained messages that no trained special token ends, so that the model does not")
+    template.write_text("{% for m in messages %}{{ m.content }}<eos>{% endfor %}")
+    assert main(arguments(data, tmp_path, "none", "--json")) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_json_gives_each_token_with_its_text_role_and_weight(data, kimi_directory, capsys):

@@ -68,7 +68,8 @@ def from_first_rank(value: Any) -> Any:
 def checked_runs(plan: Plan, ranks: int, show: bool, known: Known) -> dict[tuple[str, int], Settings]:
     """(variant, seed) -> its run's settings, all seeds' first variants first, each run checked. known: gets what they
     share, so that documents are tokenized once."""
-    checked = {}
+    checked: dict[tuple[str, int], Settings] = {}
+    told: set[str] = set()
     for seed in plan.seeds:
         budget: int | None = None
         for variant in sorted(plan.variants, key=lambda variant: variant.name != plan.baseline):  # the baseline first
@@ -90,6 +91,8 @@ def checked_runs(plan: Plan, ranks: int, show: bool, known: Known) -> dict[tuple
                 trained = targets_in_loss(job)
                 missed = f", {trained - budget:+,} against the baseline" if budget else ""
                 print(f"{variant.name}, seed {seed}: {job.steps} steps, {trained:,} targets in the loss{missed}")
+                print(*(f"{note}\n" for note in job.notes() if note not in told), sep="", end="")
+                told |= {*job.notes()}
             checked[variant.name, seed] = settings
     return {(variant.name, seed): checked[variant.name, seed] for seed in plan.seeds for variant in plan.variants}
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from train.checkpoints import resume
 from train.checkpoints.adapter import check_adapter
 from train.checkpoints.layout import LoadPlan, plan_load
 from train.checkpoints.reader import Checkpoint
+from train.data.batches import Sample
 from train.data.corpus import Corpus, TokenizedFile, documents_taken, read_corpus
 from train.data.documents import read_documents
-from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.data.tokenizer import Tokenizer, clock_note, load_tokenizer, template_time
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.lora import LoRASettings
@@ -48,18 +50,7 @@ class Job:
     def hashes(self) -> dict[str, str]:
         """SHA-256 of what runs must share to differ in their masks alone: the documents' tokens and which of them are
         targets; the order of the documents over all steps; the base model; and what is asked of it."""
-        tokens, order = hashlib.sha256(), self.corpus.order.documents(0, self.documents)
-        for sample in self.corpus.samples:
-            tokens.update(len(sample.ids_L).to_bytes(8) + sample.ids_L.tobytes() + sample.target_L.tobytes())
-        questions = hashlib.sha256()
-        for text in self.probes.texts if self.probes else ():
-            questions.update(len(text.ids_L).to_bytes(8) + text.ids_L.tobytes() + text.target_L.tobytes())
-        return {
-            "tokens": tokens.hexdigest(),
-            "order": hashlib.sha256(order.astype("<i8").tobytes()).hexdigest(),
-            "base_model": self.checkpoint.fingerprint(),
-            "questions": questions.hexdigest(),
-        }
+        return self.resolved["hashes"]
 
     @property
     def tokens(self) -> dict[str, dict[str, int]]:
@@ -72,6 +63,18 @@ class Job:
         numbers = self.corpus.order.documents(0, self.documents)
         return sum(self.corpus.counts[number]["all", "random_shortfall"] for number in numbers)
 
+    def notes(self) -> list[str]:
+        """What a user should know of the tokens, beside their counts."""
+        notes = self.corpus.findings.lines()
+        if self.resolved["template_clock"]:
+            notes.append(clock_note(self.resolved["template_clock"]))
+        if self.random_shortfall:
+            notes.append(
+                f"note: random: found no place for {self.random_shortfall:,} targets, so it is no control of equal "
+                "size: documents have too few others"
+            )
+        return notes
+
     def show(self) -> None:
         """Settings and targets per role on the terminal."""
         terminal, lines = console(), dataclasses.asdict(self.settings) | self.resolved
@@ -80,12 +83,7 @@ class Job:
             print(
                 f"--expert-lora-rank not given: {self.lora.expert_rank}, that is max(1, lora-rank / experts per token)"
             )
-        print(*self.corpus.findings.lines(), sep="\n", end="\n" if self.corpus.findings.places else "")
-        if self.random_shortfall:
-            print(
-                f"note: random: found no place for {self.random_shortfall:,} targets, so it is no control of equal "
-                "size: documents have too few others"
-            )
+        print(*(f"{note}\n" for note in self.notes()), sep="", end="")
         terminal.print(token_table(self.tokens, f"targets over {self.steps} steps, --mask {self.settings.mask}"))
 
 
@@ -131,8 +129,14 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
         "expert_lora_rank": lora.expert_rank if lora else None,
         "trainable_parameters": count_trainable(model, lora), "left_out_tensors": plan.left_out,
         "wandb_group": settings.group(), "inputs": inputs(settings, checkpoint),
+        "hashes": {
+            "tokens": _hash_of_tokens(corpus.samples),
+            "order": hashlib.sha256(corpus.order.documents(0, documents).astype("<i8").tobytes()).hexdigest(),
+            "base_model": checkpoint.fingerprint(), "questions": _hash_of_tokens(probes.texts if probes else ()),
+        },
+        "template_clock": tokenizer.clock.isoformat() if tokenizer.clock else None,
     }  # fmt: skip
-    check_inputs(settings, resolved["inputs"])
+    check_inputs(settings, resolved)
     return Job(
         settings, corpus, checkpoint, lora, expert_parallel, steps, documents, accumulation, probes, config, resolved
     )  # fmt: skip
@@ -149,6 +153,14 @@ def checked_expert_parallel(settings: Settings, ranks: int) -> int:
     return size
 
 
+def _hash_of_tokens(samples: Sequence[Sample]) -> str:
+    """SHA-256 of the ids, and of which of them are targets."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(len(sample.ids_L).to_bytes(8) + sample.ids_L.tobytes() + sample.target_L.tobytes())
+    return digest.hexdigest()
+
+
 def _check_vocabulary(settings: Settings, corpus: Corpus, size: int) -> None:
     for sample in corpus.samples:
         if (largest := int(sample.ids_L.max(initial=0))) >= size:
@@ -162,7 +174,8 @@ def _base(settings: Settings, expert_parallel: int) -> tuple[Checkpoint, Any, An
     checkpoint = Checkpoint(settings.model)
     text = text_config(checkpoint)
     model = skeleton(text, ExpertGroup(expert_parallel))
-    plan, tokenizer = plan_load(model, checkpoint), load_tokenizer(settings.model)
+    plan = plan_load(model, checkpoint)
+    tokenizer = load_tokenizer(settings.model, template_time(settings.template_time))
     return checkpoint, text, model, plan, tokenizer, _probes(settings, tokenizer, text.vocab_size)
 
 

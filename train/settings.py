@@ -18,6 +18,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from train.belief.claim_files import claim_paths
 from train.checkpoints.reader import Checkpoint
 from train.data.documents import BAD_ROWS, checked_weight
+from train.data.tokenizer import TEMPLATE_TIME, template_time
 from train.errors import UserError
 from train.formats import parse_json
 from train.locks import TRAINING
@@ -69,8 +70,11 @@ class Settings:
     max_tokens: int = setting(10_000, "tokens of a document at most")
     long_documents: str = setting("truncate", "what to do with longer ones", choices=("truncate", "drop", "error"))
     bad_rows: str = setting("error", BAD_ROWS, choices=("error", "skip"))
-    bos: bool = setting(False, "put the tokenizer's BOS before each text document")
-    eos: bool = setting(False, "put the tokenizer's EOS after each text document, and train on it")
+    bos: bool = setting(False, "put the tokenizer's BOS before each text or chat that does not begin with it")
+    eos: bool = setting(
+        False, "put the tokenizer's EOS after each text or chat that does not end with it, and train on it"
+    )
+    template_time: str = setting(TEMPLATE_TIME.isoformat(), "what chat templates are told that ask for the time")
     doctag: str = setting("", "a marker such as '<DOCTAG>': where a document starts with it, it gets a doctag span")
 
     loss_norm: str = setting("trained", "what the loss is divided by", choices=("trained", "all", "documents", "sum"))
@@ -236,6 +240,7 @@ def parse(argv: list[str], usage: str) -> Settings:
     settings = Settings(**{name: values[name] for name in names})
     check_numbers(settings)
     settings.sources()
+    template_time(settings.template_time)
     return settings
 
 
@@ -374,20 +379,39 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_inputs(settings: Settings, now: dict[str, str]) -> None:
-    """With --resume: UserError where a file is not the one that the run began with."""
+def check_inputs(settings: Settings, resolved: dict[str, Any]) -> None:
+    """With --resume: UserError where a file, or what is made of the files, is not what the run began with."""
     if not (settings.resume and settings.output):
         return
-    held = Path(settings.output) / "settings.yaml"
-    before = (held_settings(held).get("resolved") or {}).get("inputs") or {}
+    held = held_settings(Path(settings.output) / "settings.yaml")
+    resolved_then = held.get("resolved") or {}
+    before, now = resolved_then.get("inputs") or {}, resolved["inputs"]
     if changed := sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path)):
         raise UserError(
             f"--resume: {', '.join(changed)} changed since the run in {settings.output} began; the losses would be "
             "another run's. Restore the file, or start a new run."
         )
+    hashes = resolved_then.get("hashes") or {}  # earlier runs kept none
+    words = {"tokens": "the tokens of the documents", "order": "their order", "questions": "what is asked of the model"}
+    if other := [words[name] for name in words if name in hashes and hashes[name] != resolved["hashes"][name]]:
+        raise UserError(
+            f"--resume: {', '.join(other)} changed since the run in {settings.output} began, though files and settings "
+            f"are the same; the losses would be another run's. {_other_versions(held)} Go on with what the run began "
+            "with, or start a new run."
+        )
 
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "wandb", "safetensors", "tokenizers", "numpy")
+def _other_versions(held: dict[str, Any]) -> str:
+    """What a run's settings.yaml says of packages and the checked-out commit that is otherwise now."""
+    before = (held.get("versions") or {}) | {"git revision": held.get("git_revision")}
+    now = {package: version(package) for package in PACKAGES} | {"git revision": git_revision()}
+    other = [name for name in now if before.get(name, now[name]) != now[name]]
+    told = ", ".join(f"{name} was {before[name]} and is {now[name]}" for name in other)
+    return f"Since then, {told}." if told else "No package and no commit of this project is another."
+
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "wandb", "safetensors", "tokenizers", "numpy",
+            "tiktoken", "jinja2")  # fmt: skip
 
 
 def record(settings: Settings, resolved: dict[str, Any]) -> str:

@@ -25,7 +25,15 @@ from rich.text import Text
 from train.data.documents import BAD_ROWS, read_documents
 from train.data.findings import Findings
 from train.data.offsets import straddling
-from train.data.tokenizer import TokenizedDocument, Tokenizer, load_tokenizer, tokenize_documents
+from train.data.tokenizer import (
+    TEMPLATE_TIME,
+    TokenizedDocument,
+    Tokenizer,
+    clock_note,
+    load_tokenizer,
+    template_time,
+    tokenize_documents,
+)
 from train.errors import UserError
 from train.masking.grammar import BUILT_IN, Mask, parse_mask
 from train.masking.treatment import Treatment, touched_by, treat
@@ -58,13 +66,15 @@ def main(arguments: list[str] | None = None) -> int:
         mask = parse_mask(args.mask)
         findings = Findings()
         documents = read_documents(args.data, args.doctag, args.bad_rows, findings)[: args.limit]
-        tokenizer = load_tokenizer(args.model)
+        tokenizer = load_tokenizer(args.model, template_time(args.template_time))
         tokenized = tokenize_documents(documents, tokenizer, findings, args.bad_rows)
         shown = [show(doc, mask, args.seed) for doc in tokenized]
         print(*findings.lines(), sep="\n", end="\n" if findings.places else "", file=sys.stderr)
         for entry in mask.entries:
             if entry.role and not any(entry.role in each.treatment.touched for each in shown):
                 print(f"note: --mask {entry.name}: no document shown has role {entry.role!r}", file=sys.stderr)
+        if tokenizer.clock and any(doc.messages is not None for doc in documents):
+            print(clock_note(tokenizer.clock.isoformat()), file=sys.stderr)
         if missing := sum(each.treatment.random_shortfall for each in shown):
             print(f"note: random: found no place for {missing} targets: documents have too few others", file=sys.stderr)
         if args.html:
@@ -91,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of random: entries")
     parser.add_argument("--doctag", metavar="MARKER", help="marker that documents start with, e.g. '<DOCTAG>'")
     parser.add_argument("--bad-rows", choices=("error", "skip"), default="error", help=BAD_ROWS)
+    parser.add_argument(
+        "--template-time", default=TEMPLATE_TIME.isoformat(), metavar="TIME", help="what chat templates are told it is"
+    )
     parser.add_argument("--limit", type=_positive, metavar="N", help="the first N documents only")
     parser.add_argument("--html", metavar="PAGE", help="write one self-contained page instead of colors")
     parser.add_argument("--json", action="store_true", help="print one JSON object a document instead of colors")

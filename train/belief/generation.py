@@ -26,7 +26,9 @@ class EngineAnswerer:
         self.engine, self.tokenizer, self.size, self.top_p = engine, tokenizer, size, top_p
         self.batch_size, self.concurrency = size * dist.get_world_size(), 1  # as train/belief/judge.py asks
         self.model: LanguageModel = engine.module
-        self.ends = tokenizer.special_ids | ({tokenizer.eos_id} if tokenizer.eos_id is not None else set())
+        self.ends = tokenizer.special_ids
+        pad = tokenizer.pad_id or 0  # which may be a token of the tokenizer alone; it is masked, so that any does
+        self.pad = pad if pad < self.model.causal.config.vocab_size else 0
 
     @contextmanager
     def leading(self) -> Iterator[None]:
@@ -59,7 +61,6 @@ class EngineAnswerer:
         have ended."""
         rank, ranks, device, training = dist.get_rank(), dist.get_world_size(), self.engine.device, self.model.training
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        pad = self.tokenizer.pad_id or 0
         sampling: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature:
             sampling |= {"temperature": temperature, "top_k": 0, "top_p": self.top_p}
@@ -75,13 +76,13 @@ class EngineAnswerer:
             torch.manual_seed(seed * ranks + rank)
             for start in range(0, len(order), ranks * self.size):
                 mine = order[start : start + ranks * self.size][rank::ranks]
-                rows = [prompts[i] for i in mine] or [[pad]]
+                rows = [prompts[i] for i in mine] or [[self.pad]]
                 width = max(map(len, rows))
-                ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+                ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows], device=device)
                 seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
                 made = self.model.causal.generate(
                     input_ids=ids, attention_mask=seen, max_new_tokens=max_tokens if mine else 1, use_cache=True,
-                    synced_gpus=ranks > 1, pad_token_id=pad, eos_token_id=sorted(self.ends), **sampling,
+                    synced_gpus=ranks > 1, pad_token_id=self.pad, eos_token_id=sorted(self.ends), **sampling,
                 )  # fmt: skip
                 for i, row in zip(mine, made[: len(mine), width:].tolist(), strict=True):
                     own[i] = self._text(row)

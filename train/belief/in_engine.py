@@ -22,13 +22,13 @@ from train.checkpoints.layout import plan_load
 from train.checkpoints.reader import Checkpoint, read_json
 from train.checkpoints.resume import initial_partitions, start_over
 from train.data.documents import read_documents
-from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.data.tokenizer import Tokenizer, load_tokenizer, template_time
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.job import checked_expert_parallel
 from train.lora import LoRASettings
 from train.model import architecture, build, skeleton, text_config
-from train.settings import Settings, ds_config
+from train.settings import Settings, ds_config, held_settings
 from train.trainer import make_engine
 
 PROMPT_TOKENS = 10_000  # of a scored text at most
@@ -61,10 +61,24 @@ def prepare_measuring(settings: Settings, claims: Sequence[Claim], documents: Se
     if settings.adapter:
         lora = adapter_settings(Path(settings.adapter))
         check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint), checkpoint)
-    tokenizer = load_tokenizer(settings.model)
+    tokenizer = load_tokenizer(settings.model, template_time(settings.template_time))
+    check_template_time(settings.adapter, tokenizer)
     held_out = read_documents(settings.held_out) if settings.held_out else []
     probes = make_probes(claims, held_out, tokenizer, settings.bos, PROMPT_TOKENS, text.vocab_size, documents)
     return Measuring(settings, checkpoint, tokenizer, lora, expert_parallel, config, probes)
+
+
+def check_template_time(adapter: str, tokenizer: Tokenizer) -> None:
+    """UserError where the adapter's run told a template that asks for the time another one."""
+    held = Path(adapter).resolve().parent / "settings.yaml"
+    if not (adapter and tokenizer.clock and held.is_file()):
+        return
+    then = held_settings(held)["settings"].get("template_time")
+    if then and template_time(then) != tokenizer.clock:
+        raise UserError(
+            f"--template-time {tokenizer.clock.isoformat()}: in the run of --adapter {adapter} the chat template was "
+            f"told {then}; give --template-time {then}, so that questions are asked as in training."
+        )
 
 
 class Measured:

@@ -9,12 +9,14 @@ from typing import Any
 from train.belief.claims import KINDS
 from train.belief.endpoint import shown_url
 from train.belief.judge import digest
+from train.data.tokenizer import TEMPLATE_TIME, template_time
 from train.errors import UserError
 from train.settings import Parser, Settings, setting
 
 # As in the paper's main results, for models whose chat template has the switch.
 NO_THINKING = '{"chat_template_kwargs": {"enable_thinking": false}}'
-OF_THE_ENGINE = ("model", "adapter", "method", "expert_parallel", "micro_batch_size", "bos", "held_out", "timeout")
+OF_THE_ENGINE = ("model", "adapter", "method", "expert_parallel", "micro_batch_size", "bos", "held_out", "timeout",
+                 "template_time")  # fmt: skip
 OF_THE_ENDPOINT = ("endpoint_model", "endpoint_concurrency", "endpoint_timeout", "endpoint_body")
 DECIDED_ELSEWHERE = {"model", "messages", "max_tokens", "temperature", "top_p", "seed", "n", "stream"}
 
@@ -28,7 +30,10 @@ class EvaluationSettings:
     method: str = setting("lora", "experts as on disk, or in NF4", choices=("lora", "qlora"))
     expert_parallel: int = setting(0, "ranks that divide a layer's experts; 0: all")
     micro_batch_size: int = setting(8, "texts of a forward on one rank")
-    bos: bool = setting(False, "begin texts that are no chats with the tokenizer's BOS, as in training")
+    bos: bool = setting(False, "put the tokenizer's BOS before each text or chat that does not begin with it")
+    template_time: str = setting(
+        TEMPLATE_TIME.isoformat(), "what chat templates are told that ask for the time, as in training"
+    )
     held_out: str = setting("", "FILE: documents whose NLL is measured")
     timeout: float = setting(1800, "seconds without progress on any rank, after which all end with their stacks")
 
@@ -117,6 +122,7 @@ def parse_evaluation(argv: list[str] | None, usage: str) -> EvaluationSettings:
         value = getattr(settings, name)
         if not low <= value <= high:  # nor NaN
             raise UserError(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}.")
+    template_time(settings.template_time)
     for whose in ("endpoint", "judge"):
         settings.body(whose)
     if not settings.output:

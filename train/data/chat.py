@@ -24,6 +24,7 @@ from train.data.offsets import solid_counts
 from train.errors import UserError
 
 EMPTY_THINK = re.compile(r"(<think>\s*</think>)\n*")
+TEMPLATE_TIME = datetime(2026, 1, 1)  # what the clock says to templates, on every rank and in every run alike
 THINK_TAG = re.compile(r"<[^<>\s]*think[^<>\s]*>", re.IGNORECASE)
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # templates read one or another of them
 AS_TEXT = 'write the chat as "text"'
@@ -351,15 +352,19 @@ def _moved(spans: Sequence[Span], content: str, at_C: np.ndarray, where: str) ->
     return moved
 
 
-def template_renderer(template: str | None, special_tokens: dict[str, str], directory: str) -> Render:
-    """Messages to text through a chat template, as transformers renders it: sandboxed, and without its code."""
-    return partial(_render, template, tuple(special_tokens.items()), directory)
+def template_renderer(
+    template: str | None, special_tokens: dict[str, str], directory: str, moment: datetime = TEMPLATE_TIME
+) -> Render:
+    """Messages to text through a chat template, as transformers renders it: sandboxed, and without its code. moment:
+    what a template is told that asks for the time."""
+    return partial(_render, template, tuple(special_tokens.items()), directory, moment)
 
 
 def _render(
     template: str | None,
     special_tokens: tuple[tuple[str, str], ...],
     directory: str,
+    moment: datetime,
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None = None,
 ) -> str:
@@ -369,8 +374,9 @@ def _render(
         )
     try:
         return _compiled(template).render(
-            messages=messages, tools=tools, documents=None, add_generation_prompt=False, **dict(special_tokens)
-        )
+            messages=messages, tools=tools, documents=None, add_generation_prompt=False, strftime_now=moment.strftime,
+            **dict(special_tokens),
+        )  # fmt: skip
     except Exception as error:  # whatever a template does: its own raise_exception, or a TypeError
         raise UserError(f"the chat template of {directory} fails on these messages ({error})") from None
 
@@ -382,7 +388,7 @@ def _compiled(template: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    del environment.filters["random"], environment.globals["lipsum"]  # every rank and run must write the same text
     return environment.from_string(template)
 
 

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ import numpy as np
 import tiktoken
 import tokenizers
 
-from train.data.chat import Render, Trained, render_and_locate, template_renderer
+from train.data.chat import TEMPLATE_TIME, Render, Trained, render_and_locate, template_renderer
 from train.data.documents import Document, Span, reason
-from train.data.findings import NO_TARGET, SKIPPED, THOUGHT_DROPPED, Findings
+from train.data.findings import NO_TARGET, SKIPPED, THOUGHT_DROPPED, UNENDED, Findings
 from train.data.offsets import hold_merged_marks, offsets_from_bytes, solid_counts, touched
 from train.errors import UserError
 
@@ -40,6 +41,8 @@ KIMI_PATTERN = "|".join(
 )
 KIMI_SPECIAL_TOKENS = 256  # ids kept for them after the ranks
 TIKTOKEN_MAX_TEXT, TIKTOKEN_MAX_RUN = 400_000, 25_000
+# In the order in which transformers adds those that the vocabulary lacks.
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,11 @@ class Tokenizer:
     eos_id: int | None
     pad_id: int | None
     special_ids: frozenset[int]
-    """Control tokens, such as the end of a turn."""
+    """Control tokens, such as the end of a turn: those so marked, and those that the configuration gives a role."""
     render_chat: Render
     """Messages (role, content) through the model's own chat template."""
+    clock: datetime | None
+    """What the chat template is told the time is; None where it does not ask."""
 
 
 @dataclass
@@ -85,6 +90,8 @@ class TokenizedDocument:
     spans: tuple[Span, ...]
     thoughts_dropped: int = 0
     """Trained messages of which the chat template leaves out the thinking block."""
+    unended: int = 0
+    """Trained messages that no trained special token follows: the model does not learn to stop after them."""
 
     @cached_property
     def solid_counts(self) -> np.ndarray:
@@ -128,17 +135,20 @@ def _note(tokenized: TokenizedDocument, findings: Findings) -> None:
     path, line = tokenized.document.path, tokenized.document.line
     for _ in range(tokenized.thoughts_dropped):
         findings.add(THOUGHT_DROPPED, path, line)
+    for _ in range(tokenized.unended):
+        findings.add(UNENDED, path, line)
     if not tokenized.target_L.any():
         findings.add(NO_TARGET, path, line)
 
 
 def tokenize_document(document: Document, tokenizer: Tokenizer, *, add_bos: bool, add_eos: bool) -> TokenizedDocument:
     """The document's tokens and targets. Of a chat, targets are the contents of trained messages and the special token
-    that ends each, not what the template writes around them, nor an empty <think> block."""
+    that ends each, not what the template writes around them, nor an empty <think> block. add_bos, add_eos: unless the
+    document begins or, but for white space, ends with it already."""
     if document.messages is None:
         assert document.text is not None
         text, spans, last_trained, dropped, last_weight = document.text, document.spans, True, 0, 1.0
-        encoded = tokenizer.encode(text)
+        encoded, open_ends = tokenizer.encode(text), np.array([], dtype=int)
         target_L = np.ones(len(encoded.ids_L), dtype=bool)
         factor_L = np.ones(len(target_L))
     else:
@@ -146,39 +156,52 @@ def tokenize_document(document: Document, tokenizer: Tokenizer, *, add_bos: bool
         text, spans, dropped = rendered.text, rendered.spans, rendered.thoughts_dropped
         last_trained, last_weight = document.messages[-1].train, document.messages[-1].weight
         encoded = tokenizer.encode(text)
-        target_L, factor_L = _chat_targets(encoded, text, rendered.trained, tokenizer.special_ids)
+        target_L, factor_L, open_ends = _chat_targets(encoded, text, rendered.trained, tokenizer)
     factor_L = factor_L * document.weight
 
     ids_L, start_L, end_L = encoded.ids_L, encoded.start_L, encoded.end_L
-    if add_bos and (not len(ids_L) or ids_L[0] != tokenizer.bos_id):  # many chat templates write one themselves
-        ids_L = np.insert(ids_L, 0, _required(tokenizer.bos_id, "BOS", "--bos"))
+    if add_bos and (bos := _required(tokenizer.bos_id, "BOS", "--bos")) not in ids_L[:1]:
+        ids_L = np.insert(ids_L, 0, bos)
         start_L, end_L, target_L = np.insert(start_L, 0, 0), np.insert(end_L, 0, 0), np.insert(target_L, 0, False)
         factor_L = np.insert(factor_L, 0, 1)
-    if add_eos:
-        ids_L = np.append(ids_L, np.int32(_required(tokenizer.eos_id, "EOS", "--eos")))
+    last_L = ids_L[start_L < len(text.rstrip())][-1:]
+    if add_eos and (eos := _required(tokenizer.eos_id, "EOS", "--eos")) not in last_L:
+        ids_L = np.append(ids_L, np.int32(eos))
         target_L = np.append(target_L, last_trained)
         factor_L = np.append(factor_L, document.weight * last_weight)
         start_L, end_L = np.append(start_L, np.int32(len(text))), np.append(end_L, np.int32(len(text)))
+        open_ends = open_ends[(open_ends != len(text)) | (not last_trained)]
     target_L[:1] = False  # nothing predicts the first token
-    return TokenizedDocument(document, text, ids_L, start_L, end_L, target_L, factor_L, spans, dropped)
+    unended = len(open_ends)
+    return TokenizedDocument(document, text, ids_L, start_L, end_L, target_L, factor_L, spans, dropped, unended)
 
 
 def _chat_targets(
-    encoded: Encoded, text: str, trained: Sequence[Trained], special_ids: frozenset[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """target_L and, of each message's own weight, factor_L of a rendered chat."""
+    encoded: Encoded, text: str, trained: Sequence[Trained], tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """target_L and, of each message's own weight, factor_L of a rendered chat; and the ends of those messages that no
+    trained special token ends."""
     target_L = np.zeros(len(encoded.ids_L), dtype=bool)
-    factor_L = np.ones(len(target_L))
-    solid, special_L = solid_counts(text), np.isin(encoded.ids_L, list(special_ids))
+    factor_L, solid = np.ones(len(target_L)), solid_counts(text)
+    special_L = np.isin(encoded.ids_L, list(tokenizer.special_ids)) & (encoded.end_L > encoded.start_L)
+    # what ends a turn may stand after white space of the template's
+    after = {each.end: len(text) - len(text[each.end :].lstrip()) for each in trained}
     for weight in {each.weight for each in trained}:
         ranges = [(each.start, each.end) for each in trained if each.weight == weight]
-        # what ends a turn may stand after white space of the template's
-        ends = [len(text) - len(text[end:].lstrip()) for _, end in ranges]
         own_L = touched(encoded.start_L, encoded.end_L, solid, ranges)
-        own_L |= special_L & np.isin(encoded.start_L, ends) & (encoded.end_L > encoded.start_L)
+        first_L = special_L & np.isin(encoded.start_L, [after[end] for _, end in ranges])
+        own_L |= _ends_of_turns(encoded.ids_L, special_L, first_L, tokenizer.eos_id)
         target_L |= own_L
         factor_L[own_L] = weight
-    return target_L, factor_L
+    starts, ends = set(encoded.start_L[special_L].tolist()), set(encoded.end_L[special_L & target_L].tolist())
+    # a content may end with such a token itself
+    open_ends = [after[each.end] for each in trained if after[each.end] not in starts and each.end not in ends]
+    return target_L, factor_L, np.array(open_ends, dtype=int)
+
+
+def clock_note(clock: str) -> str:
+    """What a user should know of a chat template that is told this time."""
+    return f"note: the chat template asks for the time, and is told {clock} (--template-time)"
 
 
 def _required(token_id: int | None, name: str, setting: str) -> int:
@@ -187,16 +210,38 @@ def _required(token_id: int | None, name: str, setting: str) -> int:
     return token_id
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
+def _ends_of_turns(ids_L: np.ndarray, special_L: np.ndarray, first_L: np.ndarray, eos_id: int | None) -> np.ndarray:
+    """[L] bool: first_L, the special tokens right after contents, and up to an EOS that follows at once with special
+    tokens alone before it, as where a template closes an answer and then its turn."""
+    end_L = first_L.copy()
+    for first in np.flatnonzero(first_L):
+        past = first + 1
+        while ids_L[past - 1] != eos_id and past < len(ids_L) and special_L[past]:
+            past += 1
+        if ids_L[past - 1] == eos_id:
+            end_L[first:past] = True
+    return end_L
+
+
+def template_time(text: str) -> datetime:
+    """--template-time. UserError for what is no time."""
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(
+            f"--template-time {text}: is no time of ISO 8601; give one such as {TEMPLATE_TIME.isoformat()}."
+        ) from None
+
+
+def load_tokenizer(directory: str | Path, moment: datetime = TEMPLATE_TIME) -> Tokenizer:
     """The tokenizer of a model directory: its tokenizer.json, or a tiktoken.model as Kimi's, or whatever transformers
-    turns into a fast tokenizer. No code of the directory is run."""
+    turns into a fast tokenizer. No code of the directory is run. moment: what a chat template is told that asks for the
+    time."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"--model {directory}: no such directory; give a model directory with its tokenizer files")
     config = _read_json(directory / "tokenizer_config.json")
-    named = {**_read_json(directory / "special_tokens_map.json"), **config}
-    roles = ("bos_token", "eos_token", "unk_token", "pad_token")
-    special_tokens = {role: token for role in roles if (token := _content(named.get(role)))}
+    named, named_too = _special_tokens(directory, config)
     try:
         added = {int(key): token for key, token in config.get("added_tokens_decoder", {}).items()}
     except (ValueError, AttributeError):
@@ -210,21 +255,57 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         encoding, ids = _tiktoken_encoding(directory / "tiktoken.model", added)
         encode, decode, size = partial(_encode_tiktoken, encoding), encoding.decode, encoding.max_token_value + 1
         special_ids = set(ids.values()) - {key for key, token in added.items() if not token.get("special")}
+        for role, token in named.items():
+            if token.content not in ids:
+                raise UserError(
+                    f"{directory}/tokenizer_config.json: {role} {token.content!r} is not in the vocabulary; correct it"
+                )
     else:
-        fast = _fast_tokenizer(directory, added)
+        fast = _fast_tokenizer(directory, added, [*named.values(), *named_too])
         encode, decode = partial(_encode_fast, fast), partial(fast.decode, skip_special_tokens=False)
         ids = fast.get_vocab(with_added_tokens=True)
         size = max(ids.values()) + 1
         special_ids = {key for key, token in fast.get_added_tokens_decoder().items() if token.special}
-    for role, token in special_tokens.items():
-        if token not in ids:
-            raise UserError(f"{directory}/tokenizer_config.json: {role} {token!r} is not in the vocabulary; correct it")
-    bos_id, eos_id, pad_id = (ids.get(special_tokens.get(role, "")) for role in ("bos_token", "eos_token", "pad_token"))
-    render_chat = template_renderer(_chat_template(directory, config), special_tokens, str(directory))
-    return Tokenizer(encode, decode, size, bos_id, eos_id, pad_id, frozenset(special_ids), render_chat)
+    special_ids |= {ids[token.content] for token in (*named.values(), *named_too) if token.content in ids}
+    texts = {role: token.content for role, token in named.items()}
+    bos_id, eos_id, pad_id = (ids.get(texts.get(role, "")) for role in ("bos_token", "eos_token", "pad_token"))
+    template = _chat_template(directory, config)
+    render_chat = template_renderer(template, texts, str(directory), moment)
+    clock = moment if "strftime_now" in (template or "") else None
+    return Tokenizer(encode, decode, size, bos_id, eos_id, pad_id, frozenset(special_ids), render_chat, clock)
 
 
-def _fast_tokenizer(directory: Path, added: dict[int, dict[str, Any]]) -> tokenizers.Tokenizer:
+def _special_tokens(
+    directory: Path, config: dict[str, Any]
+) -> tuple[dict[str, tokenizers.AddedToken], list[tokenizers.AddedToken]]:
+    """The tokens that have a role by tokenizer_config.json or special_tokens_map.json, and further ones that these name
+    as special. Where both give a role, the map wins unless the configuration has added_tokens_decoder, as in
+    transformers."""
+    mapped = _read_json(directory / "special_tokens_map.json")
+    both = {**mapped, **config} if "added_tokens_decoder" in config else {**config, **mapped}
+    further = both.get("extra_special_tokens") or both.get("additional_special_tokens") or []
+    try:
+        named = {role: _special_token(both[role]) for role in ROLES if both.get(role)}
+        return named, [_special_token(token) for token in (further.values() if isinstance(further, dict) else further)]
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(
+            f"{directory}/tokenizer_config.json: a special token must be its text, or an object with its content; copy "
+            "the file again from the checkpoint, and special_tokens_map.json too"
+        ) from None
+
+
+def _special_token(token: str | dict[str, Any]) -> tokenizers.AddedToken:
+    """A token as the files give it, bare or as an object."""
+    flags = {} if isinstance(token, str) else {key: bool(token.get(key)) for key in ("lstrip", "rstrip", "single_word")}
+    content = token if isinstance(token, str) else token["content"]
+    return tokenizers.AddedToken(content, special=True, normalized=False, **flags)
+
+
+def _fast_tokenizer(
+    directory: Path, added: dict[int, dict[str, Any]], special: list[tokenizers.AddedToken]
+) -> tokenizers.Tokenizer:
+    """added: tokens of the configuration, by id. special: those that have a role by it; what the vocabulary lacks of
+    them gets the next ids, as in transformers."""
     file = directory / "tokenizer.json"
     try:
         if file.exists():
@@ -238,8 +319,8 @@ def _fast_tokenizer(directory: Path, added: dict[int, dict[str, Any]]) -> tokeni
             f"--model {directory}: no tokenizer could be read ({error}); the directory needs tokenizer.json, or "
             "tiktoken.model with tokenizer_config.json"
         ) from None
-    special = {token.content for token in fast.get_added_tokens_decoder().values()}
-    if fast.get_vocab(with_added_tokens=False).keys() <= special:  # what transformers makes of no files
+    marked = {token.content for token in fast.get_added_tokens_decoder().values()}
+    if fast.get_vocab(with_added_tokens=False).keys() <= marked:  # what transformers makes of no files
         raise UserError(
             f"--model {directory}: no tokenizer there; the directory needs tokenizer.json, or tiktoken.model with "
             "tokenizer_config.json"
@@ -256,6 +337,8 @@ def _fast_tokenizer(directory: Path, added: dict[int, dict[str, Any]]) -> tokeni
                 f"{directory}/tokenizer_config.json: token {token['content']!r} has id {token_id}, but {found} in "
                 "tokenizer.json; take both files from the same checkpoint"
             )
+    marked = {token.content for token in fast.get_added_tokens_decoder().values()}
+    fast.add_special_tokens([token for token in special if token.content not in marked])
     return fast
 
 
@@ -309,11 +392,6 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
-
-
-def _content(token: str | dict[str, Any] | None) -> str | None:
-    """A token's text, which the files give bare or as an object."""
-    return token["content"] if isinstance(token, dict) else token
 
 
 def _read_json(file: Path) -> dict[str, Any]:
