@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from train.data.chat import template_renderer
 from train.data.documents import Document, Message, Span, read_documents
+from train.data.template import template_renderer
 from train.data.tokenizer import TokenizedDocument, Tokenizer, tokenize_document
 from train.errors import UserError
 from train.masking.treatment import touched_by

@@ -7,7 +7,8 @@ import pytest
 import trl
 
 from tests.data.test_forms import read
-from train.data.chat import RenderedChat, render_and_locate, template_renderer
+from train.data.chat import RenderedChat, render_and_locate
+from train.data.template import template_renderer
 from train.errors import UserError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

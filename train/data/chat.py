@@ -6,31 +6,23 @@ Shapes: C code points of a content.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import lru_cache, partial
 from typing import Any
 
-import jinja2
 import numpy as np
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from train.data.documents import Message, Span
 from train.data.markers import TAG, common, free_markers, marked, marker_positions, pieces, places
 from train.data.offsets import solid_counts
+from train.data.template import Render
 from train.errors import UserError
 
 EMPTY_THINK = re.compile(r"(<think>\s*</think>)\n*")
-TEMPLATE_TIME = datetime(2026, 1, 1)  # what the clock says to templates, on every rank and in every run alike
 THINK_TAG = re.compile(r"<[^<>\s]*think[^<>\s]*>", re.IGNORECASE)
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # templates read one or another of them
 AS_TEXT = 'write the chat as "text"'
-
-Render = Callable[..., str]
-"""(messages, tools or None) -> the chat as the template writes it."""
 
 
 @dataclass(frozen=True)
@@ -350,57 +342,3 @@ def _moved(spans: Sequence[Span], content: str, at_C: np.ndarray, where: str) ->
         if len(placed):
             moved.append(Span(int(placed[0]), int(placed[-1]) + 1, span.role))
     return moved
-
-
-def template_renderer(
-    template: str | None, special_tokens: dict[str, str], directory: str, moment: datetime = TEMPLATE_TIME
-) -> Render:
-    """Messages to text through a chat template, as transformers renders it: sandboxed, and without its code. moment:
-    what a template is told that asks for the time."""
-    return partial(_render, template, tuple(special_tokens.items()), directory, moment)
-
-
-def _render(
-    template: str | None,
-    special_tokens: tuple[tuple[str, str], ...],
-    directory: str,
-    moment: datetime,
-    messages: list[dict[str, Any]],
-    tools: list[dict[str, Any]] | None = None,
-) -> str:
-    if template is None:
-        raise UserError(
-            f"--model {directory}: no chat template (chat_template.jinja), which documents of messages need"
-        )
-    try:
-        return _compiled(template).render(
-            messages=messages, tools=tools, documents=None, add_generation_prompt=False, strftime_now=moment.strftime,
-            **dict(special_tokens),
-        )  # fmt: skip
-    except Exception as error:  # whatever a template does: its own raise_exception, or a TypeError
-        raise UserError(f"the chat template of {directory} fails on these messages ({error})") from None
-
-
-@lru_cache(maxsize=4)
-def _compiled(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = _raise_exception
-    del environment.filters["random"], environment.globals["lipsum"]  # every rank and run must write the same text
-    return environment.from_string(template)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-class _GenerationTag(Extension):
-    """{% generation %}, with which some templates mark what the assistant says: here only what is inside it."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

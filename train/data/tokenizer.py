@@ -17,10 +17,11 @@ import numpy as np
 import tiktoken
 import tokenizers
 
-from train.data.chat import TEMPLATE_TIME, Render, Trained, render_and_locate, template_renderer
+from train.data.chat import Trained, render_and_locate
 from train.data.documents import Document, Span, reason
 from train.data.findings import NO_TARGET, SKIPPED, THOUGHT_DROPPED, UNENDED, Findings
 from train.data.offsets import hold_merged_marks, offsets_from_bytes, solid_counts, touched
+from train.data.template import TEMPLATE_TIME, Render, template_renderer
 from train.errors import UserError
 
 # How Kimi K2 and K2.5 cut text before merging bytes: runs of Han characters, words by case, numbers of up to three

@@ -1,0 +1,72 @@
+"""Chat templates of tokenizers: messages to text, as transformers renders them, sandboxed and without its code."""
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from functools import lru_cache, partial
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from train.errors import UserError
+
+TEMPLATE_TIME = datetime(2026, 1, 1)  # what the clock says to templates, on every rank and in every run alike
+
+Render = Callable[..., str]
+"""(messages, tools or None) -> the chat as the template writes it."""
+
+
+def template_renderer(
+    template: str | None, special_tokens: dict[str, str], directory: str, moment: datetime = TEMPLATE_TIME
+) -> Render:
+    """Messages to text through a chat template, as transformers renders it: sandboxed, and without its code. moment:
+    what a template is told that asks for the time."""
+    return partial(_render, template, tuple(special_tokens.items()), directory, moment)
+
+
+def _render(
+    template: str | None,
+    special_tokens: tuple[tuple[str, str], ...],
+    directory: str,
+    moment: datetime,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
+    if template is None:
+        raise UserError(
+            f"--model {directory}: no chat template (chat_template.jinja), which documents of messages need"
+        )
+    try:
+        return _compiled(template).render(
+            messages=messages, tools=tools, documents=None, add_generation_prompt=False, strftime_now=moment.strftime,
+            **dict(special_tokens),
+        )  # fmt: skip
+    except Exception as error:  # whatever a template does: its own raise_exception, or a TypeError
+        raise UserError(f"the chat template of {directory} fails on these messages ({error})") from None
+
+
+@lru_cache(maxsize=4)
+def _compiled(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = _raise_exception
+    del environment.filters["random"], environment.globals["lipsum"]  # every rank and run must write the same text
+    return environment.from_string(template)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+class _GenerationTag(Extension):
+    """{% generation %}, with which some templates mark what the assistant says: here only what is inside it."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
