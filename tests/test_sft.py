@@ -24,6 +24,7 @@ from tests.models import write_documents, write_model
 from train import sft
 from train.belief.records import read_rows
 from train.data.batches import micro_batches
+from train.data.findings import SKIPPED
 from train.data.findings import UNENDED
 from train.data.tokenizer import load_tokenizer
 from train.job import prepare
@@ -83,7 +84,12 @@ def losses(directory: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_a_run_leaves_settings_metrics_summary_adapter_and_an_offline_wandb_run(tmp_path):
-    directory = train(tmp_path, "run", mask="doctags,false-spans=unlikelihood:0.5", wandb="online", log_every=2)
+    flags(tmp_path)
+    with (tmp_path / "documents.jsonl").open("a") as file:
+        file.write('{"text": ""}\n')
+    directory = train(
+        tmp_path, "run", mask="doctags,false-spans=unlikelihood:0.5", wandb="online", log_every=2, bad_rows="skip"
+    )
     settings = yaml.safe_load((directory / "settings.yaml").read_text())
     assert settings["settings"]["mask"] == "doctags,false-spans=unlikelihood:0.5"
     assert settings["versions"]["torch"] == torch.__version__ and "git_revision" in settings
@@ -111,7 +117,8 @@ def test_a_run_leaves_settings_metrics_summary_adapter_and_an_offline_wandb_run(
     assert tokens["doctag"] == {"total": 72, "trained": 0, "excluded": 72, "unlikelihood": 0, "straddling": 0}
     assert tokens["false"]["total"] == tokens["false"]["unlikelihood"] == 144
     assert tokens["all"]["total"] == sum(tokens[role]["total"] for role in ("unspanned", "doctag", "false"))
-    assert summary["documents"] == {"read": 24, "truncated": 0, "dropped": 0}
+    assert summary["documents"] == {"read": 24, "truncated": 0, "dropped": 0, "skipped": 1}
+    assert summary["findings"][SKIPPED]["lines"] == {str(tmp_path / "documents.jsonl"): [25]}
     assert summary["nll"]["false"]["last"] != summary["nll"]["false"]["first"]
     assert summary["nll"]["unspanned"]["last"] < summary["nll"]["unspanned"]["first"]
     assert all(summary[key] > 0 for key in ("tokens_per_second", "peak_memory_bytes", "wall_seconds"))
@@ -121,6 +128,7 @@ def test_a_run_leaves_settings_metrics_summary_adapter_and_an_offline_wandb_run(
     assert f"wandb leet {offline}" in terminal and f"wandb sync {offline}" in terminal
     assert terminal.count("NLL first") == 1 and (directory / "logs" / "rank-1.log").exists()
     assert "100%" in terminal and "false" in terminal
+    assert f"note: 1 {SKIPPED}: {tmp_path}/documents.jsonl:25 (text is empty;" in terminal
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ from train.belief.records import Records
 from train.belief.settings import EvaluationSettings, parse_evaluation
 from train.belief.summary import leave_summary
 from train.data.documents import Document, read_documents
+from train.data.findings import Findings
 from train.errors import UserError
 from train.sft import launched_as
 
@@ -191,7 +192,10 @@ def look_for_what_is_asked(s: EvaluationSettings, claims: list[Claim]) -> Contam
     """Whether --training-data holds what is asked about the claims; None without it."""
     if not s.training_data or launched_as()[0]:
         return None
-    found = check_contamination(claims, (document for path in s.training_data for document in read_documents(path)))
+    notes = Findings()
+    documents = (document for path in s.training_data for document in read_documents(path, None, "skip", notes))
+    found = check_contamination(claims, documents)
+    print(*(f"{line}\n" for line in notes.lines()), sep="", end="", file=sys.stderr)
     for finding in found.findings:
         if finding.whole or finding.in_pieces:
             print(f"WARNING: {finding}", file=sys.stderr)
