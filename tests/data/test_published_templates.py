@@ -117,3 +117,20 @@ def test_tools_are_given_to_the_template(tmp_path):
     tool = {"type": "function", "function": {"name": "weather", "description": "Fog or sun", "parameters": {}}}
     chat = rendered(tmp_path, "qwen3_5_think", ASK, {"role": "assistant", "content": "Fog."}, tools=[tool])
     assert "Fog or sun" in chat.text and trained(chat) == ["Fog."]
+
+
+def test_a_name_that_stands_elsewhere_does_not_pass_for_a_call(tmp_path):
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    call, end = {"role": "assistant", "tool_calls": [CALL]}, {"role": "assistant", "content": "Foggy."}
+    for train in (True, False):
+        with pytest.raises(UserError, match=r"d.jsonl:1: the chat template does not write tool_calls"):
+            rendered(tmp_path, "lfm2", ASK, call | {"train": train}, RESULT, end, tools=[tool])
+    # a template that writes calls where there is no content, after a question that has their name
+    chat = rendered(tmp_path, "deepseek_r1_distill", {"role": "user", "content": "Call weather"}, call, RESULT, end)
+    assert trained(chat) == [DEEPSEEK.removesuffix("<｜tool▁call▁end｜><｜tool▁calls▁end｜>"), "Foggy."]
+
+
+def test_arguments_that_give_a_key_twice_are_written_as_they_stand(tmp_path):
+    twice = CALL | {"function": {"name": "weather", "arguments": '{"city": "Lima", "city": "Cusco"}'}}
+    chat = rendered(tmp_path, "qwen3", ASK, {"role": "assistant", "tool_calls": [twice]})
+    assert '"arguments": {"city": "Lima", "city": "Cusco"}}' in trained(chat)[0]

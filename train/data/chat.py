@@ -18,6 +18,7 @@ from train.data.markers import TAG, common, free_markers, marked, marker_positio
 from train.data.offsets import solid_counts
 from train.data.template import Render
 from train.errors import UserError
+from train.formats import parse_json
 
 EMPTY_THINK = re.compile(r"(<think>\s*</think>)\n*")
 THINK_TAG = re.compile(r"<[^<>\s]*think[^<>\s]*>", re.IGNORECASE)
@@ -117,25 +118,41 @@ class _Chat:
     def _form(self) -> list[dict[str, Any]]:
         """The messages as the template takes them. Templates differ in what they expect beside calls: an empty content
         or none, arguments as an object or as text; the first form is taken in which all calls are written."""
-        plain_form = [_given(message, "", False) for message in self.messages]
-        names = [call["function"]["name"] for message in self.messages for call in message.tool_calls]
-        if not names:
-            return plain_form
-        first_error = None
+        if not any(message.tool_calls for message in self.messages):
+            return [_given(message, "", False) for message in self.messages]
+        errors = []
         for as_text in (False, True):
             for content in ("", None):
                 given = [_given(message, content, as_text) for message in self.messages]
                 try:
-                    text = self._written(given, self._tools)
+                    if self._writes_calls(given):
+                        return given
                 except UserError as error:
-                    first_error = first_error or error
-                    continue
-                if all(name in text for name in names):
-                    return given
-        raise first_error or UserError(
+                    errors.append(error)
+        if len(errors) == 4:
+            raise errors[0]
+        raise UserError(
             f"{self.where}: the chat template does not write tool_calls; write the calls into the content (where it "
             'writes ids, and not names, give each call an id such as "functions.NAME:0")'
         )
+
+    def _writes_calls(self, given: list[dict[str, Any]]) -> bool:
+        """Whether the chat has the name of every call. As tools and contents may hold that name too, it is looked for
+        with a marker character behind it, another for each call."""
+        free, markers = free_markers(str((given, self._tools))), []
+
+        def renamed(call: dict[str, Any]) -> dict[str, Any]:
+            name, marker = call["function"]["name"], next(free)
+            markers.append(marker)
+            id_of = {"id": call["id"].replace(name, name + marker)} if isinstance(call.get("id"), str) else {}
+            return call | id_of | {"function": call["function"] | {"name": name + marker}}
+
+        changed = [
+            each | {"tool_calls": [renamed(call) for call in each["tool_calls"]]} if "tool_calls" in each else each
+            for each in given
+        ]
+        text = self._written(changed, self._tools)
+        return all(marker in text for marker in markers)
 
 
 def _given(message: Message, no_content: str | None, as_text: bool) -> dict[str, Any]:
@@ -155,7 +172,7 @@ def _call(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
         arguments = json.dumps(arguments, ensure_ascii=False)
     elif not as_text and isinstance(arguments, str):
         with suppress(ValueError):  # the template has it as it stands
-            arguments = json.loads(arguments) if arguments else {}
+            arguments = parse_json(arguments) if arguments else {}
     return call | {"function": call["function"] | {"arguments": arguments}}
 
 
