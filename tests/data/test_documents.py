@@ -139,7 +139,7 @@ WHOLE = {"start": 0, "end": 1, "role": "x"}
             'a document has either "text" or "messages", this one has both; keep one',
         ),
         ({"text": "", "messages_json": ""}, "text is empty; leave the document out, or use --bad-rows skip"),
-        (["a"], "a document is a JSON object, not a list; write one document a line, without [ and ]"),
+        (["a"], "a document is a JSON object, not a list; write one document a line: jq -c '.[]' FILE > NEW.jsonl"),
         ("a", 'a document is a JSON object, not a string; write {"text": ...} around it'),
         ({"messages": []}, "messages is an empty list; give a list of at least one"),
         ({"messages": "[]"}, "messages is an empty list; give a list of at least one"),
@@ -178,6 +178,23 @@ WHOLE = {"start": 0, "end": 1, "role": "x"}
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0]: content[0] is a part of type 'image_url'; only text parts are read: leave it out, or",
         ),
+        ({"messages": [{"role": "user", "content": [5]}]}, "messages[0]: content[0] is a number; only text parts are"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
+            "messages[0]: content[0] is a text part whose text is null; only text parts are read",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "tools": [{"default": float("nan")}]},
+            "tools[0] is no JSON that can be written as UTF-8 (Out of range float values are not JSON compliant",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a", "tool_calls": [{"function": {"name": "\ud800"}}]}]},
+            "messages[0]: tool_calls[0] is no JSON that can be written as UTF-8 ('utf-8' codec can't encode character",
+        ),
+        (
+            {"messages": "[{'role': 'user', 'content': 'a', 'tool_calls': [{'function': {'name': {1}}}]}]"},
+            "messages[0]: tool_calls[0] is no JSON that can be written as UTF-8 (Object of type set is not JSON",
+        ),
         ({"messages": [{"role": "user", "content": "a", "train": 1}]}, "messages[0]: train is a number; it is true or"),
         (
             {"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]},
@@ -208,6 +225,7 @@ def test_a_wrong_document_is_named_by_file_and_line_with_value_and_rule(tmp_path
         (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "data.jsonl:2: not valid UTF-8 (byte 13 of the line); save the file"),
         (b'{"text": "a\\ud800b"}\n', "data.jsonl:1: text holds half a surrogate pair (\\ud800 at code point 1)"),
         (b"[" * 100_000, "data.jsonl:1: not valid JSON ("),
+        (b'{"text": "a b", "tree": ' + b"[" * 900 + b"]" * 900 + b"}", "data.jsonl:1: is nested too deeply; leave out"),
     ],
 )
 def test_a_file_that_is_no_jsonl_is_named_with_its_line(tmp_path, data, message):

@@ -92,8 +92,8 @@ def test_metadata_is_kept_as_strict_json_can_say_it_and_the_rest_is_counted(tmp_
     (document,) = read_documents(tmp_path / "d", findings=findings)
     assert document.metadata == {"score": None, "big": 123456789012345678901234567890, "e": None}
     assert findings.lines() == [
-        f"note: 2 values in metadata that JSON cannot say, such as NaN, kept as null: {tmp_path}/d:1 (in 'score'), "
-        f"{tmp_path}/d:1 (in 'e')"
+        "note: 2 values in metadata that JSON cannot say, kept as null (NaN, bytes) or as text (dates): "
+        f"{tmp_path}/d:1 (in 'score'), {tmp_path}/d:1 (in 'e')"
     ]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from train.data.documents import Document, Span, read_documents
-from train.data.findings import Findings
+from train.data.findings import SKIPPED, Findings
 
 ASK, ANSWER = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."}
 CHAT = [ASK, ANSWER]
@@ -112,6 +112,15 @@ def test_keys_that_are_not_read_are_counted_by_name(tmp_path):
     assert counts == {
         "messages with the key 'id', which is not read": 3, "spans with the key 'text', which is not read": 1
     }  # fmt: skip
+
+
+def test_what_is_found_in_a_row_that_is_left_out_is_not_noted_beside_it(tmp_path):
+    findings = Findings()
+    (tmp_path / "d.jsonl").write_text(
+        json.dumps({"messages": [{**ASK, "mood": "dry"}, {"role": "assistant"}]}) + "\n" + json.dumps({"text": "Lima."})
+    )
+    read_documents(tmp_path / "d.jsonl", bad_rows="skip", findings=findings)
+    assert list(findings.places) == [SKIPPED]
 
 
 def test_roles_that_are_none_of_chats_and_tags_of_masks_are_counted(tmp_path):

@@ -105,12 +105,10 @@ def read_documents(
     findings = Findings() if findings is None else findings
     documents, first_error = [], None
     for line, row in file_rows(path):
+        found = Findings()
         try:
-            if isinstance(row, Unreadable):
-                raise UserError(f"{path}:{line}: {row}")
-            document = _Reader(str(path), line, findings).document(row, doctag)
-            _note(document, findings)
-            documents.append(document)
+            documents.append(_document(str(path), line, row, doctag, found))
+            findings.include(found)
         except UserError as error:
             if bad_rows != "skip":
                 raise
@@ -121,6 +119,18 @@ def read_documents(
     if not documents:
         raise UserError(f"{path}: the file holds no documents; write one JSON object a line")
     return documents
+
+
+def _document(path: str, line: int, row: Any, doctag: str | None, findings: Findings) -> Document:
+    """The document of one row; UserError where there is none."""
+    if isinstance(row, Unreadable):
+        raise UserError(f"{path}:{line}: {row}")
+    try:
+        document = _Reader(path, line, findings).document(row, doctag)
+    except RecursionError:
+        raise UserError(f"{path}:{line}: is nested too deeply; leave out the key that is") from None
+    _note(document, findings)
+    return document
 
 
 def reason(error: UserError, where: str) -> str:
@@ -306,6 +316,13 @@ def _objects(value: Any, where: str) -> tuple[dict[str, Any], ...]:
     for n, each in enumerate(value):
         if not isinstance(each, dict):
             raise UserError(f"{where}[{n}] is {kind(each)}; it is an object")
+        try:
+            json.dumps(each, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        except (
+            TypeError,
+            ValueError,
+        ) as error:  # half a surrogate pair, NaN, or what Python's literals have beyond JSON
+            raise UserError(f"{where}[{n}] is no JSON that can be written as UTF-8 ({error}); correct it") from None
     return tuple(value)
 
 

@@ -11,7 +11,7 @@ SKIPPED = "rows left out by --bad-rows skip"
 NO_TARGET = "documents without anything to predict (no trained message, or all of it cut away)"
 NO_ROLE_OF_CHATS = 'messages of a role that is none of chats; they are trained on only with "train": true'
 TAGS = "tags of masks left in texts, trained on as they stand; python train/annotate.py --markup makes spans of them"
-NOT_JSON = "values in metadata that JSON cannot say, such as NaN, kept as null"
+NOT_JSON = "values in metadata that JSON cannot say, kept as null (NaN, bytes) or as text (dates)"
 THOUGHT_DROPPED = "trained messages whose thinking block the chat template drops"
 UNENDED = (
     "trained messages that no trained special token ends, so that the model does not learn to stop there; take a chat "

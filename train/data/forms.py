@@ -21,7 +21,8 @@ def own_form(row: Any, where: str) -> dict[str, Any]:
     """The row with either "text" or "messages" (a list), whatever form it came in. UserError (beginning with `where`)
     where it holds no document, or two."""
     if not isinstance(row, dict):
-        fix = "write one document a line, without [ and ]" if isinstance(row, list) else 'write {"text": ...} around it'
+        lines = "write one document a line: jq -c '.[]' FILE > NEW.jsonl"
+        fix = lines if isinstance(row, list) else 'write {"text": ...} around it'
         raise UserError(f"{where}: a document is a JSON object, not {kind(row)}; {fix}")
     chats = [key for key in CHATS if not _empty(row.get(key))]
     text = next((key for key in ("text", "content") if not _empty(row.get(key))), None)
@@ -85,7 +86,7 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return parse_json(text)
     except Unreadable as error:
-        reason = error
+        reason = str(error).partition("; ")[0]
     try:
         with warnings.catch_warnings(action="ignore"):  # of backslashes that Python would write twice
             tree = ast.parse(text.strip(), mode="eval")
@@ -123,11 +124,11 @@ def text_of(content: Any, where: str) -> Any:
         return content
     texts = []
     for n, part in enumerate(content):
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        is_text = isinstance(part, dict) and part.get("type", "text") == "text"
+        text = part.get("text") if is_text else part
         if not isinstance(text, str):
-            found = f"of type {part.get('type')!r}" if isinstance(part, dict) else kind(part)
-            raise UserError(
-                f"{where}[{n}] is a part {found}; only text parts are read: leave it out, or write it as text"
-            )
+            other = f"a part of type {part.get('type')!r}" if isinstance(part, dict) else kind(part)
+            found = f"a text part whose text is {kind(text)}" if is_text else other
+            raise UserError(f"{where}[{n}] is {found}; only text parts are read: leave it out, or write it as text")
         texts.append(text)
     return "".join(texts)
