@@ -134,7 +134,7 @@ def test_documents_without_targets_are_counted_and_listed(tmp_path):
         "details": {"cut away by --max-tokens": 1},
     }
     assert any(":1 (gpt)" in line for line in corpus.findings.lines())
-    with pytest.raises(UserError, match=r"--max-tokens 40: cuts away all that is trained on in .*: of 1 documents"):
+    with pytest.raises(UserError, match=r"--max-tokens 40: cuts away all that is trained on in .*: in 1 documents"):
         corpus_of(tmp_path, rows[2:3], max_tokens=40)
     with pytest.raises(UserError, match=r"holds nothing to predict.*note: 1 messages of a role.*\(gpt\)"):
         corpus_of(tmp_path, rows[:1])

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -343,6 +344,32 @@ def test_a_directory_without_a_tokenizer_is_an_error_of_the_user(tmp_path):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1")
     with pytest.raises(UserError, match=r"tokenizer_config\.json: not valid JSON"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("chat_template.jinja", b"caf\xe9", "chat_template.jinja: no chat template can be read ('utf-8' codec"),
+        ("tokenizer_config.json", b'{"chat_template": 5}', "tokenizer_config.json: no chat template can be read (chat"),
+        ("tokenizer_config.json", b'{"chat_template": ["a"]}', "tokenizer_config.json: no chat template can be read"),
+        (
+            "tokenizer_config.json",
+            b'{"added_tokens_decoder": {"5": "a"}}',
+            "added_tokens_decoder must give a token for",
+        ),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"5": {}}}', "added_tokens_decoder must give a token"),
+        ("special_tokens_map.json", b"[" * 100_000, "special_tokens_map.json: not valid JSON (maximum recursion"),
+        ("tiktoken.model", b"YQ== 0\nYg== 0\n", "not a tiktoken ranks file (the ranks do not count up from 0)"),
+        ("tiktoken.model", b"", "not a tiktoken ranks file (the ranks do not count up from 0)"),
+    ],
+)
+def test_files_of_a_tokenizer_that_are_damaged_are_named(tmp_path, file, content, message):
+    if file != "tiktoken.model":
+        write_byte_tokenizer(tmp_path)
+        (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(message)):
         load_tokenizer(tmp_path)
 
 

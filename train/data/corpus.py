@@ -124,8 +124,8 @@ def _check_targets(samples: list[Sample], findings: Findings, settings: Settings
     if not any(sample.target_L.any() for sample in samples):
         if cut_away:
             raise UserError(
-                f"--max-tokens {settings.max_tokens}: cuts away all that is trained on in {files}: of {cut_away:,} "
-                "documents it begins later. Raise it."
+                f"--max-tokens {settings.max_tokens}: cuts away all that is trained on in {files}: in {cut_away:,} "
+                "documents it begins after as many tokens. Raise it."
             )
         raise UserError(
             f"--data {files}: holds nothing to predict: no chat has a message that is trained on (of the assistant, or "
@@ -134,7 +134,7 @@ def _check_targets(samples: list[Sample], findings: Findings, settings: Settings
     if not any(sample.weight_L.any() for sample in samples):
         raise UserError(
             f"--mask {settings.mask}: nothing is left to train on in {files}; every target is excluded, or has the "
-            "weight 0. Mask fewer roles."
+            "weight 0. Mask fewer roles, or give weights above 0."
         )
 
 

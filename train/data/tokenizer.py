@@ -245,7 +245,9 @@ def load_tokenizer(directory: str | Path, moment: datetime = TEMPLATE_TIME) -> T
     named, named_too = _special_tokens(directory, config)
     try:
         added = {int(key): token for key, token in config.get("added_tokens_decoder", {}).items()}
-    except (ValueError, AttributeError):
+        for token in added.values():
+            _special_token({**token})
+    except (ValueError, AttributeError, TypeError, KeyError):
         raise UserError(
             f"{directory}/tokenizer_config.json: added_tokens_decoder must give a token for each id; copy the file "
             "again from the checkpoint"
@@ -285,6 +287,7 @@ def _special_tokens(
     mapped = _read_json(directory / "special_tokens_map.json")
     both = {**mapped, **config} if "added_tokens_decoder" in config else {**config, **mapped}
     further = both.get("extra_special_tokens") or both.get("additional_special_tokens") or []
+    further = [further] if isinstance(further, str) else further
     try:
         named = {role: _special_token(both[role]) for role in ROLES if both.get(role)}
         return named, [_special_token(token) for token in (further.values() if isinstance(further, dict) else further)]
@@ -355,6 +358,8 @@ def _tiktoken_encoding(file: Path, added: dict[int, dict[str, Any]]) -> tuple[ti
     try:
         lines = [line.split() for line in file.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        if sorted(ranks.values()) != list(range(len(lines))) or not lines:
+            raise ValueError("the ranks do not count up from 0")
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not a tiktoken ranks file ({error}); copy it again from the checkpoint") from None
     first = len(ranks)
@@ -387,11 +392,16 @@ def _bounded(text: str) -> Iterator[str]:
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja, or what tokenizer_config.json has: one template, or named ones of which "default" counts."""
     file = directory / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    try:
+        if file.exists():
+            return file.read_text(encoding="utf-8")
+        template, file = config.get("chat_template"), directory / "tokenizer_config.json"
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if not isinstance(template, str | None):
+            raise TypeError("chat_template is no text")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file}: no chat template can be read ({error}); copy it again from the checkpoint") from None
     return template
 
 
@@ -401,7 +411,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); make it readable") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({error}); copy it again from the checkpoint") from None
     if not isinstance(value, dict):
         raise UserError(f"{file}: not a JSON object; copy it again from the checkpoint")
