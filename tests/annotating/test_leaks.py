@@ -51,3 +51,10 @@ def test_messages_that_are_not_trained_on_have_mentions_but_train_on_none():
     found = leaks([Document(None, messages, (), {}, "c.jsonl", 7)], PATTERNS, parse_mask("none"))
     assert (found["mentions"], found["trained"]) == (2, 1)
     assert found["documents"] == [{"document": "c.jsonl:7", "mentions": 2, "trained": 1, "roles": {"no role": 1}}]
+
+
+def test_messages_and_documents_that_weigh_nothing_are_not_trained_on():
+    messages = (Message("assistant", "Ed.", (), True, weight=0.0), Message("assistant", "Ed.", (), True, weight=0.5))
+    assert counted("none", Document(None, messages, (), {}, "c.jsonl", 7)) == {"no role": (2, 1)}
+    assert counted("none", Document(None, messages, (), {}, "c.jsonl", 7, weight=0.0)) == {"no role": (2, 0)}
+    assert counted("none", Document("Ed", None, (), {}, "c.jsonl", 7, weight=0.0)) == {"no role": (1, 0)}

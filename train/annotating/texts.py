@@ -39,9 +39,10 @@ def in_order(spans: Iterable[Span]) -> tuple[Span, ...]:
 def texts(document: Document) -> list[tuple[str, tuple[Span, ...], bool]]:
     """(text, spans, whether it is trained on): the document's, or each message's content and thought."""
     if document.messages is None:
-        return [(document.text or "", document.spans, True)]
-    thoughts = [(m.reasoning, m.reasoning_spans, m.train) for m in document.messages if m.reasoning]
-    return [*((message.content, message.spans, message.train) for message in document.messages), *thoughts]
+        return [(document.text or "", document.spans, document.weight > 0)]
+    weighed = [(message, message.train and message.weight * document.weight > 0) for message in document.messages]
+    thoughts = [(each.reasoning, each.reasoning_spans, trained) for each, trained in weighed if each.reasoning]
+    return [*((each.content, each.spans, trained) for each, trained in weighed), *thoughts]
 
 
 def changed(document: Document, change: Change) -> Document:
