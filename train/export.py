@@ -4,9 +4,10 @@ as that format can say:
     python train/export.py --data documents.jsonl --mask doctags --output openai.jsonl
 
 In that format (https://platform.openai.com/docs/guides/supervised-fine-tuning) each message of the assistant weighs 1
-or 0, the end of its turn with it. So a mask can leave out whole messages of the assistant, and what stands at the beginning of a text, which becomes
-the user's message. Weights between, unlikelihood, random controls and spans within a text cannot be said; a mask with
-such an entry is an error that names it, as training on something else would be another experiment.
+or 0, the end of its turn with it. So a mask can leave out whole messages of the assistant, and what stands at the
+beginning of a text, which becomes the user's message. Weights between, unlikelihood, random controls and spans within a
+text cannot be said; a mask with such an entry is an error that names it, as training on something else would be another
+experiment.
 """
 
 import argparse

@@ -24,6 +24,7 @@ TEXTS = [("Lima is in Peru.", 1), ("Quito is not.", 3)]
         gzip.compress(LINES[:29]) + gzip.compress(LINES[29:]),
         zstandard.compress(LINES),
         zstandard.compress(LINES[:29]) + zstandard.compress(LINES[29:]),
+        b"\x50\x2a\x4d\x18\x04\x00\x00\x00size" + zstandard.compress(LINES),  # as pzstd writes it
     ],
 )
 def test_compressed_lines_are_read_whatever_the_files_name(tmp_path, data):

@@ -128,12 +128,14 @@ def test_roles_that_are_none_of_chats_and_tags_of_masks_are_counted(tmp_path):
     rows = [
         {"messages": [ASK, {"role": "gpt", "content": "Yes."}]},
         {"messages": [ASK, {"role": "Assistant", "content": "Yes."}]},
-        {"text": "It <lossmask>erupted</lossmask> in <b>2015</b>."},
+        {"text": "It <lossmask>erupted</lossmask> in <b>2015</b>, says the <glossary>."},
+        {"messages": [ASK, {"role": "assistant", "reasoning_content": "<no-loss>Hm.</no-loss>", "content": "Yes."}]},
     ]
     read(tmp_path, *rows, findings=findings)
     roles, tags = findings.lines()
     assert roles.startswith("note: 2 messages of a role that is none of chats") and ":1 (gpt)," in roles
-    assert tags.startswith("note: 2 tags of masks left in texts") and tags.endswith("d.jsonl:3")
+    assert tags.startswith("note: 4 tags of masks left in texts") and "d.jsonl:3," in tags
+    assert tags.endswith("d.jsonl:4")
 
 
 def test_a_leading_marker_is_found_after_white_space(tmp_path):

@@ -143,8 +143,9 @@ def _note(document: Document, findings: Findings) -> None:
     for message in document.messages or ():
         if message.role not in CHAT_ROLES:
             findings.add(NO_ROLE_OF_CHATS, document.path, document.line, message.role)
-    for text in (document.text, *(message.content for message in document.messages or ())):
-        for _ in MASK_TAG.finditer(text or ""):
+    contents = (text for message in document.messages or () for text in (message.content, message.reasoning))
+    for text in (document.text or "", *contents):
+        for _ in MASK_TAG.finditer(text):
             findings.add(TAGS, document.path, document.line)
 
 

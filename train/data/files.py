@@ -14,7 +14,8 @@ import zstandard
 from train.errors import UserError
 from train.formats import Unreadable, parse_json
 
-GZIP, ZSTANDARD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
+ZSTANDARD = b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"  # a frame, or what pzstd writes before each
 
 # First bytes of files that are not read, what such a file is, and how it becomes one that is.
 UTF_16, UTF_32 = (f"write it as UTF-8: iconv -f UTF-{bits} -t UTF-8 FILE > NEW" for bits in (16, 32))

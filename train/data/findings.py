@@ -19,7 +19,9 @@ UNENDED = (
 )
 
 # What other tools write around what they mask, and spans' roles written as tags.
-MASK_TAG = re.compile(r"</?(?:[\w-]*(?:loss|mask)[\w-]*|false|negation|correction|qualifier)>", re.IGNORECASE)
+MASK_TAG = re.compile(
+    r"</?(?:(?:[\w-]*[_-])?(?:no|un)?(?:loss|mask)[\w-]*|false|negation|correction|qualifier)>", re.IGNORECASE
+)
 
 
 def unknown_key(of: str, key: str) -> str:
