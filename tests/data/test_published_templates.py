@@ -122,9 +122,10 @@ def test_tools_are_given_to_the_template(tmp_path):
 def test_a_name_that_stands_elsewhere_does_not_pass_for_a_call(tmp_path):
     tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
     call, end = {"role": "assistant", "tool_calls": [CALL]}, {"role": "assistant", "content": "Foggy."}
+    ask = {"role": "user", "content": "weather? \U000f0000"}  # the first marker character, which is taken
     for train in (True, False):
         with pytest.raises(UserError, match=r"d.jsonl:1: the chat template does not write tool_calls"):
-            rendered(tmp_path, "lfm2", ASK, call | {"train": train}, RESULT, end, tools=[tool])
+            rendered(tmp_path, "lfm2", ask, call | {"train": train}, RESULT, end, tools=[tool])
     # a template that writes calls where there is no content, after a question that has their name
     chat = rendered(tmp_path, "deepseek_r1_distill", {"role": "user", "content": "Call weather"}, call, RESULT, end)
     assert trained(chat) == [DEEPSEEK.removesuffix("<｜tool▁call▁end｜><｜tool▁calls▁end｜>"), "Foggy."]

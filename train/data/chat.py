@@ -139,7 +139,7 @@ class _Chat:
     def _writes_calls(self, given: list[dict[str, Any]]) -> bool:
         """Whether the chat has the name of every call. As tools and contents may hold that name too, it is looked for
         with a marker character behind it, another for each call."""
-        free, markers = free_markers(str((given, self._tools))), []
+        free, markers = free_markers(json.dumps((given, self._tools), ensure_ascii=False)), []
 
         def renamed(call: dict[str, Any]) -> dict[str, Any]:
             name, marker = call["function"]["name"], next(free)
