@@ -57,7 +57,7 @@ def render_and_locate(
     content other than one whole thinking block, or loses part of a span; a span whose text it drops wholly is dropped.
     """
     chat = _Chat(messages, render, where, list(tools))
-    located = [_locate(chat, i, chat.marks(i)) for i in range(len(messages))]
+    located = [_locate(chat, i, marks) for i, marks in enumerate(chat.marks)]
     return RenderedChat(
         chat.plain,
         sorted((found.trained for found in located if found.trained), key=lambda each: (each.start, each.end)),
@@ -86,13 +86,9 @@ class _Chat:
             raise UserError(f"{where}: the chat template does not write tools; write into a content what is to be seen")
         self.empty_thoughts = [(block.start(), block.end(1), block.end()) for block in EMPTY_THINK.finditer(self.plain)]
         self.free = free_markers(self.plain)
-        self._marks = [_Marks(self, i) for i in range(len(messages))]
-        changes = {i: marks.change for i, marks in enumerate(self._marks) if marks.change}
+        self.marks = [_Marks(self, i) for i in range(len(messages))]
+        changes = {i: marks.change for i, marks in enumerate(self.marks) if marks.change}
         self.positions = marker_positions(self.render(changes), self.plain, where) if changes else {}
-
-    def marks(self, i: int) -> "_Marks":
-        """What is marked of message i."""
-        return self._marks[i]
 
     def render(self, changes: dict[int, dict[str, Any]], upto: int | None = None) -> str:
         """The chat, or its first `upto` messages, with keys of messages changed; None takes a key away."""
@@ -221,9 +217,10 @@ def _locate(chat: _Chat, i: int, marks: _Marks) -> _Located:
     elif (message.train or message.spans) and (not marks.content or not ranges):
         place = _blank_place(chat, i, message.content if not marks.content else "")
         if place is not None:
-            ranges.append(place if place[0] < place[1] and message.content.strip() == "" else (place[1], place[1]))
-            if place[0] < place[1] and not message.content.strip():
-                found.spans += [Span(place[0] + s.start, place[0] + s.end, s.role) for s in message.spans]
+            start, end = place
+            start = end if message.content.strip() else start  # of tags nothing is trained, of white space all
+            ranges.append((start, end))
+            found.spans += [Span(start + s.start, start + s.end, s.role) for s in message.spans if start < end]
     if message.train and ranges:
         found.trained = Trained(min(start for start, _ in ranges), max(end for _, end in ranges), message.weight)
     return found

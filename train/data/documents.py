@@ -163,7 +163,7 @@ class _Reader:
 
     def document(self, row: Any, doctag: str | None) -> Document:
         row = own_form(row, self.where)
-        _refuse_near(row, NEAR_OF_DOCUMENT, self.where, row.keys() - set(DOCUMENT_KEYS))
+        _refuse_near(row, NEAR_OF_DOCUMENT, self.where, [key for key in row if key not in DOCUMENT_KEYS])
         metadata = self._metadata(row)
         spans, tools = row.get("spans"), row.get("tools")
         weight = _one_weight(row, ("weight", "loss_weight"), self.where)
@@ -175,8 +175,8 @@ class _Reader:
             messages = tuple(
                 self._message(message, f"{self.where}: messages[{i}]") for i, message in enumerate(row["messages"])
             )
-            calls = _objects(tools, f"{self.where}: tools") if tools else ()
-            return Document(None, messages, (), metadata, self.path, self.line, weight, calls)
+            tools = _objects(tools, f"{self.where}: tools") if tools else ()
+            return Document(None, messages, (), metadata, self.path, self.line, weight, tools)
         if tools:
             raise UserError(f'{self.where}: tools beside "text" have no chat to stand in; leave them out')
         text = _string(row["text"], f"{self.where}: text")

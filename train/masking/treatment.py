@@ -117,18 +117,18 @@ def _place(
 
 def _shortest_stretch(open_L: np.ndarray, length: int) -> int:
     """Where the shortest run of True of at least `length` begins."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], open_L.astype(np.int8), [0]])))
-    return int(
-        min((end - start, start) for start, end in zip(edges[::2], edges[1::2], strict=True) if end - start >= length)[
-            1
-        ]
-    )
+    return min((end - start, start) for start, end in _runs(open_L) if end - start >= length)[1]
 
 
 def _run_lengths(member_L: np.ndarray) -> list[int]:
     """Lengths of the maximal runs of True, in order."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], member_L.astype(np.int8), [0]])))
-    return (edges[1::2] - edges[::2]).tolist()
+    return [end - start for start, end in _runs(member_L)]
+
+
+def _runs(member_L: np.ndarray) -> list[tuple[int, int]]:
+    """[start, end) of the maximal runs of True, in order."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], member_L.astype(np.int8), [0]]))).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _starts(open_L: np.ndarray, length: int) -> np.ndarray:
