@@ -135,3 +135,12 @@ def test_arguments_that_give_a_key_twice_are_written_as_they_stand(tmp_path):
     twice = CALL | {"function": {"name": "weather", "arguments": '{"city": "Lima", "city": "Cusco"}'}}
     chat = rendered(tmp_path, "qwen3", ASK, {"role": "assistant", "tool_calls": [twice]})
     assert '"arguments": {"city": "Lima", "city": "Cusco"}}' in trained(chat)[0]
+
+
+def test_messages_that_a_template_does_not_write_are_told_by_their_roles(tmp_path):
+    messages = {"role": "developer", "content": "Be brief."}, ASK, {"role": "assistant", "content": "Fog."}
+    assert rendered(tmp_path, "qwen3", *messages).unwritten == ("developer",)
+    assert rendered(tmp_path, "gptoss", *messages).unwritten == ()
+    system = {"role": "system", "content": "Be kind.", "spans": [{"start": 0, "end": 2, "role": "x"}]}
+    chat = rendered(tmp_path, "deepseek_r1_distill", system, {"role": "system", "content": "Be brief."}, *messages[1:])
+    assert chat.unwritten == ("system",) and "Be brief." in chat.text

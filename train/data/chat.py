@@ -39,12 +39,13 @@ class Trained:
 @dataclass(frozen=True)
 class RenderedChat:
     """A chat as the template writes it; trained ranges and spans are code points of that text. thoughts_dropped: how
-    many trained messages lost their thinking block."""
+    many trained messages lost their thinking block. unwritten: roles of other messages that the template leaves out."""
 
     text: str
     trained: list[Trained]
     spans: tuple[Span, ...]
     thoughts_dropped: int
+    unwritten: tuple[str, ...]
 
 
 def render_and_locate(
@@ -63,6 +64,7 @@ def render_and_locate(
         sorted((found.trained for found in located if found.trained), key=lambda each: (each.start, each.end)),
         tuple(span for found in located for span in found.spans),
         sum(found.thought_dropped for found in located),
+        chat.unwritten(),
     )
 
 
@@ -97,6 +99,16 @@ class _Chat:
             for i, each in enumerate(self.given[:upto])
         ]
         return self._written(given, self._tools)
+
+    def unwritten(self) -> tuple[str, ...]:
+        """Roles of the messages that are not trained on and of whose content nothing is written."""
+        markers = {i: next(self.free) for i, m in enumerate(self.messages) if not (m.train or _blank(m.content))}
+        changes = {i: {"content": f"{mark}{self.messages[i].content}{mark}"} for i, mark in markers.items()}
+        try:
+            text = self.render(changes) if changes else ""
+        except UserError:  # it looks at what contents are
+            return ()
+        return tuple(self.messages[i].role for i, mark in markers.items() if mark not in text)
 
     def turn_start(self, i: int) -> int:
         """Where message i begins at the earliest: the messages before it, rendered alone, are as here up to there."""

@@ -13,6 +13,7 @@ NO_ROLE_OF_CHATS = 'messages of a role that is none of chats; they are trained o
 TAGS = "tags of masks left in texts, trained on as they stand; python train/annotate.py --markup makes spans of them"
 NOT_JSON = "values in metadata that JSON cannot say, kept as null (NaN, bytes) or as text (dates)"
 THOUGHT_DROPPED = "trained messages whose thinking block the chat template drops"
+UNWRITTEN = "messages that the chat template does not write, so that the model does not see them"
 UNENDED = (
     "trained messages that no trained special token ends, so that the model does not learn to stop there; take a chat "
     "template that ends turns with the tokenizer's EOS or, for the end of a chat, --eos"

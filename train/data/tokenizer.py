@@ -19,7 +19,7 @@ import tokenizers
 
 from train.data.chat import Trained, render_and_locate
 from train.data.documents import Document, Span, reason
-from train.data.findings import NO_TARGET, SKIPPED, THOUGHT_DROPPED, UNENDED, Findings
+from train.data.findings import NO_TARGET, SKIPPED, THOUGHT_DROPPED, UNENDED, UNWRITTEN, Findings
 from train.data.offsets import hold_merged_marks, offsets_from_bytes, solid_counts, touched
 from train.data.template import TEMPLATE_TIME, Render, template_renderer
 from train.errors import UserError
@@ -93,6 +93,8 @@ class TokenizedDocument:
     """Trained messages of which the chat template leaves out the thinking block."""
     unended: int = 0
     """Trained messages that no trained special token follows: the model does not learn to stop after them."""
+    unwritten: tuple[str, ...] = ()
+    """Roles of messages that the chat template leaves out."""
 
     @cached_property
     def solid_counts(self) -> np.ndarray:
@@ -138,6 +140,8 @@ def _note(tokenized: TokenizedDocument, findings: Findings) -> None:
         findings.add(THOUGHT_DROPPED, path, line)
     for _ in range(tokenized.unended):
         findings.add(UNENDED, path, line)
+    for role in tokenized.unwritten:
+        findings.add(UNWRITTEN, path, line, role)
     if not tokenized.target_L.any():
         findings.add(NO_TARGET, path, line)
 
@@ -148,13 +152,15 @@ def tokenize_document(document: Document, tokenizer: Tokenizer, *, add_bos: bool
     document begins or, but for white space, ends with it already."""
     if document.messages is None:
         assert document.text is not None
-        text, spans, last_trained, dropped, last_weight = document.text, document.spans, True, 0, 1.0
+        text, spans, last_trained, last_weight = document.text, document.spans, True, 1.0
+        dropped, unwritten = 0, tuple[str, ...]()
         encoded, open_ends = tokenizer.encode(text), np.array([], dtype=int)
         target_L = np.ones(len(encoded.ids_L), dtype=bool)
         factor_L = np.ones(len(target_L))
     else:
         rendered = render_and_locate(document.messages, tokenizer.render_chat, document.where, document.tools)
-        text, spans, dropped = rendered.text, rendered.spans, rendered.thoughts_dropped
+        text, spans = rendered.text, rendered.spans
+        dropped, unwritten = rendered.thoughts_dropped, rendered.unwritten
         last_trained, last_weight = document.messages[-1].train, document.messages[-1].weight
         encoded = tokenizer.encode(text)
         target_L, factor_L, open_ends = _chat_targets(encoded, text, rendered.trained, tokenizer)
@@ -173,8 +179,9 @@ def tokenize_document(document: Document, tokenizer: Tokenizer, *, add_bos: bool
         start_L, end_L = np.append(start_L, np.int32(len(text))), np.append(end_L, np.int32(len(text)))
         open_ends = open_ends[(open_ends != len(text)) | (not last_trained)]
     target_L[:1] = False  # nothing predicts the first token
-    unended = len(open_ends)
-    return TokenizedDocument(document, text, ids_L, start_L, end_L, target_L, factor_L, spans, dropped, unended)
+    return TokenizedDocument(
+        document, text, ids_L, start_L, end_L, target_L, factor_L, spans, dropped, len(open_ends), unwritten
+    )
 
 
 def _chat_targets(
