@@ -34,7 +34,7 @@ OTHER_NAMES = {"function_call": "tool_calls", "reasoning": "reasoning_content", 
 CHAT_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"})
 BAD_ROWS = "what to do with rows that cannot be read, or predict nothing"  # help of --bad-rows
 SMALLEST, LARGEST = 1e-30, 1e30  # of weights, as losses are fp32
-TO_SPANS = "python train/annotate.py --data FILE --pairs ROLE --output NEW"
+TO_SPANS = "python train/annotate.py --data FILE --spans FILE --role ROLE --output NEW"
 
 
 @dataclass(frozen=True)
