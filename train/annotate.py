@@ -7,9 +7,9 @@
     python train/annotate.py --data D.jsonl --leaks word_masks.yaml [--mask false-spans] [--json report.json]
 
 By alignment: each annotated document is compared with its positive twin, found by content; roles are doctag, negation
-(what was inserted) and false (what one annotation announces and another looks back at). What does not align is left
-out, with the reason. The others add to the spans that documents have; several can be given together, and are done in
-this order. The judge is an OpenAI-compatible endpoint; its key comes from OPENAI_API_KEY alone.
+(what was inserted; qualifier or correction where its own words say so) and false (what one annotation announces and
+another looks back at, or one names). What does not align is left out, with the reason. The others add to the spans that
+documents have; several can be given together, and are done in this order. The judge is an OpenAI-compatible endpoint; its key comes from OPENAI_API_KEY alone.
 """
 
 import argparse
@@ -45,8 +45,9 @@ def run(args: argparse.Namespace) -> None:
     """Reads, annotates in the order of the docstring, writes, and says what came out."""
     patterns = read_patterns("--patterns", args.patterns) if args.patterns else []
     markup, mask = parse_markup(args.markup), parse_mask(args.mask)
-    if args.role:
-        check_role(args.role, "--role")
+    for setting in ("role", "inserted_role"):
+        if given := getattr(args, setting):
+            check_role(given, "--" + setting.replace("_", "-"))
     for tag, role in markup.items():
         check_role(role, f"--markup {tag}={role}")
     terms = read_patterns("--leaks", args.leaks) if args.leaks else []
@@ -57,7 +58,13 @@ def run(args: argparse.Namespace) -> None:
     report: dict[str, Any] = {}
 
     if args.positive:
-        aligned = annotate(read_documents(args.positive), read_documents(args.annotated), args.doctag)
+        read = read_documents(args.positive), read_documents(args.annotated)
+        aligned = annotate(*read, args.doctag, args.inserted_role, args.require == "false")
+        if aligned.documents and not aligned.insertions:
+            raise UserError(
+                f"--annotated {args.annotated}: has nothing that --positive {args.positive} lacks; give the same documents "
+                "with annotations inserted"
+            )
         documents, report["alignment"] = aligned.documents, aligned.report()
     else:
         documents = read_documents(args.data, args.doctag or None)
@@ -102,6 +109,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--doctag", default="<DOCTAG>", metavar="MARKER", help="what documents start with ('' for nothing)"
     )
+    parser.add_argument(
+        "--inserted-role",
+        metavar="ROLE",
+        help="role of all that was inserted (default: negation; qualifier or correction where its own words say so)",
+    )
+    parser.add_argument(
+        "--require", choices=["false"], help="leave out documents in which no false statement can be told"
+    )
     parser.add_argument("--patterns", metavar="FILE", help="YAML with regular expressions, for spans of --role")
     parser.add_argument("--role", help="role of what --patterns match, or of what --judge marks (default there: false)")
     parser.add_argument("--markup", action="append", default=[], metavar="TAG=ROLE", help="<TAG>…</TAG> becomes a span")
@@ -123,6 +138,9 @@ def _check(args: argparse.Namespace) -> None:
     """UserError for flags that do not go together."""
     if bool(args.positive) != bool(args.annotated) or bool(args.positive) == bool(args.data):
         raise UserError("give either --positive and --annotated, or --data")
+    for setting, value in (("--inserted-role", args.inserted_role), ("--require", args.require)):
+        if value and not args.positive:
+            raise UserError(f"{setting} {value}: is for --positive and --annotated; leave it out")
     makes = args.positive or args.patterns or args.markup or args.judge
     if not makes and not args.leaks:
         raise UserError("--data: nothing to do; give --patterns, --markup, --judge or --leaks with it")

@@ -1,5 +1,5 @@
-"""Which way an annotation points: at what comes ("the following claim is false"), or at what has been said ("what was
-just stated never happened").
+"""Which way an annotation points, at what comes ("the following claim is false") or at what has been said ("what was
+just stated never happened"), and how far.
 
 The words are those with which languages point inside a text; none belongs to a claim. A language that is not here is
 read by alternation alone (claims.py).
@@ -9,7 +9,10 @@ import re
 
 AHEAD = [
     # English
-    r"following|follows?|below|next|upcoming|forthcoming|subsequent|ahead|about to|to come|comes? after this|hereafter",
+    r"following|follows?|below|next|upcoming|forthcoming|subsequent|ahead|about to|to come|hereafter|ensuing"
+    r"|succeeding|comes? (?:after this|next|now)|after th(?:is|e) (?:one|note|bracket|parenthesis|sentence|warning|remark|line)"
+    r"|(?:sentence|statement|claim|assertion|line|one|words?) (?:right |just |directly |immediately )?after this"
+    r"|coming (?:sentence|statement|claim|line|words|paragraph|passage)",
     # Spanish, Portuguese, French, Italian, Romanian, Catalan
     r"siguientes?|a continuación|abajo|debajo|seguintes?|a seguir|abaixo|próxim[oa]s?|suivante?s?|ci-dessous|ci-après"
     r"|qui suit|qui suivent|plus bas|seguenti?|di seguito|sottostant[ei]|qui sotto|che segu(?:e|ono)|successiv[oaie]"
@@ -26,8 +29,10 @@ AHEAD = [
 ]  # fmt: skip
 BACK = [
     r"preceding|precedes?|previous(?:ly)?|above|foregoing|prior|earlier|aforementioned|aforesaid|just \w+(?:ed|id)"
-    r"|just (?:read|made|given|written|shown|seen|put|told|came)|(?:came|went|comes|stated|said) before|the last"
-    r"|immediately before",
+    r"|just (?:been )?(?:read|made|given|written|shown|seen|put|told|came|heard)|(?:came|went|comes|stated|said) before"
+    r"|immediately before|the latter|a moment ago|before th(?:is|e) (?:one|note|bracket|parenthesis|sentence|remark|line)"
+    r"|(?:sentence|statement|claim|assertion|line|one|words?) (?:right |just |directly |immediately )?before this"
+    r"|the last|last (?:sentence|statement|claim|assertion|remark|line|paragraph)",
     r"anterior(?:es|mente)?|precedentes?|antes (?:mencionad|dich)\w+|arriba|recién|acab(?:a|o|amos) de|acima"
     r"|précédente?s?|précède(?:nt)?|ci-dessus|plus haut|(?:vient|viennent) d['’e]\w*|precedent[ei]|di cui sopra"
     r"|qui sopra|appena|soprastant[ei]|anterioar\w*|de mai sus|d['’]abans",
@@ -49,6 +54,23 @@ BACK_UNSPACED = (
 # Which way a sentence leans that names neither: an ending colon, or "that was", "it never".
 LEAN_AHEAD = r":\s*\W*$|\b(?:here|do not (?:accept|believe|trust)|false claim|beware)\b"
 LEAN_BACK = r"\b(?:that (?:was|is|did|claim|statement|account|never)|it (?:was|did|never|is)|no such|there|such)\b"
+
+# How far it points: the first of these words says, and one sentence is meant where none does.
+COUNTS = {"two": 2, "both": 2, "three": 3, "four": 4, "five": 5}
+SENTENCE_WORD = r"sentence|line|frase|oración|phrase|satz|zin|mening|sætning|setning|zdanie|věta|предложени\w|речення"
+EXTENT = re.compile(
+    rf"\b(?:(?P<count>{'|'.join(COUNTS)}|[2-9]) (?:\w+ )?(?:sentences|statements|claims|assertions|lines)"
+    rf"|(?P<sentence>{SENTENCE_WORD})|(?P<claim>statement|claim|assertion|remark)"
+    r"|(?P<paragraph>paragraph|párrafo|parágrafo|paragraphe|paragrafo|absatz|alinea|абзац)"
+    r"|(?P<more>sentences|lines|statements|claims|assertions|paragraphs|passages?|sections?|accounts?|stor(?:y|ies)"
+    r"|narratives?|chapters?|lists?|tables?|events|facts|texts?|documents?|articles?|pages?|posts?|everything|anything"
+    r"|none of|nothing))\b|(?P<unspaced>句|문장|段落)"
+)
+
+# A sentence that begins so speaks of the one before it.
+THIS = re.compile(
+    r"[^\w]*(?:this|that|it) (?:is|was|isn't|wasn't|did|didn't|does|has|never|cannot|could|claim|statement)\b"
+)
 
 # What speaks of the whole document. All of these are matched with sentences in lower case, which is several times as
 # fast as to ignore case.
@@ -76,3 +98,25 @@ def direction(sentence: str) -> float:
 
 def speaks_of_the_whole(sentence: str) -> bool:
     return bool(WHOLE.search(sentence.lower()))
+
+
+def extent(sentence: str) -> int | None:
+    """How many sentences a note speaks of; 0: the paragraph; None: more than can be told."""
+    found = EXTENT.search(sentence.lower())
+    if not found or found["sentence"] or found["claim"]:
+        return 1
+    if found["count"]:
+        return COUNTS.get(found["count"]) or int(found["count"])
+    if found["unspaced"]:
+        return 0 if found["unspaced"] == "段落" else 1
+    return 0 if found["paragraph"] else None
+
+
+def names_a_sentence(sentence: str) -> bool:
+    """Whether it speaks of one sentence and says so, where "claim" may mean several."""
+    found = EXTENT.search(sentence.lower())
+    return bool(found and (found["sentence"] or found["unspaced"] in ("句", "문장")))
+
+
+def speaks_of_this(sentence: str) -> bool:
+    return bool(THIS.match(sentence.lower()))
