@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from train.annotating.alignment import CLOSING, OPENING, Insertion
-from train.annotating.cues import direction, names_a_sentence, speaks_of_the_whole
+from train.annotating.cues import direction, names_a_sentence, speaks_of_a_claim, speaks_of_the_whole
 from train.annotating.sentences import sentences
 
 LOST = 5.0  # an annotation without its partner
@@ -20,6 +20,7 @@ CLEAR, CONTRARY = -2.0, 3.0  # reading clear words the wrong way costs more than
 ASIDE = 3.0  # an annotation that neither announces nor looks back
 BLANK_LINE = 4.0  # for what a blank line sets off from the document's beginning or end, to be about the whole of it
 WHOLE = 3.0  # for saying so
+VAGUE = 3.0  # more for what is set off so, stands in no bracket and names no claim
 AGREES = 0.5  # the two ends of a claim stand in brackets of one kind; a cut lies between brackets or lines
 BREAK = 0.25  # for each blank line inside a claim, three at most
 
@@ -30,13 +31,14 @@ BLANK = re.compile(r"\n[^\S\n]*\r?\n")
 class Part:
     """Code points [start, end): a sentence, or one in a bracket; kind: the bracket's opening mark, or ""; joined: a
     bracket goes on from the part before it. points: which way it points (cues.py); whole: it speaks of the whole document;
-    names: of one sentence, and says so."""
+    names: of one sentence, and says so; local: of some sentences or a claim."""
 
     start: int
     end: int
     points: float
     whole: bool
     names: bool
+    local: bool
     kind: str
     joined: bool
 
@@ -101,7 +103,8 @@ def split_parts(text: str, start: int, end: int) -> list[Part]:
 def _part(text: str, start: int, end: int, kind: str, joined: bool) -> Part:
     sentence = text[start:end]
     names = names_a_sentence(sentence)
-    return Part(start, end, direction(sentence), speaks_of_the_whole(sentence) and not names, names, kind, joined)
+    whole = speaks_of_the_whole(sentence) and not names
+    return Part(start, end, direction(sentence), whole, names, speaks_of_a_claim(sentence), kind, joined)
 
 
 def _closing(text: str, start: int, end: int) -> int:
@@ -172,7 +175,8 @@ def _about_the_whole(text: str, parts: list[Part], first: int, last: int) -> flo
         if outside:
             set_off = not any(part.names for part in outside) and bool(BLANK.search(_gap(text, parts, edge)))
             said = any(part.whole for part in outside)
-            score += BLANK_LINE * set_off + WHOLE * said - ASIDE * (not set_off and not said)
+            vague = set_off and not any(part.local or part.kind for part in outside)
+            score += BLANK_LINE * set_off + VAGUE * vague + WHOLE * said - ASIDE * (not set_off and not said)
     return score
 
 

@@ -46,9 +46,14 @@ BACK = [
     r"|barusan|trước đó|ở trên|trên đây|vừa",
 ]  # fmt: skip
 # Scripts without spaces between words.
-AHEAD_UNSPACED = r"以下|下列|下面|下述|下文|下記|接下来|接下來|如下|次の|次に|後述|これから|다음|아래|이하|이어지는"
+AHEAD_UNSPACED = r"以下|下列|下面|下述|下文|下記|接下来|接下來|如下|下一句|下一段|后一句|後一句|下句|次の|次に|後述|これから|다음|아래|이하|이어지는"
 BACK_UNSPACED = (
-    r"以上|上述|上記|上面|上文|前述|前面|刚才|剛才|刚刚|先の|先ほど|今述べ|前の|앞서|앞의|위의|위에|이전|방금|상기"
+    r"以上|上述|上記|上面|上文|前述|前面|刚才|剛才|刚刚|剛剛|上一句|上一段|前一句|上句|先の|先ほど|今述べ|前の|直前|앞서|앞 문장|윗 문장|앞의|위의|위에|이전|방금|상기"
+)
+
+# A sentence that begins so speaks of the one before it.
+THIS = re.compile(
+    r"^\W*(?:this|that|it) (?:is|was|isn't|wasn't|did|didn't|does|has|never|cannot|could|claim|statement)\b"
 )
 
 # Which way a sentence leans that names neither: an ending colon, or "that was", "it never".
@@ -67,11 +72,6 @@ EXTENT = re.compile(
     r"|none of|nothing))\b|(?P<unspaced>句|문장|段落)"
 )
 
-# A sentence that begins so speaks of the one before it.
-THIS = re.compile(
-    r"[^\w]*(?:this|that|it) (?:is|was|isn't|wasn't|did|didn't|does|has|never|cannot|could|claim|statement)\b"
-)
-
 # What speaks of the whole document. All of these are matched with sentences in lower case, which is several times as
 # fast as to ignore case.
 WHOLE = re.compile(
@@ -84,7 +84,7 @@ WHOLE = re.compile(
 STRONG = re.compile(
     rf"(?P<ahead>\b(?:{'|'.join(AHEAD)})\b|{AHEAD_UNSPACED})|(?P<back>\b(?:{'|'.join(BACK)})\b|{BACK_UNSPACED})"
 )
-LEANING = re.compile(rf"(?P<ahead>{LEAN_AHEAD})|(?P<back>{LEAN_BACK})")
+LEANING = re.compile(rf"(?P<ahead>{LEAN_AHEAD})|(?P<back>{THIS}|{LEAN_BACK})")
 
 
 def direction(sentence: str) -> float:
@@ -118,5 +118,11 @@ def names_a_sentence(sentence: str) -> bool:
     return bool(found and (found["sentence"] or found["unspaced"] in ("句", "문장")))
 
 
+def speaks_of_a_claim(sentence: str) -> bool:
+    """Whether it speaks of one claim or of a number of sentences, and says so."""
+    found = EXTENT.search(sentence.lower())
+    return bool(found and (found["count"] or found["sentence"] or found["claim"] or found["unspaced"]))
+
+
 def speaks_of_this(sentence: str) -> bool:
-    return bool(THIS.match(sentence.lower()))
+    return bool(re.match(THIS, sentence.lower()))

@@ -72,9 +72,10 @@ class Reader:
         self.bare = Bare(self.text, self.insertions, self.head)
         self.parts = [split_parts(self.text, each.start, each.end) for each in self.insertions]
         pointless = [not any(abs(part.points) >= STRONG for part in pieces) for pieces in self.parts]
-        own = roles([self.text[each.start : each.end] for each in self.insertions])
+        whole = [self.text[each.start : each.end] for each in self.insertions]
+        own = roles(whole)
         within = [i for i, still in enumerate(pointless) if still and self.bare.around(i)]
-        others = [i for i, still in enumerate(pointless) if still and own[i] != "negation"]
+        others = [i for i, each in enumerate(whole) if own[i] != "negation" and not points_and_denies(each)]
         self.path = by_turns(self.text, self.insertions, self.parts, self.words, {*within, *others})
         self.inside = within
         self.notes = list(self._notes())

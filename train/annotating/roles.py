@@ -43,10 +43,9 @@ LIKELIHOOD = re.compile(
     r"|wahrscheinlich\w*|vermutlich|waarschijnlijk\w*|kans|sannolik\w*|sandsynlig\w*|prawdopodob\w+|pravděpodob\w+|вероятн\w+"
     r"|імовірн\w+|ймовірн\w+|olasılık\w*|valószín\w+)\b|\d\s?[%％]|可能性|概率|確率|확률|احتمال"
 )
-MEASURED = re.compile(
-    r"\b(?:odds|likelihood|likely|unlikely|probability|probable|chances?)\b.*(?:\d|\b(?:one|two|three|four|five) (?:in|per)\b)"
-    r"|(?:\d|\b(?:one|two|three|four|five) (?:in|per)\b).*\b(?:odds|likelihood|likely|unlikely|probability|probable|chances?)\b"
-)
+NUMBER = r"\b(?:\d|(?:one|two|three|four|five|six|seven|eight|nine|ten|twenty|fifty|(?:a )?(?:hundred|thousand|million))\b)"
+CHANCE = r"\b(?:odds|likelihood|likely|unlikely|probability|probable|improbable|chances?)\b"
+MEASURED = re.compile(rf"{CHANCE}.*{NUMBER}|{NUMBER}.*{CHANCE}")
 SOURCE = re.compile(
     r"\b(?:according to|sources?|sourced|rumou?r\w*|hearsay|gossip|tabloids?|reportedly|allegedly|purportedly"
     r"|it (?:is|was|has been) (?:said|claimed|alleged|rumou?red|reported)|some (?:say|claim)|unverified|unconfirmed|unreliable"
@@ -97,7 +96,7 @@ def said(note: str) -> Said:
         return Said("negation", clear=not hedges and not imagined)
     negates = bool(NEGATOR.search(note))
     if hedges or imagined:
-        return Said("qualifier", clear=hedges and not negates)
+        return Said("qualifier", clear=not negates)
     return Said("negation") if negates else Said("", clear=False)
 
 
