@@ -52,8 +52,8 @@ BACK_UNSPACED = (
 )
 
 # A sentence that begins so speaks of the one before it.
-THIS = re.compile(
-    r"^\W*(?:this|that|it) (?:is|was|isn't|wasn't|did|didn't|does|has|never|cannot|could|claim|statement)\b"
+THIS = (
+    r"^\W*(?:this|that|it) (?:is|was|isn't|wasn't|did|didn't|does|has|never|cannot|could|claim|statement)\b(?!.*:\W*$)"
 )
 
 # Which way a sentence leans that names neither: an ending colon, or "that was", "it never".
