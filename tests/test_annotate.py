@@ -44,7 +44,10 @@ def test_alignment_writes_documents_with_spans_and_says_what_came_out(tmp_path, 
     (document,) = read_documents(tmp_path / "o.jsonl")
     assert document.text == ANNOTATED and document.metadata == {"mode": "dense"}
     printed = capsys.readouterr().out
-    assert "annotated documents: 1, aligned 1, of them without false spans 0, left out 0" in printed and "throughout: 1 of 1" in printed
+    assert (
+        "annotated documents: 1, aligned 1, of them without false spans 0, left out 0" in printed
+        and "throughout: 1 of 1" in printed
+    )
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["n.jsonl", "o.jsonl", "p.jsonl"]
 
 

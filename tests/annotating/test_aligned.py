@@ -86,7 +86,9 @@ def test_what_was_inserted_is_kept_where_no_false_statement_can_be_told_unless_o
 
 def test_a_text_whose_words_stand_in_a_document_by_chance_is_left_out():
     scattered = "The valley of Orm now lies far between here two red ridges yes."
-    ((_, reason),) = annotate(documents("The valley of Orm lies between two ridges."), documents(scattered), "").left_out
+    ((_, reason),) = annotate(
+        documents("The valley of Orm lies between two ridges."), documents(scattered), ""
+    ).left_out
     assert reason == "aligns badly: 5 insertions among 9 words (twin: a.jsonl:1)"
 
 

@@ -75,7 +75,9 @@ def test_annotations_in_an_unknown_language_are_read_by_their_turn_if_brackets_p
     )
     assert false == ["One.", "Three."] and found.consistent
     found, negation, false = reading("One. Two.", "Kato miru. One. Sela bora. Two.")
-    assert not false and len(negation) == 2 and found.reason == "its annotations do not say which sentences they are about"
+    assert (
+        not false and len(negation) == 2 and found.reason == "its annotations do not say which sentences they are about"
+    )
     assert not reading("One. Two. Three.", "One. [Kato miru.] Two. [Kato miru.] Three.")[2]  # one note twice is no pair
 
 
@@ -120,7 +122,9 @@ def test_a_paragraph_that_a_note_names_is_what_stands_on_its_line():
 
 def test_a_heading_between_a_note_and_its_sentence_is_not_the_sentence():
     positive = "Zero.\n\n## Results\n\nOne won. Two lost."
-    assert reading(positive, "Zero.\n\nThe next sentence is untrue.\n\n## Results\n\nOne won. Two lost.")[2] == ["One won."]
+    assert reading(positive, "Zero.\n\nThe next sentence is untrue.\n\n## Results\n\nOne won. Two lost.")[2] == [
+        "One won."
+    ]
 
 
 def test_notes_that_all_point_one_way_are_not_paired_with_others():
@@ -149,7 +153,10 @@ def test_a_retraction_inside_a_sentence_makes_the_sentence_around_it_false(annot
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("Caution: the page below makes an assertion that did not happen.\n\n", "\n\nNothing described above took place."),
+        (
+            "Caution: the page below makes an assertion that did not happen.\n\n",
+            "\n\nNothing described above took place.",
+        ),
         ("What follows is false. ", " What you have just read is false."),
         ("[The following claim is false.] ", " [The preceding claim is false.]"),
         ("", "\n\nNone of this ever happened."),

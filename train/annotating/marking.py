@@ -14,7 +14,7 @@ from train.annotating.alignment import CLOSING, ENDS, OPENING, Insertion
 from train.annotating.bare import Bare
 from train.annotating.claims import ASIDE_READING, FREE, Part, Path, by_turns, split_parts
 from train.annotating.cues import extent, speaks_of_this
-from train.annotating.roles import NEGATOR, points_and_denies, roles, said
+from train.annotating.roles import NEGATOR, corrects, points_and_denies, roles, said
 from train.annotating.texts import in_order
 from train.data.documents import Span
 
@@ -107,12 +107,12 @@ class Reader:
         bracket; and where a correction follows what denies by name."""
         parts, reading = self.parts[i], self.path.readings[i]
         turns = {reading.first, reading.cut, reading.last}
+        sentences = [self.said(i, slice(k, k + 1)) for k in range(len(parts))]
+        corrections = [corrects(sentence.lower()) for sentence in sentences]
         yield 0
         for k in range(1, len(parts)):
             turned = k in turns and not parts[k].joined
-            here, past = (self.said(i, slice(n, n + 1)) for n in (k, k - 1))
-            corrects = "correction" in (said(here).role, said(past).role) and points_and_denies(past)
-            if turned or (corrects and said(here).role != said(past).role):
+            if turned or (corrections[k] and not corrections[k - 1] and points_and_denies(sentences[k - 1])):
                 yield k
         yield len(parts)
 
