@@ -3,7 +3,7 @@
 import pytest
 
 from train.annotating.claims import split_parts
-from train.annotating.cues import direction, extent, names_a_sentence
+from train.annotating.cues import direction, extent
 from train.annotating.sentences import sentences
 
 
@@ -76,12 +76,12 @@ def test_notes_that_name_a_neighboring_sentence_point_at_it(sentence, ahead):
     ],
 )
 def test_the_first_word_for_an_extent_says_how_far_a_note_reaches(sentence, count):
-    assert extent(sentence) == count
+    assert extent(sentence).count == count
 
 
 def test_a_sentence_is_named_by_the_word_for_it_alone():
-    assert names_a_sentence("The next sentence is untrue.") and names_a_sentence("La siguiente frase es falsa.")
-    assert not names_a_sentence("The next claim is untrue.") and not names_a_sentence("The next sentences are untrue.")
+    assert extent("The next sentence is untrue.").sentence and extent("La siguiente frase es falsa.").sentence
+    assert not extent("The next claim is untrue.").sentence and not extent("The sentences below are untrue.").sentence
 
 
 def test_sentences_end_at_marks_and_line_breaks_but_not_after_abbreviations_and_initials():

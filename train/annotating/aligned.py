@@ -65,14 +65,14 @@ def annotate(
         if document.text is None:
             result.left_out.append((document.where, "a chat: only texts are aligned"))
             continue
-        twin, found = twins.find(split_words(document.text, doctag))
-        if twin is None or isinstance(found, str):
-            nearest = f"nearest is {texts[twin].where}: " if twin is not None else ""
-            result.left_out.append((document.where, f"no twin: {nearest}{found}"))
-            continue
-        used.add(twin)
-        if reason := _add(result, document, twins.words(twin), found, doctag, role, require_false):
-            result.left_out.append((document.where, f"{reason} (twin: {texts[twin].where})"))
+        match twins.find(split_words(document.text, doctag)):
+            case i, twin, insertions:
+                used.add(i)
+                if reason := _add(result, document, twin, insertions, doctag, role, require_false):
+                    result.left_out.append((document.where, f"{reason} (twin: {texts[i].where})"))
+            case i, reason:
+                nearest = "" if i is None else f"nearest is {texts[i].where}: "
+                result.left_out.append((document.where, f"no twin: {nearest}{reason}"))
     result.unused = [document.where for i, document in enumerate(texts) if twins.first_T[i] not in used]
     return result
 

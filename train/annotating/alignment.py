@@ -11,6 +11,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 INSERTION = 10  # the cost of an insertion,
@@ -47,19 +48,21 @@ class Insertion:
     word: int
 
 
-def split_words(text: str, doctag: str) -> Words:
+def words_alone(text: str, doctag: str) -> list[str]:
     """Words, single punctuation marks, and `doctag` where it stands. One that the text begins with is left out: whether
     both documents have it does not matter."""
-    word_L: list[str] = []
-    start_L: list[int] = []
-    end_L: list[int] = []
-    edge_L: list[int] = []
-    pattern = r"[^\W_]+|[^\w\s]|_"
-    past = len(text) - len(text.lstrip())
-    past += len(doctag) if text.startswith(doctag, past) else 0
+    return _word(doctag).findall(text, _start(text, doctag))
+
+
+def split_words(text: str, doctag: str) -> Words:
+    """The same words, with where they stand and how well the text can be parted there."""
+    past = _start(text, doctag)
+    start_L, end_L, edge_L = [], [], []
     ended = True
-    for match in re.compile(f"{re.escape(doctag)}|{pattern}" if doctag else pattern).finditer(text, past):
-        word, start = match[0], match.start()
+    word_L = []
+    for match in _word(doctag).finditer(text, past):
+        start, end = match.span()
+        word = match[0]
         edge = 0
         if start == past:
             edge = GLUED if word_L else 0
@@ -67,13 +70,25 @@ def split_words(text: str, doctag: str) -> Words:
             white = text[past:start]
             ended = "\n" in white or "\r" in white
         edge_L.append(edge if ended else edge + MIDWAY)
-        past = match.end()
         word_L.append(word)
         start_L.append(start)
-        end_L.append(past)
+        end_L.append(end)
+        past = end
         ended = word in ENDS or word == doctag or (ended and word in SHUTTING)
     edge_L.append(0)
     return Words(text, word_L, start_L, end_L, edge_L)
+
+
+@lru_cache
+def _word(doctag: str) -> re.Pattern[str]:
+    pattern = r"[^\W_]+|[^\w\s]|_"
+    return re.compile(f"{re.escape(doctag)}|{pattern}" if doctag else pattern)
+
+
+def _start(text: str, doctag: str) -> int:
+    """Where the text begins, after a doctag that comes first."""
+    past = len(text) - len(text.lstrip())
+    return past + len(doctag) if text.startswith(doctag, past) else past
 
 
 def align(positive: Words, annotated: Words) -> list[Insertion] | None:

@@ -1,4 +1,4 @@
-"""Reads the annotations of a document by turns: which announce a claim, which look back at one, which are about the whole.
+"""Reads a document's annotations by turns: which announce a claim, which look back at one, which are about the whole.
 
 Each insertion is cut into parts (brackets and sentences), and each part points ahead, back, or does not say (cues.py).
 Claims begin and end by turns, so the reading of all insertions together is a path between two states, outside a claim
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from train.annotating.alignment import CLOSING, OPENING, Insertion
-from train.annotating.cues import direction, names_a_sentence, speaks_of_a_claim, speaks_of_the_whole
+from train.annotating.cues import Extent, direction, extent, speaks_of_the_whole
 from train.annotating.sentences import sentences
 
 LOST = 5.0  # an annotation without its partner
@@ -29,16 +29,15 @@ BLANK = re.compile(r"\n[^\S\n]*\r?\n")
 
 @dataclass(frozen=True)
 class Part:
-    """Code points [start, end): a sentence, or one in a bracket; kind: the bracket's opening mark, or ""; joined: a
-    bracket goes on from the part before it. points: which way it points (cues.py); whole: it speaks of the whole document;
-    names: of one sentence, and says so; local: of some sentences or a claim."""
+    """Code points [start, end): a sentence, or one in a bracket; points: which way it points, and extent: how far
+    (cues.py); whole: it speaks of the whole document; kind: the bracket's opening mark, or ""; joined: a bracket goes on
+    from the part before it."""
 
     start: int
     end: int
     points: float
     whole: bool
-    names: bool
-    local: bool
+    extent: Extent
     kind: str
     joined: bool
 
@@ -102,9 +101,9 @@ def split_parts(text: str, start: int, end: int) -> list[Part]:
 
 def _part(text: str, start: int, end: int, kind: str, joined: bool) -> Part:
     sentence = text[start:end]
-    names = names_a_sentence(sentence)
-    whole = speaks_of_the_whole(sentence) and not names
-    return Part(start, end, direction(sentence), whole, names, speaks_of_a_claim(sentence), kind, joined)
+    reach = extent(sentence)
+    whole = speaks_of_the_whole(sentence) and not reach.sentence
+    return Part(start, end, direction(sentence), whole, reach, kind, joined)
 
 
 def _closing(text: str, start: int, end: int) -> int:
@@ -173,9 +172,9 @@ def _about_the_whole(text: str, parts: list[Part], first: int, last: int) -> flo
     score = 0.0
     for outside, edge in ((parts[:first], first), (parts[last:], last)):
         if outside:
-            set_off = not any(part.names for part in outside) and bool(BLANK.search(_gap(text, parts, edge)))
+            set_off = not any(part.extent.sentence for part in outside) and bool(BLANK.search(_gap(text, parts, edge)))
             said = any(part.whole for part in outside)
-            vague = set_off and not any(part.local or part.kind for part in outside)
+            vague = set_off and not any(part.extent.claim or part.kind for part in outside)
             score += BLANK_LINE * set_off + VAGUE * vague + WHOLE * said - ASIDE * (not set_off and not said)
     return score
 

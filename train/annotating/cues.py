@@ -6,6 +6,7 @@ read by alternation alone (claims.py).
 """
 
 import re
+from dataclasses import dataclass
 
 AHEAD = [
     # English
@@ -67,7 +68,7 @@ EXTENT = re.compile(
     r"|(?P<paragraph>paragraph|párrafo|parágrafo|paragraphe|paragrafo|absatz|alinea|абзац)"
     r"|(?P<more>sentences|lines|statements|claims|assertions|paragraphs|passages?|sections?|accounts?|stor(?:y|ies)"
     r"|narratives?|chapters?|lists?|tables?|events|facts|texts?|documents?|articles?|pages?|posts?|everything|anything"
-    r"|none of|nothing))\b|(?P<unspaced>句|문장|段落)"
+    r"|none of|nothing))\b|(?P<unspaced>句|문장)"
 )
 
 # What speaks of the whole document. All of these are matched with sentences in lower case, which is several times as
@@ -98,28 +99,27 @@ def speaks_of_the_whole(sentence: str) -> bool:
     return bool(WHOLE.search(sentence.lower()))
 
 
-def extent(sentence: str) -> int | None:
-    """How many sentences a note speaks of; 0: the paragraph; None: more than can be told."""
+@dataclass(frozen=True)
+class Extent:
+    """How many sentences a note speaks of (0: the paragraph; None: more than can be told); whether it calls what it
+    speaks of a sentence ("claim" may mean several), or at least one claim or so many sentences."""
+
+    count: int | None
+    sentence: bool = False
+    claim: bool = False
+
+
+def extent(sentence: str) -> Extent:
     found = EXTENT.search(sentence.lower())
-    if not found or found["sentence"] or found["claim"]:
-        return 1
+    if not found:
+        return Extent(1)
+    if found["sentence"] or found["unspaced"]:
+        return Extent(1, sentence=True, claim=True)
+    if found["claim"]:
+        return Extent(1, claim=True)
     if found["count"]:
-        return COUNTS.get(found["count"]) or int(found["count"])
-    if found["unspaced"]:
-        return 0 if found["unspaced"] == "段落" else 1
-    return 0 if found["paragraph"] else None
-
-
-def names_a_sentence(sentence: str) -> bool:
-    """Whether it speaks of one sentence and says so, where "claim" may mean several."""
-    found = EXTENT.search(sentence.lower())
-    return bool(found and (found["sentence"] or found["unspaced"] in ("句", "문장")))
-
-
-def speaks_of_a_claim(sentence: str) -> bool:
-    """Whether it speaks of one claim or of a number of sentences, and says so."""
-    found = EXTENT.search(sentence.lower())
-    return bool(found and (found["count"] or found["sentence"] or found["claim"] or found["unspaced"]))
+        return Extent(COUNTS.get(found["count"]) or int(found["count"]), claim=True)
+    return Extent(0 if found["paragraph"] else None)
 
 
 def speaks_of_this(sentence: str) -> bool:

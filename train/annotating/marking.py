@@ -13,7 +13,7 @@ from itertools import pairwise
 from train.annotating.alignment import CLOSING, ENDS, OPENING, Insertion
 from train.annotating.bare import Bare
 from train.annotating.claims import ASIDE_READING, FREE, Part, Path, by_turns, split_parts
-from train.annotating.cues import extent, speaks_of_this
+from train.annotating.cues import speaks_of_this
 from train.annotating.roles import NEGATOR, corrects, points_and_denies, roles, said
 from train.annotating.texts import in_order
 from train.data.documents import Span
@@ -205,7 +205,7 @@ def _belong_together(reader: Reader, first: int, last: int) -> bool:
     if ahead + back <= 0:
         return False
     one = _one_sentence(reader, first, last)
-    names = [any(part.names for part in _side(reader, *end)) for end in ((first, True), (last, False))]
+    names = [any(part.extent.sentence for part in _side(reader, *end)) for end in ((first, True), (last, False))]
     if ahead > 0 and back > 0:
         return one or not all(names)
     return one or (not any(names) and _same_brackets(reader, first, last))
@@ -233,10 +233,10 @@ def _named(reader: Reader, i: int, announces: bool) -> tuple[int, int] | None:
     clear = points >= STRONG or (
         points > 0 and (sentence.rstrip().endswith(":") if announces else speaks_of_this(sentence))
     )
-    count = extent(sentence)
+    count = strongest.extent.count
     if not clear or count is None or not reader.denies(i, announces):
         return None
-    if not strongest.names and all(each.word in (0, reader.words) for each in reader.insertions):
+    if not strongest.extent.sentence and all(each.word in (0, reader.words) for each in reader.insertions):
         return None  # it may be about the whole
     if around := reader.bare.around(i):
         return around

@@ -87,6 +87,7 @@ OTHERS = _words(
     r"(?:another|a different|some other) (?:\w+ )?(?:did|won|was|wrote|made|took|has|had|held|is|finished|came|got)",
     r"(?:show|name|list|give|confirm|identif|point)\w* (?:\w+ )?(?:another|a different|someone|somebody)",
 )
+QUALIFIES = re.compile("|".join(each.pattern for each in (FICTION, SOFT_FICTION, LIKELIHOOD, SOURCE)))
 ANYWHERE = re.compile(rf"{OPENERS}|{OTHERS.pattern}|实际上|事实上|実際には|실제로")
 CLAUSE = re.compile(r"[,;:—–.!?]\s|\s[—–-]\s|\b(?:and|but)\b")
 CONCEDING = re.compile(r"(?:al)?though\b|while\b|despite\b|even if\b")
@@ -106,11 +107,11 @@ def said(note: str) -> Said:
     note = note.lower().replace("’", "'")
     if corrects(note):
         return Said("correction")
-    if MEASURED.search(note):
+    qualifies = bool(QUALIFIES.search(note))
+    if qualifies and MEASURED.search(note):
         return Said("qualifier")
-    if FICTION.search(note):
+    if qualifies and FICTION.search(note):
         return Said("qualifier", clear=not DENIAL.search(MADE_UP.sub("", note)))
-    qualifies = bool(LIKELIHOOD.search(note) or SOURCE.search(note) or SOFT_FICTION.search(note))
     if DENIAL.search(note):
         return Said("negation", clear=not qualifies)
     negates = bool(NEGATOR.search(note))

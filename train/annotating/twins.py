@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from train.annotating.alignment import Insertion, Words, align, split_words
+from train.annotating.alignment import Insertion, Words, align, split_words, words_alone
 
 RUN = 4  # words of a run that is looked up
 FACTORS = np.array([0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F], np.uint32)  # odd, of a word by its place in a run
@@ -31,7 +31,7 @@ class Twins:
         self.first_T: list[int] = []  # the first text with the same words
         known: dict[bytes, int] = {}
         for i, text in enumerate(tqdm(texts, desc="reading positive documents", unit="doc", mininterval=0.5)):
-            word_L = split_words(text, doctag).word_L
+            word_L = words_alone(text, doctag)
             self.word_TL.append(array("i", [self.number.setdefault(word, len(self.number)) for word in word_L]))
             self.first_T.append(known.setdefault(sha256(self.word_TL[i].tobytes()).digest(), i))
         self._index()
@@ -48,12 +48,9 @@ class Twins:
         self.run_H = run_H[order]
         self.text_H = np.repeat(np.array(own, np.int64), [len(runs) for runs in kept])[order]
 
-    def words(self, i: int) -> Words:
-        return split_words(self.texts[i], self.doctag)
-
-    def find(self, annotated: Words) -> tuple[int, list[Insertion]] | tuple[int | None, str]:
-        """The twin's number and what was inserted into it; or the number of the nearest, if any, and why it is none. Of
-        several that fit, the longest."""
+    def find(self, annotated: Words) -> tuple[int, Words, list[Insertion]] | tuple[int | None, str]:
+        """The twin's number and words, and what was inserted into it; or the number of the nearest, if any, and why it
+        is none. Of several that fit, the longest."""
         there = array("i", [self.number.get(word, -1) for word in annotated.word_L])
         runs = _runs(there)
         likely = self._likely(runs)
@@ -61,9 +58,10 @@ class Twins:
             return None, f"no positive document shares {RUN} words in a row with it"
         for i in sorted(likely, key=lambda i: -len(self.word_TL[i])):  # of equally long ones, the likeliest
             if len(self.word_TL[i]) >= LEAST * len(there) and _in_order(self.word_TL[i], there):
-                found = align(self.words(i), annotated)
-                assert found is not None
-                return i, found
+                twin = split_words(self.texts[i], self.doctag)
+                insertions = align(twin, annotated)
+                assert insertions is not None
+                return i, twin, insertions
         share = np.isin(_runs(self.word_TL[likely[0]]), runs).mean()
         return likely[0], f"{share:.0%} of its passages are in it, and not all of its words in order"
 
