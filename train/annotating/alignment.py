@@ -56,27 +56,22 @@ def words_alone(text: str, doctag: str) -> list[str]:
 
 def split_words(text: str, doctag: str) -> Words:
     """The same words, with where they stand and how well the text can be parted there."""
-    past = _start(text, doctag)
-    start_L, end_L, edge_L = [], [], []
-    ended = True
-    word_L = []
-    for match in _word(doctag).finditer(text, past):
-        start, end = match.span()
-        word = match[0]
+    begins = past = _start(text, doctag)
+    place_L = [match.span() for match in _word(doctag).finditer(text, past)]
+    word_L = [text[start:end] for start, end in place_L]
+    edge_L, ended = [], True
+    for word, (start, end) in zip(word_L, place_L, strict=True):
         edge = 0
         if start == past:
-            edge = GLUED if word_L else 0
+            edge = GLUED if start > begins else 0
         elif not ended:
             white = text[past:start]
-            ended = "\n" in white or "\r" in white
+            ended = white != " " and ("\n" in white or "\r" in white)
         edge_L.append(edge if ended else edge + MIDWAY)
-        word_L.append(word)
-        start_L.append(start)
-        end_L.append(end)
         past = end
         ended = word in ENDS or word == doctag or (ended and word in SHUTTING)
     edge_L.append(0)
-    return Words(text, word_L, start_L, end_L, edge_L)
+    return Words(text, word_L, [start for start, _ in place_L], [end for _, end in place_L], edge_L)
 
 
 @lru_cache
@@ -141,23 +136,21 @@ def align(positive: Words, annotated: Words) -> list[Insertion] | None:
 
 def _window(positive: Words, annotated: Words) -> tuple[list[int], list[int]] | None:
     """For each word of the twin, the first and last place in the document where it can lie."""
-    wanted, there = positive.word_L, annotated.word_L
-    first_L, last_L = [0] * len(wanted), [0] * len(wanted)
-    j = 0
-    for i, word in enumerate(wanted):
-        while j < len(there) and there[j] != word:
-            j += 1
-        if j == len(there):
-            return None
-        first_L[i] = j
-        j += 1
-    j = len(there)
-    for i in reversed(range(len(wanted))):
-        j -= 1
-        while there[j] != wanted[i]:
-            j -= 1
-        last_L[i] = j
-    return first_L, last_L
+    try:
+        first_L = _places(positive.word_L, annotated.word_L)
+    except ValueError:
+        return None
+    back_L = _places(positive.word_L[::-1], annotated.word_L[::-1])
+    return first_L, [len(annotated.word_L) - 1 - j for j in reversed(back_L)]
+
+
+def _places(wanted: list[str], there: list[str]) -> list[int]:
+    """The first place of each word after the one before it."""
+    places, j = [], -1
+    for word in wanted:
+        j = there.index(word, j + 1)
+        places.append(j)
+    return places
 
 
 def balanced(text: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from train.annotating.alignment import CLOSING, OPENING, Insertion
+from train.annotating.alignment import BRACKETS, CLOSING, OPENING, Insertion
 from train.annotating.cues import Extent, direction, extent, speaks_of_the_whole
 from train.annotating.sentences import sentences
 
@@ -101,22 +101,22 @@ def split_parts(text: str, start: int, end: int) -> list[Part]:
 
 def _part(text: str, start: int, end: int, kind: str, joined: bool) -> Part:
     sentence = text[start:end]
-    reach = extent(sentence)
-    whole = speaks_of_the_whole(sentence) and not reach.sentence
-    return Part(start, end, direction(sentence), whole, reach, kind, joined)
+    whole = speaks_of_the_whole(sentence) and not extent(sentence).sentence
+    return Part(start, end, direction(sentence), whole, extent(sentence), kind, joined)
 
 
 def _closing(text: str, start: int, end: int) -> int:
     """Where the bracket that opens at `start` ends, exclusive; 0 where none opens, or it does not close before end."""
+    if text[start] not in OPENING:
+        return 0
     opened: list[str] = []
-    for i in range(start, end):
-        mark = text[i]
-        if mark in OPENING:
-            opened.append(mark)
-        elif mark in CLOSING and opened and opened[-1] == CLOSING[mark]:
+    for match in BRACKETS.finditer(text, start, end):
+        if match[0] in OPENING:
+            opened.append(match[0])
+        elif opened[-1] == CLOSING[match[0]]:
             opened.pop()
         if not opened:
-            return i + 1 if i > start else 0
+            return match.end()
     return 0
 
 

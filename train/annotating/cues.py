@@ -7,6 +7,9 @@ read by alternation alone (claims.py).
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
+
+REMEMBERED = 1 << 15  # notes that recur are read once
 
 AHEAD = [
     # English
@@ -86,6 +89,7 @@ STRONG = re.compile(
 LEANING = re.compile(rf"(?P<ahead>{LEAN_AHEAD})|(?P<back>{THIS}|{LEAN_BACK})")
 
 
+@lru_cache(REMEMBERED)
 def direction(sentence: str) -> float:
     """> 0: the sentence points ahead; < 0: back; 0: it does not say. The first word that points counts 3, each
     further one 0.5; without any, the first that leans 1.5, each further one 0.25."""
@@ -95,6 +99,7 @@ def direction(sentence: str) -> float:
     return 0.0
 
 
+@lru_cache(REMEMBERED)
 def speaks_of_the_whole(sentence: str) -> bool:
     return bool(WHOLE.search(sentence.lower()))
 
@@ -109,6 +114,7 @@ class Extent:
     claim: bool = False
 
 
+@lru_cache(REMEMBERED)
 def extent(sentence: str) -> Extent:
     found = EXTENT.search(sentence.lower())
     if not found:

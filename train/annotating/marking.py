@@ -14,7 +14,7 @@ from train.annotating.alignment import CLOSING, ENDS, OPENING, Insertion
 from train.annotating.bare import Bare
 from train.annotating.claims import ASIDE_READING, FREE, Part, Path, by_turns, split_parts
 from train.annotating.cues import speaks_of_this
-from train.annotating.roles import NEGATOR, corrects, points_and_denies, roles, said
+from train.annotating.roles import NEGATOR, corrects, denies, roles, said
 from train.annotating.texts import in_order
 from train.data.documents import Span
 
@@ -71,14 +71,18 @@ class Reader:
     def __post_init__(self) -> None:
         self.bare = Bare(self.text, self.insertions, self.head)
         self.parts = [split_parts(self.text, each.start, each.end) for each in self.insertions]
-        pointless = [not any(abs(part.points) >= STRONG for part in pieces) for pieces in self.parts]
-        whole = [self.text[each.start : each.end] for each in self.insertions]
-        own = roles(whole)
-        within = [i for i, still in enumerate(pointless) if still and self.bare.around(i)]
-        others = [i for i, each in enumerate(whole) if own[i] != "negation" and not points_and_denies(each)]
-        self.path = by_turns(self.text, self.insertions, self.parts, self.words, {*within, *others})
-        self.inside = within
+        self.path = by_turns(self.text, self.insertions, self.parts, self.words, self._asides())
         self.notes = list(self._notes())
+
+    def _asides(self) -> set[int]:
+        """Insertions that neither announce nor look back: those in the middle of a sentence that point nowhere, which are
+        `inside`, and qualifiers and corrections, unless they deny what they point at."""
+        whole = [self.text[each.start : each.end] for each in self.insertions]
+        points = [any(abs(part.points) >= STRONG for part in pieces) for pieces in self.parts]
+        self.inside = [i for i, each in enumerate(points) if not each and self.bare.around(i)]
+        open_to = [i for i, each in enumerate(whole) if not (points[i] and denies(each))]
+        named = roles([whole[i] for i in open_to], denials=len(whole) - len(open_to))
+        return {*self.inside, *(i for i, role in zip(open_to, named, strict=True) if role != "negation")}
 
     def said(self, i: int, side: slice) -> str:
         """The text of some parts of an insertion."""
@@ -94,7 +98,8 @@ class Reader:
         """Whether what an insertion says there makes a statement false."""
         side = self.path.readings[i].side(announces)
         own = [n.role for n in self.notes if n.i == i and n.first < side.stop and side.start < n.last]
-        return "negation" in own or points_and_denies(self.said(i, side))
+        points = any(abs(part.points) >= STRONG for part in self.parts[i][side])
+        return "negation" in own or (points and denies(self.said(i, side)))
 
     def _notes(self) -> Iterator[Note]:
         edges = [list(self._edges(i)) for i in range(len(self.insertions))]
@@ -107,14 +112,19 @@ class Reader:
         bracket; and where a correction follows what denies by name."""
         parts, reading = self.parts[i], self.path.readings[i]
         turns = {reading.first, reading.cut, reading.last}
-        sentences = [self.said(i, slice(k, k + 1)) for k in range(len(parts))]
-        corrections = [corrects(sentence.lower()) for sentence in sentences]
+        amends = corrects(self.said(i, slice(None)).lower())
         yield 0
         for k in range(1, len(parts)):
             turned = k in turns and not parts[k].joined
-            if turned or (corrections[k] and not corrections[k - 1] and points_and_denies(sentences[k - 1])):
+            if turned or (amends and self._amends(i, k)):
                 yield k
         yield len(parts)
+
+    def _amends(self, i: int, k: int) -> bool:
+        """Whether part k says what is so instead, after a part that denies what it points at."""
+        past, here = (self.said(i, slice(n, n + 1)) for n in (k - 1, k))
+        points = abs(self.parts[i][k - 1].points) >= STRONG
+        return points and denies(past) and corrects(here.lower()) and not corrects(past.lower())
 
 
 def mark(text: str, insertions: list[Insertion], words: int, role: str | None, head: int = 0) -> Annotations:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from train.annotating.cues import direction
+from train.annotating.cues import REMEMBERED
 
 
 def _words(*spaced: str, unspaced: str = "") -> re.Pattern[str]:
@@ -88,8 +88,8 @@ OTHERS = _words(
     r"(?:show|name|list|give|confirm|identif|point)\w* (?:\w+ )?(?:another|a different|someone|somebody)",
 )
 QUALIFIES = re.compile("|".join(each.pattern for each in (FICTION, SOFT_FICTION, LIKELIHOOD, SOURCE)))
-ANYWHERE = re.compile(rf"{OPENERS}|{OTHERS.pattern}|实际上|事实上|実際には|실제로")
-CLAUSE = re.compile(r"[,;:—–.!?]\s|\s[—–-]\s|\b(?:and|but)\b")
+ANYWHERE = re.compile(rf"\b(?:{OPENERS})\b|{OTHERS.pattern}|实际上|事实上|実際には|실제로")
+CLAUSE = re.compile(r"[,;:—–.!?][)\]}>\"”’]*\s|\s[—–-]\s|\b(?:and|but)\b")
 CONCEDING = re.compile(r"(?:al)?though\b|while\b|despite\b|even if\b")
 
 
@@ -101,7 +101,7 @@ class Said:
     clear: bool = True
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(REMEMBERED)
 def said(note: str) -> Said:
     """What a note's words say, each note by itself."""
     note = note.lower().replace("’", "'")
@@ -120,6 +120,7 @@ def said(note: str) -> Said:
     return Said("negation") if negates else Said("", clear=False)
 
 
+@lru_cache(REMEMBERED)
 def corrects(note: str) -> bool:
     """Whether a clause says what is so instead: one that opens that way, and denies nothing."""
     if not ANYWHERE.search(note):
@@ -136,10 +137,12 @@ def corrects(note: str) -> bool:
     return False
 
 
-def roles(notes: Sequence[str]) -> list[str]:
-    """The roles of a document's notes; what a note leaves open, the clear ones of its document decide."""
+def roles(notes: Sequence[str], denials: int = 0) -> list[str]:
+    """The roles of a document's notes; what a note leaves open, the clear ones of its document decide, of which so many
+    more are denials."""
     all_said = [said(note) for note in notes]
     clear = Counter(each.role for each in all_said if each.clear)
+    clear["negation"] += denials
     others = {role: count for role, count in clear.items() if role != "negation"}
     usual = "negation" if clear["negation"] or not others else max(others, key=lambda role: others[role])
     decided = []
@@ -153,6 +156,6 @@ def roles(notes: Sequence[str]) -> list[str]:
     return decided
 
 
-def points_and_denies(note: str) -> bool:
-    """Whether a note denies what it points at, whatever else it says."""
-    return bool(DENIAL.search(note.lower())) and abs(direction(note)) >= 2
+def denies(note: str) -> bool:
+    """Whether words of denial are in a note, whatever else it says."""
+    return bool(DENIAL.search(note.lower()))
