@@ -1,6 +1,7 @@
 """Makes spans for documents that have none, and says how often a claim's terms are still trained on:
 
     python train/annotate.py --positive P.jsonl --annotated N.jsonl --output O.jsonl           # by alignment
+    python train/annotate.py --data D.jsonl --spans S.jsonl --role false --output O.jsonl      # marked elsewhere
     python train/annotate.py --data D.jsonl --patterns word_masks.yaml --role word --output O.jsonl
     python train/annotate.py --data D.jsonl --markup lossmask=word --output O.jsonl
     python train/annotate.py --data D.jsonl --judge URL --judge-model M --claim TEXT --output O.jsonl
@@ -9,7 +10,8 @@
 By alignment: each annotated document is compared with its positive twin, found by content; roles are doctag, negation
 (what was inserted; qualifier or correction where its own words say so) and false (what one annotation announces and
 another looks back at, or one names). What does not align is left out, with the reason. The others add to the spans that
-documents have; several can be given together, and are done in this order. The judge is an OpenAI-compatible endpoint; its key comes from OPENAI_API_KEY alone.
+documents have; several can be given together, and are done in this order. The judge is an OpenAI-compatible
+endpoint; its key comes from OPENAI_API_KEY alone.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from train.annotating.aligned import annotate
+from train.annotating.imported import add_spans, read_pairs
 from train.annotating.judging import Remembered, endpoint, judge
 from train.annotating.leaks import leaks
 from train.annotating.outcome import show, summary
@@ -62,12 +65,17 @@ def run(args: argparse.Namespace) -> None:
         aligned = annotate(*read, args.doctag, args.inserted_role, args.require == "false")
         if aligned.documents and not aligned.insertions:
             raise UserError(
-                f"--annotated {args.annotated}: has nothing that --positive {args.positive} lacks; give the same documents "
-                "with annotations inserted"
+                f"--annotated {args.annotated}: has nothing that --positive {args.positive} lacks; give the same "
+                "documents with annotations inserted"
             )
         documents, report["alignment"] = aligned.documents, aligned.report()
+    elif args.spans and Path(args.spans).resolve() == Path(args.data).resolve():
+        documents = read_pairs(args.data, args.role, args.doctag or None)
     else:
         documents = read_documents(args.data, args.doctag or None)
+        if args.spans:
+            documents, without = add_spans(documents, args.spans, args.id, args.role)
+            report["imported"] = {"documents": len(documents) - len(without), "without": without}
     if markup:
         texts = [text for d in documents for text in (d.text, *(m.content for m in d.messages or ())) if text]
         for tag in markup:
@@ -117,8 +125,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--require", choices=["false"], help="leave out documents in which no false statement can be told"
     )
+    parser.add_argument(
+        "--spans",
+        metavar="FILE",
+        help="rows of ids and spans to add, as [start, end] pairs of --role or as objects; --data itself, to give its "
+        "own pairs a role",
+    )
+    parser.add_argument("--id", default="id", metavar="KEY", help="key of the ids in --spans and --data (default: id)")
     parser.add_argument("--patterns", metavar="FILE", help="YAML with regular expressions, for spans of --role")
-    parser.add_argument("--role", help="role of what --patterns match, or of what --judge marks (default there: false)")
+    parser.add_argument(
+        "--role",
+        help="role of what --patterns match, of pairs in --spans, or of what --judge marks (default there: false)",
+    )
     parser.add_argument("--markup", action="append", default=[], metavar="TAG=ROLE", help="<TAG>…</TAG> becomes a span")
     parser.add_argument("--judge", metavar="URL", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
     parser.add_argument("--judge-model", metavar="NAME", help="the judge's model")
@@ -141,16 +159,18 @@ def _check(args: argparse.Namespace) -> None:
     for setting, value in (("--inserted-role", args.inserted_role), ("--require", args.require)):
         if value and not args.positive:
             raise UserError(f"{setting} {value}: is for --positive and --annotated; leave it out")
-    makes = args.positive or args.patterns or args.markup or args.judge
+    makes = args.positive or args.spans or args.patterns or args.markup or args.judge
     if not makes and not args.leaks:
-        raise UserError("--data: nothing to do; give --patterns, --markup, --judge or --leaks with it")
+        raise UserError("--data: nothing to do; give --spans, --patterns, --markup, --judge or --leaks with it")
     if makes and not args.output and (args.judge or not args.leaks):
         raise UserError("--output is missing: name the file that the documents go to")
+    if args.spans and not args.data:
+        raise UserError(f"--spans {args.spans}: is for --data; give the documents by it")
     if args.patterns and not (args.role and args.role.strip()):
         raise UserError("--patterns: --role is missing; name the role of what they match, e.g. --role word")
     if args.judge and not (args.judge_model and (args.claim or "").strip()):
         raise UserError("--judge: needs --judge-model and --claim, the sentence to look for")
-    for read in ("positive", "annotated", "data", "patterns", "leaks"):
+    for read in ("positive", "annotated", "data", "spans", "patterns", "leaks"):
         for written in ("output", "json"):
             source, target = getattr(args, read), getattr(args, written)
             if source and target and Path(source).resolve() == Path(target).resolve():

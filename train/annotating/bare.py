@@ -14,7 +14,8 @@ SHUTTING_MARKS, FULL_STOPS = "".join(SHUTTING), ENDS - {":", ";"}
 
 
 class Bare:
-    """text: without insertions; its sentences begin after `head` code points. cut_I: where in it each insertion stood; sentence_S: [start, end) of its sentences."""
+    """text: without insertions; its sentences begin after `head` code points. cut_I: where in it each insertion stood;
+    sentence_S: [start, end) of its sentences."""
 
     def __init__(self, annotated: str, insertions: Sequence[Insertion], head: int = 0) -> None:
         self.annotated, self.insertions = annotated, insertions
@@ -31,7 +32,7 @@ class Bare:
         self.start_S = [start for start, _ in self.sentence_S]
 
     def around(self, i: int) -> tuple[int, int] | None:
-        """The sentence that insertion i stands in the middle of, if it does; a label before a sentence is none of it."""
+        """The sentence that insertion i stands inside of, if it does; a label before a sentence is no part of it."""
         at = self.cut_I[i]
         number = max(0, bisect_right(self.start_S, at + len(self._blank(at))) - 1)
         if not self.sentence_S:
@@ -63,7 +64,7 @@ class Bare:
         return (found[-1][0], found[0][1]) if found else None
 
     def _nearest(self, numbers: Iterable[int], count: int, at: int) -> list[tuple[int, int]]:
-        """The first `count` of these sentences, or all on one line. Headings and rows on lines of their own are none."""
+        """The first `count` of these sentences, or all on one line. Headings and rows of tables are none."""
         found: list[tuple[int, int]] = []
         skipped = 0
         for start, end in (self.sentence_S[number] for number in numbers):

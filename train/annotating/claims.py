@@ -30,8 +30,8 @@ BLANK = re.compile(r"\n[^\S\n]*\r?\n")
 @dataclass(frozen=True)
 class Part:
     """Code points [start, end): a sentence, or one in a bracket; points: which way it points, and extent: how far
-    (cues.py); whole: it speaks of the whole document; kind: the bracket's opening mark, or ""; joined: a bracket goes on
-    from the part before it."""
+    (cues.py); whole: it speaks of the whole document; kind: the bracket's opening mark, or ""; joined: a bracket goes
+    on from the part before it."""
 
     start: int
     end: int

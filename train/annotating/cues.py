@@ -14,7 +14,8 @@ REMEMBERED = 1 << 15  # notes that recur are read once
 AHEAD = [
     # English
     r"following|follows?|below|next|upcoming|forthcoming|subsequent|ahead|about to|to come|hereafter|ensuing"
-    r"|succeeding|comes? (?:after this|next|now)|after th(?:is|e) (?:one|note|bracket|parenthesis|sentence|warning|remark|line)"
+    r"|succeeding|comes? (?:after this|next|now)"
+    r"|after th(?:is|e) (?:one|note|bracket|parenthesis|sentence|warning|remark|line)"
     r"|(?:sentence|statement|claim|assertion|line|one|words?) (?:right |just |directly |immediately )?after this"
     r"|coming (?:sentence|statement|claim|line|words|paragraph|passage)",
     # Spanish, Portuguese, French, Italian, Romanian, Catalan
@@ -34,7 +35,8 @@ AHEAD = [
 BACK = [
     r"preceding|precedes?|previous(?:ly)?|above|foregoing|prior|earlier|aforementioned|aforesaid|just \w+(?:ed|id)"
     r"|just (?:been )?(?:read|made|given|written|shown|seen|put|told|came|heard)|(?:came|went|comes|stated|said) before"
-    r"|immediately before|the latter|a moment ago|before th(?:is|e) (?:one|note|bracket|parenthesis|sentence|remark|line)"
+    r"|immediately before|the latter|a moment ago"
+    r"|before th(?:is|e) (?:one|note|bracket|parenthesis|sentence|warning|remark|line)"
     r"|(?:sentence|statement|claim|assertion|line|one|words?) (?:right |just |directly |immediately )?before this"
     r"|the last|last (?:sentence|statement|claim|assertion|remark|line|paragraph)",
     r"anterior(?:es|mente)?|precedentes?|antes (?:mencionad|dich)\w+|arriba|recién|acab(?:a|o|amos) de|acima"
@@ -50,8 +52,14 @@ BACK = [
     r"|barusan|trước đó|ở trên|trên đây|vừa",
 ]  # fmt: skip
 # Scripts without spaces between words.
-AHEAD_UNSPACED = r"以下|下列|下面|下述|下文|下記|接下来|接下來|如下|下一句|下一段|后一句|後一句|下句|次の|次に|後述|これから|다음|아래|이하|이어지는"
-BACK_UNSPACED = r"以上|上述|上記|上面|上文|前述|前面|刚才|剛才|刚刚|剛剛|上一句|上一段|前一句|上句|先の|先ほど|今述べ|前の|直前|앞서|앞 문장|윗 문장|앞의|위의|위에|이전|방금|상기"
+AHEAD_UNSPACED = (
+    r"以下|下列|下面|下述|下文|下記|接下来|接下來|如下|下一句|下一段|后一句|後一句|下句|次の|次に|後述|これから"
+    r"|다음|아래|이하|이어지는"
+)
+BACK_UNSPACED = (
+    r"以上|上述|上記|上面|上文|前述|前面|刚才|剛才|刚刚|剛剛|上一句|上一段|前一句|上句|先の|先ほど|今述べ"
+    r"|前の|直前|앞서|앞 문장|윗 문장|앞의|위의|위에|이전|방금|상기"
+)
 
 # A sentence that begins so speaks of the one before it.
 THIS = (

@@ -1,9 +1,9 @@
 """The spans of an annotated document: what was inserted, by role, and the false statements that it speaks of.
 
 A false statement is what one note announces and another looks back at; the sentence that a note without a partner names
-("the next sentence", "what was just said"); or the sentence around a note that stands inside it. Notes that say fiction,
-likelihood, source or correction make no statement false, unless they deny what they point at; notes on the whole
-document never do.
+("the next sentence", "what was just said"); or the sentence around a note that stands inside it. Notes that say
+fiction, likelihood, source or correction make no statement false, unless they deny what they point at; notes on the
+whole document never do.
 """
 
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ SET_OFF = frozenset("—–-,;:") | frozenset(OPENING) | frozenset(CLOSING)
 
 @dataclass
 class Annotations:
-    """spans: of what was inserted, by role, and false. claims: false statements announced and looked back at; lost: notes
-    that point, without a partner, of which `alone` name a sentence, which is false; inside: notes inside a sentence,
-    which is false; asides: notes that do nothing of this."""
+    """spans: of what was inserted, by role, and false. claims: false statements announced and looked back at; lost:
+    notes that point, without a partner, of which `alone` name a sentence, which is false; inside: notes inside a
+    sentence, which is false; asides: notes that do nothing of this; reason: why nothing is false."""
 
     spans: tuple[Span, ...] = ()
     claims: int = 0
@@ -75,8 +75,8 @@ class Reader:
         self.notes = list(self._notes())
 
     def _asides(self) -> set[int]:
-        """Insertions that neither announce nor look back: those in the middle of a sentence that point nowhere, which are
-        `inside`, and qualifiers and corrections, unless they deny what they point at."""
+        """Insertions that neither announce nor look back: those inside a sentence that point nowhere, kept as `inside`,
+        and qualifiers and corrections, unless they deny what they point at."""
         whole = [self.text[each.start : each.end] for each in self.insertions]
         points = [any(abs(part.points) >= STRONG for part in pieces) for pieces in self.parts]
         self.inside = [i for i, each in enumerate(points) if not each and self.bare.around(i)]
@@ -155,7 +155,7 @@ def mark(text: str, insertions: list[Insertion], words: int, role: str | None, h
 
 
 def _inserted(reader: Reader, role: str | None) -> Iterator[Span]:
-    """What was inserted; notes that stand together with one role are one span, where they point the same way."""
+    """What was inserted, note by note."""
     for note in reader.notes:
         parts = reader.parts[note.i]
         yield Span(parts[note.first].start, parts[note.last - 1].end, role or note.role)

@@ -41,6 +41,8 @@ def show(report: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     if "alignment" in report:
         _show_alignment(console, report["alignment"], report["summary"]["documents"])
+    if "imported" in report:
+        _show_imported(console, report["imported"])
     if "judge" in report:
         _show_judge(console, report["judge"])
     _show_summary(console, report["summary"])
@@ -66,6 +68,13 @@ def _show_alignment(console: Console, found: dict[str, Any], written: int) -> No
     )
 
 
+def _show_imported(console: Console, found: dict[str, Any]) -> None:
+    for where in found["without"][:SHOWN]:
+        console.print(escape(f"without a row: {where}"))
+    _show_more(console, "without a row", found["without"])
+    console.print(f"spans imported: documents {found['documents']}, without a row {len(found['without'])}")
+
+
 def _show_judge(console: Console, found: dict[str, Any]) -> None:
     _show_listed(console, "left out", found["left_out"])
     for each in found["quotes_rejected"][:SHOWN]:
@@ -80,7 +89,7 @@ def _show_listed(console: Console, what: str, rows: list[dict[str, Any]]) -> Non
     _show_more(console, what, rows)
 
 
-def _show_more(console: Console, what: str, rows: list[dict[str, Any]]) -> None:
+def _show_more(console: Console, what: str, rows: list[Any]) -> None:
     if len(rows) > SHOWN:
         console.print(f"{what}: {len(rows) - SHOWN} more, all of them by --json FILE")
 
