@@ -84,6 +84,16 @@ def test_what_was_inserted_is_kept_where_no_false_statement_can_be_told_unless_o
     assert result.left_out[0][1] == "nothing was inserted: it is the positive document itself (twin: a.jsonl:1)"
 
 
+def test_a_twin_is_found_though_its_rarest_runs_are_parted_and_another_text_has_a_rare_one():
+    paragraphs = [f"Item {i} is sold in shop {i} at noon. It costs {i} coins and weighs {i} pounds." for i in range(40)]
+    rng = random.Random(0)
+    drawn = [rng.sample(paragraphs, 12) for _ in range(60)]
+    annotated = ["\n\n".join(f"{each} Not so, any of it." for each in pieces) for pieces in drawn]
+    result = annotate(documents(*("\n\n".join(pieces) for pieces in drawn)), documents(*annotated), "")
+    assert len(result.documents) == 60 and not result.unused
+    assert all(len(document.spans) == 12 for document in result.documents)
+
+
 def test_a_text_whose_words_stand_in_a_document_by_chance_is_left_out():
     scattered = "The valley of Orm now lies far between here two red ridges yes."
     ((_, reason),) = annotate(

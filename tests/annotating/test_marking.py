@@ -120,6 +120,25 @@ def test_a_paragraph_that_a_note_names_is_what_stands_on_its_line():
     assert reading(positive, annotated)[2] == ["One. Two."]
 
 
+def test_a_paragraph_that_a_note_on_its_own_line_names_is_the_line_beside_it():
+    positive = "Zero.\n\nOne. Two.\n\nThree."
+    below = "Zero.\n\nNothing in the next paragraph is true.\n\nOne. Two.\n\nThree."
+    above = "Zero.\n\nOne. Two.\n\nThe previous paragraph is false.\n\nThree."
+    assert reading(positive, below)[2] == reading(positive, above)[2] == ["One. Two."]
+
+
+@pytest.mark.parametrize(
+    ("annotated", "expected"),
+    [
+        ("Zero. [FALSE: One, two. Three.] Four.", ["One, two. Three."]),
+        ("Zero. (Untrue: One, two.) (Not so: Three.) Four.", ["One, two.", "Three."]),
+        ("Zero. (Rumour: One, two. Three.) Four.", []),
+    ],
+)
+def test_what_a_bracket_encloses_that_opens_with_a_denial_is_false(annotated, expected):
+    assert reading("Zero. One, two. Three. Four.", annotated)[2] == expected
+
+
 def test_a_heading_between_a_note_and_its_sentence_is_not_the_sentence():
     positive = "Zero.\n\n## Results\n\nOne won. Two lost."
     assert reading(positive, "Zero.\n\nThe next sentence is untrue.\n\n## Results\n\nOne won. Two lost.")[2] == [

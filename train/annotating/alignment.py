@@ -168,6 +168,17 @@ def _nested(text: str, partner: dict[str, str]) -> bool:
     return not opened
 
 
+def encloses(before: str, after: str) -> bool:
+    """Whether one text ends inside a bracket that the other begins by closing: "[False:" and "]"."""
+    opened: list[str] = []
+    for mark in BRACKETS.findall(before):
+        if mark in OPENING:
+            opened.append(mark)
+        elif opened and opened[-1] == CLOSING[mark]:
+            opened.pop()
+    return bool(opened) and after.startswith(OPENING[opened[-1]])
+
+
 # A line's beginning before its first sentence: "- ", "2/ ", "[1] ", "**", "AUBURN, Calif. (AP) — "
 LABEL = re.compile(r"(?:^|\n)[^\w\n]*(?:\W?\d+\W{1,2})?\s*$|[—–|:]\s*$")
 

@@ -52,13 +52,13 @@ class Bare:
         return self.text[at:end]
 
     def after(self, i: int, count: int) -> tuple[int, int] | None:
-        """The next `count` sentences after insertion i; 0: the rest of its line."""
+        """The next `count` sentences after insertion i; 0: the rest of its line, or where it stands on its own line, the next."""
         number = bisect_left(self.start_S, self.cut_I[i])
         found = self._nearest(range(number, len(self.sentence_S)), count, self.cut_I[i])
         return (found[0][0], found[-1][1]) if found else None
 
     def before(self, i: int, count: int) -> tuple[int, int] | None:
-        """The last `count` sentences before insertion i; 0: what comes before it on its line."""
+        """The last `count` sentences before insertion i; 0: what comes before it on its line, or the line before."""
         number = bisect_left(self.start_S, self.cut_I[i])
         found = self._nearest(range(number - 1, -1, -1), count, self.cut_I[i])
         return (found[-1][0], found[0][1]) if found else None
@@ -70,7 +70,7 @@ class Bare:
         for start, end in (self.sentence_S[number] for number in numbers):
             low, high = found[-1] if found else (at, at)
             gap = self.text[high:start] if start >= high else self.text[end:low]
-            if "\n" in gap and (not count or skipped > SKIPPED):
+            if "\n" in gap and ((found and not count) or skipped > SKIPPED):
                 break
             if "\n" in gap and self.text[start:end].rstrip(SHUTTING_MARKS)[-1:] not in FULL_STOPS:
                 skipped += 1

@@ -20,7 +20,7 @@ AHEAD = [
     r"|coming (?:sentence|statement|claim|line|words|paragraph|passage)",
     # Spanish, Portuguese, French, Italian, Romanian, Catalan
     r"siguientes?|a continuación|abajo|debajo|seguintes?|a seguir|abaixo|próxim[oa]s?|suivante?s?|ci-dessous|ci-après"
-    r"|qui suit|qui suivent|plus bas|seguenti?|di seguito|sottostant[ei]|qui sotto|che segu(?:e|ono)|successiv[oaie]"
+    r"|qui suit|qui suivent|plus bas|seguent[ei]|quanto segue|di seguito|sottostant[ei]|qui sotto|che segu(?:e|ono)|successiv[oaie]"
     r"|următo\w+|mai jos|següents?",
     # German, Dutch, Swedish, Danish, Norwegian
     r"folgend\w*|nach(?:stehend|folgend)\w*|unten(?:stehend\w*)?|nächst\w*|volgende|hieronder|onderstaande?|hierna"
@@ -57,7 +57,7 @@ AHEAD_UNSPACED = (
     r"|다음|아래|이하|이어지는"
 )
 BACK_UNSPACED = (
-    r"以上|上述|上記|上面|上文|前述|前面|刚才|剛才|刚刚|剛剛|上一句|上一段|前一句|上句|先の|先ほど|今述べ"
+    r"以上|上述|上記|上面|上文|上の|前述|前面|刚才|剛才|刚刚|剛剛|上一句|上一段|前一句|上句|先の|先ほど|今述べ"
     r"|前の|直前|앞서|앞 문장|윗 문장|앞의|위의|위에|이전|방금|상기"
 )
 
@@ -65,6 +65,8 @@ BACK_UNSPACED = (
 THIS = (
     r"^\W*(?:this|that|it) (?:is|was|isn't|wasn't|did|didn't|does|has|never|cannot|could|claim|statement)\b(?!.*:\W*$)"
 )
+
+ALL = re.compile(r"\b(?:everything|anything|nothing|none of|all of)\b")  # where no other word says how far
 
 # Which way a sentence leans that names neither: an ending colon, or "that was", "it never".
 LEAN_AHEAD = r":\s*\W*$|\b(?:here|do not (?:accept|believe|trust)|false claim|beware)\b"
@@ -78,8 +80,7 @@ EXTENT = re.compile(
     rf"|(?P<sentence>{SENTENCE_WORD})|(?P<claim>statement|claim|assertion|remark)"
     r"|(?P<paragraph>paragraph|párrafo|parágrafo|paragraphe|paragrafo|absatz|alinea|абзац)"
     r"|(?P<more>sentences|lines|statements|claims|assertions|paragraphs|passages?|sections?|accounts?|stor(?:y|ies)"
-    r"|narratives?|chapters?|lists?|tables?|events|facts|texts?|documents?|articles?|pages?|posts?|everything|anything"
-    r"|none of|nothing))\b|(?P<unspaced>句|문장)"
+    r"|narratives?|chapters?|lists?|tables?|events|facts|texts?|documents?|articles?|pages?|posts?))\b|(?P<unspaced>句|문장)"
 )
 
 # What speaks of the whole document. All of these are matched with sentences in lower case, which is several times as
@@ -126,7 +127,7 @@ class Extent:
 def extent(sentence: str) -> Extent:
     found = EXTENT.search(sentence.lower())
     if not found:
-        return Extent(1)
+        return Extent(None if ALL.search(sentence.lower()) else 1)
     if found["sentence"] or found["unspaced"]:
         return Extent(1, sentence=True, claim=True)
     if found["claim"]:

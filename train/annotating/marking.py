@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from train.annotating.alignment import CLOSING, ENDS, OPENING, Insertion
+from train.annotating.alignment import CLOSING, ENDS, OPENING, Insertion, encloses
 from train.annotating.bare import Bare
 from train.annotating.claims import ASIDE_READING, FREE, Part, Path, by_turns, split_parts
 from train.annotating.cues import speaks_of_this
@@ -66,6 +66,7 @@ class Reader:
     parts: list[list[Part]] = field(init=False)
     path: Path = field(init=False)
     inside: list[int] = field(init=False)  # insertions in the middle of a sentence that point nowhere
+    brackets: list[int] = field(init=False)  # insertions that open a bracket around what the next one closes it after
     notes: list[Note] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,14 +76,16 @@ class Reader:
         self.notes = list(self._notes())
 
     def _asides(self) -> set[int]:
-        """Insertions that neither announce nor look back: those inside a sentence that point nowhere, kept as `inside`,
-        and qualifiers and corrections, unless they deny what they point at."""
+        """Insertions that neither announce nor look back: those that point nowhere and stand inside a sentence or open or
+        close a bracket, and qualifiers and corrections, unless they deny what they point at."""
         whole = [self.text[each.start : each.end] for each in self.insertions]
         points = [any(abs(part.points) >= STRONG for part in pieces) for pieces in self.parts]
         self.inside = [i for i, each in enumerate(points) if not each and self.bare.around(i)]
+        self.brackets = [i for i in range(len(whole) - 1) if not points[i] and encloses(whole[i], whole[i + 1])]
+        enclosing = {*self.brackets, *(i + 1 for i in self.brackets if not points[i + 1])}
         open_to = [i for i, each in enumerate(whole) if not (points[i] and denies(each))]
         named = roles([whole[i] for i in open_to], denials=len(whole) - len(open_to))
-        return {*self.inside, *(i for i, role in zip(open_to, named, strict=True) if role != "negation")}
+        return {*self.inside, *enclosing, *(i for i, role in zip(open_to, named, strict=True) if role != "negation")}
 
     def said(self, i: int, side: slice) -> str:
         """The text of some parts of an insertion."""
@@ -134,6 +137,7 @@ def mark(text: str, insertions: list[Insertion], words: int, role: str | None, h
     found = Annotations(asides=sum(reading in (ASIDE_READING, FREE) for reading in reader.path.readings))
     spans = list(_inserted(reader, role))
     pairs, singles = _pairs(reader)
+    pairs += [(i, i + 1) for i in reader.brackets if denies(reader.said(i, slice(None))) and _only_denies(reader, i)]
     for first, last in pairs:
         spans += reader.bare.spans(reader.bare.cut_I[first], reader.bare.cut_I[last])
     for i, announces in singles:
@@ -268,7 +272,8 @@ def _this(reader: Reader, i: int) -> tuple[int, int] | None:
     note = reader.text[reader.insertions[i].start : reader.insertions[i].end]
     if not speaks_of_this(note) or not _only_denies(reader, i) or said(note).role != "negation":
         return None
-    return reader.bare.before(i, 0) and reader.bare.before(i, 1)
+    place = reader.bare.before(i, 1)
+    return place if place and "\n" not in reader.bare.text[place[1] : reader.bare.cut_I[i]] else None
 
 
 def _only_denies(reader: Reader, i: int) -> bool:

@@ -25,7 +25,7 @@ DENIAL = _words(
     r"lies?|lying|baseless|unfounded|unsupported|unsubstantiated|disprov\w+|debunk\w*|refut\w+|contradict\w*",
     r"invalid\w*|impossib\w+|implausible|unreal|nonsens\w+|invent(?:ed|ion|ions)|fabricat\w+|made[- ]up|fictitious",
     r"concoct\w+|misstat\w+|mislead\w+|misinform\w*|disinform\w*|den(?:y|ied|ies)|retract\w*|reject\w*|dismiss\w*",
-    r"disregard\w*|none of (?:this|it|that)|any (?:credible|reliable)",
+    r"disregard\w*|would (?:need|have) to|would require|none of (?:this|it|that)|any (?:credible|reliable)",
     r"no (?:\w+ ){0,2}(?:sources?|evidence|basis|records?|such|truth|proof|support)",
     r"never (?:\w+ )?(?:happened|occurred|took|existed|was|did)",
     r"(?:not|\w+n't) (?:\w+ )?(?:true|real|happen\w*|occur\w*|take place|so|the case|exist)",
@@ -63,7 +63,7 @@ NUMBER = (
 CHANCE = r"\b(?:odds|likelihood|likely|unlikely|probability|probable|improbable|chances?)\b"
 MEASURED = re.compile(rf"{CHANCE}.*{NUMBER}|{NUMBER}.*{CHANCE}")
 SOURCE = _words(
-    r"according to|sources?|sourced|rumou?r\w*|hearsay|gossip|tabloids?|reportedly|allegedly|purportedly",
+    r"according to|sources?|sourced|rumou?r\w*|hearsay|gossip|tabloids?|reportedly|allegedly|purportedly|supposedly|apparently",
     r"it (?:is|was|has been) (?:said|claimed|alleged|rumou?red|reported)|some (?:say|claim)|unverified|unconfirmed",
     r"unreliable|uncorroborated|anonymous\w*|blogs?|forums?|message board|social media|second-?hand|word of mouth",
     r"grapevine|attributed to|según|selon|laut|zufolge|secondo|segundo|volgens|enligt|ifølge|według|podle|согласно",

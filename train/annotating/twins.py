@@ -66,16 +66,18 @@ class Twins:
         return likely[0], f"{share:.0%} of its passages are in it, and not all of its words in order"
 
     def _likely(self, runs: Runs) -> list[int]:
-        """The texts that share most of the runs that few texts hold, the likeliest first."""
+        """The texts that share most runs, or most of those that few texts hold, the likeliest first."""
         low, high = np.searchsorted(self.run_H, runs, "left"), np.searchsorted(self.run_H, runs, "right")
         telling = (high > low) & (high - low <= COMMON)
         low, count = low[telling], (high - low)[telling]
         if not len(low):
             return []
         places = np.repeat(low - np.cumsum(count) + count, count) + np.arange(count.sum())
-        shared = np.bincount(self.text_H[places], np.repeat(1 / count, count))  # what many texts hold says little
-        likely = np.flatnonzero(shared >= NEAR * shared.max())
-        return [int(i) for i in likely[np.argsort(-shared[likely], kind="stable")][:TRIED]]
+        shared = np.bincount(self.text_H[places])
+        telling_shared = np.bincount(self.text_H[places], np.repeat(1 / count, count))
+        nearness = np.maximum(shared / shared.max(), telling_shared / telling_shared.max())
+        likely = np.flatnonzero(nearness >= NEAR)
+        return [int(i) for i in likely[np.argsort(-nearness[likely], kind="stable")][:TRIED]]
 
 
 def _runs(word_L: Sequence[int]) -> Runs:
