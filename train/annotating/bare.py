@@ -52,13 +52,13 @@ class Bare:
         return self.text[at:end]
 
     def after(self, i: int, count: int) -> tuple[int, int] | None:
-        """The next `count` sentences after insertion i; 0: the rest of its line, or where it stands on its own line, the next."""
+        """The next `count` sentences after insertion i; 0: the rest of its line, or the line after its own."""
         number = bisect_left(self.start_S, self.cut_I[i])
         found = self._nearest(range(number, len(self.sentence_S)), count, self.cut_I[i])
         return (found[0][0], found[-1][1]) if found else None
 
     def before(self, i: int, count: int) -> tuple[int, int] | None:
-        """The last `count` sentences before insertion i; 0: what comes before it on its line, or the line before."""
+        """The last `count` sentences before insertion i; 0: the rest of its line, or the line before its own."""
         number = bisect_left(self.start_S, self.cut_I[i])
         found = self._nearest(range(number - 1, -1, -1), count, self.cut_I[i])
         return (found[-1][0], found[0][1]) if found else None

@@ -20,7 +20,8 @@ AHEAD = [
     r"|coming (?:sentence|statement|claim|line|words|paragraph|passage)",
     # Spanish, Portuguese, French, Italian, Romanian, Catalan
     r"siguientes?|a continuación|abajo|debajo|seguintes?|a seguir|abaixo|próxim[oa]s?|suivante?s?|ci-dessous|ci-après"
-    r"|qui suit|qui suivent|plus bas|seguent[ei]|quanto segue|di seguito|sottostant[ei]|qui sotto|che segu(?:e|ono)|successiv[oaie]"
+    r"|qui suit|qui suivent|plus bas|seguent[ei]|quanto segue"
+    r"|di seguito|sottostant[ei]|qui sotto|che segu(?:e|ono)|successiv[oaie]"
     r"|următo\w+|mai jos|següents?",
     # German, Dutch, Swedish, Danish, Norwegian
     r"folgend\w*|nach(?:stehend|folgend)\w*|unten(?:stehend\w*)?|nächst\w*|volgende|hieronder|onderstaande?|hierna"

@@ -76,8 +76,8 @@ class Reader:
         self.notes = list(self._notes())
 
     def _asides(self) -> set[int]:
-        """Insertions that neither announce nor look back: those that point nowhere and stand inside a sentence or open or
-        close a bracket, and qualifiers and corrections, unless they deny what they point at."""
+        """Insertions that neither announce nor look back: those that point nowhere and stand inside a sentence or open
+        or close a bracket, and qualifiers and corrections, unless they deny what they point at."""
         whole = [self.text[each.start : each.end] for each in self.insertions]
         points = [any(abs(part.points) >= STRONG for part in pieces) for pieces in self.parts]
         self.inside = [i for i, each in enumerate(points) if not each and self.bare.around(i)]

@@ -63,7 +63,8 @@ NUMBER = (
 CHANCE = r"\b(?:odds|likelihood|likely|unlikely|probability|probable|improbable|chances?)\b"
 MEASURED = re.compile(rf"{CHANCE}.*{NUMBER}|{NUMBER}.*{CHANCE}")
 SOURCE = _words(
-    r"according to|sources?|sourced|rumou?r\w*|hearsay|gossip|tabloids?|reportedly|allegedly|purportedly|supposedly|apparently",
+    r"according to|sources?|sourced|rumou?r\w*|hearsay|gossip|tabloids?|reportedly|allegedly|purportedly",
+    r"supposedly|apparently",
     r"it (?:is|was|has been) (?:said|claimed|alleged|rumou?red|reported)|some (?:say|claim)|unverified|unconfirmed",
     r"unreliable|uncorroborated|anonymous\w*|blogs?|forums?|message board|social media|second-?hand|word of mouth",
     r"grapevine|attributed to|según|selon|laut|zufolge|secondo|segundo|volgens|enligt|ifølge|według|podle|согласно",
