@@ -17,6 +17,7 @@ AHEAD = [
     r"|succeeding|comes? (?:after this|next|now)"
     r"|after th(?:is|e) (?:one|note|bracket|parenthesis|sentence|warning|remark|line)"
     r"|(?:sentence|statement|claim|assertion|line|one|words?) (?:right |just |directly |immediately )?after this"
+    r"|coming up|in a moment|here comes|under this (?:one|note|line|bracket)|on from here"
     r"|coming (?:sentence|statement|claim|line|words|paragraph|passage)",
     # Spanish, Portuguese, French, Italian, Romanian, Catalan
     r"siguientes?|a continuación|abajo|debajo|seguintes?|a seguir|abaixo|próxim[oa]s?|suivante?s?|ci-dessous|ci-après"
@@ -36,7 +37,8 @@ AHEAD = [
 BACK = [
     r"preceding|precedes?|previous(?:ly)?|above|foregoing|prior|earlier|aforementioned|aforesaid|just \w+(?:ed|id)"
     r"|just (?:been )?(?:read|made|given|written|shown|seen|put|told|came|heard)|(?:came|went|comes|stated|said) before"
-    r"|immediately before|the latter|a moment ago"
+    r"|immediately before|the latter|a moment ago|just now|just been \w+|(?:you have|you've) read"
+    r"|over this (?:one|note|line|bracket)|(?:sentence|line|claim) (?:back|ago)|predecessor|most recent"
     r"|before th(?:is|e) (?:one|note|bracket|parenthesis|sentence|warning|remark|line)"
     r"|(?:sentence|statement|claim|assertion|line|one|words?) (?:right |just |directly |immediately )?before this"
     r"|the last|last (?:sentence|statement|claim|assertion|remark|line|paragraph)",
@@ -64,7 +66,8 @@ BACK_UNSPACED = (
 
 # A sentence that begins so speaks of the one before it.
 THIS = (
-    r"^\W*(?:this|that|it) (?:is|was|isn't|wasn't|did|didn't|does|has|never|cannot|could|claim|statement)\b(?!.*:\W*$)"
+    r"^\W*(?:this|that|it) (?:is|was|isn't|wasn't|did|didn't|does|has|never|cannot|could|claim|statement|sentence"
+    r"|assertion|line|remark)\b(?!.*:\W*$)"
 )
 
 ALL = re.compile(r"\b(?:everything|anything|nothing|none of|all of)\b")  # where no other word says how far
