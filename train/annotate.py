@@ -27,7 +27,7 @@ from train.annotating.leaks import leaks
 from train.annotating.outcome import show, summary
 from train.annotating.rules import mark_matches, parse_markup, read_patterns, take_out_markup
 from train.annotating.texts import changed, json_line, write, write_documents
-from train.data.documents import read_documents
+from train.data.documents import Document, read_documents
 from train.errors import UserError
 from train.masking.grammar import check_role, parse_mask
 
@@ -60,22 +60,7 @@ def run(args: argparse.Namespace) -> None:
         )
     report: dict[str, Any] = {}
 
-    if args.positive:
-        read = read_documents(args.positive), read_documents(args.annotated)
-        aligned = annotate(*read, args.doctag, args.inserted_role, args.require == "false")
-        if aligned.documents and not aligned.insertions:
-            raise UserError(
-                f"--annotated {args.annotated}: has nothing that --positive {args.positive} lacks; give the same "
-                "documents with annotations inserted"
-            )
-        documents, report["alignment"] = aligned.documents, aligned.report()
-    elif args.spans and Path(args.spans).resolve() == Path(args.data).resolve():
-        documents = read_pairs(args.data, args.role, args.doctag or None)
-    else:
-        documents = read_documents(args.data, args.doctag or None)
-        if args.spans:
-            documents, without = add_spans(documents, args.spans, args.id, args.role)
-            report["imported"] = {"documents": len(documents) - len(without), "without": without}
+    documents = _documents(args, report)
     if markup:
         texts = [text for d in documents for text in (d.text, *(m.content for m in d.messages or ())) if text]
         for tag in markup:
@@ -107,6 +92,27 @@ def run(args: argparse.Namespace) -> None:
                 f"--output {args.output}: every document was left out, so nothing is written; see above why"
             )
         write_documents(Path(args.output), documents)
+
+
+def _documents(args: argparse.Namespace, report: dict[str, Any]) -> list[Document]:
+    """The documents read, with spans by alignment or import, which are reported."""
+    if args.positive:
+        read = read_documents(args.positive), read_documents(args.annotated)
+        aligned = annotate(*read, args.doctag, args.inserted_role, args.require == "false")
+        if aligned.documents and not aligned.insertions:
+            raise UserError(
+                f"--annotated {args.annotated}: has nothing that --positive {args.positive} lacks; give the same "
+                "documents with annotations inserted"
+            )
+        report["alignment"] = aligned.report()
+        return aligned.documents
+    if args.spans and Path(args.spans).resolve() == Path(args.data).resolve():
+        return read_pairs(args.data, args.role, args.doctag or None)
+    documents = read_documents(args.data, args.doctag or None)
+    if args.spans:
+        documents, without = add_spans(documents, args.spans, args.id, args.role)
+        report["imported"] = {"documents": len(documents) - len(without), "without": without}
+    return documents
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -73,6 +73,11 @@ def test_the_case_of_pairs_is_converted(tmp_path):
         ([{"id": 1, "spans": [[3, 4]]}], ["--role", "x"], "[3, 4) is nothing but white space"),
         ([{"id": 1, "spans": [[1, 2, 3]]}], ["--role", "x"], "[1, 2, 3] is no span; give [start, end] pairs"),
         ([{"id": 1, "spans": [{"start": 0, "end": 1, "role": 3}]}], [], "role 3 is no name"),
+        (
+            [{"id": 1, "spans": [{"start": 0, "end": 1, "role": "a,b"}]}],
+            [],
+            "spans[0]: 'a,b' cannot be named in --mask",
+        ),
         ([{"id": 9, "spans": []}], [], "s.jsonl:1: no document has the id 9; name the documents' key by --id"),
         ([{"id": 1, "spans": []}, {"spans": []}], [], "s.jsonl:2: id is missing, and other rows have it"),
         ([{"spans": []}], [], "has 1 rows without an id for 2 documents"),

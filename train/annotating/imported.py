@@ -17,6 +17,7 @@ from typing import Any
 from train.annotating.texts import changed, in_order, trimmed
 from train.data.documents import Document, Span, read_documents
 from train.errors import UserError
+from train.masking.grammar import check_role
 
 RULE = "give [start, end] pairs or objects with start, end and role"
 
@@ -108,6 +109,7 @@ def _span(span: dict[str, Any], text: str, where: str) -> Span:
         )
     if not isinstance(role, str) or not role.strip():
         raise UserError(f"{where}: role {json.dumps(role)} is no name; say what the span is, e.g. false")
+    check_role(role, where)
     found = trimmed(text, start, end, role)
     if not found:
         raise UserError(f"{where}: [{start}, {end}) is nothing but white space; leave it out")
