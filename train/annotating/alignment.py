@@ -22,6 +22,7 @@ CLOSING = dict(zip(")]}>）】」』》］", "([{<（【「『《［", strict=Tr
 OPENING = {opening: closing for closing, opening in CLOSING.items()}
 BRACKETS = re.compile("[" + re.escape("".join([*OPENING, *CLOSING])) + "]")
 QUOTES = "\"'”’»*_`|~"  # closing quotes, and what markup puts around text
+UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # kana and Han, which no white space parts into words
 SHUTTING = frozenset(QUOTES) | frozenset(CLOSING)
 
 
@@ -49,8 +50,8 @@ class Insertion:
 
 
 def words_alone(text: str, doctag: str) -> list[str]:
-    """Words, single punctuation marks, and `doctag` where it stands. One that the text begins with is left out: whether
-    both documents have it does not matter."""
+    """Words, single punctuation marks, kana and Han characters, and `doctag` where it stands. One that the text begins
+    with is left out: whether both documents have it does not matter."""
     return _word(doctag).findall(text, _start(text, doctag))
 
 
@@ -76,7 +77,7 @@ def split_words(text: str, doctag: str) -> Words:
 
 @lru_cache
 def _word(doctag: str) -> re.Pattern[str]:
-    pattern = r"[^\W_]+|[^\w\s]|_"
+    pattern = rf"[^\W_{UNSPACED}]+|[{UNSPACED}]|[^\w\s]|_"
     return re.compile(f"{re.escape(doctag)}|{pattern}" if doctag else pattern)
 
 
