@@ -51,6 +51,7 @@ FICTION = _words(
     r"novela|fábula|roman|romanzo|märchen|powieś\w+|сказк\w+|роман\w*",
     unspaced="小说|小説|物語|故事|소설",
 )
+NAMED_FICTION = _words(r"works? of (?:\w+ )?fiction|fan[- ]?fiction|short stor(?:y|ies)|fairy ?tales?|screenplay")
 SOFT_FICTION = _words(
     r"fiction\w*|imagin\w+|fantas\w+|myth\w*|dramati[sz]\w+|ficci[oó]n|ficção|fictief|fiktion\w*|fiktiv\w*|finzione",
     r"fikcj\w+|fikce|вымы\w+|вигад\w+|kurgu\w*",
@@ -128,7 +129,8 @@ def said(note: str) -> Said:
     if qualifies and FICTION.search(note):
         if not DENIAL.search(MADE_UP.sub("", note)):
             return Said("qualifier")
-        return Said("negation" if abs(direction(note)) >= 2 else "qualifier", clear=False)
+        denies_by_name = abs(direction(note)) >= 2 and not NAMED_FICTION.search(note)
+        return Said("negation" if denies_by_name else "qualifier", clear=False)
     if DENIAL.search(note):
         return Said("negation", clear=not qualifies)
     negates = bool(NEGATOR.search(note))
