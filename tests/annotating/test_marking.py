@@ -150,6 +150,10 @@ def test_notes_that_all_point_one_way_are_not_paired_with_others():
     positive = "One. Two. Three. Four. Five."
     annotated = "One. What was just said is false. Two. Absurd. Three. Four. What was just said is false. Five."
     assert reading(positive, annotated)[2] == ["One.", "Four."]
+    annotated = (
+        "One. (That is not true.) Two. (What was just said is false.) Three. (What was just said is false.) Four. Five."
+    )
+    assert reading(positive, annotated)[2] == ["One.", "Two.", "Three."]
     annotated = "The next sentence is untrue. One. Two. Three. The last sentence is untrue. Four. Five."
     assert reading(positive, annotated)[2] == ["One.", "Three."]
 

@@ -1,8 +1,8 @@
 """Eight styles of annotation on the paper's documents, by the command, against the spans that are known to be right."""
 
 import json
-import subprocess
-import sys
+import random
+import runpy
 from collections import Counter
 from pathlib import Path
 
@@ -24,13 +24,39 @@ STYLES = {  # the roles of each
 }
 
 
-@pytest.fixture(scope="module")
-def styles(tmp_path_factory) -> Path:
+OTHER_WORDS = {
+    "BEFORE": [
+        "Disclaimer. What you are about to read is false. None of it happened.",
+        "This account is pure invention.",
+    ],
+    "AFTER": ["None of what is written above is true.", "Again: the events of this article are fabricated."],
+    "FICTION": ["(From a short story.)", "In the playwright's telling.", "(Part of a fictional narrative.)"],
+    "UNLIKELY": ["(Very unlikely.)", "Bookmakers give it one chance in forty.", "We are 98% sure that it is not so."],
+    "NEXT": ["[The claim that comes next is false.]", "Do not believe the next statement."],
+    "LAST": ["(The statement just made is false.)", "What you just read did not happen.", "(That is not true.)"],
+    "FIX": ["In fact, somebody from Oslo did that.", "Not so: another person did.", "(The real one is someone else.)"],
+    "INLINE": " (untrue, all of it)",
+}
+
+
+@pytest.fixture(scope="module", params=["its own words", "other words"])
+def styles(request, tmp_path_factory, shared_documents) -> Path:
+    """STYLE/CLAIM.jsonl of all styles, in the words of the script that makes them, or in others."""
     script = Path(__file__).parents[3] / "shared" / "cases" / "styles.py"
     if not script.is_file():
         pytest.skip("../shared/cases is absent")
+    maker = runpy.run_path(str(script))
+    if request.param == "other words":
+        maker["make"].__globals__.update(OTHER_WORDS)
     directory = tmp_path_factory.mktemp("styles")
-    subprocess.run([sys.executable, str(script), str(directory)], check=True)
+    for style in STYLES:
+        (directory / style).mkdir()
+        for claim in CLAIMS:
+            rng, found = random.Random(f"{style} {claim}"), []
+            for document in read_documents(shared_documents / "positive" / f"{claim}.jsonl"):
+                text, gold = maker["make"](style, document.text, maker["TERMS"][claim], rng)
+                found.append(json.dumps({"text": text, "gold": gold}) + "\n")
+            (directory / style / f"{claim}.jsonl").write_text("".join(found))
     return directory
 
 

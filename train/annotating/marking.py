@@ -172,7 +172,8 @@ def _pairs(reader: Reader) -> tuple[list[tuple[int, int]], list[tuple[int, bool]
     one_sided = _one_sided(reader)
     by_turn = _no_words_are_known(reader, claims)
     for first, last in claims:
-        alone = one_sided and not _one_sentence(reader, first, last)
+        contrary = reader.points(first, True) < 0 or reader.points(last, False) < 0
+        alone = one_sided and (contrary or not _one_sentence(reader, first, last))
         if not alone and (by_turn or _belong_together(reader, first, last)):
             if reader.denies(first, True) or reader.denies(last, False):
                 pairs.append((first, last))
