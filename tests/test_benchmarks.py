@@ -62,6 +62,13 @@ def test_annotate_rebuilds_every_document(tmp_path, shared_documents):
         assert row["bounded"] <= row["insertions"] and row["consistent"] <= 50 and row["documents_per_second"] > 0
 
 
+@pytest.mark.slow
+def test_annotate_aligns_many_documents(tmp_path, shared_documents):
+    (row,) = rows(tmp_path, "annotate", "--many", "100")
+    assert row["aligned"] == row["documents"] == 100 and row["false_statements"] > 0
+    assert row["processor_seconds"] > 0 and 0 < row["peak_mb"] < 1000
+
+
 # full_size.py says that every wanted byte goes to the rank that owns it: it must notice where one does not.
 
 

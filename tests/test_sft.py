@@ -24,8 +24,7 @@ from tests.models import write_documents, write_model
 from train import sft
 from train.belief.records import read_rows
 from train.data.batches import micro_batches
-from train.data.findings import SKIPPED
-from train.data.findings import UNENDED
+from train.data.findings import SKIPPED, UNENDED
 from train.data.tokenizer import load_tokenizer
 from train.job import prepare
 from train.settings import DEMO, parse
