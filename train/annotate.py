@@ -101,8 +101,9 @@ def run(args: argparse.Namespace) -> None:
 def _documents(args: argparse.Namespace, report: dict[str, Any], findings: Findings) -> list[Document]:
     """The documents read, with spans by alignment or import, which are reported."""
     if args.positive:
-        read = [read_documents(file, findings=findings) for file in (args.positive, args.annotated)]
-        aligned = annotate(*read, args.doctag, args.inserted_role, args.require == "false")
+        positives = read_documents(args.positive, findings=findings)
+        annotated = read_documents(args.annotated, findings=findings)
+        aligned = annotate(positives, annotated, args.doctag, args.inserted_role, args.require == "false")
         if aligned.documents and not aligned.insertions:
             raise UserError(
                 f"--annotated {args.annotated}: has nothing that --positive {args.positive} lacks; give the same "
