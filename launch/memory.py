@@ -64,7 +64,7 @@ def planned_batch(documents: int, tokens: int) -> Batch:
     position = torch.cat([row * tokens + torch.arange(int(keep[row].sum()) - 1) for row in range(documents)])
     zeros = torch.zeros(documents, tokens, dtype=torch.int64)
     return Batch(
-        ids_BT=zeros, attention_BT=keep.long(), keep_BT=keep, position_N=position, target_N=torch.zeros_like(position),
+        ids_BT=zeros, keep_BT=keep, position_N=position, target_N=torch.zeros_like(position),
         coefficient_N=torch.ones(len(position)), roles_N=torch.zeros_like(position), names=[],
     )  # fmt: skip
 
