@@ -67,21 +67,21 @@ def _freed_memory_goes_back() -> Iterator[None]:
     """glibc keeps freed blocks of up to 32 MiB for itself, and between lasting small ones they are lost: a load would
     take a quarter more than it keeps. In here, blocks of 256 KiB and more, such as an expert's matrix, are given back
     when freed, and threads share one heap, so that what one freed another can use. Afterwards blocks stay with the
-    process again: a step makes and frees the same tensors over and over, and each would be mapped anew, page by page.
-    The two thresholds are then those that glibc's own come to when a block of 32 MiB is freed (mallopt(3), "dynamic");
-    once set, they do not move by themselves."""
+    process: a step makes and frees the same tensors over and over, and each would be mapped anew, page by page. The
+    threshold is then 32 MiB, to which glibc's own rises by itself until it is set (mallopt(3), M_MMAP_THRESHOLD), and
+    the heap does not shrink at the end of a step, only to grow in the next."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         yield
         return
-    trim_threshold, mmap_threshold, arena_max = -1, -3, -8
+    trim_threshold, mmap_threshold, arena_max, never = -1, -3, -8, -1
     libc.mallopt(mmap_threshold, 2**18)
     libc.mallopt(arena_max, 1)
     try:
         yield
     finally:
         libc.mallopt(mmap_threshold, 2**25)
-        libc.mallopt(trim_threshold, 2**26)
+        libc.mallopt(trim_threshold, never)
         libc.malloc_trim(0)  # what smaller blocks left
 
 
