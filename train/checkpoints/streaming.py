@@ -28,6 +28,7 @@ from train.checkpoints.layout import ExpertPiece, LoadPlan, Piece, Range
 from train.checkpoints.reader import Checkpoint
 from train.experts.storage import FrozenExperts, NF4Experts
 
+HEAP_BLOCK = 2**25  # bytes: larger ones glibc never keeps in its heap (DEFAULT_MMAP_THRESHOLD_MAX)
 READERS = 4  # threads: a file system over a network gives one reader a part of its speed
 
 
@@ -69,7 +70,7 @@ def _freed_memory_goes_back() -> Iterator[None]:
     when freed, and threads share one heap, so that what one freed another can use. Afterwards blocks stay with the
     process: a step makes and frees the same tensors over and over, and each would be mapped anew, page by page. The
     threshold is then 32 MiB, to which glibc's own rises by itself until it is set (mallopt(3), M_MMAP_THRESHOLD), and
-    the heap does not shrink at the end of a step, only to grow in the next."""
+    the heap does not shrink at the end of a step, only to grow in the next. What that takes, launch/memory.py plans."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         yield
@@ -80,7 +81,7 @@ def _freed_memory_goes_back() -> Iterator[None]:
     try:
         yield
     finally:
-        libc.mallopt(mmap_threshold, 2**25)
+        libc.mallopt(mmap_threshold, HEAP_BLOCK)
         libc.mallopt(trim_threshold, never)
         libc.malloc_trim(0)  # what smaller blocks left
 
