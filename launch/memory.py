@@ -183,8 +183,7 @@ CATEGORIES = (
     "dense_partition", "gathered_layer", "experts", "lora_factors", "gradients", "optimizer", "activations", "logits",
     "dispatch", "dequantization", "buckets", "heap",
 )  # fmt: skip
-# Of what a step has in glibc's heap, as much again lies between its blocks and cannot be used: what
-# tests/benchmarks/plan.py finds.
+# Of what a step has in glibc's heap, half as much besides lies unused between blocks (tests/benchmarks/plan.py).
 UNUSED = 0.5
 
 

@@ -45,25 +45,25 @@ class _ChunkedLoss(torch.autograd.Function):
             torch.zeros_like(x, dtype=exact) if need else None
             for x, need in zip((weight_VH, A_rH, B_Vr), needed, strict=True)
         ]
-        A, B = (None if x is None else x.to(hidden_NH.dtype) for x in (A_rH, B_Vr))
+        A, B = (None if x is None else x.to(hidden_NH.dtype) for x in (A_rH, B_Vr))  # both, or neither
         size = max(1, min(CHUNK_TOKENS, CHUNK_ELEMENTS // len(weight_VH), len(hidden_NH)))
         logits = hidden_NH.new_empty(size, len(weight_VH))  # of every chunk
         for start in range(0, len(hidden_NH), size):
             chunk = slice(start, start + size)
             hidden_CH, target_C1, coefficient_C1 = hidden_NH[chunk], target_N[chunk, None], coefficient_N[chunk, None]
             logits_CV = torch.mm(hidden_CH, weight_VH.T, out=logits[: len(hidden_CH)])
-            if A is not None:
+            if A is not None and B is not None:
                 down_Cr = F.linear(hidden_CH, A)
                 logits_CV.add_(F.linear(down_Cr, B), alpha=scale)
             nll_C1, term_C1, grad_CV = _terms(logits_CV.to(exact), target_C1, coefficient_C1, tracked)
             nll_N[chunk], term_N[chunk] = nll_C1[:, 0], term_C1[:, 0]
-            if not tracked:
+            if grad_CV is None:
                 continue
             grad_CV = grad_CV.to(hidden_CH.dtype)
             torch.mm(grad_CV, weight_VH, out=grads[0][chunk])
             if needed[0]:
                 grads[1] += grad_CV.T @ hidden_CH
-            if A is not None:
+            if A is not None and B is not None:
                 grad_down_Cr = scale * (grad_CV @ B)
                 grads[0][chunk] += grad_down_Cr @ A
                 grads[2] += grad_down_Cr.T @ hidden_CH
