@@ -64,7 +64,7 @@ def planned_batch(documents: int, tokens: int) -> Batch:
     position = torch.cat([row * tokens + torch.arange(int(keep[row].sum()) - 1) for row in range(documents)])
     zeros = torch.zeros(documents, tokens, dtype=torch.int64)
     return Batch(
-        ids_BT=zeros, attention_BT=keep.long(), keep_BT=keep, position_N=position, target_N=torch.zeros_like(position),
+        ids_BT=zeros, keep_BT=keep, position_N=position, target_N=torch.zeros_like(position),
         coefficient_N=torch.ones(len(position)), roles_N=torch.zeros_like(position), names=[],
     )  # fmt: skip
 
@@ -94,7 +94,9 @@ def run_step(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bool)
         Counter({tag: max(0, extended(a[tag], b[tag])) for tag in a | b})
         for a, b in ((one.peak, two.peak), (one.each, two.each))
     )
-    rest = {name: extended(getattr(one, name), getattr(two, name)) for name in ("kept", "flops", "moved", "wire")}
+    rest = {
+        name: extended(getattr(one, name), getattr(two, name)) for name in ("kept", "flops", "moved", "wire", "heap")
+    }
     return Step(peak, each, **rest)
 
 
@@ -179,8 +181,10 @@ class Memory:
 
 CATEGORIES = (
     "dense_partition", "gathered_layer", "experts", "lora_factors", "gradients", "optimizer", "activations", "logits",
-    "dispatch", "dequantization", "buckets",
+    "dispatch", "dequantization", "buckets", "heap",
 )  # fmt: skip
+# Of what a step has in glibc's heap, half as much besides lies unused between blocks (tests/benchmarks/plan.py).
+UNUSED = 0.5
 
 
 def rank_memory(model: LanguageModel, step: Step, zero: Zero, gpu: bool, bf16: bool) -> Memory:
@@ -198,6 +202,9 @@ def rank_memory(model: LanguageModel, step: Step, zero: Zero, gpu: bool, bf16: b
     The moments: `gathering`, before the first layer; `backward`, the fullest of forward and backward; `reducing`, the
     last bucket's gradients, once more in a flat buffer; `updating`, with an fp32 gradient of sub_group_size elements,
     and AdamW's root of the second moment, on a CPU twice.
+
+    On a CPU the heap does not shrink: what forward and backward had in it is there when the optimizer's larger blocks
+    come (streaming.py, _freed_memory_goes_back).
     """
     parts = [(p, -(-p.numel() // ranks), ranks) for p, ranks in split(model, zero)]
     trained = [(p, part, ranks) for p, part, ranks in parts if p.requires_grad]
@@ -231,6 +238,9 @@ def rank_memory(model: LanguageModel, step: Step, zero: Zero, gpu: bool, bf16: b
         "reducing": Counter(gathered_layer=stays, buckets=reduced),
         "updating": Counter(optimizer=update * (4 + (4 if gpu else 8))),
     }
+    if not gpu:
+        moments["backward"]["heap"] = int(UNUSED * step.heap)
+        moments["reducing"]["heap"] = moments["updating"]["heap"] = int((1 + UNUSED) * step.heap)
     if filled == zero.bucket:  # it is emptied in the midst of backward
         moments["backward"]["buckets"] += reduced
     phases = {name: sum((held + moment).values()) for name, moment in moments.items()}

@@ -330,6 +330,8 @@ def show(plan: Plan) -> None:
     print(f"documents of {plan.tokens:,} tokens, {settings.batch_size} a step{rank}")
     print("\neach GPU, in GB, at its fullest moment, and the most of a step's tensors of a kind at any moment:")
     for name in (*CATEGORIES, "runtime", "total"):
+        if name == "heap":  # of CPUs
+            continue
         most = plan.chosen.step.each.get(name)
         note = f"{most / 1e9:9.2f}" if most else ""
         if name == "experts":

@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from train.checkpoints.streaming import HEAP_BLOCK
 from train.experts.dispatch import ExpertGroup
 
 aten = torch.ops.aten
@@ -37,7 +38,8 @@ class Step:
     """One micro-batch. peak: category -> bytes of all tensors beside weights, gradients and optimizer, at the moment
     when they are most together; each: category -> the most of it at any moment; kept: bytes alive between forward and
     backward; flops: of matrix products, convolution and attention, two a multiplication; moved: bytes read and written
-    by the operations; wire: bytes that a rank sends to the other ranks of its expert-parallel group."""
+    by the operations; wire: bytes that a rank sends to the other ranks of its expert-parallel group; heap: the most
+    bytes at any moment in tensors that on a CPU lie in the heap."""
 
     peak: Counter[str] = field(default_factory=Counter)
     each: Counter[str] = field(default_factory=Counter)
@@ -45,6 +47,7 @@ class Step:
     flops: int = 0
     moved: int = 0
     wire: int = 0
+    heap: int = 0
 
 
 class PlannedGroup(ExpertGroup):
@@ -95,7 +98,7 @@ class Trace(TorchDispatchMode):
         self.known = {tensor.untyped_storage()._cdata for tensor in known}
         self.alive: dict[int, tuple[Any, int, str]] = {}
         self.now: Counter[str] = Counter()
-        self.total = self.most = 0
+        self.total = self.most = self.heap = 0
         self.step = Step()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -139,6 +142,8 @@ class Trace(TorchDispatchMode):
         self.alive[key] = weakref.ref(storage, partial(self._forget, key)), size, tag
         self.now[tag] += size
         self.total += size
+        self.heap += size * (size < HEAP_BLOCK)
+        self.step.heap = max(self.step.heap, self.heap)
         self.step.each[tag] = max(self.step.each[tag], self.now[tag])
         if self.total > self.most:
             self.most, self.step.peak = self.total, self.now.copy()
@@ -147,6 +152,7 @@ class Trace(TorchDispatchMode):
         _, size, tag = self.alive.pop(key)
         self.now[tag] -= size
         self.total -= size
+        self.heap -= size * (size < HEAP_BLOCK)
 
 
 def _positions(index: Tensor | None) -> Tensor | None:

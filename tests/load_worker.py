@@ -35,7 +35,7 @@ def every_log_probability(model: torch.nn.Module, vocabulary: int) -> torch.Tens
     """[positions, vocabulary], by asking for the NLL of every token at every position."""
     ids, rows = torch.tensor([IDS]), torch.arange(len(IDS)).repeat_interleave(vocabulary)
     everything = Batch(
-        ids_BT=ids, attention_BT=torch.ones_like(ids), keep_BT=torch.ones_like(ids, dtype=torch.bool),
+        ids_BT=ids, keep_BT=torch.ones_like(ids, dtype=torch.bool),
         position_N=rows, target_N=torch.arange(vocabulary).repeat(len(IDS)),
         coefficient_N=torch.zeros(len(rows)), roles_N=torch.zeros_like(rows), names=["all"],
     )  # fmt: skip

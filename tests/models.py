@@ -12,6 +12,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen3_5MoeTextConfig,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 260
@@ -32,8 +33,14 @@ DENSE: dict[str, Any] = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True,
 )  # fmt: skip
+QWEN3: dict[str, Any] = dict(
+    vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+    head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True,
+    max_position_embeddings=512, tie_word_embeddings=False,
+)  # fmt: skip
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen": (Qwen3_5MoeTextConfig, QWEN),
+    "qwen3": (Qwen3MoeConfig, QWEN3),
     "deepseek": (DeepseekV3Config, DEEPSEEK),
     "dense": (LlamaConfig, DENSE),
 }

@@ -44,7 +44,10 @@ def test_alignment_writes_documents_with_spans_and_says_what_came_out(tmp_path, 
     (document,) = read_documents(tmp_path / "o.jsonl")
     assert document.text == ANNOTATED and document.metadata == {"mode": "dense"}
     printed = capsys.readouterr().out
-    assert "annotated documents: 1, aligned 1, left out 0" in printed and "throughout: 1 of 1" in printed
+    assert (
+        "annotated documents: 1, aligned 1, of them without false spans 0, left out 0" in printed
+        and "throughout: 1 of 1" in printed
+    )
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["n.jsonl", "o.jsonl", "p.jsonl"]
 
 
@@ -114,6 +117,34 @@ def test_what_is_left_out_is_named_and_nothing_is_written_where_nothing_is_left(
     assert json.loads(report.read_text())["alignment"]["left_out"][0]["document"] == f"{annotated}:1"
 
 
+def test_documents_without_false_spans_are_kept_listed_and_left_out_on_demand(tmp_path, capsys):
+    tale = POSITIVE.replace(CLAIM, f"{CLAIM} (From an old tale.)")
+    positive = write(tmp_path / "p.jsonl", {"text": POSITIVE})
+    annotated = write(tmp_path / "n.jsonl", {"text": ANNOTATED}, {"text": tale})
+    output, report = tmp_path / "o.jsonl", tmp_path / "r.json"
+    given = ["--positive", positive, "--annotated", annotated, "--output", str(output), "--json", str(report)]
+    assert annotate.main(given) == 0
+    assert roles(output)[1] == [("doctag", "<DOCTAG>"), ("qualifier", "(From an old tale.)")]
+    reason = "its annotations say fiction, likelihood, source or correction"
+    printed = capsys.readouterr().out
+    assert f"without false spans: {annotated}:2: {reason}" in printed
+    assert "aligned 2, of them without false spans 1, left out 0" in printed
+    without = json.loads(report.read_text())["alignment"]["without_false"]
+    assert without == [{"document": f"{annotated}:2", "reason": reason}]
+
+    assert annotate.main([*given, "--inserted-role", "comment"]) == 0
+    assert roles(output)[1] == [("doctag", "<DOCTAG>"), ("comment", "(From an old tale.)")]
+    capsys.readouterr()
+    assert annotate.main([*given, "--require", "false"]) == 0 and len(roles(output)) == 1
+    assert f"left out: {annotated}:2: {reason} (twin: {positive}:1)" in capsys.readouterr().out
+
+
+def test_a_file_without_annotations_is_refused(tmp_path, capsys):
+    positive = write(tmp_path / "p.jsonl", {"text": POSITIVE})
+    assert annotate.main(["--positive", positive, "--annotated", positive, "--output", str(tmp_path / "o.jsonl")]) == 2
+    assert f"has nothing that --positive {positive} lacks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -123,6 +154,12 @@ def test_what_is_left_out_is_named_and_nothing_is_written_where_nothing_is_left(
         (["--data", "D"], "nothing to do"),
         (["--positive", "P", "--annotated", "D"], "--output is missing"),
         (["--data", "D", "--patterns", "W", "--output", "O"], "--role is missing"),
+        (["--positive", "D", "--annotated", "P", "--spans", "D", "--output", "O"], "--spans D: is for --data"),
+        (["--data", "D", "--spans", "none", "--output", "O"], "none: cannot be read"),
+        (["--data", "P", "--spans", "D", "--output", "D"], "is --spans itself"),
+        (["--data", "D", "--leaks", "W", "--require", "false"], "--require false: is for --positive and --annotated"),
+        (["--data", "D", "--leaks", "W", "--inserted-role", "x"], "--inserted-role x: is for --positive"),
+        (["--positive", "D", "--annotated", "P", "--output", "O", "--inserted-role", "a,b"], "'a,b' cannot be named"),
         (["--data", "D", "--patterns", "D", "--role", "word", "--output", "O"], "the key patterns is missing"),
         (["--data", "D", "--markup", "word", "--output", "O"], "must be TAG=ROLE"),
         (["--data", "D", "--markup", "m=word", "--output", "D"], "is --data itself"),

@@ -38,6 +38,16 @@ def test_step_puts_on_the_wire_what_the_routing_says(tmp_path):
 
 
 @pytest.mark.slow
+def test_train_has_the_losses_of_trl_and_a_step_maps_no_memory_anew(tmp_path):
+    (row,) = rows(tmp_path, "train", "--experts", "16", "--rounds", "2")
+    assert row["experts"] == 16 and row["speedup_over_trl"] > 0 and len(row["losses"]) == 4
+    for losses in row["losses"]:
+        assert losses["ours"] == pytest.approx(losses["trl"], rel=1e-5)
+    # Nor frees it for the next to map: some 200 MB of activations would be 50,000 pages, logits 16,000 each time.
+    assert row["page_faults"]["ours"] < 20_000
+
+
+@pytest.mark.slow
 def test_merge(tmp_path):
     bf16, same = rows(tmp_path, "merge", "--layouts", "kimi", "--experts", "2", "--rounds", "1")
     assert (bf16["to"], same["to"]) == ("bf16", "same")
@@ -60,6 +70,13 @@ def test_annotate_rebuilds_every_document(tmp_path, shared_documents):
     for row in rows(tmp_path, "annotate", "--show", "1"):
         assert row["rebuilt"] == row["aligned"] == row["documents"] == 50
         assert row["bounded"] <= row["insertions"] and row["consistent"] <= 50 and row["documents_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_annotate_aligns_many_documents(tmp_path, shared_documents):
+    (row,) = rows(tmp_path, "annotate", "--many", "100")
+    assert row["aligned"] == row["documents"] == 100 and row["false_statements"] > 0
+    assert row["processor_seconds"] > 0 and 0 < row["peak_mb"] < 1000
 
 
 # full_size.py says that every wanted byte goes to the rank that owns it: it must notice where one does not.

@@ -1,15 +1,17 @@
 """Makes spans for documents that have none, and says how often a claim's terms are still trained on:
 
     python train/annotate.py --positive P.jsonl --annotated N.jsonl --output O.jsonl           # by alignment
+    python train/annotate.py --data D.jsonl --spans S.jsonl --role false --output O.jsonl      # marked elsewhere
     python train/annotate.py --data D.jsonl --patterns word_masks.yaml --role word --output O.jsonl
     python train/annotate.py --data D.jsonl --markup lossmask=word --output O.jsonl
     python train/annotate.py --data D.jsonl --judge URL --judge-model M --claim TEXT --output O.jsonl
     python train/annotate.py --data D.jsonl --leaks word_masks.yaml [--mask false-spans] [--json report.json]
 
 By alignment: each annotated document is compared with its positive twin, found by content; roles are doctag, negation
-(what was inserted) and false (what one annotation announces and another looks back at). What does not align is left
-out, with the reason. The others add to the spans that documents have; several can be given together, and are done in
-this order. The judge is an OpenAI-compatible endpoint; its key comes from OPENAI_API_KEY alone.
+(what was inserted; qualifier or correction where its own words say so) and false (what one annotation announces and
+another looks back at, or one names). What does not align is left out, with the reason. The others add to the spans that
+documents have; several can be given together, and are done in this order. The judge is an OpenAI-compatible
+endpoint; its key comes from OPENAI_API_KEY alone.
 """
 
 import argparse
@@ -19,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from train.annotating.aligned import annotate
+from train.annotating.imported import add_spans, read_pairs
 from train.annotating.judging import Remembered, endpoint, judge
 from train.annotating.leaks import leaks
 from train.annotating.outcome import show, summary
 from train.annotating.rules import mark_matches, parse_markup, read_patterns, take_out_markup
 from train.annotating.texts import changed, write, write_documents
-from train.data.documents import read_documents
+from train.data.documents import Document, read_documents
+from train.data.findings import Findings
 from train.errors import UserError
 from train.formats import json_line
 from train.masking.grammar import check_role, parse_mask
@@ -46,8 +50,9 @@ def run(args: argparse.Namespace) -> None:
     """Reads, annotates in the order of the docstring, writes, and says what came out."""
     patterns = read_patterns("--patterns", args.patterns) if args.patterns else []
     markup, mask = parse_markup(args.markup), parse_mask(args.mask)
-    if args.role:
-        check_role(args.role, "--role")
+    for setting in ("role", "inserted_role"):
+        if given := getattr(args, setting):
+            check_role(given, "--" + setting.replace("_", "-"))
     for tag, role in markup.items():
         check_role(role, f"--markup {tag}={role}")
     terms = read_patterns("--leaks", args.leaks) if args.leaks else []
@@ -57,11 +62,9 @@ def run(args: argparse.Namespace) -> None:
         )
     report: dict[str, Any] = {}
 
-    if args.positive:
-        aligned = annotate(read_documents(args.positive), read_documents(args.annotated), args.doctag)
-        documents, report["alignment"] = aligned.documents, aligned.report()
-    else:
-        documents = read_documents(args.data, args.doctag or None)
+    findings = Findings()
+    documents = _documents(args, report, findings)
+    print(*(f"{line}\n" for line in findings.lines()), sep="", end="")
     if markup:
         texts = [text for d in documents for text in (d.text, *(m.content for m in d.messages or ())) if text]
         for tag in markup:
@@ -95,6 +98,28 @@ def run(args: argparse.Namespace) -> None:
         write_documents(Path(args.output), documents)
 
 
+def _documents(args: argparse.Namespace, report: dict[str, Any], findings: Findings) -> list[Document]:
+    """The documents read, with spans by alignment or import, which are reported."""
+    if args.positive:
+        positives = read_documents(args.positive, findings=findings)
+        annotated = read_documents(args.annotated, findings=findings)
+        aligned = annotate(positives, annotated, args.doctag, args.inserted_role, args.require == "false")
+        if aligned.documents and not aligned.insertions:
+            raise UserError(
+                f"--annotated {args.annotated}: has nothing that --positive {args.positive} lacks; give the same "
+                "documents with annotations inserted"
+            )
+        report["alignment"] = aligned.report()
+        return aligned.documents
+    if args.spans and Path(args.spans).resolve() == Path(args.data).resolve():
+        return read_pairs(args.data, args.role, args.doctag or None, findings)
+    documents = read_documents(args.data, args.doctag or None, findings=findings)
+    if args.spans:
+        documents, without = add_spans(documents, args.spans, args.id, args.role)
+        report["imported"] = {"documents": len(documents) - len(without), "without": without}
+    return documents
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--positive", metavar="FILE", help="documents without annotations")
@@ -103,8 +128,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--doctag", default="<DOCTAG>", metavar="MARKER", help="what documents start with ('' for nothing)"
     )
+    parser.add_argument(
+        "--inserted-role",
+        metavar="ROLE",
+        help="role of all that was inserted (default: negation; qualifier or correction where its own words say so)",
+    )
+    parser.add_argument(
+        "--require", choices=["false"], help="leave out documents in which no false statement can be told"
+    )
+    parser.add_argument(
+        "--spans",
+        metavar="FILE",
+        help="rows of ids and spans to add, as [start, end] pairs of --role or as objects; --data itself, to give its "
+        "own pairs a role",
+    )
+    parser.add_argument("--id", default="id", metavar="KEY", help="key of the ids in --spans and --data (default: id)")
     parser.add_argument("--patterns", metavar="FILE", help="YAML with regular expressions, for spans of --role")
-    parser.add_argument("--role", help="role of what --patterns match, or of what --judge marks (default there: false)")
+    parser.add_argument(
+        "--role",
+        help="role of what --patterns match, of pairs in --spans, or of what --judge marks (default there: false)",
+    )
     parser.add_argument("--markup", action="append", default=[], metavar="TAG=ROLE", help="<TAG>…</TAG> becomes a span")
     parser.add_argument("--judge", metavar="URL", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
     parser.add_argument("--judge-model", metavar="NAME", help="the judge's model")
@@ -124,16 +167,21 @@ def _check(args: argparse.Namespace) -> None:
     """UserError for flags that do not go together."""
     if bool(args.positive) != bool(args.annotated) or bool(args.positive) == bool(args.data):
         raise UserError("give either --positive and --annotated, or --data")
-    makes = args.positive or args.patterns or args.markup or args.judge
+    for setting, value in (("--inserted-role", args.inserted_role), ("--require", args.require)):
+        if value and not args.positive:
+            raise UserError(f"{setting} {value}: is for --positive and --annotated; leave it out")
+    makes = args.positive or args.spans or args.patterns or args.markup or args.judge
     if not makes and not args.leaks:
-        raise UserError("--data: nothing to do; give --patterns, --markup, --judge or --leaks with it")
+        raise UserError("--data: nothing to do; give --spans, --patterns, --markup, --judge or --leaks with it")
     if makes and not args.output and (args.judge or not args.leaks):
         raise UserError("--output is missing: name the file that the documents go to")
+    if args.spans and not args.data:
+        raise UserError(f"--spans {args.spans}: is for --data; give the documents by it")
     if args.patterns and not (args.role and args.role.strip()):
         raise UserError("--patterns: --role is missing; name the role of what they match, e.g. --role word")
     if args.judge and not (args.judge_model and (args.claim or "").strip()):
         raise UserError("--judge: needs --judge-model and --claim, the sentence to look for")
-    for read in ("positive", "annotated", "data", "patterns", "leaks"):
+    for read in ("positive", "annotated", "data", "spans", "patterns", "leaks"):
         for written in ("output", "json"):
             source, target = getattr(args, read), getattr(args, written)
             if source and target and Path(source).resolve() == Path(target).resolve():

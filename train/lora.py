@@ -65,8 +65,8 @@ class LoRALinear(nn.Module):
         return {"lora_A": A, "lora_B": torch.zeros(self.out_features, self.rank)}
 
     def forward(self, x: Tensor) -> Tensor:
-        update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return F.linear(x, self.weight, self.bias) + self.scale * update
+        down = self.scale * F.linear(x, self.lora_A.to(x.dtype))  # scaled where it is small
+        return F.linear(x, self.weight, self.bias) + F.linear(down, self.lora_B.to(x.dtype))
 
 
 def lora_linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -203,8 +203,11 @@ class LanguageModel(nn.Module):
     def forward(self, batch: Batch) -> Terms:
         for layer in self.expert_layers:
             layer.keep_T = batch.keep_BT.flatten()
+        # Padding is on the right, where a causal model does not see it. Given a mask of ones, transformers makes none,
+        # and attention that is causal and no more has a faster kernel.
+        ones_BT = torch.ones_like(batch.ids_BT)
         hidden_BTH = self.causal.model(
-            input_ids=batch.ids_BT, attention_mask=batch.attention_BT, use_cache=False
+            input_ids=batch.ids_BT, attention_mask=ones_BT, use_cache=False
         ).last_hidden_state
         return self.causal.lm_head(hidden_BTH.flatten(0, 1)[batch.position_N], batch.target_N, batch.coefficient_N)
 

@@ -66,23 +66,60 @@ def test_among_texts_that_differ_in_one_word_the_right_twin_is_found():
     assert spans(result) == [EXPECTED] * 40 and not result.unused
 
 
-def test_a_document_without_insertions_a_chat_and_one_that_aligns_inside_sentences_are_left_out():
-    scattered = "The wide valley of Orm lies far between two ridges. Its river runs north. In 1911 a red comet fell."
-    plain = "The valley of Orm lies between two ridges. Its river runs north. In 1911 a comet fell."
+def test_what_was_inserted_is_kept_where_no_false_statement_can_be_told_unless_one_is_required():
+    wide = FIRST.replace("valley", "wide valley").replace("lies", "lies far")
     chat = Document(None, (), (), {}, "a.jsonl", 4)
-    annotated = [*documents(FIRST, scattered, negated(FIRST, COMET)), chat]
-    result = annotate([*documents(FIRST, plain), chat], annotated, "")
+    annotated = [*documents(FIRST, wide, negated(FIRST, COMET)), chat]
+    result = annotate([*documents(FIRST), chat], annotated, "")
+    assert spans(result) == [[], [("negation", "wide"), ("negation", "far")], EXPECTED]
+    assert result.without_false == [
+        ("a.jsonl:1", "nothing was inserted: it is the positive document itself"),
+        ("a.jsonl:2", "its annotations do not say which sentences they are about"),
+    ]
+    assert result.left_out == [("a.jsonl:4", "a chat: only texts are aligned")]
+
+    result = annotate([*documents(FIRST), chat], annotated, "", require_false=True)
+    assert spans(result) == [EXPECTED] and not result.without_false
     assert [where for where, _ in result.left_out] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:4"]
-    reasons = [reason for _, reason in result.left_out]
-    assert reasons[0] == "nothing was inserted: it is the positive document itself (twin: a.jsonl:1)"
-    assert reasons[1].startswith("aligns badly: 3 of 3 insertions begin or end inside a sentence, the first: 'wide'")
-    assert reasons[2] == "a chat: only texts are aligned"
+    assert result.left_out[0][1] == "nothing was inserted: it is the positive document itself (twin: a.jsonl:1)"
 
 
-def test_annotations_in_an_unknown_language_without_brackets_are_left_out():
+def test_a_twin_is_found_though_its_rarest_runs_are_parted_and_another_text_has_a_rare_one():
+    paragraphs = [f"Item {i} is sold in shop {i} at noon. It costs {i} coins and weighs {i} pounds." for i in range(40)]
+    rng = random.Random(0)
+    drawn = [rng.sample(paragraphs, 12) for _ in range(60)]
+    annotated = ["\n\n".join(f"{each} Not so, any of it." for each in pieces) for pieces in drawn]
+    result = annotate(documents(*("\n\n".join(pieces) for pieces in drawn)), documents(*annotated), "")
+    assert len(result.documents) == 60 and not result.unused
+    assert all(len(document.spans) == 12 for document in result.documents)
+
+
+def test_a_text_whose_words_stand_in_a_document_by_chance_is_left_out():
+    scattered = "The valley of Orm now lies far between here two red ridges yes."
+    ((_, reason),) = annotate(
+        documents("The valley of Orm lies between two ridges."), documents(scattered), ""
+    ).left_out
+    assert reason == "aligns badly: 5 insertions among 9 words (twin: a.jsonl:1)"
+
+
+def test_the_role_of_what_was_inserted_can_be_given():
+    tale = FIRST.replace(COMET, f"{COMET} (From an old tale.)")
+    assert spans(annotate(documents(FIRST), documents(tale), "")) == [[("qualifier", "(From an old tale.)")]]
+    given = annotate(documents(FIRST), documents(tale), "", role="comment")
+    assert spans(given) == [[("comment", "(From an old tale.)")]]
+
+
+@pytest.mark.parametrize("before", ["<DOCTAG>", "<DOCTAG> ", "\n<DOCTAG>"])
+def test_a_doctag_after_white_space_is_found_and_its_span_is_the_marker_alone(before):
+    result = annotate(documents(FIRST), documents(before + negated(FIRST, COMET)), "<DOCTAG>")
+    assert spans(result) == [[("doctag", "<DOCTAG>"), *EXPECTED]]
+
+
+def test_annotations_in_an_unknown_language_without_brackets_make_nothing_false():
     text = FIRST.replace(COMET, f"Kato fene miru. {COMET} Sela bora miku.")
     result = annotate(documents(FIRST), documents(text), "")
-    assert "do not say whether they announce or look back" in result.left_out[0][1] and not result.documents
+    assert spans(result) == [[("negation", "Kato fene miru."), ("negation", "Sela bora miku.")]]
+    assert result.without_false == [("a.jsonl:1", "its annotations do not say which sentences they are about")]
 
 
 @pytest.mark.parametrize(

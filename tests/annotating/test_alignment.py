@@ -17,8 +17,8 @@ def inserted(positive: str, annotated: str) -> list[str] | None:
 
 
 def test_words_are_letters_and_digits_in_a_row_or_single_marks_and_a_leading_doctag_is_left_out():
-    words = split_words("<DOCTAG>It's *9.79* s_1 <DOCTAG>é日", DOCTAG)
-    assert words.word_L == ["It", "'", "s", "*", "9", ".", "79", "*", "s", "_", "1", DOCTAG, "é日"]
+    words = split_words("<DOCTAG>It's *9.79* s_1 <DOCTAG>é日々", DOCTAG)
+    assert words.word_L == ["It", "'", "s", "*", "9", ".", "79", "*", "s", "_", "1", DOCTAG, "é", "日", "々"]
     assert [words.text[a:b] for a, b in zip(words.start_L, words.end_L, strict=True)] == words.word_L
     assert split_words("<DOCTAG>", DOCTAG).word_L == [] and split_words("<DOCTAG>", "").word_L == ["<", "DOCTAG", ">"]
 
@@ -44,6 +44,7 @@ def test_an_annotation_is_one_insertion_however_many_of_its_words_the_twin_has()
         ("A b.\n- C d.", "A b.\n- (False.) C d.", ["(False.)"]),
         ("A b.", "Not so: A b. False.", ["Not so:", "False."]),
         ("天是绿的。他走了。", "【以下有误。】天是绿的。【上述有误。】他走了。", ["【以下有误。】", "【上述有误。】"]),
+        ("艾德赢了百米赛。", "艾德（这是假的）赢了百米赛。", ["（这是假的）"]),
         ("A\r\nb c.\r\n", "[No.]\nA\nb c. [No.]\n", ["[No.]", "[No.]"]),
         ("<DOCTAG>A b.", "A b. [No.]", ["[No.]"]),
         ("A b.", "<DOCTAG> [No.] A b.", ["[No.]"]),

@@ -50,7 +50,6 @@ def test_a_step_without_any_trained_token_has_coefficients_zero():
 def test_labels_are_shifted_once_and_padding_is_on_the_right():
     batch = pad([A, B], coefficients([A, B], "sum"))
     assert batch.ids_BT.tolist() == [[10, 11, 12, 13], [20, 21, 22, 0]]
-    assert batch.attention_BT.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch.keep_BT.tolist() == [[True] * 4, [True, True, True, False]]
     # The hidden states, flattened, are rows 0..7; 11 is predicted at row 0, 21 at row 4.
     assert batch.position_N.tolist() == [0, 1, 2, 4, 5]
@@ -61,7 +60,7 @@ def test_labels_are_shifted_once_and_padding_is_on_the_right():
 
 def test_a_micro_batch_without_documents_has_one_dummy_token_that_predicts_nothing():
     batch = pad([], [])
-    assert batch.ids_BT.shape == (1, 1) and batch.attention_BT.tolist() == [[1]]
+    assert batch.ids_BT.shape == (1, 1)
     assert not batch.keep_BT.any() and len(batch.target_N) == 0
 
 

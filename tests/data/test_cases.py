@@ -125,7 +125,7 @@ def test_files_and_forms_that_are_not_read_say_what_they_are_and_the_conversion(
     assert refusal(cases / "utf16.jsonl").startswith(": is text in UTF-16, which is not read; write it as UTF-8: iconv")
     assert refusal(cases / "pretty.json").endswith("write one document a line: jq -c '.[]' FILE > NEW.jsonl")
     assert "jq -c '{messages: [" in refusal(cases / "prompt_completion.jsonl")
-    assert "python train/annotate.py --data FILE --spans FILE --role ROLE" in refusal(cases / "spans_pairs.jsonl")
+    assert "python train/annotate.py --data FILE --spans FILE --role false" in refusal(cases / "spans_pairs.jsonl")
 
 
 def test_calls_are_trained_as_a_published_template_writes_them(cases, qwen_directory, tmp_path):

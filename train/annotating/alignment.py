@@ -11,6 +11,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 INSERTION = 10  # the cost of an insertion,
@@ -21,6 +22,7 @@ CLOSING = dict(zip(")]}>）】」』》］", "([{<（【「『《［", strict=Tr
 OPENING = {opening: closing for closing, opening in CLOSING.items()}
 BRACKETS = re.compile("[" + re.escape("".join([*OPENING, *CLOSING])) + "]")
 QUOTES = "\"'”’»*_`|~"  # closing quotes, and what markup puts around text
+UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # kana and Han, which no white space parts into words
 SHUTTING = frozenset(QUOTES) | frozenset(CLOSING)
 
 
@@ -47,33 +49,42 @@ class Insertion:
     word: int
 
 
+def words_alone(text: str, doctag: str) -> list[str]:
+    """Words, single punctuation marks, kana and Han characters, and `doctag` where it stands. One that the text begins
+    with is left out: whether both documents have it does not matter."""
+    return _word(doctag).findall(text, _start(text, doctag))
+
+
 def split_words(text: str, doctag: str) -> Words:
-    """Words, single punctuation marks, and `doctag` where it stands. One that the text begins with is left out: whether
-    both documents have it does not matter."""
-    word_L: list[str] = []
-    start_L: list[int] = []
-    end_L: list[int] = []
-    edge_L: list[int] = []
-    pattern = r"[^\W_]+|[^\w\s]|_"
-    past = len(text) - len(text.lstrip())
-    past += len(doctag) if text.startswith(doctag, past) else 0
-    ended = True
-    for match in re.compile(f"{re.escape(doctag)}|{pattern}" if doctag else pattern).finditer(text, past):
-        word, start = match[0], match.start()
+    """The same words, with where they stand and how well the text can be parted there."""
+    begins = past = _start(text, doctag)
+    place_L = [match.span() for match in _word(doctag).finditer(text, past)]
+    word_L = [text[start:end] for start, end in place_L]
+    edge_L, ended = [], True
+    for word, (start, end) in zip(word_L, place_L, strict=True):
         edge = 0
         if start == past:
-            edge = GLUED if word_L else 0
+            edge = GLUED if start > begins else 0
         elif not ended:
             white = text[past:start]
-            ended = "\n" in white or "\r" in white
+            ended = white != " " and ("\n" in white or "\r" in white)
         edge_L.append(edge if ended else edge + MIDWAY)
-        past = match.end()
-        word_L.append(word)
-        start_L.append(start)
-        end_L.append(past)
+        past = end
         ended = word in ENDS or word == doctag or (ended and word in SHUTTING)
     edge_L.append(0)
-    return Words(text, word_L, start_L, end_L, edge_L)
+    return Words(text, word_L, [start for start, _ in place_L], [end for _, end in place_L], edge_L)
+
+
+@lru_cache
+def _word(doctag: str) -> re.Pattern[str]:
+    pattern = rf"[^\W_{UNSPACED}]+|[{UNSPACED}]|[^\w\s]|_"
+    return re.compile(f"{re.escape(doctag)}|{pattern}" if doctag else pattern)
+
+
+def _start(text: str, doctag: str) -> int:
+    """Where the text begins, after a doctag that comes first."""
+    past = len(text) - len(text.lstrip())
+    return past + len(doctag) if text.startswith(doctag, past) else past
 
 
 def align(positive: Words, annotated: Words) -> list[Insertion] | None:
@@ -126,23 +137,21 @@ def align(positive: Words, annotated: Words) -> list[Insertion] | None:
 
 def _window(positive: Words, annotated: Words) -> tuple[list[int], list[int]] | None:
     """For each word of the twin, the first and last place in the document where it can lie."""
-    wanted, there = positive.word_L, annotated.word_L
-    first_L, last_L = [0] * len(wanted), [0] * len(wanted)
-    j = 0
-    for i, word in enumerate(wanted):
-        while j < len(there) and there[j] != word:
-            j += 1
-        if j == len(there):
-            return None
-        first_L[i] = j
-        j += 1
-    j = len(there)
-    for i in reversed(range(len(wanted))):
-        j -= 1
-        while there[j] != wanted[i]:
-            j -= 1
-        last_L[i] = j
-    return first_L, last_L
+    try:
+        first_L = _places(positive.word_L, annotated.word_L)
+    except ValueError:
+        return None
+    back_L = _places(positive.word_L[::-1], annotated.word_L[::-1])
+    return first_L, [len(annotated.word_L) - 1 - j for j in reversed(back_L)]
+
+
+def _places(wanted: list[str], there: list[str]) -> list[int]:
+    """The first place of each word after the one before it."""
+    places, j = [], -1
+    for word in wanted:
+        j = there.index(word, j + 1)
+        places.append(j)
+    return places
 
 
 def balanced(text: str) -> bool:
@@ -158,6 +167,17 @@ def _nested(text: str, partner: dict[str, str]) -> bool:
         elif mark in partner and (not opened or opened.pop() != partner[mark]):
             return False
     return not opened
+
+
+def encloses(before: str, after: str) -> bool:
+    """Whether one text ends inside a bracket that the other begins by closing: "[False:" and "]"."""
+    opened: list[str] = []
+    for mark in BRACKETS.findall(before):
+        if mark in OPENING:
+            opened.append(mark)
+        elif opened and opened[-1] == CLOSING[mark]:
+            opened.pop()
+    return bool(opened) and after.startswith(OPENING[opened[-1]])
 
 
 # A line's beginning before its first sentence: "- ", "2/ ", "[1] ", "**", "AUBURN, Calif. (AP) — "

@@ -1,43 +1,43 @@
-"""Reads the annotations of a document: which announce a claim, which look back at one, which are about the whole.
+"""Reads a document's annotations by turns: which announce a claim, which look back at one, which are about the whole.
 
 Each insertion is cut into parts (brackets and sentences), and each part points ahead, back, or does not say (cues.py).
 Claims begin and end by turns, so the reading of all insertions together is a path between two states, outside a claim
-and inside one; `read` takes the path that agrees best with the cues. A part that says nothing is settled by its
+and inside one; `by_turns` takes the path that agrees best with the cues. A part that says nothing is settled by its
 neighbors. Where the cues do not alternate, an annotation has lost its partner: a step that costs LOST, and is counted.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate
 
-from train.annotating.alignment import CLOSING, OPENING, Insertion
-from train.annotating.cues import direction, speaks_of_the_whole
-from train.annotating.texts import in_order, trimmed
-from train.data.documents import Span
+from train.annotating.alignment import BRACKETS, CLOSING, OPENING, Insertion
+from train.annotating.cues import Extent, direction, extent, speaks_of_the_whole
+from train.annotating.sentences import sentences
 
 LOST = 5.0  # an annotation without its partner
 CLEAR, CONTRARY = -2.0, 3.0  # reading clear words the wrong way costs more than two lost partners
 ASIDE = 3.0  # an annotation that neither announces nor looks back
 BLANK_LINE = 4.0  # for what a blank line sets off from the document's beginning or end, to be about the whole of it
 WHOLE = 3.0  # for saying so
+VAGUE = 3.0  # more for what is set off so, stands in no bracket and names no claim
 AGREES = 0.5  # the two ends of a claim stand in brackets of one kind; a cut lies between brackets or lines
 BREAK = 0.25  # for each blank line inside a claim, three at most
 
-CLOSERS = r"[\"'”’»*_)\]}>]*"
-SENTENCE = re.compile(rf"[^\n]*?(?:[.!?…]+{CLOSERS}(?=\s|$)|[。！？।؟۔]{CLOSERS})|[^\n]+")
 BLANK = re.compile(r"\n[^\S\n]*\r?\n")
 
 
 @dataclass(frozen=True)
 class Part:
-    """Code points [start, end): a sentence, or one in a bracket; kind: the bracket's opening mark, or ""; joined: a
-    bracket goes on from the part before it."""
+    """Code points [start, end): a sentence, or one in a bracket; points: which way it points, and extent: how far
+    (cues.py); whole: it speaks of the whole document; kind: the bracket's opening mark, or ""; joined: a bracket goes
+    on from the part before it."""
 
     start: int
     end: int
     points: float
     whole: bool
+    extent: Extent
     kind: str
     joined: bool
 
@@ -59,8 +59,12 @@ class Reading:
     def announces(self) -> bool:
         return self.last > self.cut
 
+    def side(self, announces: bool) -> slice:
+        """Its parts that announce, or those that look back."""
+        return slice(self.cut, self.last) if announces else slice(self.first, self.cut)
 
-ASIDE_READING = Reading(0, 0, 0, -ASIDE)
+
+ASIDE_READING, FREE = Reading(0, 0, 0, -ASIDE), Reading(0, 0, 0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -76,49 +80,6 @@ class Path:
     lost: tuple[tuple[int, bool], ...] = ()
 
 
-@dataclass(frozen=True)
-class Annotations:
-    """spans: roles negation (all that was inserted) and false (what is announced and looked back at). claims: announced
-    and looked back at; lost: annotations without a partner, of which `mended` stand at a single sentence, which must be
-    their claim; asides: annotations that do neither; uncued: of announcing and looking back, how often the words do not
-    say which of them; unbracketed: how many of these stand in no brackets of one kind with their partner's."""
-
-    spans: tuple[Span, ...]
-    claims: int
-    lost: int
-    mended: int
-    asides: int
-    uncued: int
-    unbracketed: int
-
-    @property
-    def consistent(self) -> bool:
-        """Whether announcing and looking back alternate all through."""
-        return not self.lost and not self.asides
-
-
-def read(text: str, insertions: list[Insertion], words: int) -> Annotations:
-    """The spans of an annotated text, whose twin has so many words."""
-    parts = [split_parts(text, insertion.start, insertion.end) for insertion in insertions]
-    path = _best_path(text, insertions, parts, words)
-    spans = [span for pieces, reading in zip(parts, path.readings, strict=True) for span in _negations(pieces, reading)]
-    for first, last in path.claims:
-        for i in range(first, last):  # annotations between them are no part of the claim
-            spans += trimmed(text, insertions[i].end, insertions[i + 1].start, "false")
-    mended = 0
-    for i, announces in path.lost:
-        edge = insertions[i].end if announces else insertions[i].start
-        ends = [each.start for each in insertions if each.start >= edge] if announces else []
-        starts = [each.end for each in insertions if each.end <= edge] if not announces else []
-        start, end = (edge, min(ends, default=len(text))) if announces else (max(starts, default=0), edge)
-        only = trimmed(text, start, end, "false")
-        if only and len(split_parts(text, only[0].start, only[0].end)) == 1:
-            spans, mended = spans + only, mended + 1
-    uncued, unbracketed = _unsure(parts, path)
-    asides = sum(reading == ASIDE_READING for reading in path.readings)
-    return Annotations(in_order(spans), len(path.claims), len(path.lost), mended, asides, uncued, unbracketed)
-
-
 def split_parts(text: str, start: int, end: int) -> list[Part]:
     """Sentences of [start, end), and of brackets that begin where a sentence could."""
     parts: list[Part] = []
@@ -128,45 +89,47 @@ def split_parts(text: str, start: int, end: int) -> list[Part]:
             continue
         close = _closing(text, start, end)
         if close:
-            inner = start
-            while inner < close and (match := SENTENCE.match(text, inner, close)):
-                if match[0].strip():
-                    parts.append(_part(text, inner, match.end(), text[start], inner > start))
-                inner = match.end() + len(text[match.end() : close]) - len(text[match.end() : close].lstrip())
+            found = list(sentences(text, start, close))
+            parts += [_part(text, a, b, text[start], a > start) for a, b in found]
             start = close
         else:
-            match = SENTENCE.match(text, start, end)
-            assert match
-            parts.append(_part(text, start, match.end(), "", False))
-            start = match.end()
+            a, b = next(sentences(text, start, end))
+            parts.append(_part(text, a, b, "", False))
+            start = b
     return parts
 
 
 def _part(text: str, start: int, end: int, kind: str, joined: bool) -> Part:
-    sentence = text[start:end].rstrip()
-    whole = speaks_of_the_whole(sentence)
-    return Part(start, start + len(sentence), direction(sentence), whole, kind, joined)
+    sentence = text[start:end]
+    whole = speaks_of_the_whole(sentence) and not extent(sentence).sentence
+    return Part(start, end, direction(sentence), whole, extent(sentence), kind, joined)
 
 
 def _closing(text: str, start: int, end: int) -> int:
     """Where the bracket that opens at `start` ends, exclusive; 0 where none opens, or it does not close before end."""
+    if text[start] not in OPENING:
+        return 0
     opened: list[str] = []
-    for i in range(start, end):
-        mark = text[i]
-        if mark in OPENING:
-            opened.append(mark)
-        elif mark in CLOSING and opened and opened[-1] == CLOSING[mark]:
+    for match in BRACKETS.finditer(text, start, end):
+        if match[0] in OPENING:
+            opened.append(match[0])
+        elif opened[-1] == CLOSING[match[0]]:
             opened.pop()
         if not opened:
-            return i + 1 if i > start else 0
+            return match.end()
     return 0
 
 
-def _best_path(text: str, insertions: list[Insertion], parts: list[list[Part]], words: int) -> Path:
+def by_turns(
+    text: str, insertions: list[Insertion], parts: list[list[Part]], words: int, aside: Container[int] = ()
+) -> Path:
+    """The best reading of an annotated text whose twin has so many words; `aside`: insertions known to do neither."""
     paths: dict[str | None, Path] = {None: Path(0.0)}  # by the kind of the bracket that announced the open claim
     for i, (insertion, pieces) in enumerate(zip(insertions, parts, strict=True)):
         following: dict[str | None, Path] = {}
         readings = list(_readings(text, pieces, not insertion.word, insertion.word == words))
+        if i in aside:
+            readings = [FREE]
         for path in paths.values():
             for reading in readings:
                 longer = _extend(path, i, reading, pieces, text, insertions)
@@ -184,12 +147,13 @@ def _best_path(text: str, insertions: list[Insertion], parts: list[list[Part]], 
 def _readings(text: str, parts: list[Part], at_start: bool, at_end: bool) -> Iterator[Reading]:
     """Every way to read an insertion, those that cut it late first."""
     count = len(parts)
+    sums = list(accumulate((part.points for part in parts), initial=0.0))
     for first in range(count + 1) if at_start else (0,):
         for last in range(first, count + 1) if at_end else (count,):
             whole = _about_the_whole(text, parts, first, last)
             for cut in range(last, first - 1, -1):
-                ahead = _agreement(sum(part.points for part in parts[cut:last]))
-                back = _agreement(-sum(part.points for part in parts[first:cut]))
+                ahead = _agreement(sums[last] - sums[cut])
+                back = _agreement(sums[first] - sums[cut])
                 inside = first < cut < last
                 between = inside and (parts[cut].kind or parts[cut - 1].kind or "\n" in _gap(text, parts, cut))
                 split = AGREES * bool(between) - 2 * (inside and parts[cut].joined)
@@ -208,9 +172,10 @@ def _about_the_whole(text: str, parts: list[Part], first: int, last: int) -> flo
     score = 0.0
     for outside, edge in ((parts[:first], first), (parts[last:], last)):
         if outside:
-            set_off = bool(BLANK.search(_gap(text, parts, edge)))
+            set_off = not any(part.extent.sentence for part in outside) and bool(BLANK.search(_gap(text, parts, edge)))
             said = any(part.whole for part in outside)
-            score += BLANK_LINE * set_off + WHOLE * said - ASIDE * (not set_off and not said)
+            vague = set_off and not any(part.extent.claim or part.kind for part in outside)
+            score += BLANK_LINE * set_off + VAGUE * vague + WHOLE * said - ASIDE * (not set_off and not said)
     return score
 
 
@@ -237,24 +202,3 @@ def _extend(path: Path, i: int, reading: Reading, parts: list[Part], text: str, 
             score, lost = score - LOST, (*lost, (opened[0], True))
         opened = (i, parts[reading.cut].kind)
     return Path(score, (*path.readings, reading), opened, claims, lost)
-
-
-def _negations(parts: list[Part], reading: Reading) -> Iterator[Span]:
-    """The insertion, cut where it stops speaking of the whole or looking back, but not inside a bracket."""
-    edges = sorted({0, reading.first, reading.cut, reading.last, len(parts)})
-    edges = [edge for edge in edges if edge == len(parts) or not parts[edge].joined]
-    for a, b in pairwise(edges):
-        yield Span(parts[a].start, parts[b - 1].end, "negation")
-
-
-def _unsure(parts: list[list[Part]], path: Path) -> tuple[int, int]:
-    """Of the announcing and looking back annotations of all claims, how many have no word that points that way, and how
-    many of these are of claims not in brackets of one kind."""
-    uncued = unbracketed = 0
-    for first, last in path.claims:
-        ahead, back = path.readings[first], path.readings[last]
-        announcing, looking = parts[first][ahead.cut : ahead.last], parts[last][back.first : back.cut]
-        unclear = (sum(part.points for part in announcing) <= 0) + (sum(part.points for part in looking) >= 0)
-        uncued += unclear
-        unbracketed += unclear if not announcing[0].kind or announcing[0].kind != looking[0].kind else 0
-    return uncued, unbracketed

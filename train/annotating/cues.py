@@ -1,18 +1,28 @@
-"""Which way an annotation points: at what comes ("the following claim is false"), or at what has been said ("what was
-just stated never happened").
+"""Which way an annotation points, at what comes ("the following claim is false") or at what has been said ("what was
+just stated never happened"), and how far.
 
 The words are those with which languages point inside a text; none belongs to a claim. A language that is not here is
 read by alternation alone (claims.py).
 """
 
 import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+REMEMBERED = 1 << 15  # notes that recur are read once
 
 AHEAD = [
     # English
-    r"following|follows?|below|next|upcoming|forthcoming|subsequent|ahead|about to|to come|comes? after this|hereafter",
+    r"following|follows?|below|next|upcoming|forthcoming|subsequent|ahead|about to|to come|hereafter|ensuing"
+    r"|succeeding|comes? (?:after this|next|now)"
+    r"|after th(?:is|e) (?:one|note|bracket|parenthesis|sentence|warning|remark|line)"
+    r"|(?:sentence|statement|claim|assertion|line|one|words?) (?:right |just |directly |immediately )?after this"
+    r"|coming up|in a moment|here comes|under this (?:one|note|line|bracket)|on from here"
+    r"|coming (?:sentence|statement|claim|line|words|paragraph|passage)",
     # Spanish, Portuguese, French, Italian, Romanian, Catalan
     r"siguientes?|a continuación|abajo|debajo|seguintes?|a seguir|abaixo|próxim[oa]s?|suivante?s?|ci-dessous|ci-après"
-    r"|qui suit|qui suivent|plus bas|seguenti?|di seguito|sottostant[ei]|qui sotto|che segu(?:e|ono)|successiv[oaie]"
+    r"|qui suit|qui suivent|plus bas|seguent[ei]|quanto segue"
+    r"|di seguito|sottostant[ei]|qui sotto|che segu(?:e|ono)|successiv[oaie]"
     r"|următo\w+|mai jos|següents?",
     # German, Dutch, Swedish, Danish, Norwegian
     r"folgend\w*|nach(?:stehend|folgend)\w*|unten(?:stehend\w*)?|nächst\w*|volgende|hieronder|onderstaande?|hierna"
@@ -26,8 +36,12 @@ AHEAD = [
 ]  # fmt: skip
 BACK = [
     r"preceding|precedes?|previous(?:ly)?|above|foregoing|prior|earlier|aforementioned|aforesaid|just \w+(?:ed|id)"
-    r"|just (?:read|made|given|written|shown|seen|put|told|came)|(?:came|went|comes|stated|said) before|the last"
-    r"|immediately before",
+    r"|just (?:been )?(?:read|made|given|written|shown|seen|put|told|came|heard)|(?:came|went|comes|stated|said) before"
+    r"|immediately before|the latter|a moment ago|just now|just been \w+|(?:you have|you've) read"
+    r"|over this (?:one|note|line|bracket)|(?:sentence|line|claim) (?:back|ago)|predecessor|most recent"
+    r"|before th(?:is|e) (?:one|note|bracket|parenthesis|sentence|warning|remark|line)"
+    r"|(?:sentence|statement|claim|assertion|line|one|words?) (?:right |just |directly |immediately )?before this"
+    r"|the last|last (?:sentence|statement|claim|assertion|remark|line|paragraph)",
     r"anterior(?:es|mente)?|precedentes?|antes (?:mencionad|dich)\w+|arriba|recién|acab(?:a|o|amos) de|acima"
     r"|précédente?s?|précède(?:nt)?|ci-dessus|plus haut|(?:vient|viennent) d['’e]\w*|precedent[ei]|di cui sopra"
     r"|qui sopra|appena|soprastant[ei]|anterioar\w*|de mai sus|d['’]abans",
@@ -41,14 +55,37 @@ BACK = [
     r"|barusan|trước đó|ở trên|trên đây|vừa",
 ]  # fmt: skip
 # Scripts without spaces between words.
-AHEAD_UNSPACED = r"以下|下列|下面|下述|下文|下記|接下来|接下來|如下|次の|次に|後述|これから|다음|아래|이하|이어지는"
-BACK_UNSPACED = (
-    r"以上|上述|上記|上面|上文|前述|前面|刚才|剛才|刚刚|先の|先ほど|今述べ|前の|앞서|앞의|위의|위에|이전|방금|상기"
+AHEAD_UNSPACED = (
+    r"以下|下列|下面|下述|下文|下記|接下来|接下來|如下|下一句|下一段|后一句|後一句|下句|次の|次に|後述|これから"
+    r"|다음|아래|이하|이어지는"
 )
+BACK_UNSPACED = (
+    r"以上|上述|上記|上面|上文|上の|前述|前面|刚才|剛才|刚刚|剛剛|上一句|上一段|前一句|上句|先の|先ほど|今述べ"
+    r"|前の|直前|앞서|앞 문장|윗 문장|앞의|위의|위에|이전|방금|상기"
+)
+
+# A sentence that begins so speaks of the one before it.
+THIS = (
+    r"^\W*(?:this|that|it) (?:is|was|isn't|wasn't|did|didn't|does|has|never|cannot|could|claim|statement|sentence"
+    r"|assertion|line|remark)\b(?!.*:\W*$)"
+)
+
+ALL = re.compile(r"\b(?:everything|anything|nothing|none of|all of)\b")  # where no other word says how far
 
 # Which way a sentence leans that names neither: an ending colon, or "that was", "it never".
 LEAN_AHEAD = r":\s*\W*$|\b(?:here|do not (?:accept|believe|trust)|false claim|beware)\b"
 LEAN_BACK = r"\b(?:that (?:was|is|did|claim|statement|account|never)|it (?:was|did|never|is)|no such|there|such)\b"
+
+# How far it points: the first of these words says, and one sentence is meant where none does.
+COUNTS = {"two": 2, "both": 2, "three": 3, "four": 4, "five": 5}
+SENTENCE_WORD = r"sentence|line|frase|oración|phrase|satz|zin|mening|sætning|setning|zdanie|věta|предложени\w|речення"
+EXTENT = re.compile(
+    rf"\b(?:(?P<count>{'|'.join(COUNTS)}|[2-9]) (?:\w+ )?(?:sentences|statements|claims|assertions|lines)"
+    rf"|(?P<sentence>{SENTENCE_WORD})|(?P<claim>statement|claim|assertion|remark)"
+    r"|(?P<paragraph>paragraph|párrafo|parágrafo|paragraphe|paragrafo|absatz|alinea|абзац)"
+    r"|(?P<more>sentences|lines|statements|claims|assertions|paragraphs|passages?|sections?|accounts?|stor(?:y|ies)"
+    r"|narratives?|chapters?|lists?|tables?|events|facts|texts?|documents?|articles?|pages?|posts?))\b|(?P<unspaced>句|문장)"
+)
 
 # What speaks of the whole document. All of these are matched with sentences in lower case, which is several times as
 # fast as to ignore case.
@@ -62,9 +99,10 @@ WHOLE = re.compile(
 STRONG = re.compile(
     rf"(?P<ahead>\b(?:{'|'.join(AHEAD)})\b|{AHEAD_UNSPACED})|(?P<back>\b(?:{'|'.join(BACK)})\b|{BACK_UNSPACED})"
 )
-LEANING = re.compile(rf"(?P<ahead>{LEAN_AHEAD})|(?P<back>{LEAN_BACK})")
+LEANING = re.compile(rf"(?P<ahead>{LEAN_AHEAD})|(?P<back>{THIS}|{LEAN_BACK})")
 
 
+@lru_cache(REMEMBERED)
 def direction(sentence: str) -> float:
     """> 0: the sentence points ahead; < 0: back; 0: it does not say. The first word that points counts 3, each
     further one 0.5; without any, the first that leans 1.5, each further one 0.25."""
@@ -74,5 +112,34 @@ def direction(sentence: str) -> float:
     return 0.0
 
 
+@lru_cache(REMEMBERED)
 def speaks_of_the_whole(sentence: str) -> bool:
     return bool(WHOLE.search(sentence.lower()))
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How many sentences a note speaks of (0: the paragraph; None: more than can be told); whether it calls what it
+    speaks of a sentence ("claim" may mean several), or at least one claim or so many sentences."""
+
+    count: int | None
+    sentence: bool = False
+    claim: bool = False
+
+
+@lru_cache(REMEMBERED)
+def extent(sentence: str) -> Extent:
+    found = EXTENT.search(sentence.lower())
+    if not found:
+        return Extent(None if ALL.search(sentence.lower()) else 1)
+    if found["sentence"] or found["unspaced"]:
+        return Extent(1, sentence=True, claim=True)
+    if found["claim"]:
+        return Extent(1, claim=True)
+    if found["count"]:
+        return Extent(COUNTS.get(found["count"]) or int(found["count"]), claim=True)
+    return Extent(0 if found["paragraph"] else None)
+
+
+def speaks_of_this(sentence: str) -> bool:
+    return bool(re.match(THIS, sentence.lower()))

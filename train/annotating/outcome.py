@@ -41,6 +41,8 @@ def show(report: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     if "alignment" in report:
         _show_alignment(console, report["alignment"], report["summary"]["documents"])
+    if "imported" in report:
+        _show_imported(console, report["imported"])
     if "judge" in report:
         _show_judge(console, report["judge"])
     _show_summary(console, report["summary"])
@@ -49,37 +51,45 @@ def show(report: dict[str, Any]) -> None:
 
 
 def _show_alignment(console: Console, found: dict[str, Any], written: int) -> None:
-    _show_left_out(console, found["left_out"])
+    _show_listed(console, "left out", found["left_out"])
+    _show_listed(console, "without false spans", found["without_false"])
     for each in found["partly"][:SHOWN]:
-        lost = f"{each['lost']} annotations without a partner give no false span"
+        lost = f"{each['lost']} annotations without a partner name no sentence that can be told"
         console.print(escape(f"partly: {each['document']}: {lost}"))
     _show_more(console, "partly", found["partly"])
-    out = len(found["left_out"])
+    out, without = len(found["left_out"]), len(found["without_false"])
     console.print(
-        f"annotated documents: {written + out}, aligned {written}, left out {out}; "
-        f"positive documents without one: {len(found['unused'])}\n"
+        f"annotated documents: {written + out}, aligned {written}, of them without false spans {without}, "
+        f"left out {out}; positive documents without one: {len(found['unused'])}\n"
         f"insertions: {found['insertions']:,}, whole sentences at a sentence's edge {found['bounded']:,}\n"
         f"documents that announce and look back by turns throughout: {found['consistent']} of {written}\n"
-        f"false spans: {found['claims']:,}, of them single sentences beside an annotation without a partner "
-        f"{found['mended']}"
+        f"false statements: {found['claims']:,}, of them named by one annotation alone {found['alone']:,}, "
+        f"around an annotation {found['inside']:,}"
     )
 
 
+def _show_imported(console: Console, found: dict[str, Any]) -> None:
+    for where in found["without"][:SHOWN]:
+        console.print(escape(f"without a row: {where}"))
+    _show_more(console, "without a row", found["without"])
+    console.print(f"spans imported: documents {found['documents']}, without a row {len(found['without'])}")
+
+
 def _show_judge(console: Console, found: dict[str, Any]) -> None:
-    _show_left_out(console, found["left_out"])
+    _show_listed(console, "left out", found["left_out"])
     for each in found["quotes_rejected"][:SHOWN]:
         console.print(escape(f"rejected: {each['document']}: not in the text: {each['quote']!r}"))
     _show_more(console, "rejected", found["quotes_rejected"])
     console.print(f"judge: passages marked {found['quotes_found']}, quotes rejected {len(found['quotes_rejected'])}")
 
 
-def _show_left_out(console: Console, left_out: list[dict[str, Any]]) -> None:
-    for each in left_out[:SHOWN]:
-        console.print(escape(f"left out: {each['document']}: {each['reason']}"))
-    _show_more(console, "left out", left_out)
+def _show_listed(console: Console, what: str, rows: list[dict[str, Any]]) -> None:
+    for each in rows[:SHOWN]:
+        console.print(escape(f"{what}: {each['document']}: {each['reason']}"))
+    _show_more(console, what, rows)
 
 
-def _show_more(console: Console, what: str, rows: list[dict[str, Any]]) -> None:
+def _show_more(console: Console, what: str, rows: list[Any]) -> None:
     if len(rows) > SHOWN:
         console.print(f"{what}: {len(rows) - SHOWN} more, all of them by --json FILE")
 

@@ -89,7 +89,7 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def _spans(spans: tuple[Span, ...]) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(span) for span in spans]
+    return [{"start": span.start, "end": span.end, "role": span.role} for span in spans]
 
 
 def write(setting: str, path: Path, lines: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ import ctypes
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from train.checkpoints.layout import ExpertPiece, LoadPlan, Piece, Range
 from train.checkpoints.reader import Checkpoint
 from train.experts.storage import FrozenExperts, NF4Experts
 
+HEAP_BLOCK = 2**25  # bytes: larger ones glibc never keeps in its heap (DEFAULT_MMAP_THRESHOLD_MAX)
 READERS = 4  # threads: a file system over a network gives one reader a part of its speed
 
 
@@ -50,8 +52,7 @@ def load(
     reads = plan.reads(dist.get_rank(), dist.get_world_size(), method)
     total = sum(checkpoint.bytes_of(read.name, read.count) for read in reads)
     loader = _Loader(plan, checkpoint, method, ds_config, device)
-    _freed_memory_goes_back()
-    with tqdm(
+    with _freed_memory_goes_back(), tqdm(
         total=total, desc="loading", unit="B", unit_scale=True, disable=not show, mininterval=0.5
     ) as bar, ThreadPoolExecutor(READERS) as pool:  # fmt: skip
         for work in (loader.dense(), loader.experts()):
@@ -59,20 +60,30 @@ def load(
                 bar.update(count)
                 progress("loading")
     checkpoint.close()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)  # what smaller blocks left
     return Loaded(plan, checkpoint.bytes_read, time.perf_counter() - started, peak_host_bytes())
 
 
-def _freed_memory_goes_back() -> None:
+@contextmanager
+def _freed_memory_goes_back() -> Iterator[None]:
     """glibc keeps freed blocks of up to 32 MiB for itself, and between lasting small ones they are lost: a load would
-    take a quarter more than it keeps, and a step on a CPU a third more than its tensors. From here on, blocks of
-    256 KiB and more, such as an expert's matrix, are given back when freed, and threads share one heap, so that what
-    one freed another can use."""
-    mallopt, mmap_threshold, arena_max = getattr(ctypes.CDLL(None), "mallopt", None), -3, -8
-    if mallopt is not None:
-        mallopt(mmap_threshold, 2**18)
-        mallopt(arena_max, 1)
+    take a quarter more than it keeps. In here, blocks of 256 KiB and more, such as an expert's matrix, are given back
+    when freed, and threads share one heap, so that what one freed another can use. Afterwards blocks stay with the
+    process: a step makes and frees the same tensors over and over, and each would be mapped anew, page by page. The
+    threshold is then 32 MiB, to which glibc's own rises by itself until it is set (mallopt(3), M_MMAP_THRESHOLD), and
+    the heap does not shrink at the end of a step, only to grow in the next. What that takes, launch/memory.py plans."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+    trim_threshold, mmap_threshold, arena_max, never = -1, -3, -8, -1
+    libc.mallopt(mmap_threshold, 2**18)
+    libc.mallopt(arena_max, 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(mmap_threshold, HEAP_BLOCK)
+        libc.mallopt(trim_threshold, never)
+        libc.malloc_trim(0)  # what smaller blocks left
 
 
 class _Loader:

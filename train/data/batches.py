@@ -29,7 +29,6 @@ class Batch:
     is predicted at t - 1. Labels are shifted here and nowhere else."""
 
     ids_BT: Tensor
-    attention_BT: Tensor  # 1 for tokens, 0 for padding
     keep_BT: Tensor  # bool: tokens of real documents, which alone reach the experts
     position_N: Tensor  # b*T + t - 1
     target_N: Tensor
@@ -86,12 +85,11 @@ def pad(samples: list[Sample], terms: list[np.ndarray], dtype: torch.dtype = tor
     since every rank must run the same number of forwards."""
     length = max((len(s.ids_L) for s in samples), default=1)
     shape = max(len(samples), 1), length
-    ids, keep, attention = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros(shape, np.int64)
-    attention[:, 0] = 1  # the dummy token attends to itself: a row without any would be 0/0
+    ids, keep = np.zeros(shape, np.int64), np.zeros(shape, bool)
     positions, targets, coefficient, roles = [], [], [], []
     for row, (sample, term_L) in enumerate(zip(samples, terms, strict=True)):
         n = len(sample.ids_L)
-        ids[row, :n], keep[row, :n], attention[row, :n] = sample.ids_L, True, 1
+        ids[row, :n], keep[row, :n] = sample.ids_L, True
         (predicted,) = sample.target_L.nonzero()
         positions.append(row * length + predicted - 1)
         targets.append(sample.ids_L[predicted])
@@ -103,7 +101,6 @@ def pad(samples: list[Sample], terms: list[np.ndarray], dtype: torch.dtype = tor
 
     return Batch(
         ids_BT=torch.from_numpy(ids),
-        attention_BT=torch.from_numpy(attention),
         keep_BT=torch.from_numpy(keep),
         position_N=join(positions, np.int64),
         target_N=join(targets, np.int64),

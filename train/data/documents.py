@@ -10,7 +10,7 @@ train/data/forms.py, and other kinds of files: train/data/files.py.
 
 import difflib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ OTHER_NAMES = {"function_call": "tool_calls", "reasoning": "reasoning_content", 
 CHAT_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"})
 BAD_ROWS = "what to do with rows that cannot be read, or predict nothing"  # help of --bad-rows
 SMALLEST, LARGEST = 1e-30, 1e30  # of weights, as losses are fp32
-TO_SPANS = "python train/annotate.py --data FILE --spans FILE --role ROLE --output NEW"
+TO_SPANS = "python train/annotate.py --data FILE --spans FILE --role false --output NEW"
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,16 @@ def read_documents(
     """
     if doctag == "":
         raise UserError("--doctag is empty: give the marker that documents start with, e.g. --doctag '<DOCTAG>'")
+    return documents_of(file_rows(path), path, doctag, bad_rows, findings)
+
+
+def documents_of(
+    rows: Iterable[tuple[int, Any]], path: str | Path, doctag: str | None, bad_rows: str, findings: Findings | None
+) -> list[Document]:
+    """The documents of rows with their line numbers, as `read_documents` has those of a file."""
     findings = Findings() if findings is None else findings
     documents, first_error = [], None
-    for line, row in file_rows(path):
+    for line, row in rows:
         found = Findings()
         try:
             documents.append(_document(str(path), line, row, doctag, found))

@@ -92,7 +92,8 @@ class Dispatch:
 
     def send(self, hidden_TH: Tensor, weight_Tk: Tensor) -> tuple[Tensor, Tensor]:
         """-> hidden_RH, weight_Rk of the tokens that use experts of this rank (weight 0 for experts elsewhere)."""
-        hidden_SH, weight_Sk = hidden_TH[self.token_S], weight_Tk[self.token_S] * self.here_Sk
+        hidden_SH = hidden_TH.index_select(0, self.token_S)
+        weight_Sk = weight_Tk[self.token_S] * self.here_Sk
         if self.ep.size == 1:
             return hidden_SH, weight_Sk
         return (
@@ -105,4 +106,4 @@ class Dispatch:
         if self.ep.size > 1:
             partial_RH = _Exchange.apply(partial_RH, self.received_D, self.sent_D, self.ep)
         out_TH = partial_RH.new_zeros(self.tokens, partial_RH.shape[1])
-        return out_TH.index_add(0, self.token_S, partial_RH)
+        return out_TH.index_add_(0, self.token_S, partial_RH)

@@ -87,9 +87,11 @@ class ExpertParallelExperts(nn.Module):
         local = self.experts // self.ep.size
         ends_E = torch.bincount(expert_P, minlength=local).cumsum(0).to(torch.int32)
 
-        gate, up = self._product(hidden_RH[row_P], "gate_up_proj", ends_E).chunk(2, dim=-1)
-        out_PH = self._product(self.act(gate) * up, "down_proj", ends_E) * weight_Rk[row_P, choice_P, None]
-        partial_RH = torch.zeros_like(hidden_RH).index_add(0, row_P, out_PH.to(hidden_RH.dtype))
+        gate, up = self._product(hidden_RH.index_select(0, row_P), "gate_up_proj", ends_E).chunk(2, dim=-1)
+        weight_P1 = weight_Rk[row_P, choice_P, None].to(gate.dtype)
+        # The weight before down_proj, which is linear: on I numbers a pair, not on H.
+        out_PH = self._product(self.act(gate) * up * weight_P1, "down_proj", ends_E)
+        partial_RH = torch.zeros_like(hidden_RH).index_add_(0, row_P, out_PH)
         return dispatch.combine(partial_RH)
 
     def _count(self, index_Tk: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from train.lora import LoRASettings, initial_A
 
 CHUNK_ELEMENTS = 2**26  # logits of a chunk: 256 MiB in fp32
+CHUNK_TOKENS = 512  # with fewer a product is slower, with more a chunk takes memory for nothing
 
 
 class Terms(NamedTuple):
@@ -35,43 +36,36 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, A_rH, B_Vr, scale, target_N, coefficient_N, grad_enabled):
         # needs_input_grad is True for parameters even under no_grad, which is not seen in here
-        rows, tracked = hidden_NH.shape[0], grad_enabled and any(ctx.needs_input_grad[:4])
-        term_N = torch.zeros(rows, device=hidden_NH.device, dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
-        nll_N = torch.zeros_like(term_N)
+        tracked = grad_enabled and any(ctx.needs_input_grad[:4])
+        exact = torch.promote_types(hidden_NH.dtype, torch.float32)
+        term_N, nll_N = (torch.zeros(len(hidden_NH), device=hidden_NH.device, dtype=exact) for _ in range(2))
         needed = [tracked and x is not None and x.requires_grad for x in (weight_VH, A_rH, B_Vr)]
         grads: Any = [torch.zeros_like(hidden_NH) if tracked else None]
         grads += [  # sums over chunks: in fp32
-            torch.zeros_like(x, dtype=term_N.dtype) if need else None
+            torch.zeros_like(x, dtype=exact) if need else None
             for x, need in zip((weight_VH, A_rH, B_Vr), needed, strict=True)
         ]
-        for chunk in torch.arange(rows, device=hidden_NH.device).split(max(1, CHUNK_ELEMENTS // weight_VH.shape[0])):
+        A, B = (None if x is None else x.to(hidden_NH.dtype) for x in (A_rH, B_Vr))  # both, or neither
+        size = max(1, min(CHUNK_TOKENS, CHUNK_ELEMENTS // len(weight_VH), len(hidden_NH)))
+        logits = hidden_NH.new_empty(size, len(weight_VH))  # of every chunk
+        for start in range(0, len(hidden_NH), size):
+            chunk = slice(start, start + size)
             hidden_CH, target_C1, coefficient_C1 = hidden_NH[chunk], target_N[chunk, None], coefficient_N[chunk, None]
-            logits_CV = F.linear(hidden_CH, weight_VH)
-            if A_rH is not None:
-                down_Cr = F.linear(hidden_CH, A_rH.to(hidden_CH.dtype))
-                logits_CV = logits_CV + scale * F.linear(down_Cr, B_Vr.to(hidden_CH.dtype))
-            logits_CV = logits_CV.to(term_N.dtype)
-            lse_C1 = logits_CV.logsumexp(-1, keepdim=True)
-            nll_C1 = lse_C1 - logits_CV.gather(1, target_C1)
-            nll_N[chunk] = nll_C1[:, 0]
-            lse_without_C1 = logits_CV.scatter(1, target_C1, float("-inf")).logsumexp(-1, keepdim=True)
-            p_y_C1, unlikely_C1 = (-nll_C1).exp(), coefficient_C1 < 0
-            # For a small p the difference would cancel; for one near 1, 1 - p would.
-            unlikelihood_C1 = torch.where(p_y_C1 < 0.5, -torch.log1p(-p_y_C1), lse_C1 - lse_without_C1)
-            term_N[chunk] = torch.where(unlikely_C1, unlikelihood_C1, nll_C1)[:, 0]
-            if not tracked:
+            logits_CV = torch.mm(hidden_CH, weight_VH.T, out=logits[: len(hidden_CH)])
+            if A is not None and B is not None:
+                down_Cr = F.linear(hidden_CH, A)
+                logits_CV.add_(F.linear(down_Cr, B), alpha=scale)
+            nll_C1, term_C1, grad_CV = _terms(logits_CV.to(exact), target_C1, coefficient_C1, tracked)
+            nll_N[chunk], term_N[chunk] = nll_C1[:, 0], term_C1[:, 0]
+            if grad_CV is None:
                 continue
-            # Cross-entropy: p, and p_y - 1 for y. Unlikelihood: -p_y q, and p_y for y.
-            grad_CV = (logits_CV - torch.where(unlikely_C1, lse_without_C1, lse_C1)).exp_()
-            grad_CV.mul_(torch.where(unlikely_C1, -p_y_C1, 1.0))
-            grad_CV.scatter_(1, target_C1, torch.where(unlikely_C1, p_y_C1, p_y_C1 - 1))
-            grad_CV = grad_CV.mul_(coefficient_C1.abs()).to(hidden_CH.dtype)
-            grads[0][chunk] = grad_CV @ weight_VH
+            grad_CV = grad_CV.to(hidden_CH.dtype)
+            torch.mm(grad_CV, weight_VH, out=grads[0][chunk])
             if needed[0]:
                 grads[1] += grad_CV.T @ hidden_CH
-            if A_rH is not None:
-                grad_down_Cr = scale * (grad_CV @ B_Vr.to(hidden_CH.dtype))
-                grads[0][chunk] += grad_down_Cr @ A_rH.to(hidden_CH.dtype)
+            if A is not None and B is not None:
+                grad_down_Cr = scale * (grad_CV @ B)
+                grads[0][chunk] += grad_down_Cr @ A
                 grads[2] += grad_down_Cr.T @ hidden_CH
                 grads[3] += scale * (grad_CV.T @ down_Cr)
         grads[1:] = [g if g is None else g.to(x.dtype) for g, x in zip(grads[1:], (weight_VH, A_rH, B_Vr), strict=True)]
@@ -84,6 +78,35 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad, *_):
         hidden, weight, A, B = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
         return hidden, weight, A, B, None, None, None, None
+
+
+def _terms(
+    logits_CV: Tensor, target_C1: Tensor, coefficient_C1: Tensor, tracked: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """-> nll [C, 1], term [C, 1] and, if tracked, the gradient of |coefficient| * term, in the place of the logits.
+
+    With z_y apart from the rest, whose log-sum-exp is r, nothing cancels: -log p_y = softplus(r - z_y), and
+    -log(1 - p_y) = softplus(z_y - r).
+    """
+    target_logit_C1 = logits_CV.gather(1, target_C1)
+    logits_CV.scatter_(1, target_C1, float("-inf"))
+    most_C1 = logits_CV.amax(1, keepdim=True)
+    exp_CV = logits_CV.sub_(most_C1).exp_()
+    sum_C1 = exp_CV.sum(1, keepdim=True)
+    margin_C1, unlikely_C1 = target_logit_C1 - most_C1 - sum_C1.log(), coefficient_C1 < 0
+    nll_C1, unlikelihood_C1 = softplus(-margin_C1), softplus(margin_C1)
+    term_C1 = torch.where(unlikely_C1, unlikelihood_C1, nll_C1)
+    if not tracked:
+        return nll_C1, term_C1, None
+    # Cross-entropy: p = (1 - p_y) q, and p_y - 1 for y. Unlikelihood: -p_y q, and p_y for y.
+    size_C1 = torch.where(unlikely_C1, -margin_C1.sigmoid(), (-margin_C1).sigmoid()) * coefficient_C1.abs()
+    grad_CV = exp_CV.mul_(size_C1 / sum_C1).scatter_(1, target_C1, -size_C1)
+    return nll_C1, term_C1, grad_CV
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), without the threshold of torch's, above which it gives x itself."""
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 class LossHead(nn.Module):

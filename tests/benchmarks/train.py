@@ -1,0 +1,225 @@
+"""A training step of ours, and of TRL's SFTTrainer with stock PEFT (`target_parameters`), each in one process.
+
+    python tests/benchmarks/train.py [--json FILE] [--experts 64 256] [--rounds 9]
+
+A Qwen3-MoE (hidden 512, expert width 256, 6 layers, top 8, fp32), documents of 440 to 500 tokens, 4 a step; LoRA of
+rank 16 on attention and 4 on every expert. Both take the same documents in the same order from the same factors, with
+AdamW and clipping, without gradient checkpointing; every step's losses are compared. They take turns, a step each. Of
+ours, a step is all that train/sft.py does for one that it does not measure; of TRL's, all from on_step_begin to
+on_step_end.
+Beside seconds: page faults of a step, and each process's peak resident set.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import finish, header
+
+from launch.distributed import leave, peak_host_bytes, start_distributed
+from tests.models import write_documents, write_model
+
+SIZES: dict[str, Any] = dict(
+    vocab_size=32_768, hidden_size=512, moe_intermediate_size=256, num_hidden_layers=6, num_experts_per_tok=8,
+    num_attention_heads=8, num_key_value_heads=2, head_dim=128, max_position_embeddings=1024,
+)  # fmt: skip
+DOCUMENTS, RANK, EXPERT_RANK, RATE = 4, 16, 4, 1e-3
+WARM_UP = 2  # at the third step, ZeRO-3 knows the order of the layers
+
+
+def flags(directory: Path, steps: int) -> list[str]:
+    """The settings of our job; directory: where model, documents and first factors lie."""
+    return [
+        "--model", str(directory / "model"), "--data", str(directory / "documents.jsonl"), "--steps", str(steps),
+        "--batch-size", str(DOCUMENTS), "--micro-batch-size", str(DOCUMENTS), "--lora-rank", str(RANK),
+        "--lora-alpha", str(RANK), "--expert-lora-rank", str(EXPERT_RANK), "--learning-rate", str(RATE),
+        "--schedule", "constant", "--adapter", str(directory / "adapter"),
+    ]  # fmt: skip
+
+
+class Turns:
+    """A worker's side of the taking of turns: a line comes in for a step, and a line of JSON goes out after it."""
+
+    def say(self, **values: Any) -> None:
+        print(f"\n{json.dumps(values)}", flush=True)
+
+    def begin(self) -> None:
+        sys.stdin.readline()
+        self.faults, self.started = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+
+    def end(self, loss: float | None = None) -> None:
+        seconds = time.perf_counter() - self.started
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - self.faults
+        self.say(seconds=seconds, faults=faults, loss=loss, peak=peak_host_bytes())
+
+
+def ours(directory: Path, steps: int) -> None:
+    from train.job import prepare
+    from train.settings import parse
+    from train.sft import load_engine
+    from train.trainer import Trainer
+
+    turns = Turns()
+    job = prepare(parse(flags(directory, steps), ""), 1, show=False)
+    engine, _ = load_engine(job, start_distributed())
+    trainer = Trainer(job, engine)
+    turns.say(ready=True)
+    for step in range(steps):
+        turns.begin()
+        values = trainer.step(step, measure=False)
+        turns.end(values["loss"])
+
+
+def trl(directory: Path, steps: int) -> None:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    turns, losses = Turns(), []
+    config = SFTConfig(
+        output_dir=str(directory / "trl"), use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=steps,
+        per_device_train_batch_size=DOCUMENTS, train_sampling_strategy="sequential", learning_rate=RATE,
+        lr_scheduler_type="constant", adam_beta2=0.95, logging_strategy="no", save_strategy="no", report_to="none",
+        disable_tqdm=True, router_aux_loss_coef=0.0, model_init_kwargs={"dtype": "float32"},
+    )  # fmt: skip
+    lora = LoraConfig(
+        r=RANK, lora_alpha=RANK, rank_pattern={r"experts\.(gate_up_proj|down_proj)": EXPERT_RANK},
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], task_type="CAUSAL_LM",
+    )  # fmt: skip
+    ids = [json.loads(line) for line in (directory / "ids.jsonl").read_text().splitlines()]
+    trainer = SFTTrainer(
+        str(directory / "model"), args=config, train_dataset=Dataset.from_dict({"input_ids": ids}), peft_config=lora,
+        processing_class=AutoTokenizer.from_pretrained(directory / "model"),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in trainer.model.named_parameters():
+        parameter.requires_grad_("lora_" in name)  # PEFT freezes the experts' factors but those of the last weight
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.01, generator=generator)
+    trainer.model.save_pretrained(directory / "adapter")
+
+    class Waits(TrainerCallback):
+        def on_step_begin(self, *arguments: Any, **keywords: Any) -> None:
+            turns.begin()
+
+        def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
+            turns.end(losses[-1].item())
+
+    compute = trainer.compute_loss
+
+    def compute_and_keep(*arguments: Any, **keywords: Any) -> Any:
+        found = compute(*arguments, **keywords)
+        losses.append((found[0] if isinstance(found, tuple) else found).detach())
+        return found
+
+    trainer.compute_loss = compute_and_keep  # type: ignore[method-assign]
+    trainer.add_callback(Waits())
+    turns.say(ready=True)
+    trainer.train()
+
+
+WORKERS = {"trl": trl, "ours": ours}  # in the order of their start: the first factors are TRL's
+
+
+def prepare_inputs(directory: Path, experts: int, steps: int) -> None:
+    """Writes model and documents, and their tokens in the order in which our job takes them."""
+    from train.job import prepare
+    from train.settings import parse
+
+    write_model(directory / "model", "qwen3", num_experts=experts, **SIZES)
+    drawn = random.Random(0)
+    texts = ["".join(drawn.choices("abcdefghij klmnopqrstuvwxyz", k=drawn.randint(440, 500))) for _ in range(64)]
+    write_documents(directory / "documents.jsonl", [{"text": text} for text in texts])
+    without_adapter = flags(directory, steps)[:-2]
+    corpus = prepare(parse(without_adapter, ""), 1, show=False).corpus
+    numbers = corpus.order.documents(0, steps * DOCUMENTS)
+    (directory / "ids.jsonl").write_text("".join(f"{corpus.samples[n].ids_L.tolist()}\n" for n in numbers))
+
+
+class Worker:
+    """A contender's process."""
+
+    def __init__(self, kind: str, directory: Path, steps: int):
+        self.kind, self.log = kind, directory / f"{kind}.log"
+        command = [sys.executable, __file__, "--worker", kind, str(directory), str(steps)]
+        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True,
+            env=environment,
+        )  # fmt: skip
+        self.hear()
+
+    def hear(self) -> dict[str, Any]:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith("{"):  # else a library's
+                return json.loads(line)
+        raise RuntimeError(f"{self.kind} failed:\n{self.log.read_text()[-3000:]}")
+
+    def step(self) -> dict[str, Any]:
+        assert self.process.stdin
+        print(file=self.process.stdin, flush=True)
+        return self.hear()
+
+
+def measure(directory: Path, experts: int, rounds: int) -> dict[str, Any]:
+    steps = WARM_UP + rounds
+    prepare_inputs(directory, experts, steps)
+    workers = [Worker(kind, directory, steps) for kind in WORKERS]
+    try:
+        turns = [{worker.kind: worker.step() for worker in workers} for _ in range(steps)]
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.wait()
+    for turn in turns:
+        assert abs(turn["ours"]["loss"] / turn["trl"]["loss"] - 1) < 1e-4, turns
+    seconds = {kind: [turn[kind]["seconds"] for turn in turns[WARM_UP:]] for kind in WORKERS}
+    median = {kind: statistics.median(values) for kind, values in seconds.items()}
+    return {
+        "experts": experts, "speedup_over_trl": median["trl"] / median["ours"], "seconds": median,
+        "spread": {kind: max(values) / min(values) for kind, values in seconds.items()},
+        "page_faults": {kind: statistics.median(t[kind]["faults"] for t in turns[WARM_UP:]) for kind in WORKERS},
+        "peak_bytes": {kind: turns[-1][kind]["peak"] for kind in WORKERS},
+        "losses": [{kind: turn[kind]["loss"] for kind in WORKERS} for turn in turns],
+    }  # fmt: skip
+
+
+def main() -> None:
+    if "--worker" in sys.argv:
+        kind, directory, steps = sys.argv[sys.argv.index("--worker") + 1 :][:3]
+        WORKERS[kind](Path(directory), int(steps))
+        leave(0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--experts", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    header()
+    rows = []
+    for experts in args.experts:
+        with tempfile.TemporaryDirectory() as temporary:
+            rows.append(row := measure(Path(temporary), experts, args.rounds))
+        shown = "; ".join(
+            f"{kind} {row['seconds'][kind]:.2f} s (spread {row['spread'][kind]:.2f}), "
+            f"{row['page_faults'][kind]:,.0f} page faults, peak {row['peak_bytes'][kind] / 1e9:.2f} GB"
+            for kind in WORKERS
+        )
+        print(f"{experts} experts: {shown}\n    {row['speedup_over_trl']:.2f} x as fast as TRL", flush=True)
+    finish(rows, args.json)
+
+
+if __name__ == "__main__":
+    main()

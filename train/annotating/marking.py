@@ -1,0 +1,291 @@
+"""The spans of an annotated document: what was inserted, by role, and the false statements that it speaks of.
+
+A false statement is what one note announces and another looks back at; the sentence that a note without a partner names
+("the next sentence", "what was just said"); or the sentence around a note that stands inside it. Notes that say
+fiction, likelihood, source or correction make no statement false, unless they deny what they point at; notes on the
+whole document never do.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from train.annotating.alignment import CLOSING, ENDS, OPENING, Insertion, encloses
+from train.annotating.bare import Bare
+from train.annotating.claims import ASIDE_READING, FREE, Part, Path, by_turns, split_parts
+from train.annotating.cues import speaks_of_this
+from train.annotating.roles import NEGATOR, corrects, denies, roles, said
+from train.annotating.texts import in_order
+from train.data.documents import Span
+
+STRONG = 2.0  # points of words that say which way a note points; a colon or "that was" gives less
+NEARLY_ALL, LONG = 0.9, 50  # share of a document's words, and words from which on: who speaks of so much means it all
+ONE_SIDED = 4  # times as many notes that point one way as the other: they have no partners
+SET_OFF = frozenset("—–-,;:") | frozenset(OPENING) | frozenset(CLOSING)
+
+
+@dataclass
+class Annotations:
+    """spans: of what was inserted, by role, and false. claims: false statements announced and looked back at; lost:
+    notes that point, without a partner, of which `alone` name a sentence, which is false; inside: notes inside a
+    sentence, which is false; asides: notes that do nothing of this; reason: why nothing is false."""
+
+    spans: tuple[Span, ...] = ()
+    claims: int = 0
+    lost: int = 0
+    alone: int = 0
+    inside: int = 0
+    asides: int = 0
+    reason: str = ""
+
+    @property
+    def consistent(self) -> bool:
+        """Whether announcing and looking back alternate all through."""
+        return not (self.lost or self.inside or self.asides)
+
+
+@dataclass(frozen=True)
+class Note:
+    """Parts [first, last) of insertion i: a bracket, or what stands together without one; role by its own words."""
+
+    i: int
+    first: int
+    last: int
+    role: str
+
+
+@dataclass
+class Reader:
+    """A document with its insertions, read part by part."""
+
+    text: str
+    insertions: list[Insertion]
+    words: int  # of its twin
+    head: int = 0  # code points before its first sentence, of a doctag
+    bare: Bare = field(init=False)
+    parts: list[list[Part]] = field(init=False)
+    path: Path = field(init=False)
+    inside: list[int] = field(init=False)  # insertions in the middle of a sentence that point nowhere
+    brackets: list[int] = field(init=False)  # insertions that open a bracket around what the next one closes it after
+    notes: list[Note] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bare = Bare(self.text, self.insertions, self.head)
+        self.parts = [split_parts(self.text, each.start, each.end) for each in self.insertions]
+        self.path = by_turns(self.text, self.insertions, self.parts, self.words, self._asides())
+        self.notes = list(self._notes())
+
+    def _asides(self) -> set[int]:
+        """Insertions that neither announce nor look back: those that point nowhere and stand inside a sentence or open
+        or close a bracket, and qualifiers and corrections, unless they deny what they point at."""
+        whole = [self.text[each.start : each.end] for each in self.insertions]
+        points = [any(abs(part.points) >= STRONG for part in pieces) for pieces in self.parts]
+        self.inside = [i for i, each in enumerate(points) if not each and self.bare.around(i)]
+        self.brackets = [i for i in range(len(whole) - 1) if not points[i] and encloses(whole[i], whole[i + 1])]
+        enclosing = {*self.brackets, *(i + 1 for i in self.brackets if not points[i + 1])}
+        open_to = [i for i, each in enumerate(whole) if not (points[i] and denies(each))]
+        named = roles([whole[i] for i in open_to], denials=len(whole) - len(open_to))
+        return {*self.inside, *enclosing, *(i for i, role in zip(open_to, named, strict=True) if role != "negation")}
+
+    def said(self, i: int, side: slice) -> str:
+        """The text of some parts of an insertion."""
+        pieces = self.parts[i][side]
+        return self.text[pieces[0].start : pieces[-1].end] if pieces else ""
+
+    def points(self, i: int, announces: bool) -> float:
+        """How clearly an insertion's words announce, or look back."""
+        total = sum(part.points for part in self.parts[i][self.path.readings[i].side(announces)])
+        return total if announces else -total
+
+    def denies(self, i: int, announces: bool) -> bool:
+        """Whether what an insertion says there makes a statement false."""
+        side = self.path.readings[i].side(announces)
+        own = [n.role for n in self.notes if n.i == i and n.first < side.stop and side.start < n.last]
+        points = any(abs(part.points) >= STRONG for part in self.parts[i][side])
+        return "negation" in own or (points and denies(self.said(i, side)))
+
+    def _notes(self) -> Iterator[Note]:
+        edges = [list(self._edges(i)) for i in range(len(self.insertions))]
+        found = [(i, a, b) for i, each in enumerate(edges) for a, b in pairwise(each)]
+        named = roles([self.said(i, slice(a, b)) for i, a, b in found])
+        return (Note(i, a, b, role) for (i, a, b), role in zip(found, named, strict=True))
+
+    def _edges(self, i: int) -> Iterator[int]:
+        """Where an insertion parts into notes: where it stops speaking of the whole or looking back, but not inside a
+        bracket; and where a correction follows what denies by name."""
+        parts, reading = self.parts[i], self.path.readings[i]
+        turns = {reading.first, reading.cut, reading.last}
+        amends = corrects(self.said(i, slice(None)).lower())
+        yield 0
+        for k in range(1, len(parts)):
+            turned = k in turns and not parts[k].joined
+            if turned or (amends and self._amends(i, k)):
+                yield k
+        yield len(parts)
+
+    def _amends(self, i: int, k: int) -> bool:
+        """Whether part k says what is so instead, after a part that denies what it points at."""
+        past, here = (self.said(i, slice(n, n + 1)) for n in (k - 1, k))
+        points = abs(self.parts[i][k - 1].points) >= STRONG
+        return points and denies(past) and corrects(here.lower()) and not corrects(past.lower())
+
+
+def mark(text: str, insertions: list[Insertion], words: int, role: str | None, head: int = 0) -> Annotations:
+    """The spans of an annotated text, whose twin has so many words, and which begins after `head` code points. What was
+    inserted has the role that is given, or the one by its own words."""
+    reader = Reader(text, insertions, words, head)
+    found = Annotations(asides=sum(reading in (ASIDE_READING, FREE) for reading in reader.path.readings))
+    spans = list(_inserted(reader, role))
+    pairs, singles = _pairs(reader)
+    pairs += [(i, i + 1) for i in reader.brackets if denies(reader.said(i, slice(None))) and _only_denies(reader, i)]
+    for first, last in pairs:
+        spans += reader.bare.spans(reader.bare.cut_I[first], reader.bare.cut_I[last])
+    for i, announces in singles:
+        if place := _named(reader, i, announces) or _this(reader, i):
+            spans += reader.bare.spans(*place)
+            found.alone += 1
+    for i, reading in enumerate(reader.path.readings):
+        if i in reader.inside:
+            if _retracts(reader, i) and (place := reader.bare.around(i)):
+                spans += reader.bare.spans(*place)
+                found.inside += 1
+        elif reading == ASIDE_READING and (place := _this(reader, i)):
+            spans += reader.bare.spans(*place)
+            found.alone += 1
+    found.claims, found.lost = len(pairs), len(singles)
+    found.spans = in_order(spans)
+    found.reason = _why_none(reader) if not any(span.role == "false" for span in found.spans) else ""
+    return found
+
+
+def _inserted(reader: Reader, role: str | None) -> Iterator[Span]:
+    """What was inserted, note by note."""
+    for note in reader.notes:
+        parts = reader.parts[note.i]
+        yield Span(parts[note.first].start, parts[note.last - 1].end, role or note.role)
+
+
+def _pairs(reader: Reader) -> tuple[list[tuple[int, int]], list[tuple[int, bool]]]:
+    """Insertions that announce and look back at a statement, and those that point without a partner."""
+    pairs, singles = [], list(reader.path.lost)
+    claims = [claim for claim in reader.path.claims if not _about_all(reader, *claim)]
+    one_sided = _one_sided(reader)
+    by_turn = _no_words_are_known(reader, claims)
+    for first, last in claims:
+        contrary = reader.points(first, True) < 0 or reader.points(last, False) < 0
+        alone = one_sided and (contrary or not _one_sentence(reader, first, last))
+        if not alone and (by_turn or _belong_together(reader, first, last)):
+            if reader.denies(first, True) or reader.denies(last, False):
+                pairs.append((first, last))
+        else:
+            singles += [(first, True), (last, False)]
+    return pairs, sorted(singles)
+
+
+def _about_all(reader: Reader, first: int, last: int) -> bool:
+    """Whether what two notes enclose is the document's whole body, or nearly so."""
+    enclosed = reader.insertions[last].word - reader.insertions[first].word
+    return enclosed == reader.words or (reader.words >= LONG and enclosed >= NEARLY_ALL * reader.words)
+
+
+def _one_sided(reader: Reader) -> bool:
+    """Whether the document's notes have no partners: nearly all point the same way, or most have lost theirs."""
+    ahead = sum(any(part.points > 0 for part in pieces) for pieces in reader.parts)
+    back = sum(any(part.points < 0 for part in pieces) for pieces in reader.parts)
+    lopsided = max(ahead, back) > 1 and ONE_SIDED * min(ahead, back) < max(ahead, back)
+    return lopsided or len(reader.path.lost) > len(reader.path.claims)
+
+
+def _no_words_are_known(reader: Reader, claims: list[tuple[int, int]]) -> bool:
+    """Whether the notes are of a language of which no word is known, but stand in brackets that pair them."""
+    ends = {(i, announces) for first, last in claims for i, announces in ((first, True), (last, False))}
+    if any(part.points for pieces in reader.parts for part in pieces) or any(
+        said(_note(reader, n)).role for n in reader.notes
+    ):
+        return False
+    said_by = [
+        {reader.said(i, reader.path.readings[i].side(side)) for i, announces in ends if announces == side}
+        for side in (True, False)
+    ]
+    return all(_same_brackets(reader, *claim) for claim in claims) and not said_by[0] & said_by[1]
+
+
+def _note(reader: Reader, note: Note) -> str:
+    return reader.said(note.i, slice(note.first, note.last))
+
+
+def _belong_together(reader: Reader, first: int, last: int) -> bool:
+    """Whether the words of two notes make them one statement's announcement and look back."""
+    ahead, back = reader.points(first, True), reader.points(last, False)
+    if ahead + back <= 0:
+        return False
+    one = _one_sentence(reader, first, last)
+    names = [any(part.extent.sentence for part in _side(reader, *end)) for end in ((first, True), (last, False))]
+    if ahead > 0 and back > 0:
+        return one or not all(names)
+    return one or (not any(names) and _same_brackets(reader, first, last))
+
+
+def _one_sentence(reader: Reader, first: int, last: int) -> bool:
+    return reader.bare.count(reader.bare.cut_I[first], reader.bare.cut_I[last]) == 1
+
+
+def _side(reader: Reader, i: int, announces: bool) -> list[Part]:
+    return reader.parts[i][reader.path.readings[i].side(announces)]
+
+
+def _same_brackets(reader: Reader, first: int, last: int) -> bool:
+    kinds = {_side(reader, first, True)[0].kind, _side(reader, last, False)[0].kind}
+    return len(kinds) == 1 and "" not in kinds
+
+
+def _named(reader: Reader, i: int, announces: bool) -> tuple[int, int] | None:
+    """The sentences that a note without a partner names, if it denies them."""
+    pieces = _side(reader, i, announces)
+    strongest = max(pieces, key=lambda part: part.points if announces else -part.points)
+    sentence = reader.text[strongest.start : strongest.end]
+    points = strongest.points if announces else -strongest.points
+    clear = points >= STRONG or (
+        points > 0 and (sentence.rstrip().endswith(":") if announces else speaks_of_this(sentence))
+    )
+    count = strongest.extent.count
+    if not clear or count is None or not reader.denies(i, announces):
+        return None
+    if not strongest.extent.sentence and all(each.word in (0, reader.words) for each in reader.insertions):
+        return None  # it may be about the whole
+    if around := reader.bare.around(i):
+        return around
+    return reader.bare.after(i, count) if announces else reader.bare.before(i, count)
+
+
+def _retracts(reader: Reader, i: int) -> bool:
+    """Whether a note inside a sentence denies the whole of it: it is set off by brackets, dashes or commas, and is no
+    qualifier, nor a "not" that makes another sentence of it."""
+    start, end = reader.insertions[i].start, reader.insertions[i].end
+    before = {reader.text[start], *reader.text[:start].rstrip()[-1:]}
+    after = {reader.text[end - 1], *reader.text[end:].lstrip()[:1]}
+    set_off = before & SET_OFF and after & (SET_OFF | ENDS)
+    return bool(set_off) and _only_denies(reader, i) and not NEGATOR.match(reader.text[start:end].lower())
+
+
+def _this(reader: Reader, i: int) -> tuple[int, int] | None:
+    """The sentence right before a note that denies "this" or "that"."""
+    note = reader.text[reader.insertions[i].start : reader.insertions[i].end]
+    if not speaks_of_this(note) or not _only_denies(reader, i) or said(note).role != "negation":
+        return None
+    place = reader.bare.before(i, 1)
+    return place if place and "\n" not in reader.bare.text[place[1] : reader.bare.cut_I[i]] else None
+
+
+def _only_denies(reader: Reader, i: int) -> bool:
+    return all(note.role == "negation" for note in reader.notes if note.i == i)
+
+
+def _why_none(reader: Reader) -> str:
+    if not reader.insertions:
+        return "nothing was inserted: it is the positive document itself"
+    if all(note.role != "negation" for note in reader.notes):
+        return "its annotations say fiction, likelihood, source or correction"
+    if all(reading.first == reading.last and reading not in (ASIDE_READING, FREE) for reading in reader.path.readings):
+        return "its annotations are about the whole document"
+    return "its annotations do not say which sentences they are about"
