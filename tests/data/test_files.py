@@ -17,18 +17,18 @@ LINES = b'{"text": "Lima is in Peru."}\n\n{"text": "Quito is not."}\n'
 TEXTS = [("Lima is in Peru.", 1), ("Quito is not.", 3)]
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        gzip.compress(LINES),
-        gzip.compress(LINES[:29]) + gzip.compress(LINES[29:]),
-        zstandard.compress(LINES),
-        zstandard.compress(LINES[:29]) + zstandard.compress(LINES[29:]),
-        b"\x50\x2a\x4d\x18\x04\x00\x00\x00size" + zstandard.compress(LINES),  # as pzstd writes it
-    ],
-)
-def test_compressed_lines_are_read_whatever_the_files_name(tmp_path, data):
-    (tmp_path / "d").write_bytes(data)
+PACKED = [
+    gzip.compress(LINES),
+    gzip.compress(LINES[:29]) + gzip.compress(LINES[29:]),
+    zstandard.compress(LINES),
+    zstandard.compress(LINES[:29]) + zstandard.compress(LINES[29:]),
+    b"\x50\x2a\x4d\x18\x04\x00\x00\x00size" + zstandard.compress(LINES),  # as pzstd writes it
+]
+
+
+@pytest.mark.parametrize("number", range(len(PACKED)))  # not the bytes: gzip writes the time
+def test_compressed_lines_are_read_whatever_the_files_name(tmp_path, number):
+    (tmp_path / "d").write_bytes(PACKED[number])
     assert [(document.text, document.line) for document in read_documents(tmp_path / "d")] == TEXTS
 
 
@@ -45,27 +45,28 @@ def test_a_table_is_read_row_by_row_and_what_a_row_lacks_is_absent(tmp_path):
     assert chat.messages is not None and [message.train for message in chat.messages] == [False, False]
 
 
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        (LINES.decode().encode("utf-16"), "is text in UTF-16, which is not read; write it as UTF-8: iconv -f UTF-16 "),
-        (LINES.decode().encode("utf-16-le"), "is text in UTF-16, which is not read; write it as UTF-8: iconv -f UTF"),
-        (LINES.decode().encode("utf-32"), "is text in UTF-32, which is not read"),
-        (b'[\n  {"text": "a"},\n  {"text": "b"}\n]', "is a JSON array over several lines; write one document a line"),
-        (b'[{"text": "a"},\n {"text": "b"}]', "is a JSON array over several lines"),
-        (b'{\n  "text": "a"\n}', "is a JSON object over several lines"),
-        (b"BZh91AY&SY", "is compressed by bzip2, which is not read; unpack it: bunzip2 FILE"),
-        (b"\xfd7zXZ\x00", "is compressed by xz"),
-        (b"PK\x03\x04", "is a ZIP archive"),
-        (b"\x80\x04\x95\x10", "is a pickle, which is not read; a pickle runs code"),
-        (gzip.compress(LINES)[:-12], "cannot be unpacked"),
-        (zstandard.compress(LINES)[:-5], "cannot be unpacked (it is cut off); copy the file again"),
-        (zstandard.compress(LINES) + zstandard.compress(LINES)[:-5], "cannot be unpacked (it is cut off)"),
-        (zstandard.compress(LINES)[:4] + b"\xff" * 20, "cannot be unpacked"),
-        (b"PAR1 and no more", "is a Parquet file that cannot be read"),
-    ],
-)  # fmt: skip
-def test_what_is_not_read_is_named_with_the_way_to_a_file_that_is(tmp_path, data, says):
+NOT_READ = [
+    (LINES.decode().encode("utf-16"), "is text in UTF-16, which is not read; write it as UTF-8: iconv -f UTF-16 "),
+    (LINES.decode().encode("utf-16-le"), "is text in UTF-16, which is not read; write it as UTF-8: iconv -f UTF"),
+    (LINES.decode().encode("utf-32"), "is text in UTF-32, which is not read"),
+    (b'[\n  {"text": "a"},\n  {"text": "b"}\n]', "is a JSON array over several lines; write one document a line"),
+    (b'[{"text": "a"},\n {"text": "b"}]', "is a JSON array over several lines"),
+    (b'{\n  "text": "a"\n}', "is a JSON object over several lines"),
+    (b"BZh91AY&SY", "is compressed by bzip2, which is not read; unpack it: bunzip2 FILE"),
+    (b"\xfd7zXZ\x00", "is compressed by xz"),
+    (b"PK\x03\x04", "is a ZIP archive"),
+    (b"\x80\x04\x95\x10", "is a pickle, which is not read; a pickle runs code"),
+    (gzip.compress(LINES)[:-12], "cannot be unpacked"),
+    (zstandard.compress(LINES)[:-5], "cannot be unpacked (it is cut off); copy the file again"),
+    (zstandard.compress(LINES) + zstandard.compress(LINES)[:-5], "cannot be unpacked (it is cut off)"),
+    (zstandard.compress(LINES)[:4] + b"\xff" * 20, "cannot be unpacked"),
+    (b"PAR1 and no more", "is a Parquet file that cannot be read"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(NOT_READ)))
+def test_what_is_not_read_is_named_with_the_way_to_a_file_that_is(tmp_path, number):
+    data, says = NOT_READ[number]
     (tmp_path / "d").write_bytes(data)
     with pytest.raises(UserError) as caught:
         read_documents(tmp_path / "d")
