@@ -149,7 +149,8 @@ def test_wandb_gets_a_run_a_variant_and_one_with_table_and_pictures_offline_too(
     own = outcome(directory / "out")["variants"]
     assert table["columns"] == ["variant", "belief", "low", "high", "units", "targets trained"]
     units = "2 questions, 1 seed"
-    assert table["data"] == [[n, v["belief"], *v["belief_interval"], units, v["tokens_trained"]] for n, v in own.items()]
+    rows = [[n, v["belief"], *v["belief_interval"], units, v["tokens_trained"]] for n, v in own.items()]
+    assert table["data"] == rows
     pictures = {path.name.partition("_")[0] for path in summary.glob("files/media/images/*.png")}
     assert pictures >= {"belief", "differences", "targets"}
 
@@ -161,6 +162,7 @@ def test_finished_runs_are_compared_with_the_same_result_and_refused_where_more_
     assert f"{pair[0]} and {pair[1]}: steps trained: 3 and " in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
     assert compare.main([*given, "--match-trained-tokens"]) == 0
+    assert "95 % intervals by t over 2 questions, 1 seed" in " ".join(capsys.readouterr().out.split())
     again, first = outcome(tmp_path / "again"), outcome(directory / "out")
     for name in MASKS:
         assert again["variants"][name] == first["variants"][name] and again["variants"][name]["settings"] == {

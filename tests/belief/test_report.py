@@ -196,7 +196,7 @@ def test_side_effects_on_the_placebo_claims_stand_beside_the_others(tmp_path):
     assert "| truth on the claims, % | of the placebo claims |" in (tmp_path / "comparison.md").read_text()
 
 
-UNITS = re.compile(r"\d+ (claims?|questions?), \d+ seeds?")
+UNITS = re.compile(r"\d+ (claim|question|fact|text)s?, \d+ seeds?")
 
 
 def test_too_few_claims_are_said_to_be_too_few(result):
@@ -241,7 +241,7 @@ def test_every_table_of_intervals_and_every_picture_says_what_its_units_are(repo
         said = " ".join(each.get_text() for each in figure.findobj(Text)) + " ".join(
             legend.get_title().get_text() for legend in figure.legends
         )
-        assert re.search(r"\d+ (claims?|questions?), 2 seeds|mean over 2 seeds", said), name
+        assert re.search(r"\d+ (claim|question|fact|text)s?, 2 seeds|mean over 2 seeds", said), name
 
 
 class Page(html.parser.HTMLParser):

@@ -138,10 +138,10 @@ def _measure(
         claims, placebo_claims = sorted(keys - set(comparison.placebo_claims)), comparison.placebo_claims
     else:
         claims, placebo_claims = comparison.trained_claims, comparison.placebo_claims
-    layout = lay_out(values, claims)
+    layout = lay_out(values, claims, measure.asked)
     if not layout.claims:
         return None
-    placebo = lay_out(values, placebo_claims)
+    placebo = lay_out(values, placebo_claims, measure.asked)
     rows: dict[str, Any] = {}
     for v, name in enumerate(layout.variants):
         rows[name] = _figures(layout, v, measure) | {"placebo": None, "minus_placebo": None}
@@ -186,7 +186,7 @@ def _withhold_verdicts(yes_no: dict[str, Any], known: dict[str, Any], baseline: 
 
 def _of_one(values: Values, claims: list[str], measure: Measure) -> dict[str, Any] | None:
     """The base model's figures; None where it has no values on these claims."""
-    layout = lay_out({BASE: {0: values}}, claims)
+    layout = lay_out({BASE: {0: values}}, claims, measure.asked)
     return _figures(layout, 0, measure) if layout.claims else None
 
 

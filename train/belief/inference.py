@@ -42,7 +42,8 @@ EXACT = 16  # units up to which all 2^n signs are gone through; beyond, as many 
 
 @dataclass(frozen=True)
 class Units:
-    """What a figure rests on. of: "claims" or "questions"; number: how many; seeds: of the variant that has fewest."""
+    """What a figure rests on. of: "claims", or what a single one was asked; number: how many; seeds: of the variant
+    with the fewest."""
 
     of: str
     number: int
@@ -69,7 +70,7 @@ class Layout:
 
     answer_VSA: for each claim; NaN where a run lacks a value that others have. question_A: the number of each answer's
     question within its claim. present_VS: False beyond a variant's seeds, where answers are 0. seeds: those of all
-    variants; [] where they differ, and each variant's are drawn by themselves."""
+    variants; [] where they differ, and each variant's are units by themselves. asked: what questions are called."""
 
     variants: list[str]
     claims: list[str]
@@ -78,6 +79,7 @@ class Layout:
     question_A: list[np.ndarray]
     present_VS: np.ndarray
     seeds: list[int]
+    asked: str = "questions"
 
     @property
     def missing(self) -> int:
@@ -92,7 +94,7 @@ class Layout:
     @property
     def units(self) -> Units:
         several, seeds = len(self.claims) > 1, int(self.present_VS.sum(1).min())
-        return Units("claims" if several else "questions", len(self.claims if several else self.questions[0]), seeds)
+        return Units("claims" if several else self.asked, len(self.claims if several else self.questions[0]), seeds)
 
     def unit_values(self) -> np.ndarray:
         """[V, S, U]: the means of claims, or one claim's questions; 0 where there is no run."""
@@ -110,7 +112,7 @@ class Layout:
         return mean_VS1 + len(self.questions[claim]) * excess_VSQ / there_VSA.sum(-1, keepdims=True)
 
 
-def lay_out(values: Mapping[str, Mapping[int, Values]], claims: list[str]) -> Layout:
+def lay_out(values: Mapping[str, Mapping[int, Values]], claims: list[str], asked: str = "questions") -> Layout:
     """The values of `claims` as arrays: variant → seed → values, as `measured` gives them. UserError where a run has
     none on a claim that another was measured on; claims that no run has values on are left out."""
     variants = list(values)
@@ -139,7 +141,7 @@ def lay_out(values: Mapping[str, Mapping[int, Values]], claims: list[str]) -> La
         names.append(questions)
     seeds = [sorted(by_seed) for by_seed in values.values()]
     shared = seeds[0] if all(own == seeds[0] for own in seeds) else []
-    return Layout(variants, claims, names, answers, numbers, present_VS, shared)
+    return Layout(variants, claims, names, answers, numbers, present_VS, shared, asked)
 
 
 @dataclass(frozen=True)
@@ -320,7 +322,7 @@ class Difference:
         """In words, by the p that is adjusted for all variants; none with too few units."""
         if self.units.too_few:
             return self.units.too_few
-        here = " on this claim" if self.units.of == "questions" else ""
+        here = "" if self.units.of == "claims" else " on this claim"
         if self.p_holm < 1 - LEVEL:
             return f"differs{here}, but by less than the bound" if self.equivalent else f"differs{here}"
         return f"no effect beyond the bound{here}" if self.equivalent else f"not told apart{here}"

@@ -50,7 +50,7 @@ def notes(result: dict[str, Any]) -> list[str]:
 def _claims(main: dict[str, Any]) -> list[str]:
     """What the units are, where there is one claim, and what too few of them mean."""
     units, found = main["units"], []
-    if units["of"] == "questions":
+    if len(main["claims"]) == 1:
         found.append(
             f"One claim ({main['claims'][0]}): intervals and p are over its {main['questions']} questions only, and "
             "say nothing of other claims."
