@@ -207,6 +207,26 @@ def test_too_few_claims_are_said_to_be_too_few(result):
     assert own["verdict"] == "too few claims" and set(own["by_claim"]) == set(CLAIMS)
 
 
+def test_variants_that_are_too_many_for_their_units_are_said_to_be():
+    def of(count: int) -> list[str]:
+        def runs(value: float) -> list[RunResult]:
+            asked = {"step": 1, "kind": "open", "question": "1", "sample": 0, "answer": "…"}
+            rows = [[asked | {"claim": f"c{c}", "verdict": "yes" if c < value else "no"} for c in range(8)]] * 8
+            return [RunResult(f"r{seed}", seed, own, [], {"steps": 1}, {}, {}) for seed, own in enumerate(rows)]
+
+        variants = [Variant(str(v), str(v), {}, runs(8 if v else 0)) for v in range(count + 1)]
+        result = analyse(Comparison(variants, [], [f"c{c}" for c in range(8)], [], "0"))
+        verdicts = {own["verdict"] for own in result["measures"]["rate"]["differences"].values()}
+        assert verdicts == {"differs" if count <= 6 else "not told apart"}
+        return [note for note in result["notes"] if "too many" in note]
+
+    assert of(6) == []
+    assert of(7)[0].startswith(
+        "7 variants beside the baseline are too many for 8 claims, 8 seeds: p, adjusted for all,"
+    )
+    assert "cannot be below 0.055" in of(7)[0]
+
+
 def differences_in(found) -> list[dict]:
     """Wherever in comparison.json a p or a verdict stands, what it stands in."""
     inside = found.values() if isinstance(found, dict) else found if isinstance(found, list) else []

@@ -11,10 +11,10 @@ Webb 2021, J. Bus. Econ. Stat. 39:505). From few clusters the normal distributio
 & Miller 2008, Rev. Econ. Stat. 90:414), so intervals are by t, with the fewest units less one as degrees of freedom.
 The p of a difference is the largest of three: that of this t, and those of the exact sign-flip tests over claims and
 over seeds (Fisher 1935, The Design of Experiments). A sign flip rests on symmetry, which a difference of two variants
-has where exchanging them changes nothing; heavy tails and claims of unequal variance do no harm.
+has where exchanging them changes nothing; heavy tails and claims of unequal variance do no harm, skewed ones do.
 
 With one seed, nothing is known of seeds: interval and p are those of the very models trained. With fewer than
-LEAST_UNITS claims (or questions) or seeds there is no verdict. tests/benchmarks/coverage.py measures how often
+LEAST_UNITS claims (or questions) or seeds there is no verdict. tests/belief/coverage.py measures how often
 intervals hold the truth, and how often a difference of 0 is said to differ.
 
 Shapes: V variants, S seeds, C claims, A answers of a claim (its samples, question by question), U units, Q questions of
@@ -36,7 +36,7 @@ from train.errors import UserError
 LEVEL = 0.95
 POWER = 0.8
 LEAST_UNITS = 8
-"""An exact sign-flip test over 5 units cannot go below .0625, over 8 not below .0078, which leaves room for Holm."""
+"""An exact sign-flip test over 5 units cannot go below .0625, over 8 not below .0078: Holm allows for 6 variants."""
 EXACT = 16  # units up to which all 2^n signs are gone through; beyond, as many are drawn
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from train.belief.inference import LEAST_UNITS
+from train.belief.inference import LEAST_UNITS, LEVEL
 from train.belief.values import LEAST_AUC
 
 
@@ -43,7 +43,14 @@ def in_context(documents: str) -> str:
 def notes(result: dict[str, Any]) -> list[str]:
     """In the order of their weight; `result` is the content of comparison.json."""
     main = result["measures"][result["measure"]]
-    found = [*_claims(main), *_seeds(main), *_placebo(result, main), *_answers(result, main), *_calibration(result)]
+    found = [
+        *_claims(main),
+        *_seeds(main),
+        *_many(main),
+        *_placebo(result, main),
+        *_answers(result, main),
+        *_calibration(result),
+    ]
     return [*found, *_contamination(result), *_runs(result), *result["remarks"]]
 
 
@@ -87,6 +94,17 @@ def _seeds(main: dict[str, Any]) -> list[str]:
     elif seeds < LEAST_UNITS:
         found.append(f"{seeds} seeds: fewer than {LEAST_UNITS}, so there are no verdicts. {_floor(seeds, 'seeds')}")
     return found
+
+
+def _many(main: dict[str, Any]) -> list[str]:
+    """Where so many variants leave no p below 1 − LEVEL."""
+    units, variants = main["units"], len(main["differences"])
+    if min(units["number"], units["seeds"]) < LEAST_UNITS or variants * units["smallest_p"] < 1 - LEVEL:
+        return []
+    return [
+        f"{variants} variants beside the baseline are too many for {rests_on(units)}: p, adjusted for all, cannot be "
+        f"below {min(1.0, variants * units['smallest_p']):.2g}, so that none can be said to differ."
+    ]
 
 
 def _placebo(result: dict[str, Any], main: dict[str, Any]) -> list[str]:
