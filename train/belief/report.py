@@ -134,7 +134,7 @@ def _main_table(result: dict[str, Any]) -> Table:
             [name, *[row["mask"]] * own_masks, _estimate(own, unit), _estimate(own["placebo"], unit), *told, trained]
         )
     head = ["variant", *["mask"] * own_masks, f"belief, {unit}", f"placebo, {unit}", f"minus {result['baseline']}"]
-    caption = f"{by_t(main['units'], main['placebo_units'])}; of the base model, which is one, over claims alone."
+    caption = f"{by_t(main['units'], main['placebo_units'])}; of the base model, which is one, not over seeds."
     return Table([*head, "p (Holm)", "units", "verdict", "targets trained"], rows, caption=caption)
 
 
