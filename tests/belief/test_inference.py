@@ -90,12 +90,12 @@ def test_seeds_and_claims_that_both_differ_add_their_variances():
 
 
 def test_what_claims_and_seeds_hold_of_their_interaction_counts_once():
-    # seeds' means are 2 and 1, claims' 1 and 2; the rest is ±1: mean square 4, ÷ 4 = 1; seeds and claims: 1/4 each
+    # seeds' means are 2 and 1, claims' 1 and 2: variances of the mean ¼ and ¼; the rest is ±1.5: 4 × 1.5² ÷ 4 is more
     sampled = crossed(np.array([[0.0, 4.0], [2.0, 0.0]]))
-    assert sampled.standard_error() == pytest.approx(max(0.25, 0.25, 0.25 + 0.25 - (4 * 1.5**2) / 4) ** 0.5)
-    # seeds' means 0 and 4, claims' 1 and 3, rest 0 but for one: variances 4, 1, interaction (4 × ½²) / 4
+    assert sampled.standard_error() == pytest.approx(0.25**0.5)  # no less than either
+    # seeds' means 0 and 4, claims' 1 and 3: 4 and 1; the rest is ±½: 4 × ½² ÷ 4
     sampled = crossed(np.array([[-0.5, 0.5], [2.5, 5.5]]))
-    assert sampled.standard_error() == pytest.approx((4 + 1 - 4 * 0.25 / 4) ** 0.5)
+    assert sampled.standard_error() == pytest.approx((4 + 1 - 0.25) ** 0.5)
 
 
 def test_one_luck_of_all_claims_is_not_averaged_away_by_their_number():
