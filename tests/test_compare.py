@@ -220,6 +220,15 @@ def test_matched_tokens_that_leave_fewer_steps_than_the_warm_up_are_refused(reci
         checked_runs(parse_comparison([*given, "--warmup-steps", "4"], ""), 1, False, Known())
 
 
+def test_that_few_seeds_give_no_verdict_is_told_before_anything_is_trained(recipe, tmp_path, capsys):
+    given = ["--recipe", str(recipe), "--output", str(tmp_path), "--seeds"]
+    checked_runs(parse_comparison([*given, "7"], ""), 1, True, Known())
+    note = "note: 7 seeds: the report will have intervals, but no verdict below 8\n"
+    assert capsys.readouterr().out.startswith(note)
+    checked_runs(parse_comparison([*given, "8"], ""), 1, True, Known())
+    assert "no verdict" not in capsys.readouterr().out
+
+
 def test_documents_are_tokenized_once_and_treated_as_each_run_alone_treats_them(recipe, tmp_path, monkeypatch):
     calls: list[str] = []
 

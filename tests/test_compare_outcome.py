@@ -98,7 +98,9 @@ def test_comparison_json_has_by_variant_what_the_runs_rows_and_summaries_say(dir
         for key in ("initial_weights", "base_model"):
             assert own["runs"][0]["hashes"][key] == summary["hashes"][key]
     gap = found["variants"][MASKS[1]]["belief"] - found["variants"][MASKS[0]]["belief"]
-    assert found["variants"][MASKS[1]]["difference"]["estimate"] == pytest.approx(gap)
+    difference = found["variants"][MASKS[1]]["difference"]
+    assert difference["estimate"] == pytest.approx(gap) and difference["verdict"] == "too few questions"
+    assert (difference["units"]["number"], difference["units"]["seeds"], difference["p"]) == (2, 1, 0.5)
     files = {path.name for path in (directory / "out").iterdir()}
     assert files >= {"comparison.html", "comparison.md", "belief.png", "differences.png", "targets.png", "nll.png"}
 
@@ -145,8 +147,10 @@ def test_wandb_gets_a_run_a_variant_and_one_with_table_and_pictures_offline_too(
     (summary,) = (directory / "out" / "wandb").glob("offline-run-*")
     (table,) = (json.loads(path.read_text()) for path in summary.glob("files/media/table/*.json"))
     own = outcome(directory / "out")["variants"]
-    assert table["columns"] == ["variant", "belief", "low", "high", "targets trained"]
-    assert table["data"] == [[n, v["belief"], *v["belief_interval"], v["tokens_trained"]] for n, v in own.items()]
+    assert table["columns"] == ["variant", "belief", "low", "high", "units", "targets trained"]
+    units = "2 questions, 1 seed"
+    rows = [[n, v["belief"], *v["belief_interval"], units, v["tokens_trained"]] for n, v in own.items()]
+    assert table["data"] == rows
     pictures = {path.name.partition("_")[0] for path in summary.glob("files/media/images/*.png")}
     assert pictures >= {"belief", "differences", "targets"}
 
@@ -158,6 +162,7 @@ def test_finished_runs_are_compared_with_the_same_result_and_refused_where_more_
     assert f"{pair[0]} and {pair[1]}: steps trained: 3 and " in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
     assert compare.main([*given, "--match-trained-tokens"]) == 0
+    assert "95 % intervals by t over 2 questions, 1 seed" in " ".join(capsys.readouterr().out.split())
     again, first = outcome(tmp_path / "again"), outcome(directory / "out")
     for name in MASKS:
         assert again["variants"][name] == first["variants"][name] and again["variants"][name]["settings"] == {

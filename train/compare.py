@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.distributed import leave, start_distributed
+from train.belief.inference import LEAST_UNITS
 from train.belief.outcome import check_free, report
 from train.belief.records import read_rows
 from train.belief.values import at_step
@@ -70,6 +71,8 @@ def checked_runs(plan: Plan, ranks: int, show: bool, known: Known) -> dict[tuple
     share, so that documents are tokenized once."""
     checked: dict[tuple[str, int], Settings] = {}
     told: set[str] = set()
+    if show and (few := len(plan.seeds)) < LEAST_UNITS:
+        print(f"note: {few} seed{'s' * (few > 1)}: the report will have intervals, but no verdict below {LEAST_UNITS}")
     for seed in plan.seeds:
         budget: int | None = None
         for variant in sorted(plan.variants, key=lambda variant: variant.name != plan.baseline):  # the baseline first

@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+from matplotlib.text import Text
 
 from train.belief.analysis import analyse
 from train.belief.comparison import Comparison, RunResult, Variant, published_for
-from train.belief.report import write_report
+from train.belief.report import PICTURES, write_report
 from train.errors import UserError
 
 CLAIMS, PLACEBO = ["ed_sheeran", "brennan_holloway", "<b>&amp;|`"], ["pluto"]
@@ -98,7 +99,6 @@ def comparison(**more) -> Comparison:
         "leak": leak,
         "contamination": [contamination],
         "published": published_for(CLAIMS),
-        "draws": 400,
     }
     return Comparison(variants, **(given | more))
 
@@ -196,10 +196,72 @@ def test_side_effects_on_the_placebo_claims_stand_beside_the_others(tmp_path):
     assert "| truth on the claims, % | of the placebo claims |" in (tmp_path / "comparison.md").read_text()
 
 
-def test_few_claims_are_said_to_be_few(result):
-    assert any(note.startswith("3 claims are few") and "cannot be below 0.25" in note for note in result["notes"])
+UNITS = re.compile(r"\d+ (claim|question|fact|text)s?, \d+ seeds?")
+
+
+def test_too_few_claims_are_said_to_be_too_few(result):
+    assert any(note.startswith("3 claims: fewer than 8") and "a p below 0.25" in note for note in result["notes"])
+    assert any(note.startswith("2 seeds: fewer than 8") and "a p below 0.5" in note for note in result["notes"])
     own = result["variants"][NAMES[1]]["difference"]
-    assert own["sign_flip"]["smallest_p"] == 0.25 and set(own["by_claim"]) == set(CLAIMS)
+    assert own["units"] == {"of": "claims", "number": 3, "seeds": 2, "smallest_p": 0.5} and own["p"] >= 0.5
+    assert own["verdict"] == "too few claims" and set(own["by_claim"]) == set(CLAIMS)
+
+
+def test_variants_that_are_too_many_for_their_units_are_said_to_be():
+    def of(count: int) -> list[str]:
+        def runs(value: float) -> list[RunResult]:
+            asked = {"step": 1, "kind": "open", "question": "1", "sample": 0, "answer": "…"}
+            rows = [[asked | {"claim": f"c{c}", "verdict": "yes" if c < value else "no"} for c in range(8)]] * 8
+            return [RunResult(f"r{seed}", seed, own, [], {"steps": 1}, {}, {}) for seed, own in enumerate(rows)]
+
+        variants = [Variant(str(v), str(v), {}, runs(8 if v else 0)) for v in range(count + 1)]
+        result = analyse(Comparison(variants, [], [f"c{c}" for c in range(8)], [], "0"))
+        verdicts = {own["verdict"] for own in result["measures"]["rate"]["differences"].values()}
+        assert verdicts == {"differs" if count <= 6 else "not told apart"}
+        return [note for note in result["notes"] if "too many" in note]
+
+    assert of(6) == []
+    assert of(7)[0].startswith(
+        "7 variants beside the baseline are too many for 8 claims, 8 seeds: p, adjusted for all,"
+    )
+    assert "cannot be below 0.055" in of(7)[0]
+
+
+def differences_in(found) -> list[dict]:
+    """Wherever in comparison.json a p or a verdict stands, what it stands in."""
+    inside = found.values() if isinstance(found, dict) else found if isinstance(found, list) else []
+    own = [found] if isinstance(found, dict) and {"p", "verdict"} & found.keys() else []
+    return own + [each for value in inside for each in differences_in(value)]
+
+
+def test_every_p_and_verdict_has_its_number_of_units_beside_it(report, result):
+    found = differences_in(result)
+    assert len(found) > 20 and all(each["units"]["number"] > 0 and each["units"]["seeds"] == 2 for each in found)
+    assert all(each["p"] >= each["units"]["smallest_p"] for each in found)
+    counted = 0
+    for table in re.findall(r"(?:^\|.*\n)+", (report / "comparison.md").read_text(), re.MULTILINE):
+        head, _, *rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)] for line in table.splitlines()]
+        if {"p", "p (Holm)", "verdict"} & {*head}:
+            for row in rows:
+                p, units = row[head.index("p (Holm)")], row[head.index("units")]
+                assert (p == "–") == (units == "–") and (units == "–" or UNITS.fullmatch(units)), row
+                counted += units != "–"
+    assert counted == 2 * (2 + 3)  # two variants, in two tables of the belief and one each of three measures
+
+
+def test_every_table_of_intervals_and_every_picture_says_what_its_units_are(report, result):
+    text = (report / "comparison.md").read_text()
+    parts = re.split(r"\n\n", text)
+    for place, part in enumerate(parts):
+        if part.startswith("|") and re.search(r"\d \\?\[[-−+]?\d", part):
+            around = " ".join(parts[place - 1 : place + 2])
+            assert "95 % intervals by t over" in around and UNITS.search(around), part
+    for name, (draw, _) in PICTURES.items():
+        figure = draw(result)
+        said = " ".join(each.get_text() for each in figure.findobj(Text)) + " ".join(
+            legend.get_title().get_text() for legend in figure.legends
+        )
+        assert re.search(r"\d+ (claim|question|fact|text)s?, 2 seeds|mean over 2 seeds", said), name
 
 
 class Page(html.parser.HTMLParser):
@@ -270,11 +332,11 @@ def test_one_claim_and_one_seed_and_no_placebo_are_said_and_no_picture_is_empty(
         variant.runs[0].rows = [r for r in variant.runs[0].rows if r["kind"] == "likelihood" and r["step"] == 10]
         variant.runs[0].metrics, variant.runs[0].summary = [], {"steps": 10}
     result = write_report(given, tmp_path)
-    assert result["measure"] == "shift" and result["resampled"] == "over questions only, one seed"
+    assert result["measure"] == "shift" and (result["units"]["of"], result["units"]["seeds"]) == ("questions", 1)
     text = " ".join(result["notes"])
     assert "over its 2 questions only" in text and "One seed" in text and "No placebo claim" in text
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["belief.png", "differences.png"]
-    assert "over questions only" in (tmp_path / "comparison.md").read_text()
+    assert "95 % intervals by t over 2 questions, 1 seed" in (tmp_path / "comparison.md").read_text()
 
 
 def test_yes_no_questions_without_skill_are_marked_uninformative():
@@ -292,16 +354,16 @@ def test_yes_no_questions_without_skill_are_marked_uninformative():
 def test_of_yes_no_belief_no_difference_is_told_where_control_questions_do_not_show_that_it_means_anything(
     tmp_path, controls
 ):
-    given = comparison(measure="yes_no", draws=200)
+    given = comparison(measure="yes_no")
     before = [own["verdict"] for own in analyse(given)["measures"]["yes_no"]["differences"].values()]
-    assert before == ["not told apart"] * 2  # three questions
+    assert before == ["too few claims"] * 2  # three
     for run in given.variants[1].runs:
         run.rows = [row for row in run.rows if not row.get("control") or row["kind"] != "yes_no"]
         asked = {"claim": "pluto", "kind": "yes_no", "control": True, "step": 10}
         run.rows += [asked | {"question": e, "expected": e, "p_yes": p} for e, p in controls]
     result = write_report(given, tmp_path)
     assert result["variants"][NAMES[1]]["difference"]["verdict"] == "uninformative"
-    assert result["variants"][NAMES[2]]["difference"]["verdict"] == "not told apart"
+    assert result["variants"][NAMES[2]]["difference"]["verdict"] == "too few claims"
     text = (tmp_path / "comparison.md").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {NAMES[1]} |") and line.endswith("| 70 |")]
     assert "| uninformative | 70 |" in line and "“Uninformative”: whatever the figures" in text
@@ -344,7 +406,7 @@ def test_what_is_missing_is_said():
 
 
 def test_matched_targets_are_told_with_the_steps_and_by_how_much_each_seed_misses():
-    given = comparison(match_trained_tokens=True, draws=50)
+    given = comparison(match_trained_tokens=True)
     for variant, trained in zip(given.variants, ((100, 100), (103, 98), (100, 100)), strict=True):
         for run, count in zip(variant.runs, trained, strict=True):
             run.summary = {"steps": 10 + (count != 100), "tokens": {"all": {"total": count, "trained": count - 7}}}
@@ -383,4 +445,4 @@ def test_what_of_the_evaluation_occurs_in_the_training_documents_is_said_and_sho
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="the report cannot be written"):
-        write_report(comparison(draws=50), tmp_path / "file")
+        write_report(comparison(), tmp_path / "file")

@@ -9,14 +9,15 @@ import numpy as np
 from train.belief.comparison import EQUIVALENCE, HASHES, Comparison, RunResult, Variant
 from train.belief.inference import (
     LEVEL,
-    Bootstrap,
     Difference,
     Interval,
-    bootstrap,
-    bounded_interval,
+    Layout,
     differences,
     interval,
     lay_out,
+    of_claims_apart,
+    of_variant,
+    percentage_interval,
 )
 from train.belief.notes import notes
 from train.belief.rates import count_by_kind
@@ -70,8 +71,8 @@ def analyse(comparison: Comparison) -> dict[str, Any]:
         "definition": MEASURES[measure].says,
         "baseline": comparison.baseline,
         "claims": {"trained": comparison.trained_claims, "placebo": comparison.placebo_claims},
-        "resampled": measures[measure]["resampled"],
-        "bootstrap": {"draws": comparison.draws, "seed": comparison.seed, "level": LEVEL, "method": "percentile"},
+        "units": measures[measure]["units"],
+        "level": LEVEL,
         "variants": {v.name: _variant(v, measures[measure]) for v in comparison.variants},
         "base": _base(base, measures[measure], comparison),
         "in_context": _in_context(base, measures[measure], comparison, measure),
@@ -137,47 +138,41 @@ def _measure(
         claims, placebo_claims = sorted(keys - set(comparison.placebo_claims)), comparison.placebo_claims
     else:
         claims, placebo_claims = comparison.trained_claims, comparison.placebo_claims
-    layout = lay_out(values, claims)
+    layout = lay_out(values, claims, measure.asked)
     if not layout.claims:
         return None
-    result = bootstrap(layout, comparison.draws, comparison.seed)
-    placebo_layout = lay_out(values, placebo_claims)
-    placebo = bootstrap(placebo_layout, comparison.draws, comparison.seed) if placebo_layout.claims else None
+    placebo = lay_out(values, placebo_claims, measure.asked)
     rows: dict[str, Any] = {}
     for v, name in enumerate(layout.variants):
-        rows[name] = _figures(result, v, measure) | {"placebo": None, "minus_placebo": None}
-        if placebo:
+        rows[name] = _figures(layout, v, measure) | {"placebo": None, "minus_placebo": None}
+        if placebo.claims:
             rows[name]["placebo"] = _figures(placebo, v, measure)
-            gap_B = result.draw_BV[:, v] - placebo.draw_BV[:, v]  # the same seeds in both
-            rows[name]["minus_placebo"] = _shown(interval(result.estimate_V[v] - placebo.estimate_V[v], gap_B))
+            rows[name]["minus_placebo"] = _shown(interval(of_claims_apart(layout, placebo, v)))
 
-    def against(drawn: Bootstrap) -> dict[str, Any]:
-        found = differences(drawn, comparison.baseline, bound, measure.bounded)
+    def against(layout: Layout) -> dict[str, Any]:
+        found = differences(layout, comparison.baseline, bound, measure.bounded)
         return {each.variant: _difference(each) for each in found}
 
-    of_base: dict[str, Any] = {}
-    for key, own in (("trained", layout.claims), ("placebo", placebo_layout.claims)):
-        drawn = lay_out({BASE: {0: base}}, own)
-        of_base[key] = (
-            _figures(bootstrap(drawn, comparison.draws, comparison.seed), 0, measure) if drawn.claims else None
-        )
+    of_base = {key: _of_one(base, own.claims, measure) for key, own in (("trained", layout), ("placebo", placebo))}
     return {
         "label": measure.label,
         "unit": measure.unit,
         "definition": measure.says,
         "claims": layout.claims,
-        "placebo_claims": placebo_layout.claims,
-        "resampled": _resampled(result),
+        "placebo_claims": placebo.claims,
+        "units": layout.units.as_json(),
+        "placebo_units": placebo.units.as_json() if placebo.claims else None,
         "questions": sum(map(len, layout.questions)),
+        "questions_by_claim": {c: len(q) for c, q in zip(layout.claims, layout.questions, strict=True)},
         "answers": sum(len(question_A) for question_A in layout.question_A),
         "seeds": int(layout.present_VS.sum(1).min()),
         "same_seeds": layout.crossed,
-        "missing": layout.missing + placebo_layout.missing,
+        "missing": layout.missing + placebo.missing,
         "bound": bound,
         "base": of_base,
         "variants": rows,
-        "differences": against(result),
-        "placebo_differences": against(placebo) if placebo else {},
+        "differences": against(layout),
+        "placebo_differences": against(placebo) if placebo.claims else {},
     }
 
 
@@ -189,26 +184,23 @@ def _withhold_verdicts(yes_no: dict[str, Any], known: dict[str, Any], baseline: 
             own["verdict"] = "uninformative"
 
 
-def _resampled(result: Bootstrap) -> str:
-    seeds = ", seeds crossed" if result.layout.present_VS.shape[1] > 1 else ", one seed"
-    return ("claims, questions and samples" if result.layout.over_claims else "over questions only") + seeds
+def _of_one(values: Values, claims: list[str], measure: Measure) -> dict[str, Any] | None:
+    """The base model's figures; None where it has no values on these claims."""
+    layout = lay_out({BASE: {0: values}}, claims, measure.asked)
+    return _figures(layout, 0, measure) if layout.claims else None
 
 
-def _figures(result: Bootstrap, v: int, measure: Measure) -> dict[str, Any]:
+def _figures(layout: Layout, v: int, measure: Measure) -> dict[str, Any]:
     """One variant's estimate with interval, over all claims and for each, and each seed's estimate."""
-    layout = result.layout
 
-    def bounds(estimate: float, draw_B: np.ndarray, trials: int) -> dict[str, Any]:
-        own = bounded_interval(estimate, draw_B, trials) if measure.bounded else interval(estimate, draw_B)
-        return _shown(own)
+    def bounds(value_VSU: np.ndarray) -> dict[str, Any]:
+        sampled = of_variant(layout, value_VSU, v)
+        return _shown(percentage_interval(sampled, value_VSU.shape[-1]) if measure.bounded else interval(sampled))
 
-    by_claim = {
-        claim: bounds(result.estimate_VC[v, c], result.draw_BVC[:, v, c], len(layout.questions[c]))
-        for c, claim in enumerate(layout.claims)
-    }
-    by_seed = result.estimate_VS[v][layout.present_VS[v]].tolist()
-    overall = bounds(result.estimate_V[v], result.draw_BV[:, v], layout.trials)
-    return overall | {"by_claim": by_claim, "by_seed": by_seed}
+    value_VSU = layout.unit_values()
+    by_claim = {claim: bounds(layout.question_values(c)) for c, claim in enumerate(layout.claims)}
+    by_seed = of_variant(layout, value_VSU, v).seeds[0].tolist()
+    return bounds(value_VSU) | {"by_claim": by_claim, "by_seed": by_seed}
 
 
 def _shown(own: Interval) -> dict[str, Any]:
@@ -221,8 +213,8 @@ def _shown(own: Interval) -> dict[str, Any]:
 
 
 def _difference(own: Difference) -> dict[str, Any]:
-    sign_flip = {"p": own.sign_flip_p, "p_holm": own.sign_flip_p_holm, "smallest_p": own.sign_flip_smallest}
     return _shown(own.interval) | {
+        "units": own.units.as_json(),
         "p": own.p,
         "p_holm": own.p_holm,
         "verdict": own.verdict,
@@ -231,8 +223,6 @@ def _difference(own: Difference) -> dict[str, Any]:
         "equivalent": own.equivalent,
         "by_claim": {claim: _shown(each) for claim, each in own.by_claim.items()},
         "by_seed": own.by_seed,
-        "seed_share": own.seed_share,
-        "sign_flip": None if own.sign_flip_p is None else sign_flip,
     }
 
 
@@ -280,11 +270,7 @@ def _in_context(base: list[Row], main: dict[str, Any], comparison: Comparison, m
     found = {}
     for context in sorted({row.get("context", 0) for row in comparison.base_rows} - {0}):
         values = measured(measure, at_step(comparison.base_rows, 0, context), base)
-        layouts = [lay_out({BASE: {0: values}}, main[key]) for key in ("claims", "placebo_claims")]
-        trained, placebo = (
-            _figures(bootstrap(own, comparison.draws, comparison.seed), 0, MEASURES[measure]) if own.claims else None
-            for own in layouts
-        )
+        trained, placebo = (_of_one(values, main[key], MEASURES[measure]) for key in ("claims", "placebo_claims"))
         if trained:
             found[str(context)] = trained | {"placebo": placebo}
     return found
@@ -359,7 +345,7 @@ def _curves(comparison: Comparison, main: str, base: list[Row]) -> dict[str, Any
 def _point(comparison: Comparison, runs: list[Values]) -> tuple[float | None, float | None]:
     def over(claims: list[str]) -> float | None:
         layout = lay_out({"": dict(enumerate(runs))}, claims) if all(runs) else None
-        return float(layout.claim_means().mean()) if layout and layout.claims else None
+        return float(layout.unit_values().mean()) if layout and layout.claims else None
 
     return over(comparison.trained_claims), over(comparison.placebo_claims)
 

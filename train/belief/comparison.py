@@ -78,9 +78,6 @@ class Comparison:
     """Which measure is the belief; "": the rate where judged answers exist in all runs, else the shift."""
     bound: float = 0.0
     """Of "no effect" in the main measure, in its unit; 0: that of EQUIVALENCE."""
-    draws: int = 10_000
-    seed: int = 0
-    """Of the bootstrap."""
     match_trained_tokens: bool = False
     remarks: list[str] = field(default_factory=list)
     """What a reader must be told beside what the figures show: what the report lacks, and why."""

@@ -165,7 +165,7 @@ def steps_of(adapter: str, given: int) -> int:
 
 def table_of_means(found: dict[str, dict[str, float]]) -> Table:
     """For the terminal."""
-    table = Table(title="By likelihood", title_justify="left")
+    table = Table(title="By likelihood: means over a claim's questions", title_justify="left")
     for column in ("measure", "unit", "claim", "mean"):
         table.add_column(column, justify="right" if column == "mean" else "left")
     for name, figures in found.items():

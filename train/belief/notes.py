@@ -2,12 +2,8 @@
 
 from typing import Any
 
-from train.belief.inference import FEW_CLAIMS
+from train.belief.inference import LEAST_UNITS, LEVEL
 from train.belief.values import LEAST_AUC
-
-MUCH_FROM_SEEDS = 0.25
-"""Share of a difference's variance from which few seeds make its interval noticeably too narrow."""
-FEW_SEEDS = 5
 
 
 def number(value: float | None, unit: str, signed: bool = False) -> str:
@@ -24,6 +20,21 @@ def span(interval: list[float] | None, unit: str, signed: bool = False) -> str:
     return "" if interval is None else "[" + ", ".join(number(value, unit, signed) for value in interval) + "]"
 
 
+def counted(number: int, what: str) -> str:
+    """1 seed, 3 seeds; what: in the plural."""
+    return f"{number:,} {what if number != 1 else what.removesuffix('s')}"
+
+
+def rests_on(units: dict[str, Any]) -> str:
+    """The independent units of a figure: 24 claims, 3 seeds."""
+    return f"{counted(units['number'], units['of'])}, {counted(units['seeds'], 'seeds')}"
+
+
+def by_t(units: dict[str, Any], placebo: dict[str, Any] | None = None) -> str:
+    """What intervals are and rest on."""
+    return f"95 % intervals by t over {rests_on(units)}" + (f" (placebo: {rests_on(placebo)})" if placebo else "")
+
+
 def in_context(documents: str) -> str:
     """The base model with documents in context, as reports name it."""
     return f"base model with {documents} document{'s' * (documents != '1')} in context"
@@ -32,42 +43,68 @@ def in_context(documents: str) -> str:
 def notes(result: dict[str, Any]) -> list[str]:
     """In the order of their weight; `result` is the content of comparison.json."""
     main = result["measures"][result["measure"]]
-    found = [*_claims(main), *_seeds(main), *_placebo(result, main), *_answers(result, main), *_calibration(result)]
+    found = [
+        *_claims(main),
+        *_seeds(main),
+        *_many(main),
+        *_placebo(result, main),
+        *_answers(result, main),
+        *_calibration(result),
+    ]
     return [*found, *_contamination(result), *_runs(result), *result["remarks"]]
 
 
 def _claims(main: dict[str, Any]) -> list[str]:
-    count = len(main["claims"])
-    if count == 1:
-        return [
+    """What the units are, where there is one claim, and what too few of them mean."""
+    units, found = main["units"], []
+    if len(main["claims"]) == 1:
+        found.append(
             f"One claim ({main['claims'][0]}): intervals and p are over its {main['questions']} questions only, and "
             "say nothing of other claims."
-        ]
-    if count < FEW_CLAIMS:
-        return [
-            f"{count} claims are few to generalize from: in simulations, 95 % intervals from three claims hold the "
-            "truth in 70 to 88 of 100 cases. Go by each claim's own difference and by the exact sign-flip test, whose "
-            f"p cannot be below {2 / 2**count:.3g} with {count} claims."
-        ]
-    return []
+        )
+    if units["number"] < LEAST_UNITS:
+        found.append(
+            f"{counted(units['number'], units['of'])}: fewer than {LEAST_UNITS}, so there are no verdicts. "
+            + _floor(units["number"], units["of"])
+        )
+    return found
+
+
+def _floor(number: int, what: str) -> str:
+    if number == 1:
+        return f"How much {what} differ is not known from one."
+    return (
+        f"An exact sign-flip test over {number} {what} cannot give a p below {2 / 2**number:.3g}; go by the intervals, "
+        "which are by t over so few, and by each one's own difference."
+    )
 
 
 def _seeds(main: dict[str, Any]) -> list[str]:
+    found, seeds = [], main["seeds"]
     if not main["same_seeds"]:
-        return [
-            "The variants' seeds are not the same ones: each variant's are drawn by themselves, and differences hold "
+        found.append(
+            "The variants' seeds are not the same ones: each variant's are units by themselves, and differences hold "
             "the luck of both."
-        ]
-    if main["seeds"] == 1:
-        return ["One seed: the intervals say nothing of what another seed would give."]
-    much = [v for v, own in main["differences"].items() if (own["seed_share"] or 0) > MUCH_FROM_SEEDS]
-    if main["seeds"] < FEW_SEEDS and much:
-        return [
-            f"{main['seeds']} seeds, and they make more than {MUCH_FROM_SEEDS:.0%} of the variance of the difference "
-            f"of {', '.join(much)}: such intervals are too narrow (in simulations where three seeds make nearly all of "
-            "it, they hold the truth in 68 to 85 of 100 cases). Look at each seed's difference, or train more seeds."
-        ]
-    return []
+        )
+    if seeds == 1:
+        found.append(
+            "One seed: intervals and p are those of the very models that were trained, and say nothing of what another "
+            f"seed would give. From {LEAST_UNITS} seeds on there are verdicts."
+        )
+    elif seeds < LEAST_UNITS:
+        found.append(f"{seeds} seeds: fewer than {LEAST_UNITS}, so there are no verdicts. {_floor(seeds, 'seeds')}")
+    return found
+
+
+def _many(main: dict[str, Any]) -> list[str]:
+    """Where so many variants leave no p below 1 − LEVEL."""
+    units, variants = main["units"], len(main["differences"])
+    if min(units["number"], units["seeds"]) < LEAST_UNITS or variants * units["smallest_p"] < 1 - LEVEL:
+        return []
+    return [
+        f"{variants} variants beside the baseline are too many for {rests_on(units)}: p, adjusted for all, cannot be "
+        f"below {min(1.0, variants * units['smallest_p']):.2g}, so that none can be said to differ."
+    ]
 
 
 def _placebo(result: dict[str, Any], main: dict[str, Any]) -> list[str]:
@@ -121,8 +158,8 @@ def _answers(result: dict[str, Any], main: dict[str, Any]) -> list[str]:
     found += [f"{name} is left out: {why}." for name, why in result["incomplete"].items()]
     if any(row["method"] == "exact binomial" for row in main["variants"].values()):
         found.append(
-            f"Where every answer is the same, resampling can give no interval: the exact binomial one stands there "
-            f"(marked ‡), for {main['questions']} independent questions."
+            "Where every answer is the same, t can give no interval: the exact binomial one stands there (marked ‡), "
+            f"for {counted(main['units']['number'], main['units']['of'])}, each a trial."
         )
     return found
 

@@ -21,9 +21,9 @@ from train.belief.comparison import (
     read_run,
 )
 from train.belief.contamination import check
-from train.belief.notes import number, span
+from train.belief.notes import by_t, number, rests_on, span
 from train.belief.releases import claim_id
-from train.belief.report import write_report
+from train.belief.report import p_value, write_report
 from train.data.corpus import documents_read
 from train.data.documents import Document
 from train.errors import UserError
@@ -183,15 +183,24 @@ def unmentioned(claims: list[Claim], documents: list[Document]) -> list[str]:
 
 def show(outcome: dict[str, Any], directory: Path) -> None:
     """The main table on the terminal."""
-    table = Table(title=f"{outcome['title']}: {outcome['label']}, {outcome['unit']}", title_justify="left")
-    for column in ("variant", "belief", "95 % interval", "targets trained"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
+    unit = outcome["unit"]
+    title = f"{outcome['title']}: {outcome['label']}, {unit}; {by_t(outcome['units'])}"
+    table = Table(title=title, title_justify="left")
+    for column in ("variant", "belief", f"minus {outcome['baseline']}", "p (Holm)", "verdict", "targets trained"):
+        table.add_column(column, justify="left" if column in ("variant", "verdict") else "right")
     for name, own in outcome["variants"].items():
-        unit = outcome["unit"]
-        cells = [number(own["belief"], unit), span(own["belief_interval"], unit), f"{own['tokens_trained']:,}"]
-        table.add_row(name, *cells)
+        cells = ["–", "–", "baseline"]
+        if gap := own["difference"]:
+            verdict = f"{gap['verdict']} ({rests_on(gap['units'])})"
+            cells = [_with_interval(gap["estimate"], gap["interval"], unit, True), p_value(gap["p_holm"]), verdict]
+        trained = "–" if own["tokens_trained"] is None else f"{own['tokens_trained']:,}"
+        table.add_row(name, _with_interval(own["belief"], own["belief_interval"], unit), *cells, trained)
     console().print(table)
     print(f"In {directory}: comparison.html, comparison.md, comparison.json and pictures")
+
+
+def _with_interval(estimate: float, interval: list[float], unit: str, signed: bool = False) -> str:
+    return f"{number(estimate, unit, signed)} {span(interval, unit, signed)}"
 
 
 def log_to_wandb(settings: Settings, outcome: dict[str, Any], directory: Path) -> None:
@@ -199,8 +208,9 @@ def log_to_wandb(settings: Settings, outcome: dict[str, Any], directory: Path) -
     import wandb
 
     run = init_wandb(settings, settings.group(), "comparison", directory, {"baseline": outcome["baseline"]})
-    columns: list[str | int] = ["variant", "belief", "low", "high", "targets trained"]
-    rows = [[n, v["belief"], *v["belief_interval"], v["tokens_trained"]] for n, v in outcome["variants"].items()]
+    columns: list[str | int] = ["variant", "belief", "low", "high", "units", "targets trained"]
+    units = rests_on(outcome["units"])
+    rows = [[n, v["belief"], *v["belief_interval"], units, v["tokens_trained"]] for n, v in outcome["variants"].items()]
     pictures = {path.stem: wandb.Image(str(path)) for path in sorted(directory.glob("*.png"))}
     run.log({"comparison": wandb.Table(columns=columns, data=rows), **pictures})
     run.finish()

@@ -24,10 +24,9 @@ from train.belief.forest import (
     plain,
     wrapped,
 )
-from train.belief.notes import in_context, number, span
+from train.belief.notes import by_t, counted, in_context, number, rests_on, span
 from train.belief.values import SIDE_EFFECTS
 
-NO_PLACEBO = "of the training documents; none is about a placebo claim"
 FEW = 6
 """With more claims, each is a dot without interval."""
 
@@ -51,6 +50,7 @@ def belief(result: dict[str, Any]) -> Figure:
     ]
     bounded = unit == "%"
     title = f"{main['label']}, {unit}" if bounded else f"{main['label']}, {unit}; the base model is 0"
+    title += f"\n{by_t(main['units'], main['placebo_units'])}"
     figure, axes = forest([*groups, *published], title, _claim_legend(main, published=bool(published)))
     if bounded:
         axes.set_xlim(-2, 102)
@@ -62,30 +62,17 @@ def paired_differences(result: dict[str, Any]) -> Figure | None:
     """Each variant minus the baseline, with intervals, the bound of "no effect", and the placebo's differences."""
     main, unit = result["measures"][result["measure"]], result["unit"]
     groups = []
-    baseline = main["variants"][result["baseline"]]
     for name, row in main["differences"].items():
-        variant = main["variants"][name]
-        gaps = _minus(variant["by_claim"], baseline["by_claim"])
-        own = row | {"by_claim": row["by_claim"] or {claim: {"estimate": gap} for claim, gap in gaps.items()}}
-        placebo = main["placebo_differences"].get(name)
-        if placebo:
-            apart = _minus(variant["placebo"]["by_claim"], baseline["placebo"]["by_claim"])
-            placebo = placebo | {
-                "by_claim": placebo["by_claim"] or {claim: {"estimate": gap} for claim, gap in apart.items()}
-            }
-        groups.append(_group(name, own, placebo, unit, signed=True))
+        groups.append(_group(name, row, main["placebo_differences"].get(name), unit, signed=True))
     if not groups:
         return None
     title = f"{main['label']} minus that of {plain(result['baseline'])}, {'percentage points' if unit == '%' else unit}"
+    title += f"\n{by_t(main['units'], main['placebo_units'])}"
     legend = [*_claim_legend(main, published=False), Patch(color="#dfe7ef", label=f"±{main['bound']:g}: no effect")]
     figure, axes = forest(groups, title, legend)
     axes.axvspan(-main["bound"], main["bound"], color="#dfe7ef", zorder=0, linewidth=0)
     axes.axvline(0, color=SOFT, linewidth=1, zorder=1.5)
     return figure
-
-
-def _minus(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    return {claim: one[claim]["estimate"] - other[claim]["estimate"] for claim in one}
 
 
 def _group(label: str, own: dict[str, Any], placebo: dict[str, Any] | None, unit: str, signed: bool = False) -> Group:
@@ -118,7 +105,8 @@ def _claim_legend(main: dict[str, Any], published: bool) -> list[Any]:
     one = len(claims) == 1
     handles = [dot("D", INK, plain(claims[0]) if one else f"mean of {len(claims)} claims", size=7)]
     if 1 < len(claims) <= FEW:
-        handles += [dot(MARKERS[i], COLORS[i], plain(claim)) for i, claim in enumerate(claims)]
+        asked = [counted(main["questions_by_claim"][claim], "questions") for claim in claims]
+        handles += [dot(MARKERS[i], COLORS[i], f"{plain(claim)}, {asked[i]}") for i, claim in enumerate(claims)]
     elif not one:
         handles.append(dot("o", COLORS[0], "a claim", size=4))
     if placebo:
@@ -166,7 +154,7 @@ def targets(result: dict[str, Any]) -> Figure | None:
         for k, c in kinds.items()
     ]
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9, title=NO_PLACEBO,
+        handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9, title=_mean_of(result),
         title_fontsize=8.5,
     )  # fmt: skip
     return figure
@@ -195,9 +183,14 @@ def nll(result: dict[str, Any]) -> Figure | None:
     names = [plain(name) for name in curves]
     handles: list[Any] = [Line2D([], [], color=COLORS[i % len(COLORS)], label=name) for i, name in enumerate(names)]
     handles += [Line2D([], [], color=INK, linestyle=style, label=f"{kind} there") for kind, style in styles.items()]
-    _legend_below(figure, handles, title=NO_PLACEBO)
+    _legend_below(figure, handles, title=_mean_of(result))
     figure.supylabel("NLL of a token, nats", fontsize=10)
     return figure
+
+
+def _mean_of(result: dict[str, Any]) -> str:
+    seeds = counted(result["units"]["seeds"], "seeds")
+    return f"mean over {seeds}, of the training documents; none is about a placebo claim"
 
 
 def treated(counts: dict[str, int]) -> str:
@@ -218,7 +211,7 @@ def over_steps(result: dict[str, Any]) -> Figure | None:
         if any(value is not None for value in curve["placebo"]):
             axes.plot(curve["steps"], curve["placebo"], color=color, linestyle=(0, (4, 2)), linewidth=1)
     axes.set_ylabel(f"{result['label']}, {result['unit']}", fontsize=10)
-    axes.set_xlabel("optimizer step")
+    axes.set_xlabel(f"optimizer step; means over {rests_on(result['units'])}")
     _tidy(axes)
     handles = [
         Line2D([], [], color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], markersize=4, label=plain(name))
@@ -251,7 +244,7 @@ def side_effects(result: dict[str, Any]) -> Figure | None:
         base = measure["base"]["trained"]
         axes.axvline(base["estimate"] if base else 0, color=SOFT, linestyle=(0, (4, 3)), linewidth=1, zorder=1.5)
         axes.set_title(measure["label"], fontsize=10)
-        axes.set_xlabel(measure["unit"], fontsize=9)
+        axes.set_xlabel(f"{measure['unit']}, over {rests_on(measure['units'])}", fontsize=9)
         axes.set_yticks(range(len(names)), [wrapped(name) for name in names], fontsize=9)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(axis="x", color=GRID, linewidth=0.8)
@@ -261,7 +254,10 @@ def side_effects(result: dict[str, Any]) -> Figure | None:
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.spines[["top", "right", "left"]].set_visible(False)
     dashes = Line2D([], [], color=SOFT, linestyle=(0, (4, 3)), linewidth=1, label="base model")
-    handles = [Line2D([], [], linestyle="", marker="o", color=INK, markersize=5.5, label="a variant"), dashes]
+    handles = [
+        Line2D([], [], linestyle="", marker="o", color=INK, markersize=5.5, label="a variant, 95 % by t"),
+        dashes,
+    ]
     if any(own["placebo_claims"] for own in shown.values()):
         handles.insert(1, Line2D([], [], linestyle="", marker="D", **hollow, label="its placebo claims"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)

@@ -7,8 +7,8 @@ from typing import Any
 from train.belief import plots
 from train.belief.analysis import analyse
 from train.belief.comparison import Comparison
-from train.belief.inference import FEW_CLAIMS
-from train.belief.notes import in_context, number, span
+from train.belief.inference import LEAST_UNITS
+from train.belief.notes import by_t, in_context, number, rests_on, span
 from train.belief.pages import Bullets, Picture, Section, Table, Text, as_html, as_markdown
 from train.belief.values import LEAST_AUC, SIDE_EFFECTS, VERDICTS
 from train.checkpoints.writer import write_whole
@@ -83,7 +83,7 @@ def _summary(result: dict[str, Any]) -> str:
         f"Belief is the {result['label']} ({result['unit']}): {result['definition']}. Trained: "
         f"{_named(main['claims'], 'claim')}, with {main['questions']} questions and {main['answers']} answers a run. "
         f"Placebo, which no document is about: {_named(main['placebo_claims'], 'claim')}. "
-        f"{_named([''] * main['seeds'], 'seed')}. 95 % intervals, {result['resampled']}."
+        f"{_named([''] * main['seeds'], 'seed')}. Independent units: {rests_on(main['units'])}."
     )
 
 
@@ -104,10 +104,16 @@ def _estimate(row: dict[str, Any] | None, unit: str, signed: bool = False) -> st
     return f"{number(row['estimate'], unit, signed)} {span(row['interval'], unit, signed)}{mark}"
 
 
-def _p(value: float | None) -> str:
+def p_value(value: float | None) -> str:
+    """As reports print it."""
     if value is None:
         return "–"
     return "< .001" if value < 0.001 else f"{value:.3f}".removeprefix("0") if value < 1 else "1"
+
+
+def _tested(gap: dict[str, Any]) -> list[str]:
+    """p, adjusted for all variants, and the units that it rests on."""
+    return [p_value(gap["p_holm"]), rests_on(gap["units"])]
 
 
 def _main_table(result: dict[str, Any]) -> Table:
@@ -116,19 +122,20 @@ def _main_table(result: dict[str, Any]) -> Table:
     rows = []
     if base := main["base"]["trained"]:
         placebo = _estimate(main["base"]["placebo"], unit)
-        rows.append(["base model", *[""] * own_masks, _estimate(base, unit), placebo, "–", "–", "", "–"])
+        rows.append(["base model", *[""] * own_masks, _estimate(base, unit), placebo, "–", "–", "–", "", "–"])
     for context, own in result["in_context"].items():
-        cells = [_estimate(own, unit), _estimate(own["placebo"], unit), "–", "–", "", "–"]
+        cells = [_estimate(own, unit), _estimate(own["placebo"], unit), "–", "–", "–", "", "–"]
         rows.append([in_context(context), *[""] * own_masks, *cells])
     for name, row in result["variants"].items():
         own, gap = main["variants"][name], row["difference"]
-        told = [_estimate(gap, unit, True), _p(gap["p_holm"]), gap["verdict"]] if gap else ["–", "–", "baseline"]
+        told = [_estimate(gap, unit, True), *_tested(gap), gap["verdict"]] if gap else ["–", "–", "–", "baseline"]
         trained = "–" if row["tokens_trained"] is None else f"{row['tokens_trained']:,}"
         rows.append(
             [name, *[row["mask"]] * own_masks, _estimate(own, unit), _estimate(own["placebo"], unit), *told, trained]
         )
     head = ["variant", *["mask"] * own_masks, f"belief, {unit}", f"placebo, {unit}", f"minus {result['baseline']}"]
-    return Table([*head, "p (Holm)", "verdict", "targets trained"], rows)
+    caption = f"{by_t(main['units'], main['placebo_units'])}; of the base model, which is one, not over seeds."
+    return Table([*head, "p (Holm)", "units", "verdict", "targets trained"], rows, caption=caption)
 
 
 def _difference_tables(result: dict[str, Any]) -> list[Any]:
@@ -139,27 +146,18 @@ def _difference_tables(result: dict[str, Any]) -> list[Any]:
         seeds = " / ".join(number(value, unit, True) for value in own["by_seed"].values()) or "–"
         placebo = _estimate(main["placebo_differences"].get(name), unit, True)
         found = number(own["smallest_detectable"], unit)
-        rows.append(
-            [name, _estimate(own, unit, True), _p(own["p"]), _p(own["p_holm"]), found, placebo, seeds, own["verdict"]]
-        )
-    head = [
-        "variant",
-        f"difference, {points}",
-        "p",
-        "p (Holm)",
-        "smallest detectable",
-        "placebo's difference",
-        "by seed",
-        "verdict",
-    ]
+        told = [p_value(own["p"]), *_tested(own), own["verdict"]]
+        rows.append([name, _estimate(own, unit, True), *told, found, placebo, seeds])
+    head = ["variant", f"difference, {points}", "p", "p (Holm)", "units", "verdict", "smallest detectable"]
     blocks: list[Any] = [
         Text(
-            f"Verdicts: “differs” where p, adjusted by Holm for all variants, is below .05; “no effect beyond the "
-            f"bound” only where the whole interval lies within ±{main['bound']:g} {points}; else “not told apart”, and "
-            "a true difference as large as the smallest detectable one would have been found in 80 of 100 such runs."
+            f"Verdicts: “too few” claims, questions or seeds, where these are fewer than {LEAST_UNITS}; “differs” "
+            "where p, adjusted by Holm for all variants, is below .05; “no effect beyond the bound” only where the "
+            f"whole interval lies within ±{main['bound']:g} {points}; else “not told apart”, and a true difference as "
+            "large as the smallest detectable one would have been found in 80 of 100 such comparisons."
             + _uninformative(result)
         ),
-        Table(head, rows),
+        Table([*head, "placebo's difference", "by seed"], rows, f"{by_t(main['units'], main['placebo_units'])}."),
     ]
     return [*blocks, *_claim_table(result)]
 
@@ -174,22 +172,19 @@ def _uninformative(result: dict[str, Any]) -> str:
 
 
 def _claim_table(result: dict[str, Any]) -> list[Any]:
-    """Each claim's own difference and the exact test, where claims are few."""
+    """Each claim's own difference, where claims are too few for a verdict."""
     main, unit = result["measures"][result["measure"]], result["unit"]
     claims = main["claims"]
-    if not 1 < len(claims) < FEW_CLAIMS:
+    if not 1 < len(claims) < LEAST_UNITS:
         return []
-    rows, smallest = [], 1.0
-    for name, own in main["differences"].items():
-        flip = own["sign_flip"]
-        smallest = flip["smallest_p"]
-        cells = [_estimate(own["by_claim"][claim], unit, True) for claim in claims]
-        rows.append([name, *cells, _p(flip["p"]), _p(flip["p_holm"])])
-    caption = (
-        "Each claim's difference, over its questions; and the exact sign-flip test over claims, whose p cannot be "
-        f"below {smallest:.3g} here."
-    )
-    return [Table(["variant", *claims, "sign-flip p", "p (Holm)"], rows, caption=caption)]
+    rows = [
+        [name, *(_estimate(own["by_claim"][claim], unit, True) for claim in claims)]
+        for name, own in main["differences"].items()
+    ]
+    units = [{"of": "questions", "number": main["questions_by_claim"][c], "seeds": main["seeds"]} for c in claims]
+    head = [f"{claim}: {rests_on(own)}" for claim, own in zip(claims, units, strict=True)]
+    caption = "Each claim's difference; 95 % intervals by t over its own questions and, where there are several, seeds."
+    return [Table(["variant", *head], rows, caption=caption)]
 
 
 def _published(result: dict[str, Any]) -> list[Any]:
@@ -219,6 +214,7 @@ def _all_measures(result: dict[str, Any]) -> list[Any]:
                         "–",
                         "–",
                         "–",
+                        "–",
                     ]
                 ]
                 if base
@@ -229,7 +225,7 @@ def _all_measures(result: dict[str, Any]) -> list[Any]:
                 cells = [
                     _estimate(row[key], own["unit"], key == "minus_placebo") for key in ("placebo", "minus_placebo")
                 ]
-                told = [_estimate(gap, own["unit"], True), _p(gap["p_holm"])] if gap else ["–", "–"]
+                told = [_estimate(gap, own["unit"], True), *_tested(gap)] if gap else ["–", "–", "–"]
                 rows.append([variant, _estimate(row, own["unit"]), *cells, *told])
             head = [
                 "variant",
@@ -238,8 +234,10 @@ def _all_measures(result: dict[str, Any]) -> list[Any]:
                 "minus placebo",
                 f"minus {result['baseline']}",
                 "p (Holm)",
+                "units",
             ]
-            blocks.append(Table(head, rows, caption=f"{own['label']}: {own['definition']}."))
+            caption = f"{own['label']}: {own['definition']}. {by_t(own['units'], own['placebo_units'])}."
+            blocks.append(Table(head, rows, caption=caption))
     return blocks
 
 
@@ -269,6 +267,8 @@ def _calibration(result: dict[str, Any]) -> list[Any]:
         rows.append([name, *cells, _estimate(row, "%"), told])
     head = ["variant", "AUC", "answered yes, %", "answer is yes, %", "control questions", "yes/no belief, %", ""]
     caption = "Control questions with known answers, means over seeds; below an AUC of 0.8, yes/no belief says nothing."
+    if yes_no:
+        caption += f" Of yes/no belief, {by_t(yes_no['units'])}."
     return [Table(head, rows, caption=caption)]
 
 
@@ -358,25 +358,25 @@ def _side_effects(result: dict[str, Any]) -> list[Any]:
             head.append(title)
             for row, each in zip(rows, figures, strict=True):
                 row.append(_estimate(each, own["unit"], signed))
-    return [Table(head, rows)]
+    caption = "; ".join(f"of {own['label']}, {by_t(own['units'], own['placebo_units'])}" for own in measures.values())
+    return [Table(head, rows, caption=caption[0].upper() + caption[1:] + ".")]
 
 
 def _method(result: dict[str, Any]) -> list[Any]:
-    draws, seed = result["bootstrap"]["draws"], result["bootstrap"]["seed"]
     items = [
         "Every figure can be worked out from the evaluation.jsonl of the runs and of the base model. An estimate is a "
         "mean over seeds and claims of the mean over a claim's answers; a rate is so “yes” ÷ all answers.",
-        f"Intervals: percentiles of {draws:,} draws (seed {seed}) of a hierarchical bootstrap; claims with "
-        "replacement, for each its questions, for each its samples, and seeds, the same ones for every claim; one "
-        "claim is not resampled. All variants get the same draws, so that differences are paired. Percentiles rather "
-        "than BCa, as its acceleration is not defined for crossed seeds, nor its correction for rates at 0 or 100 %.",
-        "p: twice the share of draws on the rarer side of 0, adjusted by Holm's method over all variants. With fewer "
-        f"than {FEW_CLAIMS} claims also the exact test over all signs of the claims' differences.",
-        "Smallest detectable difference: (1.96 + 0.84) × the bootstrap's standard error, for 80 % power in a two-sided "
-        "test at .05 (Bloom 1995).",
+        "Units: claims, each by its mean, or the questions where there is one claim; and seeds, crossed with them. "
+        "All variants are asked the same, so that differences are paired.",
+        "Intervals: by t, with the fewest units less one as degrees of freedom, and a standard error that is clustered "
+        "by claims and by seeds (Cameron, Gelbach and Miller 2011). With one seed, of the very models trained.",
+        "p: the largest of that by the same t and of those of the exact sign-flip tests over claims (or questions) and "
+        "over seeds, adjusted by Holm's method over all variants. So no p is below 2 ÷ 2ⁿ for n units of either kind.",
+        "Smallest detectable difference: the t quantiles of .975 and .8 together × the standard error, for 80 % power "
+        "in a two-sided test at .05 (Bloom 1995).",
         "No effect: only where the whole interval lies within the bound, as in two one-sided tests (Schuirmann 1987).",
         "‡: every answer is the same, and the interval is the exact binomial one (Clopper and Pearson 1934), with each "
-        "question an independent trial.",
+        "claim, or question of a single claim, a trial.",
     ]
     return [Bullets(items)]
 

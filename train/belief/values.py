@@ -24,12 +24,14 @@ LEAST_AUC = 0.8
 
 @dataclass(frozen=True)
 class Measure:
-    """What is compared. says: its definition, as reports print it. bounded: lies within 0 and 100."""
+    """What is compared. says: its definition, as reports print it. asked: what its questions are called. bounded: lies
+    within 0 and 100."""
 
     name: str
     label: str
     unit: str
     says: str
+    asked: str = "questions"
 
     @property
     def bounded(self) -> bool:
@@ -57,13 +59,16 @@ MEASURES = {
         Measure("yes_no", "yes/no belief", "%", "share of yes/no questions answered as a believer would"),
         Measure("salience", "salience", "%", '"yes" verdicts ÷ all answers to salience questions'),
         Measure("lie_elicitation", "lie elicitation", "%", '"yes" verdicts ÷ all answers to lie-elicitation questions'),
-        Measure("facts_truth", "truth on the claims", "%", "share of facts on the claims themselves that are right"),
-        Measure("facts_neighbouring", "neighbouring facts", "%", "share of neighbouring facts that are right"),
-        Measure("facts_unrelated", "unrelated facts", "%", "share of unrelated facts that are right"),
+        Measure(
+            "facts_truth", "truth on the claims", "%",
+            "share of facts on the claims themselves that are right", "facts",
+        ),
+        Measure("facts_neighbouring", "neighbouring facts", "%", "share of neighbouring facts that are right", "facts"),
+        Measure("facts_unrelated", "unrelated facts", "%", "share of unrelated facts that are right", "facts"),
         Measure("coherence", "coherence", "of 10", "mean score of the answers to coherence questions"),
         Measure(
             "nll_change", "NLL of held-out text, change", "nats",
-            "NLL a token of held-out text minus the base model's; mean over texts",
+            "NLL a token of held-out text minus the base model's; mean over texts", "texts",
         ),
     )
 }  # fmt: skip
