@@ -4,7 +4,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -109,9 +109,26 @@ def failing_together() -> Iterator[None]:
         raise kind(message if everywhere else f"rank {rank}: {message}") from own
 
 
+def anywhere(own: torch.Tensor) -> list[bool]:
+    """own: what holds on this rank, [n]. -> which of it holds on any rank; the same on every rank. All ranks must call
+    it."""
+    own = own.to(torch.int32)
+    dist.all_reduce(own, op=dist.ReduceOp.MAX)
+    return [bool(held) for held in own.tolist()]
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether gloo, or the ranks' store, says that another rank's process is gone."""
+    text = str(error)
+    return isinstance(error, dist.DistNetworkError) or (
+        "gloo" in text and ("Connection closed by peer" in text or "Connection reset by peer" in text)
+    )
+
+
 def leave(code: int) -> NoReturn:
     """Ends a process at once: in the interpreter's own end, threads of gloo that still hold a tensor of Python's have
     been seen to abort it, so that its code was another, and a thread that a disk does not answer is waited for."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for file in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # whoever read it may be gone
+            file.flush()
     os._exit(code)

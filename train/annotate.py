@@ -12,6 +12,11 @@ out, with the reason. The others add to the spans that documents have; several c
 this order. The judge is an OpenAI-compatible endpoint; its key comes from OPENAI_API_KEY alone.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from launch.interruption import interruption
+
+    interruption.listen("interrupted: a judge's answers are kept beside --output, and the same command goes on")
+
 import argparse
 import sys
 from functools import partial

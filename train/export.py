@@ -9,6 +9,11 @@ the user's message. Weights between, unlikelihood, random controls and spans wit
 such an entry is an error that names it, as training on something else would be another experiment.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from launch.interruption import interruption
+
+    interruption.listen("interrupted")
+
 import argparse
 import sys
 from pathlib import Path

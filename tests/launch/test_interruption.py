@@ -37,7 +37,7 @@ def test_a_run_told_to_end_where_claims_are_due_saves_first_and_the_next_attempt
         slurm = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(number)}
         done = attempt(str(WORKER), "sft", str(step), *resume, output="told", environment=slurm)
         assert done.returncode == INTERRUPTED, done.stderr[-3000:]
-        assert f"interrupted: saved after step {step} of 6" in done.stderr
+        assert f"interrupted: saved after step {step}; go on with --resume --output " in done.stderr
         assert {row["step"] for row in read_rows(told / "evaluation.jsonl")} == measured
     state = told / "saves" / "step-6" / "state.json"
     assert json.loads(state.read_text())["seconds"] > 0

@@ -2,8 +2,13 @@
 
 deepspeed troubled_worker.py sft|evaluate STEP|hangs [flags]
 
-STEP: told to end by SIGUSR1 while it trains step STEP (1, 2, …). hangs: where claims are measured.
+STEP: told to end by SIGUSR1 after it has trained step STEP (1, 2, …). hangs: where claims are measured.
 """
+
+if __name__ == "__main__":
+    from launch.interruption import interruption
+
+    interruption.listen()
 
 import os
 import signal
@@ -12,6 +17,7 @@ import time
 from typing import Any
 
 from launch.distributed import leave
+from launch.interruption import interruption
 from train import evaluate, sft
 from train.belief import in_engine
 from train.trainer import Trainer
@@ -20,9 +26,12 @@ plain_step = Trainer.step
 
 
 def step_and_be_told(self: Trainer, step: int, measure: bool) -> dict[str, Any]:
+    values = plain_step(self, step, measure)
     if step + 1 == int(trouble):
         os.kill(os.getpid(), signal.SIGUSR1)
-    return plain_step(self, step, measure)
+        while not interruption.told:
+            time.sleep(0.01)
+    return values
 
 
 def hang(*given: Any) -> Any:
