@@ -7,7 +7,6 @@ in a call of C's, and it is known who sent them: launchers pass on what they get
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -104,12 +103,19 @@ class Interruption:
             self._end(self.line, INTERRUPTED)
         elif again:
             self._end("\ninterrupted again: what was done since the last save is lost", code)
+        else:
+            _say("\ntold to end: what is not saved is saved first (a second signal ends it at once)")
 
     def _end(self, line: str, code: int) -> NoReturn:
-        if os.environ.get("RANK", "0") == "0":
-            with contextlib.suppress(OSError):
-                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{line}\n".encode())
+        _say(line)
         os._exit(code)
+
+
+def _say(line: str) -> None:
+    """To the terminal, which is rank 0's."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            os.write(2, f"{line}\n".encode())
 
 
 def launchers() -> list[int]:
