@@ -1,8 +1,10 @@
 """The process group of a training job."""
 
 import os
+import re
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -117,12 +119,20 @@ def anywhere(own: torch.Tensor) -> list[bool]:
     return [bool(held) for held in own.tolist()]
 
 
-def lost_another(error: RuntimeError) -> bool:
-    """Whether gloo, or the ranks' store, says that another rank's process is gone."""
-    text = str(error)
-    return isinstance(error, dist.DistNetworkError) or (
-        "gloo" in text and ("Connection closed by peer" in text or "Connection reset by peer" in text)
+def lost_another(error: RuntimeError) -> int:
+    """Where gloo or the ranks' store says that another rank's process is gone: tells it. -> the exit code. Raises any
+    other error."""
+    if not re.search(r"gloo.*Connection (closed|reset) by peer", str(error)) and not isinstance(
+        error, dist.DistNetworkError
+    ):
+        raise error
+    time.sleep(3)  # where it was told to end, the launcher tells this one too, which then ends as it did
+    rank = os.environ["RANK"]
+    print(
+        f"error: rank {rank}: the process of another rank is gone. What ended it stands above or in its log.",
+        file=sys.stderr,
     )
+    return 1
 
 
 def leave(code: int) -> NoReturn:

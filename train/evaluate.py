@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.distributed import leave
+from launch.distributed import leave, lost_another
 from launch.interruption import INTERRUPTED, interruption
 from launch.watchdog import work_alone
 from train.belief.claims import KINDS, Claim, read_claims
@@ -62,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(30)  # the launcher ends all ranks when the first one exits: that must be the one that prints
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        return lost_another(error)
     except KeyboardInterrupt:
         print("interrupted; what was measured is kept, and the same command goes on", file=sys.stderr)
         leave(INTERRUPTED)  # at an ordinary exit Python would wait for requests that a second Ctrl-C has left

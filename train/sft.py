@@ -81,11 +81,7 @@ def guarded(script: Callable[[list[str]], None], argv: list[str]) -> int:
                 print(reason, file=sys.stderr)
         return INTERRUPTED
     except RuntimeError as error:
-        if not lost_another(error):
-            raise
-        time.sleep(3)  # it may have been told to end, as the launcher then tells this one
-        print(f"error: rank {launched_as()[0]}: another rank has ended ({str(error).splitlines()[0]})", file=sys.stderr)
-        return 1
+        return lost_another(error)
     return 0
 
 
