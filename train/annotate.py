@@ -15,7 +15,9 @@ this order. The judge is an OpenAI-compatible endpoint; its key comes from OPENA
 if __name__ == "__main__":  # before the other imports, which take seconds
     from launch.interruption import interruption
 
-    interruption.listen("interrupted: a judge's answers are kept beside --output, and the same command goes on")
+    interruption.listen(
+        "interrupted: --output is not written; a judge's answers are kept, and the same command goes on"
+    )
 
 import argparse
 import sys

@@ -1,5 +1,6 @@
 """Runs that are told to end at their worst moments, and go on."""
 
+import ast
 import json
 import os
 import signal
@@ -20,8 +21,12 @@ from tests.test_compare import CLAIM, ENVIRONMENT
 from tests.test_sft import SFT, flags, losses
 from tests.test_tracking import history
 from train.belief.records import read_rows
+from train.settings import REPOSITORY
 
 WORKER = Path(__file__).with_name("troubled_worker.py")
+LISTENS = """if __name__ == '__main__':
+    from launch.interruption import interruption
+    interruption.listen("""
 LISTENER = Path(__file__).with_name("listener.py")
 
 
@@ -156,6 +161,14 @@ def test_a_background_job_that_ignores_the_terminal_hears_a_signal_that_is_sent_
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED
+
+
+def test_every_script_listens_before_it_imports_what_takes_long():
+    scripts = [path for path in (REPOSITORY / "train").glob("*.py") if "__main__" in path.read_text()]
+    assert {"sft.py", "compare.py", "evaluate.py", "annotate.py", "merge.py"} <= {path.name for path in scripts}
+    for path in scripts:
+        docstring, first, *_ = ast.parse(path.read_text()).body
+        assert isinstance(docstring, ast.Expr) and ast.unparse(first).startswith(LISTENS), path
 
 
 class Started:
