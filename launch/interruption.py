@@ -82,6 +82,7 @@ class Interruption:
             if info:
                 self._receive(info)
             elif not self.told and (0 in (now := launchers()) or now != self.launchers):
+                _say("\nthe launcher is gone")
                 self._tell(again=False, code=1)
 
     def _receive(self, info: signal.struct_siginfo) -> None:

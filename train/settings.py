@@ -221,7 +221,7 @@ class Parser(argparse.ArgumentParser):
                 self.add_argument(flag, action="store_true", help=help)
             else:
                 own_path = str(field.default).startswith(str(REPOSITORY))
-                shown = help if own_path else f"{help} (default: {field.default or 'none'})"
+                shown = help if own_path else f"{help} (default: {'none' if field.default == '' else field.default})"
                 choices, kind = field.metadata["choices"], field.type
                 self.add_argument(flag, type=kind, default=field.default, choices=choices, help=shown)
 

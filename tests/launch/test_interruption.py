@@ -152,7 +152,8 @@ def test_what_a_launcher_passes_on_is_no_second_signal_until_it_passes_on_anothe
 def test_a_process_whose_launcher_is_gone_is_told_to_end():
     process, rank = listener("at once", "PASS")
     process.kill()
-    assert process.communicate(timeout=60)[0] == "interrupted: nothing to save yet; start it again\n"
+    said = process.communicate(timeout=60)[0]
+    assert said == "\nthe launcher is gone\ninterrupted: nothing to save yet; start it again\n"
     assert not psutil.pid_exists(rank) or psutil.Process(rank).status() == psutil.STATUS_ZOMBIE
 
 
@@ -234,4 +235,4 @@ def test_ranks_whose_launcher_is_told_to_end_or_is_killed_save_and_end(tmp_path)
         job.process.send_signal(signal.SIGTERM if name == "deepspeed" else signal.SIGKILL)
     for job in jobs.values():
         said = job.said()
-        assert job.saved() in said and "Traceback" not in said
+        assert "the launcher is gone\n" in said and job.saved() in said and "Traceback" not in said
