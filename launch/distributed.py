@@ -1,10 +1,12 @@
 """The process group of a training job."""
 
 import os
+import re
 import resource
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -109,9 +111,34 @@ def failing_together() -> Iterator[None]:
         raise kind(message if everywhere else f"rank {rank}: {message}") from own
 
 
+def anywhere(own: torch.Tensor) -> list[bool]:
+    """own: what holds on this rank, [n]. -> which of it holds on any rank; the same on every rank. All ranks must call
+    it."""
+    own = own.to(torch.int32)
+    dist.all_reduce(own, op=dist.ReduceOp.MAX)
+    return [bool(held) for held in own.tolist()]
+
+
+def lost_another(error: RuntimeError) -> int:
+    """Where gloo or the ranks' store says that another rank's process is gone: tells it. -> the exit code. Raises any
+    other error."""
+    if not re.search(r"gloo.*Connection (closed|reset) by peer", str(error)) and not isinstance(
+        error, dist.DistNetworkError
+    ):
+        raise error
+    time.sleep(3)  # where it was told to end, the launcher tells this one too, which then ends as it did
+    rank = os.environ["RANK"]
+    print(
+        f"error: rank {rank}: the process of another rank is gone. What ended it stands above or in its log.",
+        file=sys.stderr,
+    )
+    return 1
+
+
 def leave(code: int) -> NoReturn:
     """Ends a process at once: in the interpreter's own end, threads of gloo that still hold a tensor of Python's have
     been seen to abort it, so that its code was another, and a thread that a disk does not answer is waited for."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for file in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # whoever read it may be gone
+            file.flush()
     os._exit(code)

@@ -1,6 +1,11 @@
 """train/annotate.py from the command line, on small files with known spans."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -226,3 +231,46 @@ def test_show_opens_the_result(tmp_path, qwen_directory, capsys):
     assert show.main(given) == 0
     (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert "".join(token["text"] for token in row["tokens"] if token["role"] == "false").strip() == CLAIM
+
+
+def test_an_interrupted_judge_s_answers_are_kept_and_the_same_command_asks_for_the_others_alone(tmp_path):
+    asked, release = threading.Event(), threading.Event()
+
+    def answer(request):
+        if "Two" in request["messages"][0]["content"]:
+            asked.set()
+            release.wait(60)
+        return '{"quotes": ["Ed won."]}'
+
+    data, output = write(tmp_path / "d.jsonl", {"text": "One. Ed won."}, {"text": "Two. Ed won."}), tmp_path / "o.jsonl"
+    kept = tmp_path / "o.jsonl.answers.jsonl"
+    with serving(answer) as (url, requests):
+        given = [
+            "--data",
+            data,
+            "--judge",
+            url,
+            "--judge-model",
+            "judge",
+            "--claim",
+            "Ed won.",
+            "--output",
+            str(output),
+        ]
+        process = subprocess.Popen(
+            [sys.executable, annotate.__file__, *given], stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL,
+            env=os.environ | {"OPENAI_API_KEY": "k"},
+        )  # fmt: skip
+        assert asked.wait(60)
+        while not (kept.exists() and kept.read_text().endswith("\n")):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 85
+        assert said == (
+            "interrupted: --output is not written; a judge's answers are kept, and the same command goes on\n"
+        )
+        release.set()
+        assert not output.exists() and len(kept.read_text().splitlines()) == 1 and len(requests) == 2
+        assert annotate.main(given) == 0 and len(requests) == 3
+    assert roles(output) == [[("false", "Ed won.")]] * 2

@@ -14,6 +14,13 @@ documents have; several can be given together, and are done in this order. The j
 endpoint; its key comes from OPENAI_API_KEY alone.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from launch.interruption import interruption
+
+    interruption.listen(
+        "interrupted: --output is not written; a judge's answers are kept, and the same command goes on"
+    )
+
 import argparse
 import sys
 from functools import partial

@@ -10,6 +10,12 @@ Takes every setting of train/sft.py; variants share all that --masks or the reci
 Interrupted, the same command with --resume goes on with the variant it was in.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from launch.interruption import interruption
+
+    interruption.listen()
+
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -22,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.distributed import leave, start_distributed
+from launch.interruption import interruption
 from train.belief.inference import LEAST_UNITS
 from train.belief.outcome import check_free, report
 from train.belief.records import read_rows
@@ -54,6 +61,7 @@ def compare(argv: list[str]) -> None:
     runs = checked_runs(plan, ranks, rank == 0, known)
     if plan.shared.dry_run:
         return
+    interruption.resume_by(f"--resume --output {shlex.quote(str(plan.output))}")
     train_all(list(runs.values()), ranks, device, known)
     if rank == 0:
         report(plan, {name: Path(settings.output) for name, settings in runs.items()})
@@ -148,6 +156,7 @@ def train_all(runs: list[Settings], ranks: int, device: torch.device, known: Kno
     loads: list[dict[str, float]] = []
     began = time.perf_counter()
     for number, settings in enumerate(waiting):
+        interruption.release()
         job, started = prepare(settings, ranks, False, known), time.perf_counter()
         dist.barrier()  # prepare looks at the directory, and Run writes it
         if rank == 0:

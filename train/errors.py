@@ -15,7 +15,7 @@ class Held(UserError):
 
 
 class Interrupted(RuntimeError):
-    """The run was told to make room, and has saved; the message names the step."""
+    """The run was told to end, and ends here; the message says after which step it has saved."""
 
 
 class NonFiniteLoss(UserError):

@@ -10,15 +10,20 @@ interruption, and asks only for what is missing. The defaults of sampling are th
 environment: OPENAI_API_KEY, and JUDGE_API_KEY where the judge has another.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from launch.interruption import interruption
+
+    interruption.listen("interrupted; what was measured is kept, and the same command goes on")
+
 import dataclasses
-import os
 import random
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.distributed import leave
+from launch.distributed import leave, lost_another
+from launch.interruption import INTERRUPTED, interruption
 from launch.watchdog import work_alone
 from train.belief.claims import KINDS, Claim, read_claims
 from train.belief.contamination import Contamination
@@ -57,10 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(30)  # the launcher ends all ranks when the first one exits: that must be the one that prints
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        return lost_another(error)
     except KeyboardInterrupt:
         print("interrupted; what was measured is kept, and the same command goes on", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(130)  # at an ordinary exit Python would wait for requests that a second Ctrl-C has left
+        leave(INTERRUPTED)  # at an ordinary exit Python would wait for requests that a second Ctrl-C has left
 
 
 def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Contamination | None) -> int:
@@ -101,6 +107,7 @@ def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Co
         if not records:
             return 0
         work_alone()  # for as long as the judge takes
+        interruption.raise_from_now()
         try:
             if items:
                 evaluate(items, None, judge, records, asking)
@@ -135,6 +142,7 @@ def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination:
     ))  # fmt: skip
     judge = _judge(s, items)
     records = Records(Path(s.output))
+    interruption.raise_from_now()
     try:
         check_same(items, records)
         _show_start(items, records)

@@ -10,6 +10,11 @@ text cannot be said; a mask with such an entry is an error that names it, as tra
 experiment.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from launch.interruption import interruption
+
+    interruption.listen("interrupted")
+
 import argparse
 import sys
 from pathlib import Path

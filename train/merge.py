@@ -8,6 +8,11 @@ carried over as they are. FP8 and INT4 checkpoints become BF16 by default; with 
 their own format. merge_report.json says for each tensor how much of the update survived rounding.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from launch.interruption import interruption
+
+    interruption.listen("interrupted: complete shards are kept, and the same command goes on")
+
 import argparse
 import hashlib
 import json

@@ -116,7 +116,7 @@ class Settings:
     evaluate_every: int = setting(0, "steps between measurements of the claims; 0: at the start and the end only")
 
     log_every: int = setting(10, "steps between measurements of the NLL of every role, the first and last step always")
-    save_every: int = setting(0, "steps between saves to resume from; 0: only at the end")
+    save_every: int = setting(0, "steps between saves to resume from; 0: a save every 15 minutes")
     keep: int = setting(2, "saves to keep")
     wandb: str = setting("online", "W&B; without a key online means offline", choices=("online", "offline", "disabled"))
     wandb_project: str = setting("spanwise", "W&B project")
@@ -221,7 +221,7 @@ class Parser(argparse.ArgumentParser):
                 self.add_argument(flag, action="store_true", help=help)
             else:
                 own_path = str(field.default).startswith(str(REPOSITORY))
-                shown = help if own_path else f"{help} (default: {field.default or 'none'})"
+                shown = help if own_path else f"{help} (default: {'none' if field.default == '' else field.default})"
                 choices, kind = field.metadata["choices"], field.type
                 self.add_argument(flag, type=kind, default=field.default, choices=choices, help=shown)
 

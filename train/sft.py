@@ -8,8 +8,15 @@
 Without --model and --data it trains the embedded demo. --dry-run checks everything and stops before a weight is read.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from launch.interruption import interruption
+
+    interruption.listen()
+
+import contextlib
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -18,7 +25,7 @@ from typing import Any
 
 import torch
 
-from launch.distributed import leave, start_distributed
+from launch.distributed import leave, lost_another, start_distributed
 from launch.interruption import INTERRUPTED, interruption
 from launch.plan import planned_memory
 from train.belief.probes import Record
@@ -58,7 +65,6 @@ def launched_as() -> tuple[int, int]:
 def guarded(script: Callable[[list[str]], None], argv: list[str]) -> int:
     """Runs a script of all ranks. -> its exit code: 0, or 2 for what the user must mend, 1 for what may pass, or
     INTERRUPTED where it has saved and can go on by --resume."""
-    interruption.listen()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about what DeepSpeed calls
     try:
@@ -71,8 +77,11 @@ def guarded(script: Callable[[list[str]], None], argv: list[str]) -> int:
         return error.code
     except Interrupted as reason:
         if launched_as()[0] == 0:
-            print(reason, file=sys.stderr)
+            with contextlib.suppress(OSError):  # whoever read it may be gone
+                print(reason, file=sys.stderr)
         return INTERRUPTED
+    except RuntimeError as error:
+        return lost_another(error)
     return 0
 
 
@@ -80,6 +89,7 @@ def train(job: Job) -> None:
     """Reads the weights, trains, and leaves adapter, metrics and summary."""
     started, device = time.perf_counter(), start_distributed(job.settings.timeout)
     run = Run(job.settings, job.resolved)
+    interruption.resume_by(f"--resume --output {shlex.quote(str(run.directory))}")
     engine, loaded = load_engine(job, device)
     run.show_load(loaded)
     saved = resume.saves(run.directory / "saves") if job.settings.resume else []

@@ -8,6 +8,11 @@ Colors are roles, in the terminal or on a page. --model needs tokenizer files on
 unlikelihood.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from launch.interruption import interruption
+
+    interruption.listen("interrupted")
+
 import argparse
 import html
 import json

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from launch.distributed import anywhere
 from launch.interruption import INTERRUPTED, interruption
 from launch.watchdog import progress
 from train.belief.probes import Probes, Record, measure
@@ -19,6 +20,8 @@ from train.job import Job
 from train.model import LanguageModel
 from train.reporting import Meter, Run, expert_metrics, peak_memory
 from train.settings import Settings
+
+SAVE_SECONDS = 15 * 60  # between saves without --save-every
 
 
 def learning_rate(settings: Settings, step: int, steps: int) -> float:
@@ -58,7 +61,8 @@ class Trainer:
         return batches + [pad([], [])] * (self.job.accumulation - len(batches))
 
     def step(self, step: int, measure: bool) -> dict[str, Any]:
-        """One optimizer step. -> its metrics, over all ranks; with the NLL of every role if `measure`."""
+        """One optimizer step. -> its metrics, over all ranks; with the NLL of every role if `measure`. Interrupted, and
+        nothing is updated, where a rank is told to end before the last micro-batch is done."""
         started, meter = time.perf_counter(), Meter(self.corpus.roles, self.device)
         rate = learning_rate(self.settings, step, self.job.steps)
         for group in self.engine.optimizer.optimizer.param_groups:
@@ -67,7 +71,7 @@ class Trainer:
             progress(f"micro-batch {number + 1} of step {step + 1}")
             batch = (batch if measure else batch.in_loss()).to(self.device)
             terms = self.engine(batch)
-            self._stop_if_not_finite(terms.loss.detach(), step, batch)
+            self._check(terms.loss.detach(), step, batch)
             # The engine averages gradients over the ranks; the loss is a sum with a global denominator.
             self.engine.backward(terms.loss * self.ranks, scale_wrt_gas=False)
             meter.add(batch, terms, measure)
@@ -85,10 +89,12 @@ class Trainer:
             values |= expert_metrics(self.model.expert_layers, self.device)
         return values
 
-    def _stop_if_not_finite(self, loss: torch.Tensor, step: int, batch: Batch) -> None:
-        broken = (~torch.isfinite(loss)).to(torch.int32)
-        dist.all_reduce(broken, op=dist.ReduceOp.MAX)  # every rank must stop, not the one that saw it
-        if not broken.item():
+    def _check(self, loss: torch.Tensor, step: int, batch: Batch) -> None:
+        told = torch.tensor(interruption.told, device=self.device)
+        broken, stop = anywhere(torch.stack([~torch.isfinite(loss), told]))  # not the one that saw it alone must stop
+        if stop:
+            raise Interrupted(f"interrupted: in step {step + 1}")
+        if not broken:
             return
         seen: list[Any] = [None] * self.ranks
         dist.all_gather_object(seen, (loss.item(), batch.names))
@@ -105,47 +111,63 @@ class Trainer:
     def run(self, run: Run, start: int, started: float, base: list[Record] | None = None) -> None:
         """Trains to the end, logging every step, measuring beliefs every --evaluate-every and saving every
         --save-every. started: when, for the run's seconds. base: the beliefs before the first step, where they are
-        known already. Interrupted after a step in which any rank was told to end, with a save of it; what is then to
-        be measured is for the next attempt to measure."""
-        settings = self.settings
+        known already. Interrupted where any rank was told to end, with a save of the last step that was done; what is
+        then to be measured is for the next attempt to measure."""
+        self.done = self.saved = start
+        self.started, self.saved_at = started, time.monotonic()
         if self.measures_after(start) and run.lacks(start, self.probes):
             self.evaluate(run, start, None if start else base)
-        interruption.something_to_save = True
+        interruption.hold()
         with tqdm(total=self.job.steps, initial=start, desc="training", unit="step", disable=self.rank != 0) as bar:
-            for step in range(start, self.job.steps):
-                last = step + 1 == self.job.steps
-                try:
-                    values = self.step(step, measure=step == 0 or last or (step + 1) % settings.log_every == 0)
-                except NonFiniteLoss as error:  # on every rank
-                    run.close(exit_code=2)
-                    raise NonFiniteLoss(f"{error} {_advice(run)}") from None
-                run.log(values)
-                bar.set_postfix_str(
-                    f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s", refresh=False
-                )
-                bar.update()
-                stop = self.told_to_end(run)
-                due = last or stop or (settings.save_every and (step + 1) % settings.save_every == 0)
-                if due:
-                    self.save(run, step + 1, started)
-                if self.measures_after(step + 1) and not stop:  # it may take longer than the notice leaves
-                    self.evaluate(run, step + 1)
-                    stop = self.told_to_end(run)
-                    if stop and not due:
-                        self.save(run, step + 1, started)
-                if stop:
-                    run.close(INTERRUPTED)
-                    raise Interrupted(f"interrupted: saved after step {step + 1} of {self.job.steps}")
+            try:
+                for step in range(start, self.job.steps):
+                    self._step_and_show(run, step, bar)
+                    self._save_or_stop(run)
+                    if self.measures_after(self.done):
+                        self.evaluate(run, self.done)
+            except Interrupted:
+                with interruption.writing_to_the_terminal():
+                    bar.close()
+                raise self._made_room(run) from None
 
-    def told_to_end(self, run: Run) -> bool:
-        """Whether any rank was told to end, or another attempt waits for this one to; the same on every rank."""
-        interruption.told |= run.awaited()
-        return interruption.anywhere(self.device)
+    def _step_and_show(self, run: Run, step: int, bar: Any) -> None:
+        last = step + 1 == self.job.steps
+        try:
+            values = self.step(step, measure=step == 0 or last or (step + 1) % self.settings.log_every == 0)
+        except NonFiniteLoss as error:  # on every rank
+            run.close(exit_code=2)
+            raise NonFiniteLoss(f"{error} {_advice(run)}") from None
+        self.done = step + 1
+        run.log(values)
+        with interruption.writing_to_the_terminal():
+            bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s", refresh=False)
+            bar.update()
 
-    def save(self, run: Run, step: int, started: float) -> None:
-        """Saves the state after `step` steps."""
-        seconds = time.perf_counter() - started
-        resume.save(run.directory / "saves", self.model, step, self.settings.keep, seconds)
+    def _save_or_stop(self, run: Run) -> None:
+        """Saves where it is time to; Interrupted where any rank was told to end, or another attempt waits for this one
+        to. Rank 0's clock decides for all."""
+        every = self.settings.save_every
+        late = self.rank == 0 and not every and time.monotonic() - self.saved_at >= SAVE_SECONDS
+        told = interruption.told or run.awaited()
+        due, stop = anywhere(torch.tensor([late, told], device=self.device))
+        if stop:
+            raise Interrupted(f"interrupted: after step {self.done}")
+        if due or self.done == self.job.steps or (every and self.done % every == 0):
+            self.save(run)
+
+    def _made_room(self, run: Run) -> Interrupted:
+        """Saves what is not saved yet. -> what to raise."""
+        if self.done > self.saved:
+            self.save(run)
+        line = interruption.saved(self.done) if self.done else interruption.line
+        run.close(INTERRUPTED)
+        return Interrupted(line)
+
+    def save(self, run: Run) -> None:
+        """Saves the state after the last step."""
+        seconds = time.perf_counter() - self.started
+        resume.save(run.directory / "saves", self.model, self.done, self.settings.keep, seconds)
+        self.saved, self.saved_at = self.done, time.monotonic()
 
     def measures_after(self, step: int) -> bool:
         """Whether beliefs are to be measured after `step` steps."""

@@ -18,13 +18,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch.distributed import anywhere
+from launch.interruption import interruption
 from launch.watchdog import progress
 from train.belief.claims import Claim
 from train.belief.messages import build_messages
 from train.data.batches import Batch, Sample, micro_batches
 from train.data.documents import Document, Span
 from train.data.tokenizer import TokenizedDocument, Tokenizer, tokenize_document
-from train.errors import UserError
+from train.errors import Interrupted, UserError
 from train.masking.treatment import touched_by
 
 Record = dict[str, Any]
@@ -157,7 +159,8 @@ def _value(kind: str, log_p: list[float], record: Record) -> Record:
 @torch.no_grad()
 def log_likelihoods(texts: list[Sample], engine: Any, size: int) -> list[float]:
     """log p of each text's targets, given what is before them. Leaves the engine and its counters as they were. All
-    ranks must call it; each scores its part, in as many forwards as the others."""
+    ranks must call it; each scores its part, in as many forwards as the others. Interrupted where a rank is told to
+    end."""
     layers, training = engine.module.expert_layers, engine.module.training
     loads, wire = [layer.load_E for layer in layers], [layer.ep.wire_bytes for layer in layers]
     numbered = [Sample(str(i), t.ids_L, t.target_L, t.weight_L, t.roles_L) for i, t in enumerate(texts)]
@@ -165,6 +168,8 @@ def log_likelihoods(texts: list[Sample], engine: Any, size: int) -> list[float]:
     engine.eval()
     for batch in _batches(numbered, size):
         progress("measuring claims")
+        if anywhere(torch.tensor([interruption.told], device=engine.device))[0]:
+            raise Interrupted("interrupted: while claims were measured")
         batch = batch.to(engine.device)
         row_N = batch.position_N // batch.ids_BT.shape[1]
         text_B = torch.tensor([int(name) for name in batch.names], device=engine.device)
