@@ -28,10 +28,12 @@ from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.locks import lock
 from train.model import architecture, skeleton, text_config
+from train.terminal import command
 
 LITTLE = 0.5  # of an update that survives: below, a warning
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,9 +46,6 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         run(args.model, args.adapter, args.output, args.to == "bf16")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:  # a full disk, a file system that cannot be written, a file that cannot be read
         where = error.filename or f"--output {args.output}"
         print(f"error: {where}: {error.strerror}. Mend it and start again: complete shards are kept.", file=sys.stderr)

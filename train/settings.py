@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from train.data.documents import BAD_ROWS, checked_weight
 from train.data.tokenizer import TEMPLATE_TIME, template_time
 from train.errors import UserError
 from train.formats import parse_json
+from train.keys import key_of
 from train.locks import TRAINING
 from train.recipe import chosen, flags
 
@@ -241,7 +243,31 @@ def parse(argv: list[str], usage: str) -> Settings:
     check_numbers(settings)
     settings.sources()
     template_time(settings.template_time)
+    check_wandb(settings)
     return settings
+
+
+def check_wandb(s: Settings) -> None:
+    """UserError for what W&B would refuse after the weights are read."""
+    if s.wandb == "disabled":
+        return
+    for name, forbidden in (("wandb_project", WANDB_FORBIDDEN), ("wandb_group", "")):
+        value, flag = getattr(s, name), "--" + name.replace("_", "-")
+        if len(value) > MOST_OF_A_NAME or {*value} & {*forbidden} or not value.isprintable() or value.strip() != value:
+            raise UserError(
+                f"{flag} {value!r}: must be at most {MOST_OF_A_NAME} printable characters"
+                f"{f', none of {forbidden}' if forbidden else ''}, as W&B wants it; give another name."
+            )
+    name, key = key_of(["WANDB_API_KEY"])
+    if s.wandb == "online" and name and not WANDB_KEY.fullmatch(key):
+        raise UserError(
+            f"{name}: is no key of W&B, which has at least 40 letters, digits and underscores; copy it again."
+        )
+
+
+# What the client of W&B refuses: sdk/wandb_settings.py, sdk/lib/wbauth/validation.py.
+WANDB_FORBIDDEN, MOST_OF_A_NAME = "/\\#?%:", 128
+WANDB_KEY = re.compile(r"([^-]*-)?[\w-]{40,}|[\w-]+\.[\w-]+\.[\w-]+")
 
 
 def check_numbers(s: Settings) -> None:

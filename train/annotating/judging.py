@@ -18,6 +18,7 @@ from train.annotating.texts import changed, in_order, joined, trimmed
 from train.belief.endpoint import Endpoint, EndpointSettings, NoAnswer
 from train.data.documents import Document, Span
 from train.errors import UserError
+from train.keys import shown_url
 
 Chat = Callable[[list[dict[str, str]]], str]
 
@@ -183,6 +184,6 @@ def endpoint(url: str, model: str) -> Chat:
         try:
             return asked.complete(messages, ANSWER_TOKENS, temperature=0.0, seed=0)
         except NoAnswer as error:
-            raise UserError(f"--judge {url}: {error}; run again to go on where it stopped.") from None
+            raise UserError(f"--judge {shown_url(url)}: {error}; run again to go on where it stopped.") from None
 
     return chat

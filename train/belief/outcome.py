@@ -29,8 +29,9 @@ from train.data.documents import Document
 from train.errors import UserError
 from train.masking.grammar import parse_mask
 from train.recipe import DIFFERING
-from train.reporting import console, init_wandb
+from train.reporting import init_wandb
 from train.settings import Settings
+from train.terminal import Terminal
 from train.variants import Plan
 
 # Settings that decide which documents are read.
@@ -190,7 +191,7 @@ def show(outcome: dict[str, Any], directory: Path) -> None:
         unit = outcome["unit"]
         cells = [number(own["belief"], unit), span(own["belief_interval"], unit), f"{own['tokens_trained']:,}"]
         table.add_row(name, *cells)
-    console().print(table)
+    Terminal().print(table)
     print(f"In {directory}: comparison.html, comparison.md, comparison.json and pictures")
 
 
