@@ -24,9 +24,9 @@ from wandb_workspaces.expr import Config, Metric
 from launch.node import wandb_hindrance
 from train.belief.records import read_rows
 from train.belief.values import BELIEF, SIDE_EFFECTS
-from train.checkpoints.reader import read_json
 from train.errors import UserError
 from train.keys import wandb_status
+from train.outside import read_json
 from train.reporting import belief_curves, flat
 from train.settings import FREE_ON_RESUME, held_settings
 from train.terminal import command

@@ -21,13 +21,14 @@ from train.checkpoints.adapter import adapter_settings, check_adapter, check_fin
 from train.checkpoints.formats import quantized_format
 from train.checkpoints.layout import plan_load
 from train.checkpoints.merging import Merger, merge
-from train.checkpoints.reader import Checkpoint, read_json
+from train.checkpoints.reader import Checkpoint
 from train.checkpoints.whole import MARKER, REPORT
 from train.checkpoints.writer import write_whole
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.locks import lock
 from train.model import architecture, skeleton, text_config
+from train.outside import read_json
 from train.terminal import command
 
 LITTLE = 0.5  # of an update that survives: below, a warning

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -21,9 +22,9 @@ from train.checkpoints.reader import Checkpoint
 from train.data.documents import BAD_ROWS, checked_weight
 from train.data.tokenizer import TEMPLATE_TIME, template_time
 from train.errors import UserError
-from train.formats import parse_json
 from train.keys import key_of
 from train.locks import TRAINING
+from train.outside import opened, read_json, read_yaml
 from train.recipe import chosen, flags
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -169,7 +170,7 @@ MOST = 10**8  # steps, documents, tokens: beyond it, a slip
 def _source(value: str) -> Source:
     if not value:
         raise UserError("--data is empty: give PATH, PATH=COUNT or PATH=COUNT@WEIGHT.")
-    if Path(value).exists() or "=" not in value:
+    if os.path.exists(value) or "=" not in value:
         return Source(value, None, 1.0)
     path, _, rest = value.rpartition("=")
     count, at, factor = rest.partition("@")
@@ -299,13 +300,8 @@ def check_numbers(s: Settings) -> None:
 def ds_config(settings: Settings, ranks: int, accumulation: int) -> dict[str, Any]:
     """The DeepSpeed configuration of --ds-config with the run's batch sizes and clipping."""
     path, where = Path(settings.ds_config), f"--ds-config {settings.ds_config}"
-    try:
-        config = parse_json(path.read_text())
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror}); give a DeepSpeed JSON file.") from None
-    except ValueError as error:
-        raise UserError(f"{where}: {error}.") from None
-    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    config = read_json(path, where, "give a DeepSpeed JSON file")
+    zero = config.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") != 3:
         raise UserError(f"{where}: must be an object, and its zero_optimization.stage must be 3.")
     if offload := [name for name in ("offload_param", "offload_optimizer") if zero.get(name)]:
@@ -373,13 +369,13 @@ def check_output(settings: Settings) -> None:
 
 def held_settings(path: Path) -> dict[str, Any]:
     """The settings.yaml of a run to go on with."""
-    try:
-        value = yaml.safe_load(path.read_text())
-        if isinstance(value, dict) and isinstance(value.get("settings"), dict):
-            return value
-    except (OSError, ValueError, yaml.YAMLError):
-        pass
+    value = read_yaml(path, fix="start a new run", most=MOST_HELD)
+    if isinstance(value, dict) and {type(value.get(key, {})) for key in ("settings", "resolved", "versions")} == {dict}:
+        return value
     raise UserError(f"{path}: is not what a run writes; a run cannot be gone on with without it. Start a new one.")
+
+
+MOST_HELD = 2**24  # bytes of a run's settings.yaml, with a hash of every file
 
 
 # Beside a model's weights, what decides tokens: all that load_tokenizer reads, or transformers for it.
@@ -401,7 +397,7 @@ def inputs(settings: Settings, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

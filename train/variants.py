@@ -10,7 +10,7 @@ from typing import Any
 from train.belief.comparison import group, read_run
 from train.belief.releases import claim_id
 from train.errors import UserError
-from train.recipe import check_own, flags, merged
+from train.recipe import MOST_SEEDS, check_own, flags, merged
 from train.settings import DEMO, Parser, Settings, held_settings, parse, setting, slug
 
 DEMO_PLACEBO = ("olga-home", "clara-job", "selma-pet", "paula-sport")  # of train/demo/claims.yaml
@@ -79,8 +79,10 @@ def parse_comparison(argv: list[str], usage: str) -> Plan:
     parser.add_settings(Options)
     values, rest = parser.parse_known_args(argv)
     options = Options(**{name: value for name, value in vars(values).items() if name != "local_rank"})
-    if not 0 <= options.seeds <= 1000 or not 0 <= options.bound < float("inf"):
-        raise UserError(f"--seeds {options.seeds}, --bound {options.bound}: must be ≥ 0.")
+    if not 0 <= options.seeds <= MOST_SEEDS or not 0 <= options.bound < float("inf"):
+        raise UserError(
+            f"--seeds {options.seeds}, --bound {options.bound}: must be ≥ 0, and --seeds at most {MOST_SEEDS}."
+        )
     if options.runs:
         return _plan_of_runs(options, rest)
     if bool(options.masks) == bool(options.recipe):

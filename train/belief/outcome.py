@@ -28,6 +28,7 @@ from train.data.corpus import documents_read
 from train.data.documents import Document
 from train.errors import UserError
 from train.masking.grammar import parse_mask
+from train.outside import read_json
 from train.recipe import DIFFERING
 from train.reporting import init_wandb
 from train.settings import Settings
@@ -98,9 +99,9 @@ def check_free(output: Path, runs: Iterable[Path]) -> None:
     if not path.exists():
         return
     try:
-        variants = json.loads(path.read_text(encoding="utf-8"))["variants"].values()
+        variants = read_json(path)["variants"].values()
         held = {Path(run["directory"]).resolve() for variant in variants for run in variant["runs"]}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         held = {path}
     if not held <= {run.resolve() for run in runs}:
         raise UserError(f"--output {output}: holds a comparison of other runs, which would be lost. Give another.")

@@ -7,7 +7,6 @@ loses at most the line that was being written.
 Lines of other measurements in evaluation.jsonl stay as they are.
 """
 
-import json
 import os
 import threading
 from collections.abc import Collection, Iterable, Mapping
@@ -15,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
-from train.formats import json_line
+from train.formats import json_line, parse_json
 from train.locks import lock
+from train.outside import read_bytes
 
 MEASURED, ANSWERED = "evaluation.jsonl", "answers.jsonl"
 # What tells one generated answer from another.
 Key = tuple[Any, ...]
 KEY = ("step", "context", "claim", "kind", "question", "sample")
 Row = dict[str, Any]
+MOST_ROWS = 2**34  # bytes of a file of rows
 
 
 def key_of(row: Mapping[str, Any]) -> Key:
@@ -36,18 +37,15 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _lines(path: Path) -> list[tuple[bytes, Row]]:
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
-    try:
-        raw = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    raw = read_bytes(path, most=MOST_ROWS).split(b"\n")
     found = []
     for number, line in enumerate(raw, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line.decode("utf-8"))
         except ValueError:
             row = None
         if isinstance(row, dict):

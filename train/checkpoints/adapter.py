@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from train.checkpoints.plain import check_form, check_plain
-from train.checkpoints.reader import Checkpoint, TensorFile, read_json
+from train.checkpoints.reader import Checkpoint, TensorFile
 from train.checkpoints.writer import SafetensorsWriter, publish_directory, write_whole
 from train.errors import UserError
 from train.experts.module import ExpertParallelExperts
 from train.lora import LoRALinear, LoRASettings, lora_linears
+from train.outside import read_json
 
 if TYPE_CHECKING:
     from peft import LoraConfig
