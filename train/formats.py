@@ -56,7 +56,9 @@ def parse_json(text: str, strictly: bool = False) -> Any:
         raise Unreadable(TOO_DEEP) from None
     except ValueError as error:
         what = LONG_NUMBER if "integer string conversion" in str(error) else f"not valid JSON ({error})"
-        raise Unreadable(f"{what}; give one object a line" if not strictly else what) from None
+        raise Unreadable(
+            what if what == LONG_NUMBER else f"{what}; {'mend it' if strictly else 'give one object a line'}"
+        ) from None
     if text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST:
         raise Unreadable(TOO_DEEP)
     if strictly and "\\u" in text and any(SURROGATE.search(each) for each in _strings(value)):

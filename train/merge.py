@@ -28,7 +28,7 @@ from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.locks import lock
 from train.model import architecture, skeleton, text_config
-from train.outside import read_json
+from train.outside import checked, read_json
 from train.terminal import command
 
 LITTLE = 0.5  # of an update that survives: below, a warning
@@ -73,7 +73,7 @@ def run(source: Path, adapter: Path | None, output: Path, bf16: bool) -> None:
 
     merger = Merger(checkpoint, model, plan, adapter, lora, architecture(checkpoint), quantized and bf16)
     with claimed(output, _identity(checkpoint, adapter, bf16)):
-        report = read_json(output / REPORT) if (output / REPORT).exists() else {}
+        report = read_report(output)
 
         def keep() -> None:  # before a shard gets its name: what it lost is known, or it is written again
             report.update(merger.survived())
@@ -113,6 +113,19 @@ def _identity(checkpoint: Checkpoint, adapter: Path | None, bf16: bool) -> dict[
             with (adapter / name).open("rb") as file:
                 identity[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return identity
+
+
+def read_report(output: Path) -> dict[str, dict[str, float]]:
+    """What survived rounding, tensor by tensor, as an earlier start has left it; {} of none."""
+    path = output / REPORT
+    if not os.path.lexists(path):
+        return {}
+    report = read_json(path, fix="give another --output directory")
+    for name, values in report.items():
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {name} is no object; give another --output directory.")
+        checked(values, {"survived": float, "update_norm": float}, f"{path}: {name}", "give another --output directory")
+    return report
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """Files from outside: each gives a value, or a UserError that names it, what is wrong and the fix. A directory, a pipe
 or a device in the place of a file is not opened, and a file larger than its kind can be is not read."""
 
+import math
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,7 +57,7 @@ def read_json(path: Where, where: Where = "", fix: str = "get the file again") -
     try:
         value = parse_json(read_text(path, where, fix), strictly=True)
     except Unreadable as error:
-        raise UserError(f"{where or path}: {error}; {fix}.") from None
+        raise UserError(f"{where or path}: {error}, or {fix}.") from None
     if not isinstance(value, dict):
         raise UserError(f"{where or path}: must hold a JSON object, not {type(value).__name__}; {fix}.")
     return value
@@ -68,3 +70,22 @@ def read_yaml(path: Where, where: Where = "", fix: str = "give a YAML file", mos
     except Unreadable as error:
         line = f":{error.line}" if error.line else ""
         raise UserError(f"{where or path}{line}: {error}.") from None
+
+
+def checked(value: dict[str, Any], kinds: Mapping[str, type], where: Where, fix: str = "get the file again") -> None:
+    """UserError where one of these keys is there, and not null, with a value of another kind; float: any finite number."""
+    for key, kind in kinds.items():
+        if (given := value.get(key)) is not None and not _is(given, kind):
+            shown = repr(given) if len(repr(given)) <= 80 else type(given).__name__
+            raise UserError(f"{where}: {key} is {shown}, but must be {NAMES.get(kind, kind.__name__)}; {fix}.")
+
+
+NAMES = {
+    int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", list: "a list", dict: "an object"
+}  # fmt: skip
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is kind
