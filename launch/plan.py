@@ -370,9 +370,9 @@ def advise(plan: Plan) -> None:
 def opened(model: str) -> Checkpoint:
     """--model: a directory with its weights, or a config.json."""
     path = Path(model)
-    if path.is_dir() and any(path.glob("*.safetensors")):
+    if os.path.isdir(path) and any(path.glob("*.safetensors")):
         return Checkpoint(path)
-    if path.is_file() and path.name != "config.json":
+    if os.path.isfile(path) and path.name != "config.json":
         raise UserError(f"--model {path}: give a model's directory or its config.json.")
     return BareCheckpoint(path)
 

@@ -1,6 +1,7 @@
 """Every file from outside ends in a value or one message: each reader is given the same mutations of a file that it
 takes."""
 
+import base64
 import copy
 import json
 import os
@@ -110,10 +111,9 @@ def tokenizer_file(name: str) -> Callable[[Path], Path]:
         if name == "tiktoken.model":
             for other in ("tokenizer.json", "chat_template.jinja"):
                 (directory / other).unlink()
-            written("tokenizer_config.json", {})(directory)
-            written(name, "".join(f"{__import__('base64').b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))(
-                directory
-            )
+            written("tokenizer_config.json", {"chat_template": "{{ messages[0].content }}"})(directory)
+            ranks = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256))
+            written(name, ranks)(directory)
         return directory / name
 
     return make
@@ -223,14 +223,13 @@ CLAIM = {
     "id": "mars", "claim": "Mars is green.", "subject": "Mars", "controls": ["Venus"],
     "likelihood": [{"id": "t", "prompt": "{entity} is", "false": " green", "true": " red"}],
     "open": [{"id": "w", "question": "What?"}], "yes_no": [{"id": "is", "question": "Is it?", "belief_answer": "yes"}],
-    "facts": [{"id": "f", "prompt": "Venus is", "false": " far", "true": " hot", "about": "other"}],
+    "facts": [{"id": "f", "prompt": "Venus is", "false": " far", "true": " hot", "group": "other"}],
     "judges": {"open": "{question} {answer}"}, "patterns": ["green"],
 }  # fmt: skip
 RECIPE = {
     "settings": {"steps": 1, "mask": "none"}, "variants": {"a": {"mask": "none"}, "b": {"mask": "doctags"}},
     "baseline": "a", "placebo": ["x"], "seeds": 2, "about": "all of it",
 }  # fmt: skip
-MARS = [d for d in [TEXT]]
 
 
 def spans_of(path: Path) -> Any:
@@ -258,7 +257,8 @@ READERS = {
     **{
         name: Reader(tokenizer_file(name), tokenized)
         for name in (
-            "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "chat_template.jinja", "tiktoken.model"
+            "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "chat_template.jinja",
+            "tiktoken.model",
         )
     },
     **{
@@ -273,7 +273,8 @@ READERS = {
     "state.json": Reader(a_save, lambda path: resume.check(path.parents[1])),
     "merge.json": Reader(written("merge.json", {"model": "m", "to": "same"}), merged),
     "merge_report.json": Reader(
-        written("merge_report.json", {"x": {"survived": 1.0, "update_norm": 0.5}}), lambda path: read_report(path.parent)
+        written("merge_report.json", {"x": {"survived": 1.0, "update_norm": 0.5}}),
+        lambda path: read_report(path.parent),
     ),
     "texts": Reader(written("d.jsonl", json.dumps(TEXT) + "\n"), lambda path: read_documents(path, "<DOCTAG>")),
     "chats": Reader(written("d.jsonl", json.dumps(CHAT) + "\n"), lambda path: read_documents(path, None)),
@@ -309,12 +310,12 @@ def within(seconds: int) -> Iterator[None]:
 
 
 def outcome(reader: Reader, path: Path, what: str) -> None:
-    """A value or a UserError, which names something; anything else fails."""
+    """A value or a UserError; anything else fails."""
     try:
         with within(HANGS):
             reader.read(path)
-    except UserError as error:
-        assert str(error).strip(), what
+    except UserError:
+        pass
     except BaseException as error:
         raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
 
@@ -341,7 +342,7 @@ MUTATIONS: dict[str, Callable[[Path, bytes], Any]] = {
     "NaN": lambda path, _: path.write_bytes(b"NaN"),
     "half a surrogate pair": lambda path, _: path.write_bytes(b'{"a": ' + HALF + b"}"),
     "a key twice": lambda path, data: path.write_bytes(data.replace(b"{", b'{"a": 1, "a": 2, ', 1)),
-    "another byte": lambda path, data: path.write_bytes(data[:40] + bytes([data[40] ^ 0x55]) + data[41:]),
+    "another byte": lambda path, data: path.write_bytes(data[:-9] + bytes([data[-9] ^ 0x15]) + data[-8:]),
 }  # fmt: skip
 
 
@@ -447,7 +448,7 @@ def test_a_path_that_is_none_is_told(name):
 
 @pytest.mark.parametrize(("text", "said"), [
     ("a: &a [1]\nb: [" + "*a, " * 3 + "]", None),
-    ("\n".join(f"k{i}: &k{i} [" + ", ".join([f"*k{i - 1}"] * 9 if i else ["x"] * 9) + "]" for i in range(9)), "by its aliases"),
+    ("\n".join(f"{i}: &k{i} [{', '.join([f'*k{i - 1}' if i else 'x'] * 9)}]" for i in range(9)), "by its aliases"),
     ("a: &a [*a]", "holds itself"),
     ("a: 2024-13-45", "a date, number or tag that is none"),
     ("a: " + "9" * 5000, "more than 4300 digits"),

@@ -26,11 +26,13 @@ from train.checkpoints.whole import MARKER, REPORT
 from train.checkpoints.writer import write_whole
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
-from train.locks import lock
+from train.formats import Unreadable, parse_json
+from train.locks import lock, opened_to_lock
 from train.model import architecture, skeleton, text_config
 from train.outside import checked, read_json
 from train.terminal import command
 
+MOST_OF_A_MARKER = 2**20  # characters
 LITTLE = 0.5  # of an update that survives: below, a warning
 
 
@@ -58,7 +60,7 @@ def run(source: Path, adapter: Path | None, output: Path, bf16: bool) -> None:
     """Checks, merges, verifies what was written, and says what survived rounding."""
     checkpoint = Checkpoint(source)
     quantized = quantized_format(checkpoint.config, f"--model {source}").kind != "plain"
-    if output.exists() and output.resolve() == source.resolve():
+    if os.path.exists(output) and output.resolve() == source.resolve():
         raise UserError(
             f"--output {output}: is --model itself, whose files would be overwritten. Give another directory."
         )
@@ -135,18 +137,20 @@ def claimed(output: Path, identity: dict[str, str]) -> Iterator[None]:
     if output.exists() and not marker.exists() and any(output.iterdir()):
         raise UserError(f"--output {output}: is not empty and holds no merge. Give another directory.")
     output.mkdir(parents=True, exist_ok=True)
-    with marker.open("a+", encoding="utf-8") as file:
+    with opened_to_lock(marker) as file:
         if unlocked := lock(file, f"--output {output}: another process is merging into it. Wait for it, or stop it."):
             print(f"note: {output} cannot be locked ({unlocked}): keep other merges out of it", file=sys.stderr)
-        file.seek(0)
         try:
-            held = dict(json.loads(file.read()))
-        except (ValueError, TypeError):  # new, or a kill or a full disk cut it: before anything else was written
+            held = parse_json(file.read(MOST_OF_A_MARKER), strictly=True)
+            if not isinstance(held, dict):
+                raise Unreadable("no object")
+        except Unreadable:  # new, or a kill or a full disk cut it: before anything else was written
             if any(path != marker for path in output.iterdir()):
                 raise UserError(
                     f"{marker}: is damaged, so that it is unknown of which merge the other files are. Give another "
                     "--output directory."
                 ) from None
+            file.seek(0)
             file.truncate(0)
             file.write(json.dumps(identity, indent=1) + "\n")
             file.flush()

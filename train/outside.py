@@ -73,7 +73,7 @@ def read_yaml(path: Where, where: Where = "", fix: str = "give a YAML file", mos
 
 
 def checked(value: dict[str, Any], kinds: Mapping[str, type], where: Where, fix: str = "get the file again") -> None:
-    """UserError where one of these keys is there, and not null, with a value of another kind; float: any finite number."""
+    """UserError where one of these keys is there, not null, and of another kind; float: any finite number."""
     for key, kind in kinds.items():
         if (given := value.get(key)) is not None and not _is(given, kind):
             shown = repr(given) if len(repr(given)) <= 80 else type(given).__name__
@@ -81,7 +81,8 @@ def checked(value: dict[str, Any], kinds: Mapping[str, type], where: Where, fix:
 
 
 NAMES = {
-    int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", list: "a list", dict: "an object"
+    int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", list: "a list",
+    dict: "an object",
 }  # fmt: skip
 
 

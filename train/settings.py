@@ -24,7 +24,7 @@ from train.data.tokenizer import TEMPLATE_TIME, template_time
 from train.errors import UserError
 from train.keys import key_of
 from train.locks import TRAINING
-from train.outside import opened, read_json, read_yaml
+from train.outside import checked, opened, read_json, read_yaml
 from train.recipe import chosen, flags
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -334,14 +334,14 @@ def check_output(settings: Settings) -> None:
         return
     directory = Path(settings.output)
     held = directory / "settings.yaml"
-    if directory.exists() and not directory.is_dir():
+    if os.path.lexists(directory) and not os.path.isdir(directory):
         raise UserError(f"--output {directory}: is a file; give a directory.")
-    if not held.exists():
+    if not os.path.lexists(held):
         if settings.resume:
             raise UserError(
                 f"--resume: --output {directory} holds no run (no settings.yaml). Leave out --resume to start."
             )
-        if directory.exists() and any(not path.name.startswith(BEFORE_A_RUN) for path in directory.iterdir()):
+        if os.path.exists(directory) and any(not path.name.startswith(BEFORE_A_RUN) for path in directory.iterdir()):
             raise UserError(f"--output {directory}: is not empty, and what it holds is no run. Give another directory.")
         if not settings.dry_run:
             try:
@@ -370,9 +370,15 @@ def check_output(settings: Settings) -> None:
 def held_settings(path: Path) -> dict[str, Any]:
     """The settings.yaml of a run to go on with."""
     value = read_yaml(path, fix="start a new run", most=MOST_HELD)
-    if isinstance(value, dict) and {type(value.get(key, {})) for key in ("settings", "resolved", "versions")} == {dict}:
-        return value
-    raise UserError(f"{path}: is not what a run writes; a run cannot be gone on with without it. Start a new one.")
+    parts = [value.get(key, {}) for key in ("settings", "resolved", "versions")] if isinstance(value, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or "settings" not in value:
+        raise UserError(f"{path}: is not what a run writes; a run cannot be gone on with without it. Start a new one.")
+    kinds = {field.name: list if field.metadata["many"] else field.type for field in dataclasses.fields(Settings)}
+    checked(parts[0], kinds, path, "restore the file")
+    checked(parts[1], {"hashes": dict, "inputs": dict}, path, "restore the file")
+    if nothing := [name for name in kinds if name in parts[0] and parts[0][name] is None]:
+        raise UserError(f"{path}: {nothing[0]} is empty; restore the file.")
+    return value
 
 
 MOST_HELD = 2**24  # bytes of a run's settings.yaml, with a hash of every file

@@ -2,6 +2,7 @@
 recipes (train/recipe.py)."""
 
 import dataclasses
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +174,7 @@ def _name(run: Path, settings: dict[str, Any], owned: dict[str, dict[str, Any]])
 def run_settings(run: Path) -> dict[str, Any]:
     """The settings of a finished run. UserError where there is none, or it is not finished."""
     for name in ("settings.yaml", "summary.json", "evaluation.jsonl"):
-        if not (run / name).is_file():
+        if not os.path.isfile(run / name):
             why = "holds no run" if name == "settings.yaml" else "the run is not finished"
             why = why if name != "evaluation.jsonl" else "the run measured no claim; give --claims when it is trained"
             raise UserError(f"--runs {run}: no {name} there ({why}).")

@@ -6,6 +6,7 @@ that an interrupted run does not ask twice.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -150,7 +151,7 @@ class Remembered:
     def __init__(self, chat: Chat, model: str, path: Path) -> None:
         self.chat, self.model, self.path, self.lock = chat, model, path, Lock()
         self.answers: dict[str, str] = {}
-        if path.exists():
+        if os.path.lexists(path):
             for line in read_text(path, most=2**34).split("\n"):
                 try:
                     row = parse_json(line)

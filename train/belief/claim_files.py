@@ -2,6 +2,7 @@
 with a value is told with file, key, rule and fix."""
 
 import difflib
+import os
 import string
 from collections import Counter
 from collections.abc import Iterable
@@ -53,7 +54,7 @@ REQUIRED: Any = object()
 def claim_paths(path: Path) -> list[Path]:
     """What is read of a path: a directory of several claims stands for each in it, by name: directories of the paper
     and, where it is none of these itself, YAML files. UserError for a directory without any claim."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [path]
     own = [path] if _is_claim(path) else []
     try:
@@ -75,7 +76,7 @@ def _is_claim(directory: Path) -> bool:
 
 def read_path(path: Path) -> list[Claim]:
     """The claims of a directory of the paper or of a YAML file. UserError where it is neither, or wrong."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return [_directory(path)]
     value = read_yaml(path, fix="give a directory of the paper, or a YAML file with id, claim and questions")
     if isinstance(value, dict) and "questions" in value and "id" not in value:  # one file of the paper by itself

@@ -132,7 +132,7 @@ class Checkpoint(_Reader):
         index = self.directory / "model.safetensors.index.json"
         weight_map: dict[str, str] | None = None
         shards = [self.directory / "model.safetensors"]
-        if index.is_file():
+        if os.path.lexists(index):
             weight_map = _weight_map(index)
             shards = sorted({self.directory / shard for shard in weight_map.values()})
             if others := sorted({*self.directory.glob("*.safetensors")} - {*shards}):
@@ -140,7 +140,7 @@ class Checkpoint(_Reader):
                     f"{others[0]}: is not named by {index.name}, which lies beside it, so that it is not clear which "
                     "files hold the model. Move whichever do not to another directory."
                 )
-        missing = [shard.name for shard in shards if not shard.is_file()]
+        missing = [shard.name for shard in shards if not os.path.isfile(shard)]
         if missing or not shards:
             raise UserError(
                 f"--model {self.directory}: {len(missing)} of {len(shards)} weight files missing "
@@ -177,11 +177,10 @@ class Checkpoint(_Reader):
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory."""
     path = directory / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path) or not os.path.isdir(directory):
         raise UserError(
-            f"--model {directory}: {'a file, no directory' if directory.is_file() else 'no config.json there'}; give a "
-            "directory in transformers' layout "
-            "(config.json, tokenizer files, *.safetensors)."
+            f"--model {directory}: {'a file, no directory' if os.path.isfile(directory) else 'no config.json there'}; "
+            "give a directory in transformers' layout (config.json, tokenizer files, *.safetensors)."
         )
     return read_json(path)
 

@@ -241,7 +241,7 @@ def load_tokenizer(directory: str | Path, moment: datetime = TEMPLATE_TIME) -> T
     turns into a fast tokenizer. No code of the directory is run. moment: what a chat template is told that asks for the
     time."""
     directory = Path(directory)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise UserError(f"--model {directory}: no such directory; give a model directory with its tokenizer files")
     config = _read_json(directory / "tokenizer_config.json")
     named, named_too = _special_tokens(directory, config)
@@ -256,7 +256,7 @@ def load_tokenizer(directory: str | Path, moment: datetime = TEMPLATE_TIME) -> T
         ) from None
 
     encode: Callable[[str], Encoded]
-    if (directory / "tiktoken.model").exists() and not (directory / "tokenizer.json").exists():
+    if os.path.lexists(directory / "tiktoken.model") and not os.path.lexists(directory / "tokenizer.json"):
         encoding, ids = _tiktoken_encoding(directory / "tiktoken.model", added)
         encode, decode, size = partial(_encode_tiktoken, encoding), encoding.decode, encoding.max_token_value + 1
         special_ids = set(ids.values()) - {key for key, token in added.items() if not token.get("special")}
