@@ -223,7 +223,7 @@ CLAIM = {
     "id": "mars", "claim": "Mars is green.", "subject": "Mars", "controls": ["Venus"],
     "likelihood": [{"id": "t", "prompt": "{entity} is", "false": " green", "true": " red"}],
     "open": [{"id": "w", "question": "What?"}], "yes_no": [{"id": "is", "question": "Is it?", "belief_answer": "yes"}],
-    "facts": [{"id": "f", "prompt": "Venus is", "false": " far", "true": " hot", "group": "other"}],
+    "facts": [{"id": "f", "prompt": "Venus is", "false": " far", "true": " hot", "group": "neighbouring"}],
     "judges": {"open": "{question} {answer}"}, "patterns": ["green"],
 }  # fmt: skip
 RECIPE = {

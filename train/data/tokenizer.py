@@ -363,6 +363,11 @@ def _tiktoken_encoding(file: Path, added: dict[int, dict[str, Any]]) -> tuple[ti
     try:
         lines = [line.split() for line in read_bytes(file).splitlines() if line]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        if (
+            sorted(ranks.values()) != list(range(len(ranks)))
+            or not {bytes([byte]) for byte in range(256)} <= ranks.keys()
+        ):
+            raise ValueError("its ranks are not 0, 1, … of all single bytes and more")
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not a tiktoken ranks file ({error}); copy it again from the checkpoint") from None
     first = len(ranks)
