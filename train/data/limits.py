@@ -69,7 +69,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(**options)
         self.filters["_counted"], self.filters["_bounded"] = _counted, _bounded
         for name in GROWING:
-            self.filters[name] = _growing(self.filters[name])
+            self.filters[name] = _growing(name, self.filters[name])
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
@@ -86,7 +86,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  # as jinja2 names them
         _step(CALL)
         method = getattr(__obj, "__wrapped__", __obj)  # of str.format
-        _check_growth([getattr(method, "__self__", None), *args, *kwargs.values()])
+        if isinstance(own := getattr(method, "__self__", None), str):
+            _check_growth(method.__name__, [own, *args, *kwargs.values()])
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -122,32 +123,31 @@ def _bounded(context: Any, text: str) -> str:
     return text
 
 
-def _growing(function: Callable[..., Any]) -> Callable[..., Any]:
+def _growing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         _step(CALL)
         given = [each for each in args if not isinstance(each, jinja2.Environment | nodes.EvalContext)]
-        _check_growth([*given, *kwargs.values()])
+        _check_growth(name, [*given, *kwargs.values()])
         return function(*args, **kwargs)
 
     return checked
 
 
-def _check_growth(given: list[Any]) -> None:
-    """Before a function that may make much of little: no width beyond a text, no text put into each place of another
-    where both are long."""
+def _check_growth(name: str, given: list[Any]) -> None:
+    """Before a function that may make much of little, with what it is given, a method's own text first."""
     texts = [each for each in given if isinstance(each, str)]
+    if name == "replace" and len(texts) > 2:
+        _fits(len(texts[0]) + texts[0].count(texts[1]) * len(texts[2]))
+    elif name == "join" and texts:
+        _fits(sum(len(each) * len(texts[0]) for each in given if isinstance(each, list | tuple | range)))
+    elif name in ("format", "format_map") and texts:
+        _check_format(texts[0])
     for each in given:
-        if isinstance(each, int):
+        if isinstance(each, int):  # a width
             _fits(abs(each))
-        if isinstance(each, list | tuple) and texts:
-            _fits(len(each) * max(map(len, texts)))
-    if len(texts) > 1:
-        _fits(len(texts[0]) * max(map(len, texts[1:])))
-    for each in texts:
-        _check_format(each)
 
 
 def _check_format(text: str) -> None:
-    if len(text) < 10_000 and re.search(r"[%{:][^a-zA-Z%}]{0,20}(\d{6}|\*)", text):
+    if re.search(r"[%{:][^a-zA-Z%}]{0,20}(\d{6}|\*)", text):
         raise TooMuch("it formats to a width of six digits or more")
