@@ -11,6 +11,7 @@ unlikelihood.
 import argparse
 import html
 import json
+import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -289,9 +290,14 @@ def _document_html(shown: Shown, tokenizer: Tokenizer, number: dict[str, int]) -
 
 
 def _write(path: str, text: str) -> None:
+    """The page whole, or not at all."""
+    partial = f"{path}.partial"
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        Path(partial).write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(partial, path)
     except OSError as error:
+        with suppress(OSError):
+            os.unlink(partial)
         raise UserError(f"--html {path}: cannot be written ({error.strerror}); name a file elsewhere") from None
     print(f"wrote {path}", file=sys.stderr)
 

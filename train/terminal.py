@@ -37,7 +37,7 @@ class Terminal(Console):
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
-    """Runs a command's main -> its exit code. A UserError is a message, and so is an output that cannot be written."""
+    """Runs a command's main -> its exit code. A UserError is a message, and so is what the system refuses of a file."""
 
     @functools.wraps(main)
     def run(*arguments: Any) -> int:
@@ -48,6 +48,12 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             except UserError as error:
                 print(f"{'error' if error.code else 'note'}: {error}", file=sys.stderr)
                 code = error.code
+            except OSError as error:
+                if error.filename is None:
+                    raise
+                where = os.fsdecode(error.filename) if isinstance(error.filename, bytes | str) else error.filename
+                print(f"error: {where}: {error.strerror}.", file=sys.stderr)
+                code = UserError.code
         return code
 
     return run
