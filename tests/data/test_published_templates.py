@@ -117,3 +117,14 @@ def test_tools_are_given_to_the_template(tmp_path):
     tool = {"type": "function", "function": {"name": "weather", "description": "Fog or sun", "parameters": {}}}
     chat = rendered(tmp_path, "qwen3_5_think", ASK, {"role": "assistant", "content": "Fog."}, tools=[tool])
     assert "Fog or sun" in chat.text and trained(chat) == ["Fog."]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_think", "qwen3_6", "deepseekv3"])
+@pytest.mark.parametrize(
+    "content", ["<think>thought</think>\n\n", "<think>thought</think>", "", "<think>\n\n</think>\n\n"]
+)
+def test_an_earlier_message_of_thoughts_alone_trains_its_end_of_turn_like_an_empty_one(tmp_path, family, content):
+    messages = [ASK, {"role": "assistant", "content": content}, ASK, {"role": "assistant", "content": "yes"}]
+    chat = rendered(tmp_path, family, *messages)
+    assert trained(chat) == ["", "yes"]
+    assert {chat.text[each.end] for each in chat.trained} == {"<"}, "a special token follows"

@@ -202,7 +202,7 @@ def _locate(chat: _Chat, i: int, marks: _Marks) -> _Located:
             raise UserError(f"{where}: the chat template writes tool_calls before the content; leave one of them out")
         ranges.append(calls)
     elif (message.train or message.spans) and (not marks.content or not ranges):
-        place = _blank_place(chat, i, message.content if not marks.content else "")
+        place = _blank_place(chat, i, message.content)
         if place is not None:
             ranges.append(place if place[0] < place[1] and message.content.strip() == "" else (place[1], place[1]))
             if place[0] < place[1] and not message.content.strip():
