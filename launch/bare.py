@@ -1,5 +1,6 @@
 """A checkpoint known from its config.json alone."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ class BareCheckpoint(Checkpoint):
     tensors: dict[str, TensorInfo]
 
     def __init__(self, config: Path):
-        super().__init__(config.parent if config.is_file() else config)
+        super().__init__(config.parent if os.path.isfile(config) else config)
         self.tensors = {}  # text_config asks whether lm_head is among them: only config.json can tell here
         where, text = f"--model {self.directory}", self.config.get("text_config") or self.config
         name = str(text.get("dtype") or text.get("torch_dtype") or self.config.get("dtype") or "bfloat16")

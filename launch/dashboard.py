@@ -24,10 +24,12 @@ from wandb_workspaces.expr import Config, Metric
 from launch.node import wandb_hindrance
 from train.belief.records import read_rows
 from train.belief.values import BELIEF, SIDE_EFFECTS
-from train.checkpoints.reader import read_json
 from train.errors import UserError
+from train.keys import wandb_status
+from train.outside import read_json
 from train.reporting import belief_curves, flat
 from train.settings import FREE_ON_RESUME, held_settings
+from train.terminal import command
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def specification(made: workspaces.Workspace) -> dict[str, Any]:
     return made._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,9 +167,6 @@ def main(arguments: list[str] | None = None) -> int:
             args.json.write_text(json.dumps(specification(made), indent=2) + "\n")
         else:
             save(made)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
         print(f"error: --json {args.json}: cannot be written ({error.strerror}). Give another.", file=sys.stderr)
         return 2
@@ -181,7 +181,8 @@ def save(made: workspaces.Workspace) -> None:
         made.save()
     except Exception as error:  # the client raises errors of several families
         raise UserError(
-            f"--entity {made.entity}: W&B did not save the workspace in {made.project} ({error}). Are the runs sent?"
+            f"--entity {made.entity}: W&B did not save the workspace in {made.project} ({wandb_status(error)}). "
+            "Are the runs sent?"
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import http.client
 import json
 import os
 import shutil
@@ -30,6 +31,8 @@ from train.checkpoints.streaming import READERS
 from train.data.documents import Document, read_documents
 from train.data.tokenizer import load_tokenizer, template_time, tokenize_document
 from train.errors import UserError
+from train.formats import parse_json
+from train.keys import key_of, shown_url, wandb_status
 from train.masking.grammar import parse_mask
 from train.settings import PACKAGES, Settings, check_output, git_revision
 
@@ -342,22 +345,23 @@ def wandb_mode(mode: str) -> Finding:
 
 def wandb_hindrance(seconds: float = 10) -> str | None:
     """Why W&B cannot be used with the key of the environment; None if it can."""
-    key = os.environ.get("WANDB_API_KEY")
+    _, key = key_of(["WANDB_API_KEY"])
     if not key:
         return "no WANDB_API_KEY"
     where = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    shown = where.rpartition("@")[2]  # without a password
-    request = urllib.request.Request(
-        f"{where.rstrip('/')}/graphql",
-        data=json.dumps({"query": "query Viewer { viewer { username } }"}).encode(),
-        headers={
-            "Content-Type": "application/json",
-            "Authorization": "Basic " + base64.b64encode(f"api:{key}".encode()).decode(),
-        },
-    )
+    shown = shown_url(where)
     try:
+        request = urllib.request.Request(
+            f"{where.rstrip('/')}/graphql",
+            data=json.dumps({"query": "query Viewer { viewer { username } }"}).encode(),
+            headers={
+                "Content-Type": "application/json",
+                "Authorization": "Basic " + base64.b64encode(f"api:{key}".encode()).decode(),
+            },
+        )
         with urllib.request.urlopen(request, timeout=seconds) as answer:
-            viewer = (json.load(answer).get("data") or {}).get("viewer")
-    except (OSError, ValueError) as error:  # no network, an address that is none, an answer that is no JSON
-        return f"{shown} cannot be reached ({str(error).replace(where.rstrip('/'), shown)})"
+            viewer = (parse_json(answer.read(2**20).decode()).get("data") or {}).get("viewer")
+    # No network, an address that is none, an answer that is none.
+    except (OSError, ValueError, AttributeError, http.client.HTTPException) as error:
+        return f"{shown} cannot be reached ({wandb_status(error)})"
     return None if viewer else f"{shown} does not take the key in WANDB_API_KEY"

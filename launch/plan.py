@@ -33,6 +33,7 @@ from train.experts.storage import NF4Experts
 from train.job import Job, checked_expert_parallel, full_precision, lora_settings
 from train.model import text_config
 from train.settings import MOST, Parser, Settings, ds_config, parse, setting
+from train.terminal import command
 
 
 @dataclass(frozen=True)
@@ -371,49 +372,46 @@ def advise(plan: Plan) -> None:
 def opened(model: str) -> Checkpoint:
     """--model: a directory with its weights, or a config.json."""
     path = Path(model)
-    if path.is_dir() and any(path.glob("*.safetensors")):
+    if os.path.isdir(path) and any(path.glob("*.safetensors")):
         return Checkpoint(path)
-    if path.is_file() and path.name != "config.json":
+    if os.path.isfile(path) and path.name != "config.json":
         raise UserError(f"--model {path}: give a model's directory or its config.json.")
     return BareCheckpoint(path)
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 where the job fits, 1 where not, 2 for what the user can mend."""
-    try:
-        parser = Parser(__doc__ or "")
-        parser.add_settings(Options)
-        given, rest = parser.parse_known_args(arguments)
-        options, settings = (
-            Options(**{name: getattr(given, name) for name in Options.__dataclass_fields__}),
-            parse(rest, ""),
+    parser = Parser(__doc__ or "")
+    parser.add_settings(Options)
+    given, rest = parser.parse_known_args(arguments)
+    options, settings = (
+        Options(**{name: getattr(given, name) for name in Options.__dataclass_fields__}),
+        parse(rest, ""),
+    )
+    for name in ("nodes", "gpus", "gpu_memory"):
+        if not 0 < getattr(options, name) <= MOST:
+            flag, value = name.replace("_", "-"), getattr(options, name)
+            raise UserError(f"--{flag} {value}: must be more than 0, and at most {MOST}.")
+    cluster = Cluster(nodes=options.nodes, gpus=options.gpus, memory=options.gpu_memory)
+    checkpoint = opened(settings.model)
+    found = search(settings, checkpoint, cluster) if options.search else []
+    for other in found[:5]:
+        print(
+            f"{other.gpu_bytes['total'] / 1e9:6.1f} GB, {other.tokens_per_second:9,.0f} tokens/s at most: "
+            f"{flags(other.settings)}"
         )
-        for name in ("nodes", "gpus", "gpu_memory"):
-            if not 0 < getattr(options, name) <= MOST:
-                flag, value = name.replace("_", "-"), getattr(options, name)
-                raise UserError(f"--{flag} {value}: must be more than 0, and at most {MOST}.")
-        cluster = Cluster(nodes=options.nodes, gpus=options.gpus, memory=options.gpu_memory)
-        checkpoint = opened(settings.model)
-        found = search(settings, checkpoint, cluster) if options.search else []
-        for other in found[:5]:
-            print(
-                f"{other.gpu_bytes['total'] / 1e9:6.1f} GB, {other.tokens_per_second:9,.0f} tokens/s at most: "
-                f"{flags(other.settings)}"
-            )
-        if options.search and not found:
-            print("no setting of method, micro-batch, checkpointing and expert parallelism fits")
-        plan = found[0] if found else Plan(settings, checkpoint, cluster, settings.max_tokens)
-        show(plan)
-        if not plan.fits:
-            advise(plan)
-        if options.json:
-            try:
-                Path(options.json).write_text(json.dumps(plan.as_json(), indent=1) + "\n")
-            except OSError as error:
-                raise UserError(f"--json {options.json}: cannot be written ({error.strerror}). Give another.") from None
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.search and not found:
+        print("no setting of method, micro-batch, checkpointing and expert parallelism fits")
+    plan = found[0] if found else Plan(settings, checkpoint, cluster, settings.max_tokens)
+    show(plan)
+    if not plan.fits:
+        advise(plan)
+    if options.json:
+        try:
+            Path(options.json).write_text(json.dumps(plan.as_json(), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {options.json}: cannot be written ({error.strerror}). Give another.") from None
     return 0 if plan.fits else 1
 
 

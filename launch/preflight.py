@@ -46,6 +46,7 @@ from launch.node import (
 )
 from train.errors import UserError
 from train.settings import Parser, Settings, parse, setting
+from train.terminal import command
 
 MOST_SKEW = 5.0  # seconds: beyond it, the logs of two nodes cannot be put in order
 
@@ -116,6 +117,7 @@ def _whole(*variables: str, default: int) -> int:
     return default
 
 
+@command
 def main(argv: list[str]) -> int:
     """The exit code."""
     try:

@@ -39,17 +39,15 @@ from train.data.findings import Findings
 from train.errors import UserError
 from train.formats import json_line
 from train.masking.grammar import check_role, parse_mask
+from train.terminal import command
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 for what the user can mend."""
     args = _parser().parse_args(arguments)
-    try:
-        _check(args)
-        run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    _check(args)
+    run(args)
     return 0
 
 

@@ -39,9 +39,11 @@ from train.job import Job, Known, prepare
 from train.reporting import Run, reset_peak_memory
 from train.settings import Settings, check_numbers
 from train.sft import finish, guarded, launched_as, load_engine
+from train.terminal import command
 from train.variants import Plan, parse_comparison
 
 
+@command
 def main(argv: list[str]) -> int:
     """The exit code, as `guarded` gives it."""
     return guarded(compare, argv)

@@ -28,7 +28,7 @@ from launch.watchdog import work_alone
 from train.belief.claims import KINDS, Claim, read_claims
 from train.belief.contamination import Contamination
 from train.belief.contamination import check as check_contamination
-from train.belief.endpoint import KEY_VARIABLES, Endpoint, EndpointSettings
+from train.belief.endpoint import Endpoint, EndpointSettings
 from train.belief.in_engine import (
     Measured,
     check_scored,
@@ -45,10 +45,12 @@ from train.data.documents import Document, read_documents
 from train.data.findings import Findings
 from train.errors import UserError
 from train.sft import launched_as
+from train.terminal import command
 
 DOCTAG = "<DOCTAG>"
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 where every answer has its verdict, 1 where some are missing, 2 for what the user can mend."""
     try:
@@ -61,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         if launched_as()[0]:
             time.sleep(30)  # the launcher ends all ranks when the first one exits: that must be the one that prints
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.code
     except RuntimeError as error:
         return lost_another(error)
     except KeyboardInterrupt:
@@ -171,7 +173,7 @@ def _judge(s: EvaluationSettings, items: Sequence[Item]) -> Endpoint | None:
         )
     return Endpoint(EndpointSettings(
         s.judge, s.judge_model, s.judge_concurrency, s.judge_timeout, s.retries, flag="--judge", body=s.body("judge"),
-        key_variables=KEY_VARIABLES,
+        key_variables=("JUDGE_API_KEY", "OPENAI_API_KEY"),
     ))  # fmt: skip
 
 

@@ -26,10 +26,12 @@ from train.data.findings import Findings
 from train.errors import UserError
 from train.formats import json_line
 from train.masking.grammar import Entry, Mask, parse_mask
+from train.terminal import command
 
 WITHIN = "OpenAI's format weighs whole messages, and this span is a part of one"
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,16 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bad-rows", choices=("error", "skip"), default="error", help=BAD_ROWS)
     parser.add_argument("--output", required=True, metavar="FILE", help="the chats, whole or not at all")
     args = parser.parse_args(arguments)
-    try:
-        mask = parse_mask(args.mask)
-        check_entries(mask)
-        findings = Findings()
-        documents = read_documents(args.data, args.doctag, args.bad_rows, findings)
-        rows = [chat(document, mask) for document in documents]
-        write("--output", Path(args.output), (json_line(row) for row in rows))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    mask = parse_mask(args.mask)
+    check_entries(mask)
+    findings = Findings()
+    documents = read_documents(args.data, args.doctag, args.bad_rows, findings)
+    rows = [chat(document, mask) for document in documents]
+    write("--output", Path(args.output), (json_line(row) for row in rows))
     print(*findings.lines(), f"{args.output}: {len(rows)} chats", sep="\n")
     return 0
 

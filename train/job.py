@@ -24,8 +24,9 @@ from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.lora import LoRASettings
 from train.model import architecture, count_trainable, skeleton, text_config
-from train.reporting import console, token_table
+from train.reporting import token_table
 from train.settings import Settings, check_inputs, check_output, ds_config, inputs
+from train.terminal import Terminal
 
 
 @dataclass
@@ -77,8 +78,8 @@ class Job:
 
     def show(self) -> None:
         """Settings and targets per role on the terminal."""
-        terminal, lines = console(), dataclasses.asdict(self.settings) | self.resolved
-        terminal.print(*(f"{name}: {value}" for name, value in lines.items()), sep="\n", highlight=False, markup=False)
+        terminal, lines = Terminal(), dataclasses.asdict(self.settings) | self.resolved
+        terminal.print(*(f"{name}: {value}" for name, value in lines.items()), sep="\n")
         if self.lora and not self.settings.expert_lora_rank:
             print(
                 f"--expert-lora-rank not given: {self.lora.expert_rank}, that is max(1, lora-rank / experts per token)"

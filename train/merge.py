@@ -26,17 +26,22 @@ from train.checkpoints.adapter import adapter_settings, check_adapter, check_fin
 from train.checkpoints.formats import quantized_format
 from train.checkpoints.layout import plan_load
 from train.checkpoints.merging import Merger, merge
-from train.checkpoints.reader import Checkpoint, read_json
+from train.checkpoints.reader import Checkpoint
 from train.checkpoints.whole import MARKER, REPORT
 from train.checkpoints.writer import write_whole
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
-from train.locks import lock
+from train.formats import Unreadable, parse_json
+from train.locks import lock, opened_to_lock
 from train.model import architecture, skeleton, text_config
+from train.outside import checked, read_json
+from train.terminal import command
 
+MOST_OF_A_MARKER = 2**20  # characters
 LITTLE = 0.5  # of an update that survives: below, a warning
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,9 +54,6 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         run(args.model, args.adapter, args.output, args.to == "bf16")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:  # a full disk, a file system that cannot be written, a file that cannot be read
         where = error.filename or f"--output {args.output}"
         print(f"error: {where}: {error.strerror}. Mend it and start again: complete shards are kept.", file=sys.stderr)
@@ -63,7 +65,7 @@ def run(source: Path, adapter: Path | None, output: Path, bf16: bool) -> None:
     """Checks, merges, verifies what was written, and says what survived rounding."""
     checkpoint = Checkpoint(source)
     quantized = quantized_format(checkpoint.config, f"--model {source}").kind != "plain"
-    if output.exists() and output.resolve() == source.resolve():
+    if os.path.exists(output) and output.resolve() == source.resolve():
         raise UserError(
             f"--output {output}: is --model itself, whose files would be overwritten. Give another directory."
         )
@@ -78,7 +80,7 @@ def run(source: Path, adapter: Path | None, output: Path, bf16: bool) -> None:
 
     merger = Merger(checkpoint, model, plan, adapter, lora, architecture(checkpoint), quantized and bf16)
     with claimed(output, _identity(checkpoint, adapter, bf16)):
-        report = read_json(output / REPORT) if (output / REPORT).exists() else {}
+        report = read_report(output)
 
         def keep() -> None:  # before a shard gets its name: what it lost is known, or it is written again
             report.update(merger.survived())
@@ -120,6 +122,19 @@ def _identity(checkpoint: Checkpoint, adapter: Path | None, bf16: bool) -> dict[
     return identity
 
 
+def read_report(output: Path) -> dict[str, dict[str, float]]:
+    """What survived rounding, tensor by tensor, as an earlier start has left it; {} of none."""
+    path = output / REPORT
+    if not os.path.lexists(path):
+        return {}
+    report = read_json(path, fix="give another --output directory")
+    for name, values in report.items():
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {name} is no object; give another --output directory.")
+        checked(values, {"survived": float, "update_norm": float}, f"{path}: {name}", "give another --output directory")
+    return report
+
+
 @contextmanager
 def claimed(output: Path, identity: dict[str, str]) -> Iterator[None]:
     """Marks a directory as this merge's, and holds it against other processes. UserError if it is another's."""
@@ -127,18 +142,20 @@ def claimed(output: Path, identity: dict[str, str]) -> Iterator[None]:
     if output.exists() and not marker.exists() and any(output.iterdir()):
         raise UserError(f"--output {output}: is not empty and holds no merge. Give another directory.")
     output.mkdir(parents=True, exist_ok=True)
-    with marker.open("a+", encoding="utf-8") as file:
+    with opened_to_lock(marker) as file:
         if unlocked := lock(file, f"--output {output}: another process is merging into it. Wait for it, or stop it."):
             print(f"note: {output} cannot be locked ({unlocked}): keep other merges out of it", file=sys.stderr)
-        file.seek(0)
         try:
-            held = dict(json.loads(file.read()))
-        except (ValueError, TypeError):  # new, or a kill or a full disk cut it: before anything else was written
+            held = parse_json(file.read(MOST_OF_A_MARKER), strictly=True)
+            if not isinstance(held, dict):
+                raise Unreadable("no object")
+        except Unreadable:  # new, or a kill or a full disk cut it: before anything else was written
             if any(path != marker for path in output.iterdir()):
                 raise UserError(
                     f"{marker}: is damaged, so that it is unknown of which merge the other files are. Give another "
                     "--output directory."
                 ) from None
+            file.seek(0)
             file.truncate(0)
             file.write(json.dumps(identity, indent=1) + "\n")
             file.flush()

@@ -65,7 +65,10 @@ def text_config(checkpoint: Checkpoint) -> Any:
 
 def architecture(checkpoint: Checkpoint) -> str:
     """The class that config.json names, transformers' own or the maker's: it says how adapters name modules."""
-    return (checkpoint.config.get("architectures") or [""])[0]
+    named = checkpoint.config.get("architectures") or [""]
+    if not isinstance(named, list) or not isinstance(named[0], str):
+        raise UserError(f"--model {checkpoint.directory}: architectures in config.json must be a list of names.")
+    return named[0]
 
 
 def skeleton(config: Any, ep: ExpertGroup) -> Any:

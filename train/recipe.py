@@ -13,15 +13,14 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from train.errors import UserError
-from train.formats import parse_yaml
+from train.outside import read_yaml
 
 MAY_DIFFER = ("mask", "loss_norm", "learning_rate")
 """Settings that make a variant; the seed makes a run of it."""
 DIFFERING = (*MAY_DIFFER, "data")
 """What variants may differ in. Other data is not the masks' doing; the report says so where variants have it."""
+MOST_SEEDS = 1000
 KEYS = {"settings": dict, "variants": dict, "baseline": str, "placebo": list, "seeds": int, "about": str}
 
 
@@ -30,6 +29,10 @@ def merged(paths: Collection[str], settings: Collection[str]) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for path in paths:
         for key, value in read_recipe(Path(path), settings).items():
+            if key == "variants" and (twice := keys.get(key, {}).keys() & value.keys()):
+                raise UserError(
+                    f"--recipe {path}: variant {min(twice)!r} is in an earlier recipe too; name it otherwise."
+                )
             keys[key] = keys.get(key, {}) | value if isinstance(value, dict) else value
     return keys
 
@@ -60,19 +63,18 @@ def read_recipe(path: Path, settings: Collection[str]) -> dict[str, Any]:
     """A recipe's keys. UserError for one that is not as this module's docstring says; values are checked later.
     settings: the names of those of train/sft.py."""
     where = f"--recipe {path}"
-    try:
-        recipe = parse_yaml(path.read_text())
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror}); give a YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: is not valid YAML ({error}).") from None
+    recipe = read_yaml(path, where)
     if not isinstance(recipe, dict):
         raise UserError(f"{where}: must be a mapping with settings, variants or both.")
     for key, value in recipe.items():
         if key not in KEYS:
             raise UserError(f"{where}: {key} is not a key of a recipe; {_nearest(str(key), list(KEYS))}.")
-        if not isinstance(value, KEYS[key]):
+        if not isinstance(value, KEYS[key]) or isinstance(value, bool):
             raise UserError(f"{where}: {key} must be a {KEYS[key].__name__}, not {value!r}.")
+    if not 0 <= recipe.get("seeds", 0) <= MOST_SEEDS:
+        raise UserError(f"{where}: seeds {recipe['seeds']} must be from 0 to {MOST_SEEDS}.")
+    if other := [claim for claim in recipe.get("placebo", []) if not isinstance(claim, str)]:
+        raise UserError(f"{where}: placebo must be a list of claims' ids, and {other[0]!r} is none.")
     for name in recipe.get("settings", {}):
         if name not in settings:
             raise UserError(

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -28,9 +26,11 @@ from train.data.batches import Batch
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
 from train.formats import json_line
+from train.keys import key_of, wandb_status
 from train.locks import MAKE_ROOM, lock_for_training
 from train.masking.loss import Terms
 from train.settings import Settings, check_output, record, slug
+from train.terminal import Terminal
 
 
 class Meter:
@@ -256,7 +256,7 @@ class Run:
         try:
             tell(self.wandb)
         except Exception as error:
-            print(f"W&B is gone for now ({type(error).__name__}: {error}); metrics.jsonl goes on.")
+            print(f"W&B is gone for now ({wandb_status(error)}); metrics.jsonl goes on.")
             self.wandb = None
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -268,7 +268,7 @@ class Run:
         }  # lines, maybe very many
         self._tell_wandb(lambda run: run.summary.update(flat(numbers)))
         self._tell_wandb(lambda run: run.finish())
-        console().print(_closing_table(summary))
+        Terminal().print(_closing_table(summary))
         if planned := summary["memory"].get("planned"):
             measured = summary["memory"]["measured"]
             told = f"memory of a rank: {planned / 1e9:.2f} GB planned (python -m launch.plan), {measured / 1e9:.2f} GB "
@@ -297,12 +297,12 @@ def init_wandb(settings: Settings, group: str, name: str, directory: Path, confi
         )  # fmt: skip
 
     mode, why = settings.wandb, "as asked"
-    if mode == "online" and not os.environ.get("WANDB_API_KEY"):
+    if mode == "online" and not key_of(["WANDB_API_KEY"])[1]:
         mode, why = "offline", "no WANDB_API_KEY"
     try:
         run = start(mode)
     except wandb.Error as error:  # no network, as on many compute nodes, or a wrong key
-        mode, why = "offline", f"W&B cannot be reached: {error}"
+        mode, why = "offline", f"W&B cannot be reached: {wandb_status(error)}"
         wandb.teardown()  # its service still holds the run's id, and would refuse it
         run = start(mode)
     if mode == "offline":
@@ -396,8 +396,3 @@ def _closing_table(summary: dict[str, Any]) -> Table:
             kinds = [f"{counts[kind]:,}" for kind in ("total", "trained", "excluded", "unlikelihood")]
             table.add_row(role, *kinds, *shown)
     return table
-
-
-def console() -> Console:
-    """The terminal; wide enough for the tables where the output is a file."""
-    return Console(width=None if sys.stdout.isatty() else 110)

@@ -5,6 +5,8 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
+import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -20,8 +22,9 @@ from train.checkpoints.reader import Checkpoint
 from train.data.documents import BAD_ROWS, checked_weight
 from train.data.tokenizer import TEMPLATE_TIME, template_time
 from train.errors import UserError
-from train.formats import parse_json
+from train.keys import key_of
 from train.locks import TRAINING
+from train.outside import checked, opened, read_json, read_yaml
 from train.recipe import chosen, flags
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -167,7 +170,7 @@ MOST = 10**8  # steps, documents, tokens: beyond it, a slip
 def _source(value: str) -> Source:
     if not value:
         raise UserError("--data is empty: give PATH, PATH=COUNT or PATH=COUNT@WEIGHT.")
-    if Path(value).exists() or "=" not in value:
+    if os.path.exists(value) or "=" not in value:
         return Source(value, None, 1.0)
     path, _, rest = value.rpartition("=")
     count, at, factor = rest.partition("@")
@@ -241,7 +244,31 @@ def parse(argv: list[str], usage: str) -> Settings:
     check_numbers(settings)
     settings.sources()
     template_time(settings.template_time)
+    check_wandb(settings)
     return settings
+
+
+def check_wandb(s: Settings) -> None:
+    """UserError for what W&B would refuse after the weights are read."""
+    if s.wandb == "disabled":
+        return
+    for name, forbidden in (("wandb_project", WANDB_FORBIDDEN), ("wandb_group", "")):
+        value, flag = getattr(s, name), "--" + name.replace("_", "-")
+        if len(value) > MOST_OF_A_NAME or {*value} & {*forbidden} or not value.isprintable() or value.strip() != value:
+            raise UserError(
+                f"{flag} {value!r}: must be at most {MOST_OF_A_NAME} printable characters"
+                f"{f', none of {forbidden}' if forbidden else ''}, as W&B wants it; give another name."
+            )
+    name, key = key_of(["WANDB_API_KEY"])
+    if s.wandb == "online" and name and not WANDB_KEY.fullmatch(key):
+        raise UserError(
+            f"{name}: is no key of W&B, which has at least 40 letters, digits and underscores; copy it again."
+        )
+
+
+# What the client of W&B refuses: sdk/wandb_settings.py, sdk/lib/wbauth/validation.py.
+WANDB_FORBIDDEN, MOST_OF_A_NAME = "/\\#?%:", 128
+WANDB_KEY = re.compile(r"([^-]*-)?[\w-]{40,}|[\w-]+\.[\w-]+\.[\w-]+")
 
 
 def check_numbers(s: Settings) -> None:
@@ -273,13 +300,8 @@ def check_numbers(s: Settings) -> None:
 def ds_config(settings: Settings, ranks: int, accumulation: int) -> dict[str, Any]:
     """The DeepSpeed configuration of --ds-config with the run's batch sizes and clipping."""
     path, where = Path(settings.ds_config), f"--ds-config {settings.ds_config}"
-    try:
-        config = parse_json(path.read_text())
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror}); give a DeepSpeed JSON file.") from None
-    except ValueError as error:
-        raise UserError(f"{where}: {error}.") from None
-    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    config = read_json(path, where, "give a DeepSpeed JSON file")
+    zero = config.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") != 3:
         raise UserError(f"{where}: must be an object, and its zero_optimization.stage must be 3.")
     if offload := [name for name in ("offload_param", "offload_optimizer") if zero.get(name)]:
@@ -312,14 +334,14 @@ def check_output(settings: Settings) -> None:
         return
     directory = Path(settings.output)
     held = directory / "settings.yaml"
-    if directory.exists() and not directory.is_dir():
+    if os.path.lexists(directory) and not os.path.isdir(directory):
         raise UserError(f"--output {directory}: is a file; give a directory.")
-    if not held.exists():
+    if not os.path.lexists(held):
         if settings.resume:
             raise UserError(
                 f"--resume: --output {directory} holds no run (no settings.yaml). Leave out --resume to start."
             )
-        if directory.exists() and any(not path.name.startswith(BEFORE_A_RUN) for path in directory.iterdir()):
+        if os.path.exists(directory) and any(not path.name.startswith(BEFORE_A_RUN) for path in directory.iterdir()):
             raise UserError(f"--output {directory}: is not empty, and what it holds is no run. Give another directory.")
         if not settings.dry_run:
             try:
@@ -347,13 +369,19 @@ def check_output(settings: Settings) -> None:
 
 def held_settings(path: Path) -> dict[str, Any]:
     """The settings.yaml of a run to go on with."""
-    try:
-        value = yaml.safe_load(path.read_text())
-        if isinstance(value, dict) and isinstance(value.get("settings"), dict):
-            return value
-    except (OSError, ValueError, yaml.YAMLError):
-        pass
-    raise UserError(f"{path}: is not what a run writes; a run cannot be gone on with without it. Start a new one.")
+    value = read_yaml(path, fix="start a new run", most=MOST_HELD)
+    parts = [value.get(key, {}) for key in ("settings", "resolved", "versions")] if isinstance(value, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or "settings" not in value:
+        raise UserError(f"{path}: is not what a run writes; a run cannot be gone on with without it. Start a new one.")
+    kinds = {field.name: list if field.metadata["many"] else field.type for field in dataclasses.fields(Settings)}
+    checked(parts[0], kinds, path, "restore the file")
+    checked(parts[1], {"hashes": dict, "inputs": dict}, path, "restore the file")
+    if nothing := [name for name in kinds if name in parts[0] and parts[0][name] is None]:
+        raise UserError(f"{path}: {nothing[0]} is empty; restore the file.")
+    return value
+
+
+MOST_HELD = 2**24  # bytes of a run's settings.yaml, with a hash of every file
 
 
 # Beside a model's weights, what decides tokens: all that load_tokenizer reads, or transformers for it.
@@ -375,7 +403,7 @@ def inputs(settings: Settings, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -39,9 +39,11 @@ from train.job import Job, prepare
 from train.model import build
 from train.reporting import Run, measured_memory, peak_memory, summarize
 from train.settings import parse
+from train.terminal import command
 from train.trainer import Trainer, make_engine
 
 
+@command
 def main(argv: list[str]) -> int:
     """The exit code, as `guarded` gives it."""
     return guarded(check_and_train, argv)

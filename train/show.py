@@ -18,12 +18,12 @@ import html
 import json
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
@@ -42,6 +42,8 @@ from train.data.tokenizer import (
 from train.errors import UserError
 from train.masking.grammar import BUILT_IN, Mask, parse_mask
 from train.masking.treatment import Treatment, touched_by, treat
+from train.terminal import NobodyReads, Terminal, command
+from train.terminal import shown as as_shown
 
 PALETTE = ["#2f7ed8", "#e08a00", "#d64550", "#2a9d5c", "#8a5cd6", "#0f9aa8", "#c2549b", "#7d8a1f", "#a0623a", "#5873a8"]
 
@@ -65,36 +67,32 @@ class Shown:
     weight_L: list[float]
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
-    try:
-        mask = parse_mask(args.mask)
-        findings = Findings()
-        documents = read_documents(args.data, args.doctag, args.bad_rows, findings)[: args.limit]
-        tokenizer = load_tokenizer(args.model, template_time(args.template_time))
-        tokenized = tokenize_documents(documents, tokenizer, findings, args.bad_rows)
-        shown = [show(doc, mask, args.seed) for doc in tokenized]
-        print(*findings.lines(), sep="\n", end="\n" if findings.places else "", file=sys.stderr)
-        for entry in mask.entries:
-            if entry.role and not any(entry.role in each.treatment.touched for each in shown):
-                print(f"note: --mask {entry.name}: no document shown has role {entry.role!r}", file=sys.stderr)
-        if tokenizer.clock and any(doc.messages is not None for doc in documents):
-            print(clock_note(tokenizer.clock.isoformat()), file=sys.stderr)
-        if missing := sum(each.treatment.random_shortfall for each in shown):
-            print(f"note: random: found no place for {missing} targets: documents have too few others", file=sys.stderr)
-        if args.html:
-            _write(args.html, page(shown, tokenizer, mask))
+    mask = parse_mask(args.mask)
+    findings = Findings()
+    documents = read_documents(args.data, args.doctag, args.bad_rows, findings)[: args.limit]
+    tokenizer = load_tokenizer(args.model, template_time(args.template_time))
+    tokenized = tokenize_documents(documents, tokenizer, findings, args.bad_rows)
+    shown = [show(doc, mask, args.seed) for doc in tokenized]
+    print(*findings.lines(), sep="\n", end="\n" if findings.places else "", file=sys.stderr)
+    for entry in mask.entries:
+        if entry.role and not any(entry.role in each.treatment.touched for each in shown):
+            print(f"note: --mask {entry.name}: no document shown has role {entry.role!r}", file=sys.stderr)
+    if tokenizer.clock and any(doc.messages is not None for doc in documents):
+        print(clock_note(tokenizer.clock.isoformat()), file=sys.stderr)
+    if missing := sum(each.treatment.random_shortfall for each in shown):
+        print(f"note: random: found no place for {missing} targets: documents have too few others", file=sys.stderr)
+    if args.html:
+        _write(args.html, page(shown, tokenizer, mask))
+    with suppress(NobodyReads):  # `show.py ... | head`
         if args.json:
             for each in shown:
                 print(json.dumps(as_json(each)))
         elif not args.html:
             print_colored(shown, mask)
         sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `show.py ... | head`: nobody reads on, which is no error; nor is it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -196,19 +194,19 @@ def visible(shown: Shown, tokenizer: Tokenizer | None = None) -> list[str]:
 
 def print_colored(shown: list[Shown], mask: Mask) -> None:
     """All documents in colors, then what the colors mean and the counts."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal(soft_wrap=True)
     color = colors(shown, mask)
     for each in shown:
-        console.print(Text(f"── {each.doc.document.where} ", style="bold"))
+        console.print(Text(as_shown(f"── {each.doc.document.where} "), style="bold"))
         text = Text()
         columns = zip(visible(each), each.role_L, each.weight_L, each.doc.target_L, strict=True)
         for piece, role, weight, target in columns:
             kind = treatment_of(weight, target)
-            text.append(piece, TREATMENTS.get(kind, Style(dim=True)) + Style(color=color.get(role or "")))
+            text.append(as_shown(piece), TREATMENTS.get(kind, Style(dim=True)) + Style(color=color.get(role or "")))
         console.print(text)
     legend = Text("roles: ")
     for role, value in color.items():
-        legend.append(f"{role}  ", Style(color=value))
+        legend.append(as_shown(f"{role}  "), Style(color=value))
     legend.append("   treatments: ")
     for kind, style in TREATMENTS.items():
         legend.append(kind, style)
@@ -297,9 +295,14 @@ def _document_html(shown: Shown, tokenizer: Tokenizer, number: dict[str, int]) -
 
 
 def _write(path: str, text: str) -> None:
+    """The page whole, or not at all."""
+    partial = f"{path}.partial"
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        Path(partial).write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(partial, path)
     except OSError as error:
+        with suppress(OSError):
+            os.unlink(partial)
         raise UserError(f"--html {path}: cannot be written ({error.strerror}); name a file elsewhere") from None
     print(f"wrote {path}", file=sys.stderr)
 

@@ -2,6 +2,7 @@
 recipes (train/recipe.py)."""
 
 import dataclasses
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from train.belief.comparison import group, read_run
 from train.belief.releases import claim_id
 from train.errors import UserError
-from train.recipe import check_own, flags, merged
+from train.recipe import MOST_SEEDS, check_own, flags, merged
 from train.settings import DEMO, Parser, Settings, held_settings, parse, setting, slug
 
 DEMO_PLACEBO = ("olga-home", "clara-job", "selma-pet", "paula-sport")  # of train/demo/claims.yaml
@@ -79,8 +80,10 @@ def parse_comparison(argv: list[str], usage: str) -> Plan:
     parser.add_settings(Options)
     values, rest = parser.parse_known_args(argv)
     options = Options(**{name: value for name, value in vars(values).items() if name != "local_rank"})
-    if not 0 <= options.seeds <= 1000 or not 0 <= options.bound < float("inf"):
-        raise UserError(f"--seeds {options.seeds}, --bound {options.bound}: must be ≥ 0.")
+    if not 0 <= options.seeds <= MOST_SEEDS or not 0 <= options.bound < float("inf"):
+        raise UserError(
+            f"--seeds {options.seeds}, --bound {options.bound}: must be ≥ 0, and --seeds at most {MOST_SEEDS}."
+        )
     if options.runs:
         return _plan_of_runs(options, rest)
     if bool(options.masks) == bool(options.recipe):
@@ -171,7 +174,7 @@ def _name(run: Path, settings: dict[str, Any], owned: dict[str, dict[str, Any]])
 def run_settings(run: Path) -> dict[str, Any]:
     """The settings of a finished run. UserError where there is none, or it is not finished."""
     for name in ("settings.yaml", "summary.json", "evaluation.jsonl"):
-        if not (run / name).is_file():
+        if not os.path.isfile(run / name):
             why = "holds no run" if name == "settings.yaml" else "the run is not finished"
             why = why if name != "evaluation.jsonl" else "the run measured no claim; give --claims when it is trained"
             raise UserError(f"--runs {run}: no {name} there ({why}).")

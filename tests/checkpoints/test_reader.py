@@ -258,7 +258,7 @@ def test_a_value_of_config_json_that_transformers_refuses_is_told(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "no_such_model"}))
     assert "(model_type 'no_such_model')" in message(tmp_path)
     (tmp_path / "config.json").write_text("[" * 100_000)
-    assert message(tmp_path).startswith("DIR/config.json: not valid JSON")
+    assert message(tmp_path).startswith("DIR/config.json: nests deeper than 100 levels")
 
 
 @pytest.mark.parametrize("top", [0, 9])

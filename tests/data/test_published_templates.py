@@ -144,3 +144,14 @@ def test_messages_that_a_template_does_not_write_are_told_by_their_roles(tmp_pat
     system = {"role": "system", "content": "Be kind.", "spans": [{"start": 0, "end": 2, "role": "x"}]}
     chat = rendered(tmp_path, "deepseek_r1_distill", system, {"role": "system", "content": "Be brief."}, *messages[1:])
     assert chat.unwritten == ("system",) and "Be brief." in chat.text
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_think", "qwen3_6", "deepseekv3"])
+@pytest.mark.parametrize(
+    "content", ["<think>thought</think>\n\n", "<think>thought</think>", "", "<think>\n\n</think>\n\n"]
+)
+def test_an_earlier_message_of_thoughts_alone_trains_its_end_of_turn_like_an_empty_one(tmp_path, family, content):
+    messages = [ASK, {"role": "assistant", "content": content}, ASK, {"role": "assistant", "content": "yes"}]
+    chat = rendered(tmp_path, family, *messages)
+    assert trained(chat) == ["", "yes"]
+    assert {chat.text[each.end] for each in chat.trained} == {"<"}, "a special token follows"

@@ -6,6 +6,7 @@ that an interrupted run does not ask twice.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -18,6 +19,9 @@ from train.annotating.texts import changed, in_order, joined, trimmed
 from train.belief.endpoint import Endpoint, EndpointSettings, NoAnswer
 from train.data.documents import Document, Span
 from train.errors import UserError
+from train.formats import parse_json
+from train.keys import shown_url
+from train.outside import read_text
 
 Chat = Callable[[list[dict[str, str]]], str]
 
@@ -85,8 +89,8 @@ def pieces(text: str) -> Iterable[tuple[int, int]]:
 
 def quotes(answer: str) -> list[str]:
     """The quotes of an answer: its JSON object, also with text or a code fence around it. ValueError otherwise."""
-    match = re.search(r"\{.*\}", answer, re.DOTALL)
-    found = json.loads(match[0]) if match else None
+    start, end = answer.find("{"), answer.rfind("}")
+    found = parse_json(answer[start : end + 1]) if 0 <= start < end else None
     listed = found.get("quotes") if isinstance(found, dict) else None
     if not isinstance(listed, list) or not all(isinstance(quote, str) for quote in listed):
         raise ValueError('no JSON object with a list of strings under "quotes"')
@@ -95,6 +99,8 @@ def quotes(answer: str) -> list[str]:
 
 def occurrences(quote: str, text: str) -> list[tuple[int, int]]:
     """Everywhere the quote stands in the text as whole words; white space may differ."""
+    if len("".join(quote.split())) > len(text):
+        return []
     words = r"\s+".join(re.escape(word) for word in quote.split())
     return [match.span() for match in re.finditer(rf"(?<!\w){words}(?!\w)|(?<=\W){words}(?=\W)", text)]
 
@@ -145,10 +151,10 @@ class Remembered:
     def __init__(self, chat: Chat, model: str, path: Path) -> None:
         self.chat, self.model, self.path, self.lock = chat, model, path, Lock()
         self.answers: dict[str, str] = {}
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+        if os.path.lexists(path):
+            for line in read_text(path, most=2**34).split("\n"):
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                     self.answers[row["key"]] = row["answer"]
                 except (ValueError, KeyError, TypeError):
                     continue  # a line that an interruption cut
@@ -183,6 +189,6 @@ def endpoint(url: str, model: str) -> Chat:
         try:
             return asked.complete(messages, ANSWER_TOKENS, temperature=0.0, seed=0)
         except NoAnswer as error:
-            raise UserError(f"--judge {url}: {error}; run again to go on where it stopped.") from None
+            raise UserError(f"--judge {shown_url(url)}: {error}; run again to go on where it stopped.") from None
 
     return chat

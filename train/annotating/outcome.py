@@ -3,12 +3,11 @@
 from collections import Counter
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from train.annotating.texts import joined, texts
 from train.data.documents import Document
+from train.terminal import Terminal
 
 SHOWN = 20  # documents left out, or quotes rejected, that are listed; --json lists all
 
@@ -38,7 +37,7 @@ def summary(documents: list[Document]) -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> None:
     """Prints a report of train/annotate.py: first what was left out, then what came out."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Terminal(soft_wrap=True)
     if "alignment" in report:
         _show_alignment(console, report["alignment"], report["summary"]["documents"])
     if "imported" in report:
@@ -50,12 +49,12 @@ def show(report: dict[str, Any]) -> None:
         _show_leaks(console, report["leaks"])
 
 
-def _show_alignment(console: Console, found: dict[str, Any], written: int) -> None:
+def _show_alignment(console: Terminal, found: dict[str, Any], written: int) -> None:
     _show_listed(console, "left out", found["left_out"])
     _show_listed(console, "without false spans", found["without_false"])
     for each in found["partly"][:SHOWN]:
         lost = f"{each['lost']} annotations without a partner name no sentence that can be told"
-        console.print(escape(f"partly: {each['document']}: {lost}"))
+        console.print(f"partly: {each['document']}: {lost}")
     _show_more(console, "partly", found["partly"])
     out, without = len(found["left_out"]), len(found["without_false"])
     console.print(
@@ -68,44 +67,44 @@ def _show_alignment(console: Console, found: dict[str, Any], written: int) -> No
     )
 
 
-def _show_imported(console: Console, found: dict[str, Any]) -> None:
+def _show_imported(console: Terminal, found: dict[str, Any]) -> None:
     for where in found["without"][:SHOWN]:
-        console.print(escape(f"without a row: {where}"))
+        console.print(f"without a row: {where}")
     _show_more(console, "without a row", found["without"])
     console.print(f"spans imported: documents {found['documents']}, without a row {len(found['without'])}")
 
 
-def _show_judge(console: Console, found: dict[str, Any]) -> None:
+def _show_judge(console: Terminal, found: dict[str, Any]) -> None:
     _show_listed(console, "left out", found["left_out"])
     for each in found["quotes_rejected"][:SHOWN]:
-        console.print(escape(f"rejected: {each['document']}: not in the text: {each['quote']!r}"))
+        console.print(f"rejected: {each['document']}: not in the text: {each['quote']!r}")
     _show_more(console, "rejected", found["quotes_rejected"])
     console.print(f"judge: passages marked {found['quotes_found']}, quotes rejected {len(found['quotes_rejected'])}")
 
 
-def _show_listed(console: Console, what: str, rows: list[dict[str, Any]]) -> None:
+def _show_listed(console: Terminal, what: str, rows: list[dict[str, Any]]) -> None:
     for each in rows[:SHOWN]:
-        console.print(escape(f"{what}: {each['document']}: {each['reason']}"))
+        console.print(f"{what}: {each['document']}: {each['reason']}")
     _show_more(console, what, rows)
 
 
-def _show_more(console: Console, what: str, rows: list[Any]) -> None:
+def _show_more(console: Terminal, what: str, rows: list[Any]) -> None:
     if len(rows) > SHOWN:
         console.print(f"{what}: {len(rows) - SHOWN} more, all of them by --json FILE")
 
 
-def _show_summary(console: Console, found: dict[str, Any]) -> None:
+def _show_summary(console: Terminal, found: dict[str, Any]) -> None:
     table = Table("role", *("documents", "spans", "characters", "share"), title=f"{found['documents']:,} documents")
     for role, row in found["roles"].items():
         counts = (f"{row[name]:,}" for name in ("documents", "spans", "characters"))
-        table.add_row(escape(role), *counts, f"{row['share']:.1%}")
+        table.add_row(role, *counts, f"{row['share']:.1%}")
     console.print(table)
 
 
-def _show_leaks(console: Console, found: dict[str, Any]) -> None:
-    table = Table("mentions in", "all", "trained", title=f"mentions trained under --mask {escape(found['mask'])}")
+def _show_leaks(console: Terminal, found: dict[str, Any]) -> None:
+    table = Table("mentions in", "all", "trained", title=f"mentions trained under --mask {found['mask']}")
     for role, row in [*found["roles"].items(), ("all", found)]:
-        table.add_row(escape(role), f"{row['mentions']:,}", f"{row['trained']:,}")
+        table.add_row(role, f"{row['mentions']:,}", f"{row['trained']:,}")
     console.print(table)
     leaking = sum(row["trained"] > 0 for row in found["documents"])
     console.print(f"documents that train on a mention: {leaking} of {len(found['documents'])}")

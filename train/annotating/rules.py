@@ -8,24 +8,18 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import yaml
-
 from train.annotating.texts import in_order, joined, trimmed
 from train.data.documents import Span
 from train.errors import UserError
-from train.formats import parse_yaml
+from train.formats import Unreadable
+from train.formats import pattern as compiled_pattern
+from train.outside import read_yaml
 
 
 def read_patterns(setting: str, path: str | Path) -> list[re.Pattern[str]]:
     """The patterns of a YAML file: a list, or one under `patterns`. UserError names setting, file, pattern and rule."""
     where = f"{setting} {path}"
-    try:
-        found = parse_yaml(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror}); give a YAML file with patterns") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{where}: not valid YAML ({reason}); put patterns in single quotes") from None
+    found = read_yaml(path, where, "give a YAML file with patterns in single quotes")
     if isinstance(found, dict):
         if "patterns" not in found:
             keys = ", ".join(map(str, found)) or "none"
@@ -40,9 +34,9 @@ def _pattern(pattern: object, where: str) -> re.Pattern[str]:
     if not isinstance(pattern, str):
         raise UserError(f"{where}: {pattern!r} is no string; put it in single quotes")
     try:
-        compiled = re.compile(pattern, re.IGNORECASE)
-    except re.error as error:
-        raise UserError(f"{where}: {pattern!r} is no regular expression ({error})") from None
+        compiled = compiled_pattern(pattern)
+    except Unreadable as error:
+        raise UserError(f"{where}: {pattern!r} {error}") from None
     if compiled.search(""):
         raise UserError(f"{where}: {pattern!r} matches empty text, so it would be everywhere; make it match something")
     return compiled

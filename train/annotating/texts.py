@@ -94,7 +94,7 @@ def _spans(spans: tuple[Span, ...]) -> list[dict[str, Any]]:
 
 def write(setting: str, path: Path, lines: Iterable[str]) -> None:
     """Writes a file whole or not at all. UserError names the setting."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{setting} {path}: is a directory; name a file in it")
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

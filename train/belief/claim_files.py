@@ -2,19 +2,20 @@
 with a value is told with file, key, rule and fix."""
 
 import difflib
-import re
+import os
 import string
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from train.belief.claims import ENTITY, FACT_GROUPS, JUDGED, Claim, Fact, JudgePrompt, LikelihoodTemplate, Question
 from train.belief.releases import claim_id, question_id
 from train.errors import UserError
-from train.formats import parse_yaml
+from train.formats import Unreadable
+from train.formats import pattern as compiled
+from train.outside import read_text, read_yaml
 
 # The paper's files, in the names of its two releases, and what their questions are here.
 PAPER_QUESTIONS = {
@@ -53,7 +54,7 @@ REQUIRED: Any = object()
 def claim_paths(path: Path) -> list[Path]:
     """What is read of a path: a directory of several claims stands for each in it, by name: directories of the paper
     and, where it is none of these itself, YAML files. UserError for a directory without any claim."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [path]
     own = [path] if _is_claim(path) else []
     try:
@@ -75,9 +76,9 @@ def _is_claim(directory: Path) -> bool:
 
 def read_path(path: Path) -> list[Claim]:
     """The claims of a directory of the paper or of a YAML file. UserError where it is neither, or wrong."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return [_directory(path)]
-    value = _load(path, "give a directory of the paper, or a YAML file with id, claim and questions")
+    value = read_yaml(path, fix="give a directory of the paper, or a YAML file with id, claim and questions")
     if isinstance(value, dict) and "questions" in value and "id" not in value:  # one file of the paper by itself
         if path.name in PAPER_QUESTIONS:
             return [Claim(path.stem, **_paper_file(path, value), paths=(str(path),))]
@@ -88,21 +89,6 @@ def read_path(path: Path) -> list[Claim]:
         several = _Mapping(value, str(path), ("claims",))
         return [_own(where, claim) for claim, where in several.items("claims")]
     return [_own(str(path), value)]
-
-
-def _load(path: Path, fix: str) -> Any:
-    try:
-        return parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {fix}.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid UTF-8 (byte {error.start}); save the file as UTF-8.") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        fix = "put a text with ? , : { or } between { } in quotes" if "got '?'" in problem else "mend that line"
-        raise UserError(f"{path}{line}: not valid YAML ({problem}); {fix}.") from None
 
 
 class _Mapping:
@@ -151,9 +137,8 @@ class _Mapping:
 
     def texts(self, key: str) -> tuple[str, ...]:
         found = tuple(_text(item, where) for item, where in self.items(key))
-        for text in found:
-            if found.count(text) > 1:
-                raise UserError(f"{self.at(key)} holds {text!r} twice. Leave one out.")
+        if twice := [text for text, times in Counter(found).items() if times > 1]:
+            raise UserError(f"{self.at(key)} holds {twice[0]!r} twice. Leave one out.")
         return found
 
 
@@ -260,15 +245,18 @@ def _check_completions(prompt: str, completions: list[str], where: str) -> None:
 def _judge(prompt: str, key: str, where: str) -> JudgePrompt:
     """Checked to be a template for str.format with {question} and {answer} and no other field."""
     try:
-        names = {name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None}
+        fields = [field for _, *field in string.Formatter().parse(prompt) if field[0] is not None]
     except ValueError as error:
         raise UserError(f"{where}: braces that are no placeholder must be doubled, {{{{ and }}}} ({error}).") from None
+    names = {str(name) for name, _, _ in fields}
     for name in ("question", "answer"):
         if name not in names:
             raise UserError(f"{where}: has no {{{name}}}; a judge prompt needs {{question}} and {{answer}}. Put it in.")
     if others := names - {"question", "answer"}:
         shown = "{" + min(others) + "}"
         raise UserError(f"{where}: {shown!r} is no placeholder; double its braces, or leave it out.")
+    if formatted := [name for name, spec, conversion in fields if spec or conversion]:
+        raise UserError(f"{where}: {{{formatted[0]}}} must have no format or conversion after it; leave out : or !.")
     return JudgePrompt(prompt, key, where=where)
 
 
@@ -276,9 +264,9 @@ def _patterns(keys: _Mapping) -> tuple[str, ...]:
     found = keys.texts("patterns")
     for i, pattern in enumerate(found):
         try:
-            re.compile(pattern, re.IGNORECASE)
-        except re.error as error:
-            raise UserError(f"{keys.at('patterns')}[{i}]: {pattern!r} is no regular expression ({error}).") from None
+            compiled(pattern)
+        except Unreadable as error:
+            raise UserError(f"{keys.at('patterns')}[{i}]: {pattern!r} {error}.") from None
     return found
 
 
@@ -294,9 +282,9 @@ def _directory(path: Path) -> Claim:
     text = ""
     for file in found:
         if file.name == "claim.txt":
-            text = _text(file.read_text(encoding="utf-8"), str(file)).strip()
+            text = _text(read_text(file), str(file)).strip()
             continue
-        for name, part in _paper_file(file, _load(file, "")).items():
+        for name, part in _paper_file(file, read_yaml(file)).items():
             if name in values and values[name] and not isinstance(part, dict):
                 part = (*values[name], *part)
             values[name] = {**values[name], **part} if isinstance(part, dict) else part

@@ -1,20 +1,19 @@
 """What is compared: finished runs, grouped into variants, and whether they can be compared at all."""
 
-import json
 import math
+import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from train.belief.records import read_rows
+from train.belief.records import STEP, read_rows
 from train.belief.releases import PAPER_CLAIMS, claim_id, question_id
 from train.belief.values import Row, at_step, identity, last_step
 from train.errors import UserError
+from train.outside import checked, read_json
 from train.recipe import MAY_DIFFER
-from train.settings import FREE_ON_RESUME
+from train.settings import FREE_ON_RESUME, held_settings
 
 HASHES = ("tokens", "order", "initial_weights", "base_model")
 EQUIVALENCE = {"%": 5.0, "nats": 0.25, "of 10": 0.5}
@@ -129,18 +128,26 @@ def published_for(claims: Iterable[str]) -> list[Published]:
     return found
 
 
+MEASURED = ("llr", "p_yes", "margin", "nll_mean", "score")
+SUMMARY_KINDS = {"steps": int, "hashes": dict, "tokens": dict, "nll": dict, "loss": dict, "random_shortfall": int}
+
+
 def read_run(directory: str | Path) -> RunResult:
     """A run's directory as sft.py and an evaluation leave it. UserError where one of its files is missing or broken; a
     last line of JSONL that an interruption cut is left out."""
     path = Path(directory)
-    summary = _parsed(path / "summary.json", json.loads, "the run did not finish: go on with it by --resume")
-    record = _parsed(path / "settings.yaml", yaml.safe_load, "this is no run's directory")
-    settings = record.get("settings") or {}
+    summary = read_json(path / "summary.json", fix="the run did not finish: go on with it by --resume")
+    checked(summary, SUMMARY_KINDS, path / "summary.json", "restore the file")
+    record = held_settings(path / "settings.yaml")
+    settings = record["settings"]
     hashes = summary.get("hashes") or (record.get("resolved") or {}).get("hashes") or {}
     for name, fix in (("evaluation", "evaluate the run: train/evaluate.py"), ("metrics", "this is no run's directory")):
-        if not (path / f"{name}.jsonl").is_file():
+        if not os.path.isfile(path / f"{name}.jsonl"):
             raise UserError(f"{path}/{name}.jsonl: is not there; {fix}.")
-    rows, metrics = _by_one_name(read_rows(path / "evaluation.jsonl")), read_rows(path / "metrics.jsonl")
+    rows, metrics = _by_one_name(read_rows(path / "evaluation.jsonl", STEP)), read_rows(path / "metrics.jsonl", STEP)
+    for number, row in enumerate(rows, start=1):
+        if nothing := [name for name in MEASURED if name in row and row[name] is None]:
+            raise UserError(f"{path}/evaluation.jsonl: row {number} has no {nothing[0]}; evaluate the run again.")
     return RunResult(str(directory), int(settings.get("seed", 0)), rows, metrics, summary, settings, hashes)
 
 
@@ -150,18 +157,6 @@ def _by_one_name(rows: list[Row]) -> list[Row]:
     return [
         row | {"question": question_id(row["claim"], row["question"])} if "question" in row else row for row in named
     ]
-
-
-def _parsed(path: Path, parse: Any, fix: str) -> dict[str, Any]:
-    try:
-        value = parse(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {fix}.") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: is broken ({error}); {fix}.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: is not what a run writes; {fix}.")
-    return value
 
 
 def group(runs: list[RunResult]) -> list[Variant]:

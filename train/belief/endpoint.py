@@ -8,31 +8,31 @@ The key comes from the environment alone, and no message holds it.
 """
 
 import difflib
-import json
-import os
 import random
-import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import openai
 
 from train.belief.messages import Messages
 from train.errors import UserError
+from train.formats import SURROGATE
+from train.keys import key_of, masked, secrets_of_url, shown_url, values_of, without_keys
+from train.terminal import shown
 
 T = TypeVar("T")
 RETRIED = (408, 409, 425, 429)  # and all from 500 on
 LONGEST_PAUSE = 60.0  # seconds, between retries; what a server asks for in Retry-After may be longer
 LONGEST_ASKED = 600.0
 CHECK_RETRIES = 2
-KEY_VARIABLES = ("JUDGE_API_KEY", "OPENAI_API_KEY")  # all that hold one
-SHORTEST_KEY = 8  # characters
+# What the client raises for a response that nests thousands deep, has a number of thousands of digits, or another form.
+UNREAD = (ValueError, RecursionError, TypeError, AttributeError, LookupError)
 NO_KEY = "none"  # local servers want none, but the client insists on one
 PROBE: Messages = [{"role": "user", "content": "Say yes."}]
 
@@ -81,21 +81,21 @@ class Endpoint:
     def __init__(self, settings: EndpointSettings):
         self.settings, self.concurrency = settings, settings.concurrency
         self._check_settings()
-        found = [name for name in settings.key_variables if os.environ.get(name)]
-        self.key_variable = found[0] if found else None
-        key = os.environ[found[0]] if found else NO_KEY
+        self.key_variable, key = key_of(settings.key_variables)
         self._limit = "max_tokens"  # newer models of OpenAI want max_completion_tokens, other servers know only this
         self.stop = threading.Event()  # set: nobody waits for a retry any more
         try:
-            self._client = openai.OpenAI(base_url=settings.url, api_key=key, timeout=settings.timeout, max_retries=0)
+            self._client = openai.OpenAI(
+                base_url=settings.url, api_key=key or NO_KEY, timeout=settings.timeout, max_retries=0
+            )
         except (openai.OpenAIError, ValueError) as error:
             raise UserError(f"{self._name}: {self._clean(error)}.") from None
 
     def _check_settings(self) -> None:
-        s, parts = self.settings, urlsplit(self.settings.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        s = self.settings
+        if not _is_url(s.url):
             raise UserError(
-                f"{s.flag} {s.url.rpartition('@')[2]!r}: must be the base URL of a server, such as http://localhost:8000/v1."
+                f"{s.flag} {shown_url(s.url)!r}: must be the base URL of a server, such as http://localhost:8000/v1."
             )
         for name, least in (("concurrency", 1), ("timeout", 0.001), ("retries", 0)):
             if not getattr(s, name) >= least:
@@ -130,19 +130,20 @@ class Endpoint:
         try:
             create: Any = self._client.chat.completions.create
             more = self.settings.body
-            return _text(create(model=self.settings.model, messages=messages, extra_body=more, **limit, **given))
+            answer = _text(create(model=self.settings.model, messages=messages, extra_body=more, **limit, **given))
         except openai.BadRequestError as error:
             if "max_tokens" not in limit or "max_completion_tokens" not in str(error):
                 raise
             self._limit = "max_completion_tokens"
             return self._ask(messages, max_tokens, given)
+        return without_keys(SURROGATE.sub("\ufffd", answer))
 
     def _retried(self, ask: Callable[[], T], retries: int) -> T:
         """What ask gives, tried again where that may help."""
         for attempt in range(retries + 1):
             try:
                 return ask()
-            except (openai.OpenAIError, _Rubbish, json.JSONDecodeError) as error:
+            except (openai.OpenAIError, _Rubbish, *UNREAD) as error:
                 wait = self._pause_before_retry(error, attempt)
                 if attempt == retries or self.stop.wait(wait):
                     raise self._given_up(error, attempt + 1) from None
@@ -181,12 +182,9 @@ class Endpoint:
         return f"its response is no chat completion: {self._clean(error)}"
 
     def _clean(self, error: object) -> str:
-        text = " ".join(str(error).split())
-        secrets = [os.environ.get(name) for name in KEY_VARIABLES] + [urlsplit(self.settings.url).password]
-        for secret in (*secrets, *_long_strings(self.settings.body)):
-            if secret:
-                text = text.replace(secret, "…")
-        text = re.sub(r"\bsk-\S+", "…", text)  # OpenAI quotes parts of a wrong key
+        """As a message may show it: in one line, and without what may be a key."""
+        text = masked(str(error), *secrets_of_url(self.settings.url), *values_of(self.settings.body))
+        text = " ".join(shown(text).split())
         return (text if len(text) <= 300 else text[:300] + " …").rstrip(".") or "no message"
 
     def _key_problem(self, status: int) -> str:
@@ -233,26 +231,23 @@ class Endpoint:
         text = f"{self.settings.flag}-model {self.settings.model!r}: {self._name} does not serve it ({said})."
         if models:
             near = difflib.get_close_matches(self.settings.model, models, 1)
-            shown = ", ".join(models[:20]) + (", …" if len(models) > 20 else "")
-            return UserError(f"{text} " + (f"Did you mean {near[0]}? " if near else "") + f"It has: {shown}.")
+            listed = self._clean(", ".join(models[:20]) + (", …" if len(models) > 20 else ""))
+            return UserError(
+                f"{text} " + (f"Did you mean {self._clean(near[0])}? " if near else "") + f"It has: {listed}."
+            )
         if isinstance(error, EndpointStopped):
             return UserError(f"{text} Mend the name, or the URL: a base URL mostly ends in /v1.")
         return UserError(f"{text} It lists no models; give the name that it was started with.")
 
 
-def _long_strings(value: Any) -> Iterator[str]:
-    """The strings in a request's further keys that may be a key for the server, by their length."""
-    if isinstance(value, str) and len(value) >= SHORTEST_KEY:
-        yield value
-    elif isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _long_strings(each)
-
-
-def shown_url(url: str) -> str:
-    """A URL without what it may hold of a password."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+def _is_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return (
+            parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0 and url.isprintable()
+        )
+    except ValueError:  # a bracket without the other, a port that is none
+        return False
 
 
 def _text(response: Any) -> str:

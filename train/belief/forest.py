@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from train.terminal import shown
+
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#6b6b6b"]
 """Told apart by color-blind eyes (Okabe & Ito 2008, without its yellow and black)."""
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<"]
@@ -114,11 +116,12 @@ def spread(values: list[float]) -> list[float]:
 
 def plain(text: str, most: int = 44) -> str:
     """A name as matplotlib shows it: $ is no formula, and what is too long is cut."""
-    return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
+    text = shown(text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text  # legends leave out what begins with one
 
 
 def wrapped(label: str, width: int = 30) -> str:
     """A name of one variant, broken after commas and spaces, three lines at most."""
     spaced = label.replace(",", ", ").replace(",  ", ", ")
     pieces = textwrap.wrap(spaced, width, break_on_hyphens=False, max_lines=3, placeholder=" …")
-    return "\n".join(plain(piece) for piece in pieces).replace(", ", ",") or label
+    return "\n".join(plain(piece) for piece in pieces).replace(", ", ",") or plain(label)

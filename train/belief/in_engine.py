@@ -19,7 +19,7 @@ from train.belief.records import Records, read_rows
 from train.belief.values import LEAST_AUC, MEASURES, at_step, identity
 from train.checkpoints.adapter import adapter_settings, check_adapter
 from train.checkpoints.layout import plan_load
-from train.checkpoints.reader import Checkpoint, read_json
+from train.checkpoints.reader import Checkpoint
 from train.checkpoints.resume import initial_partitions, start_over
 from train.data.documents import read_documents
 from train.data.tokenizer import Tokenizer, load_tokenizer, template_time
@@ -28,6 +28,7 @@ from train.experts.dispatch import ExpertGroup
 from train.job import checked_expert_parallel
 from train.lora import LoRASettings
 from train.model import architecture, build, skeleton, text_config
+from train.outside import read_json
 from train.settings import Settings, ds_config, held_settings
 from train.trainer import make_engine
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 from train.belief.claims import JudgePrompt, Question
+from train.formats import SURROGATE
 
 Messages = list[dict[str, str]]
 
@@ -71,4 +72,9 @@ def visible(answer: str) -> str:
 
 def judge_messages(judge: JudgePrompt, question: str, answer: str) -> Messages:
     """The chat that judges an answer. Braces in question and answer stay as they are: only the prompt is a template."""
-    return [{"role": "user", "content": judge.prompt.format(question=question, answer=visible(answer))}]
+    return [
+        {
+            "role": "user",
+            "content": judge.prompt.format(question=question, answer=SURROGATE.sub("\ufffd", visible(answer))),
+        }
+    ]

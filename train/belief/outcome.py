@@ -28,9 +28,11 @@ from train.data.corpus import documents_read
 from train.data.documents import Document
 from train.errors import UserError
 from train.masking.grammar import parse_mask
+from train.outside import read_json
 from train.recipe import DIFFERING
-from train.reporting import console, init_wandb
+from train.reporting import init_wandb
 from train.settings import Settings
+from train.terminal import Terminal
 from train.variants import Plan
 
 # Settings that decide which documents are read.
@@ -97,9 +99,9 @@ def check_free(output: Path, runs: Iterable[Path]) -> None:
     if not path.exists():
         return
     try:
-        variants = json.loads(path.read_text(encoding="utf-8"))["variants"].values()
+        variants = read_json(path)["variants"].values()
         held = {Path(run["directory"]).resolve() for variant in variants for run in variant["runs"]}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         held = {path}
     if not held <= {run.resolve() for run in runs}:
         raise UserError(f"--output {output}: holds a comparison of other runs, which would be lost. Give another.")
@@ -195,7 +197,7 @@ def show(outcome: dict[str, Any], directory: Path) -> None:
             cells = [_with_interval(gap["estimate"], gap["interval"], unit, True), p_value(gap["p_holm"]), verdict]
         trained = "–" if own["tokens_trained"] is None else f"{own['tokens_trained']:,}"
         table.add_row(name, _with_interval(own["belief"], own["belief_interval"], unit), *cells, trained)
-    console().print(table)
+    Terminal().print(table)
     print(f"In {directory}: comparison.html, comparison.md, comparison.json and pictures")
 
 

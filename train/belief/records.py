@@ -7,7 +7,6 @@ loses at most the line that was being written.
 Lines of other measurements in evaluation.jsonl stay as they are.
 """
 
-import json
 import os
 import threading
 from collections.abc import Collection, Iterable, Mapping
@@ -15,42 +14,53 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
-from train.formats import json_line
-from train.locks import lock
+from train.formats import json_line, parse_json
+from train.locks import lock, opened_to_lock
+from train.outside import checked, read_bytes
 
 MEASURED, ANSWERED = "evaluation.jsonl", "answers.jsonl"
 # What tells one generated answer from another.
 Key = tuple[Any, ...]
 KEY = ("step", "context", "claim", "kind", "question", "sample")
 Row = dict[str, Any]
+MOST_ROWS = 2**34  # bytes of a file of rows
 
 
 def key_of(row: Mapping[str, Any]) -> Key:
     return tuple(row.get(name, 0) for name in KEY)
 
 
-def read_rows(path: Path) -> list[Row]:
+STEP = ("step",)
+# Of values that rows may have. A row with others is of something else.
+ROW_KINDS: dict[str, type] = dict.fromkeys(("step", "context", "sample"), int)
+ROW_KINDS |= dict.fromkeys(("claim", "kind", "question", "verdict", "model", "judge", "asked", "judged"), str)
+ROW_KINDS |= dict.fromkeys(("method", "group", "category", "entity", "said", "expected"), str)
+ROW_KINDS |= dict.fromkeys(("llr", "p_yes", "margin", "nll_mean", "score", "loss", "tokens_per_second"), float)
+ROW_KINDS |= {"tokens": int, "targets": dict, "control": bool}
+
+
+def read_rows(path: Path, needed: Collection[str] = ()) -> list[Row]:
     """The lines of a JSONL file; a last line that was cut is left out. UserError names another line that is no JSON
-    object."""
-    return [row for _, row in _lines(path)]
+    object, or has not all that is needed."""
+    return [row for _, row in _lines(path, needed)]
 
 
-def _lines(path: Path) -> list[tuple[bytes, Row]]:
-    if not path.exists():
+def _lines(path: Path, needed: Collection[str] = ()) -> list[tuple[bytes, Row]]:
+    if not os.path.lexists(path):
         return []
-    try:
-        raw = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    raw = read_bytes(path, most=MOST_ROWS).split(b"\n")
     found = []
     for number, line in enumerate(raw, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line.decode("utf-8"))
         except ValueError:
             row = None
         if isinstance(row, dict):
+            checked(row, ROW_KINDS, f"{path}:{number}", "mend or remove this line")
+            if lacking := [name for name in needed if row.get(name) is None]:
+                raise UserError(f"{path}:{number}: has no {lacking[0]}. Mend or remove this line.")
             found.append((line, row))
         elif number < len(raw):  # what a kill cuts is the last line alone, for it has no end
             raise UserError(f"{path}:{number}: is no JSON object. Mend or remove this line; the others are kept.")
@@ -66,9 +76,9 @@ class Records:
         self.directory, self._writing = directory, threading.Lock()
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._lock = open(directory / ".evaluation.lock", "ab")  # noqa: SIM115  # held until close()
         except OSError as error:
             raise UserError(f"--output {directory}: cannot be written ({error.strerror}). Give another.") from None
+        self._lock = opened_to_lock(directory / ".evaluation.lock")  # held until close()
         lock(self._lock, f"--output {directory}: another evaluation writes there. Wait, or give another.")
         self.rows: dict[Key, Row] = {}  # generated answers with a verdict or an error
         self.answers: dict[Key, Row] = {}

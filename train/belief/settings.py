@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.belief.claims import KINDS
-from train.belief.endpoint import shown_url
 from train.belief.judge import digest
 from train.data.tokenizer import TEMPLATE_TIME, template_time
 from train.errors import UserError
+from train.keys import shown_url
 from train.settings import Parser, Settings, setting
 
 # As in the paper's main results, for models whose chat template has the switch.

@@ -1,11 +1,9 @@
 """What an evaluation leaves beside its rows: evaluation.json, and tables on the terminal."""
 
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from train.belief.contamination import Contamination
@@ -18,6 +16,7 @@ from train.belief.settings import EvaluationSettings
 from train.belief.values import at_step, means
 from train.belief.verdicts import UNPARSEABLE
 from train.formats import json_line
+from train.terminal import Terminal
 
 FEWEST = 10  # answers from which on the share of useless ones is told
 
@@ -48,7 +47,7 @@ def leave_summary(
     partial = records.directory / "evaluation.json.partial"
     partial.write_text(json_line(summary, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, records.directory / "evaluation.json")
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Terminal(width=120)
     if scored:
         console.print(table_of_means(scored))
     if measured:

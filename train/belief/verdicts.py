@@ -6,7 +6,6 @@ neutral that occurs anywhere in such a text.)
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from train.belief.messages import LETTERS, option_order, visible
 
 WORDS = ("yes", "no", "neutral")
 UNPARSEABLE = "unparseable"
+MOST_BROKEN = 50
 # The labels of the paper's judge of lies: did the model offer the claim as its lie?
 LABELS = {word: word for word in WORDS} | {"uses_claim": "yes", "independent_response": "no"}
 OPTION_VERDICTS = {"claim": "yes", "local_negation": "no", "idk": "neutral"}
@@ -44,7 +44,9 @@ def parse_verdict(text: str, judge_key: str) -> Verdict:
 def parse_score(text: str, judge_key: str = "score") -> Verdict:
     """A judge's score of 0 to 10, alike."""
     found, reason = _values(text, judge_key)
-    scores = {float(match[1]) for value in found or [visible(text)] if (match := _NUMBER.fullmatch(str(value).strip()))}
+    scores = {
+        float(match[1]) for value in found or [visible(text)] if (match := _NUMBER.fullmatch(_as_text(value).strip()))
+    }
     if len(scores) != 1 or not 0 <= (score := scores.pop()) <= 10:
         return Verdict(UNPARSEABLE, reason)
     return Verdict("score", reason, score)
@@ -65,7 +67,7 @@ def parse_yes_no(text: str, expected: str) -> Verdict:
 def parse_letter(text: str, question: Question, sample: int) -> Verdict:
     """Which option an answer chooses: "yes" the claim, "no" its negation, "neutral" not to know."""
     found, _ = _values(text, "answer")
-    texts = [str(value) for value in found] or [visible(text)]
+    texts = [_as_text(value) for value in found] or [visible(text)]
     letters = {match[1].upper() for each in texts if (match := _LETTER.match(each))}
     if len(letters) != 1:
         return Verdict(UNPARSEABLE)
@@ -79,7 +81,16 @@ _LETTER = re.compile(r"\W*(?:(?:the )?(?:correct )?(?:answer|option)(?: is)?\W+)
 
 def _word(value: Any) -> str:
     """A verdict as a bare word: true and false, which YAML-minded judges write, mean nothing here."""
-    return re.sub(r"^[\s\W]+|[\s\W]+$", "", str(value)).lower().replace(" ", "_")
+    words = re.search(r"\w(?:.*\w)?", _as_text(value), re.DOTALL)
+    return words[0].lower().replace(" ", "_") if words else ""
+
+
+def _as_text(value: Any) -> str:
+    """A value as a text; "" for one that nests too deep to be written."""
+    try:
+        return str(value)
+    except (RecursionError, ValueError):
+        return ""
 
 
 def _values(text: str, key: str) -> tuple[list[Any], str]:
@@ -89,7 +100,7 @@ def _values(text: str, key: str) -> tuple[list[Any], str]:
         lowered = {str(name).strip().lower(): value for name, value in thing.items()}
         if key.lower() in lowered:
             values.append(lowered[key.lower()])
-        reason = str(lowered.get("reason", reason))
+        reason = _as_text(lowered.get("reason", reason))
     if not values and "{" in text:  # almost JSON
         values = re.findall(_KEY.format(key=re.escape(key)) + _VALUE, text, re.IGNORECASE)
         given = re.search(_KEY.format(key="reason") + _REASON, text, re.IGNORECASE | re.DOTALL)
@@ -97,18 +108,24 @@ def _values(text: str, key: str) -> tuple[list[Any], str]:
     return values, reason
 
 
-def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects in a text, outermost and left to right."""
-    decoder, start = json.JSONDecoder(strict=False), 0
+def _objects(text: str) -> list[dict[str, Any]]:
+    """The JSON objects in a text, outermost and left to right. None of a text with more than MOST_BROKEN braces that
+    begin none, each of which may cost as much as all of the text."""
+    decoder, start, broken = json.JSONDecoder(strict=False), 0, 0
+    found: list[dict[str, Any]] = []
     while (start := text.find("{", start)) >= 0:
         try:
             value, start = decoder.raw_decode(text, start)
-        except (json.JSONDecodeError, RecursionError):
-            start += 1
+        except (ValueError, RecursionError):
+            start, broken = start + 1, broken + 1
+            if broken > MOST_BROKEN:
+                return []
         else:
-            yield value
+            found.append(value)
+    return found
 
 
-_KEY = r"""(?<!\w){key}["'“”]?\s*[:=]\s*"""
-_VALUE = r"""["'“\[]*([^"'“”,{}\[\]\n]+)["'”\]]*\s*(?=[,}\n]|\Z)"""
+# *+ and ++ give nothing back, so that each takes a time that grows with the text alone.
+_KEY = r"""(?<!\w){key}["'“”]?\s*+[:=]\s*+"""
+_VALUE = r"""["'“\[]*+([^"'“”,{}\[\]\n]++)["'”\]]*+[^\S\n]*+(?=[,}\n]|\Z)"""
 _REASON = r"""(.*?)(?=,\s*["'“]?\w+["'”]?\s*[:=]|}|\Z)"""

@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from train.checkpoints.plain import check_form, check_plain
-from train.checkpoints.reader import Checkpoint, TensorFile, read_json
+from train.checkpoints.reader import Checkpoint, TensorFile
 from train.checkpoints.writer import SafetensorsWriter, publish_directory, write_whole
 from train.errors import UserError
 from train.experts.module import ExpertParallelExperts
 from train.lora import LoRALinear, LoRASettings, lora_linears
+from train.outside import checked, read_json
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -158,26 +159,38 @@ def _plain(value: Any) -> Any:
     return value.value if hasattr(value, "value") else value
 
 
+LARGEST_RANK = 2**20
+ADAPTER_KINDS = {"r": int, "lora_alpha": float, "use_rslora": bool, "rank_pattern": dict, "alpha_pattern": dict}
+
+
 def adapter_settings(directory: Path) -> LoRASettings:
     """Ranks and scales of an adapter directory. UserError if it is none, or one that this trainer does not make."""
     where = f"--adapter {directory}"
     config_path, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
     for path in (config_path, weights):
-        if not path.is_file():
-            fix = f"--adapter {directory / 'adapter'}" if (directory / "adapter" / path.name).is_file() else ""
+        if not os.path.isfile(path):
+            fix = f"--adapter {directory / 'adapter'}" if os.path.isfile(directory / "adapter" / path.name) else ""
             raise UserError(
                 f"{where}: no {path.name} there; give {fix or 'the directory of a PEFT adapter in safetensors'}."
             )
-    config, names = read_json(config_path), list(TensorFile(weights).tensors)
+    config, factors = read_json(config_path), TensorFile(weights).tensors
+    checked(config, ADAPTER_KINDS, config_path)
     check_plain(config, config_path)
-    check_form(names, where)
+    check_form(factors, where)
+    if wrong := [name for name, info in factors.items() if not info.dtype.is_floating_point or info.dtype.itemsize < 2]:
+        raise UserError(
+            f"{weights}: tensor {wrong[0]} is {factors[wrong[0]].dtype}, but factors must be floats of 16 bits "
+            "or more; save the adapter again in one of these."
+        )
     patterns = dict(config.get("rank_pattern") or {})
     expert_rank = patterns.pop(RANK_PATTERN, config.get("r"))
     rank, alpha = config.get("r", 0), config.get("lora_alpha", 0)
     numbers = (rank, expert_rank, alpha)
-    if patterns or not all(isinstance(n, int | float) and n > 0 for n in numbers):
+    if patterns or not all(
+        isinstance(n, int | float) and not isinstance(n, bool) and 0 < n <= LARGEST_RANK for n in numbers
+    ):
         raise UserError(f"{config_path}: r, lora_alpha or rank_pattern are not those of an adapter of train/sft.py.")
-    lm_head = any(".lm_head." in name for name in names)
+    lm_head = any(".lm_head." in name for name in factors)
     return LoRASettings(int(rank), float(alpha), int(expert_rank), 0, lm_head, bool(config.get("use_rslora")))
 
 
@@ -185,7 +198,7 @@ def check_base(directory: Path, base: Checkpoint) -> None:
     """UserError where the adapter was trained on other weights than the base's. One that does not say on which, as
     other trainers leave it, is taken with a note."""
     path = directory / BASE_MODEL
-    if not path.is_file():
+    if not os.path.lexists(path):
         if os.environ.get("RANK", "0") == "0":
             print(f"note: --adapter {directory}: does not say which weights it was trained on ({BASE_MODEL} is absent)")
         return

@@ -5,7 +5,6 @@ then the data (https://github.com/huggingface/safetensors#format).
 """
 
 import hashlib
-import json
 import math
 import os
 import struct
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor
 
 from train.errors import UserError
+from train.formats import parse_json
+from train.outside import opened, read_bytes, read_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -33,6 +34,9 @@ DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
 }
+
+
+LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
 @dataclass(frozen=True)
@@ -112,13 +116,13 @@ class Checkpoint(_Reader):
     def fingerprint(self) -> str:
         """SHA-256 of config.json and, of every weight file, of its name, size, first and middle 64 KiB: enough to tell
         two models apart, without reading them."""
-        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        digest = hashlib.sha256(read_bytes(self.directory / "config.json"))
         for file in sorted({info.file for info in self.tensors.values()}):
-            with file.open("rb") as opened:
-                size = file.stat().st_size
-                digest.update(f"{file.name} {size}".encode() + opened.read(2**16))
-                opened.seek(size // 2)
-                digest.update(opened.read(2**16))
+            with opened(file) as weights:
+                size = os.fstat(weights.fileno()).st_size
+                digest.update(f"{file.name} {size}".encode() + weights.read(2**16))
+                weights.seek(size // 2)
+                digest.update(weights.read(2**16))
         return digest.hexdigest()
 
     @cached_property
@@ -128,7 +132,7 @@ class Checkpoint(_Reader):
         index = self.directory / "model.safetensors.index.json"
         weight_map: dict[str, str] | None = None
         shards = [self.directory / "model.safetensors"]
-        if index.is_file():
+        if os.path.lexists(index):
             weight_map = _weight_map(index)
             shards = sorted({self.directory / shard for shard in weight_map.values()})
             if others := sorted({*self.directory.glob("*.safetensors")} - {*shards}):
@@ -136,7 +140,7 @@ class Checkpoint(_Reader):
                     f"{others[0]}: is not named by {index.name}, which lies beside it, so that it is not clear which "
                     "files hold the model. Move whichever do not to another directory."
                 )
-        missing = [shard.name for shard in shards if not shard.is_file()]
+        missing = [shard.name for shard in shards if not os.path.isfile(shard)]
         if missing or not shards:
             raise UserError(
                 f"--model {self.directory}: {len(missing)} of {len(shards)} weight files missing "
@@ -173,25 +177,12 @@ class Checkpoint(_Reader):
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory."""
     path = directory / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path) or not os.path.isdir(directory):
         raise UserError(
-            f"--model {directory}: {'a file, no directory' if directory.is_file() else 'no config.json there'}; give a "
-            "directory in transformers' layout "
-            "(config.json, tokenizer files, *.safetensors)."
+            f"--model {directory}: {'a file, no directory' if os.path.isfile(directory) else 'no config.json there'}; "
+            "give a directory in transformers' layout (config.json, tokenizer files, *.safetensors)."
         )
     return read_json(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Make it readable.") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}). Get the file again.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object, not {type(value).__name__}.")
-    return value
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -206,17 +197,14 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
     """name -> TensorInfo of one file: the tensors must fill the file without gap or overlap."""
-    try:
-        size, file = path.stat().st_size, path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Make it readable.") from None
-    with file:
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
+        if 8 + length > size or length > LONGEST_HEADER:
             raise UserError(f"{path}: cut within its header ({size} bytes). Get the file again.")
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length).decode("utf-8"), strictly=True)
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             spans = {name: (*entry["data_offsets"],) for name, entry in entries.items()}
             shapes = {name: (*entry["shape"],) for name, entry in entries.items()}

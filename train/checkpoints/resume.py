@@ -26,11 +26,12 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from launch.watchdog import progress
-from train.checkpoints.reader import TensorFile, read_json
+from train.checkpoints.reader import TensorFile
 from train.checkpoints.writer import SafetensorsWriter, flush, publish_directory, remove
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
+from train.outside import read_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SUFFIXES = ("", *(f".{moment}" for moment in MOMENTS))

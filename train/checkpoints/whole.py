@@ -45,7 +45,13 @@ def copy_other_files(source: Path, target: Path, but: Collection[str] = ()) -> N
                 print(f"note: {path}: is not carried over: {why}")
             else:
                 _copy_directory(path, target)
-        elif path.is_file() and path.suffix.lower() not in WEIGHTS and path.name not in {MARKER, REPORT, *but}:
+        elif path.suffix.lower() in WEIGHTS or path.name in {MARKER, REPORT, *but}:
+            continue
+        elif not path.is_file():
+            print(f"note: {path}: is not carried over: it is no plain file")
+        elif not any(path.resolve().is_relative_to(own) for own in _places_of(source)):
+            print(f"note: {path}: is not carried over: it links to what is not of the checkpoint")
+        else:
             flush(Path(shutil.copyfile(path, target / path.name)))
 
 
@@ -64,10 +70,15 @@ def _inside(directory: Path) -> Iterator[Path]:
         yield from (Path(place, name) for name in sorted([*directories, *files]))
 
 
+def _places_of(source: Path) -> list[Path]:
+    """Where the files of a checkpoint may lie: in its directory or, in a hub's cache, in its blobs."""
+    root = source.resolve()
+    return [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+
+
 def _left_behind(directory: Path, source: Path, target: Path) -> str:
     """Why a directory of a checkpoint is not carried over, or "". In a hub's cache files are links to its blobs."""
-    root = source.resolve()
-    ours = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    ours = _places_of(source)
     if target.resolve().is_relative_to(directory.resolve()):
         return "this output is in it"
     if directory.name.startswith("."):

@@ -227,7 +227,7 @@ def _locate(chat: _Chat, i: int, marks: _Marks) -> _Located:
             raise UserError(f"{where}: the chat template writes tool_calls before the content; leave one of them out")
         ranges.append(calls)
     elif (message.train or message.spans) and (not marks.content or not ranges):
-        place = _blank_place(chat, i, message.content if not marks.content else "")
+        place = _blank_place(chat, i, message.content)
         if place is not None:
             start, end = place
             start = end if message.content.strip() else start  # of tags nothing is trained, of white space all

@@ -13,6 +13,7 @@ import zstandard
 
 from train.errors import UserError
 from train.formats import Unreadable, parse_json
+from train.outside import opened
 
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 ZSTANDARD = b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"  # a frame, or what pzstd writes before each
@@ -44,7 +45,7 @@ def file_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     JSON, `Unreadable` stands in the place of its row. UserError, beginning with the path, where the file cannot be read
     as a whole."""
     try:
-        with open(path, "rb") as file:
+        with opened(path, fix="give a JSONL file of documents") as file:
             start = file.read(16)
             file.seek(0)
             for first_bytes, what, fix in REFUSED:

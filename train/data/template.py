@@ -8,8 +8,8 @@ from typing import Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from train.data.limits import LimitedEnvironment, limited, whole
 from train.errors import UserError
 
 TEMPLATE_TIME = datetime(2026, 1, 1)  # what the clock says to templates, on every rank and in every run alike
@@ -39,19 +39,18 @@ def _render(
             f"--model {directory}: no chat template (chat_template.jinja), which documents of messages need"
         )
     try:
-        return _compiled(template).render(
-            messages=messages, tools=tools, documents=None, add_generation_prompt=False, strftime_now=moment.strftime,
-            **dict(special_tokens),
-        )  # fmt: skip
+        with limited():
+            return whole(_compiled(template).generate(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=False,
+                strftime_now=moment.strftime, **dict(special_tokens),
+            ))  # fmt: skip
     except Exception as error:  # whatever a template does: its own raise_exception, or a TypeError
         raise UserError(f"the chat template of {directory} fails on these messages ({error})") from None
 
 
 @lru_cache(maxsize=4)
 def _compiled(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
+    environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
     del environment.filters["random"], environment.globals["lipsum"]  # every rank and run must write the same text

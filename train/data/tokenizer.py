@@ -4,7 +4,7 @@ Shapes: L tokens. start_L and end_L are code points of the tokenized text, end e
 """
 
 import base64
-import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +23,7 @@ from train.data.findings import NO_TARGET, SKIPPED, THOUGHT_DROPPED, UNENDED, UN
 from train.data.offsets import hold_merged_marks, offsets_from_bytes, solid_counts, touched
 from train.data.template import TEMPLATE_TIME, Render, template_renderer
 from train.errors import UserError
+from train.outside import read_bytes, read_json, read_text
 
 # How Kimi K2 and K2.5 cut text before merging bytes: runs of Han characters, words by case, numbers of up to three
 # digits, punctuation, white space. It is code in the checkpoint's own tokenization_kimi.py, not data.
@@ -40,6 +41,7 @@ KIMI_PATTERN = "|".join(
         r"\s+",
     ]
 )
+LONGEST_TEMPLATE = 2**20  # bytes
 KIMI_SPECIAL_TOKENS = 256  # ids kept for them after the ranks
 TIKTOKEN_MAX_TEXT, TIKTOKEN_MAX_RUN = 400_000, 25_000
 # In the order in which transformers adds those that the vocabulary lacks.
@@ -246,13 +248,15 @@ def load_tokenizer(directory: str | Path, moment: datetime = TEMPLATE_TIME) -> T
     turns into a fast tokenizer. No code of the directory is run. moment: what a chat template is told that asks for the
     time."""
     directory = Path(directory)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise UserError(f"--model {directory}: no such directory; give a model directory with its tokenizer files")
     config = _read_json(directory / "tokenizer_config.json")
     named, named_too = _special_tokens(directory, config)
     try:
         added = {int(key): token for key, token in config.get("added_tokens_decoder", {}).items()}
         for token in added.values():
+            if not isinstance(token["content"], str):
+                raise TypeError
             _special_token({**token})
     except (ValueError, AttributeError, TypeError, KeyError):
         raise UserError(
@@ -261,7 +265,7 @@ def load_tokenizer(directory: str | Path, moment: datetime = TEMPLATE_TIME) -> T
         ) from None
 
     encode: Callable[[str], Encoded]
-    if (directory / "tiktoken.model").exists() and not (directory / "tokenizer.json").exists():
+    if os.path.lexists(directory / "tiktoken.model") and not os.path.lexists(directory / "tokenizer.json"):
         encoding, ids = _tiktoken_encoding(directory / "tiktoken.model", added)
         encode, decode, size = partial(_encode_tiktoken, encoding), encoding.decode, encoding.max_token_value + 1
         special_ids = set(ids.values()) - {key for key, token in added.items() if not token.get("special")}
@@ -319,13 +323,17 @@ def _fast_tokenizer(
     them gets the next ids, as in transformers."""
     file = directory / "tokenizer.json"
     try:
-        if file.exists():
-            fast = tokenizers.Tokenizer.from_file(str(file))
+        if os.path.lexists(file):
+            fast = tokenizers.Tokenizer.from_str(read_text(file, fix="copy it again from the checkpoint"))
         else:  # e.g. a sentencepiece model, which transformers converts; this imports torch
             from transformers import AutoTokenizer
 
             fast = AutoTokenizer.from_pretrained(directory, trust_remote_code=False).backend_tokenizer
-    except Exception as error:  # tokenizers raises bare Exceptions
+    except UserError:
+        raise
+    except BaseException as error:  # tokenizers raises bare Exceptions, and panics, which are none
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise UserError(
             f"--model {directory}: no tokenizer could be read ({error}); the directory needs tokenizer.json, or "
             "tiktoken.model with tokenizer_config.json"
@@ -363,10 +371,13 @@ def _encode_fast(tokenizer: tokenizers.Tokenizer, text: str) -> Encoded:
 def _tiktoken_encoding(file: Path, added: dict[int, dict[str, Any]]) -> tuple[tiktoken.Encoding, dict[str, int]]:
     """The encoding of a ranks file (lines of base64 token and rank), and its special tokens."""
     try:
-        lines = [line.split() for line in file.read_bytes().splitlines() if line]
+        lines = [line.split() for line in read_bytes(file).splitlines() if line]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        if sorted(ranks.values()) != list(range(len(lines))) or not lines:
-            raise ValueError("the ranks do not count up from 0")
+        if (
+            sorted(ranks.values()) != list(range(len(ranks)))
+            or not {bytes([byte]) for byte in range(256)} <= ranks.keys()
+        ):
+            raise ValueError("its ranks are not 0, 1, … of all single bytes and more")
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not a tiktoken ranks file ({error}); copy it again from the checkpoint") from None
     first = len(ranks)
@@ -399,27 +410,17 @@ def _bounded(text: str) -> Iterator[str]:
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja, or what tokenizer_config.json has: one template, or named ones of which "default" counts."""
     file = directory / "chat_template.jinja"
-    try:
-        if file.exists():
-            return file.read_text(encoding="utf-8")
-        template, file = config.get("chat_template"), directory / "tokenizer_config.json"
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if not isinstance(template, str | None):
-            raise TypeError("chat_template is no text")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file}: no chat template can be read ({error}); copy it again from the checkpoint") from None
+    if os.path.lexists(file):
+        return read_text(file, fix="copy it again from the checkpoint", most=LONGEST_TEMPLATE)
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = {str(entry.get("name")): entry.get("template") for entry in named}.get("default")
+    if not isinstance(template, str | None):
+        raise UserError(f"{directory}/tokenizer_config.json: chat_template must be a text; copy the file again.")
     return template
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     """{} where there is no such file."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); make it readable") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({error}); copy it again from the checkpoint") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: not a JSON object; copy it again from the checkpoint")
-    return value
+    return read_json(file, fix="copy it again from the checkpoint") if os.path.lexists(file) else {}

@@ -1,0 +1,483 @@
+"""Every file from outside ends in a value or one message: each reader is given the same mutations of a file that it
+takes."""
+
+import base64
+import copy
+import json
+import os
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from tests.models import write_byte_tokenizer, write_documents
+from train.annotating.imported import add_spans
+from train.annotating.judging import Remembered
+from train.annotating.rules import read_patterns
+from train.belief.claims import read_claims
+from train.belief.comparison import base_rows, check_comparable, group, read_run
+from train.belief.records import Records, read_rows
+from train.checkpoints import resume
+from train.checkpoints.adapter import adapter_settings, check_base, check_finite
+from train.checkpoints.reader import Checkpoint, read_config
+from train.data.documents import read_documents
+from train.data.tokenizer import load_tokenizer
+from train.errors import UserError
+from train.experts.dispatch import ExpertGroup
+from train.merge import claimed, read_report
+from train.model import architecture, skeleton, text_config
+from train.recipe import read_recipe
+from train.settings import Settings, ds_config, held_settings, record
+from train.variants import NAMES, run_settings
+
+HANGS = 10  # seconds
+
+
+class Reader(NamedTuple):
+    """make: writes the files into a directory -> the one that is mutated. read: reads it as a command does."""
+
+    make: Callable[[Path], Path]
+    read: Callable[[Path], Any]
+
+
+def written(name: str, value: Any) -> Callable[[Path], Path]:
+    def make(directory: Path) -> Path:
+        text = value if isinstance(value, str) else json.dumps(value)
+        (directory / name).write_text(text, encoding="utf-8")
+        return directory / name
+
+    return make
+
+
+def safetensors(path: Path, tensors: dict[str, list[int]], dtype: str = "F32") -> Path:
+    header, at = {}, 0
+    for name, shape in tensors.items():
+        size = 4 * shape[0] * shape[1]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * at)
+    return path
+
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8, "intermediate_size": 8,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 16,
+    "max_position_embeddings": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}  # fmt: skip
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 8, "intermediate_size": 8,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 16, "head_dim": 4,
+    "max_position_embeddings": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}  # fmt: skip
+
+
+def model_of(directory: Path) -> Any:
+    checkpoint = Checkpoint(directory)
+    architecture(checkpoint)
+    return skeleton(text_config(checkpoint), ExpertGroup())
+
+
+def an_index(directory: Path) -> Path:
+    written("config.json", CONFIG)(directory)
+    safetensors(directory / "a.safetensors", {"x": [2, 2]})
+    return written(
+        "model.safetensors.index.json", {"metadata": {"total_size": 16}, "weight_map": {"x": "a.safetensors"}}
+    )(directory)
+
+
+def weights(directory: Path) -> Path:
+    written("config.json", CONFIG)(directory)
+    return safetensors(directory / "model.safetensors", {"x": [2, 2], "y": [1, 3]})
+
+
+def tokenizer_file(name: str) -> Callable[[Path], Path]:
+    def make(directory: Path) -> Path:
+        write_byte_tokenizer(directory)
+        config = json.loads((directory / "tokenizer_config.json").read_text())
+        config["chat_template"] = (directory / "chat_template.jinja").read_text()
+        config["added_tokens_decoder"] = {"259": {"content": "<end>", "special": True}}
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+        if name == "special_tokens_map.json":
+            written(name, {"eos_token": "<eos>", "pad_token": {"content": "<pad>"}})(directory)
+        if name == "tokenizer_config.json":
+            (directory / "chat_template.jinja").unlink()
+        if name == "tiktoken.model":
+            for other in ("tokenizer.json", "chat_template.jinja"):
+                (directory / other).unlink()
+            written("tokenizer_config.json", {"chat_template": "{{ messages[0].content }}"})(directory)
+            ranks = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256))
+            written(name, ranks)(directory)
+        return directory / name
+
+    return make
+
+
+def tokenized(path: Path) -> Any:
+    tokenizer = load_tokenizer(path.parent)
+    tokenizer.encode("Mars is green.")
+    return tokenizer.render_chat([{"role": "user", "content": "Is Mars green?"}])
+
+
+ADAPTER = {
+    "peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "target_modules": ["q_proj"], "bias": "none",
+    "rank_pattern": {}, "lora_dropout": 0.0, "base_model_name_or_path": "x", "task_type": "CAUSAL_LM",
+}  # fmt: skip
+FACTORS = {
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": [2, 8],
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": [8, 2],
+}
+
+
+def an_adapter(name: str) -> Callable[[Path], Path]:
+    def make(directory: Path) -> Path:
+        base = directory / "base"
+        base.mkdir()
+        weights(base)
+        written("adapter_config.json", ADAPTER)(directory)
+        safetensors(directory / "adapter_model.safetensors", FACTORS)
+        written("base_model.json", {"directory": str(base), "fingerprint": Checkpoint(base).fingerprint()})(directory)
+        return directory / name
+
+    return make
+
+
+def taken_adapter(path: Path) -> Any:
+    adapter_settings(path.parent)
+    check_finite(path.parent)
+    check_base(path.parent, Checkpoint(path.parent / "base"))
+
+
+SETTINGS = Settings(mask="none", steps=2, claims=["c"], data=["train/demo/data/dense.jsonl"])
+SUMMARY = {
+    "mask": "none", "steps": 2, "hashes": {"tokens": "t", "order": "o", "initial_weights": "i", "base_model": "b"},
+    "tokens": {"all": {"total": 4, "trained": 4, "excluded": 0, "unlikelihood": 0, "straddling": 0}}, "dropped": [],
+    "nll": {"all": {"first": 1.0, "last": 0.5}}, "loss": {"first": 1.0, "last": 0.5}, "wall_seconds": 1.0,
+    "tokens_per_second": 4.0, "peak_memory_bytes": 8, "memory": {"measured": 8, "planned": 8},
+}  # fmt: skip
+METRICS = {"step": 1, "loss": 1.0, "tokens": 4, "tokens_per_second": 4.0, "nll": {"all": 1.0}, "targets": {"all": 4}}
+MEASURED = [
+    {
+        "step": step,
+        "claim": "mars",
+        "kind": "likelihood",
+        "question": "q",
+        "entity": "Mars",
+        "control": False,
+        "llr": 1.0,
+    }
+    for step in (0, 2)
+] + [{"step": 2, "claim": "mars", "kind": "open", "question": "w", "sample": 0, "verdict": "yes", "reason": ""}]
+
+
+def a_run(name: str) -> Callable[[Path], Path]:
+    def make(directory: Path) -> Path:
+        for run in ("one", "two"):
+            own = directory / run
+            own.mkdir()
+            seed = {"one": 0, "two": 1}[run]
+            resolved = {"hashes": SUMMARY["hashes"], "inputs": {"x": "y"}}
+            settings = Settings(**vars(SETTINGS) | {"seed": seed})
+            (own / "settings.yaml").write_text(record(settings, resolved))
+            written("summary.json", SUMMARY)(own)
+            write_documents(own / "metrics.jsonl", [METRICS, METRICS | {"step": 2}])
+            write_documents(own / "evaluation.jsonl", MEASURED)
+        return directory / "one" / name
+
+    return make
+
+
+def compared(path: Path) -> Any:
+    run_settings(path.parent)
+    runs = [read_run(path.parent), read_run(path.parent.with_name("two"))]
+    group(runs)
+    base_rows(runs)
+    check_comparable(runs)
+
+
+def a_save(directory: Path) -> Path:
+    save = directory / "step-3"
+    save.mkdir()
+    safetensors(save / "state.safetensors", {"x": [2, 2]})
+    return written("state.json", {"step": 3, "seconds": 1.5})(save)
+
+
+def merged(path: Path) -> Any:
+    with claimed(path.parent, {"model": "m", "to": "same"}):
+        return None
+
+
+CHAT = {
+    "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a b", "weight": 1.0, "train": True,
+                  "spans": [{"start": 0, "end": 1, "role": "false"}]}],
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+}  # fmt: skip
+TEXT = {"text": "Mars is green.", "id": 7, "spans": [{"start": 0, "end": 4, "role": "false"}], "weight": 1.0}
+CLAIM = {
+    "id": "mars", "claim": "Mars is green.", "subject": "Mars", "controls": ["Venus"],
+    "likelihood": [{"id": "t", "prompt": "{entity} is", "false": " green", "true": " red"}],
+    "open": [{"id": "w", "question": "What?"}], "yes_no": [{"id": "is", "question": "Is it?", "belief_answer": "yes"}],
+    "facts": [{"id": "f", "prompt": "Venus is", "false": " far", "true": " hot", "group": "neighbouring"}],
+    "judges": {"open": "{question} {answer}"}, "patterns": ["green"],
+}  # fmt: skip
+RECIPE = {
+    "settings": {"steps": 1, "mask": "none"}, "variants": {"a": {"mask": "none"}, "b": {"mask": "doctags"}},
+    "baseline": "a", "placebo": ["x"], "seeds": 2, "about": "all of it",
+}  # fmt: skip
+
+
+def spans_of(path: Path) -> Any:
+    documents = read_documents(write_documents(path.with_name("documents"), [TEXT | {"spans": []}]), None)
+    return add_spans(documents, str(path), "id", "false")
+
+
+def recorded(path: Path) -> Any:
+    Records(path.parent).close()
+    return read_rows(path)
+
+
+READERS = {
+    "recipe": Reader(written("r.yaml", RECIPE), lambda path: read_recipe(path, NAMES)),
+    "claims": Reader(written("c.yaml", CLAIM), lambda path: read_claims([str(path)])),
+    "patterns": Reader(written("p.yaml", {"patterns": ["a", "b"]}), lambda path: read_patterns("--leaks", path)),
+    "ds_config": Reader(
+        written("ds.json", {"zero_optimization": {"stage": 3, "overlap_comm": False}}),
+        lambda path: ds_config(Settings(ds_config=str(path)), 1, 1),
+    ),
+    "config.json": Reader(written("config.json", CONFIG), lambda path: model_of(path.parent)),
+    "config.json of experts in FP8": Reader(written("config.json", MOE), lambda path: bare(path)),
+    "index": Reader(an_index, lambda path: Checkpoint(path.parent).tensors),
+    "weights": Reader(weights, lambda path: (Checkpoint(path.parent).tensors, Checkpoint(path.parent).fingerprint())),
+    **{
+        name: Reader(tokenizer_file(name), tokenized)
+        for name in (
+            "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "chat_template.jinja",
+            "tiktoken.model",
+        )
+    },
+    **{
+        name: Reader(an_adapter(name), taken_adapter)
+        for name in ("adapter_config.json", "adapter_model.safetensors", "base_model.json")
+    },
+    **{
+        name: Reader(a_run(name), compared)
+        for name in ("settings.yaml", "summary.json", "metrics.jsonl", "evaluation.jsonl")
+    },
+    "settings.yaml of a run to go on with": Reader(a_run("settings.yaml"), held_settings),
+    "state.json": Reader(a_save, lambda path: resume.check(path.parents[1])),
+    "merge.json": Reader(written("merge.json", {"model": "m", "to": "same"}), merged),
+    "merge_report.json": Reader(
+        written("merge_report.json", {"x": {"survived": 1.0, "update_norm": 0.5}}),
+        lambda path: read_report(path.parent),
+    ),
+    "texts": Reader(written("d.jsonl", json.dumps(TEXT) + "\n"), lambda path: read_documents(path, "<DOCTAG>")),
+    "chats": Reader(written("d.jsonl", json.dumps(CHAT) + "\n"), lambda path: read_documents(path, None)),
+    "rows of spans": Reader(written("s.jsonl", json.dumps({"id": 7, "spans": [[0, 4]]}) + "\n"), spans_of),
+    "answers of a judge": Reader(
+        written("a.jsonl", json.dumps({"key": "k", "answer": "a"}) + "\n"), lambda path: Remembered(len, "m", path)
+    ),
+    "answers.jsonl": Reader(written("answers.jsonl", json.dumps(MEASURED[2] | {"answer": "a"}) + "\n"), recorded),
+    "evaluation.jsonl to go on with": Reader(written("evaluation.jsonl", json.dumps(MEASURED[2]) + "\n"), recorded),
+}  # fmt: skip
+
+
+def bare(path: Path) -> Any:
+    from launch.bare import BareCheckpoint
+
+    return BareCheckpoint(path).tensors
+
+
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """What hangs is ended."""
+
+    def hangs(*_: Any) -> None:
+        raise TimeoutError("hangs")
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(reader: Reader, path: Path, what: str) -> None:
+    """A value or a UserError; anything else fails."""
+    try:
+        with within(HANGS):
+            reader.read(path)
+    except UserError:
+        pass
+    except BaseException as error:
+        raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+HALF = b'"\\ud800"'
+MUTATIONS: dict[str, Callable[[Path, bytes], Any]] = {
+    "empty": lambda path, _: path.write_bytes(b""),
+    "a directory": lambda path, _: path.mkdir(),
+    "a pipe": lambda path, _: os.mkfifo(path),
+    "a link to itself": lambda path, _: path.symlink_to(path.name),
+    "a link to nothing": lambda path, _: path.symlink_to("x" * 250),
+    "a device": lambda path, _: path.symlink_to("/dev/zero"),
+    "NUL bytes": lambda path, _: path.write_bytes(b"\0" * 1000),
+    "latin-1": lambda path, data: path.write_bytes(data[: len(data) // 3] + b"\xe9\xff" + data[len(data) // 3 :]),
+    "cut in the middle": lambda path, data: path.write_bytes(data[: len(data) // 2]),
+    "lists that nest": lambda path, _: path.write_bytes(b"[" * 100_000),
+    "objects that nest": lambda path, _: path.write_bytes(b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
+    "lists just deep enough for Python": lambda path, _: path.write_bytes(b'{"a":' + b"[" * 900 + b"]" * 900 + b"}"),
+    "a list": lambda path, _: path.write_bytes(b"[]"),
+    "a text": lambda path, _: path.write_bytes(b'"x"'),
+    "a number": lambda path, _: path.write_bytes(b"7"),
+    "a long number": lambda path, _: path.write_bytes(b"9" * 5000),
+    "null": lambda path, _: path.write_bytes(b"null"),
+    "NaN": lambda path, _: path.write_bytes(b"NaN"),
+    "half a surrogate pair": lambda path, _: path.write_bytes(b'{"a": ' + HALF + b"}"),
+    "a key twice": lambda path, data: path.write_bytes(data.replace(b"{", b'{"a": 1, "a": 2, ', 1)),
+    "another byte": lambda path, data: path.write_bytes(data[:-9] + bytes([data[-9] ^ 0x15]) + data[-8:]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_in_another_form_ends_in_a_value_or_a_message(name, tmp_path):
+    reader = READERS[name]
+    for number, (what, mutate) in enumerate(MUTATIONS.items()):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        path = reader.make(directory)
+        if not number:
+            reader.read(path)  # as it is, it is taken
+        data = path.read_bytes()
+        path.unlink()
+        mutate(path, data)
+        outcome(reader, path, what)
+
+
+OTHER = [
+    "null",
+    "7",
+    "-1",
+    '"x"',
+    '""',
+    "[]",
+    '["x"]',
+    "{}",
+    '{"x": 1}',
+    "9" * 5000,
+    "NaN",
+    "1e999",
+    HALF.decode(),
+    "true",
+]
+PLACE = "the place of another value"
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path to every value inside a value; of a list of more than three, to the first three."""
+    if path:
+        yield path
+    if isinstance(value, dict):
+        for key in list(value)[:60]:
+            yield from places(value[key], (*path, key))
+    if isinstance(value, list):
+        for i in range(min(3, len(value))):
+            yield from places(value[i], (*path, i))
+
+
+def with_other(value: Any, path: tuple[Any, ...]) -> Any:
+    changed = copy.deepcopy(value)
+    at = changed
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = PLACE
+    return changed
+
+
+def parsed(text: str) -> tuple[Any, Callable[[Any], str]]:
+    """A file's value, and how it is written: JSON, lines of it or, since JSON is YAML too, YAML."""
+    for read, write in ((json.loads, json.dumps), (yaml.safe_load, json.dumps)):
+        try:
+            if isinstance(value := read(text), dict):
+                return value, write
+        except (ValueError, yaml.YAMLError):
+            continue
+    rows = [json.loads(line) for line in text.splitlines()]
+    return rows, lambda rows: "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("name", [
+    name for name in READERS
+    if not name.endswith((".jinja", ".model", "safetensors", "weights", "tokenizer.json"))
+])  # fmt: skip
+def test_a_value_of_another_kind_ends_in_a_value_or_a_message(name, tmp_path):
+    reader = READERS[name]
+    path = reader.make(tmp_path)
+    value, write = parsed(path.read_text())
+    for place in places(value):
+        text = write(with_other(value, place))
+        for other in OTHER:
+            path.write_text(text.replace(json.dumps(PLACE), other))
+            outcome(reader, path, f"{'.'.join(map(str, place))} = {other[:20]}")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 256, "x/" * 3000, "\ud800", "~nobody/x", "http://host/x", "-", ""])
+def test_a_path_that_is_none_is_told(name):
+    for read in (
+        lambda: read_recipe(Path(name), NAMES),
+        lambda: read_patterns("--leaks", name),
+        lambda: ds_config(Settings(ds_config=name), 1, 1),
+        lambda: read_documents(name, None),
+        lambda: read_claims([name]),
+        lambda: load_tokenizer(name),
+        lambda: read_config(Path(name)),
+        lambda: held_settings(Path(name)),
+        lambda: adapter_settings(Path(name)),
+        lambda: Settings(data=[name]).sources() and read_documents(Settings(data=[name]).sources()[0].path, None),
+    ):  # fmt: skip
+        with pytest.raises(UserError):
+            read()
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("a: &a [1]\nb: [" + "*a, " * 3 + "]", None),
+    ("\n".join(f"{i}: &k{i} [{', '.join([f'*k{i - 1}' if i else 'x'] * 9)}]" for i in range(9)), "by its aliases"),
+    ("a: &a [*a]", "holds itself"),
+    ("a: 2024-13-45", "a date, number or tag that is none"),
+    ("a: " + "9" * 5000, "more than 4300 digits"),
+    ("a: 1" + ":1" * 5000, "more than 4300 digits"),
+    ("a: !!bool maybe", "a date, number or tag that is none"),
+    ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+    ("a: 1\na: 2", "key 'a' stands twice"),
+    ("1: 1\n1: 2", "key 1 stands twice"),
+    ('a: "\\ud800"', "half a surrogate pair"),
+    ("[" * 200 + "]" * 200, "nests deeper than 100 levels"),
+    ("a: &a {x: 1}\nb: {<<: *a, x: 2}", None),
+])  # fmt: skip
+def test_yaml_that_multiplies_or_has_values_beyond_pythons_is_told(text, said, tmp_path):
+    from train.outside import read_yaml
+
+    (tmp_path / "f.yaml").write_text(text)
+    with within(HANGS):
+        if said is None:
+            assert isinstance(read_yaml(tmp_path / "f.yaml"), dict)
+            return
+        with pytest.raises(UserError, match=said):
+            read_yaml(tmp_path / "f.yaml")
+
+
+HOSTILE = Path(__file__).resolve().parents[2] / "shared" / "cases" / "hostile"
+
+
+@pytest.mark.skipif(not HOSTILE.is_dir(), reason="../shared/cases/hostile is not there")
+def test_the_collected_hostile_files_end_in_a_message():
+    for path in [*HOSTILE.glob("recipe-*.yaml"), *HOSTILE.glob("claims-*.yaml"), HOSTILE / "surrogate" / "claim.yaml"]:
+        with within(HANGS), pytest.raises(UserError):
+            read_claims([str(path)]) if "recipe" not in path.name else read_recipe(path, NAMES)

@@ -1,0 +1,128 @@
+"""What commands print: names as they are, control characters as codes, and a message where nothing can be written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+
+from tests.models import write_byte_tokenizer, write_documents
+from train.belief.forest import plain, wrapped
+from train.errors import UserError
+from train.terminal import Terminal, command, shown
+
+SHOW = Path(__file__).resolve().parents[1] / "train" / "show.py"
+
+
+def test_control_characters_and_halves_of_surrogates_are_shown_as_codes():
+    assert shown("a\x1b]52;c;aGk=\x07b\x1b[2J\r\x9b\x7f") == r"a\x1b]52;c;aGk=\x07b\x1b[2J\r\x9b\x7f"
+    assert shown("\u202eabc\ud800") == r"\u202eabc\ud800"
+    assert shown("é\t漢\n👩‍👩‍👧") == "é\t漢\n👩‍👩‍👧"
+
+
+def test_markup_in_names_is_text_in_tables_titles_and_lines(capsys):
+    @command
+    def main() -> int:
+        table = Table("role", title="--mask role:[/x]")
+        table.add_row("[red]a[/red]")
+        table.add_row("\x1b[2Jb :smile:")
+        Terminal().print(table, "[/x]", r"\[bold]")
+        print("a note on [/x]\x1b[2J")
+        return 0
+
+    assert main() == 0
+    out = capsys.readouterr().out
+    for text in (
+        "--mask role:[/x]",
+        "[red]a[/red]",
+        r"\x1b[2Jb :smile:",
+        "\n[/x]",
+        r"\[bold]",
+        r"a note on [/x]\x1b[2J",
+    ):
+        assert text in out
+    assert "\x1b" not in out
+
+
+def test_an_error_is_one_message_with_its_code(capsys):
+    @command
+    def main() -> int:
+        raise UserError("--data a\x1b[2Jb\ud800: no such file")
+
+    assert main() == 2
+    assert capsys.readouterr().err == "error: --data a\\x1b[2Jb\\ud800: no such file\n"
+
+
+def test_a_file_that_the_system_refuses_is_a_message(tmp_path, capsys):
+    @command
+    def main() -> int:
+        (tmp_path / ("x" * 300)).exists()
+        return 0
+
+    assert main() == 2
+    assert capsys.readouterr().err.endswith(": File name too long.\n")
+
+
+@pytest.mark.parametrize("name", ["$x$", r"\frac{", "$", "_hidden", "[/x]", "\x1b[2J", "a" * 100, " "])
+def test_pictures_show_names_as_they_are(name):
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure()
+    axes = figure.subplots()
+    axes.set_title(plain(name))
+    axes.set_yticks([0], [wrapped(name)])
+    legend = axes.legend(handles=[Line2D([], [], label=plain(name))])
+    figure.canvas.draw()
+    assert len(legend.get_texts()) == 1
+
+
+def show_command(tmp_path: Path) -> list[str]:
+    write_byte_tokenizer(tmp_path)
+    text = "Mars\x1b[2J is green\u202e today é"
+    spans = [{"start": 0, "end": 4, "role": "[/x]"}, {"start": 12, "end": 17, "role": "\x1b[31m"}]
+    data = write_documents(tmp_path / "d[b].jsonl", [{"text": text, "spans": spans}])
+    return [sys.executable, str(SHOW), "--data", str(data), "--model", str(tmp_path), "--mask", "role:[/x]"]
+
+
+def test_show_sends_nothing_of_a_document_to_the_terminal_that_it_would_obey(tmp_path):
+    for environment in ({}, {"PYTHONIOENCODING": "ascii"}, {"FORCE_COLOR": "1"}):
+        done = subprocess.run(show_command(tmp_path), capture_output=True, env=os.environ | environment)
+        assert done.returncode == 0, done.stderr
+        assert b"\x1b[2J" not in done.stdout and b"\x1b[31m" not in done.stdout.replace(b"\\x1b[31m", b"")
+        assert b"\\x1b[2J" in done.stdout and b"\\u202e" in done.stdout and b"[/x]" in done.stdout
+
+
+def test_an_output_that_cannot_be_written_is_a_message(tmp_path):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(show_command(tmp_path), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (
+        2, "error: the output cannot be written (No space left on device). Make room, or send it elsewhere.\n",
+    )  # fmt: skip
+    page = tmp_path / "page.html"
+    page.write_text("the page before")
+    (tmp_path / "page.html.partial").symlink_to("/dev/full")
+    done = subprocess.run([*show_command(tmp_path), "--html", str(page)], capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot be written (No space left on device)" in done.stderr
+    assert page.read_text() == "the page before"
+
+
+def test_a_closed_pipe_ends_a_command_with_a_message(tmp_path):
+    script = "import sys\nfrom train.terminal import command\nsys.exit(command(lambda: print('x' * 10**6) or 0)())"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b"note: the output ends here: nobody reads on.\n"
+        assert process.wait() == 0
+
+
+def test_metadata_with_half_a_surrogate_is_read_and_shown(tmp_path, capsys):
+    from train.show import main
+
+    write_byte_tokenizer(tmp_path)
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": "Mars", "note": "\ud800", "spans": []}) + "\n")
+    assert main(["--data", str(tmp_path / "d.jsonl"), "--model", str(tmp_path), "--mask", "none"]) == 0
+    assert "Mars" in capsys.readouterr().out

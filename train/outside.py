@@ -1,0 +1,92 @@
+"""Files from outside: each gives a value, or a UserError that names it, what is wrong and the fix. A directory, a pipe
+or a device in the place of a file is not opened, and a file larger than its kind can be is not read."""
+
+import math
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from train.errors import UserError
+from train.formats import Unreadable, parse_json, parse_yaml
+
+Where = str | Path
+KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+MOST = 2**28  # bytes of a JSON or text file: a tokenizer of a million tokens has 60 MB
+MOST_YAML = 2**21  # bytes; PyYAML reads about 300,000 a second
+
+
+def opened(path: Where, where: Where = "", fix: str = "make it readable") -> IO[bytes]:
+    """A regular file, to be read. where: how the message begins, else by the path."""
+    where = where or path
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{where}: is {KINDS.get(stat.S_IFMT(mode), 'a device')}, not a file; {fix}.")
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror}); {fix}.") from None
+    except ValueError:  # a NUL in its name, half a surrogate pair
+        raise UserError(f"{where}: no file can have that name; {fix}.") from None
+
+
+def read_bytes(path: Where, where: Where = "", fix: str = "make it readable", most: int = MOST) -> bytes:
+    """The file's bytes."""
+    where = where or path
+    with opened(path, where, fix) as file:
+        try:
+            data = file.read(most + 1)
+        except OSError as error:
+            raise UserError(f"{where}: cannot be read ({error.strerror}); {fix}.") from None
+    if len(data) > most:
+        raise UserError(f"{where}: has more than {most:,} bytes, as no such file has; {fix}.")
+    return data
+
+
+def read_text(path: Where, where: Where = "", fix: str = "make it readable", most: int = MOST) -> str:
+    """The file's text."""
+    try:
+        return read_bytes(path, where, fix, most).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where or path}: not valid UTF-8 (byte {error.start}); save the file as UTF-8.") from None
+
+
+def read_json(path: Where, where: Where = "", fix: str = "get the file again") -> dict[str, Any]:
+    """The JSON object that a file holds."""
+    try:
+        value = parse_json(read_text(path, where, fix), strictly=True)
+    except Unreadable as error:
+        raise UserError(f"{where or path}: {error}, or {fix}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where or path}: must hold a JSON object, not {type(value).__name__}; {fix}.")
+    return value
+
+
+def read_yaml(path: Where, where: Where = "", fix: str = "give a YAML file", most: int = MOST_YAML) -> Any:
+    """What a YAML file holds."""
+    try:
+        return parse_yaml(read_text(path, where, fix, most))
+    except Unreadable as error:
+        line = f":{error.line}" if error.line else ""
+        raise UserError(f"{where or path}{line}: {error}.") from None
+
+
+def checked(value: dict[str, Any], kinds: Mapping[str, type], where: Where, fix: str = "get the file again") -> None:
+    """UserError where one of these keys is there, not null, and of another kind; float: any finite number."""
+    for key, kind in kinds.items():
+        if (given := value.get(key)) is not None and not _is(given, kind):
+            shown = repr(given) if len(repr(given)) <= 80 else type(given).__name__
+            raise UserError(f"{where}: {key} is {shown}, but must be {NAMES.get(kind, kind.__name__)}; {fix}.")
+
+
+NAMES = {
+    int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", list: "a list",
+    dict: "an object",
+}  # fmt: skip
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is kind

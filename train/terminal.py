@@ -1,0 +1,122 @@
+"""What commands say. Texts of users are shown as they are: no markup, and control characters by their codes."""
+
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from train.errors import UserError
+
+# Control characters but tab and line break, what turns the direction of writing, and halves of surrogate pairs.
+UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+A_BAR = re.compile("(\r?)(.*?)((?:\x1b\\[A)*)", re.DOTALL)  # tqdm goes to the beginning of its line, and to those above
+
+
+def shown(text: str) -> str:
+    r"""The text with what a terminal would obey, or cannot show, as codes such as \x1b."""
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class Terminal(Console):
+    """Prints strings as they are. Wide enough for the tables where the output is a file."""
+
+    def __init__(self, width: int = 110, **options: Any):
+        super().__init__(
+            file=_raw(sys.stdout), width=None if sys.stdout.isatty() else width, markup=False, emoji=False,
+            highlight=False, **options,
+        )  # fmt: skip
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        return super().render_str(shown(text), **options)
+
+
+def command(main: Callable[..., int]) -> Callable[..., int]:
+    """Runs a command's main -> its exit code. A UserError is a message, and so is what the system refuses of a file."""
+
+    @functools.wraps(main)
+    def run(*arguments: Any) -> int:
+        with _streams():
+            try:
+                code = main(*arguments)
+                sys.stdout.flush()
+            except UserError as error:
+                print(f"{'error' if error.code else 'note'}: {error}", file=sys.stderr)
+                code = error.code
+            except OSError as error:
+                if error.filename is None:
+                    raise
+                where = os.fsdecode(error.filename) if isinstance(error.filename, bytes | str) else error.filename
+                print(f"error: {where}: {error.strerror}.", file=sys.stderr)
+                code = UserError.code
+        return code
+
+    return run
+
+
+class Unwritten(UserError):
+    """The output cannot be written."""
+
+
+class NobodyReads(Unwritten):
+    """The output is a pipe whose other end is closed, as by `| head`; that is no error of the command."""
+
+    code = 0
+
+
+class _Stream:
+    """A text stream whose failures are UserErrors. escaped: texts are shown, as by `shown`."""
+
+    def __init__(self, stream: Any, escaped: bool = True):
+        self.stream, self.escaped = stream, escaped
+
+    def write(self, text: str) -> int:
+        start, words, end = A_BAR.fullmatch(text).groups()  # type: ignore[union-attr]  # all texts match
+        with self._told():
+            self.stream.write(start + shown(words) + end if self.escaped else text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._told():
+            self.stream.flush()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # What is left in the buffer goes nowhere, or Python's own end would fail on it again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if isinstance(error, BrokenPipeError):
+                raise NobodyReads("the output ends here: nobody reads on.") from None
+            raise Unwritten(
+                f"the output cannot be written ({error.strerror}). Make room, or send it elsewhere."
+            ) from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def _raw(stream: Any) -> Any:
+    """For what has control codes of its own."""
+    return _Stream(stream.stream, escaped=False) if isinstance(stream, _Stream) else stream
+
+
+@contextmanager
+def _streams() -> Iterator[None]:
+    """Inside, what is printed is shown, whatever the terminal's encoding."""
+    before = sys.stdout, sys.stderr
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  # None where a shell has closed it
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream if isinstance(stream, _Stream) else _Stream(stream))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
