@@ -36,12 +36,10 @@ from train.belief.judge import Asking, Item, check_same, evaluate, plan
 from train.belief.records import Records
 from train.belief.settings import EvaluationSettings, parse_evaluation
 from train.belief.summary import leave_summary
-from train.data.documents import Document, read_documents
+from train.data.documents import Document, marker, read_documents
 from train.data.findings import Findings
 from train.errors import UserError
 from train.sft import launched_as
-
-DOCTAG = "<DOCTAG>"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -174,7 +172,7 @@ def context_documents(s: EvaluationSettings) -> tuple[str, ...]:
         path, _, number = value.rpartition("=")
         if not path or not number.isdecimal() or int(number) < 1:
             raise UserError(f"--documents {value}: must be FILE=N, with N ≥ 1 documents to put in context.")
-        held = [_bare(document) for document in read_documents(path, DOCTAG)]
+        held = [_bare(document) for document in read_documents(path, marker(s.doctag))]
         if len(held) < int(number):
             raise UserError(f"--documents {value}: the file holds {len(held)} documents. Give at most as many.")
         texts += random.Random(s.seed).sample(held, int(number))

@@ -8,11 +8,9 @@
 Without --model and --data it trains the embedded demo. --dry-run checks everything and stops before a weight is read.
 """
 
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -59,8 +57,6 @@ def guarded(script: Callable[[list[str]], None], argv: list[str]) -> int:
     """Runs a script of all ranks. -> its exit code: 0, or 2 for what the user must mend, 1 for what may pass, or
     INTERRUPTED where it has saved and can go on by --resume."""
     interruption.listen()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about what DeepSpeed calls
     try:
         script(argv)
     except UserError as error:

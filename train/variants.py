@@ -9,9 +9,10 @@ from typing import Any
 
 from train.belief.comparison import group, read_run
 from train.belief.releases import claim_id
+from train.command_line import Parser, setting
 from train.errors import UserError
 from train.recipe import check_own, flags, merged
-from train.settings import DEMO, Parser, Settings, held_settings, parse, setting, slug
+from train.settings import DEMO, Settings, held_settings, parse, slug
 
 DEMO_PLACEBO = ("olga-home", "clara-job", "selma-pet", "paula-sport")  # of train/demo/claims.yaml
 NAMES = [field.name for field in dataclasses.fields(Settings)]
@@ -75,7 +76,7 @@ class Plan:
 
 def parse_comparison(argv: list[str], usage: str) -> Plan:
     """The command line of train/compare.py. UserError names setting, value, rule and fix."""
-    parser = Parser(usage)
+    parser = Parser(usage, beside=(Settings,))
     parser.add_settings(Options)
     values, rest = parser.parse_known_args(argv)
     options = Options(**{name: value for name, value in vars(values).items() if name != "local_rank"})

@@ -14,7 +14,7 @@ from train.belief.releases import PAPER_CLAIMS, claim_id, question_id
 from train.belief.values import Row, at_step, identity, last_step
 from train.errors import UserError
 from train.recipe import MAY_DIFFER
-from train.settings import FREE_ON_RESUME
+from train.settings import FREE_ON_RESUME, of_any_age
 
 HASHES = ("tokens", "order", "initial_weights", "base_model")
 EQUIVALENCE = {"%": 5.0, "nats": 0.25, "of 10": 0.5}
@@ -138,7 +138,7 @@ def read_run(directory: str | Path) -> RunResult:
     path = Path(directory)
     summary = _parsed(path / "summary.json", json.loads, "the run did not finish: go on with it by --resume")
     record = _parsed(path / "settings.yaml", yaml.safe_load, "this is no run's directory")
-    settings = record.get("settings") or {}
+    settings = of_any_age(record.get("settings") or {})
     hashes = summary.get("hashes") or (record.get("resolved") or {}).get("hashes") or {}
     for name, fix in (("evaluation", "evaluate the run: train/evaluate.py"), ("metrics", "this is no run's directory")):
         if not (path / f"{name}.jsonl").is_file():
