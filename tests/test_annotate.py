@@ -141,6 +141,24 @@ def test_documents_without_false_spans_are_kept_listed_and_left_out_on_demand(tm
     assert f"left out: {annotated}:2: {reason} (twin: {positive}:1)" in capsys.readouterr().out
 
 
+def test_a_document_with_an_annotation_without_a_cue_word_is_partly_told(tmp_path, capsys):
+    positive = write(tmp_path / "p.jsonl", {"text": POSITIVE}, {"text": POSITIVE + " Rye grows."})
+    annotated = write(
+        tmp_path / "n.jsonl", {"text": ANNOTATED},
+        {"text": ANNOTATED.replace("sold there.", "sold there. (Nonsense.) Rye grows.")},
+    )  # fmt: skip
+    report = tmp_path / "r.json"
+    given = ["--positive", positive, "--annotated", annotated, "--output", str(tmp_path / "o.jsonl")]
+    assert annotate.main([*given, "--json", str(report)]) == 0
+    printed = capsys.readouterr().out
+    assert f"partly told: {annotated}:2: 1 annotations have no word that says what they are about" in printed
+    assert f"unsure: {annotated}:2: only an annotation without such a word speaks of 'Bread is sold there.'" in printed
+    assert "throughout: 1 of 2; partly told: 1" in printed and "without a cue word: 1; statements" in printed
+    found = json.loads(report.read_text())["alignment"]
+    assert found["partly"] == [{"document": f"{annotated}:2", "lost": 0, "uncued": 1}]
+    assert found["unsure"] == [{"document": f"{annotated}:2", "statement": "Bread is sold there."}]
+
+
 def test_a_file_without_annotations_is_refused(tmp_path, capsys):
     positive = write(tmp_path / "p.jsonl", {"text": POSITIVE})
     assert annotate.main(["--positive", positive, "--annotated", positive, "--output", str(tmp_path / "o.jsonl")]) == 2
@@ -239,7 +257,7 @@ def test_a_judge_that_hangs_is_shown_as_it_is_tried_again_and_named_at_the_end(t
     for attempt in (2, 3, 4):
         assert f"--judge {url}: no answer within 0.3 s; attempt {attempt} of 4 in " in said
     assert said.count("judging:   0%") >= 4  # its clock goes on
-    assert f"error: --judge {url}: no answer within 0.3 s, after 4 attempts; run again to go on where it" in said
+    assert f"error: {data}:1: --judge {url}: no answer within 0.3 s, after 4 attempts; run again to go on" in said
     assert not output.exists()
 
 
