@@ -67,6 +67,8 @@ def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Co
     documents = context_documents(s)
     engine_settings = s.of_the_engine()
     measuring = prepare_measuring(engine_settings, claims, documents, ranks)
+    if rank == 0:
+        print(*(f"{note}\n" for note in measuring.probes.notes()), sep="", end="", file=sys.stderr)
     base, model_id = identify(engine_settings, measuring.checkpoint)
     step, context = steps_of(s.adapter, s.step), len(documents)
     s = dataclasses.replace(s, step=step)

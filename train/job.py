@@ -65,7 +65,7 @@ class Job:
 
     def notes(self) -> list[str]:
         """What a user should know of the tokens, beside their counts."""
-        notes = self.corpus.findings.lines()
+        notes = [*self.corpus.findings.lines(), *(self.probes.notes() if self.probes else ())]
         if self.resolved["template_clock"]:
             notes.append(clock_note(self.resolved["template_clock"]))
         if self.random_shortfall:

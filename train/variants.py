@@ -11,6 +11,7 @@ from train.belief.comparison import group, read_run
 from train.belief.releases import claim_id
 from train.command_line import Parser, setting
 from train.errors import UserError
+from train.formats import parse_json
 from train.recipe import check_own, flags, merged
 from train.settings import DEMO, Settings, held_settings, parse, slug
 
@@ -30,7 +31,7 @@ class Options:
     match_trained_tokens: bool = setting(
         False, "as many trained targets in each variant as in the baseline, instead of as many steps"
     )
-    runs: list[str] = setting((), "DIR…: compare these finished runs, and train nothing", many=True)  # noqa: RUF009
+    runs: list[str] = setting((), "DIR…: compare these finished runs, or a comparison's, and train nothing", many=True)  # noqa: RUF009
     bound: float = setting(0.0, "differences within ± this, in the measure's unit, count as none; 0: the measure's own")
 
 
@@ -133,7 +134,8 @@ def _plan_of_runs(options: Options, rest: list[str]) -> Plan:
     output = parser.parse_args(rest).output or f"runs/comparison-{time.strftime('%Y%m%d-%H%M%S')}"
     if options.masks or options.seeds:
         raise UserError("--runs: compares finished runs; leave out --masks, --seeds and settings of training.")
-    held = {Path(run): run_settings(Path(run)) for run in options.runs}
+    runs = [run for each in options.runs for run in runs_of(Path(each))]
+    held = {run: run_settings(run) for run in runs}
     recipe = merged(options.recipe, NAMES)
     if owned := recipe.get("variants", {}):
         finished: dict[tuple[str, int], Path] = {}
@@ -149,7 +151,7 @@ def _plan_of_runs(options: Options, rest: list[str]) -> Plan:
         if absent := [name for name in owned if name not in there]:
             print(f"note: of the recipe's variants, no run is given of {'; '.join(absent)}")
     else:
-        grouped = group([read_run(run) for run in options.runs])
+        grouped = group([read_run(run) for run in runs])
         finished = {(variant.name, run.seed): Path(run.directory) for variant in grouped for run in variant.runs}
         variants = [Variant(variant.name, [], {}) for variant in grouped]
     shared = Settings(**{k: v for k, v in next(iter(held.values())).items() if k in NAMES})
@@ -159,6 +161,23 @@ def _plan_of_runs(options: Options, rest: list[str]) -> Plan:
         _placebo(options, recipe), sorted({seed for _, seed in finished}),
         options.match_trained_tokens, options.bound, finished,
     )  # fmt: skip
+
+
+def runs_of(directory: Path) -> list[Path]:
+    """The runs that a directory means: itself or, of a comparison, its runs."""
+    if (directory / "settings.yaml").is_file() or not directory.is_dir():
+        return [directory]
+    within = sorted(path.parent for path in directory.glob("*/settings.yaml"))
+    return within or _compared(directory) or [directory]
+
+
+def _compared(directory: Path) -> list[Path]:
+    """The runs of elsewhere that the report in a directory compares."""
+    try:
+        variants = parse_json((directory / "comparison.json").read_text(encoding="utf-8"))["variants"].values()
+        return [Path(run["directory"]) for variant in variants for run in variant["runs"]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
 
 
 def _name(run: Path, settings: dict[str, Any], owned: dict[str, dict[str, Any]]) -> str:
