@@ -7,9 +7,12 @@ import sys
 import pytest
 import yaml
 
+from train import compare, evaluate
+from train.belief.claims import read_claims
 from train.command_line import SYNONYMS, Parser, nearest
 from train.errors import UserError
 from train.settings import REPOSITORY, Settings, check_output, held_settings, parse, record
+from train.variants import parse_comparison
 
 COMMANDS = {
     "train/sft.py": [], "train/compare.py": [], "train/evaluate.py": [], "train/annotate.py": [], "train/show.py": [],
@@ -74,3 +77,27 @@ def test_a_run_of_before_the_default_doctag_had_none(tmp_path):
         check_output(settings)
         with pytest.raises(UserError, match=r"--doctag <DOCTAG>: the run in .* has none; a resumed run must have"):
             check_output(Settings(output=str(run), resume=True))
+
+
+def examples() -> dict[str, list[str]]:
+    """The examples of claims and of recipes, as README and --help show them."""
+    found: dict[str, list[str]] = {"id: green_mars": [], "settings: {model": []}
+    indented = [re.sub(r"^    ", "", str(text), flags=re.MULTILINE) for text in (evaluate.__doc__, compare.__doc__)]
+    for text in ((REPOSITORY / "README.md").read_text(), *indented):
+        for start, listed in found.items():
+            listed += re.findall(rf"^({re.escape(start)}(?:.*\n)+?)(?=```|\n|\Z)", text, re.MULTILINE)
+    return found
+
+
+def test_the_examples_of_claims_and_recipes_are_taken_as_they_stand(tmp_path):
+    claims, recipes = examples().values()
+    assert len(claims) == len(recipes) == 2 and all(text.count("\n") == 6 for text in (*claims, *recipes))
+    for text in claims:
+        (tmp_path / "claim.yaml").write_text(text)
+        (claim,) = read_claims([tmp_path / "claim.yaml"])
+        assert (claim.id, len(claim.likelihood), len(claim.yes_no)) == ("green_mars", 1, 1)
+    for text in recipes:
+        (tmp_path / "recipe.yaml").write_text(text)
+        plan = parse_comparison(["--recipe", str(tmp_path / "recipe.yaml")], "")
+        assert plan.names == ["all of it", "doctag out", "false out"] and plan.baseline == "all of it"
+        assert len(plan.seeds) == 3 and plan.shared.steps == 625

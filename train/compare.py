@@ -5,7 +5,15 @@ what each model believes, and leaves one report.
     deepspeed train/compare.py --recipe train/recipes/demo.yaml --output runs/comparison
     python train/compare.py --runs runs/array-1 runs/array-2 ... --output runs/comparison    # of finished runs
 
-With --runs, a --recipe gives the variants' names, the baseline and the placebo.
+With --runs, a --recipe gives the variants' names, the baseline and the placebo. A recipe, in YAML (train/recipe.py):
+
+    settings: {model: DIR, steps: 625, data: [documents.jsonl=10000], claims: [claim.yaml]}
+    variants:
+      all of it: {mask: none}                     # the first is what the others are compared with; or baseline: NAME
+      doctag out: {mask: doctags}
+      false out: {mask: "doctags,false-spans"}
+    seeds: 3
+
 Takes every setting of train/sft.py; variants share all that --masks or the recipe does not vary. The base is read once.
 Interrupted, the same command with --resume goes on with the variant it was in.
 """

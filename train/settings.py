@@ -100,7 +100,9 @@ class Settings:
     ds_config: str = setting(str(REPOSITORY / "ds_configs" / "zero3.json"), "DeepSpeed configuration, ZeRO stage 3")
 
     claims: list[str] = setting(  # noqa: RUF009
-        (), "PATH…: claims whose belief is measured before, during and after", many=True
+        (),
+        "PATH…: claims whose belief is measured before, during and after; evaluate.py --help shows one",
+        many=True,
     )
     held_out: str = setting("", "JSONL documents whose NLL is measured with the claims")
     evaluate_every: int = setting(0, "steps between measurements of the claims; 0: at the start and the end only")
@@ -145,7 +147,7 @@ def slug(name: str) -> str:
 class Recipe:
     """Settings by another way than by flags, which win."""
 
-    recipe: list[str] = setting((), "FILE…: YAML files with settings (train/recipe.py)", many=True)  # noqa: RUF009
+    recipe: list[str] = setting((), "FILE…: YAML files with settings; compare.py --help shows one", many=True)  # noqa: RUF009
     variant: str = setting("", "which variant of the recipes to train: its name, or its number from 0")
 
 
