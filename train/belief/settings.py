@@ -28,7 +28,7 @@ class EvaluationSettings:
     """The defaults of sampling are the paper's."""
 
     model: str = setting("", "DIR: base model to measure in the training engine")
-    adapter: str = setting("", "DIR: a run's adapter on it")
+    adapter: str = setting("", "DIR: a run's adapter on it, or a comparison's directory: those of its runs")
     method: str = setting("lora", "experts as on disk, or in NF4", choices=("lora", "qlora"))
     expert_parallel: int = setting(0, "ranks that divide a layer's experts; 0: all")
     micro_batch_size: int = setting(8, "texts of a forward on one rank")
