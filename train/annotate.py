@@ -37,7 +37,7 @@ from train.errors import UserError
 from train.formats import json_line
 from train.masking.grammar import check_role, parse_mask
 
-JUDGING = {"judge_concurrency": 8, "judge_timeout": 120.0, "judge_max_tokens": 4000}  # the defaults
+JUDGING: dict[str, Any] = {"judge_concurrency": 8, "judge_timeout": 120.0, "judge_max_tokens": 4000}  # the defaults
 
 
 def main(arguments: list[str] | None = None) -> int:
