@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before the other imports, which take seconds
     from launch.interruption import interruption
 
     interruption.listen(
-        "interrupted: --output is not written; a judge's answers are kept, and the same command goes on"
+        "\ninterrupted: --output is not written; a judge's answers are kept, and the same command goes on"
     )
 
 import argparse
