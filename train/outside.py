@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from train.errors import UserError
 from train.formats import Unreadable, parse_json, parse_yaml
@@ -17,7 +17,7 @@ MOST = 2**28  # bytes of a JSON or text file: a tokenizer of a million tokens ha
 MOST_YAML = 2**21  # bytes; PyYAML reads about 300,000 a second
 
 
-def opened(path: Where, where: Where = "", fix: str = "make it readable") -> IO[bytes]:
+def opened(path: Where, where: Where = "", fix: str = "make it readable") -> BinaryIO:
     """A regular file, to be read. where: how the message begins, else by the path."""
     where = where or path
     try:
