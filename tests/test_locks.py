@@ -13,7 +13,7 @@ import pytest
 from launch.local import run
 from tests.models import write_documents, write_model
 from train import sft
-from train.errors import Held
+from train.errors import Held, UserError
 from train.locks import MAKE_ROOM, TRAINING, lock_for_training
 
 
