@@ -5,8 +5,9 @@ import math
 import os
 import stat
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from train.errors import UserError
 from train.formats import Unreadable, parse_json, parse_yaml
@@ -17,7 +18,7 @@ MOST = 2**28  # bytes of a JSON or text file: a tokenizer of a million tokens ha
 MOST_YAML = 2**21  # bytes; PyYAML reads about 300,000 a second
 
 
-def opened(path: Where, where: Where = "", fix: str = "make it readable") -> BinaryIO:
+def opened(path: Where, where: Where = "", fix: str = "make it readable") -> BufferedReader:
     """A regular file, to be read. where: how the message begins, else by the path."""
     where = where or path
     try:

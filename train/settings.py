@@ -370,7 +370,8 @@ def check_output(settings: Settings) -> None:
 def held_settings(path: Path) -> dict[str, Any]:
     """The settings.yaml of a run to go on with."""
     value = read_yaml(path, fix="start a new run", most=MOST_HELD)
-    parts = [value.get(key, {}) for key in ("settings", "resolved", "versions")] if isinstance(value, dict) else [None]
+    names = ("settings", "resolved", "versions")
+    parts: list[Any] = [value.get(name, {}) for name in names] if isinstance(value, dict) else [None]
     if not all(isinstance(part, dict) for part in parts) or "settings" not in value:
         raise UserError(f"{path}: is not what a run writes; a run cannot be gone on with without it. Start a new one.")
     kinds = {field.name: list if field.metadata["many"] else field.type for field in dataclasses.fields(Settings)}
