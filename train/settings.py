@@ -374,7 +374,9 @@ def held_settings(path: Path) -> dict[str, Any]:
     parts: list[Any] = [value.get(name, {}) for name in names] if isinstance(value, dict) else [None]
     if not all(isinstance(part, dict) for part in parts) or "settings" not in value:
         raise UserError(f"{path}: is not what a run writes; a run cannot be gone on with without it. Start a new one.")
-    kinds = {field.name: list if field.metadata["many"] else field.type for field in dataclasses.fields(Settings)}
+    kinds: dict[str, Any] = {
+        field.name: list if field.metadata["many"] else field.type for field in dataclasses.fields(Settings)
+    }
     checked(parts[0], kinds, path, "restore the file")
     checked(parts[1], {"hashes": dict, "inputs": dict}, path, "restore the file")
     if nothing := [name for name in kinds if name in parts[0] and parts[0][name] is None]:
