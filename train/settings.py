@@ -259,10 +259,10 @@ def check_wandb(s: Settings) -> None:
                 f"{flag} {value!r}: must be at most {MOST_OF_A_NAME} printable characters"
                 f"{f', none of {forbidden}' if forbidden else ''}, as W&B wants it; give another name."
             )
-    name, key = key_of(["WANDB_API_KEY"])
-    if s.wandb == "online" and name and not WANDB_KEY.fullmatch(key):
+    variable, key = key_of(["WANDB_API_KEY"])
+    if s.wandb == "online" and variable and not WANDB_KEY.fullmatch(key):
         raise UserError(
-            f"{name}: is no key of W&B, which has at least 40 letters, digits and underscores; copy it again."
+            f"{variable}: is no key of W&B, which has at least 40 letters, digits and underscores; copy it again."
         )
 
 
