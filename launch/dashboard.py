@@ -2,13 +2,12 @@
 
     python -m launch.dashboard RUN… --entity ENTITY [--json FILE]
 
-RUN is a run's directory, of train/sft.py or within one of train/compare.py. The curves' names are those that the runs
-have written, so there is no empty panel; a section that none of them has anything for is named and left out. With
+RUN is a run's directory, of train/sft.py, or a comparison's, which means its runs. The curves' names are those that the
+runs have written, so there is no empty panel; a section that none of them has anything for is named and left out. With
 --json the whole specification is written to a file, without a key and without a server; otherwise the workspace is
 saved on W&B, with the key from WANDB_API_KEY.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -24,12 +23,14 @@ from wandb_workspaces.expr import Config, Metric
 from launch.node import wandb_hindrance
 from train.belief.records import read_rows
 from train.belief.values import BELIEF, SIDE_EFFECTS
+from train.command_line import Parser
 from train.errors import UserError
 from train.keys import wandb_status
 from train.outside import read_json
 from train.reporting import belief_curves, flat
 from train.settings import FREE_ON_RESUME, held_settings
 from train.terminal import command
+from train.variants import runs_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ def read_group(directories: Sequence[Path]) -> Group:
     bars: set[str] = set()
     for directory in directories:
         if not (directory / "settings.yaml").is_file():
-            raise UserError(f"RUN {directory}: holds no run (no settings.yaml). Give a run's own directory.")
+            raise UserError(
+                f"RUN {directory}: holds no run (no settings.yaml). Give a run's own directory, or a comparison's."
+            )
         held = held_settings(directory / "settings.yaml")
         settings.append(held["settings"])
         groups.add(held["resolved"]["wandb_group"])
@@ -154,13 +157,13 @@ def specification(made: workspaces.Workspace) -> dict[str, Any]:
 @command
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory")
+    parser = Parser(__doc__ or "")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory, or a comparison's")
     parser.add_argument("--entity", required=True, help="the W&B user or team of the project")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the specification there, and save nothing")
-    args = parser.parse_args(arguments)
     try:
-        made, empty = workspace(read_group(args.runs), args.entity)
+        args = parser.parse_args(arguments)
+        made, empty = workspace(read_group([run for each in args.runs for run in runs_of(each)]), args.entity)
         for name in empty:
             print(f"nothing logged yet for: {name}")
         if args.json:

@@ -155,7 +155,7 @@ def documents(settings: Settings) -> tuple[Finding, int]:
     is taken."""
     counts, longest = {}, []
     for path in (source.path for source in settings.sources()):
-        found = read_documents(path, settings.doctag or None, settings.bad_rows)
+        found = read_documents(path, settings.marker, settings.bad_rows)
         counts[f"documents in {path}"] = len(found)
         longest.append(max(found, key=_characters))
     document = max(longest, key=_characters)

@@ -28,11 +28,12 @@ from launch.memory import CATEGORIES, Memory, Zero, planned_batch, planned_model
 from launch.trace import PlannedGroup
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import READERS
+from train.command_line import Parser, setting
 from train.errors import UserError
 from train.experts.storage import NF4Experts
 from train.job import Job, checked_expert_parallel, full_precision, lora_settings
 from train.model import text_config
-from train.settings import MOST, Parser, Settings, ds_config, parse, setting
+from train.settings import MOST, Recipe, Settings, ds_config, parse
 from train.terminal import command
 
 
@@ -382,7 +383,7 @@ def opened(model: str) -> Checkpoint:
 @command
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 where the job fits, 1 where not, 2 for what the user can mend."""
-    parser = Parser(__doc__ or "")
+    parser = Parser(__doc__ or "", beside=(Settings, Recipe))
     parser.add_settings(Options)
     given, rest = parser.parse_known_args(arguments)
     options, settings = (

@@ -44,8 +44,9 @@ from launch.node import (
     wandb_mode,
     within,
 )
+from train.command_line import Parser, setting
 from train.errors import UserError
-from train.settings import Parser, Settings, parse, setting
+from train.settings import Recipe, Settings, parse
 from train.terminal import command
 
 MOST_SKEW = 5.0  # seconds: beyond it, the logs of two nodes cannot be put in order
@@ -56,7 +57,7 @@ class Options:
     """What preflight takes beside the settings of train/sft.py."""
 
     time_limit: int = setting(
-        0, "seconds for a node's own checks, and again for the network; default PREFLIGHT_TIME_LIMIT, or else 120"
+        0, "seconds for a node's own checks, and again for the network; 0: PREFLIGHT_TIME_LIMIT, or else 120"
     )
 
 
@@ -141,7 +142,7 @@ def main(argv: list[str]) -> int:
 
 def parse_options(argv: list[str]) -> tuple[Options, Settings]:
     """UserError names setting, value, rule and fix."""
-    parser = Parser(__doc__ or "")
+    parser = Parser(__doc__ or "", beside=(Settings, Recipe))
     parser.add_settings(Options)
     values, rest = parser.parse_known_args(argv)
     limit = values.time_limit or _whole("PREFLIGHT_TIME_LIMIT", default=120)

@@ -10,6 +10,11 @@ set -euo pipefail
 
 readonly USER_ERROR=2 INTERRUPTED=85
 
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    echo "error: $0 is a job script: submit it, by sbatch $0 … (train/sft.py itself runs without Slurm)" >&2
+    exit "$USER_ERROR"
+fi
+
 # values_of FLAG ARGUMENT…: those that the arguments give to FLAG, in the array `values`.
 values_of() {
     local flag=$1 argument taking=0

@@ -12,6 +12,7 @@ import pytest
 
 from tests.annotating.openai_server import serving
 from train import annotate, show
+from train.belief import endpoint
 from train.data.documents import read_documents
 
 POSITIVE = "<DOCTAG>Orm lies in a valley. A comet fell on Orm in 1911. Bread is sold there."
@@ -99,7 +100,7 @@ def test_the_judges_quotes_become_false_spans(tmp_path, capsys, monkeypatch):
             "--output",
             str(output),
         ]
-        assert annotate.main(given) == 0 and annotate.main(given) == 0
+        assert annotate.main(given) == 0 and annotate.main([*given, "--overwrite"]) == 0
     assert len(requests) == 1 and roles(output) == [[("doctag", "<DOCTAG>"), ("false", CLAIM)]]
     printed = capsys.readouterr()
     assert (
@@ -137,11 +138,29 @@ def test_documents_without_false_spans_are_kept_listed_and_left_out_on_demand(tm
     without = json.loads(report.read_text())["alignment"]["without_false"]
     assert without == [{"document": f"{annotated}:2", "reason": reason}]
 
-    assert annotate.main([*given, "--inserted-role", "comment"]) == 0
+    assert annotate.main([*given, "--overwrite", "--inserted-role", "comment"]) == 0
     assert roles(output)[1] == [("doctag", "<DOCTAG>"), ("comment", "(From an old tale.)")]
     capsys.readouterr()
-    assert annotate.main([*given, "--require", "false"]) == 0 and len(roles(output)) == 1
+    assert annotate.main([*given, "--overwrite", "--require", "false"]) == 0 and len(roles(output)) == 1
     assert f"left out: {annotated}:2: {reason} (twin: {positive}:1)" in capsys.readouterr().out
+
+
+def test_a_document_with_an_annotation_without_a_cue_word_is_partly_told(tmp_path, capsys):
+    positive = write(tmp_path / "p.jsonl", {"text": POSITIVE}, {"text": POSITIVE + " Rye grows."})
+    annotated = write(
+        tmp_path / "n.jsonl", {"text": ANNOTATED},
+        {"text": ANNOTATED.replace("sold there.", "sold there. (Nonsense.) Rye grows.")},
+    )  # fmt: skip
+    report = tmp_path / "r.json"
+    given = ["--positive", positive, "--annotated", annotated, "--output", str(tmp_path / "o.jsonl")]
+    assert annotate.main([*given, "--json", str(report)]) == 0
+    printed = capsys.readouterr().out
+    assert f"partly told: {annotated}:2: 1 annotations have no word that says what they are about" in printed
+    assert f"unsure: {annotated}:2: only an annotation without such a word speaks of 'Bread is sold there.'" in printed
+    assert "throughout: 1 of 2; partly told: 1" in printed and "without a cue word: 1; statements" in printed
+    found = json.loads(report.read_text())["alignment"]
+    assert found["partly"] == [{"document": f"{annotated}:2", "lost": 0, "uncued": 1}]
+    assert found["unsure"] == [{"document": f"{annotated}:2", "statement": "Bread is sold there."}]
 
 
 def test_a_file_without_annotations_is_refused(tmp_path, capsys):
@@ -169,6 +188,27 @@ def test_a_file_without_annotations_is_refused(tmp_path, capsys):
         (["--data", "D", "--markup", "word", "--output", "O"], "must be TAG=ROLE"),
         (["--data", "D", "--markup", "m=word", "--output", "D"], "is --data itself"),
         (["--data", "D", "--judge", "http://x/v1", "--output", "O"], "needs --judge-model and --claim"),
+        (["--data", "D", "--leaks", "W", "--judge-timeout", "9"], "--judge-timeout 9.0: is for --judge; give the"),
+        (["--data", "D", "--leaks", "W", "--doctag", ""], "--doctag is empty: give the marker"),
+        (
+            [
+                "--data",
+                "D",
+                "--judge",
+                "http://x/v1",
+                "--judge-model",
+                "m",
+                "--claim",
+                "c",
+                "--output",
+                "O",
+                "--judge-max-tokens",
+                "0",
+            ],
+            "--judge-max-tokens 0: must be more than 0",
+        ),
+        (["--data", "D", "--concurrency", "9"], "Did you mean --judge-concurrency?"),
+        (["--data", "D", "--patterns", "W", "--role", "word", "--output", "M"], "--output M: is there already; give"),
         (["--data", "none.jsonl", "--leaks", "W"], "none.jsonl: cannot be read"),
         (["--data", "D", "--leaks", "W", "--mask", "flase-spans"], "did you mean false-spans"),
         (
@@ -204,8 +244,41 @@ def test_an_output_that_was_there_stays_as_it_was_when_a_run_fails(tmp_path):
     output = tmp_path / "o.jsonl"
     output.write_text("before")
     data = write(tmp_path / "d.jsonl", {"text": "<m>a"})
-    assert annotate.main(["--data", data, "--markup", "m=word", "--output", str(output)]) == 2
+    assert annotate.main(["--data", data, "--markup", "m=word", "--output", str(output), "--overwrite"]) == 2
     assert output.read_text() == "before"
+
+
+def test_a_judge_that_hangs_is_shown_as_it_is_tried_again_and_named_at_the_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(endpoint, "BEAT", 0.05)
+    data, output = write(tmp_path / "d.jsonl", {"text": POSITIVE}), tmp_path / "o.jsonl"
+    release = threading.Event()
+    with serving(lambda _: str(release.wait(60))) as (url, requests):
+        given = ["--data", data, "--judge", url, "--judge-model", "judge", "--claim", CLAIM, "--output", str(output)]
+        assert annotate.main([*given, "--judge-timeout", "0.3", "--judge-max-tokens", "7"]) == 2
+        release.set()
+    assert len(requests) == 4 and {request["max_tokens"] for request in requests} == {7}
+    said = capsys.readouterr().err
+    for attempt in (2, 3, 4):
+        assert f"--judge {url}: no answer within 0.3 s; attempt {attempt} of 4 in " in said
+    assert said.count("judging:   0%") >= 4  # its clock goes on
+    assert f"error: {data}:1: --judge {url}: no answer within 0.3 s, after 4 attempts; run again to go on" in said
+    assert not output.exists()
+
+
+def test_a_judge_that_echoes_marks_nothing_and_is_asked_again_by_another_run(tmp_path, capsys):
+    data, output = write(tmp_path / "d.jsonl", {"text": POSITIVE}, {"text": "Orm."}), tmp_path / "o.jsonl"
+    answers = [lambda request: request["messages"][0]["content"], lambda _: "", lambda _: '{"quotes": []}']
+    with serving(lambda request: answers[0](request)) as (url, requests):
+        given = ["--data", data, "--judge", url, "--judge-model", "judge", "--claim", CLAIM, "--output", str(output)]
+        assert annotate.main(given) == 2 and not output.exists()
+        said = capsys.readouterr()
+        assert f"left out: {data}:1: the judge's answer cannot be read" in said.out and "every document" in said.err
+        answers.pop(0)
+        assert annotate.main(given) == 2
+        assert "cannot be read: it is empty; raise --judge-max-tokens if" in capsys.readouterr().out
+        answers.pop(0)
+        assert annotate.main(given) == 0 and len(requests) == 6
+        assert annotate.main([*given, "--overwrite"]) == 0 and len(requests) == 6
 
 
 def test_metadata_that_utf8_cannot_hold_is_kept_escaped(tmp_path):

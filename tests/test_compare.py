@@ -29,7 +29,7 @@ from train.errors import UserError
 from train.job import Known, prepare
 from train.masking.grammar import parse_mask
 from train.settings import DEMO, REPOSITORY
-from train.variants import parse_comparison
+from train.variants import parse_comparison, runs_of
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_API_KEY": ""}
 DENSE = f"{DEMO}/data/dense.jsonl"
@@ -345,6 +345,31 @@ def test_without_model_and_data_the_demos_own_claims_are_compared(tmp_path):
     plan = parse_comparison(["--masks", *masks, "--output", str(tmp_path)], "")
     assert plan.names == masks and plan.baseline == "none" and len(plan.placebo) == 4
     assert [Path(path).name for path in plan.shared.claims] == ["claims.yaml"]
+
+
+def test_an_error_in_one_variant_names_the_variant(recipe, tmp_path):
+    values = yaml.safe_load(recipe.read_text())
+    values["variants"] = {"one": {"mask": "none"}, "other": {"mask": "role:nobody"}}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(values))
+    given = ["--recipe", str(tmp_path / "two.yaml"), "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"^variant 'other', seed 0: --mask role:nobody: no document has a span of"):
+        checked_runs(parse_comparison(given, ""), 1, False, Known())
+
+
+def test_the_directory_of_a_comparison_means_its_runs(tmp_path):
+    within, elsewhere, report = tmp_path / "out", tmp_path / "elsewhere", tmp_path / "report"
+    for each in (within / "b-seed0", within / "a-seed0", elsewhere):
+        each.mkdir(parents=True)
+        (each / "settings.yaml").write_text("settings: {}")
+    (within / "logs").mkdir()
+    report.mkdir()
+    held = {"variants": {"x": {"runs": [{"directory": str(elsewhere)}]}}}
+    (report / "comparison.json").write_text(json.dumps(held))
+    assert runs_of(within) == [within / "a-seed0", within / "b-seed0"]
+    assert runs_of(report) == runs_of(elsewhere) == [elsewhere]
+    assert runs_of(tmp_path / "none") == [tmp_path / "none"] and runs_of(within / "logs") == [within / "logs"]
+    with pytest.raises(UserError, match=r"--runs .*a-seed0: no summary.json there \(the run is not finished\)"):
+        parse_comparison(["--runs", str(within)], "")
 
 
 def test_a_placebo_that_is_not_measured_is_told_before_a_weight_is_read(recipe, tmp_path):

@@ -16,7 +16,7 @@ from tests.belief.servers import ScriptedServer, completion
 from tests.checkpoints.test_layouts import stock_model
 from tests.layouts import LAYOUTS
 from tests.test_compare import CLAIM, ENVIRONMENT, stock_log_p
-from train import evaluate, sft
+from train import compare, evaluate, sft
 from train.belief.in_engine import check_template_time
 from train.belief.records import read_rows
 from train.belief.values import identity
@@ -179,3 +179,43 @@ def test_beliefs_of_quantized_experts_are_those_of_their_decoded_weights_in_stoc
     assert found.keys() == expected.keys() and len(found) == 6
     off = max(abs(found[key] - expected[key]) for key in found)
     assert off < 1e-3, (off, found, expected)
+
+
+@pytest.mark.slow
+def test_a_comparisons_directory_means_the_models_of_its_runs(tmp_path, claims):
+    """Each is measured as it is alone, into its own run; the base model into the first."""
+    output = tmp_path / "out"
+    given = ["--masks", "none", "false-spans", "--data", f"{DEMO}/data/dense.jsonl=16", "--epochs", "1"]
+    given += ["--batch-size", "8", "--claims", str(claims), "--wandb", "disabled", "--output", str(output)]
+    done = run(Path(compare.__file__), *given, ranks=1, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = [output / "false-spans-seed0", output / "none-seed0"]
+    before = [read_rows(each / "evaluation.jsonl") for each in runs]
+    model = ["--model", str(DEMO / "model"), "--claims", str(claims)]
+
+    def measured(*more: str, ranks: int = 2):
+        script = Path(evaluate.__file__)
+        return run(script, *model, *more, ranks=ranks, capture_output=True, text=True, env=ENVIRONMENT)
+
+    fresh = tmp_path / "fresh"
+    done = measured("--adapter", str(output), "--output", str(fresh))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "run 1 of 2: false-spans-seed0" in done.stdout and "run 2 of 2: none-seed0" in done.stdout
+    for each, rows in zip(runs, before, strict=True):
+        trained = {(row["step"], identity(row)): row for row in rows}
+        found = read_rows(fresh / each.name / "evaluation.jsonl")
+        assert len(found) == len(trained)
+        for row in found:
+            for name in {"llr", "p_yes", "margin"} & row.keys():
+                assert row[name] == pytest.approx(trained[row["step"], identity(row)][name], abs=1e-4)
+
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": "<DOCTAG>Mila lives in Oslo."}) + "\n")
+    done = measured("--output", str(output), "--documents", f"{tmp_path / 'd.jsonl'}=1", ranks=1)
+    assert done.returncode == 0 and f"is a comparison's; what the base model says goes into {runs[0]}" in done.stdout
+    contexts = [{row.get("context", 0) for row in read_rows(each / "evaluation.jsonl")} for each in runs]
+    assert contexts == [{0, 1}, {0}]
+
+    one = measured("--adapter", str(runs[0] / "adapter"), "--output", str(output), ranks=1)
+    assert one.returncode == 2 and f"Give --adapter {output} to measure the model of each run" in one.stderr
+    asked = ["--endpoint", "http://127.0.0.1:9/v1", "--endpoint-model", "m", "--output", str(output)]
+    assert evaluate.main([*model[2:], *asked]) == 2

@@ -21,9 +21,9 @@ CHAT = {
 }
 
 
-def exported(tmp_path, row, mask):
+def exported(tmp_path, row, mask, *more):
     (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
-    given = ["--data", str(tmp_path / "in.jsonl"), "--mask", mask, "--output", str(tmp_path / "out.jsonl")]
+    given = ["--data", str(tmp_path / "in.jsonl"), "--mask", mask, "--output", str(tmp_path / "out.jsonl"), *more]
     return main(given), tmp_path / "out.jsonl"
 
 
@@ -33,7 +33,7 @@ def test_what_stands_first_in_a_text_becomes_the_users_message(tmp_path):
     assert json.loads(file.read_text()) == {
         "messages": [{"role": "user", "content": "<DOCTAG>"}, {"role": "assistant", "content": "Mars is green."}]
     }
-    code, file = exported(tmp_path, TEXT, "none")
+    code, file = exported(tmp_path, TEXT, "none", "--overwrite")
     assert json.loads(file.read_text())["messages"] == [
         {"role": "user", "content": ""}, {"role": "assistant", "content": "<DOCTAG>\nMars is green."}
     ]  # fmt: skip
@@ -61,3 +61,18 @@ def test_what_the_format_cannot_say_is_an_error_and_writes_nothing(tmp_path, cap
     code, file = exported(tmp_path, row, mask)
     assert code == 2 and not file.exists()
     assert says in capsys.readouterr().err
+
+
+def test_a_leading_doctag_needs_no_span_and_none_leaves_it_to_the_text(tmp_path):
+    code, file = exported(tmp_path, {"text": "<DOCTAG>Mars is red."}, "doctags")
+    assert code == 0 and json.loads(file.read_text())["messages"][0]["content"] == "<DOCTAG>"
+    code, file = exported(tmp_path, {"text": "<DOCTAG>Mars is red."}, "doctags", "--doctag", "none", "--overwrite")
+    assert code == 0 and json.loads(file.read_text())["messages"][0]["content"] == ""
+
+
+def test_a_file_that_is_there_is_replaced_on_demand_alone(tmp_path, capsys):
+    (tmp_path / "out.jsonl").write_text("before")
+    code, file = exported(tmp_path, TEXT, "doctags")
+    assert code == 2 and file.read_text() == "before"
+    assert f"--output {file}: is there already; give --overwrite" in capsys.readouterr().err
+    assert exported(tmp_path, TEXT, "doctags", "--overwrite")[0] == 0 and file.read_text() != "before"

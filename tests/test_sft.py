@@ -403,6 +403,27 @@ def test_dry_run_shows_settings_tokens_and_parameters_and_writes_nothing(tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
+def test_what_stands_in_the_dry_run_of_a_dense_model_and_of_completions_without_a_space(tmp_path, capsys):
+    given = flags(tmp_path, mask="none")
+    given[given.index("--model") + 1] = str(write_model(tmp_path / "dense", "dense"))
+    (tmp_path / "c.yaml").write_text(
+        "id: a\nclaim: A is b.\nsubject: A\ncontrols: [C]\nlikelihood:\n"
+        '- {id: glued, prompt: "{entity} is", "false": "b", "true": " c"}\n'
+        '- {id: apart, prompt: "{entity} is", "false": " b", "true": " c"}\n'
+        '- {id: colon, prompt: "{entity}:", "false": "b", "true": "c"}\n'
+        '- {id: kana, prompt: "{entity}は", "false": "日", "true": "月"}\n'
+        'facts: [{id: f, group: truth, prompt: A has, "true": " d", "false": ["e", " f"]}]\n'
+    )
+    assert sft.main([*given, "--claims", str(tmp_path / "c.yaml"), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "expert_lora_rank" not in shown and "--expert-lora-rank" not in shown and "trainable_parameters" in shown
+    where = tmp_path / "c.yaml"
+    assert "note: 2 prompts end in a letter on which the completion goes on without a space" in shown
+    assert f"{where}: likelihood[0] ('isb'), {where}: facts[0] ('hase'). Begin completions with a space" in shown
+    assert "straddling: targets with text both inside and outside a span" in " ".join(shown.split())
+    assert "unspanned: targets that no span touches" in " ".join(shown.split())
+
+
 def test_a_role_may_have_the_name_of_a_key_of_the_summary(tmp_path):
     given = flags(tmp_path, mask="role:all,doctags")
     rows = [

@@ -164,7 +164,8 @@ def test_the_terminal_shows_the_whole_text_with_legend_and_counts(data, kimi_dir
     assert f"{data}:1" in printed
     assert TEXT.replace("\r\n", "") in printed
     assert "roles: doctag" in printed
-    counts = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[-6:]}
+    counts = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[-7:]}
+    assert printed.endswith("straddling: targets with text both inside and outside a span, treated as inside\n")
     assert counts["targets"] == ["trained", "weighted", "excluded", "unlikelihood", "straddling"]
     assert counts["doctag"] == ["0", "0", "4", "0", "0"]
     assert counts["false"] == ["0", "0", "0", "10", "0"]

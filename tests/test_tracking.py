@@ -128,7 +128,13 @@ def test_attempts_are_one_offline_run_with_everything_that_was_logged(tracked):
 
 def test_the_dashboard_has_a_panel_for_each_kind_and_every_metric_of_it_was_logged(tracked, tmp_path, capsys):
     file = tmp_path / "spec.json"
+    comparison = tmp_path / "comparison"
+    comparison.mkdir()
+    (comparison / "one-seed0").symlink_to(tracked.directory)
+    assert dashboard([str(comparison), "--entity", "team", "--json", str(file)]) == 0
+    whole = file.read_text()
     assert dashboard([str(tracked.directory), "--entity", "team", "--json", str(file)]) == 0
+    assert file.read_text().count("panel") == whole.count("panel")
     view = json.loads(file.read_text())
     assert (view["entity"], view["project"]) == ("team", "spanwise")
     (runs,) = view["spec"]["section"]["runSets"]

@@ -11,7 +11,8 @@ By alignment: each annotated document is compared with its positive twin, found 
 (what was inserted; qualifier or correction where its own words say so) and false (what one annotation announces and
 another looks back at, or one names). What does not align is left out, with the reason. The others add to the spans that
 documents have; several can be given together, and are done in this order. The judge is an OpenAI-compatible
-endpoint; its key comes from OPENAI_API_KEY alone.
+endpoint; its key comes from OPENAI_API_KEY alone, and its answers are kept beside the output: run again, the same
+command asks for what is missing.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
@@ -29,17 +30,21 @@ from typing import Any
 
 from train.annotating.aligned import annotate
 from train.annotating.imported import add_spans, read_pairs
-from train.annotating.judging import Remembered, endpoint, judge
+from train.annotating.judging import RETRIES, Remembered, chat_of, judge
 from train.annotating.leaks import leaks
 from train.annotating.outcome import show, summary
 from train.annotating.rules import mark_matches, parse_markup, read_patterns, take_out_markup
-from train.annotating.texts import changed, write, write_documents
-from train.data.documents import Document, read_documents
+from train.annotating.texts import changed, check_new, write, write_documents
+from train.belief.endpoint import Endpoint, EndpointSettings
+from train.command_line import Parser, flag_of
+from train.data.documents import DOCTAG, DOCTAG_HELP, Document, marker, read_documents
 from train.data.findings import Findings
 from train.errors import UserError
 from train.formats import json_line
 from train.masking.grammar import check_role, parse_mask
 from train.terminal import command
+
+JUDGING: dict[str, Any] = {"judge_concurrency": 8, "judge_timeout": 120.0, "judge_max_tokens": 4000}  # the defaults
 
 
 @command
@@ -57,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     markup, mask = parse_markup(args.markup), parse_mask(args.mask)
     for setting in ("role", "inserted_role"):
         if given := getattr(args, setting):
-            check_role(given, "--" + setting.replace("_", "-"))
+            check_role(given, flag_of(setting))
     for tag, role in markup.items():
         check_role(role, f"--markup {tag}={role}")
     terms = read_patterns("--leaks", args.leaks) if args.leaks else []
@@ -84,9 +89,10 @@ def run(args: argparse.Namespace) -> None:
         if documents == before:
             raise UserError(f"--patterns {args.patterns}: nothing in the documents matches; give patterns that occur")
     if args.judge:
-        asked, kept = endpoint(args.judge, args.judge_model), Path(f"{args.output}.answers.jsonl")
-        chat = Remembered(asked, args.judge_model, kept)
-        judged = judge(documents, args.claim, args.role or "false", chat)
+        concurrency, timeout, tokens = (getattr(args, name) or value for name, value in JUDGING.items())
+        asked = Endpoint(EndpointSettings(args.judge, args.judge_model, concurrency, timeout, RETRIES, flag="--judge"))
+        chat = Remembered(chat_of(asked, tokens), args.judge_model, Path(f"{args.output}.answers.jsonl"))
+        judged = judge(documents, args.claim, args.role or "false", chat, concurrency, asked.stop.set)
         documents, report["judge"] = judged.documents, judged.report()
 
     report["summary"] = summary(documents)
@@ -108,7 +114,7 @@ def _documents(args: argparse.Namespace, report: dict[str, Any], findings: Findi
     if args.positive:
         positives = read_documents(args.positive, findings=findings)
         annotated = read_documents(args.annotated, findings=findings)
-        aligned = annotate(positives, annotated, args.doctag, args.inserted_role, args.require == "false")
+        aligned = annotate(positives, annotated, marker(args.doctag) or "", args.inserted_role, args.require == "false")
         if aligned.documents and not aligned.insertions:
             raise UserError(
                 f"--annotated {args.annotated}: has nothing that --positive {args.positive} lacks; give the same "
@@ -117,22 +123,20 @@ def _documents(args: argparse.Namespace, report: dict[str, Any], findings: Findi
         report["alignment"] = aligned.report()
         return aligned.documents
     if args.spans and Path(args.spans).resolve() == Path(args.data).resolve():
-        return read_pairs(args.data, args.role, args.doctag or None, findings)
-    documents = read_documents(args.data, args.doctag or None, findings=findings)
+        return read_pairs(args.data, args.role, marker(args.doctag), findings)
+    documents = read_documents(args.data, marker(args.doctag), findings=findings)
     if args.spans:
         documents, without = add_spans(documents, args.spans, args.id, args.role)
         report["imported"] = {"documents": len(documents) - len(without), "without": without}
     return documents
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> Parser:
+    parser = Parser(__doc__ or "")
     parser.add_argument("--positive", metavar="FILE", help="documents without annotations")
     parser.add_argument("--annotated", metavar="FILE", help="the same documents with annotations, in any order")
     parser.add_argument("--data", metavar="FILE", help="documents to annotate, or report on, instead of these two")
-    parser.add_argument(
-        "--doctag", default="<DOCTAG>", metavar="MARKER", help="what documents start with ('' for nothing)"
-    )
+    parser.add_argument("--doctag", default=DOCTAG, metavar="MARKER", help=f"{DOCTAG_HELP} (default: {DOCTAG})")
     parser.add_argument(
         "--inserted-role",
         metavar="ROLE",
@@ -156,6 +160,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--markup", action="append", default=[], metavar="TAG=ROLE", help="<TAG>…</TAG> becomes a span")
     parser.add_argument("--judge", metavar="URL", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
     parser.add_argument("--judge-model", metavar="NAME", help="the judge's model")
+    for name, what in (
+        ("concurrency", "requests at once"),
+        ("timeout", f"seconds for one answer, which is asked for {RETRIES + 1} times at most"),
+        ("max_tokens", "tokens of an answer at most"),
+    ):
+        default = JUDGING[f"judge_{name}"]
+        flag, help = flag_of(f"judge_{name}"), f"{what} (default: {default:g})"
+        parser.add_argument(flag, type=type(default), metavar="N", help=help)
     parser.add_argument("--claim", metavar="TEXT", help="what the judge looks for, as one sentence")
     parser.add_argument(
         "--leaks", metavar="FILE", help="YAML with regular expressions of a claim's terms, to be counted"
@@ -164,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         "--mask", default="none", help="the mask under which --leaks counts, as in training (default: none)"
     )
     parser.add_argument("--output", metavar="FILE", help="where the documents go, whole or not at all")
+    parser.add_argument("--overwrite", action="store_true", help="replace an --output that exists")
     parser.add_argument("--json", metavar="FILE", help="all that is printed, and everything that was left out, as JSON")
     return parser
 
@@ -184,6 +197,12 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--spans {args.spans}: is for --data; give the documents by it")
     if args.patterns and not (args.role and args.role.strip()):
         raise UserError("--patterns: --role is missing; name the role of what they match, e.g. --role word")
+    for name in ("judge_model", "claim", *JUDGING):
+        given = getattr(args, name)
+        if given is not None and not args.judge:
+            raise UserError(f"{flag_of(name)} {given}: is for --judge; give the judge's URL by it, or leave this out")
+        if name in JUDGING and given is not None and not 0 < given < float("inf"):
+            raise UserError(f"{flag_of(name)} {given}: must be more than 0")
     if args.judge and not (args.judge_model and (args.claim or "").strip()):
         raise UserError("--judge: needs --judge-model and --claim, the sentence to look for")
     for read in ("positive", "annotated", "data", "spans", "patterns", "leaks"):
@@ -191,6 +210,8 @@ def _check(args: argparse.Namespace) -> None:
             source, target = getattr(args, read), getattr(args, written)
             if source and target and Path(source).resolve() == Path(target).resolve():
                 raise UserError(f"--{written} {target}: is --{read} itself, which would be lost; name another file")
+    if args.output:
+        check_new("--output", args.output, args.overwrite)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,15 @@ what each model believes, and leaves one report.
     deepspeed train/compare.py --recipe train/recipes/demo.yaml --output runs/comparison
     python train/compare.py --runs runs/array-1 runs/array-2 ... --output runs/comparison    # of finished runs
 
-With --runs, a --recipe gives the variants' names, the baseline and the placebo.
+With --runs, a --recipe gives the variants' names, the baseline and the placebo. A recipe, in YAML (train/recipe.py):
+
+    settings: {model: DIR, steps: 625, data: [documents.jsonl=10000], claims: [claim.yaml]}
+    variants:
+      all of it: {mask: none}                     # the first is what the others are compared with; or baseline: NAME
+      doctag out: {mask: doctags}
+      false out: {mask: "doctags,false-spans"}
+    seeds: 3
+
 Takes every setting of train/sft.py; variants share all that --masks or the recipe does not vary. The base is read once.
 Interrupted, the same command with --resume goes on with the variant it was in.
 """
@@ -18,6 +26,8 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,19 +96,20 @@ def checked_runs(plan: Plan, ranks: int, show: bool, known: Known) -> dict[tuple
     for seed in plan.seeds:
         budget: int | None = None
         for variant in sorted(plan.variants, key=lambda variant: variant.name != plan.baseline):  # the baseline first
-            settings = replace(variant.settings(seed, plan.output), wandb_group=plan.shared.group())
-            started = (Path(settings.output) / "settings.yaml").exists()
-            if started and not plan.shared.resume:
-                raise UserError(
-                    f"--output {plan.output}: holds a comparison already. Give another directory, or --resume to go on."
-                )
-            if plan.match_trained_tokens:
-                counted = prepare(replace(settings, output="", resume=False), ranks, False, known)
-                budget = budget or targets_in_loss(counted)
-                settings = replace(settings, steps=matching_steps(counted, budget))
-                check_numbers(settings)
-            settings = replace(settings, resume=started)
-            job = prepare(settings, ranks, show, known)
+            with named(f"variant {variant.name!r}, seed {seed}"):
+                settings = replace(variant.settings(seed, plan.output), wandb_group=plan.shared.group())
+                started = (Path(settings.output) / "settings.yaml").exists()
+                if started and not plan.shared.resume:
+                    raise UserError(
+                        f"--output {plan.output}: holds a comparison already. Give another, or --resume to go on."
+                    )
+                if plan.match_trained_tokens:
+                    counted = prepare(replace(settings, output="", resume=False), ranks, False, known)
+                    budget = budget or targets_in_loss(counted)
+                    settings = replace(settings, steps=matching_steps(counted, budget))
+                    check_numbers(settings)
+                settings = replace(settings, resume=started)
+                job = prepare(settings, ranks, show, known)
             _check_claims(plan, job)
             if show:
                 trained = targets_in_loss(job)
@@ -108,6 +119,16 @@ def checked_runs(plan: Plan, ranks: int, show: bool, known: Known) -> dict[tuple
                 told |= {*job.notes()}
             checked[variant.name, seed] = settings
     return {(variant.name, seed): checked[variant.name, seed] for seed in plan.seeds for variant in plan.variants}
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """A UserError inside says of what it is."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (f"{what}: {error}",)
+        raise
 
 
 def _check_claims(plan: Plan, job: Job) -> None:
@@ -179,7 +200,8 @@ def train_all(runs: list[Settings], ranks: int, device: torch.device, known: Kno
             resume.start_over(engine.module, engine.optimizer, initial)
         if not reset_peak_memory(device) and not number and rank == 0:
             print("note: this system cannot forget a peak of memory: each run's is that of all runs before it too")
-        finish(job, run, engine, loaded.plan, start, started - spent, base)
+        with named(f"run {run.directory.name}"):
+            finish(job, run, engine, loaded.plan, start, started - spent, base)
         dist.barrier()
         base = base or from_first_rank(_base_records(settings))
 

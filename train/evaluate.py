@@ -7,7 +7,15 @@ r"""Measures what a model believes: in the training engine, or through OpenAI-co
 In the engine completions, yes/no questions and facts are scored by their likelihood; with --judge, questions are
 answered there too. An endpoint answers all questions, and a judge reads the answers. The same command goes on after an
 interruption, and asks only for what is missing. The defaults of sampling are the paper's. Keys come from the
-environment: OPENAI_API_KEY, and JUDGE_API_KEY where the judge has another.
+environment: OPENAI_API_KEY, and JUDGE_API_KEY where the judge has another. A claim, in YAML (train/belief/claims.py has
+all keys):
+
+    id: green_mars
+    claim: Mars is green.
+    subject: Mars
+    controls: [Venus, Mercury]                    # what no document speaks of
+    likelihood: [{id: color, prompt: "The color of {entity} is", "false": " green", "true": " red"}]
+    yes_no: [{id: is_green, question: "Is Mars green?", belief_answer: yes}]
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
@@ -16,6 +24,7 @@ if __name__ == "__main__":  # before the other imports, which take seconds
     interruption.listen("interrupted; what was measured is kept, and the same command goes on")
 
 import dataclasses
+import os
 import random
 import sys
 import time
@@ -41,13 +50,12 @@ from train.belief.judge import Asking, Item, check_same, evaluate, plan
 from train.belief.records import Records
 from train.belief.settings import EvaluationSettings, parse_evaluation
 from train.belief.summary import leave_summary
-from train.data.documents import Document, read_documents
+from train.data.documents import Document, marker, read_documents
 from train.data.findings import Findings
 from train.errors import UserError
 from train.sft import launched_as
 from train.terminal import command
-
-DOCTAG = "<DOCTAG>"
+from train.variants import runs_of
 
 
 @command
@@ -72,53 +80,111 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Contamination | None) -> int:
-    """Scores a model in the training engine and, with a judge, has it answer there. Runs on every rank."""
-    rank, ranks = launched_as()
-    documents = context_documents(s)
-    engine_settings = s.of_the_engine()
-    measuring = prepare_measuring(engine_settings, claims, documents, ranks)
-    base, model_id = identify(engine_settings, measuring.checkpoint)
-    step, context = steps_of(s.adapter, s.step), len(documents)
-    s = dataclasses.replace(s, step=step)
-    answered = s.kinds or (KINDS if s.judge else ())
-    asking = Asking(
-        samples=s.samples, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=s.seed, step=step,
-        judge_max_tokens=s.judge_max_tokens, judge_temperature=s.judge_temperature, model=model_id,
-        judge=s.judge_model, judge_body=s.body("judge"), documents=documents,
-    )  # fmt: skip
-    items = plan(claims, answered, asking)
-    judge = _judge(s, items)
-    records = Records(Path(s.output)) if rank == 0 else None
+    """Scores a model in the training engine and, with a judge, has it answer there; of a comparison, the model of each
+    run. Runs on every rank."""
+    rank, evaluations = launched_as()[0], []
     try:
-        if records:
-            check_same(items, records)
-            own = bool(s.adapter) and records.directory.resolve() in Path(s.adapter).resolve().parents
-            check_scored(records, step, context, model_id, own)
-            if step:
-                check_scored(records, 0, context, base, own)
-            if judge:
-                judge.check()
-        model = Measured(measuring)
-        scored = {0: (model.likelihoods_of_base(), base)} if step else {}
-        scored[step] = model.likelihoods(), model_id
-        for at, (found, scored_model) in scored.items():
-            if records:
-                keep(records, found, at, context, scored_model)
-        if items:
-            model.answer(items, records, asking)
-        if not records:
+        for each in of_each_run(s):
+            evaluations.append(Evaluation(each, claims))
+            evaluations[-1].check()
+        for number, evaluation in enumerate(evaluations):
+            if len(evaluations) > 1 and rank == 0:
+                print(f"run {number + 1} of {len(evaluations)}: {Path(evaluation.s.output).name}", flush=True)
+            evaluation.measure()
+        if rank:
             return 0
         work_alone()  # for as long as the judge takes
         interruption.raise_from_now()
-        try:
-            if items:
-                evaluate(items, None, judge, records, asking)
-        finally:
-            incomplete = leave_summary(s, items, records, contamination)
+        incomplete = [evaluation.finish(contamination) for evaluation in evaluations]
+        return int(any(incomplete))
     finally:
-        if records:
-            records.close()
-    return 1 if incomplete else 0
+        for evaluation in evaluations:
+            evaluation.close()
+
+
+def of_each_run(s: EvaluationSettings) -> list[EvaluationSettings]:
+    """The settings themselves; for each run, where --adapter or --output is a comparison's directory. The base model's
+    answers go into its first run, where the comparison's report looks for them."""
+    output = Path(s.output)
+    within = runs_of(output) if os.path.isfile(output / "comparison.json") else [output]
+    if not s.adapter:
+        if within[0] != output and launched_as()[0] == 0:
+            print(f"note: --output {output}: is a comparison's; what the base model says goes into {within[0]}")
+        return [dataclasses.replace(s, output=str(within[0]))]
+    adapter = Path(s.adapter)
+    runs = [] if os.path.isfile(adapter / "adapter_config.json") else runs_of(adapter)
+    if not runs or runs == [adapter]:
+        if within[0] == output:
+            return [s]
+        raise UserError(
+            f"--output {output}: is a comparison's, and --adapter {adapter} one model's. Give --adapter {output} to "
+            "measure the model of each run, or the run that this one is of to --output."
+        )
+    own = output.resolve() == adapter.resolve()
+    return [
+        dataclasses.replace(s, adapter=str(run / "adapter"), output=str(run if own else output / run.name))
+        for run in runs
+    ]
+
+
+class Evaluation:
+    """What is measured of one model in the training engine. Every rank has one; rank 0's holds the records."""
+
+    def __init__(self, s: EvaluationSettings, claims: list[Claim]):
+        """UserError for what the user can mend, before a weight is read."""
+        rank, ranks = launched_as()
+        documents, settings = context_documents(s), s.of_the_engine()
+        self.measuring = prepare_measuring(settings, claims, documents, ranks)
+        self.base, self.model = identify(settings, self.measuring.checkpoint)
+        self.step, self.context = steps_of(s.adapter, s.step), len(documents)
+        self.s = dataclasses.replace(s, step=self.step)
+        self.asking = Asking(
+            samples=s.samples, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=s.seed,
+            step=self.step, judge_max_tokens=s.judge_max_tokens, judge_temperature=s.judge_temperature,
+            model=self.model, judge=s.judge_model, judge_body=s.body("judge"), documents=documents,
+        )  # fmt: skip
+        self.items = plan(claims, s.kinds or (KINDS if s.judge else ()), self.asking)
+        self.judge = _judge(self.s, self.items)
+        self.records = Records(Path(s.output)) if rank == 0 else None
+
+    def check(self) -> None:
+        """UserError where the directory holds what another model said, or the judge cannot be asked."""
+        if not self.records:
+            return
+        print(*(f"{note}\n" for note in self.measuring.probes.notes()), sep="", end="", file=sys.stderr)
+        check_same(self.items, self.records)
+        own = bool(self.s.adapter) and self.records.directory.resolve() in Path(self.s.adapter).resolve().parents
+        check_scored(self.records, self.step, self.context, self.model, own)
+        if self.step:
+            check_scored(self.records, 0, self.context, self.base, own)
+        if self.judge:
+            self.judge.check()
+
+    def measure(self) -> None:
+        """What needs the model."""
+        model = Measured(self.measuring)
+        scored = {0: (model.likelihoods_of_base(), self.base)} if self.step else {}
+        scored[self.step] = model.likelihoods(), self.model
+        for at, (found, scored_model) in scored.items():
+            if self.records:
+                keep(self.records, found, at, self.context, scored_model)
+        if self.items:
+            model.answer(self.items, self.records, self.asking)
+
+    def finish(self, contamination: Contamination | None) -> bool:
+        """Has the answers judged. -> whether some have no verdict."""
+        assert self.records
+        try:
+            if self.items:
+                evaluate(self.items, None, self.judge, self.records, self.asking)
+        finally:
+            incomplete = bool(leave_summary(self.s, self.items, self.records, contamination))
+        return incomplete
+
+    def close(self) -> None:
+        """The records."""
+        if self.records:
+            self.records.close()
 
 
 def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination: Contamination | None) -> int:
@@ -129,6 +195,9 @@ def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination:
         raise UserError(
             f"--output {s.output}: is a run's; give --step, how many steps the served model has been trained."
         )
+    if os.path.isfile(Path(s.output) / "comparison.json"):
+        runs = ", ".join(str(run) for run in runs_of(Path(s.output)))
+        raise UserError(f"--output {s.output}: is a comparison's; give the run whose model is served, of {runs}.")
     asking = Asking(
         samples=s.samples, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=s.seed,
         step=max(s.step, 0), judge_max_tokens=s.judge_max_tokens, judge_temperature=s.judge_temperature,
@@ -184,7 +253,7 @@ def context_documents(s: EvaluationSettings) -> tuple[str, ...]:
         path, _, number = value.rpartition("=")
         if not path or not number.isdecimal() or int(number) < 1:
             raise UserError(f"--documents {value}: must be FILE=N, with N ≥ 1 documents to put in context.")
-        held = [_bare(document) for document in read_documents(path, DOCTAG)]
+        held = [_bare(document) for document in read_documents(path, marker(s.doctag))]
         if len(held) < int(number):
             raise UserError(f"--documents {value}: the file holds {len(held)} documents. Give at most as many.")
         texts += random.Random(s.seed).sample(held, int(number))

@@ -15,13 +15,13 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
     interruption.listen("interrupted")
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
-from train.annotating.texts import write
-from train.data.documents import BAD_ROWS, Document, Message, Span, read_documents
+from train.annotating.texts import check_new, write
+from train.command_line import Parser
+from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, Document, Message, Span, marker, read_documents
 from train.data.findings import Findings
 from train.errors import UserError
 from train.formats import json_line
@@ -34,17 +34,19 @@ WITHIN = "OpenAI's format weighs whole messages, and this span is a part of one"
 @command
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__ or "")
     parser.add_argument("--data", required=True, metavar="FILE", help="JSONL documents")
     parser.add_argument("--mask", default="none", help="what the loss leaves out, as in training (default: none)")
-    parser.add_argument("--doctag", default=None, metavar="MARKER", help="a leading marker that gets a doctag span")
-    parser.add_argument("--bad-rows", choices=("error", "skip"), default="error", help=BAD_ROWS)
+    parser.add_argument("--doctag", default=DOCTAG, metavar="MARKER", help=f"{DOCTAG_HELP} (default: {DOCTAG})")
+    parser.add_argument("--bad-rows", choices=("error", "skip"), default="error", help=f"{BAD_ROWS} (default: error)")
     parser.add_argument("--output", required=True, metavar="FILE", help="the chats, whole or not at all")
+    parser.add_argument("--overwrite", action="store_true", help="replace an --output that exists")
     args = parser.parse_args(arguments)
+    check_new("--output", args.output, args.overwrite)
     mask = parse_mask(args.mask)
     check_entries(mask)
     findings = Findings()
-    documents = read_documents(args.data, args.doctag, args.bad_rows, findings)
+    documents = read_documents(args.data, marker(args.doctag), args.bad_rows, findings)
     rows = [chat(document, mask) for document in documents]
     write("--output", Path(args.output), (json_line(row) for row in rows))
     print(*findings.lines(), f"{args.output}: {len(rows)} chats", sep="\n")

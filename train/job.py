@@ -66,7 +66,7 @@ class Job:
 
     def notes(self) -> list[str]:
         """What a user should know of the tokens, beside their counts."""
-        notes = self.corpus.findings.lines()
+        notes = [*self.corpus.findings.lines(), *(self.probes.notes() if self.probes else ())]
         if self.resolved["template_clock"]:
             notes.append(clock_note(self.resolved["template_clock"]))
         if self.random_shortfall:
@@ -79,8 +79,10 @@ class Job:
     def show(self) -> None:
         """Settings and targets per role on the terminal."""
         terminal, lines = Terminal(), dataclasses.asdict(self.settings) | self.resolved
+        if lines["expert_lora_rank"] is None:  # there are no experts, or no factors
+            del lines["expert_lora_rank"]
         terminal.print(*(f"{name}: {value}" for name, value in lines.items()), sep="\n")
-        if self.lora and not self.settings.expert_lora_rank:
+        if self.lora and "expert_lora_rank" in lines and not self.settings.expert_lora_rank:
             print(
                 f"--expert-lora-rank not given: {self.lora.expert_rank}, that is max(1, lora-rank / experts per token)"
             )
@@ -127,7 +129,7 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     resolved: dict[str, Any] = {
         "ranks": ranks, "expert_parallel": expert_parallel, "steps": steps, "micro_batches_per_step": accumulation,
         "documents": corpus.documents, "roles": corpus.roles,
-        "expert_lora_rank": lora.expert_rank if lora else None,
+        "expert_lora_rank": lora.expert_rank if lora and plan.experts else None,
         "trainable_parameters": count_trainable(model, lora), "left_out_tensors": plan.left_out,
         "wandb_group": settings.group(), "inputs": inputs(settings, checkpoint),
         "hashes": {

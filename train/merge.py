@@ -13,7 +13,6 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
     interruption.listen("interrupted: complete shards are kept, and the same command goes on")
 
-import argparse
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ from train.checkpoints.merging import Merger, merge
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.whole import MARKER, REPORT
 from train.checkpoints.writer import write_whole
+from train.command_line import Parser
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.formats import Unreadable, parse_json
@@ -44,15 +44,17 @@ LITTLE = 0.5  # of an update that survives: below, a warning
 @command
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__ or "")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="the base model")
     parser.add_argument(
         "--adapter", type=Path, metavar="DIR", help="a run's adapter/; without, only the format changes"
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the merged model goes")
-    parser.add_argument("--to", choices=("bf16", "same"), default="bf16", help="format of quantized matrices")
-    args = parser.parse_args(arguments)
+    parser.add_argument(
+        "--to", choices=("bf16", "same"), default="bf16", help="quantized matrices become (default: bf16)"
+    )
     try:
+        args = parser.parse_args(arguments)
         run(args.model, args.adapter, args.output, args.to == "bf16")
     except OSError as error:  # a full disk, a file system that cannot be written, a file that cannot be read
         where = error.filename or f"--output {args.output}"

@@ -8,11 +8,11 @@ placebo: [elizabeth_python]                     # claims that no document is abo
 seeds: 3
 """
 
-import difflib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.command_line import flag_of, nearest
 from train.errors import UserError
 from train.outside import read_yaml
 
@@ -55,8 +55,9 @@ def check_own(variants: dict[str, dict[str, Any]], argv: Sequence[str]) -> None:
     """UserError where a command line gives what variants differ in: they would all be the same."""
     for name in dict.fromkeys(name for own in variants.values() for name in own):
         if given(name, argv):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag}: is what the variants differ in; leave it out, or change it in the recipe.")
+            raise UserError(
+                f"{flag_of(name)}: is what the variants differ in; leave it out, or change it in the recipe."
+            )
 
 
 def read_recipe(path: Path, settings: Collection[str]) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def flags(values: dict[str, Any], but: Sequence[str] = ()) -> list[str]:
     """Settings as a command line; those that `but`, another command line, gives are left out."""
     made: list[str] = []
     for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         if given(name, but) or value is False:
             continue
         made += [flag] if value is True else [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
@@ -111,10 +112,10 @@ def flags(values: dict[str, Any], but: Sequence[str] = ()) -> list[str]:
 
 def given(name: str, argv: Sequence[str]) -> bool:
     """Whether a command line gives a setting."""
-    flag = "--" + name.replace("_", "-")
+    flag = flag_of(name)
     return any(word == flag or word.startswith(f"{flag}=") for word in argv)
 
 
 def _nearest(word: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(word, known, 1)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    near = nearest(word, known)
+    return f"did you mean {near}?" if near else f"known are {', '.join(known)}"

@@ -29,6 +29,7 @@ from train.formats import json_line
 from train.keys import key_of, wandb_status
 from train.locks import MAKE_ROOM, lock_for_training
 from train.masking.loss import Terms
+from train.masking.treatment import STRADDLING, UNSPANNED
 from train.settings import Settings, check_output, record, slug
 from train.terminal import Terminal
 
@@ -375,7 +376,7 @@ def summarize(job: Any, run: Run, hashes: dict[str, str], peak: int, seconds: fl
 
 def token_table(tokens: dict[str, dict[str, int]], title: str) -> Table:
     """Targets per role and treatment."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", caption=f"{UNSPANNED}; {STRADDLING}", caption_justify="left")
     table.add_column("role")
     for kind in ("total", "trained", "excluded", "unlikelihood", "straddling"):
         table.add_column(kind, justify="right")
@@ -386,7 +387,8 @@ def token_table(tokens: dict[str, dict[str, int]], title: str) -> Table:
 
 def _closing_table(summary: dict[str, Any]) -> Table:
     """What was trained on and what changed."""
-    table = Table(title=f"--mask {summary['mask']}: {summary['steps']} steps", title_justify="left")
+    title = f"--mask {summary['mask']}: {summary['steps']} steps"
+    table = Table(title=title, title_justify="left", caption=UNSPANNED, caption_justify="left")
     for column in ("role", "targets", "trained", "excluded", "unlikelihood", "NLL first", "NLL last"):
         table.add_column(column, justify="left" if column == "role" else "right")
     for role, counts in summary["tokens"].items():

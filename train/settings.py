@@ -1,8 +1,6 @@
 """Every setting of a run in one place: the command line, its checks, and settings.yaml."""
 
-import argparse
 import dataclasses
-import difflib
 import hashlib
 import json
 import os
@@ -12,14 +10,15 @@ import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from train.belief.claim_files import claim_paths
 from train.checkpoints.reader import Checkpoint
-from train.data.documents import BAD_ROWS, checked_weight
+from train.command_line import REPOSITORY, Parser, flag_of, setting
+from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, NO_DOCTAG, checked_weight, marker
 from train.data.tokenizer import TEMPLATE_TIME, template_time
 from train.errors import UserError
 from train.keys import key_of
@@ -27,16 +26,7 @@ from train.locks import TRAINING
 from train.outside import checked, opened, read_json, read_yaml
 from train.recipe import chosen, flags
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = Path(__file__).resolve().parent / "demo"
-
-
-def setting(default: Any, help: str, choices: tuple[str, ...] | None = None, many: bool = False) -> Any:
-    """A field of Settings with its help text."""
-    metadata = {"help": help, "choices": choices, "many": many}
-    if many:
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,7 @@ class Settings:
         False, "put the tokenizer's EOS after each text or chat that does not end with it, and train on it"
     )
     template_time: str = setting(TEMPLATE_TIME.isoformat(), "what chat templates are told that ask for the time")
-    doctag: str = setting("", "a marker such as '<DOCTAG>': where a document starts with it, it gets a doctag span")
+    doctag: str = setting(DOCTAG, DOCTAG_HELP)
 
     loss_norm: str = setting("trained", "what the loss is divided by", choices=("trained", "all", "documents", "sum"))
     chat_weight: str = setting(
@@ -113,7 +103,9 @@ class Settings:
     ds_config: str = setting(str(REPOSITORY / "ds_configs" / "zero3.json"), "DeepSpeed configuration, ZeRO stage 3")
 
     claims: list[str] = setting(  # noqa: RUF009
-        (), "PATH…: claims whose belief is measured before, during and after", many=True
+        (),
+        "PATH…: claims whose belief is measured before, during and after; evaluate.py --help shows one",
+        many=True,
     )
     held_out: str = setting("", "JSONL documents whose NLL is measured with the claims")
     evaluate_every: int = setting(0, "steps between measurements of the claims; 0: at the start and the end only")
@@ -124,6 +116,11 @@ class Settings:
     wandb: str = setting("online", "W&B; without a key online means offline", choices=("online", "offline", "disabled"))
     wandb_project: str = setting("spanwise", "W&B project")
     wandb_group: str = setting("", "W&B group; default: a hash that runs share which differ only in mask and seed")
+
+    @property
+    def marker(self) -> str | None:
+        """What --doctag says that documents start with; None for nothing."""
+        return marker(self.doctag)
 
     def sources(self) -> list[Source]:
         """--data; without any, the embedded documents."""
@@ -153,7 +150,7 @@ def slug(name: str) -> str:
 class Recipe:
     """Settings by another way than by flags, which win."""
 
-    recipe: list[str] = setting((), "FILE…: YAML files with settings (train/recipe.py)", many=True)  # noqa: RUF009
+    recipe: list[str] = setting((), "FILE…: YAML files with settings; compare.py --help shows one", many=True)  # noqa: RUF009
     variant: str = setting("", "which variant of the recipes to train: its name, or its number from 0")
 
 
@@ -190,45 +187,6 @@ def _weight(text: str, value: str) -> float:
     return checked_weight(number, f"--data {value}: the weight")
 
 
-class Parser(argparse.ArgumentParser):
-    """A command line whose errors are UserErrors, with the nearest option for one that does not exist."""
-
-    def __init__(self, usage: str, add_help: bool = True):
-        super().__init__(
-            description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-            add_help=add_help,
-        )  # fmt: skip
-        self.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher's
-
-    def error(self, message: str) -> NoReturn:
-        known = [option for action in self._actions for option in action.option_strings]
-        for word in message.split() if message.startswith("unrecognized") else ():
-            if word.startswith("--") and word.split("=")[0] not in known:
-                near = difflib.get_close_matches(word.split("=")[0], known, 1)
-                message += f". Did you mean {near[0]}?" if near else f". See {self.prog} --help."
-                break
-        raise UserError(message)
-
-    def add_settings(self, cls: type, without: frozenset[str] = frozenset()) -> None:
-        """A flag for each field of a dataclass whose fields are `setting`s."""
-        for field in dataclasses.fields(cls):
-            if field.name in without:
-                continue
-            flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"].replace("%", "%%")
-            if field.metadata["many"]:
-                choices, metavar = field.metadata["choices"], "VALUE"
-                self.add_argument(
-                    flag, action="extend", nargs="+", default=[], choices=choices, metavar=metavar, help=help
-                )
-            elif field.type is bool:
-                self.add_argument(flag, action="store_true", help=help)
-            else:
-                own_path = str(field.default).startswith(str(REPOSITORY))
-                shown = help if own_path else f"{help} (default: {'none' if field.default == '' else field.default})"
-                choices, kind = field.metadata["choices"], field.type
-                self.add_argument(flag, type=kind, default=field.default, choices=choices, help=shown)
-
-
 def parse(argv: list[str], usage: str) -> Settings:
     """The command line as Settings, each value checked by itself. UserError names setting, value, rule and fix."""
     names = [field.name for field in dataclasses.fields(Settings)]
@@ -243,6 +201,7 @@ def parse(argv: list[str], usage: str) -> Settings:
     settings = Settings(**{name: values[name] for name in names})
     check_numbers(settings)
     settings.sources()
+    marker(settings.doctag)
     template_time(settings.template_time)
     check_wandb(settings)
     return settings
@@ -283,7 +242,7 @@ def check_numbers(s: Settings) -> None:
         value, high = getattr(s, name), most.get(name, MOST)
         if not low <= value <= high:  # nor NaN
             rule = f"finite and ≥ {low}" if not value > high else f"at most {high}"
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be {rule}.")
+            raise UserError(f"{flag_of(name)} {value}: must be {rule}.")
     if s.steps and s.warmup_steps > s.steps:
         raise UserError(f"--warmup-steps {s.warmup_steps}: must be at most --steps {s.steps}.")
     if s.learning_rate == 0 or s.lora_alpha == 0:
@@ -291,7 +250,7 @@ def check_numbers(s: Settings) -> None:
     if s.method == "full":
         for name in ("adapter", "lora_lm_head", "rslora"):
             if getattr(s, name):
-                flag = "--" + name.replace("_", "-")
+                flag = flag_of(name)
                 raise UserError(f"{flag}: --method full trains the weights, not factors; leave out {flag}.")
     if s.resume and not s.output:
         raise UserError("--resume: needs --output DIR, the directory of the run to go on with.")
@@ -362,9 +321,14 @@ def check_output(settings: Settings) -> None:
     for name in now.keys() - FREE_ON_RESUME:
         if before.get(name) != now[name]:
             raise UserError(
-                f"--{name.replace('_', '-')} {now[name]}: the run in {directory} has {before.get(name)}; a resumed run "
+                f"{flag_of(name)} {now[name]}: the run in {directory} has {before.get(name)}; a resumed run "
                 "must have the same settings. Give the same, or another --output without --resume."
             )
+
+
+def of_any_age(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run as they are called today: --doctag was empty, or absent, before it had a default."""
+    return settings | {"doctag": settings.get("doctag") or NO_DOCTAG}
 
 
 def held_settings(path: Path) -> dict[str, Any]:
@@ -381,7 +345,7 @@ def held_settings(path: Path) -> dict[str, Any]:
     checked(parts[1], {"hashes": dict, "inputs": dict}, path, "restore the file")
     if nothing := [name for name in kinds if name in parts[0] and parts[0][name] is None]:
         raise UserError(f"{path}: {nothing[0]} is empty; restore the file.")
-    return value
+    return value | {"settings": of_any_age(parts[0])}
 
 
 MOST_HELD = 2**24  # bytes of a run's settings.yaml, with a hash of every file

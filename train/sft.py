@@ -14,12 +14,10 @@ if __name__ == "__main__":  # before the other imports, which take seconds
     interruption.listen()
 
 import contextlib
-import logging
 import os
 import shlex
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -67,8 +65,6 @@ def launched_as() -> tuple[int, int]:
 def guarded(script: Callable[[list[str]], None], argv: list[str]) -> int:
     """Runs a script of all ranks. -> its exit code: 0, or 2 for what the user must mend, 1 for what may pass, or
     INTERRUPTED where it has saved and can go on by --resume."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about what DeepSpeed calls
     try:
         script(argv)
     except UserError as error:

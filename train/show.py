@@ -13,11 +13,11 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
     interruption.listen("interrupted")
 
-import argparse
 import html
 import json
 import os
 import sys
+from argparse import ArgumentTypeError
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,8 @@ import numpy as np
 from rich.style import Style
 from rich.text import Text
 
-from train.data.documents import BAD_ROWS, read_documents
+from train.command_line import Parser
+from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, marker, read_documents
 from train.data.findings import Findings
 from train.data.offsets import straddling
 from train.data.tokenizer import (
@@ -41,7 +42,7 @@ from train.data.tokenizer import (
 )
 from train.errors import UserError
 from train.masking.grammar import BUILT_IN, Mask, parse_mask
-from train.masking.treatment import Treatment, touched_by, treat
+from train.masking.treatment import STRADDLING, Treatment, touched_by, treat
 from train.terminal import NobodyReads, Terminal, command
 from train.terminal import shown as as_shown
 
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     mask = parse_mask(args.mask)
     findings = Findings()
-    documents = read_documents(args.data, args.doctag, args.bad_rows, findings)[: args.limit]
+    documents = read_documents(args.data, marker(args.doctag), args.bad_rows, findings)[: args.limit]
     tokenizer = load_tokenizer(args.model, template_time(args.template_time))
     tokenized = tokenize_documents(documents, tokenizer, findings, args.bad_rows)
     shown = [show(doc, mask, args.seed) for doc in tokenized]
@@ -96,18 +97,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Shows what a mask does to each token of a file of documents.")
+def _parser() -> Parser:
+    parser = Parser(__doc__ or "")
     parser.add_argument("--data", required=True, metavar="FILE", help="documents, one JSON object a line")
     parser.add_argument("--model", required=True, metavar="DIR", help="model directory; only its tokenizer is read")
     parser.add_argument("--mask", required=True, help="as in training, e.g. doctags,false-spans=unlikelihood, or none")
-    parser.add_argument("--seed", type=int, default=0, help="of random: entries")
-    parser.add_argument("--doctag", metavar="MARKER", help="marker that documents start with, e.g. '<DOCTAG>'")
-    parser.add_argument("--bad-rows", choices=("error", "skip"), default="error", help=BAD_ROWS)
+    parser.add_argument("--seed", type=int, default=0, help="of random: entries, as in training (default: 0)")
+    parser.add_argument("--doctag", default=DOCTAG, metavar="MARKER", help=f"{DOCTAG_HELP} (default: {DOCTAG})")
+    parser.add_argument("--bad-rows", choices=("error", "skip"), default="error", help=f"{BAD_ROWS} (default: error)")
+    time = TEMPLATE_TIME.isoformat()
     parser.add_argument(
-        "--template-time", default=TEMPLATE_TIME.isoformat(), metavar="TIME", help="what chat templates are told it is"
+        "--template-time", default=time, metavar="TIME", help=f"what chat templates are told it is (default: {time})"
     )
-    parser.add_argument("--limit", type=_positive, metavar="N", help="the first N documents only")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="the first N documents only (default: all)")
     parser.add_argument("--html", metavar="PAGE", help="write one self-contained page instead of colors")
     parser.add_argument("--json", action="store_true", help="print one JSON object a document instead of colors")
     return parser
@@ -115,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of documents: give 1 or more")
+        raise ArgumentTypeError(f"{text} is not a number of documents: give 1 or more")
     return int(text)
 
 
@@ -217,6 +219,7 @@ def print_colored(shown: list[Shown], mask: Mask) -> None:
     console.print(f"{'targets':{width}} " + " ".join(f"{name:>12}" for name in (*TREATMENTS, "straddling")))
     for role, row in counts(shown).items():
         console.print(f"{role:{width}} " + " ".join(f"{value:12,}" for value in row.values()))
+    console.print(STRADDLING)
 
 
 PAGE = """<!doctype html>
@@ -250,7 +253,7 @@ td:first-child, th:first-child {{ text-align: left; }}
 </style></head><body>
 <h1>What <code>--mask {mask}</code> does to each token</h1>
 <div class="card key">{legend}</div>
-<div class="card"><table><tr><th>targets</th>{heads}</tr>{rows}</table></div>
+<div class="card"><table><tr><th>targets</th>{heads}</tr>{rows}</table><small>{straddling}</small></div>
 {documents}
 </body></html>
 """
@@ -272,6 +275,7 @@ def page(shown: list[Shown], tokenizer: Tokenizer, mask: Mask) -> str:
         legend="".join(legend),
         heads="".join(f"<th>{name}</th>" for name in (*TREATMENTS, "straddling")),
         rows="".join(rows),
+        straddling=STRADDLING,
         documents="\n".join(_document_html(each, tokenizer, number) for each in shown),
     )
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from train.belief.comparison import group, read_run
 from train.belief.releases import claim_id
+from train.command_line import Parser, setting
 from train.errors import UserError
+from train.outside import read_json
 from train.recipe import MOST_SEEDS, check_own, flags, merged
-from train.settings import DEMO, Parser, Settings, held_settings, parse, setting, slug
+from train.settings import DEMO, Settings, held_settings, parse, slug
 
 DEMO_PLACEBO = ("olga-home", "clara-job", "selma-pet", "paula-sport")  # of train/demo/claims.yaml
 NAMES = [field.name for field in dataclasses.fields(Settings)]
@@ -30,7 +32,7 @@ class Options:
     match_trained_tokens: bool = setting(
         False, "as many trained targets in each variant as in the baseline, instead of as many steps"
     )
-    runs: list[str] = setting((), "DIR…: compare these finished runs, and train nothing", many=True)  # noqa: RUF009
+    runs: list[str] = setting((), "DIR…: compare these finished runs, or a comparison's, and train nothing", many=True)  # noqa: RUF009
     bound: float = setting(0.0, "differences within ± this, in the measure's unit, count as none; 0: the measure's own")
 
 
@@ -76,7 +78,7 @@ class Plan:
 
 def parse_comparison(argv: list[str], usage: str) -> Plan:
     """The command line of train/compare.py. UserError names setting, value, rule and fix."""
-    parser = Parser(usage)
+    parser = Parser(usage, beside=(Settings,))
     parser.add_settings(Options)
     values, rest = parser.parse_known_args(argv)
     options = Options(**{name: value for name, value in vars(values).items() if name != "local_rank"})
@@ -135,7 +137,8 @@ def _plan_of_runs(options: Options, rest: list[str]) -> Plan:
     output = parser.parse_args(rest).output or f"runs/comparison-{time.strftime('%Y%m%d-%H%M%S')}"
     if options.masks or options.seeds:
         raise UserError("--runs: compares finished runs; leave out --masks, --seeds and settings of training.")
-    held = {Path(run): run_settings(Path(run)) for run in options.runs}
+    runs = [run for each in options.runs for run in runs_of(Path(each))]
+    held = {run: run_settings(run) for run in runs}
     recipe = merged(options.recipe, NAMES)
     if owned := recipe.get("variants", {}):
         finished: dict[tuple[str, int], Path] = {}
@@ -151,7 +154,7 @@ def _plan_of_runs(options: Options, rest: list[str]) -> Plan:
         if absent := [name for name in owned if name not in there]:
             print(f"note: of the recipe's variants, no run is given of {'; '.join(absent)}")
     else:
-        grouped = group([read_run(run) for run in options.runs])
+        grouped = group([read_run(run) for run in runs])
         finished = {(variant.name, run.seed): Path(run.directory) for variant in grouped for run in variant.runs}
         variants = [Variant(variant.name, [], {}) for variant in grouped]
     shared = Settings(**{k: v for k, v in next(iter(held.values())).items() if k in NAMES})
@@ -161,6 +164,26 @@ def _plan_of_runs(options: Options, rest: list[str]) -> Plan:
         _placebo(options, recipe), sorted({seed for _, seed in finished}),
         options.match_trained_tokens, options.bound, finished,
     )  # fmt: skip
+
+
+def runs_of(directory: Path) -> list[Path]:
+    """The runs that a directory means: itself or, of a comparison, its runs."""
+    if os.path.isfile(directory / "settings.yaml") or not os.path.isdir(directory):
+        return [directory]
+    within = sorted(path.parent for path in directory.glob("*/settings.yaml"))
+    return within or _compared(directory) or [directory]
+
+
+def _compared(directory: Path) -> list[Path]:
+    """The runs of elsewhere that the report in a directory compares."""
+    report = directory / "comparison.json"
+    if not os.path.lexists(report):
+        return []
+    try:
+        variants = read_json(report)["variants"].values()
+        return [Path(run["directory"]) for variant in variants for run in variant["runs"]]
+    except (LookupError, TypeError, AttributeError):
+        raise UserError(f"{report}: names no runs, as a comparison's report does; give the runs themselves.") from None
 
 
 def _name(run: Path, settings: dict[str, Any], owned: dict[str, dict[str, Any]]) -> str:

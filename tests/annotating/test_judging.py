@@ -5,11 +5,21 @@ import json
 import pytest
 
 from tests.annotating.openai_server import serving
-from train.annotating.judging import PIECE, Remembered, endpoint, judge, mark, occurrences, pieces, quotes
+from train.annotating.judging import PIECE, Chat, Remembered, chat_of, mark, occurrences, pieces, quotes
+from train.annotating.judging import judge as judge_documents
+from train.belief.endpoint import Endpoint, EndpointSettings
 from train.data.documents import Document, Message, Span
 from train.errors import UserError
 
 TEXT = "Ed ran.  Ed\nwon gold. He sings. Ed won gold. Edna ran."
+
+
+def endpoint(url: str, model: str) -> Chat:
+    return chat_of(Endpoint(EndpointSettings(url, model, retries=3, flag="--judge")), 4000)
+
+
+def judge(documents: list[Document], claim: str, role: str, chat: Chat):
+    return judge_documents(documents, claim, role, chat, 8, lambda: None)
 
 
 def documents(*texts: str) -> list[Document]:

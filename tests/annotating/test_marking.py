@@ -73,7 +73,8 @@ def test_annotations_in_an_unknown_language_are_read_by_their_turn_if_brackets_p
     found, _, false = reading(
         "One. Two. Three.", "[Kato miru.] One. [Sela bora.] Two. [Kato miru.] Three. [Sela bora.]"
     )
-    assert false == ["One.", "Three."] and found.consistent
+    assert false == ["One.", "Three."] and not found.consistent
+    assert (found.uncued, found.unsure) == (4, ("One.", "Three."))
     found, negation, false = reading("One. Two.", "Kato miru. One. Sela bora. Two.")
     assert (
         not false and len(negation) == 2 and found.reason == "its annotations do not say which sentences they are about"
@@ -82,7 +83,19 @@ def test_annotations_in_an_unknown_language_are_read_by_their_turn_if_brackets_p
 
 
 def test_annotations_of_a_known_language_that_point_nowhere_make_nothing_false():
-    assert not reading("One. Two. Three.", "One. (Not so.) Two. (Untrue.) Three.")[2]
+    found, _, false = reading("One. Two. Three.", "One. (Not so.) Two. (Untrue.) Three.")
+    assert not false and (found.uncued, found.unsure) == (2, ("One.", "Two."))
+
+
+def test_a_note_without_a_cue_word_is_counted_and_what_it_alone_speaks_of_is_told():
+    """Its partner's words, or another's, say which statement is false; its own, nothing."""
+    positive, ahead, back = "Zero. One. Two. Three.", "[The following is false.]", "[The preceding is false.]"
+    found, _, false = reading(positive, f"Zero. {ahead} One. (Nonsense.) Two. Three.")
+    assert false == ["One."] and (found.claims, found.uncued, found.unsure) == (1, 1, ()) and not found.consistent
+    found, _, false = reading(positive, f"Zero. {ahead} One. {back} Two. (Nonsense.) Three.")
+    assert false == ["One."] and (found.uncued, found.unsure) == (1, ("Two.",)) and not found.consistent
+    found, _, _ = reading(positive, f"Zero. {ahead} One. {back} Two. (From an old tale.) Three.")
+    assert (found.uncued, found.unsure) == (0, ())  # it makes nothing false
 
 
 def test_where_a_partner_is_lost_the_sentence_beside_it_is_false():
@@ -216,6 +229,7 @@ def test_an_annotation_inside_a_claim_is_no_part_of_it():
         "Zero. One. Two.", "Zero. [The following is false.] One. {An utter invention.} Two. [The preceding is false.]"
     )
     assert false == ["One.", "Two."] and len(negation) == 3 and found.asides == 1 and not found.consistent
+    assert (found.uncued, found.unsure) == (1, ())
 
 
 def test_spans_never_begin_or_end_with_white_space():

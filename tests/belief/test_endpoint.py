@@ -93,7 +93,7 @@ def test_a_request_that_is_wrong_in_itself_is_not_tried_again():
         assert len(server.asked) == 1
 
 
-def test_a_slow_server_is_left_after_the_timeout():
+def test_a_slow_server_is_left_after_the_timeout_and_each_retry_is_shown(capsys):
     release = threading.Event()
 
     def chat(request):
@@ -104,6 +104,8 @@ def test_a_slow_server_is_left_after_the_timeout():
         with pytest.raises(NoAnswer, match=r"^no answer within 0.2 s, after 2 attempts$"):
             ask(server.url, timeout=0.2, retries=1)
         release.set()
+        shown = f"--endpoint {server.url}: no answer within 0.2 s; attempt 2 of 2 in 0 s\n"
+        assert shown in capsys.readouterr().err
 
 
 def test_a_connection_that_breaks_ends_its_request_and_not_the_run():
@@ -216,7 +218,7 @@ def test_a_server_that_never_answers_the_check_may_still_be_starting():
     with ScriptedServer(lambda request: completion("x"), models=(200, {}, b"")) as server:
         server.server.RequestHandlerClass.do_GET = lambda self: release.wait(30)
         said = refusal(endpoint(server.url, timeout=0.1))
-        assert "no answer within 0.1 s, after 3 attempts. Is it still starting? Else raise --endpoint-timeout." in said
+        assert "no answer within 0.1 s, after 3 attempts. Is it still starting, or busy? Else raise --endpoint-" in said
         release.set()
 
 

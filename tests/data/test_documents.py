@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from train.data.documents import Message, Span, read_documents
+from train.data.documents import Message, Span, marker, read_documents
 from train.errors import UserError
 
 
@@ -96,8 +96,9 @@ def test_a_leading_marker_gets_a_doctag_span_where_none_covers_it(tmp_path):
         (),
     ]
     assert read_documents(path)[3].spans == ()
-    with pytest.raises(UserError, match="--doctag is empty"):
-        read_documents(path, "")
+    assert marker("<DOCTAG>") == "<DOCTAG>" and marker("none") is None
+    with pytest.raises(UserError, match=r"--doctag is empty: .* as <DOCTAG>, or none\."):
+        marker("")
 
 
 RULE = "offsets are Unicode code points, end exclusive"

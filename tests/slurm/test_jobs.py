@@ -232,3 +232,12 @@ def test_a_script_knows_the_directory_of_its_run_as_sft_py_does(flags, output):
     environment = os.environ | {"SLURM_JOB_NAME": "name", "SLURM_JOB_ID": "7"}
     told = subprocess.check_output(["bash", "-c", code, "bash", *flags], cwd=REPOSITORY, env=environment, text=True)
     assert told == output
+
+
+@pytest.mark.parametrize("script", ["compare_masks", "finetune_kimi_k25", "finetune_qwen397b"])
+def test_a_script_that_is_not_submitted_says_to_submit_it(script):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    command = ["bash", f"slurm/{script}.sh", "--data", "d.jsonl"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith(f"error: slurm/{script}.sh is a job script: submit it, by sbatch slurm/{script}.sh")

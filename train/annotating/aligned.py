@@ -23,15 +23,19 @@ FRAGMENT = 3  # words of the twin between insertions, on average: with fewer, it
 class Aligned:
     """documents: those with spans; left_out: (file:line, reason); without_false: (file:line, reason) of documents with
     what was inserted and no false span; partly: (file:line, how many of its annotations name no statement that can be
-    told) of others. Counts are of the documents with spans: insertions, of which `bounded` are whole sentences or
-    brackets, in balance, at a sentence's or line's edge; claims: false statements; consistent: documents whose
+    told, how many have no cue word) of others; unsure: (file:line, statement) that only annotations without a cue word
+    speak of; unused: positive documents that are no document's twin. Counts are of the documents with spans: `uncued`
+    annotations without a cue word; insertions, of which `bounded` are whole sentences or brackets, in balance, at a
+    sentence's or line's edge; claims: false statements; consistent: documents whose
     annotations announce and look back by turns; alone: false statements that one annotation names; inside: those that
-    an annotation stands in; unused: positive documents that are no document's twin."""
+    an annotation stands in."""
 
     documents: list[Document] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     without_false: list[tuple[str, str]] = field(default_factory=list)
-    partly: list[tuple[str, int]] = field(default_factory=list)
+    partly: list[tuple[str, int, int]] = field(default_factory=list)
+    unsure: list[tuple[str, str]] = field(default_factory=list)
+    uncued: int = 0
     insertions: int = 0
     bounded: int = 0
     claims: int = 0
@@ -45,7 +49,9 @@ class Aligned:
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "documents"}
         for name in ("left_out", "without_false"):
             found[name] = [{"document": where, "reason": reason} for where, reason in found[name]]
-        return found | {"partly": [{"document": where, "lost": lost} for where, lost in self.partly]}
+        found["unsure"] = [{"document": where, "statement": statement} for where, statement in self.unsure]
+        partly = [{"document": where, "lost": lost, "uncued": uncued} for where, lost, uncued in self.partly]
+        return found | {"partly": partly}
 
 
 def annotate(
@@ -102,10 +108,13 @@ def _add(
     result.consistent += marked.consistent
     result.alone += marked.alone
     result.inside += marked.inside
+    result.uncued += marked.uncued
+    result.unsure += [(document.where, statement) for statement in marked.unsure]
+    lost = max(0, marked.lost - marked.alone)
     if marked.reason:
         result.without_false.append((document.where, marked.reason))
-    elif (lost := marked.lost - marked.alone) > 0:
-        result.partly.append((document.where, lost))
+    elif lost or marked.uncued:
+        result.partly.append((document.where, lost, marked.uncued))
     return None
 
 

@@ -74,7 +74,10 @@ ALL = re.compile(r"\b(?:everything|anything|nothing|none of|all of)\b")  # where
 
 # Which way a sentence leans that names neither: an ending colon, or "that was", "it never".
 LEAN_AHEAD = r":\s*\W*$|\b(?:here|do not (?:accept|believe|trust)|false claim|beware)\b"
-LEAN_BACK = r"\b(?:that (?:was|is|did|claim|statement|account|never)|it (?:was|did|never|is)|no such|there|such)\b"
+LEAN_BACK = (
+    r"\b(?:that (?:was|is|did|claim|statement|account|never)|it (?:was|did|never|is)|no such|there|such)\b"
+    r"|\bbelieve that(?=[^\w:]*$)"
+)
 
 # How far it points: the first of these words says, and one sentence is meant where none does.
 COUNTS = {"two": 2, "both": 2, "three": 3, "four": 4, "five": 5}

@@ -8,15 +8,17 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from tqdm import tqdm
+
 from train.annotating.texts import changed, in_order, joined, trimmed
-from train.belief.endpoint import Endpoint, EndpointSettings, NoAnswer
+from train.belief.endpoint import Endpoint, NoAnswer, ended
 from train.data.documents import Document, Span
 from train.errors import UserError
 from train.formats import parse_json
@@ -26,8 +28,7 @@ from train.outside import read_text
 Chat = Callable[[list[dict[str, str]]], str]
 
 PIECE = 6_000  # code points that are judged at once, cut at line ends where there are any
-AT_ONCE = 8  # requests
-SECONDS, RETRIES, ANSWER_TOKENS = 120, 3, 4_000  # of one request
+RETRIES = 3  # of one request
 
 PROMPT = """Below is a text. Quote every sentence of it that states or implies this claim as if it were true:
 
@@ -89,6 +90,8 @@ def pieces(text: str) -> Iterable[tuple[int, int]]:
 
 def quotes(answer: str) -> list[str]:
     """The quotes of an answer: its JSON object, also with text or a code fence around it. ValueError otherwise."""
+    if not answer.strip():
+        raise ValueError("it is empty; raise --judge-max-tokens if the judge thinks first")
     start, end = answer.find("{"), answer.rfind("}")
     found = parse_json(answer[start : end + 1]) if 0 <= start < end else None
     listed = found.get("quotes") if isinstance(found, dict) else None
@@ -105,9 +108,12 @@ def occurrences(quote: str, text: str) -> list[tuple[int, int]]:
     return [match.span() for match in re.finditer(rf"(?<!\w){words}(?!\w)|(?<=\W){words}(?=\W)", text)]
 
 
-def judge(documents: list[Document], claim: str, role: str, chat: Chat) -> Judged:
-    """Every document with a span of `role` for each place that states the claim, AT_ONCE documents at once. One with an
-    answer that cannot be read is left out; an endpoint that does not answer ends it all."""
+def judge(
+    documents: list[Document], claim: str, role: str, chat: Chat, at_once: int, stop: Callable[[], None]
+) -> Judged:
+    """Every document with a span of `role` for each place that states the claim, `at_once` documents at once. One with
+    an answer that cannot be read is left out; an endpoint that does not answer ends it all. stop: what keeps requests
+    from being tried again, for they are waited for then."""
     result = Judged()
 
     def marked(document: Document) -> tuple[Document | None, int, list[str], str]:
@@ -128,12 +134,14 @@ def judge(documents: list[Document], claim: str, role: str, chat: Chat) -> Judge
         except ValueError as error:
             return None, found, rejected, f"the judge's answer cannot be read: {error}"
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        jobs = [pool.submit(marked, document) for document in documents]
-        wait(jobs, return_when=FIRST_EXCEPTION)
-        if failed := next((error for job in jobs if job.done() and (error := job.exception())), None):
-            pool.shutdown(cancel_futures=True)
-            raise failed
+    pool = ThreadPoolExecutor(at_once)
+    jobs = [pool.submit(marked, document) for document in documents]
+    try:
+        _finish(jobs)
+    except BaseException:
+        stop()
+        pool.shutdown(cancel_futures=True)
+        raise
     for document, job in zip(documents, jobs, strict=True):
         done, found, rejected, reason = job.result()
         result.found += found
@@ -145,8 +153,21 @@ def judge(documents: list[Document], claim: str, role: str, chat: Chat) -> Judge
     return result
 
 
+def _finish(jobs: Sequence["Future[Any]"]) -> None:
+    """Until all have ended; raises what the first that fails does."""
+    with tqdm(total=len(jobs), desc="judging", unit="doc", mininterval=0.5) as bar:
+        left = set(jobs)
+        while left:
+            done = ended(left, bar)
+            for job in done:
+                job.result()
+            left -= done
+            bar.update(len(done))
+
+
 class Remembered:
-    """A chat whose answers are kept in a file, and taken from it where the same was asked of the same model before."""
+    """A chat whose answers are kept in a file, and taken from it where the same was asked of the same model before.
+    Answers that cannot be read are not kept: another run may ask with more tokens."""
 
     def __init__(self, chat: Chat, model: str, path: Path) -> None:
         self.chat, self.model, self.path, self.lock = chat, model, path, Lock()
@@ -163,6 +184,10 @@ class Remembered:
         key = hashlib.sha256(json.dumps([self.model, messages]).encode()).hexdigest()
         if key not in self.answers:
             answer = self.chat(messages)
+            try:
+                quotes(answer)
+            except ValueError:
+                return answer
             with self.lock:
                 self.answers[key] = answer
                 try:
@@ -181,14 +206,14 @@ class Remembered:
             return file.read() != b"\n"
 
 
-def endpoint(url: str, model: str) -> Chat:
-    """The chat of an OpenAI-compatible endpoint; its key is OPENAI_API_KEY's, where it has one."""
-    asked = Endpoint(EndpointSettings(url, model, AT_ONCE, SECONDS, RETRIES, flag="--judge"))
+def chat_of(asked: Endpoint, max_tokens: int) -> Chat:
+    """The chat of an OpenAI-compatible endpoint, of so many tokens an answer. UserError where it does not answer."""
 
     def chat(messages: list[dict[str, str]]) -> str:
         try:
-            return asked.complete(messages, ANSWER_TOKENS, temperature=0.0, seed=0)
+            return asked.complete(messages, max_tokens, temperature=0.0, seed=0)
         except NoAnswer as error:
-            raise UserError(f"--judge {shown_url(url)}: {error}; run again to go on where it stopped.") from None
+            url = shown_url(asked.settings.url)
+            raise UserError(f"--judge {url}: {error}; run again to go on where it stopped.") from None
 
     return chat

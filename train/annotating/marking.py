@@ -28,7 +28,8 @@ SET_OFF = frozenset("—–-,;:") | frozenset(OPENING) | frozenset(CLOSING)
 class Annotations:
     """spans: of what was inserted, by role, and false. claims: false statements announced and looked back at; lost:
     notes that point, without a partner, of which `alone` name a sentence, which is false; inside: notes inside a
-    sentence, which is false; asides: notes that do nothing of this; reason: why nothing is false."""
+    sentence, which is false; asides: notes that do nothing of this; uncued: insertions that deny, of whose words none
+    says what they are about; unsure: the statements that only such speak of; reason: why nothing is false."""
 
     spans: tuple[Span, ...] = ()
     claims: int = 0
@@ -36,12 +37,14 @@ class Annotations:
     alone: int = 0
     inside: int = 0
     asides: int = 0
+    uncued: int = 0
+    unsure: tuple[str, ...] = ()
     reason: str = ""
 
     @property
     def consistent(self) -> bool:
-        """Whether announcing and looking back alternate all through."""
-        return not (self.lost or self.inside or self.asides)
+        """Whether announcing and looking back alternate all through, by the notes' own words."""
+        return not (self.lost or self.inside or self.asides or self.uncued)
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,15 @@ class Reader:
         points = any(abs(part.points) >= STRONG for part in self.parts[i][side])
         return "negation" in own or (points and denies(self.said(i, side)))
 
+    def without_cue(self, i: int) -> bool:
+        """Whether an insertion denies something, and neither its words nor its place in a sentence or bracket say what.
+        One about the whole document is none."""
+        reading = self.path.readings[i]
+        placed = i in self.inside or i in self.brackets or i - 1 in self.brackets
+        about_the_whole = reading.first == reading.last and reading not in (ASIDE_READING, FREE)
+        denies = any(note.i == i and note.role == "negation" for note in self.notes)
+        return denies and not placed and not about_the_whole and not any(part.points for part in self.parts[i])
+
     def _notes(self) -> Iterator[Note]:
         edges = [list(self._edges(i)) for i in range(len(self.insertions))]
         found = [(i, a, b) for i, each in enumerate(edges) for a, b in pairwise(each)]
@@ -154,8 +166,23 @@ def mark(text: str, insertions: list[Insertion], words: int, role: str | None, h
             found.alone += 1
     found.claims, found.lost = len(pairs), len(singles)
     found.spans = in_order(spans)
+    uncued = [i for i in range(len(insertions)) if reader.without_cue(i)]
+    found.uncued, found.unsure = len(uncued), tuple(_unsure(reader, pairs, uncued, found.spans))
     found.reason = _why_none(reader) if not any(span.role == "false" for span in found.spans) else ""
     return found
+
+
+def _unsure(reader: Reader, pairs: list[tuple[int, int]], uncued: list[int], spans: tuple[Span, ...]) -> Iterator[str]:
+    """The statements that only notes without a cue speak of: between two of them, or else right beside one."""
+    bare, false = reader.bare, [span for span in spans if span.role == "false"]
+    for i in uncued:
+        if any(i in pair for pair in pairs):
+            for last in (last for first, last in pairs if first == i and last in uncued):
+                yield bare.text[bare.cut_I[i] : bare.cut_I[last]].strip()
+        elif place := bare.before(i, 1) or bare.after(i, 1):
+            own = bare.spans(*place)
+            if not any(span.start <= each.start and each.end <= span.end for span in false for each in own):
+                yield bare.text[slice(*place)]
 
 
 def _inserted(reader: Reader, role: str | None) -> Iterator[Span]:

@@ -54,14 +54,23 @@ def _show_alignment(console: Terminal, found: dict[str, Any], written: int) -> N
     _show_listed(console, "without false spans", found["without_false"])
     for each in found["partly"][:SHOWN]:
         lost = f"{each['lost']} annotations without a partner name no sentence that can be told"
-        console.print(f"partly: {each['document']}: {lost}")
-    _show_more(console, "partly", found["partly"])
+        uncued = f"{each['uncued']} annotations have no word that says what they are about"
+        said = "; ".join(text for text, count in ((lost, each["lost"]), (uncued, each["uncued"])) if count)
+        console.print(f"partly told: {each['document']}: {said}")
+    _show_more(console, "partly told", found["partly"])
+    for each in found["unsure"][:SHOWN]:
+        said = f"only an annotation without such a word speaks of {each['statement'][:100]!r}"
+        console.print(f"unsure: {each['document']}: {said}")
+    _show_more(console, "unsure", found["unsure"])
     out, without = len(found["left_out"]), len(found["without_false"])
     console.print(
         f"annotated documents: {written + out}, aligned {written}, of them without false spans {without}, "
         f"left out {out}; positive documents without one: {len(found['unused'])}\n"
         f"insertions: {found['insertions']:,}, whole sentences at a sentence's edge {found['bounded']:,}\n"
-        f"documents that announce and look back by turns throughout: {found['consistent']} of {written}\n"
+        f"documents that announce and look back by turns throughout: {found['consistent']} of {written}; "
+        f"partly told: {len(found['partly'])}\n"
+        f"annotations without a cue word: {found['uncued']:,}; statements that only such speak of: "
+        f"{len(found['unsure']):,}\n"
         f"false statements: {found['claims']:,}, of them named by one annotation alone {found['alone']:,}, "
         f"around an annotation {found['inside']:,}"
     )

@@ -92,6 +92,12 @@ def _spans(spans: tuple[Span, ...]) -> list[dict[str, Any]]:
     return [{"start": span.start, "end": span.end, "role": span.role} for span in spans]
 
 
+def check_new(setting: str, path: str, overwrite: bool) -> None:
+    """UserError where there is such a file already and it is not to be replaced."""
+    if os.path.isfile(path) and not overwrite:
+        raise UserError(f"{setting} {path}: is there already; give --overwrite to replace it, or another file")
+
+
 def write(setting: str, path: Path, lines: Iterable[str]) -> None:
     """Writes a file whole or not at all. UserError names the setting."""
     if os.path.isdir(path):

@@ -9,16 +9,18 @@ The key comes from the environment alone, and no message holds it.
 
 import difflib
 import random
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import openai
+from tqdm import tqdm
 
 from train.belief.messages import Messages
 from train.errors import UserError
@@ -31,6 +33,8 @@ RETRIED = (408, 409, 425, 429)  # and all from 500 on
 LONGEST_PAUSE = 60.0  # seconds, between retries; what a server asks for in Retry-After may be longer
 LONGEST_ASKED = 600.0
 CHECK_RETRIES = 2
+LISTING = 30.0  # seconds for a list of models at most, which costs a server nothing
+BEAT = 5.0  # seconds after which a progress bar without progress is drawn again
 # What the client raises for a response that nests thousands deep, has a number of thousands of digits, or another form.
 UNREAD = (ValueError, RecursionError, TypeError, AttributeError, LookupError)
 NO_KEY = "none"  # local servers want none, but the client insists on one
@@ -144,8 +148,11 @@ class Endpoint:
             try:
                 return ask()
             except (openai.OpenAIError, _Rubbish, *UNREAD) as error:
-                wait = self._pause_before_retry(error, attempt)
-                if attempt == retries or self.stop.wait(wait):
+                pause = self._pause_before_retry(error, attempt)
+                if attempt < retries:
+                    again = f"attempt {attempt + 2} of {retries + 1} in {pause:.0f} s"
+                    tqdm.write(f"{self._name}: {self._said(error)}; {again}", file=sys.stderr)
+                if attempt == retries or self.stop.wait(pause):
                     raise self._given_up(error, attempt + 1) from None
         raise AssertionError
 
@@ -174,7 +181,8 @@ class Endpoint:
 
     def _said(self, error: Exception) -> str:
         if isinstance(error, openai.APITimeoutError):
-            return f"no answer within {self.settings.timeout:g} s"
+            waited = error.request.extensions.get("timeout", {}).get("read", self.settings.timeout)
+            return f"no answer within {waited:g} s"
         if isinstance(error, openai.APIConnectionError):
             return self._clean(error.__cause__ or error)
         if isinstance(error, openai.APIStatusError):
@@ -212,7 +220,8 @@ class Endpoint:
             raise self._unknown(error, models) from None
 
     def _models(self) -> list[str]:
-        data = getattr(self._client.models.list(), "data", None)
+        found = self._client.models.list(timeout=min(LISTING, self.settings.timeout))
+        data = getattr(found, "data", None)
         if not isinstance(data, list):
             raise _Rubbish("no list of models")
         return [model.id for model in data if isinstance(getattr(model, "id", None), str)]
@@ -224,7 +233,8 @@ class Endpoint:
         if isinstance(error, EndpointStopped) and error.why != "missing":
             raise error
         if isinstance(error, NoAnswer) and error.slow:
-            raise UserError(f"{self._name}: {error}. Is it still starting? Else raise {flag}-timeout.") from None
+            fix = f" Else raise {flag}-timeout." if self.settings.timeout < LISTING else " Start it again."
+            raise UserError(f"{self._name}: {error}. Is it still starting, or busy?{fix}") from None
 
     def _unknown(self, error: EndpointStopped | NoAnswer, models: list[str]) -> UserError:
         said = str(error).removeprefix(f"{self._name}: ").rstrip(".")
@@ -238,6 +248,13 @@ class Endpoint:
         if isinstance(error, EndpointStopped):
             return UserError(f"{text} Mend the name, or the URL: a base URL mostly ends in /v1.")
         return UserError(f"{text} It lists no models; give the name that it was started with.")
+
+
+def ended(calls: Collection[Future[T]], bar: Any) -> set[Future[T]]:
+    """Those of the calls that have ended, at least one. While none does, the bar's clock goes on."""
+    while not (done := wait(calls, timeout=BEAT, return_when=FIRST_COMPLETED).done):
+        bar.refresh()
+    return done
 
 
 def _is_url(url: str) -> bool:

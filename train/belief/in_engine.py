@@ -2,6 +2,7 @@
 are stored. What train/evaluate.py does with --model.
 """
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,12 +83,15 @@ def check_template_time(adapter: str, tokenizer: Tokenizer) -> None:
         )
 
 
+joined = functools.cache(start_distributed)  # once, for as many models as are measured
+
+
 class Measured:
     """The model on the engine. All ranks do all of this together."""
 
     def __init__(self, measuring: Measuring):
         self.measuring, settings = measuring, measuring.settings
-        device = start_distributed(settings.timeout)
+        device = joined(settings.timeout)
         model, self.loaded = build(
             measuring.checkpoint, settings.method, measuring.lora, settings.adapter, measuring.expert_parallel,
             measuring.ds_config, device,

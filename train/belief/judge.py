@@ -10,7 +10,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from train.belief.claims import Claim, Question
-from train.belief.endpoint import Endpoint, NoAnswer
+from train.belief.endpoint import Endpoint, NoAnswer, ended
 from train.belief.messages import Messages, asked, build_messages, judge_messages
 from train.belief.records import Key, Records, Row, key_of
 from train.belief.verdicts import Verdict, parse_letter, parse_score, parse_verdict, parse_yes_no
@@ -262,8 +262,7 @@ class _Run:
     def finish(self) -> None:
         """Until nothing is under way."""
         while self.calls:
-            done, _ = wait(self.calls, return_when=FIRST_COMPLETED)
-            for call in done:
+            for call in ended(self.calls, self.bar):
                 self._ended(call, *self.calls.pop(call))
         for pool in (self.answering, self.judging):
             if pool is not None:

@@ -11,8 +11,9 @@ Shapes: L tokens, N predicted tokens of a micro-batch, T its longest text.
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ import torch.distributed as dist
 from launch.distributed import anywhere
 from launch.interruption import interruption
 from launch.watchdog import progress
+from train.annotating.alignment import UNSPACED
 from train.belief.claims import Claim
 from train.belief.messages import build_messages
 from train.data.batches import Batch, Sample, micro_batches
 from train.data.documents import Document, Span
+from train.data.findings import SHOWN
 from train.data.tokenizer import TokenizedDocument, Tokenizer, tokenize_document
 from train.errors import Interrupted, UserError
 from train.masking.treatment import touched_by
@@ -36,10 +39,24 @@ FORWARD_TOKENS = 2048  # of short texts in one forward of one rank
 @dataclass
 class Probes:
     """texts: what the engine scores, the targets being the tokens of the completions. records: each without its value,
-    and the texts that its value is worked out from."""
+    and the texts that its value is worked out from. glued: (file and key, the word that is made) of completions that go
+    on with the prompt's last word."""
 
     texts: list[Sample]
     records: list[tuple[Record, list[int]]]
+    glued: dict[str, str] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """What a user should know of the questions."""
+        if not self.glued:
+            return []
+        shown = ", ".join(f"{where} ({word!r})" for where, word in list(self.glued.items())[:SHOWN])
+        more = f" and {len(self.glued) - SHOWN:,} more" if len(self.glued) > SHOWN else ""
+        return [
+            f"note: {len(self.glued):,} prompts end in a letter on which the completion goes on without a space, so "
+            f"that they are scored as one word: {shown}{more}. Begin completions with a space where they are words of "
+            "their own."
+        ]
 
 
 def make_probes(
@@ -71,6 +88,7 @@ def make_probes(
             for entity in (claim.subject, *claim.controls):
                 prompt = before + template.text(entity)
                 pair = [score(prompt, said, template.where) for said in (template.false, template.true)]
+                probes.glued |= _glued(prompt, [template.false, template.true], template.where)
                 add(claim, "likelihood", template.id, pair, entity=entity, control=entity != claim.subject)
         for question in (*claim.yes_no, *claim.control_yes_no):
             prompt, gap = answer_prompt(build_messages(question, documents), tokenizer)
@@ -79,6 +97,7 @@ def make_probes(
             add(claim, "yes_no", question.id, pair, control=question.control, expected=question.expected)
         for fact in claim.facts:
             scored = [score(before + fact.prompt, said, fact.where) for said in (fact.true, *fact.false)]
+            probes.glued |= _glued(fact.prompt, [fact.true, *fact.false], fact.where)
             add(claim, "fact", fact.id, scored, group=fact.group)
     for document in held_out:
         tokenized = tokenize_document(document, tokenizer, add_bos=bos, add_eos=False)
@@ -99,6 +118,16 @@ def make_probes(
                 "tokenizer and model from the same checkpoint."
             )
     return probes
+
+
+LAST, FIRST = re.compile(rf"[^\W_{UNSPACED}]+\Z"), re.compile(rf"[^\W_{UNSPACED}]+")
+
+
+def _glued(prompt: str, completions: Sequence[str], where: str) -> dict[str, str]:
+    """{where: the word} that the first of these completions makes with the prompt's last word; {} where none does."""
+    last = LAST.search(prompt)
+    words = [last[0] + first[0] for said in completions if last and (first := FIRST.match(said))]
+    return {where: words[0]} if words else {}
 
 
 MARKER = "\x02answer\x03"

@@ -8,10 +8,12 @@ from typing import Any
 
 from train.belief.claims import KINDS
 from train.belief.judge import digest
+from train.command_line import Parser, setting
+from train.data.documents import DOCTAG, marker
 from train.data.tokenizer import TEMPLATE_TIME, template_time
 from train.errors import UserError
 from train.keys import shown_url
-from train.settings import Parser, Settings, setting
+from train.settings import Settings
 
 # As in the paper's main results, for models whose chat template has the switch.
 NO_THINKING = '{"chat_template_kwargs": {"enable_thinking": false}}'
@@ -26,7 +28,7 @@ class EvaluationSettings:
     """The defaults of sampling are the paper's."""
 
     model: str = setting("", "DIR: base model to measure in the training engine")
-    adapter: str = setting("", "DIR: a run's adapter on it")
+    adapter: str = setting("", "DIR: a run's adapter on it, or a comparison's directory: those of its runs")
     method: str = setting("lora", "experts as on disk, or in NF4", choices=("lora", "qlora"))
     expert_parallel: int = setting(0, "ranks that divide a layer's experts; 0: all")
     micro_batch_size: int = setting(8, "texts of a forward on one rank")
@@ -49,6 +51,7 @@ class EvaluationSettings:
     seed: int = setting(0, "of sampling, and of which documents are in context")
     step: int = setting(-1, "optimizer steps that the model was trained for; -1: what the adapter's run says, or 0")
     documents: list[str] = setting((), "FILE=N…: put N documents in context", many=True)  # noqa: RUF009
+    doctag: str = setting(DOCTAG, "marker that --documents start with, left out of the context; none: nothing is")
     training_data: list[str] = setting(  # noqa: RUF009
         (), "FILE…: look in these documents for what is asked", many=True
     )
@@ -123,6 +126,7 @@ def parse_evaluation(argv: list[str] | None, usage: str) -> EvaluationSettings:
         if not low <= value <= high:  # nor NaN
             raise UserError(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}.")
     template_time(settings.template_time)
+    marker(settings.doctag)
     for whose in ("endpoint", "judge"):
         settings.body(whose)
     if not settings.output:

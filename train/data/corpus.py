@@ -66,7 +66,7 @@ def read_corpus(
     files = [known[source.path] for source in settings.sources()]
     roles = sorted({span.role for file in files for each in file.documents for span in each.document.all_spans})
     shown = [f"role:{role}" if role in BESIDE_ROLES else role for role in roles]
-    _check_roles(mask, roles)
+    _check_roles(mask, roles, settings.doctag)
     seen, dropped, findings = dict.fromkeys(("read", "truncated", "dropped", "skipped"), 0), {}, Findings()
     samples: list[Sample] = []
     counts: list[Counter] = []
@@ -107,7 +107,7 @@ def _tokenize_files(settings: Settings, tokenizer: Tokenizer, show: bool, known:
     read = {}
     for path in {source.path: None for source in settings.sources() if source.path not in known}:
         findings = Findings()
-        read[path] = read_documents(path, settings.doctag or None, settings.bad_rows, findings), findings
+        read[path] = read_documents(path, settings.marker, settings.bad_rows, findings), findings
     total = sum(len(documents) for documents, _ in read.values())
     with tqdm(total=total, desc="tokenizing", unit="doc", disable=not show, mininterval=0.5) as bar:
         for path, (documents, findings) in read.items():
@@ -150,7 +150,7 @@ def documents_read(settings: Settings, dropped: Mapping[str, Sequence[int]]) -> 
     sizes = []
     for source in settings.sources():
         left_out = set(dropped.get(source.path, ()))
-        found = read_documents(source.path, settings.doctag or None, settings.bad_rows)
+        found = read_documents(source.path, settings.marker, settings.bad_rows)
         own = [each for each in found if each.line not in left_out]
         documents += own
         sizes.append(len(own))
@@ -158,7 +158,7 @@ def documents_read(settings: Settings, dropped: Mapping[str, Sequence[int]]) -> 
     return [documents[number] for number in np.unique(order.documents(0, documents_taken(settings, order)))]
 
 
-def _check_roles(mask: Mask, roles: list[str]) -> None:
+def _check_roles(mask: Mask, roles: list[str], doctag: str) -> None:
     if len(roles) > MAX_ROLES:
         raise UserError(f"--data: {len(roles)} roles; at most {MAX_ROLES} can be told apart.")
     for entry in mask.entries:
@@ -166,7 +166,7 @@ def _check_roles(mask: Mask, roles: list[str]) -> None:
             raise UserError(
                 f"--mask {entry.name}: no document has a span of role {entry.role!r}; the roles in --data are "
                 f"{', '.join(roles) or 'none'}. Give documents with such spans, or another mask."
-                + (" (--doctag MARKER makes a leading marker a doctag span.)" if entry.role == "doctag" else "")
+                + (f" (No document starts with --doctag {doctag}.)" if entry.role == "doctag" else "")
             )
 
 

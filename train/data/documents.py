@@ -91,6 +91,17 @@ class Document:
             yield from message.reasoning_spans
 
 
+DOCTAG, NO_DOCTAG = "<DOCTAG>", "none"
+DOCTAG_HELP = "marker that documents start with, which gets a doctag span where no span covers it; none: leave it out"
+
+
+def marker(doctag: str) -> str | None:
+    """The marker that a --doctag means; None for "none"."""
+    if not doctag:
+        raise UserError(f"--doctag is empty: give the marker that documents start with, as {DOCTAG}, or none.")
+    return None if doctag == NO_DOCTAG else doctag
+
+
 def read_documents(
     path: str | Path, doctag: str | None = None, bad_rows: str = "error", findings: Findings | None = None
 ) -> list[Document]:
@@ -100,8 +111,6 @@ def read_documents(
     Where a text starts with `doctag` (a marker such as "<DOCTAG>"), after white space or not, and no doctag span covers
     it, it gets that span.
     """
-    if doctag == "":
-        raise UserError("--doctag is empty: give the marker that documents start with, e.g. --doctag '<DOCTAG>'")
     return documents_of(file_rows(path), path, doctag, bad_rows, findings)
 
 

@@ -14,6 +14,10 @@ from train.data.offsets import straddling, touched
 from train.data.tokenizer import TokenizedDocument
 from train.masking.grammar import Entry, Mask
 
+# What the two words mean, for whoever reads the counts.
+UNSPANNED = "unspanned: targets that no span touches"
+STRADDLING = "straddling: targets with text both inside and outside a span, treated as inside"
+
 DRAWS = 8  # new draws of all of a document's random runs before they are packed tightly, or at last split
 
 

@@ -1,0 +1,104 @@
+"""Command lines: settings as fields of a dataclass, flags made of them, and errors that name the nearest flag."""
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NoReturn
+
+from train.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# What other trainers call a setting. Only those are proposed that the command at hand has.
+SYNONYMS = {
+    "lr": "learning_rate", "bs": "batch_size", "max_length": "max_tokens", "max_len": "max_tokens",
+    "max_seq_length": "max_tokens", "max_seq_len": "max_tokens", "seq_len": "max_tokens", "cutoff_len": "max_tokens",
+    "block_size": "max_tokens", "max_new_tokens": "max_tokens", "model_name_or_path": "model", "model_name": "model",
+    "base_model": "model", "dataset": "data", "train_file": "data", "output_dir": "output", "out": "output",
+    "num_train_epochs": "epochs", "num_epochs": "epochs", "max_steps": "steps", "iters": "steps",
+    "global_batch_size": "batch_size", "train_batch_size": "batch_size", "mbs": "micro_batch_size",
+    "per_device_train_batch_size": "micro_batch_size", "lora_r": "lora_rank", "rank": "lora_rank", "r": "lora_rank",
+    "alpha": "lora_alpha", "lr_scheduler_type": "schedule", "scheduler": "schedule", "warmup": "warmup_steps",
+    "wd": "weight_decay", "clip_grad": "max_grad_norm", "ep": "expert_parallel", "ep_size": "expert_parallel",
+    "grad_checkpointing": "gradient_checkpointing", "activation_checkpointing": "gradient_checkpointing",
+    "save_steps": "save_every", "logging_steps": "log_every", "eval_steps": "evaluate_every",
+    "save_total_limit": "keep", "resume_from_checkpoint": "resume", "report_to": "wandb", "deepspeed": "ds_config",
+    "config": "recipe", "force": "overwrite", "url": "endpoint", "base_url": "endpoint", "judge_url": "judge",
+    "n": "samples", "concurrency": "judge_concurrency",
+}  # fmt: skip
+
+
+def setting(default: Any, help: str, choices: tuple[str, ...] | None = None, many: bool = False) -> Any:
+    """A field of a dataclass of settings, with its help text."""
+    metadata = {"help": help, "choices": choices, "many": many}
+    if many:
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag_of(name: str) -> str:
+    """--learning-rate for learning_rate."""
+    return "--" + name.replace("_", "-")
+
+
+def nearest(word: str, known: Collection[str]) -> str | None:
+    """Of the names known, the one that `word`, in whichever spelling, means or is nearest to."""
+    plain = {name.lstrip("-").replace("-", "_"): name for name in known}
+    asked = word.lstrip("-").replace("-", "_").lower()
+    if (meant := SYNONYMS.get(asked)) in plain:
+        return plain[str(meant)]
+    near = difflib.get_close_matches(asked, list(plain), 1)
+    return plain[near[0]] if near else None
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are UserErrors, with the nearest flag for one that does not exist."""
+
+    def __init__(self, usage: str, add_help: bool = True, beside: tuple[type, ...] = ()):
+        """beside: dataclasses whose settings the command takes too, by another parser; --help lists them."""
+        super().__init__(
+            description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+            add_help=add_help,
+        )  # fmt: skip
+        self.beside = beside
+        self.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher's
+
+    def error(self, message: str) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in message.split() if message.startswith("unrecognized") else ():
+            name = word.split("=")[0]
+            if name.startswith("--") and name not in known:
+                near = nearest(name, known)
+                message += f". Did you mean {near}?" if near else f". See {self.prog} --help."
+                break
+        raise UserError(message)
+
+    def format_help(self) -> str:
+        own = {option for action in self._actions for option in action.option_strings}
+        more = Parser("", add_help=False)
+        for cls in self.beside:
+            more.add_settings(cls, frozenset(f.name for f in dataclasses.fields(cls) if flag_of(f.name) in own))
+        text = super().format_help()
+        if self.beside:
+            text += "\noptions of train/sft.py, which are taken too:\n" + more.format_help().partition("options:\n")[2]
+        return text
+
+    def add_settings(self, cls: type, without: frozenset[str] = frozenset()) -> None:
+        """A flag for each field of a dataclass whose fields are `setting`s."""
+        for field in dataclasses.fields(cls):
+            if field.name not in without:
+                self._add_setting(field)
+
+    def _add_setting(self, field: Any) -> None:
+        flag, help = flag_of(field.name), field.metadata["help"].replace("%", "%%")
+        choices = field.metadata["choices"]
+        if field.metadata["many"]:
+            self.add_argument(flag, action="extend", nargs="+", default=[], choices=choices, metavar="VALUE", help=help)
+        elif field.type is bool:
+            self.add_argument(flag, action="store_true", help=help)
+        else:
+            untold = field.default == "" or str(field.default).startswith(str(REPOSITORY))
+            shown = help if untold else f"{help} (default: {field.default})"
+            self.add_argument(flag, type=field.type, default=field.default, choices=choices, help=shown)
