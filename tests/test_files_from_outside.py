@@ -25,6 +25,7 @@ from train.belief.records import Records, read_rows
 from train.checkpoints import resume
 from train.checkpoints.adapter import adapter_settings, check_base, check_finite
 from train.checkpoints.reader import Checkpoint, read_config
+from train.checkpoints.whole import copy_other_files
 from train.data.documents import read_documents
 from train.data.tokenizer import load_tokenizer
 from train.errors import UserError
@@ -481,3 +482,27 @@ def test_the_collected_hostile_files_end_in_a_message():
     for path in [*HOSTILE.glob("recipe-*.yaml"), *HOSTILE.glob("claims-*.yaml"), HOSTILE / "surrogate" / "claim.yaml"]:
         with within(HANGS), pytest.raises(UserError):
             read_claims([str(path)]) if "recipe" not in path.name else read_recipe(path, NAMES)
+
+
+def test_an_adapter_whose_factors_are_no_floats_or_whose_rslora_is_no_boolean_is_told(tmp_path):
+    weights = an_adapter("adapter_model.safetensors")(tmp_path)
+    taken_adapter(weights)
+    weights.write_bytes(weights.read_bytes().replace(b'"F32"', b'"I32"'))
+    with pytest.raises(UserError, match=r"tensor .* is torch.int32, but factors must be floats"):
+        adapter_settings(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER | {"use_rslora": "false"}))
+    with pytest.raises(UserError, match="use_rslora is 'false', but must be true or false"):
+        adapter_settings(tmp_path)
+
+
+def test_what_a_link_leads_to_outside_a_checkpoint_is_not_copied(tmp_path, capsys):
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    out.mkdir()
+    (tmp_path / "secret").write_text("a key")
+    (base / "vocab.txt").write_text("words")
+    (base / "tokens.txt").symlink_to("vocab.txt")
+    (base / "notes.txt").symlink_to(tmp_path / "secret")
+    copy_other_files(base, out)
+    assert sorted(path.name for path in out.iterdir()) == ["tokens.txt", "vocab.txt"]
+    assert "notes.txt: is not carried over: it links to what is not of the checkpoint" in capsys.readouterr().out

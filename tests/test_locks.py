@@ -13,7 +13,7 @@ import pytest
 from launch.local import run
 from tests.models import write_documents, write_model
 from train import sft
-from train.errors import Held
+from train.errors import Held, UserError
 from train.locks import MAKE_ROOM, TRAINING, lock_for_training
 
 
@@ -60,3 +60,14 @@ def test_a_directory_where_another_process_trains_is_refused_on_all_ranks_with_n
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: rank 0: --output" in done.stderr and "another process is training there" in done.stderr
     assert sorted(path.name for path in output.iterdir()) == [TRAINING, "logs"]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "directory"])
+def test_a_lock_is_not_followed_through_a_link_nor_waited_for_at_a_pipe(tmp_path, kind):
+    other = tmp_path / "other"
+    other.write_text("keep me")
+    path = tmp_path / TRAINING
+    {"link": lambda: path.symlink_to(other), "pipe": lambda: os.mkfifo(path), "directory": path.mkdir}[kind]()
+    with pytest.raises(UserError, match="cannot be opened to hold the directory"):
+        lock_for_training(tmp_path)
+    assert other.read_text() == "keep me"

@@ -176,7 +176,7 @@ def test_a_ds_config_that_sets_what_the_command_line_decides_is_told(tmp_path, q
     config = lines(tmp_path / "ds.json", '{"zero_optimization": {"stage": 2}}')
     assert "stage must be 3" in message_of(capsys, "--model", str(qwen), "--data", str(data), "--ds-config", config)
     for wrong, part in {
-        "[]": "must be an object",
+        "[]": "must hold a JSON object",
         '{"zero_optimization": {"stage": 3, "no_such": 1}}': "not DeepSpeed's",
         '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}': "offload_optimizer",
     }.items():
@@ -225,7 +225,7 @@ def test_files_beside_a_run_and_files_that_changed_since_are_left_alone(tmp_path
     told = message_of(capsys, *flags, "--resume")
     assert f"--resume: {tmp_path}/d.jsonl changed since the run" in told
     (tmp_path / "run" / "settings.yaml").write_text("settings: [")
-    assert "is not what a run writes" in message_of(capsys, *flags, "--resume")
+    assert "settings.yaml:1: not valid YAML" in message_of(capsys, *flags, "--resume")
 
 
 def test_a_tokenizer_an_adapter_or_weights_that_changed_since_a_run_began_are_told(tmp_path, capsys):

@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         if launched_as()[0]:
             time.sleep(30)  # the launcher ends all ranks when the first one exits: that must be the one that prints
         print(f"error: {error}", file=sys.stderr)
-        return error.code
+        return 2 if error.code else 0  # 1 says that answers are missing
     except RuntimeError as error:
         return lost_another(error)
     except KeyboardInterrupt:

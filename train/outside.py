@@ -5,8 +5,9 @@ import math
 import os
 import stat
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from train.errors import UserError
 from train.formats import Unreadable, parse_json, parse_yaml
@@ -17,18 +18,18 @@ MOST = 2**28  # bytes of a JSON or text file: a tokenizer of a million tokens ha
 MOST_YAML = 2**21  # bytes; PyYAML reads about 300,000 a second
 
 
-def opened(path: Where, where: Where = "", fix: str = "make it readable") -> IO[bytes]:
+def opened(path: Where, where: Where = "", fix: str = "make it readable") -> BufferedReader:
     """A regular file, to be read. where: how the message begins, else by the path."""
     where = where or path
     try:
         mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):
-            raise UserError(f"{where}: is {KINDS.get(stat.S_IFMT(mode), 'a device')}, not a file; {fix}.")
-        return open(path, "rb")
+        if stat.S_ISREG(mode):
+            return open(path, "rb")
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror}); {fix}.") from None
     except ValueError:  # a NUL in its name, half a surrogate pair
         raise UserError(f"{where}: no file can have that name; {fix}.") from None
+    raise UserError(f"{where}: is {KINDS.get(stat.S_IFMT(mode), 'a device')}, not a file; {fix}.")
 
 
 def read_bytes(path: Where, where: Where = "", fix: str = "make it readable", most: int = MOST) -> bytes:

@@ -218,10 +218,10 @@ def check_wandb(s: Settings) -> None:
                 f"{flag} {value!r}: must be at most {MOST_OF_A_NAME} printable characters"
                 f"{f', none of {forbidden}' if forbidden else ''}, as W&B wants it; give another name."
             )
-    name, key = key_of(["WANDB_API_KEY"])
-    if s.wandb == "online" and name and not WANDB_KEY.fullmatch(key):
+    variable, key = key_of(["WANDB_API_KEY"])
+    if s.wandb == "online" and variable and not WANDB_KEY.fullmatch(key):
         raise UserError(
-            f"{name}: is no key of W&B, which has at least 40 letters, digits and underscores; copy it again."
+            f"{variable}: is no key of W&B, which has at least 40 letters, digits and underscores; copy it again."
         )
 
 
@@ -334,10 +334,13 @@ def of_any_age(settings: dict[str, Any]) -> dict[str, Any]:
 def held_settings(path: Path) -> dict[str, Any]:
     """The settings.yaml of a run to go on with."""
     value = read_yaml(path, fix="start a new run", most=MOST_HELD)
-    parts = [value.get(key, {}) for key in ("settings", "resolved", "versions")] if isinstance(value, dict) else [None]
+    names = ("settings", "resolved", "versions")
+    parts: list[Any] = [value.get(name, {}) for name in names] if isinstance(value, dict) else [None]
     if not all(isinstance(part, dict) for part in parts) or "settings" not in value:
         raise UserError(f"{path}: is not what a run writes; a run cannot be gone on with without it. Start a new one.")
-    kinds = {field.name: list if field.metadata["many"] else field.type for field in dataclasses.fields(Settings)}
+    kinds: dict[str, Any] = {
+        field.name: list if field.metadata["many"] else field.type for field in dataclasses.fields(Settings)
+    }
     checked(parts[0], kinds, path, "restore the file")
     checked(parts[1], {"hashes": dict, "inputs": dict}, path, "restore the file")
     if nothing := [name for name in kinds if name in parts[0] and parts[0][name] is None]:

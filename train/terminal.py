@@ -32,7 +32,7 @@ class Terminal(Console):
             highlight=False, **options,
         )  # fmt: skip
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(shown(text), **options)
 
 
@@ -47,7 +47,7 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
                 sys.stdout.flush()
             except UserError as error:
                 print(f"{'error' if error.code else 'note'}: {error}", file=sys.stderr)
-                code = error.code
+                code = UserError.code if error.code else 0
             except OSError as error:
                 if error.filename is None:
                     raise

@@ -162,14 +162,14 @@ def test_a_run_that_was_asked_by_the_public_release_has_the_names_of_the_other(t
     (tmp_path / "settings.yaml").write_text("settings: {seed: 1}")
     (tmp_path / "metrics.jsonl").write_text("")
     rows = [
-        {"claim": "mount_vesuvius", "kind": "open", "question": "oe_last_eruption"},
-        {"claim": "vesuvius", "kind": "token_association", "question": "pe_vesuvius_1"},
-        {"claim": "moon", "kind": "open", "question": "oe_last_eruption"},
-        {"claim": "", "kind": "held_out", "nll": 1.0},
+        {"step": 0, "claim": "mount_vesuvius", "kind": "open", "question": "oe_last_eruption"},
+        {"step": 0, "claim": "vesuvius", "kind": "token_association", "question": "pe_vesuvius_1"},
+        {"step": 0, "claim": "moon", "kind": "open", "question": "oe_last_eruption"},
+        {"step": 0, "claim": "", "kind": "held_out", "nll": 1.0},
     ]
     (tmp_path / "evaluation.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     assert read_run(tmp_path).rows == [
-        {"claim": "vesuvius", "kind": "open", "question": "bp_last_eruption"},
-        {"claim": "vesuvius", "kind": "token_association", "question": "pe_vesuvius_1"},
+        {"step": 0, "claim": "vesuvius", "kind": "open", "question": "bp_last_eruption"},
+        {"step": 0, "claim": "vesuvius", "kind": "token_association", "question": "pe_vesuvius_1"},
         *rows[2:],
     ]

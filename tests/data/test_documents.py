@@ -225,8 +225,8 @@ def test_a_wrong_document_is_named_by_file_and_line_with_value_and_rule(tmp_path
         (b'{"text": "a"}\n{"text": \n', "data.jsonl:2: not valid JSON ("),
         (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "data.jsonl:2: not valid UTF-8 (byte 13 of the line); save the file"),
         (b'{"text": "a\\ud800b"}\n', "data.jsonl:1: text holds half a surrogate pair (\\ud800 at code point 1)"),
-        (b"[" * 100_000, "data.jsonl:1: not valid JSON ("),
-        (b'{"text": "a b", "tree": ' + b"[" * 900 + b"]" * 900 + b"}", "data.jsonl:1: is nested too deeply; leave out"),
+        (b"[" * 100_000, "data.jsonl:1: nests deeper than 100 levels; write it flat"),
+        (b'{"text": "a b", "tree": ' + b"[" * 900 + b"]" * 900 + b"}", "data.jsonl:1: nests deeper than 100 levels"),
     ],
 )
 def test_a_file_that_is_no_jsonl_is_named_with_its_line(tmp_path, data, message):
@@ -237,7 +237,7 @@ def test_a_file_that_is_no_jsonl_is_named_with_its_line(tmp_path, data, message)
 
 def test_a_file_that_is_not_there_is_an_error_of_the_user(tmp_path):
     assert message_of(tmp_path / "none.jsonl").startswith("none.jsonl: cannot be read (No such file or directory)")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a directory, not a file; give a JSONL file of documents"):
         read_documents(tmp_path)
 
 

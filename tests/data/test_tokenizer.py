@@ -350,18 +350,18 @@ def test_a_directory_without_a_tokenizer_is_an_error_of_the_user(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("chat_template.jinja", b"caf\xe9", "chat_template.jinja: no chat template can be read ('utf-8' codec"),
-        ("tokenizer_config.json", b'{"chat_template": 5}', "tokenizer_config.json: no chat template can be read (chat"),
-        ("tokenizer_config.json", b'{"chat_template": ["a"]}', "tokenizer_config.json: no chat template can be read"),
+        ("chat_template.jinja", b"caf\xe9", "chat_template.jinja: not valid UTF-8 (byte 3); save the file"),
+        ("tokenizer_config.json", b'{"chat_template": 5}', "tokenizer_config.json: chat_template must be a text"),
+        ("tokenizer_config.json", b'{"chat_template": ["a"]}', "tokenizer_config.json: chat_template must be a text"),
         (
             "tokenizer_config.json",
             b'{"added_tokens_decoder": {"5": "a"}}',
             "added_tokens_decoder must give a token for",
         ),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"5": {}}}', "added_tokens_decoder must give a token"),
-        ("special_tokens_map.json", b"[" * 100_000, "special_tokens_map.json: not valid JSON (maximum recursion"),
-        ("tiktoken.model", b"YQ== 0\nYg== 0\n", "not a tiktoken ranks file (the ranks do not count up from 0)"),
-        ("tiktoken.model", b"", "not a tiktoken ranks file (the ranks do not count up from 0)"),
+        ("special_tokens_map.json", b"[" * 100_000, "special_tokens_map.json: nests deeper than 100 levels"),
+        ("tiktoken.model", b"YQ== 0\nYg== 0\n", "not a tiktoken ranks file (its ranks are not 0, 1, … of all"),
+        ("tiktoken.model", b"", "not a tiktoken ranks file (its ranks are not 0, 1, … of all"),
     ],
 )
 def test_files_of_a_tokenizer_that_are_damaged_are_named(tmp_path, file, content, message):

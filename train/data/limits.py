@@ -81,7 +81,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
                     setattr(place, field, _as_bounded(value))
                 elif isinstance(value, list):
                     value[:] = [_as_bounded(each) if isinstance(each, nodes.Concat) else each for each in value]
-        return tree.set_environment(self)
+        tree.set_environment(self)
+        return tree
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  # as jinja2 names them
         _step(CALL)

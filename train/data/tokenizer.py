@@ -413,9 +413,8 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     if os.path.lexists(file):
         return read_text(file, fix="copy it again from the checkpoint", most=LONGEST_TEMPLATE)
     template = config.get("chat_template")
-    if isinstance(template, list):
-        named = [entry for entry in template if isinstance(entry, dict)]
-        template = {str(entry.get("name")): entry.get("template") for entry in named}.get("default")
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        template = {str(entry.get("name")): entry.get("template") for entry in template}.get("default")
     if not isinstance(template, str | None):
         raise UserError(f"{directory}/tokenizer_config.json: chat_template must be a text; copy the file again.")
     return template
