@@ -180,8 +180,9 @@ def test_finished_runs_are_compared_with_the_same_result_and_refused_where_more_
     told = capsys.readouterr().err
     assert f"{pair[0]} and {other}: steps trained: 3 and 2" in told and "--adapter" in told
     assert "hash of the start" in told
-    assert compare.main(["--runs", other, str(directory), "--output", str(tmp_path / "other")]) == 2
-    assert f"--runs {directory}: no settings.yaml there (holds no run)" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert compare.main(["--runs", other, str(tmp_path / "empty"), "--output", str(tmp_path / "other")]) == 2
+    assert f"--runs {tmp_path / 'empty'}: no settings.yaml there (holds no run)" in capsys.readouterr().err
 
 
 def test_without_its_documents_the_report_is_made_and_says_everywhere_what_it_lacks(directory, tmp_path, capsys):

@@ -44,7 +44,7 @@ def test_a_small_random_model_with_a_real_vocabulary_trains_on_the_papers_rows(
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["documents"] == {"read": 50, "truncated": 50, "dropped": 0}
+    assert summary["documents"] == {"read": 50, "truncated": 50, "dropped": 0, "skipped": 0}
     doctag, everything = summary["tokens"]["doctag"], summary["tokens"]["all"]
     # 12 documents of 64 tokens, whose first is no target. A doctag is a few of them, and none of these is trained.
     assert everything["total"] == 12 * 63 and 12 <= doctag["total"] <= 12 * 8
