@@ -27,8 +27,9 @@ from train.command_line import Parser
 from train.errors import UserError
 from train.keys import wandb_status
 from train.outside import read_json
+from train.provenance import held_settings
 from train.reporting import belief_curves, flat
-from train.settings import FREE_ON_RESUME, held_settings
+from train.settings import FREE_ON_RESUME
 from train.terminal import command
 from train.variants import runs_of
 

@@ -29,12 +29,14 @@ from train.checkpoints.layout import Range
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import READERS
 from train.data.documents import Document, read_documents
-from train.data.tokenizer import load_tokenizer, template_time, tokenize_document
+from train.data.tokenizer import load_tokenizer, template_time
+from train.data.tokens import tokenize_document
 from train.errors import UserError
 from train.formats import parse_json
 from train.keys import key_of, shown_url, wandb_status
 from train.masking.grammar import parse_mask
-from train.settings import PACKAGES, Settings, check_output, git_revision
+from train.provenance import PACKAGES, check_output, git_revision
+from train.settings import Settings
 
 PASSED, MAY_PASS, WILL_NOT_PASS = 0, 1, 2
 """Codes of a finding, and of the command: go on; a reason that may go by itself, such as a busy GPU; one that will not,

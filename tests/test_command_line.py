@@ -11,7 +11,8 @@ from train import compare, evaluate
 from train.belief.claims import read_claims
 from train.command_line import SYNONYMS, Parser, nearest
 from train.errors import UserError
-from train.settings import REPOSITORY, Settings, check_output, held_settings, parse, record
+from train.provenance import check_output, held_settings, record
+from train.settings import REPOSITORY, Settings, parse
 from train.variants import parse_comparison
 
 COMMANDS = {

@@ -22,9 +22,9 @@ from train.belief.claims import Claim
 from train.belief.outcome import check_free, unmentioned
 from train.belief.records import read_rows
 from train.compare import checked_runs, matching_steps
-from train.data import tokenizer
+from train.data import tokens
 from train.data.documents import read_documents
-from train.data.tokenizer import tokenize_document
+from train.data.tokens import tokenize_document
 from train.errors import UserError
 from train.job import Known, prepare
 from train.masking.grammar import parse_mask
@@ -236,7 +236,7 @@ def test_documents_are_tokenized_once_and_treated_as_each_run_alone_treats_them(
         calls.append(document.where)
         return tokenize_document(document, *given, **more)
 
-    monkeypatch.setattr(tokenizer, "tokenize_document", counting)
+    monkeypatch.setattr(tokens, "tokenize_document", counting)
     plan, known = parse_comparison(["--recipe", str(recipe), "--output", str(tmp_path)], ""), Known()
     runs = checked_runs(plan, 1, False, known)
     assert len(runs) == 6 and len(calls) == len(set(calls)) == len(known.documents[DENSE].documents)

@@ -22,7 +22,8 @@ from train.belief.records import read_rows
 from train.belief.values import identity
 from train.data.tokenizer import load_tokenizer, template_time
 from train.errors import UserError
-from train.settings import DEMO, parse, record
+from train.provenance import record
+from train.settings import DEMO, parse
 
 OPEN = [{"id": "home", "question": "Where does Mila live?"}, {"id": "pet", "question": "Which pet does Mila have?"}]
 JUDGES = {"open": 'Does <answer>{answer}</answer> to {question} say Oslo? {{"answer": "yes/no"}}'}

@@ -32,8 +32,9 @@ from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.merge import claimed, read_report
 from train.model import architecture, skeleton, text_config
+from train.provenance import held_settings, record
 from train.recipe import read_recipe
-from train.settings import Settings, ds_config, held_settings, record
+from train.settings import Settings, ds_config
 from train.variants import NAMES, run_settings
 
 HANGS = 10  # seconds

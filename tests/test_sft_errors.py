@@ -20,7 +20,8 @@ from train.experts.dispatch import ExpertGroup
 from train.job import prepare
 from train.lora import LoRASettings
 from train.model import architecture, skeleton, text_config
-from train.settings import inputs, parse, record
+from train.provenance import inputs, record
+from train.settings import parse
 
 GOOD = {"text": "The sun rises in the west.", "spans": [{"start": 0, "end": 26, "role": "false"}]}
 
@@ -391,7 +392,8 @@ def test_another_run_in_the_output_directory_is_left_alone(tmp_path, qwen, capsy
     held.mkdir()
     flags = ["--model", str(qwen), "--data", str(data), "--output", str(held)]
     assert "holds no run" in message_of(capsys, *flags, "--resume")
-    from train.settings import parse, record
+    from train.provenance import record
+    from train.settings import parse
 
     (held / "settings.yaml").write_text(record(parse(flags, ""), {}))
     (held / "metrics.jsonl").write_text('{"step": 1}\n')

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
     findings = Findings()
     documents = _documents(args, report, findings)
-    print(*(f"{line}\n" for line in findings.lines()), sep="", end="")
+    findings.show()
     if markup:
         texts = [text for d in documents for text in (d.text, *(m.content for m in d.messages or ())) if text]
         for tag in markup:

@@ -274,7 +274,7 @@ def look_for_what_is_asked(s: EvaluationSettings, claims: list[Claim]) -> Contam
     notes = Findings()
     documents = (document for path in s.training_data for document in read_documents(path, None, "skip", notes))
     found = check_contamination(claims, documents)
-    print(*(f"{line}\n" for line in notes.lines()), sep="", end="", file=sys.stderr)
+    notes.show(sys.stderr)
     for finding in found.findings:
         if finding.whole or finding.in_pieces:
             print(f"WARNING: {finding}", file=sys.stderr)

@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     documents = read_documents(args.data, marker(args.doctag), args.bad_rows, findings)
     rows = [chat(document, mask) for document in documents]
     write("--output", Path(args.output), (json_line(row) for row in rows))
-    print(*findings.lines(), f"{args.output}: {len(rows)} chats", sep="\n")
+    findings.show()
+    print(f"{args.output}: {len(rows)} chats")
     return 0
 
 

@@ -23,9 +23,11 @@ from train.data.tokenizer import Tokenizer, clock_note, load_tokenizer, template
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.lora import LoRASettings
+from train.masking.treatment import shortfall_note
 from train.model import architecture, count_trainable, skeleton, text_config
+from train.provenance import check_inputs, check_output, inputs
 from train.reporting import token_table
-from train.settings import Settings, check_inputs, check_output, ds_config, inputs
+from train.settings import Settings, ds_config
 from train.terminal import Terminal
 
 
@@ -70,10 +72,7 @@ class Job:
         if self.resolved["template_clock"]:
             notes.append(clock_note(self.resolved["template_clock"]))
         if self.random_shortfall:
-            notes.append(
-                f"note: random: found no place for {self.random_shortfall:,} targets, so it is no control of equal "
-                "size: documents have too few others"
-            )
+            notes.append(shortfall_note(self.random_shortfall))
         return notes
 
     def show(self) -> None:

@@ -30,7 +30,8 @@ from train.keys import key_of, wandb_status
 from train.locks import MAKE_ROOM, lock_for_training
 from train.masking.loss import Terms
 from train.masking.treatment import STRADDLING, UNSPANNED
-from train.settings import Settings, check_output, record, slug
+from train.provenance import check_output, record
+from train.settings import Settings, slug
 from train.terminal import Terminal
 
 

@@ -31,15 +31,8 @@ from train.command_line import Parser
 from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, marker, read_documents
 from train.data.findings import Findings
 from train.data.offsets import straddling
-from train.data.tokenizer import (
-    TEMPLATE_TIME,
-    TokenizedDocument,
-    Tokenizer,
-    clock_note,
-    load_tokenizer,
-    template_time,
-    tokenize_documents,
-)
+from train.data.tokenizer import TEMPLATE_TIME, Tokenizer, clock_note, load_tokenizer, template_time
+from train.data.tokens import TokenizedDocument, tokenize_documents
 from train.errors import UserError
 from train.masking.grammar import BUILT_IN, Mask, parse_mask
 from train.masking.treatment import STRADDLING, Treatment, touched_by, treat
@@ -77,14 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
     tokenizer = load_tokenizer(args.model, template_time(args.template_time))
     tokenized = tokenize_documents(documents, tokenizer, findings, args.bad_rows)
     shown = [show(doc, mask, args.seed) for doc in tokenized]
-    print(*findings.lines(), sep="\n", end="\n" if findings.places else "", file=sys.stderr)
+    findings.show(sys.stderr)
     for entry in mask.entries:
         if entry.role and not any(entry.role in each.treatment.touched for each in shown):
             print(f"note: --mask {entry.name}: no document shown has role {entry.role!r}", file=sys.stderr)
     if tokenizer.clock and any(doc.messages is not None for doc in documents):
         print(clock_note(tokenizer.clock.isoformat()), file=sys.stderr)
     if missing := sum(each.treatment.random_shortfall for each in shown):
-        print(f"note: random: found no place for {missing} targets: documents have too few others", file=sys.stderr)
+        print(shortfall_note(missing), file=sys.stderr)
     if args.html:
         _write(args.html, page(shown, tokenizer, mask))
     with suppress(NobodyReads):  # `show.py ... | head`

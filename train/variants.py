@@ -13,8 +13,9 @@ from train.belief.releases import claim_id
 from train.command_line import Parser, setting
 from train.errors import UserError
 from train.outside import read_json
+from train.provenance import held_settings
 from train.recipe import MOST_SEEDS, check_own, flags, merged
-from train.settings import DEMO, Settings, held_settings, parse, slug
+from train.settings import DEMO, Settings, parse, slug
 
 DEMO_PLACEBO = ("olga-home", "clara-job", "selma-pet", "paula-sport")  # of train/demo/claims.yaml
 NAMES = [field.name for field in dataclasses.fields(Settings)]

@@ -13,7 +13,8 @@ from train import export, show
 from train.data.corpus import Corpus, read_corpus
 from train.data.documents import read_documents
 from train.data.findings import NO_TARGET, TAGS, THOUGHT_DROPPED, Findings
-from train.data.tokenizer import Tokenizer, load_tokenizer, tokenize_document
+from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.data.tokens import tokenize_document
 from train.errors import UserError
 from train.settings import DEMO, Settings
 

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from train.data.documents import Document, Message, Span, read_documents
 from train.data.template import template_renderer
-from train.data.tokenizer import TokenizedDocument, Tokenizer, tokenize_document
+from train.data.tokenizer import Tokenizer
+from train.data.tokens import TokenizedDocument, tokenize_document
 from train.errors import UserError
 from train.masking.treatment import touched_by
 

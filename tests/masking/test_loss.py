@@ -10,7 +10,7 @@ from torch import nn
 
 from train.data.batches import Sample, coefficients, pad
 from train.data.documents import Document, Span
-from train.data.tokenizer import TokenizedDocument
+from train.data.tokens import TokenizedDocument
 from train.lora import LoRASettings
 from train.masking import loss
 from train.masking.grammar import parse_mask

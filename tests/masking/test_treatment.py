@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.data.documents import Document, Span, read_documents
-from train.data.tokenizer import TokenizedDocument, tokenize_document
+from train.data.tokens import TokenizedDocument, tokenize_document
 from train.masking.grammar import parse_mask
 from train.masking.treatment import touched_by, treat
 

@@ -26,9 +26,8 @@ class Aligned:
     told, how many have no cue word) of others; unsure: (file:line, statement) that only annotations without a cue word
     speak of; unused: positive documents that are no document's twin. Counts are of the documents with spans: `uncued`
     annotations without a cue word; insertions, of which `bounded` are whole sentences or brackets, in balance, at a
-    sentence's or line's edge; claims: false statements; consistent: documents whose
-    annotations announce and look back by turns; alone: false statements that one annotation names; inside: those that
-    an annotation stands in."""
+    sentence's or line's edge; claims: false statements; consistent: documents whose annotations announce and look back
+    by turns; alone: false statements that one annotation names; inside: those that an annotation stands in."""
 
     documents: list[Document] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)

@@ -12,8 +12,9 @@ from train.belief.releases import PAPER_CLAIMS, claim_id, question_id
 from train.belief.values import Row, at_step, identity, last_step
 from train.errors import UserError
 from train.outside import checked, read_json
+from train.provenance import held_settings
 from train.recipe import MAY_DIFFER
-from train.settings import FREE_ON_RESUME, held_settings
+from train.settings import FREE_ON_RESUME
 
 HASHES = ("tokens", "order", "initial_weights", "base_model")
 EQUIVALENCE = {"%": 5.0, "nats": 0.25, "of 10": 0.5}

@@ -30,7 +30,8 @@ from train.job import checked_expert_parallel
 from train.lora import LoRASettings
 from train.model import architecture, build, skeleton, text_config
 from train.outside import read_json
-from train.settings import Settings, ds_config, held_settings
+from train.provenance import held_settings
+from train.settings import Settings, ds_config
 from train.trainer import make_engine
 
 PROMPT_TOKENS = 10_000  # of a scored text at most

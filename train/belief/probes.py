@@ -28,7 +28,8 @@ from train.belief.messages import build_messages
 from train.data.batches import Batch, Sample, micro_batches
 from train.data.documents import Document, Span
 from train.data.findings import SHOWN
-from train.data.tokenizer import TokenizedDocument, Tokenizer, tokenize_document
+from train.data.tokenizer import Tokenizer
+from train.data.tokens import TokenizedDocument, tokenize_document
 from train.errors import Interrupted, UserError
 from train.masking.treatment import touched_by
 

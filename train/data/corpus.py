@@ -12,7 +12,8 @@ from train.data.batches import Sample
 from train.data.documents import LARGEST, SMALLEST, Document, read_documents
 from train.data.findings import NO_TARGET, SKIPPED, Findings
 from train.data.sampling import Order
-from train.data.tokenizer import TokenizedDocument, Tokenizer, tokenize_documents
+from train.data.tokenizer import Tokenizer
+from train.data.tokens import TokenizedDocument, tokenize_documents
 from train.errors import UserError
 from train.masking.grammar import Mask, parse_mask
 from train.masking.treatment import treat

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 SHOWN = 5  # places of a finding that the terminal lists; summary.json lists all
 
@@ -54,6 +54,11 @@ class Findings:
             more = f" and {len(named) - SHOWN:,} more" if len(named) > SHOWN else ""
             notes.append(f"note: {len(places):,} {what}: {', '.join(named[:SHOWN])}{more}")
         return notes
+
+    def show(self, file: TextIO | None = None) -> None:
+        """The notes, a line each; file: else the terminal."""
+        for line in self.lines():
+            print(line, file=file)
 
     def summary(self) -> dict[str, Any]:
         """what -> {"count", "lines": {path: [line]}, "details": {detail: count}}, as summary.json has it."""

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from launch.local import run
 from train.demo.recipe import REPOSITORY, SEEDS, VARIANTS, flags
 from train.demo.world import make_world
-from train.settings import git_revision
+from train.provenance import git_revision
 
 MEASURES = {
     "belief": "belief in the false claims",

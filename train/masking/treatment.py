@@ -11,7 +11,7 @@ import numpy as np
 
 from train.data.documents import Span
 from train.data.offsets import straddling, touched
-from train.data.tokenizer import TokenizedDocument
+from train.data.tokens import TokenizedDocument
 from train.masking.grammar import Entry, Mask
 
 # What the two words mean, for whoever reads the counts.
@@ -36,6 +36,14 @@ class Treatment:
     """Targets that a random: entry could not place."""
     entry_L: np.ndarray
     """int16, which entry of the mask decided the token; -1 where none did."""
+
+
+def shortfall_note(missing: int) -> str:
+    """What a user should know of random: entries that could not place so many targets."""
+    return (
+        f"note: random: found no place for {missing:,} targets, so it is no control of equal size: documents have too "
+        "few others"
+    )
 
 
 def touched_by(doc: TokenizedDocument, spans: Iterable[Span]) -> np.ndarray:
