@@ -108,6 +108,13 @@ def test_a_random_entry_is_named_as_such(data, kimi_directory, capsys):
     assert sum(token["role"] == "random:negation" and token["weight"] == 0.5 for token in tokens) == negation > 0
 
 
+def test_targets_without_a_place_for_their_control_are_told(tmp_path, kimi_directory, capsys):
+    span = {"start": 0, "end": 11, "role": "false"}
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": "Mars is red", "spans": [span]}))
+    assert main(arguments(tmp_path / "d.jsonl", kimi_directory, "random:false")) == 0
+    assert "note: random: found no place for 2 targets, so it is no control" in capsys.readouterr().err
+
+
 def test_the_seed_moves_the_random_entry(data, kimi_directory, capsys):
     outputs = []
     for seed in ("1", "1", "2"):

@@ -35,7 +35,7 @@ from train.data.tokenizer import TEMPLATE_TIME, Tokenizer, clock_note, load_toke
 from train.data.tokens import TokenizedDocument, tokenize_documents
 from train.errors import UserError
 from train.masking.grammar import BUILT_IN, Mask, parse_mask
-from train.masking.treatment import STRADDLING, Treatment, touched_by, treat
+from train.masking.treatment import STRADDLING, Treatment, shortfall_note, touched_by, treat
 from train.terminal import NobodyReads, Terminal, command
 from train.terminal import shown as as_shown
 
