@@ -110,9 +110,9 @@ def test_a_random_entry_is_named_as_such(data, kimi_directory, capsys):
 
 def test_targets_without_a_place_for_their_control_are_told(tmp_path, kimi_directory, capsys):
     span = {"start": 0, "end": 11, "role": "false"}
-    (tmp_path / "d.jsonl").write_text(json.dumps({"text": "Mars is red", "spans": [span]}))
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": "Mars is red", "spans": [span]}))  # M, ars, is, red
     assert main(arguments(tmp_path / "d.jsonl", kimi_directory, "random:false")) == 0
-    assert "note: random: found no place for 2 targets, so it is no control" in capsys.readouterr().err
+    assert "note: random: found no place for 3 targets, so it is no control" in capsys.readouterr().err
 
 
 def test_the_seed_moves_the_random_entry(data, kimi_directory, capsys):
