@@ -160,6 +160,10 @@ MOST = 10**8  # steps, documents, tokens: beyond it, a slip
 def _source(value: str) -> Source:
     if not value:
         raise UserError("--data is empty: give PATH, PATH=COUNT or PATH=COUNT@WEIGHT.")
+    if not os.path.exists(value) and os.path.exists(before := value.rpartition("@")[0]):
+        raise UserError(
+            f"--data {value}: no such file; a weight comes after =: --data {before}=@WEIGHT or =COUNT@WEIGHT."
+        )
     if os.path.exists(value) or "=" not in value:
         return Source(value, None, 1.0)
     path, _, rest = value.rpartition("=")
