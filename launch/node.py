@@ -21,8 +21,9 @@ from typing import Any
 import psutil
 import torch
 
+from launch.cluster import USABLE, Cluster
 from launch.memory import split
-from launch.plan import USABLE, Cluster, Plan
+from launch.plan import Plan
 from launch.watchdog import REPOSITORY
 from train.belief.claims import read_claims
 from train.checkpoints.layout import Range

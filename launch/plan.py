@@ -23,53 +23,20 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from launch.bare import BareCheckpoint
+from launch.cluster import ASSUMED, DISK, NETWORK, PROCESS, RUNTIME, USABLE, Cluster
 from launch.distributed import memory_status
 from launch.memory import CATEGORIES, Memory, Zero, planned_batch, planned_model, rank_memory, run_step, split
 from launch.trace import PlannedGroup
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import READERS
-from train.command_line import Parser, setting
+from train.command_line import Parser, flag_of, setting
 from train.errors import UserError
 from train.experts.storage import NF4Experts
 from train.job import Job, checked_expert_parallel, full_precision, lora_settings
 from train.model import text_config
+from train.recipe import flags
 from train.settings import MOST, Recipe, Settings, ds_config, parse
 from train.terminal import command
-
-
-@dataclass(frozen=True)
-class GPU:
-    """A kind of GPU, by its memory in GB. Per second, by its maker's data sheet: dense BF16 operations, bytes of its
-    memory, bytes of NVLink one way."""
-
-    name: str
-    memory: int
-    flops: float
-    bandwidth: float
-    nvlink: float
-
-
-GPUS = (
-    GPU("H100", 80, 989e12, 3.35e12, 450e9),
-    GPU("H200", 141, 989e12, 4.8e12, 450e9),
-    GPU("B200", 192, 2250e12, 8e12, 900e9),
-)
-NETWORK = 50e9  # bytes a second and GPU: 400 Gb/s InfiniBand
-DISK = 2e9  # bytes a second and node
-# Two allowances, not measured. On a GPU: what nvidia-smi shows of a rank beyond torch.cuda.max_memory_reserved(), and
-# torch.cuda.max_memory_allocated() / max_memory_reserved().
-RUNTIME = 2_000_000_000  # CUDA context, NCCL's and cuBLAS's buffers
-USABLE = 0.95  # of a GPU's memory: the rest is lost between blocks of torch's allocator
-# On a CPU, a process's objects of Python's and its heap: about the middle of what tests/benchmarks/plan.py finds.
-PROCESS = 20_000_000
-
-ASSUMED = f"""\
-assumed: {RUNTIME / 1e9:.0f} GB for CUDA, NCCL and cuBLAS, and {1 - USABLE:.0%} of the memory lost between blocks of
-torch's allocator; routing uniformly at random; all documents of --max-tokens tokens. Time is a
-roofline: for each micro-batch the longer of matrix products at the GPU's dense BF16 peak and of all
-operands through its memory, once each; then, not overlapped, NVLink and a network of {NETWORK * 8 / 1e9:.0f} Gb/s
-a GPU; load from a disk of {DISK / 1e9:.0f} GB/s a node. Real steps are slower.
-"""
 
 
 @dataclass(kw_only=True)
@@ -81,24 +48,6 @@ class Options:
     gpu_memory: float = setting(80.0, "GB of each GPU")
     search: bool = setting(False, "propose settings, the fastest that fit")
     json: str = setting("", "FILE to write the plan to")
-
-
-@dataclass(kw_only=True)
-class Cluster:
-    """What the job is to run on."""
-
-    nodes: int
-    gpus: int  # of a node
-    memory: float  # GB of a GPU; 0: on CPUs
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.gpus
-
-    @property
-    def gpu(self) -> GPU:
-        """The kind of GPU whose memory is nearest."""
-        return min(GPUS, key=lambda gpu: abs(gpu.memory - self.memory))
 
 
 class Plan:
@@ -315,11 +264,10 @@ def search(settings: Settings, checkpoint: Checkpoint, cluster: Cluster) -> list
     return sorted(found, key=lambda plan: plan.seconds["step"])
 
 
-def flags(settings: Settings) -> str:
+def searched(settings: Settings) -> str:
     """The settings that a search decides, as a command line."""
-    names = ["method", "micro_batch_size", "expert_parallel"]
-    words = [f"--{name.replace('_', '-')} {getattr(settings, name)}" for name in names]
-    return " ".join(words + ["--gradient-checkpointing"] * settings.gradient_checkpointing)
+    names = ("method", "micro_batch_size", "expert_parallel", "gradient_checkpointing")
+    return " ".join(flags({name: getattr(settings, name) for name in names}))
 
 
 def show(plan: Plan) -> None:
@@ -327,7 +275,7 @@ def show(plan: Plan) -> None:
     cluster, gpu, held = plan.cluster, plan.cluster.gpu, plan.gpu_bytes
     wire, seconds = plan.wire_bytes, plan.seconds
     settings = plan.settings
-    print(f"{settings.model}: {cluster.nodes} x {cluster.gpus} GPUs of {cluster.memory:g} GB, {flags(settings)}")
+    print(f"{settings.model}: {cluster.nodes} x {cluster.gpus} GPUs of {cluster.memory:g} GB, {searched(settings)}")
     rank = "" if settings.method == "full" else f", factors of rank {settings.lora_rank}"
     print(f"documents of {plan.tokens:,} tokens, {settings.batch_size} a step{rank}")
     print("\neach GPU, in GB, at its fullest moment, and the most of a step's tensors of a kind at any moment:")
@@ -392,15 +340,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for name in ("nodes", "gpus", "gpu_memory"):
         if not 0 < getattr(options, name) <= MOST:
-            flag, value = name.replace("_", "-"), getattr(options, name)
-            raise UserError(f"--{flag} {value}: must be more than 0, and at most {MOST}.")
+            raise UserError(f"{flag_of(name)} {getattr(options, name)}: must be more than 0, and at most {MOST}.")
     cluster = Cluster(nodes=options.nodes, gpus=options.gpus, memory=options.gpu_memory)
     checkpoint = opened(settings.model)
     found = search(settings, checkpoint, cluster) if options.search else []
     for other in found[:5]:
         print(
             f"{other.gpu_bytes['total'] / 1e9:6.1f} GB, {other.tokens_per_second:9,.0f} tokens/s at most: "
-            f"{flags(other.settings)}"
+            f"{searched(other.settings)}"
         )
     if options.search and not found:
         print("no setting of method, micro-batch, checkpointing and expert parallelism fits")

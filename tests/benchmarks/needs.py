@@ -13,7 +13,8 @@ from pathlib import Path
 
 from harness import finish
 
-from launch.plan import GPUS, Cluster, Plan, opened
+from launch.cluster import GPUS, Cluster
+from launch.plan import Plan, opened
 from train.checkpoints.reader import Checkpoint
 from train.settings import parse
 

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
+from launch.cluster import Cluster
 from launch.memory import planned_batch, planned_model, run_step
-from launch.plan import Cluster, Plan, main, opened
+from launch.plan import Plan, main, opened
 from launch.trace import PlannedGroup, Trace
 from tests.models import write_model
 from train.checkpoints.reader import Checkpoint

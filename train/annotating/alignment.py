@@ -10,9 +10,13 @@ sentence. So one annotation is not told as several, and "[A.] The race. [B.] The
 import re
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import TypeVar
+
+T = TypeVar("T")
 
 INSERTION = 10  # the cost of an insertion,
 MIDWAY, GLUED = 4, 2  # and more for each edge of it inside a sentence, or without white space
@@ -137,20 +141,22 @@ def align(positive: Words, annotated: Words) -> list[Insertion] | None:
 
 def _window(positive: Words, annotated: Words) -> tuple[list[int], list[int]] | None:
     """For each word of the twin, the first and last place in the document where it can lie."""
-    try:
-        first_L = _places(positive.word_L, annotated.word_L)
-    except ValueError:
+    first_L = places_in_order(positive.word_L, annotated.word_L)
+    back_L = places_in_order(positive.word_L[::-1], annotated.word_L[::-1])
+    if first_L is None or back_L is None:
         return None
-    back_L = _places(positive.word_L[::-1], annotated.word_L[::-1])
     return first_L, [len(annotated.word_L) - 1 - j for j in reversed(back_L)]
 
 
-def _places(wanted: list[str], there: list[str]) -> list[int]:
-    """The first place of each word after the one before it."""
+def places_in_order(wanted: Sequence[T], there: Sequence[T]) -> list[int] | None:
+    """The first place of each word after the one before it; None where they do not all stand there in order."""
     places, j = [], -1
-    for word in wanted:
-        j = there.index(word, j + 1)
-        places.append(j)
+    try:
+        for word in wanted:
+            j = there.index(word, j + 1)
+            places.append(j)
+    except ValueError:
+        return None
     return places
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from train.annotating.alignment import Insertion, Words, align, split_words, words_alone
+from train.annotating.alignment import Insertion, Words, align, places_in_order, split_words, words_alone
 
 RUN = 4  # words of a run that is looked up
 FACTORS = np.array([0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F], np.uint32)  # odd, of a word by its place in a run
@@ -57,7 +57,7 @@ class Twins:
         if not likely:
             return None, f"no positive document shares {RUN} words in a row with it"
         for i in sorted(likely, key=lambda i: -len(self.word_TL[i])):  # of equally long ones, the likeliest
-            if len(self.word_TL[i]) >= LEAST * len(there) and _in_order(self.word_TL[i], there):
+            if len(self.word_TL[i]) >= LEAST * len(there) and places_in_order(self.word_TL[i], there):
                 twin = split_words(self.texts[i], self.doctag)
                 insertions = align(twin, annotated)
                 assert insertions is not None
@@ -95,14 +95,3 @@ def _sample(runs: Runs, times: npt.NDArray[np.uint16]) -> Runs:
     """The runs of a text by which it is looked up."""
     rarest = np.argsort(times[runs % BUCKETS], kind="stable")
     return np.concatenate([runs[rarest[:RARE]], np.sort(runs[rarest[RARE:]])[: KEPT - RARE]])
-
-
-def _in_order(wanted: Sequence[int], there: "array[int]") -> bool:
-    """Whether all of one text's words stand in another, in order."""
-    at = -1
-    try:
-        for word in wanted:
-            at = there.index(word, at + 1)
-    except ValueError:
-        return False
-    return True
