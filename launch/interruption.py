@@ -9,7 +9,6 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -64,17 +63,6 @@ class Interruption:
         """From now on the main thread gets a KeyboardInterrupt, and again at a second signal."""
         signal.signal(TO_THE_MAIN_THREAD, signal.default_int_handler)
         self.raises = True
-
-    @contextlib.contextmanager
-    def writing_to_the_terminal(self) -> Iterator[None]:
-        """Where whoever read it is gone, as `tee` at Ctrl-C, this process is told to end, and writes to nobody."""
-        try:
-            yield
-        except OSError:
-            nobody = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nobody, 1)
-            os.dup2(nobody, 2)
-            self.told = True
 
     def _wait(self) -> None:
         while True:

@@ -37,7 +37,7 @@ from train.job import Job, prepare
 from train.model import build
 from train.reporting import Run, measured_memory, peak_memory, summarize
 from train.settings import parse
-from train.terminal import command
+from train.terminal import Unwritten, command
 from train.trainer import Trainer, make_engine
 
 
@@ -75,7 +75,7 @@ def guarded(script: Callable[[list[str]], None], argv: list[str]) -> int:
         return error.code
     except Interrupted as reason:
         if launched_as()[0] == 0:
-            with contextlib.suppress(OSError):  # whoever read it may be gone
+            with contextlib.suppress(Unwritten):  # whoever read it may be gone
                 print(reason, file=sys.stderr)
         return INTERRUPTED
     except RuntimeError as error:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from launch.interruption import interruption
 from train.errors import UserError
 
 # Control characters but tab and line break, what turns the direction of writing, and halves of surrogate pairs.
@@ -41,13 +42,14 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(*arguments: Any) -> int:
+        code = 0
         with _streams():
             try:
                 code = main(*arguments)
                 sys.stdout.flush()
             except UserError as error:
                 print(f"{'error' if error.code else 'note'}: {error}", file=sys.stderr)
-                code = UserError.code if error.code else 0
+                code = code or (UserError.code if error.code else 0)
             except OSError as error:
                 if error.filename is None:
                     raise
@@ -70,7 +72,8 @@ class NobodyReads(Unwritten):
 
 
 class _Stream:
-    """A text stream whose failures are UserErrors. escaped: texts are shown, as by `shown`."""
+    """A text stream whose failures are UserErrors; where something is to be saved first, as in a run whose `| tee` is
+    gone, the process is told to end instead. escaped: texts are shown, as by `shown`."""
 
     def __init__(self, stream: Any, escaped: bool = True):
         self.stream, self.escaped = stream, escaped
@@ -92,6 +95,9 @@ class _Stream:
         except OSError as error:
             # What is left in the buffer goes nowhere, or Python's own end would fail on it again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if interruption.held:
+                interruption.told = True
+                return
             if isinstance(error, BrokenPipeError):
                 raise NobodyReads("the output ends here: nobody reads on.") from None
             raise Unwritten(

@@ -126,8 +126,7 @@ class Trainer:
                     if self.measures_after(self.done):
                         self.evaluate(run, self.done)
             except Interrupted:
-                with interruption.writing_to_the_terminal():
-                    bar.close()
+                bar.close()
                 raise self._made_room(run) from None
 
     def _step_and_show(self, run: Run, step: int, bar: Any) -> None:
@@ -139,9 +138,8 @@ class Trainer:
             raise NonFiniteLoss(f"{error} {_advice(run)}") from None
         self.done = step + 1
         run.log(values)
-        with interruption.writing_to_the_terminal():
-            bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s", refresh=False)
-            bar.update()
+        bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s", refresh=False)
+        bar.update()
 
     def _save_or_stop(self, run: Run) -> None:
         """Saves where it is time to; Interrupted where any rank was told to end, or another attempt waits for this one
