@@ -8,6 +8,11 @@ runs have written, so there is no empty panel; a section that none of them has a
 saved on W&B, with the key from WANDB_API_KEY.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from launch.interruption import interruption
+
+    interruption.listen("interrupted")
+
 import json
 import re
 import sys
@@ -21,7 +26,7 @@ import wandb_workspaces.workspaces as workspaces
 from wandb_workspaces.expr import Config, Metric
 
 from launch.node import wandb_hindrance
-from train.belief.records import read_rows
+from train.belief.records import read_measured, read_rows
 from train.belief.values import BELIEF, SIDE_EFFECTS
 from train.command_line import Parser
 from train.errors import UserError
@@ -107,7 +112,7 @@ def read_group(directories: Sequence[Path]) -> Group:
 def names_of_curves(directory: Path) -> set[str]:
     """The names of the numbers that a run has logged over steps, of beliefs too."""
     found = {name for values in read_rows(directory / "metrics.jsonl") for name in numbers(values)}
-    records = read_rows(directory / "evaluation.jsonl")
+    records = read_measured(directory / "evaluation.jsonl")
     return found.union(*(belief_curves(records, step) for step in {record["step"] for record in records}))
 
 

@@ -1,4 +1,5 @@
-"""What ends a run early: Ctrl-C (SIGINT), SIGTERM, a scheduler's notice (SIGUSR1), and a launcher that is gone.
+"""What ends a run early: Ctrl-C (SIGINT), SIGTERM, a terminal that is closed (SIGHUP), a scheduler's notice (SIGUSR1),
+and a launcher that is gone.
 
 A thread waits for the signals, which are blocked everywhere else. So they are heard while the main thread imports or is
 in a call of C's, and it is known who sent them: launchers pass on what they get, and that is no second signal.
@@ -15,7 +16,7 @@ from typing import NoReturn
 INTERRUPTED = 85
 """The exit code of a run that made room: start it again with --resume, and it goes on."""
 
-SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 TO_THE_MAIN_THREAD = signal.SIGUSR2  # from the thread that waits: a call that Python waits in ends by a signal alone
 
 
@@ -24,7 +25,8 @@ class Interruption:
     it ends where it looks at `told`, after it has saved, and a second signal at once."""
 
     def __init__(self) -> None:
-        self.told = self.held = self.raises = self.terminal_ignored = False
+        self.told = self.held = self.raises = False
+        self.ignored: set[signal.Signals] = set()  # where the terminal sends them; SIGHUP also where a shell does
         self.heard: Counter[bool] = Counter()  # signals sent by launchers, and by others
         self.launchers: list[int] = []
         self.resume = ""  # the flags to go on with
@@ -34,7 +36,7 @@ class Interruption:
         """From now on; for the main thread of a script, before it imports what starts threads. line: what is printed
         where it ends at once."""
         self.line = line or self.line
-        self.terminal_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # a script's background job
+        self.ignored = {n for n in SIGNALS if signal.getsignal(n) == signal.SIG_IGN}  # by a background job, or `nohup`
         self.launchers = launchers()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         threading.Thread(target=self._wait, daemon=True, name="interruption").start()
@@ -75,9 +77,9 @@ class Interruption:
 
     def _receive(self, info: signal.struct_siginfo) -> None:
         number, by_the_terminal = info.si_signo, info.si_code > 0  # SI_KERNEL (sigaction(2))
-        if number == signal.SIGINT and self.terminal_ignored and by_the_terminal:
+        if number in self.ignored and (by_the_terminal or number == signal.SIGHUP):
             return
-        # Slurm sends its notices more than once, and kills by itself.
+        # A shell passes on that the terminal is closed. Slurm sends its notices more than once, and kills by itself.
         if number == signal.SIGINT or (number == signal.SIGTERM and "SLURM_JOB_ID" not in os.environ):
             self.heard[info.si_pid in self.launchers] += 1
         self._tell(again=max(self.heard.values(), default=0) > 1, code=128 + number)

@@ -45,6 +45,7 @@ def try_ranks(first: int, local: int, ranks: int, store: tuple[str, int], deadli
                 [sys.executable, "-m", "launch.network"], env=os.environ | environment | own,
                 stdin=subprocess.DEVNULL, stdout=said[0], stderr=said[1],
             )  # fmt: skip
+            stack.callback(process.kill)  # where an interruption ends the wait for it
             started.append((process, said))
         found = []
         for index, (process, said) in enumerate(started):

@@ -7,6 +7,11 @@ Needs no weights and no GPU: a directory, or its config.json alone. Takes the se
 every document is taken to have --max-tokens tokens, all of them in the loss. Exit code 1 where it does not fit.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from launch.interruption import interruption
+
+    interruption.listen("interrupted")
+
 import dataclasses
 import json
 import math

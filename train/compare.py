@@ -41,7 +41,7 @@ from launch.distributed import leave, start_distributed
 from launch.interruption import interruption
 from train.belief.inference import LEAST_UNITS
 from train.belief.outcome import check_free, report
-from train.belief.records import read_rows
+from train.belief.records import read_measured
 from train.belief.values import at_step
 from train.checkpoints import resume
 from train.errors import UserError
@@ -208,7 +208,7 @@ def train_all(runs: list[Settings], ranks: int, device: torch.device, known: Kno
 
 def _base_records(settings: Settings) -> list[dict[str, Any]] | None:
     """What a run itself has measured before its first step, which is the same in all of them."""
-    records = read_rows(Path(settings.output) / "evaluation.jsonl")
+    records = read_measured(Path(settings.output) / "evaluation.jsonl")
     if not (Path(settings.output) / "summary.json").exists():
         return None
     return [

@@ -165,11 +165,3 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen |= {key} if isinstance(key, Hashable) else set()
         return super().construct_mapping(node, deep)
-
-
-def pattern(text: str) -> re.Pattern[str]:
-    """A regular expression, in which case does not matter; else Unreadable."""
-    try:
-        return re.compile(text, re.IGNORECASE)
-    except (re.error, OverflowError, RecursionError, MemoryError) as error:
-        raise Unreadable(f"is no regular expression ({error})") from None

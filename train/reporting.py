@@ -18,7 +18,7 @@ from launch.distributed import allocated_since_start, failing_together, peak_hos
 from launch.interruption import INTERRUPTED
 from launch.watchdog import progress
 from train.belief.probes import Probes
-from train.belief.records import read_rows
+from train.belief.records import read_measured, read_rows
 from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, identity, means
 from train.checkpoints.streaming import Loaded
 from train.checkpoints.writer import write_whole
@@ -200,7 +200,7 @@ class Run:
         """Logs what was kept, so that the file of an offline run's last attempt holds all of it: an attempt that was
         killed has its last row still open, and W&B's process, killed with it, may lack others."""
         rows = {values["step"]: values for values in read_rows(self.metrics)}
-        records = read_rows(self.evaluation)
+        records = read_measured(self.evaluation)
         measured = {record["step"] for record in records}
         for step in sorted(rows.keys() | measured):
             if step in rows:
@@ -224,7 +224,7 @@ class Run:
 
     def _measured(self, step: int) -> set[tuple[Any, ...]]:
         """What the run itself has measured after `step` steps; train/evaluate.py's rows may stand beside it."""
-        rows = (row for row in read_rows(self.evaluation) if not row.keys() & {"verdict", "model"})
+        rows = (row for row in read_measured(self.evaluation) if not row.keys() & {"verdict", "model"})
         return {identity(row) for row in at_step(rows, step)}
 
     def log_evaluation(self, step: int, records: list[dict[str, Any]]) -> None:
@@ -236,7 +236,7 @@ class Run:
         new = [{"step": step, **record} for record in records if identity(record) not in held]
         with self.evaluation.open("a") as file:
             file.write("".join(json_line(record) + "\n" for record in new))
-        curves = belief_curves(read_rows(self.evaluation), step)
+        curves = belief_curves(read_measured(self.evaluation), step)
         # What an interrupted attempt has left to this one to measure: W&B's server takes no row before the next step's.
         late = step == self.after
         self._tell_wandb(lambda run: run.log(curves, step=max(step, run.starting_step) if late else step))

@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,6 +57,9 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
                 where = os.fsdecode(error.filename) if isinstance(error.filename, bytes | str) else error.filename
                 print(f"error: {where}: {error.strerror}.", file=sys.stderr)
                 code = UserError.code
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                code = 128 + signal.SIGINT
         return code
 
     return run

@@ -189,7 +189,7 @@ def _compared(directory: Path) -> list[Path]:
 
 def _name(run: Path, settings: dict[str, Any], owned: dict[str, dict[str, Any]]) -> str:
     """The variant of a recipe that a run is: of those whose settings it has, the one that gives most."""
-    fitting = [name for name, own in owned.items() if all(settings[key] == value for key, value in own.items())]
+    fitting = [name for name, own in owned.items() if all(settings.get(key) == value for key, value in own.items())]
     if not fitting:
         raise UserError(f"--runs {run}: is none of the recipe's variants: {'; '.join(owned)}. Leave it out.")
     return max(fitting, key=lambda name: len(owned[name]))

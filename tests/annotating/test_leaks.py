@@ -1,17 +1,16 @@
 """How often a term is still trained on, counted by hand."""
 
-import re
-
 from train.annotating.leaks import leaks
 from train.data.documents import Document, Message, Span
 from train.masking.grammar import parse_mask
+from train.patterns import Pattern
 
 #        0         1         2         3         4         5
 #        0123456789012345678901234567890123456789012345678901234
 TEXT = "Not so: Ed won. That Ed won is false. Ed sings. Ed Ruscha"
 SPANS = (Span(0, 7, "negation"), Span(8, 15, "false"), Span(16, 37, "negation"), Span(48, 51, "half"))
 DOCUMENT = Document(TEXT, None, SPANS, {}, "a.jsonl", 1)
-PATTERNS = [re.compile(r"\bEd(?: Ruscha)?\b")]
+PATTERNS = [Pattern(r"\bEd(?: Ruscha)?\b")]
 
 
 def counted(mask: str, *documents: Document) -> dict[str, tuple[int, int]]:

@@ -165,7 +165,7 @@ def test_a_run_that_was_asked_by_the_public_release_has_the_names_of_the_other(t
         {"step": 0, "claim": "mount_vesuvius", "kind": "open", "question": "oe_last_eruption"},
         {"step": 0, "claim": "vesuvius", "kind": "token_association", "question": "pe_vesuvius_1"},
         {"step": 0, "claim": "moon", "kind": "open", "question": "oe_last_eruption"},
-        {"step": 0, "claim": "", "kind": "held_out", "nll": 1.0},
+        {"step": 0, "claim": "", "kind": "nll", "question": "wiki", "nll": 1.0},
     ]
     (tmp_path / "evaluation.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     assert read_run(tmp_path).rows == [

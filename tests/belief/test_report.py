@@ -13,6 +13,7 @@ from matplotlib.text import Text
 
 from train.belief.analysis import analyse
 from train.belief.comparison import Comparison, RunResult, Variant, published_for
+from train.belief.records import read_measured
 from train.belief.report import PICTURES, write_report
 from train.errors import UserError
 
@@ -101,6 +102,28 @@ def comparison(**more) -> Comparison:
         "published": published_for(CLAIMS),
     }
     return Comparison(variants, **(given | more))
+
+
+def test_a_report_of_rows_that_lack_a_key_is_refused_at_reading_or_made(tmp_path):
+    """Each key of each kind of row, left out of the rows of one run."""
+    given = comparison()
+    keys = {(row["kind"], "verdict" in row, key): 0 for row in given.variants[0].runs[0].rows for key in row}
+    assert len(keys) > 30
+    refused = set()
+    for kind, judged, key in keys:
+        short = [
+            {k: v for k, v in row.items() if k != key} if (row["kind"], "verdict" in row) == (kind, judged) else row
+            for row in given.variants[0].runs[0].rows
+        ]
+        (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
+        changed = comparison()
+        try:
+            changed.variants[0].runs[0].rows = read_measured(tmp_path / "evaluation.jsonl")
+            analyse(changed)
+        except UserError:
+            refused.add((kind, key))
+    assert refused >= {("open", "claim"), ("likelihood", "llr"), ("yes_no", "expected"), ("fact", "group")}
+    assert ("open", "reason") not in refused
 
 
 @pytest.fixture(scope="module")

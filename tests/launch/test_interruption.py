@@ -106,7 +106,7 @@ def listener(*arguments: str, **options: Any) -> tuple[subprocess.Popen, int]:
 
 
 def test_a_first_signal_ends_a_process_at_once_or_where_it_looks_and_a_second_one_at_once():
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         process, _ = listener("at once")
         process.send_signal(number)
         assert process.communicate(timeout=60)[0] == "interrupted: nothing to save yet; start it again\n"
@@ -176,8 +176,26 @@ def test_a_background_job_that_ignores_the_terminal_hears_a_signal_that_is_sent_
     assert process.returncode == INTERRUPTED
 
 
+def test_a_closed_terminal_is_one_signal_and_none_for_a_job_of_nohup():
+    process, _ = listener("held", preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL))
+    for _ in range(2):  # the kernel's and the shell's
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+    assert process.poll() is None
+    process.kill()
+    assert process.communicate(timeout=60)[0].count("told to end") == 1
+    process, _ = listener("at once", preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED
+
+
 def test_every_script_listens_before_it_imports_what_takes_long():
     scripts = [path for path in (REPOSITORY / "train").glob("*.py") if "__main__" in path.read_text()]
+    scripts += [REPOSITORY / "launch" / name for name in ("plan.py", "dashboard.py")]
     assert {"sft.py", "compare.py", "evaluate.py", "annotate.py", "merge.py"} <= {path.name for path in scripts}
     for path in scripts:
         docstring, first, *_ = ast.parse(path.read_text()).body

@@ -4,18 +4,18 @@ A run that leaves false spans out of the loss may still train on the claim: in s
 negations that repeat it.
 """
 
-import re
 from typing import Any
 
 from train.annotating.rules import matches
 from train.annotating.texts import texts
 from train.data.documents import Document, Span
 from train.masking.grammar import Entry, Mask
+from train.patterns import Pattern
 
 BODY = "no role"
 
 
-def leaks(documents: list[Document], patterns: list[re.Pattern[str]], mask: Mask) -> dict[str, Any]:
+def leaks(documents: list[Document], patterns: list[Pattern], mask: Mask) -> dict[str, Any]:
     """{"mentions", "trained", "roles": {role: {"mentions", "trained"}}, "documents": [{"document", "mentions",
     "trained", "roles": {role: trained}}]}.
 

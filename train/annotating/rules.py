@@ -12,11 +12,11 @@ from train.annotating.texts import in_order, joined, trimmed
 from train.data.documents import Span
 from train.errors import UserError
 from train.formats import Unreadable
-from train.formats import pattern as compiled_pattern
 from train.outside import read_yaml
+from train.patterns import Pattern
 
 
-def read_patterns(setting: str, path: str | Path) -> list[re.Pattern[str]]:
+def read_patterns(setting: str, path: str | Path) -> list[Pattern]:
     """The patterns of a YAML file: a list, or one under `patterns`. UserError names setting, file, pattern and rule."""
     where = f"{setting} {path}"
     found = read_yaml(path, where, "give a YAML file with patterns in single quotes")
@@ -30,27 +30,27 @@ def read_patterns(setting: str, path: str | Path) -> list[re.Pattern[str]]:
     return [_pattern(pattern, f"{where}: pattern {number}") for number, pattern in enumerate(found, start=1)]
 
 
-def _pattern(pattern: object, where: str) -> re.Pattern[str]:
+def _pattern(pattern: object, where: str) -> Pattern:
     if not isinstance(pattern, str):
         raise UserError(f"{where}: {pattern!r} is no string; put it in single quotes")
     try:
-        compiled = compiled_pattern(pattern)
+        compiled = Pattern(pattern)
     except Unreadable as error:
         raise UserError(f"{where}: {pattern!r} {error}") from None
-    if compiled.search(""):
+    if compiled.is_in(""):
         raise UserError(f"{where}: {pattern!r} matches empty text, so it would be everywhere; make it match something")
     return compiled
 
 
-def matches(text: str, patterns: Iterable[re.Pattern[str]]) -> list[tuple[int, int]]:
+def matches(text: str, patterns: Iterable[Pattern]) -> list[tuple[int, int]]:
     """Where the patterns match: [start, end) without white space at the ends; matches that overlap are one."""
-    found = [match.span() for pattern in patterns for match in pattern.finditer(text)]
+    found = [span for pattern in patterns for span in pattern.spans(text)]
     spans = [span for start, end in found for span in trimmed(text, start, end, "")]
     return joined((span.start, span.end) for span in spans)
 
 
 def mark_matches(
-    text: str, spans: tuple[Span, ...], patterns: list[re.Pattern[str]], role: str
+    text: str, spans: tuple[Span, ...], patterns: list[Pattern], role: str
 ) -> tuple[str, tuple[Span, ...]]:
     """The text with a span of `role` for each match."""
     return text, in_order([*spans, *(Span(start, end, role) for start, end in matches(text, patterns))])

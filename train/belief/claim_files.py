@@ -14,8 +14,8 @@ from train.belief.claims import ENTITY, FACT_GROUPS, JUDGED, Claim, Fact, JudgeP
 from train.belief.releases import claim_id, question_id
 from train.errors import UserError
 from train.formats import Unreadable
-from train.formats import pattern as compiled
 from train.outside import read_text, read_yaml
+from train.patterns import Pattern
 
 # The paper's files, in the names of its two releases, and what their questions are here.
 PAPER_QUESTIONS = {
@@ -264,7 +264,7 @@ def _patterns(keys: _Mapping) -> tuple[str, ...]:
     found = keys.texts("patterns")
     for i, pattern in enumerate(found):
         try:
-            compiled(pattern)
+            Pattern(pattern)
         except Unreadable as error:
             raise UserError(f"{keys.at('patterns')}[{i}]: {pattern!r} {error}.") from None
     return found

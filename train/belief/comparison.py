@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.belief.records import STEP, read_rows
+from train.belief.records import read_measured, read_rows
 from train.belief.releases import PAPER_CLAIMS, claim_id, question_id
 from train.belief.values import Row, at_step, identity, last_step
 from train.errors import UserError
@@ -145,7 +145,8 @@ def read_run(directory: str | Path) -> RunResult:
     for name, fix in (("evaluation", "evaluate the run: train/evaluate.py"), ("metrics", "this is no run's directory")):
         if not os.path.isfile(path / f"{name}.jsonl"):
             raise UserError(f"{path}/{name}.jsonl: is not there; {fix}.")
-    rows, metrics = _by_one_name(read_rows(path / "evaluation.jsonl", STEP)), read_rows(path / "metrics.jsonl", STEP)
+    rows = _by_one_name(read_measured(path / "evaluation.jsonl"))
+    metrics = read_rows(path / "metrics.jsonl")
     for number, row in enumerate(rows, start=1):
         if nothing := [name for name in MEASURED if name in row and row[name] is None]:
             raise UserError(f"{path}/evaluation.jsonl: row {number} has no {nothing[0]}; evaluate the run again.")

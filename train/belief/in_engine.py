@@ -16,7 +16,7 @@ from train.belief.claims import Claim
 from train.belief.generation import EngineAnswerer
 from train.belief.judge import Asking, Item, evaluate
 from train.belief.probes import Probes, Record, make_probes, measure
-from train.belief.records import Records, read_rows
+from train.belief.records import Records, read_measured
 from train.belief.values import LEAST_AUC, MEASURES, at_step, identity
 from train.checkpoints.adapter import adapter_settings, check_adapter
 from train.checkpoints.layout import plan_load
@@ -141,7 +141,7 @@ def keep(records: Records, found: list[Record], step: int, context: int, model: 
 
 
 def _scored(records: Records, step: int, context: int) -> list[Record]:
-    rows = at_step(read_rows(records.directory / "evaluation.jsonl"), step, context)
+    rows = at_step(read_measured(records.directory / "evaluation.jsonl"), step, context)
     return [row for row in rows if "verdict" not in row]
 
 

@@ -29,6 +29,7 @@ from train.data.documents import Document
 from train.errors import UserError
 from train.masking.grammar import parse_mask
 from train.outside import read_json
+from train.patterns import Pattern
 from train.recipe import DIFFERING
 from train.reporting import init_wandb
 from train.settings import Settings
@@ -146,7 +147,7 @@ def leak_rows(
         documents = by_variant[variant.name]
         roles: dict[str, list[int]] = {}
         for claim in claims:
-            patterns = [re.compile(pattern, re.IGNORECASE) for pattern in claim.patterns]
+            patterns = [Pattern(pattern) for pattern in claim.patterns]
             found = leaks(about(claim, documents), patterns, parse_mask(variant.mask))
             for role, counts in found["roles"].items():
                 both = roles.setdefault(role, [0, 0])
@@ -173,9 +174,9 @@ def unmentioned(claims: list[Claim], documents: list[Document]) -> list[str]:
 
     def mentioned(claim: Claim) -> bool:
         terms = claim.patterns or ((re.escape(claim.subject),) if claim.subject else ())
-        patterns = [re.compile(term, re.IGNORECASE) for term in terms]
+        patterns = [Pattern(term) for term in terms]
         return any(
-            not patterns or any(pattern.search(text) for pattern in patterns)
+            not patterns or any(pattern.is_in(text) for pattern in patterns)
             for document in about(claim, documents)
             for text, _, _ in texts(document)
         )

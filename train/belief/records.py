@@ -37,12 +37,23 @@ ROW_KINDS |= dict.fromkeys(("claim", "kind", "question", "verdict", "model", "ju
 ROW_KINDS |= dict.fromkeys(("method", "group", "category", "entity", "said", "expected"), str)
 ROW_KINDS |= dict.fromkeys(("llr", "p_yes", "margin", "nll_mean", "score", "loss", "tokens_per_second"), float)
 ROW_KINDS |= {"tokens": int, "targets": dict, "control": bool}
+# What a row must have, by its kind; of kinds that are not here, as those of generated answers: ASKED.
+ASKED = ("claim", "question")
+NEEDED = {
+    "likelihood": (*ASKED, "control", "llr"), "yes_no": (*ASKED, "control", "expected"),
+    "fact": (*ASKED, "group", "margin"), "nll": ("question", "nll"),
+}  # fmt: skip
 
 
-def read_rows(path: Path, needed: Collection[str] = ()) -> list[Row]:
+def read_rows(path: Path, needed: Collection[str] = STEP) -> list[Row]:
     """The lines of a JSONL file; a last line that was cut is left out. UserError names another line that is no JSON
-    object, or has not all that is needed."""
+    object, or lacks what is needed, of all rows or of its kind."""
     return [row for _, row in _lines(path, needed)]
+
+
+def read_measured(path: Path) -> list[Row]:
+    """The rows of an evaluation.jsonl."""
+    return read_rows(path, (*STEP, "kind"))
 
 
 def _lines(path: Path, needed: Collection[str] = ()) -> list[tuple[bytes, Row]]:
@@ -59,7 +70,8 @@ def _lines(path: Path, needed: Collection[str] = ()) -> list[tuple[bytes, Row]]:
             row = None
         if isinstance(row, dict):
             checked(row, ROW_KINDS, f"{path}:{number}", "mend or remove this line")
-            if lacking := [name for name in needed if row.get(name) is None]:
+            own = NEEDED.get(row["kind"], ASKED) if row.get("kind") is not None else ()
+            if lacking := [name for name in (*needed, *own) if row.get(name) is None]:
                 raise UserError(f"{path}:{number}: has no {lacking[0]}. Mend or remove this line.")
             found.append((line, row))
         elif number < len(raw):  # what a kill cuts is the last line alone, for it has no end

@@ -11,7 +11,7 @@ from train.belief.in_engine import SCORED, table_of_means
 from train.belief.judge import Item
 from train.belief.messages import NO_ANSWER, visible
 from train.belief.rates import samples_are_equal, summarize
-from train.belief.records import Records, read_rows
+from train.belief.records import Records, read_measured
 from train.belief.settings import EvaluationSettings
 from train.belief.values import at_step, means
 from train.belief.verdicts import UNPARSEABLE
@@ -30,7 +30,7 @@ def leave_summary(
     missing = sum(item.key not in records.rows for item in items)
     measured = summarize(rows)
     context = sum(int(value.rpartition("=")[2]) for value in s.documents)
-    every = read_rows(records.directory / "evaluation.jsonl")
+    every = read_measured(records.directory / "evaluation.jsonl")
     base = at_step(every, 0, context) if s.step > 0 else []  # which has no change from itself
     scored = means(SCORED, at_step(every, max(s.step, 0), context), base)
     warnings = _warnings(items, records)
