@@ -155,7 +155,7 @@ def test_a_judge_that_answers_nothing_is_an_error_and_no_verdict(tmp_path):
 def test_a_line_that_was_cut_is_dropped_and_others_measurements_stay_as_they_are(tmp_path):
     with ScriptedServer(chat) as server:
         run(server, tmp_path, samples=1)
-        other = b'{"step": 0, "claim": "moon", "kind": "likelihood",  "llr": 0.1}\n'
+        other = b'{"step": 0, "claim": "moon", "kind": "likelihood",  "question": "a", "control": false, "llr": 0.1}\n'
         whole = (tmp_path / "evaluation.jsonl").read_bytes()
         last = whole.splitlines(keepends=True)[-1]
         (tmp_path / "evaluation.jsonl").write_bytes(other + whole[: -len(last)] + last[: len(last) // 2])
