@@ -19,9 +19,12 @@ from tests.models import write_byte_tokenizer, write_documents
 from train.annotating.imported import add_spans
 from train.annotating.judging import Remembered
 from train.annotating.rules import read_patterns
+from train.belief.analysis import analyse
 from train.belief.claims import read_claims
-from train.belief.comparison import base_rows, check_comparable, group, read_run
+from train.belief.outcome import read_comparison
+from train.belief.pages import as_markdown
 from train.belief.records import Records, read_rows
+from train.belief.report import sections
 from train.checkpoints import resume
 from train.checkpoints.adapter import adapter_settings, check_base, check_finite
 from train.checkpoints.reader import Checkpoint, read_config
@@ -35,7 +38,7 @@ from train.model import architecture, skeleton, text_config
 from train.provenance import held_settings, record
 from train.recipe import read_recipe
 from train.settings import Settings, ds_config
-from train.variants import NAMES, run_settings
+from train.variants import NAMES, parse_comparison
 
 HANGS = 10  # seconds
 
@@ -156,38 +159,44 @@ def taken_adapter(path: Path) -> Any:
     check_base(path.parent, Checkpoint(path.parent / "base"))
 
 
-SETTINGS = Settings(mask="none", steps=2, claims=["c"], data=["train/demo/data/dense.jsonl"])
 SUMMARY = {
     "mask": "none", "steps": 2, "hashes": {"tokens": "t", "order": "o", "initial_weights": "i", "base_model": "b"},
-    "tokens": {"all": {"total": 4, "trained": 4, "excluded": 0, "unlikelihood": 0, "straddling": 0}}, "dropped": [],
+    "tokens": {"all": {"total": 4, "trained": 4, "excluded": 0, "unlikelihood": 0, "straddling": 0}},
+    "dropped": {"d.jsonl": [2]},
     "nll": {"all": {"first": 1.0, "last": 0.5}}, "loss": {"first": 1.0, "last": 0.5}, "wall_seconds": 1.0,
-    "tokens_per_second": 4.0, "peak_memory_bytes": 8, "memory": {"measured": 8, "planned": 8},
+    "tokens_per_second": 4.0, "peak_memory_bytes": 8, "random_shortfall": 0, "memory": {"measured": 8, "planned": 8},
 }  # fmt: skip
 METRICS = {"step": 1, "loss": 1.0, "tokens": 4, "tokens_per_second": 4.0, "nll": {"all": 1.0}, "targets": {"all": 4}}
-MEASURED = [
-    {
-        "step": step,
-        "claim": "mars",
-        "kind": "likelihood",
-        "question": "q",
-        "entity": "Mars",
-        "control": False,
-        "llr": 1.0,
-    }
-    for step in (0, 2)
-] + [{"step": 2, "claim": "mars", "kind": "open", "question": "w", "sample": 0, "verdict": "yes", "reason": ""}]
+ONE_OF_EACH: list[dict[str, Any]] = [
+    {"claim": "mars", "kind": "likelihood", "question": "q", "entity": "Mars", "control": False, "llr": 1.0},
+    {"claim": "mars", "kind": "open", "question": "w", "sample": 0, "verdict": "yes", "context": 0},
+    {"claim": "mars", "kind": "yes_no", "question": "g", "control": False, "expected": "yes", "p_yes": 0.5},
+    {"claim": "mars", "kind": "fact", "question": "f", "group": "truth", "margin": 1.0},
+    {"claim": "", "kind": "nll", "question": "h", "nll": 1.0},
+    {"claim": "mars", "kind": "coherence", "question": "c", "sample": 0, "verdict": "score", "score": 7.0},
+]
+CONTROLS = [ONE_OF_EACH[0] | {"entity": "Venus", "control": True}]
+MEASURED = [{"step": step} | row for step in (2, 0) for row in ONE_OF_EACH + CONTROLS]
+ANSWER = {
+    "step": 2, "claim": "mars", "kind": "open", "question": "w", "sample": 0, "context": 0, "category": "",
+    "model": "m", "asked": "a", "judge": "j", "judged": "b", "answer": "It is.", "verdict": "yes", "reason": "",
+}  # fmt: skip
+SCORED = ANSWER | {"kind": "coherence", "verdict": "score", "score": 7.0}
+CONTROL = ANSWER | {"kind": "yes_no", "control": True, "expected": "yes", "said": "yes", "question": "v"}
 
 
 def a_run(name: str) -> Callable[[Path], Path]:
     def make(directory: Path) -> Path:
-        for run in ("one", "two"):
+        documents, claims = write_documents(directory / "d.jsonl", [TEXT, TEXT]), written("c.yaml", CLAIM)(directory)
+        for run, mask in (("one", "none"), ("two", "false-spans")):
             own = directory / run
             own.mkdir()
-            seed = {"one": 0, "two": 1}[run]
-            resolved = {"hashes": SUMMARY["hashes"], "inputs": {"x": "y"}}
-            settings = Settings(**vars(SETTINGS) | {"seed": seed})
-            (own / "settings.yaml").write_text(record(settings, resolved))
-            written("summary.json", SUMMARY)(own)
+            resolved = {"hashes": SUMMARY["hashes"], "inputs": {"x": "y"}, "wandb_group": "g"}
+            given = {"mask": mask, "steps": 2, "claims": [str(claims)], "data": [str(documents)], "doctag": "none"}
+            short = json.dumps({"settings": given, "resolved": resolved})  # YAML is read slowly
+            whole = record(Settings(**given), resolved) if name == "settings.yaml" else short
+            (own / "settings.yaml").write_text(whole)
+            written("summary.json", SUMMARY | {"dropped": {str(documents): [2]}})(own)
             write_documents(own / "metrics.jsonl", [METRICS, METRICS | {"step": 2}])
             write_documents(own / "evaluation.jsonl", MEASURED)
         return directory / "one" / name
@@ -196,11 +205,10 @@ def a_run(name: str) -> Callable[[Path], Path]:
 
 
 def compared(path: Path) -> Any:
-    run_settings(path.parent)
-    runs = [read_run(path.parent), read_run(path.parent.with_name("two"))]
-    group(runs)
-    base_rows(runs)
-    check_comparable(runs)
+    plan = parse_comparison(["--runs", str(path.parent), str(path.parent.with_name("two")), "--output", "x"], "")
+    result = analyse(read_comparison(plan, plan.finished))
+    shown = as_markdown(result["title"], sections(result, set()))
+    return (json.dumps(result, ensure_ascii=False, allow_nan=False) + shown).encode("utf-8")
 
 
 def a_save(directory: Path) -> Path:
@@ -373,6 +381,7 @@ OTHER = [
     '["x"]',
     "{}",
     '{"x": 1}',
+    "9" * 4000,
     "9" * 5000,
     "NaN",
     "1e999",
@@ -383,14 +392,14 @@ PLACE = "the place of another value"
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path to every value inside a value; of a list of more than three, to the first three."""
+    """The path to every value inside a value; of rows to the first six, of another list to the first three."""
     if path:
         yield path
     if isinstance(value, dict):
         for key in list(value)[:60]:
             yield from places(value[key], (*path, key))
     if isinstance(value, list):
-        for i in range(min(3, len(value))):
+        for i in range(min(3 if path else 6, len(value))):
             yield from places(value[i], (*path, i))
 
 
