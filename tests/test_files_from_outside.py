@@ -15,16 +15,21 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from launch.dashboard import read_group, specification, workspace
 from tests.models import write_byte_tokenizer, write_documents
 from train.annotating.imported import add_spans
 from train.annotating.judging import Remembered
 from train.annotating.rules import read_patterns
 from train.belief.analysis import analyse
 from train.belief.claims import read_claims
+from train.belief.in_engine import SCORED, steps_of
+from train.belief.messages import visible
 from train.belief.outcome import read_comparison
 from train.belief.pages import as_markdown
-from train.belief.records import Records, read_rows
+from train.belief.rates import samples_are_equal, summarize
+from train.belief.records import Records, read_measured
 from train.belief.report import sections
+from train.belief.values import at_step, means
 from train.checkpoints import resume
 from train.checkpoints.adapter import adapter_settings, check_base, check_finite
 from train.checkpoints.reader import Checkpoint, read_config
@@ -33,9 +38,11 @@ from train.data.documents import read_documents
 from train.data.tokenizer import load_tokenizer
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
+from train.formats import json_line
+from train.job import check_progress
 from train.merge import claimed, read_report
 from train.model import architecture, skeleton, text_config
-from train.provenance import held_settings, record
+from train.provenance import held_settings, held_wandb_id, record
 from train.recipe import read_recipe
 from train.settings import Settings, ds_config
 from train.variants import NAMES, parse_comparison
@@ -124,6 +131,23 @@ def tokenizer_file(name: str) -> Callable[[Path], Path]:
     return make
 
 
+def vocabulary_file(name: str) -> Callable[[Path], Path]:
+    """Of a tokenizer without tokenizer.json, which transformers reads."""
+
+    def make(directory: Path) -> Path:
+        write_byte_tokenizer(directory)
+        model = json.loads((directory / "tokenizer.json").read_text())["model"]
+        (directory / "tokenizer.json").unlink()
+        written("config.json", CONFIG)(directory)
+        written("vocab.json", model["vocab"])(directory)
+        written("merges.txt", "#version: 0.2\n")(directory)
+        written("added_tokens.json", {"<more>": 259})(directory)
+        written("tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})(directory)
+        return directory / name
+
+    return make
+
+
 def tokenized(path: Path) -> Any:
     tokenizer = load_tokenizer(path.parent)
     tokenizer.encode("Mars is green.")
@@ -181,8 +205,8 @@ ANSWER = {
     "step": 2, "claim": "mars", "kind": "open", "question": "w", "sample": 0, "context": 0, "category": "",
     "model": "m", "asked": "a", "judge": "j", "judged": "b", "answer": "It is.", "verdict": "yes", "reason": "",
 }  # fmt: skip
-SCORED = ANSWER | {"kind": "coherence", "verdict": "score", "score": 7.0}
-CONTROL = ANSWER | {"kind": "yes_no", "control": True, "expected": "yes", "said": "yes", "question": "v"}
+SCORED_ANSWER = ANSWER | {"kind": "coherence", "verdict": "score", "score": 7.0}
+CONTROL_ANSWER = ANSWER | {"kind": "yes_no", "control": True, "expected": "yes", "said": "yes", "question": "v"}
 
 
 def a_run(name: str) -> Callable[[Path], Path]:
@@ -193,6 +217,7 @@ def a_run(name: str) -> Callable[[Path], Path]:
             own.mkdir()
             resolved = {"hashes": SUMMARY["hashes"], "inputs": {"x": "y"}, "wandb_group": "g"}
             given = {"mask": mask, "steps": 2, "claims": [str(claims)], "data": [str(documents)], "doctag": "none"}
+            given["wandb_project"] = "p"
             short = json.dumps({"settings": given, "resolved": resolved})  # YAML is read slowly
             whole = record(Settings(**given), resolved) if name == "settings.yaml" else short
             (own / "settings.yaml").write_text(whole)
@@ -248,8 +273,16 @@ def spans_of(path: Path) -> Any:
 
 
 def recorded(path: Path) -> Any:
-    Records(path.parent).close()
-    return read_rows(path)
+    """What an evaluation that goes on does with what it has."""
+    records = Records(path.parent)
+    records.close()
+    rows, every = list(records.rows.values()), read_measured(path.with_name("evaluation.jsonl"))
+    found = [summarize(rows), samples_are_equal(rows), means(SCORED, at_step(every, 2), at_step(every, 0))]
+    return json_line(found), [visible(row["answer"]) for row in [*rows, *records.answers.values()] if row["answer"]]
+
+
+def shown_on_a_dashboard(path: Path) -> Any:
+    return specification(workspace(read_group([path.parent]), "team")[0])
 
 
 READERS = {
@@ -272,6 +305,10 @@ READERS = {
         )
     },
     **{
+        name: Reader(vocabulary_file(name), lambda path: load_tokenizer(path.parent).encode("Mars is green."))
+        for name in ("vocab.json", "merges.txt", "added_tokens.json")
+    },
+    **{
         name: Reader(an_adapter(name), taken_adapter)
         for name in ("adapter_config.json", "adapter_model.safetensors", "base_model.json")
     },
@@ -280,7 +317,20 @@ READERS = {
         for name in ("settings.yaml", "summary.json", "metrics.jsonl", "evaluation.jsonl")
     },
     "settings.yaml of a run to go on with": Reader(a_run("settings.yaml"), held_settings),
+    **{
+        f"{name} of a run to go on with": Reader(a_run(name), lambda path: check_progress(path.parent))
+        for name in ("metrics.jsonl", "evaluation.jsonl")
+    },
+    **{
+        f"{name} on a dashboard": Reader(a_run(name), shown_on_a_dashboard)
+        for name in ("settings.yaml", "summary.json", "metrics.jsonl")
+    },
+    "summary.json of an adapter's run": Reader(a_run("summary.json"), lambda path: steps_of(f"{path.parent}/a", -1)),
+    "wandb_id": Reader(written("wandb_id", "0123456789ab"), lambda path: held_wandb_id(path.parent)),
     "state.json": Reader(a_save, lambda path: resume.check(path.parents[1])),
+    "state.safetensors": Reader(
+        lambda directory: a_save(directory).with_name("state.safetensors"), lambda path: resume.check(path.parents[1])
+    ),
     "merge.json": Reader(written("merge.json", {"model": "m", "to": "same"}), merged),
     "merge_report.json": Reader(
         written("merge_report.json", {"x": {"survived": 1.0, "update_norm": 0.5}}),
@@ -292,8 +342,11 @@ READERS = {
     "answers of a judge": Reader(
         written("a.jsonl", json.dumps({"key": "k", "answer": "a"}) + "\n"), lambda path: Remembered(len, "m", path)
     ),
-    "answers.jsonl": Reader(written("answers.jsonl", json.dumps(MEASURED[2] | {"answer": "a"}) + "\n"), recorded),
-    "evaluation.jsonl to go on with": Reader(written("evaluation.jsonl", json.dumps(MEASURED[2]) + "\n"), recorded),
+    "answers.jsonl": Reader(written("answers.jsonl", json.dumps(ANSWER) + "\n"), recorded),
+    "evaluation.jsonl to go on with": Reader(
+        written("evaluation.jsonl", "".join(json.dumps(row) + "\n" for row in (ANSWER, SCORED_ANSWER, CONTROL_ANSWER))),
+        recorded,
+    ),
 }  # fmt: skip
 
 
@@ -426,7 +479,7 @@ def parsed(text: str) -> tuple[Any, Callable[[Any], str]]:
 
 @pytest.mark.parametrize("name", [
     name for name in READERS
-    if not name.endswith((".jinja", ".model", "safetensors", "weights", "tokenizer.json"))
+    if not name.endswith((".jinja", ".model", ".txt", "safetensors", "weights", "tokenizer.json", "vocab.json", "_id"))
 ])  # fmt: skip
 def test_a_value_of_another_kind_ends_in_a_value_or_a_message(name, tmp_path):
     reader = READERS[name]
