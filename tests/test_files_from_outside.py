@@ -547,6 +547,17 @@ def test_the_collected_hostile_files_end_in_a_message():
             read_claims([str(path)]) if "recipe" not in path.name else read_recipe(path, NAMES)
 
 
+@pytest.mark.parametrize(("name", "most"), [("config.json", 2**25), ("wandb_id", 2**10), ("tokenizer.json", 2**27)])
+def test_a_file_larger_than_its_kind_can_be_is_not_read(name, most, tmp_path):
+    reader = READERS[name]
+    path = reader.make(tmp_path)
+    for size, told in ((most + 1, True), (most, False)):
+        os.truncate(path, size)  # without blocks on the disk
+        with pytest.raises(UserError) as caught:
+            reader.read(path)
+        assert (f"{path}: has more than {most:,} bytes, as no such file has; " in str(caught.value)) == told
+
+
 def test_an_adapter_whose_factors_are_no_floats_or_whose_rslora_is_no_boolean_is_told(tmp_path):
     weights = an_adapter("adapter_model.safetensors")(tmp_path)
     taken_adapter(weights)
