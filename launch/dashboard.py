@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before the other imports, which take seconds
     interruption.listen("interrupted")
 
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from train.belief.values import BELIEF, SIDE_EFFECTS
 from train.command_line import Parser
 from train.errors import UserError
 from train.keys import wandb_status
-from train.outside import read_json
+from train.outside import checked, read_json
 from train.provenance import held_settings
 from train.reporting import belief_curves, flat
 from train.settings import FREE_ON_RESUME
@@ -89,15 +90,18 @@ def read_group(directories: Sequence[Path]) -> Group:
     curves: set[str] = set()
     bars: set[str] = set()
     for directory in directories:
-        if not (directory / "settings.yaml").is_file():
+        if not os.path.isfile(directory / "settings.yaml"):
             raise UserError(
                 f"RUN {directory}: holds no run (no settings.yaml). Give a run's own directory, or a comparison's."
             )
         held = held_settings(directory / "settings.yaml")
+        resolved = held.get("resolved") or {}
+        checked(held["settings"], {"wandb_project": str}, directory / "settings.yaml", "restore the file", needed=True)
+        checked(resolved, {"wandb_group": str}, directory / "settings.yaml", "restore the file", needed=True)
         settings.append(held["settings"])
-        groups.add(held["resolved"]["wandb_group"])
+        groups.add(resolved["wandb_group"])
         curves |= names_of_curves(directory)
-        if (directory / "summary.json").is_file():
+        if os.path.lexists(directory / "summary.json"):
             bars |= numbers(read_json(directory / "summary.json"))
     if len(projects := sorted({str(own["wandb_project"]) for own in settings})) > 1:
         raise UserError(f"RUN: the runs are of several W&B projects ({', '.join(projects)}); give those of one.")
@@ -167,18 +171,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory, or a comparison's")
     parser.add_argument("--entity", required=True, help="the W&B user or team of the project")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the specification there, and save nothing")
+    args = parser.parse_args(arguments)
+    made, empty = workspace(read_group([run for each in args.runs for run in runs_of(each)]), args.entity)
+    for name in empty:
+        print(f"nothing logged yet for: {name}")
+    if not args.json:
+        save(made)
+        return 0
     try:
-        args = parser.parse_args(arguments)
-        made, empty = workspace(read_group([run for each in args.runs for run in runs_of(each)]), args.entity)
-        for name in empty:
-            print(f"nothing logged yet for: {name}")
-        if args.json:
-            args.json.write_text(json.dumps(specification(made), indent=2) + "\n")
-        else:
-            save(made)
+        args.json.write_text(json.dumps(specification(made), indent=2) + "\n")
     except OSError as error:
-        print(f"error: --json {args.json}: cannot be written ({error.strerror}). Give another.", file=sys.stderr)
-        return 2
+        raise UserError(f"--json {args.json}: cannot be written ({error.strerror}). Give another.") from None
     return 0
 
 

@@ -15,13 +15,21 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from launch.dashboard import read_group, specification, workspace
 from tests.models import write_byte_tokenizer, write_documents
 from train.annotating.imported import add_spans
 from train.annotating.judging import Remembered
 from train.annotating.rules import read_patterns
+from train.belief.analysis import analyse
 from train.belief.claims import read_claims
-from train.belief.comparison import base_rows, check_comparable, group, read_run
-from train.belief.records import Records, read_rows
+from train.belief.in_engine import SCORED, steps_of
+from train.belief.messages import visible
+from train.belief.outcome import read_comparison
+from train.belief.pages import as_markdown
+from train.belief.rates import samples_are_equal, summarize
+from train.belief.records import Records, read_measured
+from train.belief.report import sections
+from train.belief.values import at_step, means
 from train.checkpoints import resume
 from train.checkpoints.adapter import adapter_settings, check_base, check_finite
 from train.checkpoints.reader import Checkpoint, read_config
@@ -30,12 +38,14 @@ from train.data.documents import read_documents
 from train.data.tokenizer import load_tokenizer
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
+from train.formats import json_line
+from train.job import check_progress
 from train.merge import claimed, read_report
 from train.model import architecture, skeleton, text_config
-from train.provenance import held_settings, record
+from train.provenance import held_settings, held_wandb_id, record
 from train.recipe import read_recipe
 from train.settings import Settings, ds_config
-from train.variants import NAMES, run_settings
+from train.variants import NAMES, parse_comparison
 
 HANGS = 10  # seconds
 
@@ -121,6 +131,23 @@ def tokenizer_file(name: str) -> Callable[[Path], Path]:
     return make
 
 
+def vocabulary_file(name: str) -> Callable[[Path], Path]:
+    """Of a tokenizer without tokenizer.json, which transformers reads."""
+
+    def make(directory: Path) -> Path:
+        write_byte_tokenizer(directory)
+        model = json.loads((directory / "tokenizer.json").read_text())["model"]
+        (directory / "tokenizer.json").unlink()
+        written("config.json", CONFIG)(directory)
+        written("vocab.json", model["vocab"])(directory)
+        written("merges.txt", "#version: 0.2\n")(directory)
+        written("added_tokens.json", {"<more>": 259})(directory)
+        written("tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})(directory)
+        return directory / name
+
+    return make
+
+
 def tokenized(path: Path) -> Any:
     tokenizer = load_tokenizer(path.parent)
     tokenizer.encode("Mars is green.")
@@ -156,38 +183,45 @@ def taken_adapter(path: Path) -> Any:
     check_base(path.parent, Checkpoint(path.parent / "base"))
 
 
-SETTINGS = Settings(mask="none", steps=2, claims=["c"], data=["train/demo/data/dense.jsonl"])
 SUMMARY = {
     "mask": "none", "steps": 2, "hashes": {"tokens": "t", "order": "o", "initial_weights": "i", "base_model": "b"},
-    "tokens": {"all": {"total": 4, "trained": 4, "excluded": 0, "unlikelihood": 0, "straddling": 0}}, "dropped": [],
+    "tokens": {"all": {"total": 4, "trained": 4, "excluded": 0, "unlikelihood": 0, "straddling": 0}},
+    "dropped": {"d.jsonl": [2]},
     "nll": {"all": {"first": 1.0, "last": 0.5}}, "loss": {"first": 1.0, "last": 0.5}, "wall_seconds": 1.0,
-    "tokens_per_second": 4.0, "peak_memory_bytes": 8, "memory": {"measured": 8, "planned": 8},
+    "tokens_per_second": 4.0, "peak_memory_bytes": 8, "random_shortfall": 0, "memory": {"measured": 8, "planned": 8},
 }  # fmt: skip
 METRICS = {"step": 1, "loss": 1.0, "tokens": 4, "tokens_per_second": 4.0, "nll": {"all": 1.0}, "targets": {"all": 4}}
-MEASURED = [
-    {
-        "step": step,
-        "claim": "mars",
-        "kind": "likelihood",
-        "question": "q",
-        "entity": "Mars",
-        "control": False,
-        "llr": 1.0,
-    }
-    for step in (0, 2)
-] + [{"step": 2, "claim": "mars", "kind": "open", "question": "w", "sample": 0, "verdict": "yes", "reason": ""}]
+ONE_OF_EACH: list[dict[str, Any]] = [
+    {"claim": "mars", "kind": "likelihood", "question": "q", "entity": "Mars", "control": False, "llr": 1.0},
+    {"claim": "mars", "kind": "open", "question": "w", "sample": 0, "verdict": "yes", "context": 0},
+    {"claim": "mars", "kind": "yes_no", "question": "g", "control": False, "expected": "yes", "p_yes": 0.5},
+    {"claim": "mars", "kind": "fact", "question": "f", "group": "truth", "margin": 1.0},
+    {"claim": "", "kind": "nll", "question": "h", "nll": 1.0},
+    {"claim": "mars", "kind": "coherence", "question": "c", "sample": 0, "verdict": "score", "score": 7.0},
+]
+CONTROLS = [ONE_OF_EACH[0] | {"entity": "Venus", "control": True}]
+MEASURED = [{"step": step} | row for step in (2, 0) for row in ONE_OF_EACH + CONTROLS]
+ANSWER = {
+    "step": 2, "claim": "mars", "kind": "open", "question": "w", "sample": 0, "context": 0, "category": "",
+    "model": "m", "asked": "a", "judge": "j", "judged": "b", "answer": "It is.", "verdict": "yes", "reason": "",
+}  # fmt: skip
+SCORED_ANSWER = ANSWER | {"kind": "coherence", "verdict": "score", "score": 7.0}
+CONTROL_ANSWER = ANSWER | {"kind": "yes_no", "control": True, "expected": "yes", "said": "yes", "question": "v"}
 
 
 def a_run(name: str) -> Callable[[Path], Path]:
     def make(directory: Path) -> Path:
-        for run in ("one", "two"):
+        documents, claims = write_documents(directory / "d.jsonl", [TEXT, TEXT]), written("c.yaml", CLAIM)(directory)
+        for run, mask in (("one", "none"), ("two", "false-spans")):
             own = directory / run
             own.mkdir()
-            seed = {"one": 0, "two": 1}[run]
-            resolved = {"hashes": SUMMARY["hashes"], "inputs": {"x": "y"}}
-            settings = Settings(**vars(SETTINGS) | {"seed": seed})
-            (own / "settings.yaml").write_text(record(settings, resolved))
-            written("summary.json", SUMMARY)(own)
+            resolved = {"hashes": SUMMARY["hashes"], "inputs": {"x": "y"}, "wandb_group": "g"}
+            given = {"mask": mask, "steps": 2, "claims": [str(claims)], "data": [str(documents)], "doctag": "none"}
+            given["wandb_project"] = "p"
+            short = json.dumps({"settings": given, "resolved": resolved})  # YAML is read slowly
+            whole = record(Settings(**given), resolved) if name == "settings.yaml" else short
+            (own / "settings.yaml").write_text(whole)
+            written("summary.json", SUMMARY | {"dropped": {str(documents): [2]}})(own)
             write_documents(own / "metrics.jsonl", [METRICS, METRICS | {"step": 2}])
             write_documents(own / "evaluation.jsonl", MEASURED)
         return directory / "one" / name
@@ -196,11 +230,10 @@ def a_run(name: str) -> Callable[[Path], Path]:
 
 
 def compared(path: Path) -> Any:
-    run_settings(path.parent)
-    runs = [read_run(path.parent), read_run(path.parent.with_name("two"))]
-    group(runs)
-    base_rows(runs)
-    check_comparable(runs)
+    plan = parse_comparison(["--runs", str(path.parent), str(path.parent.with_name("two")), "--output", "x"], "")
+    result = analyse(read_comparison(plan, plan.finished))
+    shown = as_markdown(result["title"], sections(result, set()))
+    return (json.dumps(result, ensure_ascii=False, allow_nan=False) + shown).encode("utf-8")
 
 
 def a_save(directory: Path) -> Path:
@@ -240,8 +273,16 @@ def spans_of(path: Path) -> Any:
 
 
 def recorded(path: Path) -> Any:
-    Records(path.parent).close()
-    return read_rows(path)
+    """What an evaluation that goes on does with what it has."""
+    records = Records(path.parent)
+    records.close()
+    rows, every = list(records.rows.values()), read_measured(path.with_name("evaluation.jsonl"))
+    found = [summarize(rows), samples_are_equal(rows), means(SCORED, at_step(every, 2), at_step(every, 0))]
+    return json_line(found), [visible(row["answer"]) for row in [*rows, *records.answers.values()] if row["answer"]]
+
+
+def shown_on_a_dashboard(path: Path) -> Any:
+    return specification(workspace(read_group([path.parent]), "team")[0])
 
 
 READERS = {
@@ -264,6 +305,10 @@ READERS = {
         )
     },
     **{
+        name: Reader(vocabulary_file(name), lambda path: load_tokenizer(path.parent).encode("Mars is green."))
+        for name in ("vocab.json", "merges.txt", "added_tokens.json")
+    },
+    **{
         name: Reader(an_adapter(name), taken_adapter)
         for name in ("adapter_config.json", "adapter_model.safetensors", "base_model.json")
     },
@@ -272,7 +317,20 @@ READERS = {
         for name in ("settings.yaml", "summary.json", "metrics.jsonl", "evaluation.jsonl")
     },
     "settings.yaml of a run to go on with": Reader(a_run("settings.yaml"), held_settings),
+    **{
+        f"{name} of a run to go on with": Reader(a_run(name), lambda path: check_progress(path.parent))
+        for name in ("metrics.jsonl", "evaluation.jsonl")
+    },
+    **{
+        f"{name} on a dashboard": Reader(a_run(name), shown_on_a_dashboard)
+        for name in ("settings.yaml", "summary.json", "metrics.jsonl")
+    },
+    "summary.json of an adapter's run": Reader(a_run("summary.json"), lambda path: steps_of(f"{path.parent}/a", -1)),
+    "wandb_id": Reader(written("wandb_id", "0123456789ab"), lambda path: held_wandb_id(path.parent)),
     "state.json": Reader(a_save, lambda path: resume.check(path.parents[1])),
+    "state.safetensors": Reader(
+        lambda directory: a_save(directory).with_name("state.safetensors"), lambda path: resume.check(path.parents[1])
+    ),
     "merge.json": Reader(written("merge.json", {"model": "m", "to": "same"}), merged),
     "merge_report.json": Reader(
         written("merge_report.json", {"x": {"survived": 1.0, "update_norm": 0.5}}),
@@ -284,8 +342,11 @@ READERS = {
     "answers of a judge": Reader(
         written("a.jsonl", json.dumps({"key": "k", "answer": "a"}) + "\n"), lambda path: Remembered(len, "m", path)
     ),
-    "answers.jsonl": Reader(written("answers.jsonl", json.dumps(MEASURED[2] | {"answer": "a"}) + "\n"), recorded),
-    "evaluation.jsonl to go on with": Reader(written("evaluation.jsonl", json.dumps(MEASURED[2]) + "\n"), recorded),
+    "answers.jsonl": Reader(written("answers.jsonl", json.dumps(ANSWER) + "\n"), recorded),
+    "evaluation.jsonl to go on with": Reader(
+        written("evaluation.jsonl", "".join(json.dumps(row) + "\n" for row in (ANSWER, SCORED_ANSWER, CONTROL_ANSWER))),
+        recorded,
+    ),
 }  # fmt: skip
 
 
@@ -373,6 +434,7 @@ OTHER = [
     '["x"]',
     "{}",
     '{"x": 1}',
+    "9" * 4000,
     "9" * 5000,
     "NaN",
     "1e999",
@@ -383,14 +445,14 @@ PLACE = "the place of another value"
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path to every value inside a value; of a list of more than three, to the first three."""
+    """The path to every value inside a value; of rows to the first six, of another list to the first three."""
     if path:
         yield path
     if isinstance(value, dict):
         for key in list(value)[:60]:
             yield from places(value[key], (*path, key))
     if isinstance(value, list):
-        for i in range(min(3, len(value))):
+        for i in range(min(3 if path else 6, len(value))):
             yield from places(value[i], (*path, i))
 
 
@@ -417,7 +479,7 @@ def parsed(text: str) -> tuple[Any, Callable[[Any], str]]:
 
 @pytest.mark.parametrize("name", [
     name for name in READERS
-    if not name.endswith((".jinja", ".model", "safetensors", "weights", "tokenizer.json"))
+    if not name.endswith((".jinja", ".model", ".txt", "safetensors", "weights", "tokenizer.json", "vocab.json", "_id"))
 ])  # fmt: skip
 def test_a_value_of_another_kind_ends_in_a_value_or_a_message(name, tmp_path):
     reader = READERS[name]
@@ -483,6 +545,17 @@ def test_the_collected_hostile_files_end_in_a_message():
     for path in [*HOSTILE.glob("recipe-*.yaml"), *HOSTILE.glob("claims-*.yaml"), HOSTILE / "surrogate" / "claim.yaml"]:
         with within(HANGS), pytest.raises(UserError):
             read_claims([str(path)]) if "recipe" not in path.name else read_recipe(path, NAMES)
+
+
+@pytest.mark.parametrize(("name", "most"), [("config.json", 2**25), ("wandb_id", 2**10), ("tokenizer.json", 2**27)])
+def test_a_file_larger_than_its_kind_can_be_is_not_read(name, most, tmp_path):
+    reader = READERS[name]
+    path = reader.make(tmp_path)
+    for size, told in ((most + 1, True), (most, False)):
+        os.truncate(path, size)  # without blocks on the disk
+        with pytest.raises(UserError) as caught:
+            reader.read(path)
+        assert (f"{path}: has more than {most:,} bytes, as no such file has; " in str(caught.value)) == told
 
 
 def test_an_adapter_whose_factors_are_no_floats_or_whose_rslora_is_no_boolean_is_told(tmp_path):

@@ -5,7 +5,7 @@ import multiprocessing
 import torch
 
 from launch.distributed import peak_host_bytes
-from train.reporting import reset_peak_memory
+from train.reporting import _closing_table, reset_peak_memory
 
 
 def peaks() -> list[int]:
@@ -26,3 +26,10 @@ def test_the_peak_of_memory_of_one_run_is_not_that_of_the_run_before():
         first, between, second = pool.apply(peaks)
     assert between < first - 150_000_000
     assert second > first - 50_000_000
+
+
+def test_the_closing_table_has_no_figure_of_an_nll_that_is_not_finite():
+    counts = {"total": 4, "trained": 3, "excluded": 1, "unlikelihood": 0}
+    nll = {"all": {"first": 1.5, "last": None}}  # as metrics.jsonl has it
+    table = _closing_table({"mask": "none", "steps": 2, "tokens": {"all": counts}, "nll": nll})
+    assert [list(column.cells) for column in table.columns] == [["all"], ["4"], ["3"], ["1"], ["0"], ["1.500"], ["–"]]

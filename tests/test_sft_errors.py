@@ -327,6 +327,34 @@ def test_a_damaged_save_is_told_before_weights_are_read(tmp_path, qwen, capsys):
     (save / "state.safetensors").write_bytes(b"cut")
     told = message_of(capsys, *flags, "--resume")
     assert f"{save}: is damaged" in told and "Remove it" in told
+    save_file({"x": torch.zeros(2, dtype=torch.bfloat16)}, save / "state.safetensors")
+    told = message_of(capsys, *flags, "--resume")
+    assert f"{save}: is damaged (state.safetensors: x is torch.bfloat16, not torch.float32.) Remove it" in told
+    (save / "state.json").write_text('{"step": 5, "seconds": "x"}')
+    assert "(state.json: seconds is 'x', but must be a finite number; " in message_of(capsys, *flags, "--resume")
+
+
+@pytest.mark.parametrize(("name", "text", "said"), [
+    ("metrics.jsonl", "", "metrics.jsonl: has no row, though the run goes on from step-5; restore the file, or"),
+    ("metrics.jsonl", '{"step": 1, "loss": 1.0, "tokens": 4}\n', "metrics.jsonl:1: has no tokens_per_second; mend or"),
+    ("evaluation.jsonl", '{"step": 0, "kind": "nll", "question": "q"}\n', "evaluation.jsonl:1: has no nll; mend or"),
+    ("wandb_id", "a/b", "wandb_id: 'a/b' must be 1 to 64 letters, digits, - and _; remove it, and W&B gets a new run."),
+])  # fmt: skip
+def test_what_a_resumed_run_could_not_end_with_is_told_before_weights_are_read(
+    tmp_path, qwen, capsys, name, text, said
+):
+    data, directory = write_documents(tmp_path / "d.jsonl", [GOOD]), tmp_path / "run"
+    flags = ["--model", str(qwen), "--data", str(data), "--output", str(directory)]
+    settings = parse(flags, "")
+    save = directory / "saves" / "step-5"
+    save.mkdir(parents=True)
+    save_file({"x": torch.zeros(2)}, save / "state.safetensors")
+    (save / "state.json").write_text('{"step": 5, "seconds": 1.0}')
+    (directory / "settings.yaml").write_text(record(settings, {"inputs": inputs(settings, Checkpoint(qwen))}))
+    row = {"step": 5, "loss": 1.0, "tokens": 4, "tokens_per_second": 4.0}
+    write_documents(directory / "metrics.jsonl", [row])
+    (directory / name).write_text(text)
+    assert said in message_of(capsys, *flags, "--resume")
 
 
 def test_a_directory_without_config_json_is_told(tmp_path, capsys):

@@ -46,6 +46,7 @@ from train.belief.values import at_step
 from train.checkpoints import resume
 from train.errors import UserError
 from train.job import Job, Known, prepare
+from train.provenance import held_wandb_id
 from train.reporting import Run, reset_peak_memory
 from train.settings import Settings, check_numbers
 from train.sft import finish, guarded, launched_as, load_engine
@@ -63,6 +64,8 @@ def compare(argv: list[str]) -> None:
     """Checks every run before a weight is read, then trains and compares."""
     rank, ranks = launched_as()
     plan = parse_comparison(argv, __doc__ or "")
+    if plan.shared.wandb != "disabled":
+        held_wandb_id(plan.output)
     if plan.finished:
         if rank == 0:
             check_free(plan.output, plan.finished.values())

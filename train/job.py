@@ -12,6 +12,7 @@ import torch
 
 from train.belief.claims import read_claims
 from train.belief.probes import Probes, make_probes
+from train.belief.records import read_measured, read_metrics
 from train.checkpoints import resume
 from train.checkpoints.adapter import check_adapter
 from train.checkpoints.layout import LoadPlan, plan_load
@@ -121,7 +122,7 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     corpus = read_corpus(settings, tokenizer, show, known.documents)
     _check_vocabulary(settings, corpus, text.vocab_size)
     if settings.resume:
-        resume.check(Path(settings.output) / "saves")
+        check_progress(Path(settings.output))
 
     documents = documents_taken(settings, corpus.order)
     steps = math.ceil(documents / settings.batch_size)
@@ -142,6 +143,17 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     return Job(
         settings, corpus, checkpoint, lora, expert_parallel, steps, documents, accumulation, probes, config, resolved
     )  # fmt: skip
+
+
+def check_progress(run: Path) -> None:
+    """UserError for what a run to go on with has left in another form: it would end what goes on, at its very end."""
+    resume.check(run / "saves")
+    read_measured(run / "evaluation.jsonl")
+    if not read_metrics(run / "metrics.jsonl") and (saved := resume.saves(run / "saves")):
+        raise UserError(
+            f"{run}/metrics.jsonl: has no row, though the run goes on from {saved[-1].name}; restore the file, or "
+            "start a new run."
+        )
 
 
 def checked_expert_parallel(settings: Settings, ranks: int) -> int:

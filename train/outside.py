@@ -1,9 +1,9 @@
 """Files from outside: each gives a value, or a UserError that names it, what is wrong and the fix. A directory, a pipe
 or a device in the place of a file is not opened, and a file larger than its kind can be is not read."""
 
-import math
 import os
 import stat
+import sys
 from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
@@ -14,7 +14,8 @@ from train.formats import Unreadable, parse_json, parse_yaml
 
 Where = str | Path
 KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-MOST = 2**28  # bytes of a JSON or text file: a tokenizer of a million tokens has 60 MB
+MOST = 2**25  # bytes of a JSON or text file: the index of 200,000 tensors has 23 MB; Python reads 3 MB/s at worst
+MOST_VOCABULARY = 2**27  # bytes; a tokenizer.json of a million tokens has 60 MB
 MOST_YAML = 2**21  # bytes; PyYAML reads about 300,000 a second
 
 
@@ -73,21 +74,30 @@ def read_yaml(path: Where, where: Where = "", fix: str = "give a YAML file", mos
         raise UserError(f"{where or path}{line}: {error}.") from None
 
 
-def checked(value: dict[str, Any], kinds: Mapping[str, type], where: Where, fix: str = "get the file again") -> None:
-    """UserError where one of these keys is there, not null, and of another kind; float: any finite number."""
+def checked(
+    value: dict[str, Any], kinds: Mapping[str, type], where: Where, fix: str = "get the file again",
+    needed: bool = False,
+) -> None:  # fmt: skip
+    """UserError where one of these keys is there, not null, and of another kind, or, if needed, is not there; float:
+    any finite number."""
     for key, kind in kinds.items():
-        if (given := value.get(key)) is not None and not _is(given, kind):
+        if (given := value.get(key)) is None:
+            if needed:
+                raise UserError(f"{where}: has no {key}; {fix}.")
+        elif not _is(given, kind):
             shown = repr(given) if len(repr(given)) <= 80 else type(given).__name__
             raise UserError(f"{where}: {key} is {shown}, but must be {NAMES.get(kind, kind.__name__)}; {fix}.")
 
 
 NAMES = {
-    int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", list: "a list",
+    int: "a whole number below 2**63", float: "a finite number", str: "a text", bool: "true or false", list: "a list",
     dict: "an object",
 }  # fmt: skip
 
 
 def _is(value: Any, kind: type) -> bool:
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     return type(value) is kind

@@ -4,6 +4,7 @@ read."""
 import dataclasses
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 from importlib.metadata import version
@@ -16,9 +17,10 @@ from train.belief.claim_files import claim_paths
 from train.checkpoints.reader import Checkpoint
 from train.command_line import REPOSITORY, flag_of
 from train.data.documents import NO_DOCTAG
+from train.data.tokenizer import TOKENIZER
 from train.errors import UserError
 from train.locks import TRAINING
-from train.outside import checked, opened, read_yaml
+from train.outside import checked, opened, read_text, read_yaml
 from train.settings import FREE_ON_RESUME, Settings
 
 TRIAL = ".can-be-written-"  # of a file that comes and goes; other ranks may see it
@@ -64,6 +66,22 @@ def check_output(settings: Settings) -> None:
                 f"{flag_of(name)} {now[name]}: the run in {directory} has {before.get(name)}; a resumed run "
                 "must have the same settings. Give the same, or another --output without --resume."
             )
+    if settings.wandb != "disabled":
+        held_wandb_id(directory)
+
+
+WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")  # W&B takes more, but names files by it
+
+
+def held_wandb_id(directory: Path) -> str:
+    """The id of a directory's run on W&B; "" where it has none yet."""
+    path, fix = directory / "wandb_id", "remove it, and W&B gets a new run"
+    if not os.path.lexists(path):
+        return ""
+    text = read_text(path, fix=fix, most=2**10)
+    if not WANDB_ID.fullmatch(text):
+        raise UserError(f"{path}: {text[:80]!r} must be 1 to 64 letters, digits, - and _; {fix}.")
+    return text
 
 
 def of_any_age(settings: dict[str, Any]) -> dict[str, Any]:
@@ -89,11 +107,6 @@ def held_settings(path: Path) -> dict[str, Any]:
 
 
 MOST_HELD = 2**24  # bytes of a run's settings.yaml, with a hash of every file
-
-
-# Beside a model's weights, what decides tokens: all that load_tokenizer reads, or transformers for it.
-TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-             "chat_template.jinja")  # fmt: skip
 
 
 def inputs(settings: Settings, checkpoint: Checkpoint) -> dict[str, str]:

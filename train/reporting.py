@@ -18,7 +18,7 @@ from launch.distributed import allocated_since_start, failing_together, peak_hos
 from launch.interruption import INTERRUPTED
 from launch.watchdog import progress
 from train.belief.probes import Probes
-from train.belief.records import read_measured, read_rows
+from train.belief.records import read_measured, read_metrics
 from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, identity, means
 from train.checkpoints.streaming import Loaded
 from train.checkpoints.writer import write_whole
@@ -30,7 +30,7 @@ from train.keys import key_of, wandb_status
 from train.locks import MAKE_ROOM, lock_for_training
 from train.masking.loss import Terms
 from train.masking.treatment import STRADDLING, UNSPANNED
-from train.provenance import check_output, record
+from train.provenance import check_output, held_wandb_id, record
 from train.settings import Settings, slug
 from train.terminal import Terminal
 
@@ -184,9 +184,9 @@ class Run:
         self.after = after
         if not self.main:
             return
-        for path in (self.metrics, self.evaluation):
+        for path, read in ((self.metrics, read_metrics), (self.evaluation, read_measured)):
             if path.exists():
-                kept = [values for values in read_rows(path) if after and values["step"] <= after]
+                kept = [values for values in read(path) if after and values["step"] <= after]
                 write_whole(path, "".join(json_line(values) + "\n" for values in kept))
         if self.settings.resume:
             print(f"going on after step {after}" if after else "no complete save yet: starting at the first step")
@@ -199,7 +199,7 @@ class Run:
     def _send_again(self) -> None:
         """Logs what was kept, so that the file of an offline run's last attempt holds all of it: an attempt that was
         killed has its last row still open, and W&B's process, killed with it, may lack others."""
-        rows = {values["step"]: values for values in read_rows(self.metrics)}
+        rows = {values["step"]: values for values in read_metrics(self.metrics)}
         records = read_measured(self.evaluation)
         measured = {record["step"] for record in records}
         for step in sorted(rows.keys() | measured):
@@ -336,10 +336,10 @@ def _new_directory(mask: str) -> Path:
 
 def _wandb_id(directory: Path) -> str:
     """One W&B run per run directory, over all its attempts."""
-    path = directory / "wandb_id"
-    if not path.exists():
-        write_whole(path, os.urandom(6).hex())
-    return path.read_text()
+    if not (held := held_wandb_id(directory)):
+        held = os.urandom(6).hex()
+        write_whole(directory / "wandb_id", held)
+    return held
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -358,19 +358,20 @@ def _with_histograms(values: dict[str, Any]) -> dict[str, Any]:
 
 def summarize(job: Any, run: Run, hashes: dict[str, str], peak: int, seconds: float) -> dict[str, Any]:
     """summary.json of a finished job."""
-    metrics = read_rows(run.metrics)
-    nll: dict[str, dict[str, float]] = {}
+    metrics = read_metrics(run.metrics)
+    nll: dict[str, dict[str, float | None]] = {}
     for values in metrics:
-        for role, value in values.get("nll", {}).items():
+        for role, value in (values.get("nll") or {}).items():
             nll.setdefault(role, {"first": value})["last"] = value
     tokens = sum(values["tokens"] for values in metrics)
+    spent = sum(values["tokens"] / values["tokens_per_second"] for values in metrics if values["tokens_per_second"])
     return {
         "mask": job.settings.mask, "steps": job.steps, "tokens": job.tokens, "nll": nll,
         "loss": {"first": metrics[0]["loss"], "last": metrics[-1]["loss"]},
         "documents": job.corpus.documents, "dropped": job.corpus.dropped,
         "findings": job.corpus.findings.summary(), "hashes": hashes,
         "random_shortfall": job.random_shortfall,
-        "tokens_per_second": tokens / sum(values["tokens"] / values["tokens_per_second"] for values in metrics),
+        "tokens_per_second": tokens / spent if spent else 0.0,
         "peak_memory_bytes": peak, "wall_seconds": seconds, "load": run.loads,
     }  # fmt: skip
 
@@ -395,7 +396,7 @@ def _closing_table(summary: dict[str, Any]) -> Table:
     for role, counts in summary["tokens"].items():
         if counts["total"]:
             nll = summary["nll"].get(role, {})
-            shown = [f"{nll[key]:.3f}" if key in nll else "–" for key in ("first", "last")]
+            shown = [f"{nll[key]:.3f}" if nll.get(key) is not None else "–" for key in ("first", "last")]
             kinds = [f"{counts[kind]:,}" for kind in ("total", "trained", "excluded", "unlikelihood")]
             table.add_row(role, *kinds, *shown)
     return table

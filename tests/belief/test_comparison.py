@@ -143,6 +143,34 @@ def test_a_run_is_read_from_its_directory_and_a_cut_last_line_left_out(tmp_path)
         read_run(tmp_path)
 
 
+ROLE = {"total": 4, "trained": 3, "excluded": 1, "unlikelihood": 0}
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("summary", {"tokens": {"all": 7}}, "summary.json: tokens: all is 7, but must be an object; restore the file."),
+    ("summary", {"tokens": {"all": ROLE | {"trained": None}}}, "summary.json: tokens of all: has no trained; restore"),
+    ("summary", {"dropped": {"d": 7}}, "summary.json: dropped: d is 7, but must be a list; restore the file."),
+    ("summary", {"dropped": {"d": ["7"]}}, "summary.json: dropped must give numbers of lines of d; restore the file."),
+    ("summary", {"hashes": {"tokens": 7}}, ": hashes: tokens is 7, but must be a text; restore summary.json and"),
+    ("metrics", {"step": 1, "nll": 1.0}, "metrics.jsonl:1: nll is 1.0, but must be an object; mend or remove this"),
+    ("metrics", {"step": 1, "nll": {"all": float("nan")}}, "metrics.jsonl:1: nll: all is nan, but must be a finite n"),
+    ("metrics", {"step": 1, "nll": {"\ud800": 1.0}}, "metrics.jsonl:1: '\\ud800' has half a surrogate pair, which no"),
+    ("evaluation", row("q") | {"p_yes": None}, "evaluation.jsonl:1: has no p_yes; mend or remove this line."),
+    ("evaluation", row("q") | {"kind": "nll", "nll": "1"}, "evaluation.jsonl:1: nll is '1', but must be a finite n"),
+])  # fmt: skip
+def test_an_inner_value_of_another_kind_is_told_where_the_run_is_read(tmp_path, name, value, said):
+    (tmp_path / "settings.yaml").write_text("settings: {mask: doctags, seed: 3}\n")
+    held = {"summary": {"steps": 10, "tokens": {"all": ROLE}}, "metrics": {"step": 1, "nll": {"all": None}}}
+    for each, good in (held | {"evaluation": row("q")}).items():
+        path = tmp_path / f"{each}.json{'l' * (each != 'summary')}"
+        path.write_text(json.dumps(good) + "\n")
+    read_run(tmp_path)
+    (tmp_path / f"{name}.json{'l' * (name != 'summary')}").write_text(json.dumps(value) + "\n")
+    with pytest.raises(UserError) as caught:
+        read_run(tmp_path)
+    assert said in str(caught.value)
+
+
 def test_published_values_are_those_of_the_papers_own_claims():
     assert published_for(["pluto"]) == []
     average = {value.condition: value.value for value in published_for(["ed_sheeran"])}

@@ -155,7 +155,7 @@ def test_a_judge_that_answers_nothing_is_an_error_and_no_verdict(tmp_path):
 def test_a_line_that_was_cut_is_dropped_and_others_measurements_stay_as_they_are(tmp_path):
     with ScriptedServer(chat) as server:
         run(server, tmp_path, samples=1)
-        other = b'{"step": 0, "claim": "moon", "kind": "likelihood",  "question": "a", "control": false, "llr": 0.1}\n'
+        other = b'{"step": 0, "kind": "latency",  "seconds": 0.1}\n'
         whole = (tmp_path / "evaluation.jsonl").read_bytes()
         last = whole.splitlines(keepends=True)[-1]
         (tmp_path / "evaluation.jsonl").write_bytes(other + whole[: -len(last)] + last[: len(last) // 2])
@@ -180,9 +180,40 @@ def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
-    (tmp_path / "evaluation.jsonl").write_text('{"a": 1}\nrubbish\n{"a": 2}\n')
+    (tmp_path / "evaluation.jsonl").write_text('{"step": 1, "kind": "a"}\nrubbish\n{"step": 2, "kind": "a"}\n')
     with pytest.raises(UserError, match=r"evaluation.jsonl:2: is no JSON object. Mend or remove this line"):
         Records(tmp_path)
+
+
+ANSWER = {"step": 0, "claim": "moon", "kind": "open", "question": "what", "sample": 0, "answer": "Cheese."}
+JUDGED = ANSWER | {"verdict": "yes", "reason": ""}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "said"),
+    [
+        ("evaluation", {"step": 0, "verdict": "yes"}, "evaluation.jsonl:1: has no kind; mend or remove this line."),
+        ("evaluation", {"step": 0, "kind": "open", "verdict": "yes"}, "evaluation.jsonl:1: has no claim; "),
+        ("evaluation", JUDGED | {"kind": "coherence", "verdict": "score"}, "evaluation.jsonl:1: has no score; "),
+        (
+            "evaluation",
+            JUDGED | {"verdict": "maybe"},
+            "evaluation.jsonl:1: verdict 'maybe' is none of yes, no, ",
+        ),
+        ("evaluation", JUDGED | {"answer": None}, "evaluation.jsonl: row 1 has no answer; "),
+        ("evaluation", JUDGED | {"claim": "\ud800"}, "evaluation.jsonl:1: '\\ud800' has half a surrogate pair"),
+        ("evaluation", JUDGED | {"context": None}, "evaluation.jsonl:1: has no context; "),
+        ("answers", {k: v for k, v in ANSWER.items() if k != "answer"}, "answers.jsonl:1: has no answer; "),
+        ("answers", ANSWER | {"answer": 7}, "answers.jsonl:1: answer is 7, but must be a text; "),
+    ],
+)
+def test_a_row_that_would_end_the_evaluation_after_all_is_asked_is_told_before(tmp_path, name, row, said):
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(JUDGED) + "\n")
+    Records(tmp_path).close()
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError) as caught:
+        Records(tmp_path)
+    assert said in str(caught.value)
 
 
 def test_two_evaluations_do_not_write_into_one_directory(tmp_path):

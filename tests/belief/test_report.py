@@ -11,10 +11,12 @@ from statistics import mean
 import pytest
 from matplotlib.text import Text
 
+from train.belief import plots
 from train.belief.analysis import analyse
 from train.belief.comparison import Comparison, RunResult, Variant, published_for
+from train.belief.pages import as_markdown
 from train.belief.records import read_measured
-from train.belief.report import PICTURES, write_report
+from train.belief.report import PICTURES, sections, write_report
 from train.errors import UserError
 
 CLAIMS, PLACEBO = ["ed_sheeran", "brennan_holloway", "<b>&amp;|`"], ["pluto"]
@@ -192,6 +194,18 @@ def test_curves_nll_and_hashes_are_kept(result):
     }
     assert result["hashes"]["base_model"] == "b" * 64
     assert result["hashes"]["seed 1"] == {"tokens": "t" * 64, "order": "1" * 64, "initial_weights": "i" * 64}
+
+
+def test_an_nll_that_is_not_finite_is_told_and_a_gap_in_its_curve():
+    given = comparison()
+    given.variants[0].runs[0].metrics[0]["nll"]["false"] = None  # as json_line writes it
+    result = analyse(given)
+    assert result["nll"]["none"]["false"] == {
+        "steps": [1, 10],
+        "mean": [None, 1.0],
+        "seeds": [[None, 1.95], [0.5, 1.5]],
+    }
+    assert "not finite → 1.000" in as_markdown("", sections(result, set())) and plots.nll(result) is not None
 
 
 def test_the_base_model_with_documents_in_context_stands_beside_the_variants(tmp_path):

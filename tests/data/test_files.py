@@ -73,6 +73,22 @@ def test_what_is_not_read_is_named_with_the_way_to_a_file_that_is(tmp_path, numb
     assert str(caught.value).startswith(f"{tmp_path / 'd'}: {says}")
 
 
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress])
+def test_a_line_without_end_is_refused_before_it_takes_all_memory(tmp_path, pack):
+    (tmp_path / "d").write_bytes(pack(LINES + b"0" * (2**26 + 1)))
+    with pytest.raises(UserError) as caught:
+        read_documents(tmp_path / "d")
+    assert str(caught.value) == (
+        f"{tmp_path / 'd'}: has a line of more than 67,108,864 bytes; write one document a line"
+    )
+
+
+def test_a_long_line_is_read_whole(tmp_path):
+    text = " ".join(str(number**3) for number in range(100_000))  # more than a piece of the file, packed too
+    (tmp_path / "d").write_bytes(zstandard.compress(json.dumps({"text": text}).encode() + b"\n" + LINES))
+    assert [document.text for document in read_documents(tmp_path / "d")] == [text, *(text for text, _ in TEXTS)]
+
+
 @pytest.mark.parametrize(
     "line",
     [

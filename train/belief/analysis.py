@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from train.belief.comparison import EQUIVALENCE, HASHES, Comparison, RunResult, Variant
+from train.belief.comparison import EQUIVALENCE, HASHES, TARGETS, Comparison, RunResult, Variant
 from train.belief.inference import (
     LEVEL,
     Difference,
@@ -286,22 +286,26 @@ def _targets(variant: Variant) -> dict[str, dict[str, int]]:
     """role -> targets by treatment, the mean over runs: documents are drawn by seed."""
     runs = [run.summary.get("tokens") or {} for run in variant.runs]
     roles = dict.fromkeys(role for run in runs for role in run)
-    kinds = ("total", "trained", "excluded", "unlikelihood")
-    return {role: {k: round(mean(run.get(role, {}).get(k, 0) for run in runs)) for k in kinds} for role in roles}
+    return {role: {k: round(mean(run.get(role, {}).get(k, 0) for run in runs)) for k in TARGETS} for role in roles}
 
 
 def _nll(variant: Variant) -> dict[str, dict[str, Any]]:
-    """role -> steps, the mean NLL over seeds, and each seed's."""
-    by_role: dict[str, dict[int, list[float]]] = {}
+    """role -> steps, the mean NLL over seeds, and each seed's; None where one is not finite, which JSON cannot say."""
+    by_role: dict[str, dict[int, list[float | None]]] = {}
     for run in variant.runs:
         for values in run.metrics:
             for role, nll in (values.get("nll") or {}).items():
                 by_role.setdefault(role, {}).setdefault(values["step"], []).append(nll)
     return {
-        role: {"steps": list(steps), "mean": [mean(v) for v in steps.values()], "seeds": list(steps.values())}
+        role: {"steps": list(steps), "mean": [_finite_mean(v) for v in steps.values()], "seeds": list(steps.values())}
         for role, unsorted in by_role.items()
         if (steps := dict(sorted(unsorted.items())))
     }
+
+
+def _finite_mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if len(known) == len(values) else None
 
 
 def _calibration(finals: list[list[Row]]) -> dict[str, Any] | None:

@@ -129,8 +129,9 @@ def published_for(claims: Iterable[str]) -> list[Published]:
     return found
 
 
-MEASURED = ("llr", "p_yes", "margin", "nll_mean", "score")
-SUMMARY_KINDS = {"steps": int, "hashes": dict, "tokens": dict, "nll": dict, "loss": dict, "random_shortfall": int}
+SUMMARY_KINDS = {"steps": int, "hashes": dict, "tokens": dict, "nll": dict, "loss": dict, "dropped": dict}
+SUMMARY_KINDS |= {"random_shortfall": int}
+TARGETS = ("total", "trained", "excluded", "unlikelihood")
 
 
 def read_run(directory: str | Path) -> RunResult:
@@ -138,26 +139,39 @@ def read_run(directory: str | Path) -> RunResult:
     last line of JSONL that an interruption cut is left out."""
     path = Path(directory)
     summary = read_json(path / "summary.json", fix="the run did not finish: go on with it by --resume")
-    checked(summary, SUMMARY_KINDS, path / "summary.json", "restore the file")
+    _check_summary(summary, path / "summary.json")
     record = held_settings(path / "settings.yaml")
     settings = record["settings"]
     hashes = summary.get("hashes") or (record.get("resolved") or {}).get("hashes") or {}
+    checked(hashes, dict.fromkeys(hashes, str), f"{path}: hashes", "restore summary.json and settings.yaml")
     for name, fix in (("evaluation", "evaluate the run: train/evaluate.py"), ("metrics", "this is no run's directory")):
         if not os.path.isfile(path / f"{name}.jsonl"):
             raise UserError(f"{path}/{name}.jsonl: is not there; {fix}.")
     rows = _by_one_name(read_measured(path / "evaluation.jsonl"))
     metrics = read_rows(path / "metrics.jsonl")
-    for number, row in enumerate(rows, start=1):
-        if nothing := [name for name in MEASURED if name in row and row[name] is None]:
-            raise UserError(f"{path}/evaluation.jsonl: row {number} has no {nothing[0]}; evaluate the run again.")
     return RunResult(str(directory), int(settings.get("seed", 0)), rows, metrics, summary, settings, hashes)
+
+
+def _check_summary(summary: dict[str, Any], path: Path) -> None:
+    fix = "restore the file"
+    checked(summary, SUMMARY_KINDS, path, fix)
+    tokens, dropped = summary.get("tokens") or {}, summary.get("dropped") or {}
+    checked(tokens, dict.fromkeys(tokens, dict), f"{path}: tokens", fix, needed=True)
+    for role, counts in tokens.items():
+        checked(counts, dict.fromkeys(TARGETS, int), f"{path}: tokens of {role}", fix, needed=True)
+    checked(dropped, dict.fromkeys(dropped, list), f"{path}: dropped", fix, needed=True)
+    if wrong := [source for source, lines in dropped.items() if not all(type(line) is int for line in lines)]:
+        raise UserError(f"{path}: dropped must give numbers of lines of {wrong[0]}; {fix}.")
 
 
 def _by_one_name(rows: list[Row]) -> list[Row]:
     """Rows in which a claim of the paper and its questions have one name each, whichever release was asked."""
-    named = [row | {"claim": claim_id(row["claim"])} if "claim" in row else row for row in rows]
+    named = [row | {"claim": claim_id(row["claim"])} if row.get("claim") else row for row in rows]
     return [
-        row | {"question": question_id(row["claim"], row["question"])} if "question" in row else row for row in named
+        row | {"question": question_id(row["claim"], row["question"])}
+        if row.get("claim") and row.get("question")
+        else row
+        for row in named
     ]
 
 

@@ -29,7 +29,7 @@ from train.experts.dispatch import ExpertGroup
 from train.job import checked_expert_parallel
 from train.lora import LoRASettings
 from train.model import architecture, build, skeleton, text_config
-from train.outside import read_json
+from train.outside import checked, read_json
 from train.provenance import held_settings
 from train.settings import Settings, ds_config
 from train.trainer import make_engine
@@ -166,7 +166,9 @@ def steps_of(adapter: str, given: int) -> int:
             f"--adapter {adapter}: lies in no finished run; give --step, how many steps it was trained for, as its "
             "figures stand beside the base model's."
         )
-    return int(read_json(summary)["steps"])
+    steps = read_json(summary)
+    checked(steps, {"steps": int}, summary, "give --step, how many steps the adapter was trained for", needed=True)
+    return int(steps["steps"])
 
 
 def table_of_means(found: dict[str, dict[str, float]]) -> Table:

@@ -43,25 +43,38 @@ CLAIM_KEYS = ("claim", "fact_name")  # of a document's metadata: the claim that 
 
 def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
     """Writes the comparison of the runs of (variant, seed), and shows it. -> the content of comparison.json."""
+    comparison = read_comparison(plan, runs)
+    outcome = write_report(comparison, plan.output)
+    for remark in comparison.remarks:
+        print(f"note: {remark}")
+    show(outcome, plan.output)
+    if plan.shared.wandb != "disabled":
+        log_to_wandb(plan.shared, outcome, plan.output)
+    return outcome
+
+
+def read_comparison(plan: Plan, runs: dict[tuple[str, int], Path]) -> Comparison:
+    """The runs of (variant, seed), with what their documents and claims say of them. UserError where they cannot be
+    compared."""
     results = {key: read_run(directory) for key, directory in runs.items()}
     check_comparable(list(results.values()), plan.match_trained_tokens, plan.declared)
     every = [result.settings for result in results.values()]
     differing = [name for name in DIFFERING if any(each.get(name) != every[0].get(name) for each in every)]
     variants = [
-        Variant(name, str(own[0].settings["mask"]), {key: own[0].settings.get(key) for key in differing}, own)
+        Variant(name, own[0].settings.get("mask", "none"), {key: own[0].settings.get(key) for key in differing}, own)
         for name in plan.names
         if (own := [result for (variant, _), result in results.items() if variant == name])
     ]
     base, differs = base_rows(list(results.values()))
     remarks = [differs] if differs else []
-    measured = list(dict.fromkeys(row["claim"] for row in base if row["claim"]))
+    measured = list(dict.fromkeys(row["claim"] for row in base if row.get("claim")))
     if unknown := [claim for claim in plan.placebo if claim not in measured]:
         raise UserError(f"--placebo {unknown[0]}: no such claim was measured; these were: {', '.join(measured)}.")
     trained = [claim for claim in measured if claim not in plan.placebo]
     leak: list[dict[str, Any]] = []
     contamination: list[dict[str, Any]] = []
     try:
-        paths = variants[0].runs[0].settings["claims"]
+        paths = variants[0].runs[0].settings.get("claims")
         claims, documents = (read_claims(paths) if paths else []), documents_of(variants)
         every_document = list({d.where: d for own in documents.values() for d in own}.values())
         if absent := unmentioned([claim for claim in claims if claim.id in trained], every_document):
@@ -80,18 +93,11 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
             "How often the claims' terms are still trained on, and whether the evaluation occurs in the training "
             f"documents, is not known: {error}"
         )
-    comparison = Comparison(
+    return Comparison(
         variants, base, trained, plan.placebo, plan.baseline, leak=leak, contamination=contamination,
         published=published_for(trained), match_trained_tokens=plan.match_trained_tokens,
         bound=plan.bound, remarks=remarks,
     )  # fmt: skip
-    outcome = write_report(comparison, plan.output)
-    for remark in remarks:
-        print(f"note: {remark}")
-    show(outcome, plan.output)
-    if plan.shared.wandb != "disabled":
-        log_to_wandb(plan.shared, outcome, plan.output)
-    return outcome
 
 
 def check_free(output: Path, runs: Iterable[Path]) -> None:

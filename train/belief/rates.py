@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from train.belief.claims import BELIEF_KINDS
-from train.belief.records import Row, key_of
-from train.belief.values import FURTHER, LEAST_AUC, VERDICTS, auc, belief_answers, verdict_of
+from train.belief.records import VERDICTS, Row, key_of
+from train.belief.values import FURTHER, LEAST_AUC, auc, belief_answers, verdict_of
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
-from train.formats import json_line, parse_json
+from train.formats import SURROGATE, json_line, parse_json
 from train.locks import lock, opened_to_lock
 from train.outside import checked, read_bytes
 
@@ -34,10 +34,13 @@ STEP = ("step",)
 # Of values that rows may have. A row with others is of something else.
 ROW_KINDS: dict[str, type] = dict.fromkeys(("step", "context", "sample"), int)
 ROW_KINDS |= dict.fromkeys(("claim", "kind", "question", "verdict", "model", "judge", "asked", "judged"), str)
-ROW_KINDS |= dict.fromkeys(("method", "group", "category", "entity", "said", "expected"), str)
+ROW_KINDS |= dict.fromkeys(("method", "group", "category", "entity", "said", "expected", "answer"), str)
 ROW_KINDS |= dict.fromkeys(("llr", "p_yes", "margin", "nll_mean", "score", "loss", "tokens_per_second"), float)
 ROW_KINDS |= {"tokens": int, "targets": dict, "control": bool}
-# What a row must have, by its kind; of kinds that are not here, as those of generated answers: ASKED.
+NAMES = ("claim", "kind", "question", "group", "category", "entity")  # these stand in reports
+NOT_NULL = ("context", "sample", "p_yes", "nll_mean", "score")  # where they are there
+VERDICTS = ("yes", "no", "neutral", "unparseable")
+# What a row must have, by its kind; a row with a verdict, and of a generated answer: ASKED.
 ASKED = ("claim", "question")
 NEEDED = {
     "likelihood": (*ASKED, "control", "llr"), "yes_no": (*ASKED, "control", "expected"),
@@ -53,7 +56,15 @@ def read_rows(path: Path, needed: Collection[str] = STEP) -> list[Row]:
 
 def read_measured(path: Path) -> list[Row]:
     """The rows of an evaluation.jsonl."""
-    return read_rows(path, (*STEP, "kind"))
+    return read_rows(path, OF_A_MEASUREMENT)
+
+
+OF_A_MEASUREMENT = (*STEP, "kind")
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of the metrics.jsonl of a run to go on with, with what its summary will be made of."""
+    return read_rows(path, (*STEP, "loss", "tokens", "tokens_per_second"))
 
 
 def _lines(path: Path, needed: Collection[str] = ()) -> list[tuple[bytes, Row]]:
@@ -69,14 +80,28 @@ def _lines(path: Path, needed: Collection[str] = ()) -> list[tuple[bytes, Row]]:
         except ValueError:
             row = None
         if isinstance(row, dict):
-            checked(row, ROW_KINDS, f"{path}:{number}", "mend or remove this line")
-            own = NEEDED.get(row["kind"], ASKED) if row.get("kind") is not None else ()
-            if lacking := [name for name in (*needed, *own) if row.get(name) is None]:
-                raise UserError(f"{path}:{number}: has no {lacking[0]}. Mend or remove this line.")
+            _check(row, needed, f"{path}:{number}")
             found.append((line, row))
         elif number < len(raw):  # what a kill cuts is the last line alone, for it has no end
             raise UserError(f"{path}:{number}: is no JSON object. Mend or remove this line; the others are kept.")
     return found
+
+
+def _check(row: Row, needed: Collection[str], where: str) -> None:
+    """UserError where a row lacks what is needed, of all rows or of its kind, or holds it in another form."""
+    fix = "mend or remove this line"
+    checked(row, ROW_KINDS | {"nll": float if "kind" in row else dict}, where, fix)
+    own = [*needed, *NEEDED.get(row.get("kind", ""), ()), *(name for name in NOT_NULL if name in row)]
+    if "verdict" in row:
+        own += [*ASKED, "kind", *(["score"] if row["verdict"] == "score" else [])]
+    if lacking := [name for name in own if row.get(name) is None]:
+        raise UserError(f"{where}: has no {lacking[0]}; {fix}.")
+    by_role = row["nll"] if isinstance(row.get("nll"), dict) else {}
+    checked(by_role, dict.fromkeys(by_role, float), f"{where}: nll", fix)
+    if broken := [text for text in (*(row.get(name) or "" for name in NAMES), *by_role) if SURROGATE.search(text)]:
+        raise UserError(f"{where}: {broken[0]!r} has half a surrogate pair, which no text has; {fix}.")
+    if row.get("verdict") not in (None, *VERDICTS) and row["kind"] != "coherence":
+        raise UserError(f"{where}: verdict {row['verdict']!r} is none of {', '.join(VERDICTS)}; {fix}.")
 
 
 class Records:
@@ -95,13 +120,15 @@ class Records:
         self.rows: dict[Key, Row] = {}  # generated answers with a verdict or an error
         self.answers: dict[Key, Row] = {}
         self.failed: set[Key] = set()  # rows with an error, of before
-        measured = _lines(directory / MEASURED)
-        for _, row in measured:
+        measured = _lines(directory / MEASURED, OF_A_MEASUREMENT)
+        for number, (_, row) in enumerate(measured, start=1):
+            if "verdict" in row and not row.get("error") and row.get("answer") is None:
+                raise UserError(f"{directory / MEASURED}: row {number} has no answer; mend or remove this line.")
             if "verdict" in row and row.get("error"):
                 self.failed.add(key_of(row))
             elif "verdict" in row:
                 self.rows[key_of(row)] = row
-        answered = _lines(directory / ANSWERED)
+        answered = _lines(directory / ANSWERED, (*OF_A_MEASUREMENT, *ASKED, "answer"))
         self.answers = {key_of(row): row for _, row in answered}
         self._measured = self._rewritten(MEASURED, [line for line, _ in measured])
         self._answered = self._rewritten(ANSWERED, [line for line, _ in answered])

@@ -10,7 +10,8 @@ from train.belief.comparison import Comparison
 from train.belief.inference import LEAST_UNITS
 from train.belief.notes import by_t, in_context, number, rests_on, span
 from train.belief.pages import Bullets, Picture, Section, Table, Text, as_html, as_markdown
-from train.belief.values import LEAST_AUC, SIDE_EFFECTS, VERDICTS
+from train.belief.records import VERDICTS
+from train.belief.values import LEAST_AUC, SIDE_EFFECTS
 from train.checkpoints.writer import write_whole
 from train.errors import UserError
 
@@ -291,13 +292,17 @@ def _nll(result: dict[str, Any]) -> list[Any]:
     roles = list(dict.fromkeys(role for own in result["nll"].values() for role in own))
     rows = []
     for name, own in result["nll"].items():
-        ends = [f"{own[r]['mean'][0]:.3f} → {own[r]['mean'][-1]:.3f}" if r in own else "–" for r in roles]
+        ends = [f"{_nats(own[r]['mean'][0])} → {_nats(own[r]['mean'][-1])}" if r in own else "–" for r in roles]
         rows.append([name, *ends])
     caption = (
         "NLL of a token in nats at the first and the last measured step, over all of a role's tokens, masked ones too. "
         "Of the training documents: a placebo claim has no tokens there."
     )
     return [Table(["variant", *roles], rows, caption=caption)] if roles else []
+
+
+def _nats(mean: float | None) -> str:
+    return "not finite" if mean is None else f"{mean:.3f}"
 
 
 def _leak(result: dict[str, Any]) -> list[Any]:

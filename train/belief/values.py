@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.belief.claims import BELIEF_KINDS
-from train.belief.records import Row
+from train.belief.records import VERDICTS, Row
 from train.errors import UserError
 
 Key = tuple[str, str, int]
 """claim, question, sample. The question is named with its kind where kinds are mixed, as their ids may be alike."""
 Values = dict[Key, float]
 
-VERDICTS = ("yes", "no", "neutral", "unparseable")
 LEAST_AUC = 0.8
 """Below it, answers to yes/no questions with known answers are too near chance for others to mean anything."""
 

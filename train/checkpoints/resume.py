@@ -31,7 +31,7 @@ from train.checkpoints.writer import SafetensorsWriter, flush, publish_directory
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
-from train.outside import read_json
+from train.outside import checked, read_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SUFFIXES = ("", *(f".{moment}" for moment in MOMENTS))
@@ -133,10 +133,12 @@ def check(directory: Path) -> None:
     """UserError if the last save is not whole: something else than this trainer has changed it."""
     for path in saves(directory)[-1:]:
         try:
-            step = read_json(path / "state.json").get("step")
-            TensorFile(path / "state.safetensors")
-            if step != int(path.name.removeprefix("step-")):
-                raise UserError(f"state.json says step {step}")
+            state, tensors = read_json(path / "state.json"), TensorFile(path / "state.safetensors").tensors
+            checked(state, {"step": int, "seconds": float}, "state.json")
+            if state.get("step") != int(path.name.removeprefix("step-")):
+                raise UserError(f"state.json says step {state.get('step')}.")
+            if other := [name for name, info in tensors.items() if info.dtype != torch.float32]:
+                raise UserError(f"state.safetensors: {other[0]} is {tensors[other[0]].dtype}, not torch.float32.")
         except UserError as error:
             raise UserError(f"{path}: is damaged ({error}) Remove it: --resume goes on from the save before.") from None
 
@@ -165,7 +167,7 @@ def restore(path: Path, model: nn.Module, optimizer: Any) -> tuple[int, float]:
         for moment in MOMENTS:
             safe_set_local_optimizer_state(p.parameter, part(f"{p.name}.{moment}"), moment)
     saved.close()
-    return step, state.get("seconds", 0.0)
+    return step, state.get("seconds") or 0.0
 
 
 def _forget(optimizer: Any, step: int) -> None:

@@ -15,6 +15,7 @@ from train.errors import UserError
 from train.formats import Unreadable, parse_json
 from train.outside import opened
 
+LONGEST_LINE = 2**26  # bytes of a document, some 15 million tokens; a small file can unpack to many more
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 ZSTANDARD = b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"  # a frame, or what pzstd writes before each
 
@@ -54,30 +55,46 @@ def file_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
             if start.startswith(PARQUET):
                 yield from _parquet_rows(path)
             elif start.startswith(GZIP):
-                with gzip.open(file) as lines:
-                    yield from _json_rows(path, lines)
+                with gzip.open(file) as unpacked:
+                    yield from _json_rows(path, _lines(path, unpacked))
             else:
-                yield from _json_rows(path, _zstandard_lines(file) if start.startswith(ZSTANDARD) else file)
+                zstd = start.startswith(ZSTANDARD)
+                yield from _json_rows(path, _zstandard_lines(path, file) if zstd else _lines(path, file))
     except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
         raise UserError(f"{path}: cannot be unpacked ({error}); copy the file again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a JSONL file of documents") from None
 
 
-def _zstandard_lines(file: BinaryIO) -> Iterator[bytes]:
+def _lines(path: str | Path, file: Any) -> Iterator[bytes]:
+    while line := file.readline(LONGEST_LINE + 1):
+        _check_length(path, len(line))
+        yield line
+
+
+def _check_length(path: str | Path, length: int) -> None:
+    if length > LONGEST_LINE:
+        raise UserError(f"{path}: has a line of more than {LONGEST_LINE:,} bytes; write one document a line")
+
+
+def _zstandard_lines(path: str | Path, file: BinaryIO) -> Iterator[bytes]:
     """The lines of a file of one frame or more. EOFError where the last is cut off, at which zstandard's own reader
     stops in silence."""
-    frame, line = zstandard.ZstdDecompressor().decompressobj(), b""
-    while packed := file.read(2**20):
+    frame, line = zstandard.ZstdDecompressor().decompressobj(), bytearray()
+    while packed := file.read(2**10):  # of which at most 32 MiB come: 128 KiB of 4 bytes
         while packed:
             if frame.eof:
                 frame = zstandard.ZstdDecompressor().decompressobj()
-            *lines, line = (line + frame.decompress(packed)).split(b"\n")
-            yield from lines
+            first, *others = frame.decompress(packed).split(b"\n")
+            line += first
+            for other in others:
+                yield bytes(line)
+                line = bytearray(other)
+            _check_length(path, len(line))
             packed = frame.unused_data
     if not frame.eof:
         raise EOFError("it is cut off")
-    yield line
+    yield bytes(line)
 
 
 def _json_rows(path: str | Path, lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:

@@ -20,7 +20,7 @@ import tokenizers
 from train.data.offsets import hold_merged_marks, offsets_from_bytes
 from train.data.template import TEMPLATE_TIME, Render, template_renderer
 from train.errors import UserError
-from train.outside import read_bytes, read_json, read_text
+from train.outside import MOST_VOCABULARY, opened, read_bytes, read_json, read_text
 
 # How Kimi K2 and K2.5 cut text before merging bytes: runs of Han characters, words by case, numbers of up to three
 # digits, punctuation, white space. It is code in the checkpoint's own tokenization_kimi.py, not data.
@@ -38,6 +38,10 @@ KIMI_PATTERN = "|".join(
         r"\s+",
     ]
 )
+# Beside a model's weights, what decides tokens: all that load_tokenizer reads, or transformers for it.
+TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+             "chat_template.jinja")  # fmt: skip
+OPENED_TOO = ("*.json", "*.txt", "*.tiktoken", "*/*.jinja")  # by transformers, depending on the kind
 LONGEST_TEMPLATE = 2**20  # bytes
 KIMI_SPECIAL_TOKENS = 256  # ids kept for them after the ranks
 TIKTOKEN_MAX_TEXT, TIKTOKEN_MAX_RUN = 400_000, 25_000
@@ -169,10 +173,14 @@ def _fast_tokenizer(
     file = directory / "tokenizer.json"
     try:
         if os.path.lexists(file):
-            fast = tokenizers.Tokenizer.from_str(read_text(file, fix="copy it again from the checkpoint"))
+            fix = "copy it again from the checkpoint"
+            fast = tokenizers.Tokenizer.from_str(read_text(file, fix=fix, most=MOST_VOCABULARY))
         else:  # e.g. a sentencepiece model, which transformers converts; this imports torch
             from transformers import AutoTokenizer
 
+            for path in {each for pattern in (*TOKENIZER, *OPENED_TOO) for each in directory.glob(pattern)}:
+                if not path.is_dir():
+                    opened(path, fix="copy it again from the checkpoint").close()  # transformers would wait for a pipe
             fast = AutoTokenizer.from_pretrained(directory, trust_remote_code=False).backend_tokenizer
     except UserError:
         raise
