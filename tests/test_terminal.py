@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
+from launch.shown import shown
 from tests.models import write_byte_tokenizer, write_documents
 from train.belief.forest import plain, wrapped
 from train.errors import UserError
-from train.terminal import Terminal, command, shown
+from train.terminal import Terminal, command
 
 SHOW = Path(__file__).resolve().parents[1] / "train" / "show.py"
 
@@ -21,6 +22,18 @@ def test_control_characters_and_halves_of_surrogates_are_shown_as_codes():
     assert shown("a\x1b]52;c;aGk=\x07b\x1b[2J\r\x9b\x7f") == r"a\x1b]52;c;aGk=\x07b\x1b[2J\r\x9b\x7f"
     assert shown("\u202eabc\ud800") == r"\u202eabc\ud800"
     assert shown("é\t漢\n👩‍👩‍👧") == "é\t漢\n👩‍👩‍👧"
+
+
+def test_a_progress_bar_moves_the_cursor_and_a_name_that_ends_like_it_does_not(capsys):
+    @command
+    def main() -> int:
+        print("a name\x1b[A\x1b[A")
+        for written in ("\rsteps\r", "\x1b[A\x1b[A"):  # as tqdm does
+            sys.stdout.write(written)
+        return 0
+
+    assert main() == 0
+    assert capsys.readouterr().out == "a name\\x1b[A\\x1b[A\n\rsteps\\r\x1b[A\x1b[A"
 
 
 def test_markup_in_names_is_text_in_tables_titles_and_lines(capsys):

@@ -3,11 +3,13 @@
 import argparse
 import dataclasses
 import difflib
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
 from train.errors import UserError
+from train.formats import SURROGATE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -64,6 +66,15 @@ class Parser(argparse.ArgumentParser):
         )  # fmt: skip
         self.beside = beside
         self.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher's
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, which parse_args calls too."""
+        given = sys.argv[1:] if args is None else list(args)
+        if broken := next((word for word in given if SURROGATE.search(word)), None):
+            raise UserError(
+                f"{broken}: is not valid UTF-8, as all flags and paths must be. Rename the file, or mend it."
+            )
+        return super().parse_known_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]

@@ -27,6 +27,7 @@ import numpy as np
 from rich.style import Style
 from rich.text import Text
 
+from launch.shown import shown as as_shown
 from train.command_line import Parser
 from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, marker, read_documents
 from train.data.findings import Findings
@@ -37,7 +38,6 @@ from train.errors import UserError
 from train.masking.grammar import BUILT_IN, Mask, parse_mask
 from train.masking.treatment import STRADDLING, Treatment, shortfall_note, touched_by, treat
 from train.terminal import NobodyReads, Terminal, command
-from train.terminal import shown as as_shown
 
 PALETTE = ["#2f7ed8", "#e08a00", "#d64550", "#2a9d5c", "#8a5cd6", "#0f9aa8", "#c2549b", "#7d8a1f", "#a0623a", "#5873a8"]
 

@@ -13,16 +13,11 @@ from rich.console import Console
 from rich.text import Text
 
 from launch.interruption import interruption
+from launch.shown import shown
 from train.errors import UserError
 
-# Control characters but tab and line break, what turns the direction of writing, and halves of surrogate pairs.
-UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-A_BAR = re.compile("(\r?)(.*?)((?:\x1b\\[A)*)", re.DOTALL)  # tqdm goes to the beginning of its line, and to those above
-
-
-def shown(text: str) -> str:
-    r"""The text with what a terminal would obey, or cannot show, as codes such as \x1b."""
-    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+# What tqdm begins with: a move to the beginning of its line, or moves to lines above, which it writes alone.
+A_BAR = re.compile("(?:\x1b\\[A)+\\Z|\r?")
 
 
 class Terminal(Console):
@@ -83,9 +78,9 @@ class _Stream:
         self.stream, self.escaped = stream, escaped
 
     def write(self, text: str) -> int:
-        start, words, end = A_BAR.fullmatch(text).groups()  # type: ignore[union-attr]  # all texts match
+        start = A_BAR.match(text)[0] if self.escaped else text  # type: ignore[index]  # all texts match
         with self._told():
-            self.stream.write(start + shown(words) + end if self.escaped else text)
+            self.stream.write(start + shown(text.removeprefix(start)))
         return len(text)
 
     def flush(self) -> None:

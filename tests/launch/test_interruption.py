@@ -126,6 +126,13 @@ def test_a_first_signal_ends_a_process_at_once_or_where_it_looks_and_a_second_on
     assert process.communicate(timeout=60)[0] == "raised\n" and process.returncode == 0
 
 
+def test_what_a_line_names_is_shown_by_codes_and_the_signals_are_heard_whatever_it_holds():
+    process, _ = listener("at once", env=os.environ | {"LINE": "interrupted: \x1b[2Jx\udcff"})
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0].endswith("interrupted: \\x1b[2Jx\\udcff\n")
+    assert process.returncode == INTERRUPTED
+
+
 def test_under_slurm_a_second_notice_is_no_second_signal():
     process, _ = listener("held", env=os.environ | {"SLURM_JOB_ID": "7"})
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):

@@ -22,11 +22,11 @@ from urllib.parse import urlsplit
 import openai
 from tqdm import tqdm
 
+from launch.shown import shown
 from train.belief.messages import Messages
 from train.errors import UserError
 from train.formats import SURROGATE
 from train.keys import key_of, masked, secrets_of_url, shown_url, values_of, without_keys
-from train.terminal import shown
 
 T = TypeVar("T")
 RETRIED = (408, 409, 425, 429)  # and all from 500 on
