@@ -85,6 +85,7 @@ class Endpoint:
     def __init__(self, settings: EndpointSettings):
         self.settings, self.concurrency = settings, settings.concurrency
         self._check_settings()
+        self._secrets = [*secrets_of_url(settings.url), *values_of(settings.body)]
         self.key_variable, key = key_of(settings.key_variables)
         self._limit = "max_tokens"  # newer models of OpenAI want max_completion_tokens, other servers know only this
         self.stop = threading.Event()  # set: nobody waits for a retry any more
@@ -140,7 +141,7 @@ class Endpoint:
                 raise
             self._limit = "max_completion_tokens"
             return self._ask(messages, max_tokens, given)
-        return without_keys(SURROGATE.sub("\ufffd", answer))
+        return without_keys(SURROGATE.sub("\ufffd", answer), *self._secrets)
 
     def _retried(self, ask: Callable[[], T], retries: int) -> T:
         """What ask gives, tried again where that may help."""
@@ -191,7 +192,7 @@ class Endpoint:
 
     def _clean(self, error: object) -> str:
         """As a message may show it: in one line, and without what may be a key."""
-        text = masked(str(error), *secrets_of_url(self.settings.url), *values_of(self.settings.body))
+        text = masked(str(error), *self._secrets)
         text = " ".join(shown(text).split())
         return (text if len(text) <= 300 else text[:300] + " …").rstrip(".") or "no message"
 
