@@ -19,6 +19,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +42,7 @@ from train.job import Job, checked_expert_parallel, full_precision, lora_setting
 from train.model import text_config
 from train.recipe import flags
 from train.settings import MOST, Recipe, Settings, ds_config, parse
-from train.terminal import command
+from train.terminal import NobodyReads, command
 
 
 @dataclass(kw_only=True)
@@ -349,17 +350,18 @@ def main(arguments: list[str] | None = None) -> int:
     cluster = Cluster(nodes=options.nodes, gpus=options.gpus, memory=options.gpu_memory)
     checkpoint = opened(settings.model)
     found = search(settings, checkpoint, cluster) if options.search else []
-    for other in found[:5]:
-        print(
-            f"{other.gpu_bytes['total'] / 1e9:6.1f} GB, {other.tokens_per_second:9,.0f} tokens/s at most: "
-            f"{searched(other.settings)}"
-        )
-    if options.search and not found:
-        print("no setting of method, micro-batch, checkpointing and expert parallelism fits")
     plan = found[0] if found else Plan(settings, checkpoint, cluster, settings.max_tokens)
-    show(plan)
-    if not plan.fits:
-        advise(plan)
+    with suppress(NobodyReads):
+        for other in found[:5]:
+            print(
+                f"{other.gpu_bytes['total'] / 1e9:6.1f} GB, {other.tokens_per_second:9,.0f} tokens/s at most: "
+                f"{searched(other.settings)}"
+            )
+        if options.search and not found:
+            print("no setting of method, micro-batch, checkpointing and expert parallelism fits")
+        show(plan)
+        if not plan.fits:
+            advise(plan)
     if options.json:
         try:
             Path(options.json).write_text(json.dumps(plan.as_json(), indent=1) + "\n")

@@ -175,6 +175,17 @@ def test_no_key_is_written_or_shown(tmp_path, capsys, monkeypatch):
         assert "sk-model" not in text and "judge-key" not in text
 
 
+def test_an_evaluation_whose_output_nobody_reads_says_that_answers_are_missing(tmp_path):
+    with ScriptedServer(chat, models=["m", "j"]) as server:
+        script = [sys.executable, str(REPOSITORY / "train" / "evaluate.py"), *arguments(tmp_path, server.url)]
+        with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            process.stdout.close()
+            said = process.stderr.read()
+        assert not server.asked
+    assert said == "error: nobody reads the output any more: what was still to be done is not done.\n"
+    assert process.returncode == 1
+
+
 def test_what_is_given_in_a_requests_body_is_sent_and_neither_written_nor_shown(tmp_path, capsys):
     def quoting(request):  # back, where it refuses
         if request["messages"][-1]["content"].endswith("Is fire cold?"):

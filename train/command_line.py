@@ -5,11 +5,13 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from train.errors import UserError
 from train.formats import SURROGATE
+from train.terminal import NobodyReads
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -85,6 +87,11 @@ class Parser(argparse.ArgumentParser):
                 message += f". Did you mean {near}?" if near else f". See {self.prog} --help."
                 break
         raise UserError(message)
+
+    def print_help(self, file: Any = None) -> None:
+        with suppress(NobodyReads):  # `--help | head`
+            super().print_help(file)
+            sys.stdout.flush()
 
     def format_help(self) -> str:
         own = {option for action in self._actions for option in action.option_strings}

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from launch.interruption import interruption
 from launch.shown import shown
-from train.errors import UserError
+from train.errors import UserError, refused
 
 # What tqdm begins with: a move to the beginning of its line, or moves to lines above, which it writes alone.
 A_BAR = re.compile("(?:\x1b\\[A)+\\Z|\r?")
@@ -42,22 +42,23 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         with _streams():
             try:
                 code = main(*arguments)
-                sys.stdout.flush()
-            except UserError as error:
-                print(f"{'error' if error.code else 'note'}: {error}", file=sys.stderr)
-                code = code or (UserError.code if error.code else 0)
-            except OSError as error:
-                if error.filename is None:
-                    raise
-                where = os.fsdecode(error.filename) if isinstance(error.filename, bytes | str) else error.filename
-                print(f"error: {where}: {error.strerror}.", file=sys.stderr)
-                code = UserError.code
+                with suppress(NobodyReads):  # all is done
+                    sys.stdout.flush()
+            except (UserError, OSError) as error:
+                complain(f"error: {error if isinstance(error, UserError) else refused(error)}")
+                code = code or UserError.code
             except KeyboardInterrupt:
-                print("interrupted", file=sys.stderr)
+                complain("interrupted")
                 code = 128 + signal.SIGINT
         return code
 
     return run
+
+
+def complain(text: str) -> None:
+    """Prints to stderr, if anybody reads it."""
+    with suppress(Unwritten):
+        print(text, file=sys.stderr)
 
 
 class Unwritten(UserError):
@@ -65,9 +66,9 @@ class Unwritten(UserError):
 
 
 class NobodyReads(Unwritten):
-    """The output is a pipe whose other end is closed, as by `| head`; that is no error of the command."""
+    """The output is a pipe whose other end is closed, as by `| head`. What all is done before is no error."""
 
-    code = 0
+    code = 1
 
 
 class _Stream:
@@ -98,7 +99,7 @@ class _Stream:
                 interruption.told = True
                 return
             if isinstance(error, BrokenPipeError):
-                raise NobodyReads("the output ends here: nobody reads on.") from None
+                raise NobodyReads("nobody reads the output any more: what was still to be done is not done.") from None
             raise Unwritten(
                 f"the output cannot be written ({error.strerror}). Make room, or send it elsewhere."
             ) from None
