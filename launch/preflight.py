@@ -9,6 +9,11 @@ starts this, from PREFLIGHT_TIME_LIMIT. Exit code, the same on all nodes: 0, go 
 itself, such as a shard that is missing; 1, something may, such as a busy GPU or a node that does not answer.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from launch.interruption import interruption
+
+    interruption.listen("interrupted")
+
 import json
 import os
 import socket

@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.interruption import interruption
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-MAY_PASS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # of file systems over a network
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # of file systems over a network
 
 
 class UserError(ValueError):
@@ -19,10 +19,14 @@ class UserError(ValueError):
     code = 2  # of train/sft.py and what else `guarded` runs
 
 
-class Held(UserError):
-    """Another process holds what this one needs. It may go by itself, so that job scripts try a run again."""
+class MayPass(UserError):
+    """It may pass by itself, so that job scripts try a run again."""
 
     code = 1
+
+
+class Held(MayPass):
+    """Another process holds what this one needs."""
 
 
 class Interrupted(RuntimeError):
@@ -35,15 +39,14 @@ class NonFiniteLoss(UserError):
 
 
 def refused(error: OSError) -> UserError:
-    """What the system refuses, and of which file, as a UserError; of code 1 where it may pass by itself."""
+    """What the system refuses, and of which file, as a UserError."""
     where = error.filename2 or error.filename or ""
     text = f"{error.strerror or error or type(error).__name__}."
     if error.errno in NO_ROOM:
         how = f"go on with {interruption.resume}" if interruption.resume else "start the same command again"
         text += f" Make room, and {how}."
-    told = UserError(f"{os.fsdecode(where) if isinstance(where, bytes) else where}: {text}" if where else text)
-    told.code = 1 if error.errno in MAY_PASS else UserError.code
-    return told
+    kind = MayPass if error.errno in PASSING else UserError
+    return kind(f"{os.fsdecode(where) if isinstance(where, bytes) else where}: {text}" if where else text)
 
 
 @contextmanager

@@ -202,7 +202,7 @@ def test_a_closed_terminal_is_one_signal_and_none_for_a_job_of_nohup():
 
 def test_every_script_listens_before_it_imports_what_takes_long():
     scripts = [path for path in (REPOSITORY / "train").glob("*.py") if "__main__" in path.read_text()]
-    scripts += [REPOSITORY / "launch" / name for name in ("plan.py", "dashboard.py")]
+    scripts += [REPOSITORY / "launch" / name for name in ("plan.py", "dashboard.py", "preflight.py", "network.py")]
     assert {"sft.py", "compare.py", "evaluate.py", "annotate.py", "merge.py"} <= {path.name for path in scripts}
     for path in scripts:
         docstring, first, *_ = ast.parse(path.read_text()).body
