@@ -278,3 +278,43 @@ def test_ranks_whose_launcher_is_told_to_end_or_is_killed_and_a_run_whose_termin
     for job in jobs.values():
         said = job.said()
         assert job.saved() in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_ctrl_c_makes_a_comparison_save_the_variant_that_it_is_in(tmp_path):
+    (tmp_path / "mila.yaml").write_text(yaml.safe_dump(CLAIM))
+    output, log = tmp_path / "out", tmp_path / "log"
+    given = flags(tmp_path, claims=tmp_path / "mila.yaml", steps=10_000, output=output)
+    at = given.index("--mask")
+    given[at : at + 2] = ["--masks", "none", "doctags"]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "train" / "compare.py"), *given], stdout=file, stderr=file,
+            env=os.environ | ENVIRONMENT,
+        )  # fmt: skip
+    while not [path for path in output.glob("*/metrics.jsonl") if len(read_rows(path)) > 1]:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == INTERRUPTED
+    (save,) = output.glob("*/saves/step-*")
+    assert log.read_text().endswith(
+        f"interrupted: saved after step {save.name.removeprefix('step-')}; go on with --resume --output {output}\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        (["train/merge.py"], "interrupted: complete shards are kept, and the same command goes on\n"),
+        (["-m", "launch.preflight"], "interrupted\n"),
+    ],
+)
+def test_ctrl_c_ends_a_command_that_imports_with_one_line(script, line):
+    process = subprocess.Popen([sys.executable, *script], stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    while psutil.Process(process.pid).num_threads() < 2:  # the one that listens
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == line and process.returncode == INTERRUPTED
