@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import subprocess
 import sys
 from functools import partial
@@ -145,10 +146,14 @@ def test_an_output_that_cannot_be_written_is_a_message(tmp_path):
     )  # fmt: skip
     page = tmp_path / "page.html"
     page.write_text("the page before")
-    (tmp_path / "page.html.partial").symlink_to("/dev/full")
-    done = subprocess.run([*show_command(tmp_path), "--html", str(page)], capture_output=True, text=True)
-    assert done.returncode == 2 and "cannot be written (No space left on device)" in done.stderr
-    assert page.read_text() == "the page before"
+    small = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1000, 1000))  # bytes
+    for target, why in ((page, "File too large"), ("/dev/full", "No space left on device")):
+        given = [*show_command(tmp_path), "--html", str(target)]
+        done = subprocess.run(given, capture_output=True, text=True, preexec_fn=small)
+        assert done.returncode == 2 and f"--html {target}: cannot be written ({why})" in done.stderr
+    assert page.read_text() == "the page before" and [*tmp_path.glob("page*")] == [page]
+    done = subprocess.run([*show_command(tmp_path), "--html", "/dev/stdout"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("</html>\n\n") and Path("/dev/stdout").is_symlink()
 
 
 def unread(*arguments: str) -> tuple[int, bytes]:

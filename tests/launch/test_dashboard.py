@@ -1,6 +1,6 @@
 """The workspace's panels for what only a run on GPUs logs; tests/test_tracking.py has those of a real run."""
 
-from launch.dashboard import Group, specification, workspace
+from launch.dashboard import Group, main, specification, workspace
 
 
 def test_planned_throughput_and_memory_stand_beside_the_measured_ones():
@@ -11,3 +11,11 @@ def test_planned_throughput_and_memory_stand_beside_the_measured_ones():
     assert shown["Throughput"] == [["tokens_per_second"], ["memory/planned_tokens_per_second", "tokens_per_second"]]
     assert shown["Memory"] == [["memory/measured", "memory/planned"]]
     assert "Loss" in empty and "Throughput" not in empty
+
+
+def test_the_specification_replaces_no_file_of_a_run(tmp_path, capsys):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("settings: {mask: doctags}")
+    assert main([str(tmp_path), "--entity", "team", "--json", str(settings)]) == 2
+    assert f"error: --json {settings}: is RUN itself, which would be lost" in capsys.readouterr().err
+    assert settings.read_text() == "settings: {mask: doctags}"
