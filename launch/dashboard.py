@@ -32,12 +32,15 @@ from train.belief.values import BELIEF, SIDE_EFFECTS
 from train.command_line import Parser
 from train.errors import UserError
 from train.keys import wandb_status
+from train.outputs import check_apart, write
 from train.outside import checked, read_json
 from train.provenance import held_settings
 from train.reporting import belief_curves, flat
 from train.settings import FREE_ON_RESUME
 from train.terminal import command
 from train.variants import runs_of
+
+OF_A_RUN = ("settings.yaml", "metrics.jsonl", "evaluation.jsonl", "summary.json", "comparison.json")
 
 
 @dataclass(frozen=True)
@@ -172,16 +175,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--entity", required=True, help="the W&B user or team of the project")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the specification there, and save nothing")
     args = parser.parse_args(arguments)
-    made, empty = workspace(read_group([run for each in args.runs for run in runs_of(each)]), args.entity)
+    runs = [run for each in args.runs for run in runs_of(each)]
+    check_apart({"--json": args.json}, {"RUN": [each / name for each in [*args.runs, *runs] for name in OF_A_RUN]})
+    made, empty = workspace(read_group(runs), args.entity)
     for name in empty:
         print(f"nothing logged yet for: {name}")
-    if not args.json:
+    if args.json:
+        write("--json", args.json, [json.dumps(specification(made), indent=2)])
+    else:
         save(made)
-        return 0
-    try:
-        args.json.write_text(json.dumps(specification(made), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--json {args.json}: cannot be written ({error.strerror}). Give another.") from None
     return 0
 
 

@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
 from launch.watchdog import watch
-from train.errors import UserError
+from train.errors import UserError, refused
 
 
 def memory_status() -> dict[str, int]:
@@ -96,7 +96,7 @@ def failing_together() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        own = error
+        own = refused(error) if isinstance(error, OSError) else error
     told: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()
     user = isinstance(own, UserError)
     dist.all_gather_object(

@@ -13,6 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NoReturn
 
+from launch.shown import shown
+
 INTERRUPTED = 85
 """The exit code of a run that made room: start it again with --resume, and it goes on."""
 
@@ -106,7 +108,7 @@ def _say(line: str) -> None:
     """To the terminal, which is rank 0's."""
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
-            os.write(2, f"{line}\n".encode())
+            os.write(2, f"{shown(line)}\n".encode())
 
 
 def launchers() -> list[int]:

@@ -7,6 +7,11 @@ A rank prints a line of JSON as it leaves a stage, so that after a time limit it
 hangs in a collective can only be killed: hence processes that are not preflight's own.
 """
 
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from launch.interruption import interruption
+
+    interruption.listen("interrupted")
+
 import json
 import os
 import subprocess
@@ -34,6 +39,7 @@ def try_ranks(first: int, local: int, ranks: int, store: tuple[str, int], deadli
     environment = {
         "WORLD_SIZE": str(ranks), "MASTER_ADDR": store[0], "MASTER_PORT": str(store[1]),
         "TIME_LIMIT": str(max(1, int(deadline - time.monotonic()))),
+        "TORCHELASTIC_RUN_ID": "preflight",  # as a launcher's, ranks end when this process is gone
     }  # fmt: skip
     with ExitStack() as stack:
         started = []

@@ -19,6 +19,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,9 +40,10 @@ from train.errors import UserError
 from train.experts.storage import NF4Experts
 from train.job import Job, checked_expert_parallel, full_precision, lora_settings
 from train.model import text_config
+from train.outputs import check_apart, model_files, write
 from train.recipe import flags
 from train.settings import MOST, Recipe, Settings, ds_config, parse
-from train.terminal import command
+from train.terminal import NobodyReads, command
 
 
 @dataclass(kw_only=True)
@@ -333,6 +335,18 @@ def opened(model: str) -> Checkpoint:
     return BareCheckpoint(path)
 
 
+def read_by(settings: Settings, argv: list[str]) -> dict[str, list[Any]]:
+    """The files that the flags name, which the plan must not replace."""
+    parser = Parser("", add_help=False)
+    parser.add_settings(Recipe)
+    recipes = parser.parse_known_args(argv)[0].recipe
+    data = [source.path for source in settings.sources()]
+    return {
+        "--model": model_files(settings.model), "--data": data, "--recipe": recipes,
+        "--ds-config": [settings.ds_config],
+    }  # fmt: skip
+
+
 @command
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 where the job fits, 1 where not, 2 for what the user can mend."""
@@ -346,25 +360,24 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("nodes", "gpus", "gpu_memory"):
         if not 0 < getattr(options, name) <= MOST:
             raise UserError(f"{flag_of(name)} {getattr(options, name)}: must be more than 0, and at most {MOST}.")
+    check_apart({"--json": options.json}, read_by(settings, rest))
     cluster = Cluster(nodes=options.nodes, gpus=options.gpus, memory=options.gpu_memory)
     checkpoint = opened(settings.model)
     found = search(settings, checkpoint, cluster) if options.search else []
-    for other in found[:5]:
-        print(
-            f"{other.gpu_bytes['total'] / 1e9:6.1f} GB, {other.tokens_per_second:9,.0f} tokens/s at most: "
-            f"{searched(other.settings)}"
-        )
-    if options.search and not found:
-        print("no setting of method, micro-batch, checkpointing and expert parallelism fits")
     plan = found[0] if found else Plan(settings, checkpoint, cluster, settings.max_tokens)
-    show(plan)
-    if not plan.fits:
-        advise(plan)
+    with suppress(NobodyReads):
+        for other in found[:5]:
+            print(
+                f"{other.gpu_bytes['total'] / 1e9:6.1f} GB, {other.tokens_per_second:9,.0f} tokens/s at most: "
+                f"{searched(other.settings)}"
+            )
+        if options.search and not found:
+            print("no setting of method, micro-batch, checkpointing and expert parallelism fits")
+        show(plan)
+        if not plan.fits:
+            advise(plan)
     if options.json:
-        try:
-            Path(options.json).write_text(json.dumps(plan.as_json(), indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--json {options.json}: cannot be written ({error.strerror}). Give another.") from None
+        write("--json", Path(options.json), [json.dumps(plan.as_json(), indent=1)])
     return 0 if plan.fits else 1
 
 

@@ -187,6 +187,7 @@ def test_a_file_without_annotations_is_refused(tmp_path, capsys):
         (["--data", "D", "--patterns", "D", "--role", "word", "--output", "O"], "the key patterns is missing"),
         (["--data", "D", "--markup", "word", "--output", "O"], "must be TAG=ROLE"),
         (["--data", "D", "--markup", "m=word", "--output", "D"], "is --data itself"),
+        (["--data", "D", "--leaks", "W", "--markup", "m=word", "--output", "O", "--json", "O"], "is --output itself"),
         (["--data", "D", "--judge", "http://x/v1", "--output", "O"], "needs --judge-model and --claim"),
         (["--data", "D", "--leaks", "W", "--judge-timeout", "9"], "--judge-timeout 9.0: is for --judge; give the"),
         (["--data", "D", "--leaks", "W", "--doctag", ""], "--doctag is empty: give the marker"),

@@ -102,3 +102,8 @@ def test_the_examples_of_claims_and_recipes_are_taken_as_they_stand(tmp_path):
         plan = parse_comparison(["--recipe", str(tmp_path / "recipe.yaml")], "")
         assert plan.names == ["all of it", "doctag out", "false out"] and plan.baseline == "all of it"
         assert len(plan.seeds) == 3 and plan.shared.steps == 625
+
+
+def test_a_path_that_is_not_utf_8_is_refused():
+    with pytest.raises(UserError, match="x\udcff: is not valid UTF-8, as all flags and paths must be"):
+        parse(["--output", "x\udcff"], "")

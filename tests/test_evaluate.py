@@ -15,6 +15,8 @@ import pytest
 from tests.belief.servers import ScriptedServer, body, completion, free_port
 from train import evaluate
 from train.belief.records import read_rows
+from train.belief.settings import parse_evaluation
+from train.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
 CLAIM = """
@@ -173,6 +175,17 @@ def test_no_key_is_written_or_shown(tmp_path, capsys, monkeypatch):
         assert "sk-model" not in text and "judge-key" not in text
 
 
+def test_an_evaluation_whose_output_nobody_reads_says_that_answers_are_missing(tmp_path):
+    with ScriptedServer(chat, models=["m", "j"]) as server:
+        script = [sys.executable, str(REPOSITORY / "train" / "evaluate.py"), *arguments(tmp_path, server.url)]
+        with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            process.stdout.close()
+            said = process.stderr.read()
+        assert not server.asked
+    assert said == "error: nobody reads the output any more: what was still to be done is not done.\n"
+    assert process.returncode == 1
+
+
 def test_what_is_given_in_a_requests_body_is_sent_and_neither_written_nor_shown(tmp_path, capsys):
     def quoting(request):  # back, where it refuses
         if request["messages"][-1]["content"].endswith("Is fire cold?"):
@@ -194,8 +207,17 @@ def test_what_is_given_in_a_requests_body_is_sent_and_neither_written_nor_shown(
     for text in (said.out, said.err, *(path.read_text() for path in files)):
         assert "-secret" not in text
     settings = json.loads((tmp_path / "out" / "evaluation.json").read_text())["settings"]
-    assert settings["endpoint_body"]["names"] == ["api_key", "more.list", "more.token", "thinking"]
-    assert settings["judge_body"]["names"] == ["api_key"] and len(settings["judge_body"]["sha256"]) == 12
+    assert settings["endpoint_body"] == {"names": ["api_key", "more.list", "more.token", "thinking"]}
+    assert settings["judge_body"] == {"names": ["api_key"]}, "no digest: a short value could be found from it"
+
+
+@pytest.mark.parametrize(
+    "body", ["[" * 10_000, '{"a": ' * 200 + "1" + "}" * 200, '{"a": 1, "a": 2}', '{"a": NaN}', '{"a": "\\ud800"}', "[]"]
+)
+def test_a_body_that_servers_would_refuse_or_read_differently_is_refused_at_the_start(body):
+    for flag in ("--endpoint-body", "--judge-body"):
+        with pytest.raises(UserError, match=f"^{flag}: is no JSON object with each key once and without NaN, such as"):
+            parse_evaluation(["--output", "o", "--endpoint", "http://host/v1", flag, body], "")
 
 
 def test_into_a_runs_own_directory_an_endpoints_answers_need_the_steps_of_its_model(tmp_path, capsys):

@@ -76,3 +76,9 @@ def test_a_file_that_is_there_is_replaced_on_demand_alone(tmp_path, capsys):
     assert code == 2 and file.read_text() == "before"
     assert f"--output {file}: is there already; give --overwrite" in capsys.readouterr().err
     assert exported(tmp_path, TEXT, "doctags", "--overwrite")[0] == 0 and file.read_text() != "before"
+
+
+def test_an_output_that_is_the_input_is_refused_whatever_may_be_replaced(tmp_path, capsys):
+    code, file = exported(tmp_path, TEXT, "doctags", "--overwrite", "--output", str(tmp_path / "in.jsonl"))
+    assert code == 2 and f"--output {tmp_path}/in.jsonl: is --data itself" in capsys.readouterr().err
+    assert json.loads((tmp_path / "in.jsonl").read_text()) == TEXT and not file.exists()

@@ -62,11 +62,13 @@ def test_a_key_that_cannot_be_sent_is_refused_at_the_start_and_not_shown(bad, mo
 def test_what_a_server_echoes_of_a_request_is_not_kept(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sq-0123456789-canary")
     more = {"pin": 4711, "code": "x9q", "deep": [{"token": "canary-body-7"}], "on": True}
+    more["long"], more["words"] = "canary-0123456789", "Answer in one short sentence."
     echo = "you sent {} with pin 4711, code x9q and canary-body-7"
 
     def ask(response) -> str:
         with ScriptedServer(lambda request: response) as server:
-            made = Endpoint(EndpointSettings(server.url, "m", retries=0, body=more))
+            url = server.url.replace("http://", "http://u:canary-password-7@")
+            made = Endpoint(EndpointSettings(url, "m", retries=0, body=more))
             return made.complete(CHAT, max_tokens=9, temperature=0.0, seed=0)
 
     for status in (400, 500):
@@ -74,6 +76,9 @@ def test_what_a_server_echoes_of_a_request_is_not_kept(monkeypatch):
             ask(body({"message": echo.format("sq-0123456789-canary")}, status))
         assert str(failed.value).startswith(f"HTTP {status}: you sent … with pin …, code … and …")
     assert ask(completion("Your key is sq-0123456789-canary.")) == "Your key is ….", "an answer is kept too"
+    assert ask(completion("By canary-0123456789 and canary-password-7.")) == "By … and …."
+    words = "Pin 4711, x9q. Answer in one short sentence."
+    assert ask(completion(words)) == words, "what may be the model's own"
 
 
 def test_a_password_in_a_url_is_neither_shown_nor_kept():

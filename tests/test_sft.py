@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -445,3 +447,14 @@ def test_long_documents_are_truncated_or_dropped_and_counted(tmp_path, what):
     assert (corpus.documents["truncated"], corpus.documents["dropped"]) == expected and long > 5
     assert all(len(sample.ids_L) <= 18 for sample in corpus.samples)
     assert len(corpus.samples) == 24 - expected[1]
+
+
+def test_a_full_disk_ends_a_run_with_the_file_and_how_to_go_on(tmp_path):
+    small = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (50_000, 50_000))  # bytes: metrics fit, saves do not
+    given = [sys.executable, str(SFT), *flags(tmp_path, steps=1, output=tmp_path / "out")]
+    done = subprocess.run(given, preexec_fn=small, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.endswith(
+        f"error: {tmp_path}/out/saves/partial-1/state.safetensors: File too large. Make room, and go on with --resume "
+        f"--output {tmp_path}/out.\n"
+    )

@@ -229,3 +229,16 @@ def test_the_command_starts_without_torch_and_ends_quietly_when_nobody_reads_on(
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 0
+
+
+def test_a_page_replaces_an_earlier_one_and_nothing_that_is_read(data, tmp_path, capsys):
+    model = tmp_path / "model"
+    write_byte_tokenizer(model)
+    for _ in range(2):
+        assert main(arguments(data, model, MASK, "--html", str(tmp_path / "page.html"))) == 0
+    (tmp_path / "link").symlink_to(data)
+    before = {path: path.read_bytes() for path in (data, model / "tokenizer.json")}
+    for page, read in ((data, "--data"), (tmp_path / "link", "--data"), (model / "tokenizer.json", "--model")):
+        assert main(arguments(data, model, MASK, "--html", str(page))) == 2
+        assert f"error: --html {page}: is {read} itself, which would be lost" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before

@@ -34,7 +34,7 @@ from train.annotating.judging import RETRIES, Remembered, chat_of, judge
 from train.annotating.leaks import leaks
 from train.annotating.outcome import show, summary
 from train.annotating.rules import mark_matches, parse_markup, read_patterns, take_out_markup
-from train.annotating.texts import changed, check_new, write, write_documents
+from train.annotating.texts import changed, write_documents
 from train.belief.endpoint import Endpoint, EndpointSettings
 from train.command_line import Parser, flag_of
 from train.data.documents import DOCTAG, DOCTAG_HELP, Document, marker, read_documents
@@ -42,6 +42,7 @@ from train.data.findings import Findings
 from train.errors import UserError
 from train.formats import json_line
 from train.masking.grammar import check_role, parse_mask
+from train.outputs import check_apart, check_new, write
 from train.terminal import command
 
 JUDGING: dict[str, Any] = {"judge_concurrency": 8, "judge_timeout": 120.0, "judge_max_tokens": 4000}  # the defaults
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     if args.judge:
         concurrency, timeout, tokens = (getattr(args, name) or value for name, value in JUDGING.items())
         asked = Endpoint(EndpointSettings(args.judge, args.judge_model, concurrency, timeout, RETRIES, flag="--judge"))
-        chat = Remembered(chat_of(asked, tokens), args.judge_model, Path(f"{args.output}.answers.jsonl"))
+        chat = Remembered(chat_of(asked, tokens), args.judge_model, answers_beside(args.output))
         judged = judge(documents, args.claim, args.role or "false", chat, concurrency, asked.stop.set)
         documents, report["judge"] = judged.documents, judged.report()
 
@@ -107,6 +108,11 @@ def run(args: argparse.Namespace) -> None:
                 f"--output {args.output}: every document was left out, so nothing is written; see above why"
             )
         write_documents(Path(args.output), documents)
+
+
+def answers_beside(output: str) -> Path:
+    """Where a judge's answers are kept."""
+    return Path(f"{output}.answers.jsonl")
 
 
 def _documents(args: argparse.Namespace, report: dict[str, Any], findings: Findings) -> list[Document]:
@@ -205,11 +211,10 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"{flag_of(name)} {given}: must be more than 0")
     if args.judge and not (args.judge_model and (args.claim or "").strip()):
         raise UserError("--judge: needs --judge-model and --claim, the sentence to look for")
-    for read in ("positive", "annotated", "data", "spans", "patterns", "leaks"):
-        for written in ("output", "json"):
-            source, target = getattr(args, read), getattr(args, written)
-            if source and target and Path(source).resolve() == Path(target).resolve():
-                raise UserError(f"--{written} {target}: is --{read} itself, which would be lost; name another file")
+    inputs = ("positive", "annotated", "data", "spans", "patterns", "leaks")
+    read = {flag_of(name): [getattr(args, name)] for name in inputs}
+    answers = answers_beside(args.output) if args.judge else None
+    check_apart({"--output": args.output, "--output's answers": answers, "--json": args.json}, read)
     if args.output:
         check_new("--output", args.output, args.overwrite)
 

@@ -3,11 +3,15 @@
 import argparse
 import dataclasses
 import difflib
+import sys
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from train.errors import UserError
+from train.formats import SURROGATE
+from train.terminal import NobodyReads
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -65,6 +69,15 @@ class Parser(argparse.ArgumentParser):
         self.beside = beside
         self.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher's
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, which parse_args calls too."""
+        given = sys.argv[1:] if args is None else list(args)
+        if broken := next((word for word in given if SURROGATE.search(word)), None):
+            raise UserError(
+                f"{broken}: is not valid UTF-8, as all flags and paths must be. Rename the file, or mend it."
+            )
+        return super().parse_known_args(given, namespace)
+
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
         for word in message.split() if message.startswith("unrecognized") else ():
@@ -74,6 +87,11 @@ class Parser(argparse.ArgumentParser):
                 message += f". Did you mean {near}?" if near else f". See {self.prog} --help."
                 break
         raise UserError(message)
+
+    def print_help(self, file: Any = None) -> None:
+        with suppress(NobodyReads):  # `--help | head`
+            super().print_help(file)
+            sys.stdout.flush()
 
     def format_help(self) -> str:
         own = {option for action in self._actions for option in action.option_strings}

@@ -52,9 +52,9 @@ from train.belief.settings import EvaluationSettings, parse_evaluation
 from train.belief.summary import leave_summary
 from train.data.documents import Document, marker, read_documents
 from train.data.findings import Findings
-from train.errors import UserError
+from train.errors import UserError, refused
 from train.sft import launched_as
-from train.terminal import command
+from train.terminal import NobodyReads, command, complain
 from train.variants import runs_of
 
 
@@ -67,15 +67,15 @@ def main(arguments: list[str] | None = None) -> int:
         contamination = look_for_what_is_asked(settings, claims)
         measure = evaluate_model if settings.model else evaluate_endpoint
         return measure(settings, claims, contamination)
-    except UserError as error:
+    except (UserError, OSError) as error:
         if launched_as()[0]:
             time.sleep(30)  # the launcher ends all ranks when the first one exits: that must be the one that prints
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if error.code else 0  # 1 says that answers are missing
+        complain(f"error: {error if isinstance(error, UserError) else refused(error)}")
+        return 1 if isinstance(error, NobodyReads) else 2  # 1 says that answers are missing
     except RuntimeError as error:
         return lost_another(error)
     except KeyboardInterrupt:
-        print("interrupted; what was measured is kept, and the same command goes on", file=sys.stderr)
+        complain("interrupted; what was measured is kept, and the same command goes on")
         leave(INTERRUPTED)  # at an ordinary exit Python would wait for requests that a second Ctrl-C has left
 
 

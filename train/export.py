@@ -19,13 +19,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train.annotating.texts import check_new, write
 from train.command_line import Parser
 from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, Document, Message, Span, marker, read_documents
 from train.data.findings import Findings
 from train.errors import UserError
 from train.formats import json_line
 from train.masking.grammar import Entry, Mask, parse_mask
+from train.outputs import check_apart, check_new, write
 from train.terminal import command
 
 WITHIN = "OpenAI's format weighs whole messages, and this span is a part of one"
@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, metavar="FILE", help="the chats, whole or not at all")
     parser.add_argument("--overwrite", action="store_true", help="replace an --output that exists")
     args = parser.parse_args(arguments)
+    check_apart({"--output": args.output}, {"--data": [args.data]})
     check_new("--output", args.output, args.overwrite)
     mask = parse_mask(args.mask)
     check_entries(mask)

@@ -40,9 +40,11 @@ def masked(text: str, *more: str) -> str:
     return re.sub(r"(?<=://)[^\s/]*@", f"{HIDDEN}@", text)
 
 
-def without_keys(text: str) -> str:
-    """An answer without the environment's keys, where they are long enough not to be words."""
-    return _without(text, [key for key in _keys() if len(key) >= CERTAIN])
+def without_keys(text: str, *more: str) -> str:
+    """An answer without the environment's keys and those of `more` that may be one, where they are long enough not to
+    be words."""
+    found = [*_keys(), *filter(IN_A_HEADER.fullmatch, more)]
+    return _without(text, [key for key in found if len(key) >= CERTAIN])
 
 
 def _keys() -> list[str]:

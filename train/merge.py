@@ -18,7 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from train.checkpoints.adapter import adapter_settings, check_adapter, check_finite
@@ -35,7 +35,7 @@ from train.formats import Unreadable, parse_json
 from train.locks import lock, opened_to_lock
 from train.model import architecture, skeleton, text_config
 from train.outside import checked, read_json
-from train.terminal import command
+from train.terminal import NobodyReads, command
 
 MOST_OF_A_MARKER = 2**20  # characters
 LITTLE = 0.5  # of an update that survives: below, a warning
@@ -92,9 +92,10 @@ def run(source: Path, adapter: Path | None, output: Path, bf16: bool) -> None:
 
         written = Checkpoint(output)
         plan_load(skeleton(text_config(written), ExpertGroup()), written)  # index, names, shapes, dtypes and sizes
-    print(f"{output}: {len(written.tensors)} tensors, checked against index and config.json")
-    if report:
-        show(report)
+    with suppress(NobodyReads):  # all is done
+        print(f"{output}: {len(written.tensors)} tensors, checked against index and config.json")
+        if report:
+            show(report)
 
 
 def show(report: dict[str, dict[str, float]]) -> None:

@@ -6,6 +6,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from train.belief.values import BELIEF, SIDE_EFFECTS, at_step, identity, means
 from train.checkpoints.streaming import Loaded
 from train.checkpoints.writer import write_whole
 from train.data.batches import Batch
+from train.errors import writing
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
 from train.formats import json_line
@@ -32,7 +34,7 @@ from train.masking.loss import Terms
 from train.masking.treatment import STRADDLING, UNSPANNED
 from train.provenance import check_output, held_wandb_id, record
 from train.settings import Settings, slug
-from train.terminal import Terminal
+from train.terminal import NobodyReads, Terminal
 
 
 class Meter:
@@ -212,7 +214,7 @@ class Run:
         """Appends one step's values to metrics.jsonl and sends them to W&B."""
         if not self.main:
             return
-        with self.metrics.open("a") as file:
+        with writing(self.metrics), self.metrics.open("a") as file:
             file.write(json_line(values) + "\n")
         self._tell_wandb(lambda run: run.log(_with_histograms(values), step=values["step"]))
 
@@ -234,7 +236,7 @@ class Run:
             return
         held = self._measured(step)
         new = [{"step": step, **record} for record in records if identity(record) not in held]
-        with self.evaluation.open("a") as file:
+        with writing(self.evaluation), self.evaluation.open("a") as file:
             file.write("".join(json_line(record) + "\n" for record in new))
         curves = belief_curves(read_measured(self.evaluation), step)
         # What an interrupted attempt has left to this one to measure: W&B's server takes no row before the next step's.
@@ -270,6 +272,10 @@ class Run:
         }  # lines, maybe very many
         self._tell_wandb(lambda run: run.summary.update(flat(numbers)))
         self._tell_wandb(lambda run: run.finish())
+        with suppress(NobodyReads):  # all is done
+            self._show(summary)
+
+    def _show(self, summary: dict[str, Any]) -> None:
         Terminal().print(_closing_table(summary))
         if planned := summary["memory"].get("planned"):
             measured = summary["memory"]["measured"]

@@ -13,12 +13,12 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
     interruption.listen()
 
-import contextlib
 import os
 import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -32,12 +32,12 @@ from train.checkpoints.adapter import save_adapter
 from train.checkpoints.layout import LoadPlan
 from train.checkpoints.streaming import Loaded
 from train.checkpoints.whole import save_model
-from train.errors import Interrupted, UserError
+from train.errors import Interrupted, UserError, refused
 from train.job import Job, prepare
 from train.model import build
 from train.reporting import Run, measured_memory, peak_memory, summarize
 from train.settings import parse
-from train.terminal import Unwritten, command
+from train.terminal import NobodyReads, command, complain
 from train.trainer import Trainer, make_engine
 
 
@@ -52,7 +52,8 @@ def check_and_train(argv: list[str]) -> None:
     rank, ranks = launched_as()
     job = prepare(parse(argv, __doc__ or ""), ranks, show=rank == 0)
     if rank == 0:
-        job.show()
+        with suppress(NobodyReads) if job.settings.dry_run else nullcontext():  # all is checked
+            job.show()
     if not job.settings.dry_run:
         train(job)
 
@@ -67,16 +68,15 @@ def guarded(script: Callable[[list[str]], None], argv: list[str]) -> int:
     INTERRUPTED where it has saved and can go on by --resume."""
     try:
         script(argv)
-    except UserError as error:
-        rank, _ = launched_as()
+    except (UserError, OSError) as error:
+        told, (rank, _) = error if isinstance(error, UserError) else refused(error), launched_as()
         if rank:  # the launcher ends all ranks when the first one exits: that must be rank 0, if it has the error too
             time.sleep(30)
-        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
-        return error.code
+        complain(f"error: {f'rank {rank}: ' if rank else ''}{told}")
+        return told.code
     except Interrupted as reason:
         if launched_as()[0] == 0:
-            with contextlib.suppress(Unwritten):  # whoever read it may be gone
-                print(reason, file=sys.stderr)
+            complain(str(reason))
         return INTERRUPTED
     except RuntimeError as error:
         return lost_another(error)

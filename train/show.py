@@ -15,7 +15,6 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
 import html
 import json
-import os
 import sys
 from argparse import ArgumentTypeError
 from contextlib import suppress
@@ -27,17 +26,17 @@ import numpy as np
 from rich.style import Style
 from rich.text import Text
 
+from launch.shown import shown as as_shown
 from train.command_line import Parser
 from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, marker, read_documents
 from train.data.findings import Findings
 from train.data.offsets import straddling
 from train.data.tokenizer import TEMPLATE_TIME, Tokenizer, clock_note, load_tokenizer, template_time
 from train.data.tokens import TokenizedDocument, tokenize_documents
-from train.errors import UserError
 from train.masking.grammar import BUILT_IN, Mask, parse_mask
 from train.masking.treatment import STRADDLING, Treatment, shortfall_note, touched_by, treat
+from train.outputs import check_apart, model_files, write
 from train.terminal import NobodyReads, Terminal, command
-from train.terminal import shown as as_shown
 
 PALETTE = ["#2f7ed8", "#e08a00", "#d64550", "#2a9d5c", "#8a5cd6", "#0f9aa8", "#c2549b", "#7d8a1f", "#a0623a", "#5873a8"]
 
@@ -64,6 +63,7 @@ class Shown:
 @command
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
+    check_apart({"--html": args.html}, {"--data": [args.data], "--model": model_files(args.model)})
     mask = parse_mask(args.mask)
     findings = Findings()
     documents = read_documents(args.data, marker(args.doctag), args.bad_rows, findings)[: args.limit]
@@ -79,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
     if missing := sum(each.treatment.random_shortfall for each in shown):
         print(shortfall_note(missing), file=sys.stderr)
     if args.html:
-        _write(args.html, page(shown, tokenizer, mask))
+        write("--html", Path(args.html), [page(shown, tokenizer, mask)])
+        print(f"wrote {args.html}", file=sys.stderr)
     with suppress(NobodyReads):  # `show.py ... | head`
         if args.json:
             for each in shown:
@@ -289,19 +290,6 @@ def _document_html(shown: Shown, tokenizer: Tokenizer, number: dict[str, int]) -
         f"{len(doc.ids_L):,} tokens, {int(doc.target_L.sum()):,} targets, {trained:,} trained on</summary>"
         f'<div class="doc">{"".join(tokens)}</div></details>'
     )
-
-
-def _write(path: str, text: str) -> None:
-    """The page whole, or not at all."""
-    partial = f"{path}.partial"
-    try:
-        Path(partial).write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            os.unlink(partial)
-        raise UserError(f"--html {path}: cannot be written ({error.strerror}); name a file elsewhere") from None
-    print(f"wrote {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -6,23 +6,18 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from launch.interruption import interruption
-from train.errors import UserError
+from launch.shown import shown
+from train.errors import UserError, refused
 
-# Control characters but tab and line break, what turns the direction of writing, and halves of surrogate pairs.
-UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-A_BAR = re.compile("(\r?)(.*?)((?:\x1b\\[A)*)", re.DOTALL)  # tqdm goes to the beginning of its line, and to those above
-
-
-def shown(text: str) -> str:
-    r"""The text with what a terminal would obey, or cannot show, as codes such as \x1b."""
-    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+# What tqdm begins with: a move to the beginning of its line, or moves to lines above, which it writes alone.
+A_BAR = re.compile("(?:\x1b\\[A)+\\Z|\r?")
 
 
 class Terminal(Console):
@@ -47,22 +42,23 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         with _streams():
             try:
                 code = main(*arguments)
-                sys.stdout.flush()
-            except UserError as error:
-                print(f"{'error' if error.code else 'note'}: {error}", file=sys.stderr)
-                code = code or (UserError.code if error.code else 0)
-            except OSError as error:
-                if error.filename is None:
-                    raise
-                where = os.fsdecode(error.filename) if isinstance(error.filename, bytes | str) else error.filename
-                print(f"error: {where}: {error.strerror}.", file=sys.stderr)
-                code = UserError.code
+                with suppress(NobodyReads):  # all is done
+                    sys.stdout.flush()
+            except (UserError, OSError) as error:
+                complain(f"error: {error if isinstance(error, UserError) else refused(error)}")
+                code = code or UserError.code
             except KeyboardInterrupt:
-                print("interrupted", file=sys.stderr)
+                complain("interrupted")
                 code = 128 + signal.SIGINT
         return code
 
     return run
+
+
+def complain(text: str) -> None:
+    """Prints to stderr, if anybody reads it."""
+    with suppress(Unwritten):
+        print(text, file=sys.stderr)
 
 
 class Unwritten(UserError):
@@ -70,9 +66,9 @@ class Unwritten(UserError):
 
 
 class NobodyReads(Unwritten):
-    """The output is a pipe whose other end is closed, as by `| head`; that is no error of the command."""
+    """The output is a pipe whose other end is closed, as by `| head`. What all is done before is no error."""
 
-    code = 0
+    code = 1
 
 
 class _Stream:
@@ -83,9 +79,9 @@ class _Stream:
         self.stream, self.escaped = stream, escaped
 
     def write(self, text: str) -> int:
-        start, words, end = A_BAR.fullmatch(text).groups()  # type: ignore[union-attr]  # all texts match
+        start = A_BAR.match(text)[0] if self.escaped else text  # type: ignore[index]  # all texts match
         with self._told():
-            self.stream.write(start + shown(words) + end if self.escaped else text)
+            self.stream.write(start + shown(text.removeprefix(start)))
         return len(text)
 
     def flush(self) -> None:
@@ -103,7 +99,7 @@ class _Stream:
                 interruption.told = True
                 return
             if isinstance(error, BrokenPipeError):
-                raise NobodyReads("the output ends here: nobody reads on.") from None
+                raise NobodyReads("nobody reads the output any more: what was still to be done is not done.") from None
             raise Unwritten(
                 f"the output cannot be written ({error.strerror}). Make room, or send it elsewhere."
             ) from None

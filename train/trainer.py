@@ -15,7 +15,7 @@ from launch.watchdog import progress
 from train.belief.probes import Probes, Record, measure
 from train.checkpoints import resume
 from train.data.batches import Batch, micro_batches, pad
-from train.errors import Interrupted, NonFiniteLoss
+from train.errors import Interrupted, NonFiniteLoss, writing
 from train.job import Job
 from train.model import LanguageModel
 from train.reporting import Meter, Run, expert_metrics, peak_memory
@@ -164,7 +164,8 @@ class Trainer:
     def save(self, run: Run) -> None:
         """Saves the state after the last step."""
         seconds = time.perf_counter() - self.started
-        resume.save(run.directory / "saves", self.model, self.done, self.settings.keep, seconds)
+        with writing(run.directory / "saves"):
+            resume.save(run.directory / "saves", self.model, self.done, self.settings.keep, seconds)
         self.saved, self.saved_at = self.done, time.monotonic()
 
     def measures_after(self, step: int) -> bool:

@@ -1,6 +1,7 @@
 """How an endpoint fails, against a server that fails in that way."""
 
 import threading
+import time
 
 import httpx
 import openai
@@ -108,6 +109,26 @@ def test_a_slow_server_is_left_after_the_timeout_and_each_retry_is_shown(capsys)
         assert shown in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("sent", [b"HTTP/1.1 200 OK\r\nX-Slow: ", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"])
+def test_a_server_that_sends_its_answer_byte_by_byte_is_left_after_the_timeout_too(sent):
+    closed = threading.Event()
+
+    def trickle(handler):
+        try:
+            handler.wfile.write(sent)
+            for _ in range(1000):
+                handler.wfile.write(b"x")
+                time.sleep(0.02)
+        except ConnectionError:
+            closed.set()
+
+    with ScriptedServer(lambda request: completion("x")) as server:
+        server.server.RequestHandlerClass.do_POST = trickle
+        with pytest.raises(NoAnswer, match=r"^no answer within 0.3 s, after 1 attempt$"):
+            ask(server.url, timeout=0.3, retries=0)
+        assert closed.wait(10), "the request goes on"
+
+
 def test_a_connection_that_breaks_ends_its_request_and_not_the_run():
     with ScriptedServer(lambda request: completion("x")) as server:
         server.server.RequestHandlerClass.do_POST = lambda self: self.connection.close()
@@ -164,6 +185,13 @@ def test_a_server_that_lists_the_model_is_asked_nothing():
     with ScriptedServer(lambda request: completion("x"), models=["other", "m"]) as server:
         endpoint(server.url).check()
         assert server.asked == [] and server.listed == 1
+
+
+def test_while_a_server_that_does_not_list_the_model_is_asked_for_it_that_is_said(capsys):
+    with ScriptedServer(lambda request: completion("Yes."), models=["other"]) as server:
+        endpoint(server.url, timeout=7).check()
+    said = f"--endpoint {server.url}: lists no 'm'; it is asked for a few tokens of it, for 7 s at most\n"
+    assert capsys.readouterr().err == said
 
 
 def test_no_server_is_told_from_a_wrong_name_and_from_a_missing_key(monkeypatch):

@@ -3,6 +3,7 @@
 python listener.py HOW [PASS]
 
 HOW: ends "at once", or when "held" where it looks, or "raises". PASS: as the child of a launcher that passes them on.
+LINE, in the environment: what it says at its end.
 """
 
 import os
@@ -28,7 +29,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         pass_on()
     how = sys.argv[1]
-    interruption.listen()
+    interruption.listen(os.environ.get("LINE", ""))
     if how == "held":
         interruption.hold()
     elif how == "raises":

@@ -34,4 +34,12 @@ def test_a_specification_that_cannot_be_written_is_told_as_that(tmp_path, capsys
     held = {"settings": {"wandb_project": "p"}, "resolved": {"wandb_group": "g"}}
     (tmp_path / "settings.yaml").write_text(json.dumps(held))
     assert main([str(tmp_path), "--entity", "team", "--json", str(tmp_path)]) == 2
-    assert f"error: --json {tmp_path}: cannot be written (Is a directory). Give another." in capsys.readouterr().err
+    assert f"error: --json {tmp_path}: is a directory; name a file in it" in capsys.readouterr().err
+
+
+def test_the_specification_replaces_no_file_of_a_run(tmp_path, capsys):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("settings: {mask: doctags}")
+    assert main([str(tmp_path), "--entity", "team", "--json", str(settings)]) == 2
+    assert f"error: --json {settings}: is RUN itself, which would be lost" in capsys.readouterr().err
+    assert settings.read_text() == "settings: {mask: doctags}"

@@ -126,6 +126,13 @@ def test_a_first_signal_ends_a_process_at_once_or_where_it_looks_and_a_second_on
     assert process.communicate(timeout=60)[0] == "raised\n" and process.returncode == 0
 
 
+def test_what_a_line_names_is_shown_by_codes_and_the_signals_are_heard_whatever_it_holds():
+    process, _ = listener("at once", env=os.environ | {"LINE": "interrupted: \x1b[2Jx\udcff"})
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0].endswith("interrupted: \\x1b[2Jx\\udcff\n")
+    assert process.returncode == INTERRUPTED
+
+
 def test_under_slurm_a_second_notice_is_no_second_signal():
     process, _ = listener("held", env=os.environ | {"SLURM_JOB_ID": "7"})
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
@@ -195,7 +202,7 @@ def test_a_closed_terminal_is_one_signal_and_none_for_a_job_of_nohup():
 
 def test_every_script_listens_before_it_imports_what_takes_long():
     scripts = [path for path in (REPOSITORY / "train").glob("*.py") if "__main__" in path.read_text()]
-    scripts += [REPOSITORY / "launch" / name for name in ("plan.py", "dashboard.py")]
+    scripts += [REPOSITORY / "launch" / name for name in ("plan.py", "dashboard.py", "preflight.py", "network.py")]
     assert {"sft.py", "compare.py", "evaluate.py", "annotate.py", "merge.py"} <= {path.name for path in scripts}
     for path in scripts:
         docstring, first, *_ = ast.parse(path.read_text()).body
@@ -271,3 +278,43 @@ def test_ranks_whose_launcher_is_told_to_end_or_is_killed_and_a_run_whose_termin
     for job in jobs.values():
         said = job.said()
         assert job.saved() in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_ctrl_c_makes_a_comparison_save_the_variant_that_it_is_in(tmp_path):
+    (tmp_path / "mila.yaml").write_text(yaml.safe_dump(CLAIM))
+    output, log = tmp_path / "out", tmp_path / "log"
+    given = flags(tmp_path, claims=tmp_path / "mila.yaml", steps=10_000, output=output)
+    at = given.index("--mask")
+    given[at : at + 2] = ["--masks", "none", "doctags"]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "train" / "compare.py"), *given], stdout=file, stderr=file,
+            env=os.environ | ENVIRONMENT,
+        )  # fmt: skip
+    while not [path for path in output.glob("*/metrics.jsonl") if len(read_rows(path)) > 1]:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == INTERRUPTED
+    (save,) = output.glob("*/saves/step-*")
+    assert log.read_text().endswith(
+        f"interrupted: saved after step {save.name.removeprefix('step-')}; go on with --resume --output {output}\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        (["train/merge.py"], "interrupted: complete shards are kept, and the same command goes on\n"),
+        (["-m", "launch.preflight"], "interrupted\n"),
+    ],
+)
+def test_ctrl_c_ends_a_command_that_imports_with_one_line(script, line):
+    process = subprocess.Popen([sys.executable, *script], stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    while psutil.Process(process.pid).num_threads() < 2:  # the one that listens
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == line and process.returncode == INTERRUPTED

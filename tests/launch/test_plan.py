@@ -105,6 +105,11 @@ def test_the_command_writes_what_it_says_and_advises_where_it_does_not_fit(tmp_p
     assert "does NOT fit" in shown and shown.index("--gradient-checkpointing:") < shown.index("--micro-batch-size 2")
     assert main([*common, "--search"]) == 0
 
+    config = (directory / "config.json").read_bytes()
+    assert main([*common, "--json", str(directory / "config.json")]) == 2
+    assert "config.json: is --model itself, which would be lost" in capsys.readouterr().err
+    assert (directory / "config.json").read_bytes() == config
+
 
 @pytest.mark.parametrize(
     ("nodes", "gpus", "expert_parallel", "experts", "replicas", "dense"),

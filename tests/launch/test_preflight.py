@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
+from launch.interruption import INTERRUPTED
 from launch.local import free_port
 from launch.network import STAGES, try_ranks
 from launch.node import (
@@ -152,6 +154,23 @@ def test_a_node_that_does_not_come_and_one_whose_rank_hangs_are_named_after_the_
     assert (code, follower_code) == (MAY_PASS, MAY_PASS)
     assert report[-1].startswith("preflight: network: FAILED, may pass: gloo: did not get through starting in 25 s: ")
     assert "n2, rank 1" in report[-1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_node_and_the_ranks_with_which_it_tries_the_network(nodes):
+    nodes.start("--time-limit", "100")
+    while not (ranks := nodes.ranks("n1")):
+        assert nodes.processes["n1"].poll() is None, nodes.wait("n1")
+        time.sleep(0.01)
+    while ranks[0].num_threads() < 2:  # the one that listens
+        time.sleep(0.01)
+    ranks[0].suspend()  # so that it is not done
+    nodes.processes["n1"].send_signal(signal.SIGINT)
+    said = nodes.processes["n1"].communicate(timeout=60)[1]
+    assert said.endswith("interrupted\n") and "Traceback" not in said
+    assert nodes.processes["n1"].returncode == INTERRUPTED
+    ranks[0].resume()
+    assert not psutil.wait_procs(ranks, timeout=60)[1], "ranks that go on"
 
 
 def test_a_check_that_hangs_says_where_it_stood():

@@ -1,7 +1,6 @@
 """What all ways to make spans share: the texts of a document, spans that keep off white space, and the file written."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from train.data.documents import Document, Message, Span
 from train.errors import UserError
 from train.formats import json_line
+from train.outputs import write
 
 Change = Callable[[str, tuple[Span, ...]], tuple[str, tuple[Span, ...]]]
 
@@ -90,28 +90,6 @@ def _message(message: Message) -> dict[str, Any]:
 
 def _spans(spans: tuple[Span, ...]) -> list[dict[str, Any]]:
     return [{"start": span.start, "end": span.end, "role": span.role} for span in spans]
-
-
-def check_new(setting: str, path: str, overwrite: bool) -> None:
-    """UserError where there is such a file already and it is not to be replaced."""
-    if os.path.isfile(path) and not overwrite:
-        raise UserError(f"{setting} {path}: is there already; give --overwrite to replace it, or another file")
-
-
-def write(setting: str, path: Path, lines: Iterable[str]) -> None:
-    """Writes a file whole or not at all. UserError names the setting."""
-    if os.path.isdir(path):
-        raise UserError(f"{setting} {path}: is a directory; name a file in it")
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        try:
-            with part.open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(line + "\n" for line in lines)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{setting} {path}: cannot be written ({error.strerror}); name a file elsewhere") from None
 
 
 def write_documents(path: Path, documents: list[Document]) -> None:

@@ -7,12 +7,13 @@ after it was made is of the first kind: servers and proxies that are busy reset 
 The key comes from the environment alone, and no message holds it.
 """
 
+import asyncio
 import difflib
 import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -22,11 +23,11 @@ from urllib.parse import urlsplit
 import openai
 from tqdm import tqdm
 
+from launch.shown import shown
 from train.belief.messages import Messages
 from train.errors import UserError
 from train.formats import SURROGATE
 from train.keys import key_of, masked, secrets_of_url, shown_url, values_of, without_keys
-from train.terminal import shown
 
 T = TypeVar("T")
 RETRIED = (408, 409, 425, 429)  # and all from 500 on
@@ -57,6 +58,10 @@ class EndpointStopped(UserError):
         self.why = why
 
 
+class _Late(Exception):
+    """A response that is not whole in time; the message says which."""
+
+
 class _Rubbish(Exception):
     """A response that is no chat completion."""
 
@@ -85,15 +90,16 @@ class Endpoint:
     def __init__(self, settings: EndpointSettings):
         self.settings, self.concurrency = settings, settings.concurrency
         self._check_settings()
+        self._secrets = [*secrets_of_url(settings.url), *values_of(settings.body)]
         self.key_variable, key = key_of(settings.key_variables)
         self._limit = "max_tokens"  # newer models of OpenAI want max_completion_tokens, other servers know only this
         self.stop = threading.Event()  # set: nobody waits for a retry any more
         try:
-            self._client = openai.OpenAI(
-                base_url=settings.url, api_key=key or NO_KEY, timeout=settings.timeout, max_retries=0
-            )
+            self._client = openai.AsyncOpenAI(base_url=settings.url, api_key=key or NO_KEY, timeout=None, max_retries=0)
         except (openai.OpenAIError, ValueError) as error:
             raise UserError(f"{self._name}: {self._clean(error)}.") from None
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True, name="requests").start()
 
     def _check_settings(self) -> None:
         s = self.settings
@@ -134,20 +140,34 @@ class Endpoint:
         try:
             create: Any = self._client.chat.completions.create
             more = self.settings.body
-            answer = _text(create(model=self.settings.model, messages=messages, extra_body=more, **limit, **given))
+            request = create(model=self.settings.model, messages=messages, extra_body=more, **limit, **given)
+            answer = _text(self._in_time(request, self.settings.timeout))
         except openai.BadRequestError as error:
             if "max_tokens" not in limit or "max_completion_tokens" not in str(error):
                 raise
             self._limit = "max_completion_tokens"
             return self._ask(messages, max_tokens, given)
-        return without_keys(SURROGATE.sub("\ufffd", answer))
+        return without_keys(SURROGATE.sub("\ufffd", answer), *self._secrets)
+
+    def _in_time(self, request: Awaitable[T], seconds: float) -> T:
+        """What a request gives; _Late, and it is cancelled, where that takes longer. The client's own limit is of each
+        wait for some bytes, and a server may send them singly."""
+
+        async def limited() -> T:
+            async with asyncio.timeout(seconds):
+                return await request
+
+        try:
+            return asyncio.run_coroutine_threadsafe(limited(), self._loop).result()
+        except TimeoutError:
+            raise _Late(f"no answer within {seconds:g} s") from None
 
     def _retried(self, ask: Callable[[], T], retries: int) -> T:
         """What ask gives, tried again where that may help."""
         for attempt in range(retries + 1):
             try:
                 return ask()
-            except (openai.OpenAIError, _Rubbish, *UNREAD) as error:
+            except (openai.OpenAIError, _Late, _Rubbish, *UNREAD) as error:
                 pause = self._pause_before_retry(error, attempt)
                 if attempt < retries:
                     again = f"attempt {attempt + 2} of {retries + 1} in {pause:.0f} s"
@@ -175,14 +195,13 @@ class Endpoint:
         times = f"after {attempts} attempt{'s' if attempts > 1 else ''}"
         if type(error.__cause__).__name__ == "ConnectError":  # of httpx or, in newer clients, of httpx2
             return EndpointStopped(f"{self._name}: cannot be reached ({self._said(error)}), {times}.", "unreachable")
-        return NoAnswer(f"{self._said(error)}, {times}", slow=isinstance(error, openai.APITimeoutError))
+        return NoAnswer(f"{self._said(error)}, {times}", slow=isinstance(error, _Late))
 
     # What the errors say. The server's own words may quote the key.
 
     def _said(self, error: Exception) -> str:
-        if isinstance(error, openai.APITimeoutError):
-            waited = error.request.extensions.get("timeout", {}).get("read", self.settings.timeout)
-            return f"no answer within {waited:g} s"
+        if isinstance(error, _Late):
+            return str(error)
         if isinstance(error, openai.APIConnectionError):
             return self._clean(error.__cause__ or error)
         if isinstance(error, openai.APIStatusError):
@@ -191,7 +210,7 @@ class Endpoint:
 
     def _clean(self, error: object) -> str:
         """As a message may show it: in one line, and without what may be a key."""
-        text = masked(str(error), *secrets_of_url(self.settings.url), *values_of(self.settings.body))
+        text = masked(str(error), *self._secrets)
         text = " ".join(shown(text).split())
         return (text if len(text) <= 300 else text[:300] + " …").rstrip(".") or "no message"
 
@@ -213,6 +232,10 @@ class Endpoint:
             self._raise_if_no_server(error)
         if self.settings.model in models:
             return
+        tqdm.write(
+            f"{self._name}: lists no {self.settings.model!r}; it is asked for a few tokens of it, for "
+            f"{self.settings.timeout:g} s at most", file=sys.stderr,
+        )  # fmt: skip
         try:
             self._retried(lambda: self._ask(PROBE, 16, {}), CHECK_RETRIES)
         except (EndpointStopped, NoAnswer) as error:
@@ -220,7 +243,7 @@ class Endpoint:
             raise self._unknown(error, models) from None
 
     def _models(self) -> list[str]:
-        found = self._client.models.list(timeout=min(LISTING, self.settings.timeout))
+        found = self._in_time(self._client.models.list(), min(LISTING, self.settings.timeout))
         data = getattr(found, "data", None)
         if not isinstance(data, list):
             raise _Rubbish("no list of models")

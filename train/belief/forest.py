@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from train.terminal import shown
+from launch.shown import shown
 
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#6b6b6b"]
 """Told apart by color-blind eyes (Okabe & Ito 2008, without its yellow and black)."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from train.patterns import Pattern
 from train.recipe import DIFFERING
 from train.reporting import init_wandb
 from train.settings import Settings
-from train.terminal import Terminal
+from train.terminal import NobodyReads, Terminal
 from train.variants import Plan
 
 # Settings that decide which documents are read.
@@ -45,9 +46,10 @@ def report(plan: Plan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
     """Writes the comparison of the runs of (variant, seed), and shows it. -> the content of comparison.json."""
     comparison = read_comparison(plan, runs)
     outcome = write_report(comparison, plan.output)
-    for remark in comparison.remarks:
-        print(f"note: {remark}")
-    show(outcome, plan.output)
+    with suppress(NobodyReads):  # all is done
+        for remark in comparison.remarks:
+            print(f"note: {remark}")
+        show(outcome, plan.output)
     if plan.shared.wandb != "disabled":
         log_to_wandb(plan.shared, outcome, plan.output)
     return outcome

@@ -1,17 +1,16 @@
 """Every setting of train/evaluate.py: the command line and its checks."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from train.belief.claims import KINDS
-from train.belief.judge import digest
 from train.command_line import Parser, setting
 from train.data.documents import DOCTAG, marker
 from train.data.tokenizer import TEMPLATE_TIME, template_time
 from train.errors import UserError
+from train.formats import Unreadable, parse_json
 from train.keys import shown_url
 from train.settings import Settings
 
@@ -80,23 +79,24 @@ class EvaluationSettings:
         if not text:
             return None
         try:
-            value = json.loads(text)
-        except ValueError:
+            value = parse_json(text, strictly=True)
+        except Unreadable:
             value = None
         if not isinstance(value, dict):
-            raise UserError(f"{where}: is no JSON object, such as {NO_THINKING}.")  # it may hold a key: not repeated
+            raise UserError(  # it may hold a key: not repeated
+                f"{where}: is no JSON object with each key once and without NaN, such as {NO_THINKING}."
+            )
         if taken := sorted(value.keys() & DECIDED_ELSEWHERE):
             raise UserError(f"{where}: {', '.join(taken)} must not be in it; other settings decide them.")
         return value
 
     def as_json(self) -> dict[str, Any]:
-        """For evaluation.json: URLs without passwords, and of the bodies, which may hold a key, only what they are
-        told by."""
+        """For evaluation.json: URLs without passwords, and of the bodies, which may hold a key, the names alone."""
         own = dataclasses.asdict(self)
         for whose in ("endpoint", "judge"):
             own[whose] = shown_url(own[whose])
             body = self.body(whose)
-            own[f"{whose}_body"] = {"names": sorted(_names(body)), "sha256": digest(body)} if body else None
+            own[f"{whose}_body"] = {"names": sorted(_names(body))} if body else None
         return own
 
 

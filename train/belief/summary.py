@@ -1,7 +1,8 @@
 """What an evaluation leaves beside its rows: evaluation.json, and tables on the terminal."""
 
-import os
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -11,12 +12,13 @@ from train.belief.in_engine import SCORED, table_of_means
 from train.belief.judge import Item
 from train.belief.messages import NO_ANSWER, visible
 from train.belief.rates import samples_are_equal, summarize
-from train.belief.records import Records, read_measured
+from train.belief.records import Records, Row, read_measured
 from train.belief.settings import EvaluationSettings
 from train.belief.values import at_step, means
 from train.belief.verdicts import UNPARSEABLE
+from train.checkpoints.writer import write_whole
 from train.formats import json_line
-from train.terminal import Terminal
+from train.terminal import NobodyReads, Terminal
 
 FEWEST = 10  # answers from which on the share of useless ones is told
 
@@ -44,27 +46,30 @@ def leave_summary(
         "warnings": warnings, "measured": measured, "likelihood": scored,
         "contamination": contamination.as_json() if contamination else None,
     }  # fmt: skip
-    partial = records.directory / "evaluation.json.partial"
-    partial.write_text(json_line(summary, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, records.directory / "evaluation.json")
-    console = Terminal(width=120)
+    write_whole(records.directory / "evaluation.json", json_line(summary, indent=1) + "\n")
+    with suppress(NobodyReads):  # all is done
+        _show(summary, errors, records.directory)
+    return len(errors) + missing
+
+
+def _show(summary: dict[str, Any], errors: list[Row], directory: Path) -> None:
+    console, scored, measured = Terminal(width=120), summary["likelihood"], summary["measured"]
     if scored:
         console.print(table_of_means(scored))
     if measured:
         console.print(_table(measured))
     for entry in measured:
         _show_extra(entry)
-    for warning in warnings:
+    for warning in summary["warnings"]:
         print(f"WARNING: {warning}")
     if errors:
         kinds = ", ".join(sorted({str(row["error"]) for row in errors})[:3])
         print(f"{len(errors)} answers have an error and do not count: {kinds}")
-    if missing:
-        print(f"{missing} of {len(items)} answers are missing and do not count")
+    if missing := summary["missing"]:
+        print(f"{missing} of {summary['wanted']} answers are missing and do not count")
     if errors or missing:
         print("the same command asks for them again, and for nothing else")
-    print(f"In {records.directory}: evaluation.jsonl, answers.jsonl, evaluation.json")
-    return len(errors) + missing
+    print(f"In {directory}: evaluation.jsonl, answers.jsonl, evaluation.json")
 
 
 def _warnings(items: Sequence[Item], records: Records) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from train.checkpoints.reader import DTYPES
+from train.errors import writing
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor -> dtype, shape; in the order of the file
@@ -37,10 +38,11 @@ class SafetensorsWriter:
         text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self.start = 8 + len(text)
-        self.file = os.open(self.partial, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0), 0o666)
-        if create:
-            os.pwrite(self.file, struct.pack("<Q", len(text)) + text, 0)
-            os.ftruncate(self.file, self.start + position)
+        with writing(self.path):
+            self.file = os.open(self.partial, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0), 0o666)
+            if create:
+                os.pwrite(self.file, struct.pack("<Q", len(text)) + text, 0)
+                os.ftruncate(self.file, self.start + position)
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
         """Writes `values` [n] as elements start, start+1, … of tensor `name`, flattened, in its dtype."""
@@ -49,8 +51,9 @@ class SafetensorsWriter:
         view = memoryview(data.view(torch.uint8).numpy().data) if data.numel() else memoryview(b"")
         offset = self.start + position + start * dtype.itemsize
         done = 0
-        while done < len(view):
-            done += os.pwrite(self.file, view[done : done + 2**30], offset + done)
+        with writing(self.path):
+            while done < len(view):
+                done += os.pwrite(self.file, view[done : done + 2**30], offset + done)
         self.written[name] += data.numel()
 
     def check_whole(self) -> None:
@@ -60,8 +63,9 @@ class SafetensorsWriter:
 
     def close(self) -> None:
         """Flushes what this process wrote to the disk."""
-        os.fsync(self.file)
-        os.close(self.file)
+        with writing(self.path):
+            os.fsync(self.file)
+            os.close(self.file)
 
     def publish(self) -> None:
         """Gives the complete file its name: for one process, after all have closed it."""
@@ -72,7 +76,7 @@ class SafetensorsWriter:
 def write_whole(path: Path, text: str) -> None:
     """Writes a small file that is whole whenever it is there: before, the earlier one is."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with writing(path), partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
