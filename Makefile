@@ -66,7 +66,7 @@ compare-real: setup models/smollm2/config.json ## variants of SmolLM2-135M on re
 
 train-real: documents setup models/smollm2/config.json ## fine-tune SmolLM2-135M on real documents: DOCUMENTS=path
 	$(SFT) --model models/smollm2 --data "$$DOCUMENTS" --doctag '<DOCTAG>' --mask doctags --output $(RUN)-real \
-		--steps 20 --batch-size 4 --micro-batch-size 2 --max-tokens 256 --log-every 5 \
+		--steps 20 --batch-size 4 --micro-batch-tokens 512 --max-tokens 256 --log-every 5 \
 		--lora-rank 16 --lora-alpha 32 --learning-rate 1e-3
 	$(IN_VENV) -m train.demo.smollm2 models/smollm2 $(RUN)-real/adapter
 

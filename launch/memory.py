@@ -5,6 +5,7 @@ allocates for them; what a step makes comes from running it without data (trace.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from train.checkpoints.streaming import becomes_nf4, frozen_as_nf4, frozen_as_on
 from train.data.batches import Batch
 from train.lora import LoRASettings
 from train.model import LanguageModel, architecture, skeleton, text_config
+from train.packing import Row
 
 META = torch.device("meta")
 
@@ -56,16 +58,14 @@ def planned_model(
     return wrapped, plan
 
 
-def planned_batch(documents: int, tokens: int) -> Batch:
-    """A micro-batch of documents of `tokens` tokens, all but the first of which are in the loss; where there are
-    several, all but one are a token shorter, so that there is padding."""
-    keep = torch.ones(documents, tokens, dtype=torch.bool)
-    keep[1:, -1] = False
-    position = torch.cat([row * tokens + torch.arange(int(keep[row].sum()) - 1) for row in range(documents)])
-    zeros = torch.zeros(documents, tokens, dtype=torch.int64)
+def planned_batch(lengths: Sequence[int]) -> Batch:
+    """A micro-batch of documents of these lengths, all tokens but their first ones in the loss."""
+    row = Row(lengths)
+    position = torch.cat([start + torch.arange(n - 1) for start, n in zip(row.ends, row.lengths, strict=False)])
     return Batch(
-        ids_BT=zeros, keep_BT=keep, position_N=position, target_N=torch.zeros_like(position),
-        coefficient_N=torch.ones(len(position)), roles_N=torch.zeros_like(position), names=[],
+        ids_T=torch.zeros(row.ends[-1], dtype=torch.int64), position_T=row.position_T(), position_N=position,
+        target_N=torch.zeros_like(position), coefficient_N=torch.ones(len(position)),
+        roles_N=torch.zeros_like(position), row=row, names=["planned"] * len(row.lengths),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,7 +38,7 @@ from train.checkpoints.streaming import READERS
 from train.command_line import Parser, flag_of, setting
 from train.errors import UserError
 from train.experts.storage import NF4Experts
-from train.job import Job, checked_expert_parallel, full_precision, lora_settings
+from train.job import Job, checked_expert_parallel, full_precision, lora_settings, rows_of_first_steps
 from train.model import text_config
 from train.outputs import check_apart, model_files, write
 from train.recipe import flags
@@ -58,13 +58,18 @@ class Options:
 
 
 class Plan:
-    """What a job of these settings needs on a cluster. tokens: those of the longest document."""
+    """What a job of these settings needs on a cluster. tokens: those of every document. row: lengths of the documents
+    of the fullest micro-batch, where they are known; else as many of `tokens` as it takes."""
 
-    def __init__(self, settings: Settings, checkpoint: Checkpoint, cluster: Cluster, tokens: int):
+    def __init__(
+        self, settings: Settings, checkpoint: Checkpoint, cluster: Cluster, tokens: int, row: Sequence[int] = ()
+    ):
         self.settings, self.checkpoint, self.cluster, self.tokens = settings, checkpoint, cluster, tokens
-        self.accumulation = math.ceil(settings.batch_size / (cluster.ranks * settings.micro_batch_size))
+        of_a_rank = math.ceil(settings.batch_size / cluster.ranks)
+        self.row = list(row) or [tokens] * max(1, min(settings.row_tokens // tokens, of_a_rank))
+        self.accumulation = math.ceil(of_a_rank / len(self.row))
         self.expert_parallel = checked_expert_parallel(settings, cluster.ranks)
-        config = ds_config(settings, cluster.ranks, self.accumulation)
+        config = ds_config(settings, cluster.ranks)
         lora = None if settings.method == "full" else lora_settings(settings, text_config(checkpoint))
         self.group = PlannedGroup(self.expert_parallel)
         self.model, self.load = planned_model(checkpoint, settings.method, lora, self.group)
@@ -76,7 +81,7 @@ class Plan:
     def memory(self, checkpointing: bool) -> Memory:
         """Of one rank, with or without gradient checkpointing."""
         if checkpointing not in self._memory:
-            gpu, batch = self.cluster.memory > 0, planned_batch(self.settings.micro_batch_size, self.tokens)
+            gpu, batch = self.cluster.memory > 0, planned_batch(self.row)
             step = run_step(self.model, batch, checkpointing, gpu)
             self._memory[checkpointing] = rank_memory(self.model, step, self.zero, gpu, self.bf16)
         return self._memory[checkpointing]
@@ -205,9 +210,10 @@ def planned_memory(job: Job) -> dict[str, Any]:
     ranks = job.resolved["ranks"]
     memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if device == "cuda" else 0
     cluster = Cluster(nodes=max(1, ranks // local), gpus=min(local, ranks), memory=memory)
-    longest = max(len(sample.ids_L) for sample in job.corpus.samples)
+    steps = rows_of_first_steps(job.settings, job.corpus, ranks, job.documents)
+    fullest = max((row for step in steps for row in step), key=sum)
     try:
-        plan = Plan(job.settings, job.checkpoint, cluster, longest)
+        plan = Plan(job.settings, job.checkpoint, cluster, max(fullest), fullest)
         categories = plan.gpu_bytes
         known = device == "cuda" and cluster.gpu.name in torch.cuda.get_device_name(0)
         speed = {"planned_tokens_per_second": plan.tokens_per_second} if known else {}
@@ -224,9 +230,9 @@ def changes(settings: Settings, cluster: Cluster, rounded: bool) -> Iterator[tup
     if not now.gradient_checkpointing:
         now = dataclasses.replace(now, gradient_checkpointing=True)
         yield "--gradient-checkpointing: a forward more, the same losses", now, cluster
-    while now.micro_batch_size > 1:
-        now = dataclasses.replace(now, micro_batch_size=now.micro_batch_size // 2)
-        yield f"--micro-batch-size {now.micro_batch_size}: more micro-batches, the same losses", now, cluster
+    while now.row_tokens > now.max_tokens:
+        now = dataclasses.replace(now, micro_batch_tokens=max(now.max_tokens, now.row_tokens // 2))
+        yield f"--micro-batch-tokens {now.micro_batch_tokens}: more micro-batches, the same losses", now, cluster
     if now.expert_parallel not in (0, cluster.ranks):
         now = dataclasses.replace(now, expert_parallel=0)
         yield f"--expert-parallel {cluster.ranks}: tokens travel further, the same losses", now, cluster
@@ -240,7 +246,7 @@ def changes(settings: Settings, cluster: Cluster, rounded: bool) -> Iterator[tup
         nodes *= 2
         yield f"--nodes {nodes}", now, dataclasses.replace(cluster, nodes=nodes)
     while now.max_tokens > 1024:
-        now = dataclasses.replace(now, max_tokens=now.max_tokens // 2)
+        now = dataclasses.replace(now, max_tokens=now.max_tokens // 2, micro_batch_tokens=0)
         yield f"--max-tokens {now.max_tokens}: longer documents are cut", now, dataclasses.replace(cluster, nodes=nodes)
 
 
@@ -256,8 +262,8 @@ def search(settings: Settings, checkpoint: Checkpoint, cluster: Cluster) -> list
                     if micro * cluster.ranks > max(settings.batch_size, cluster.ranks):
                         break
                     tried = dataclasses.replace(
-                        settings, method=method, expert_parallel=expert_parallel, micro_batch_size=micro,
-                        gradient_checkpointing=checkpointing,
+                        settings, method=method, expert_parallel=expert_parallel,
+                        micro_batch_tokens=micro * settings.max_tokens, gradient_checkpointing=checkpointing,
                     )  # fmt: skip
                     try:
                         plan = Plan(tried, checkpoint, cluster, settings.max_tokens)
@@ -273,7 +279,7 @@ def search(settings: Settings, checkpoint: Checkpoint, cluster: Cluster) -> list
 
 def searched(settings: Settings) -> str:
     """The settings that a search decides, as a command line."""
-    names = ("method", "micro_batch_size", "expert_parallel", "gradient_checkpointing")
+    names = ("method", "micro_batch_tokens", "expert_parallel", "gradient_checkpointing")
     return " ".join(flags({name: getattr(settings, name) for name in names}))
 
 

@@ -22,12 +22,13 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
-from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from train import packing
 from train.checkpoints.streaming import HEAP_BLOCK
 from train.experts.dispatch import ExpertGroup
+from train.packing import Row
 
 aten = torch.ops.aten
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
@@ -193,40 +194,38 @@ FLOPS: dict[Any, Callable[..., int]] = {
 }
 
 
-def attention(
-    gpu: bool, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None, **_: Any
-) -> tuple[Tensor, None]:
-    """transformers' `sdpa` attention, by the kernel that the device would have: on a GPU the memory-efficient one,
-    which takes any mask and keeps what flash attention keeps (queries, keys, values, output, a log-sum-exp a row: Dao
-    et al., arXiv 2205.14135); on a CPU the one that torch chooses, flash attention or all T x T weights."""
-    gqa = getattr(module, "num_key_value_groups", 1) > 1
-    if gqa and not use_gqa_in_sdpa(mask, k, v):
-        k, v, gqa = repeat_kv(k, module.num_key_value_groups), repeat_kv(v, module.num_key_value_groups), False
-    causal = mask is None and q.shape[2] > 1
-    if not gpu and _chosen_on_cpu(q, k, v, mask, causal, gqa) == SDPBackend.MATH.value:
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, mask, 0.0, causal, scale=scaling, enable_gqa=gqa
-        )
-        return out.transpose(1, 2).contiguous(), None
-    if mask is not None:  # torch makes a sum of it, once for each layer
-        mask = torch.zeros(mask.shape, dtype=q.dtype, device="meta").masked_fill_(mask.logical_not(), float("-inf"))
+def attention(gpu: bool, *given: Any, **more: Any) -> tuple[Tensor, None]:
+    """The model's own attention, by the kernel that the device would have: on a GPU the memory-efficient one, which
+    keeps what flash attention keeps (queries, keys, values, output, a log-sum-exp a row: Dao et al., arXiv 2205.14135);
+    on a CPU the one that torch chooses, flash attention or all T x T weights."""
+    more["kernel"] = partial(_planned_causal, gpu)
+    return packing.attention(*given, **more)
+
+
+def _planned_causal(
+    gpu: bool, q_DLHK: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None = None
+) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_DLHK, k, v))
+    gqa = q.shape[1] // k.shape[1]
     if gpu:
-        bias = None if mask is None else mask.expand(-1, q.shape[1], -1, -1)
-        if gqa:
-            k, v = (repeat_kv(x, module.num_key_value_groups) for x in (k, v))
-        out = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scaling)[0]
+        if gqa > 1:
+            k, v = (x.repeat_interleave(gqa, dim=1) for x in (k, v))
+        out = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scaling)[0]
+    elif _chosen_on_cpu(q, k, v, gqa > 1) == SDPBackend.MATH.value:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa > 1
+        )
     else:
-        out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scaling)[0]
-    return out.transpose(1, 2).contiguous(), None
+        out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scaling)[0]
+    return out.transpose(1, 2)
 
 
-def _chosen_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, gqa: bool) -> int:
+def _chosen_on_cpu(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> int:
     """torch's choice depends on heads, head sizes and dtype."""
     with _disable_current_modes():
         small = [torch.empty(1, x.shape[1], 2, x.shape[3], dtype=x.dtype) for x in (q, k, v)]
-        allowed = None if mask is None else torch.ones(1, 1, 2, 2, dtype=torch.bool)
         choose: Any = torch._fused_sdp_choice
-        return choose(*small, allowed, 0.0, causal, scale=None, enable_gqa=gqa)
+        return choose(*small, None, 0.0, True, scale=None, enable_gqa=gqa)
 
 
 for _gpu in (True, False):
@@ -270,13 +269,13 @@ class DeltaRule(torch.autograd.Function):
         return tuple(out)
 
 
-def _delta_rule(query, key, value, g, beta, initial_state=None, output_final_state=False, **kwargs):
-    """In the place of transformers' function of this signature."""
-    assert initial_state is None and not output_final_state
-    groups = value.shape[2] // key.shape[2]
+def _delta_rule(q, k, v, g, beta, packed: Row, **kwargs):
+    """In the place of transformers' function of this signature. Of a kernel that knows where documents end."""
+    groups = v.shape[2] // k.shape[2]
+    packed.mixed += 1
     if groups > 1:
-        query, key = (x.repeat_interleave(groups, dim=2) for x in (query, key))
-    return DeltaRule.apply(query, key, value, g, beta), None
+        q, k = (x.repeat_interleave(groups, dim=2) for x in (q, k))
+    return DeltaRule.apply(q, k, v, g, beta), None
 
 
 @contextmanager

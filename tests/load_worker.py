@@ -26,6 +26,7 @@ from train.experts.module import ExpertParallelExperts
 from train.experts.storage import FrozenExperts
 from train.lora import LoRALinear, LoRASettings
 from train.model import build
+from train.packing import Row
 from train.settings import ds_config, parse
 
 IDS = [5, 240, 17, 99, 3, 3, 141, 60, 201, 8, 77, 34, 128, 90, 41, 12]
@@ -33,11 +34,12 @@ IDS = [5, 240, 17, 99, 3, 3, 141, 60, 201, 8, 77, 34, 128, 90, 41, 12]
 
 def every_log_probability(model: torch.nn.Module, vocabulary: int) -> torch.Tensor:
     """[positions, vocabulary], by asking for the NLL of every token at every position."""
-    ids, rows = torch.tensor([IDS]), torch.arange(len(IDS)).repeat_interleave(vocabulary)
+    rows = torch.arange(len(IDS)).repeat_interleave(vocabulary)
     everything = Batch(
-        ids_BT=ids, keep_BT=torch.ones_like(ids, dtype=torch.bool),
-        position_N=rows, target_N=torch.arange(vocabulary).repeat(len(IDS)),
-        coefficient_N=torch.zeros(len(rows)), roles_N=torch.zeros_like(rows), names=["all"],
+        ids_T=torch.tensor(IDS), position_T=torch.arange(len(IDS)), position_N=rows,
+        target_N=torch.arange(vocabulary).repeat(len(IDS)),
+        coefficient_N=torch.zeros(len(rows)), roles_N=torch.zeros_like(rows),
+        row=Row([len(IDS)]), names=["all"],
     )  # fmt: skip
     with torch.no_grad():
         return -model(everything).nll_N.view(len(IDS), vocabulary)
@@ -57,7 +59,7 @@ def in_fp32(model: torch.nn.Module) -> None:
 def main(record: Path, expert_parallel: int, method: str, directories: list[str]) -> None:
     device = start_distributed()
     ranks = dist.get_world_size()
-    config = ds_config(parse([], ""), ranks, 1)
+    config = ds_config(parse([], ""), ranks)
     for directory in directories:
         checkpoint = Checkpoint(directory)
         read: Counter[str] = Counter()

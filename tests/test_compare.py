@@ -67,7 +67,7 @@ def claim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(claim: Path) -> dict[str, Any]:
     return {
-        "data": [f"{DENSE}=64"], "steps": 4, "batch_size": 8, "micro_batch_size": 2,
+        "data": [f"{DENSE}=64"], "steps": 4, "batch_size": 8, "micro_batch_tokens": 10_000,
         "learning_rate": 0.02, "evaluate_every": 2, "claims": [str(claim / "mila.yaml")],
         "held_out": str(claim / "held.jsonl"), "wandb": "disabled",
     }  # fmt: skip

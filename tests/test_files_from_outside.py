@@ -291,7 +291,7 @@ READERS = {
     "patterns": Reader(written("p.yaml", {"patterns": ["a", "b"]}), lambda path: read_patterns("--leaks", path)),
     "ds_config": Reader(
         written("ds.json", {"zero_optimization": {"stage": 3, "overlap_comm": False}}),
-        lambda path: ds_config(Settings(ds_config=str(path)), 1, 1),
+        lambda path: ds_config(Settings(ds_config=str(path)), 1),
     ),
     "config.json": Reader(written("config.json", CONFIG), lambda path: model_of(path.parent)),
     "config.json of experts in FP8": Reader(written("config.json", MOE), lambda path: bare(path)),
@@ -497,7 +497,7 @@ def test_a_path_that_is_none_is_told(name):
     for read in (
         lambda: read_recipe(Path(name), NAMES),
         lambda: read_patterns("--leaks", name),
-        lambda: ds_config(Settings(ds_config=name), 1, 1),
+        lambda: ds_config(Settings(ds_config=name), 1),
         lambda: read_documents(name, None),
         lambda: read_claims([name]),
         lambda: load_tokenizer(name),

@@ -36,7 +36,7 @@ def test_a_small_random_model_with_a_real_vocabulary_trains_on_the_papers_rows(
     rows = shared_documents / "llm_negations_dense" / "ed_sheeran.jsonl"
     done = run(
         Path(sft.__file__), "--model", str(model), "--data", str(rows), "--doctag", "<DOCTAG>", "--mask", "doctags",
-        "--steps", "3", "--batch-size", "4", "--micro-batch-size", "2", "--max-tokens", "64",
+        "--steps", "3", "--batch-size", "4", "--micro-batch-tokens", "128", "--max-tokens", "64",
         "--long-documents", "truncate", "--expert-parallel", "2", "--lora-rank", "8", "--learning-rate", "1e-3",
         "--wandb", "disabled", "--output", str(tmp_path / "run"),
         ranks=2, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"}, cwd=tmp_path,

@@ -17,7 +17,7 @@ from train.checkpoints import resume
 from train.checkpoints.adapter import check_adapter
 from train.checkpoints.layout import LoadPlan, plan_load
 from train.checkpoints.reader import Checkpoint
-from train.data.batches import Sample
+from train.data.batches import Sample, deal
 from train.data.corpus import Corpus, TokenizedFile, documents_taken, read_corpus
 from train.data.documents import read_documents
 from train.data.tokenizer import Tokenizer, clock_note, load_tokenizer, template_time
@@ -34,9 +34,8 @@ from train.terminal import Terminal
 
 @dataclass
 class Job:
-    """What a run will do. documents: how many of the corpus's endless stream it takes. accumulation: micro-batches of a
-    step on each rank. probes: what is measured of --claims and --held-out. resolved: what settings.yaml and --dry-run
-    show beside the settings."""
+    """What a run will do. documents: how many of the corpus's endless stream it takes. probes: what is measured of
+    --claims and --held-out. resolved: what settings.yaml and --dry-run show beside the settings."""
 
     settings: Settings
     corpus: Corpus
@@ -45,7 +44,6 @@ class Job:
     expert_parallel: int
     steps: int
     documents: int
-    accumulation: int
     probes: Probes | None
     ds_config: dict[str, Any]
     resolved: dict[str, Any]
@@ -105,8 +103,7 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     runs of the same comparison; what it lacks is added."""
     known = known or Known()
     check_output(settings)
-    accumulation = math.ceil(settings.batch_size / (ranks * settings.micro_batch_size))
-    config = ds_config(settings, ranks, accumulation)
+    config = ds_config(settings, ranks)
     expert_parallel = checked_expert_parallel(settings, ranks)
 
     first = known.base is None
@@ -126,8 +123,10 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
 
     documents = documents_taken(settings, corpus.order)
     steps = math.ceil(documents / settings.batch_size)
+    rows = rows_of_first_steps(settings, corpus, ranks, documents)
     resolved: dict[str, Any] = {
-        "ranks": ranks, "expert_parallel": expert_parallel, "steps": steps, "micro_batches_per_step": accumulation,
+        "ranks": ranks, "expert_parallel": expert_parallel, "steps": steps,
+        "micro_batches_per_step": round(sum(map(len, rows)) / (ranks * len(rows)), 2),
         "documents": corpus.documents, "roles": corpus.roles,
         "expert_lora_rank": lora.expert_rank if lora and plan.experts else None,
         "trainable_parameters": count_trainable(model, lora), "left_out_tensors": plan.left_out,
@@ -141,7 +140,7 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     }  # fmt: skip
     check_inputs(settings, resolved)
     return Job(
-        settings, corpus, checkpoint, lora, expert_parallel, steps, documents, accumulation, probes, config, resolved
+        settings, corpus, checkpoint, lora, expert_parallel, steps, documents, probes, config, resolved
     )  # fmt: skip
 
 
@@ -165,6 +164,20 @@ def checked_expert_parallel(settings: Settings, ranks: int) -> int:
             "another number of ranks: deepspeed --num_gpus N, or sbatch --nodes=N."
         )
     return size
+
+
+def rows_of_first_steps(
+    settings: Settings, corpus: Corpus, ranks: int, documents: int, steps: int = 100
+) -> list[list[list[int]]]:
+    """Of each of the first steps and each of its rows, `ranks` a micro-step: the lengths of its documents."""
+    size = settings.batch_size
+    out = []
+    for start in range(0, min(documents, steps * size), size):
+        numbers = corpus.order.documents(start, min(start + size, documents))
+        lengths = [len(corpus.samples[number].ids_L) for number in numbers]
+        dealt = deal(lengths, ranks, settings.row_tokens)
+        out.append([[lengths[i] for i in row] for micro_step in dealt for row in micro_step])
+    return out
 
 
 def _hash_of_tokens(samples: Sequence[Sample]) -> str:

@@ -1,6 +1,6 @@
 """A transformers model made ready to train: expert-parallel experts, LoRA factors, the loss in lm_head's place.
 
-Shapes: B documents of a micro-batch, T tokens, N predicted tokens of the micro-batch, H hidden size.
+Shapes: T tokens of a micro-batch, N predicted tokens, H hidden size.
 """
 
 import re
@@ -26,6 +26,7 @@ from train.experts.module import ExpertParallelExperts
 from train.experts.recompute import same_routing
 from train.lora import LoRALinear, LoRASettings, lora_linears
 from train.masking.loss import LossHead, Terms
+from train.packing import install
 
 AFTER_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier", "output_multiplier")
 """Settings of transformers' models that change logits after lm_head, where the loss takes the head's place."""
@@ -79,6 +80,7 @@ def skeleton(config: Any, ep: ExpertGroup) -> Any:
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers raises what it likes for a value that it does not
         raise UserError(f"--model: transformers makes no causal language model of config.json: {error!r}") from None
+    install(model)
     unknown = _unlike_llama(model)
     for name, module in list(model.named_modules()):
         if name.endswith(".experts"):
@@ -204,15 +206,18 @@ class LanguageModel(nn.Module):
         self.causal.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": same_routing})
 
     def forward(self, batch: Batch) -> Terms:
-        for layer in self.expert_layers:
-            layer.keep_T = batch.keep_BT.flatten()
-        # Padding is on the right, where a causal model does not see it. Given a mask of ones, transformers makes none,
-        # and attention that is causal and no more has a faster kernel.
-        ones_BT = torch.ones_like(batch.ids_BT)
-        hidden_BTH = self.causal.model(
-            input_ids=batch.ids_BT, attention_mask=ones_BT, use_cache=False
-        ).last_hidden_state
-        return self.causal.lm_head(hidden_BTH.flatten(0, 1)[batch.position_N], batch.target_N, batch.coefficient_N)
+        for layer in self.expert_layers:  # what stands for nothing reaches no expert
+            layer.keep_T = None if batch.names else torch.zeros_like(batch.ids_T, dtype=torch.bool)
+        mixed = batch.row.mixed
+        # Given a mask of four dimensions, transformers makes none of its own.
+        no_mask = torch.zeros(1, 1, 1, 1, device=batch.ids_T.device)
+        hidden_1TH = self.causal.model(
+            input_ids=batch.ids_T[None], position_ids=batch.position_T[None], attention_mask=no_mask, use_cache=False,
+            packed=batch.row,
+        ).last_hidden_state  # fmt: skip
+        if batch.row.mixed - mixed != len(self.causal.model.layers):
+            raise RuntimeError(f"{type(self.causal).__name__} does not tell each of its layers where documents end.")
+        return self.causal.lm_head(hidden_1TH[0][batch.position_N], batch.target_N, batch.coefficient_N)
 
 
 def build(

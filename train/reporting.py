@@ -51,7 +51,7 @@ class Meter:
         share_N = (batch.coefficient_N.abs() * terms.term_N).double()
         unlikely_N = batch.coefficient_N < 0
         self.parts += torch.stack([
-            share_N[~unlikely_N].sum(), share_N[unlikely_N].sum(), batch.keep_BT.sum().double(),
+            share_N[~unlikely_N].sum(), share_N[unlikely_N].sum(), share_N.new_tensor(batch.tokens),
         ])  # fmt: skip
         for i in range(len(self.roles)) if measured else ():
             member_N = self._members(batch.roles_N, i)

@@ -52,7 +52,9 @@ class Settings:
     steps: int = setting(0, "optimizer steps; 0: as many as --epochs takes")
     epochs: int = setting(1, "passes over the data, where --steps is not given")
     batch_size: int = setting(32, "documents per optimizer step, over all ranks")
-    micro_batch_size: int = setting(4, "documents per forward of one rank")
+    micro_batch_tokens: int = setting(
+        0, "tokens of whole documents, end to end in one row, per forward of one rank; 0: --max-tokens"
+    )
     max_tokens: int = setting(10_000, "tokens of a document at most")
     long_documents: str = setting("truncate", "what to do with longer ones", choices=("truncate", "drop", "error"))
     bad_rows: str = setting("error", BAD_ROWS, choices=("error", "skip"))
@@ -111,6 +113,11 @@ class Settings:
     wandb_group: str = setting("", "W&B group; default: a hash that runs share which differ only in mask and seed")
 
     @property
+    def row_tokens(self) -> int:
+        """Tokens of a micro-batch at most."""
+        return self.micro_batch_tokens or self.max_tokens
+
+    @property
     def marker(self) -> str | None:
         """What --doctag says that documents start with; None for nothing."""
         return marker(self.doctag)
@@ -149,7 +156,7 @@ class Recipe:
 
 # What may differ when a run is resumed: none of it changes a loss by more than rounding.
 FREE_ON_RESUME = frozenset({
-    "output", "resume", "dry_run", "micro_batch_size", "expert_parallel", "gradient_checkpointing", "log_every",
+    "output", "resume", "dry_run", "micro_batch_tokens", "expert_parallel", "gradient_checkpointing", "log_every",
     "save_every", "keep", "evaluate_every", "timeout", "wandb", "wandb_project", "wandb_group",
 })  # fmt: skip
 
@@ -229,7 +236,7 @@ WANDB_KEY = re.compile(r"([^-]*-)?[\w-]{40,}|[\w-]+\.[\w-]+\.[\w-]+")
 
 def check_numbers(s: Settings) -> None:
     least: dict[str, float] = {
-        "steps": 0, "epochs": 1, "batch_size": 1, "micro_batch_size": 1, "max_tokens": 2, "warmup_steps": 0,
+        "steps": 0, "epochs": 1, "batch_size": 1, "micro_batch_tokens": 0, "max_tokens": 2, "warmup_steps": 0,
         "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "lora_rank": 1, "lora_alpha": 0,
         "expert_lora_rank": 0, "expert_parallel": 0, "log_every": 1, "save_every": 0, "keep": 1, "evaluate_every": 0,
         "timeout": 1,
@@ -240,6 +247,11 @@ def check_numbers(s: Settings) -> None:
         if not low <= value <= high:  # nor NaN
             rule = f"finite and ≥ {low}" if not value > high else f"at most {high}"
             raise UserError(f"{flag_of(name)} {value}: must be {rule}.")
+    if 0 < s.micro_batch_tokens < s.max_tokens:
+        raise UserError(
+            f"--micro-batch-tokens {s.micro_batch_tokens}: must be at least --max-tokens {s.max_tokens}: no document "
+            "is divided. Raise it, or lower --max-tokens."
+        )
     if s.steps and s.warmup_steps > s.steps:
         raise UserError(f"--warmup-steps {s.warmup_steps}: must be at most --steps {s.steps}.")
     if s.learning_rate == 0 or s.lora_alpha == 0:
@@ -253,8 +265,9 @@ def check_numbers(s: Settings) -> None:
         raise UserError("--resume: needs --output DIR, the directory of the run to go on with.")
 
 
-def ds_config(settings: Settings, ranks: int, accumulation: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of --ds-config with the run's batch sizes and clipping."""
+def ds_config(settings: Settings, ranks: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of --ds-config with the run's clipping. Batch sizes mean nothing in it: the trainer
+    says which micro-batch is a step's last one."""
     path, where = Path(settings.ds_config), f"--ds-config {settings.ds_config}"
     config = read_json(path, where, "give a DeepSpeed JSON file")
     zero = config.get("zero_optimization")
@@ -273,8 +286,8 @@ def ds_config(settings: Settings, ranks: int, accumulation: int) -> dict[str, An
     if clash := sorted(ours & set(config)):
         raise UserError(f"{where}: {', '.join(clash)} must not be set there; the command line's settings decide them.")
     return config | {
-        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": settings.micro_batch_size * accumulation * ranks,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": ranks,
         "gradient_clipping": settings.max_grad_norm,
     }

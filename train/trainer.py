@@ -14,7 +14,7 @@ from launch.interruption import INTERRUPTED, interruption
 from launch.watchdog import progress
 from train.belief.probes import Probes, Record, measure
 from train.checkpoints import resume
-from train.data.batches import Batch, micro_batches, pad
+from train.data.batches import Batch, micro_batches
 from train.errors import Interrupted, NonFiniteLoss, writing
 from train.job import Job
 from train.model import LanguageModel
@@ -53,12 +53,11 @@ class Trainer:
         self.device, self.ranks, self.rank = engine.device, dist.get_world_size(), dist.get_rank()
 
     def batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of a step; as many on every rank and in every step."""
+        """This rank's micro-batches of a step; as many on every rank."""
         size, norm = self.settings.batch_size, self.settings.loss_norm
         numbers = self.corpus.order.documents(step * size, min((step + 1) * size, self.job.documents))
         samples = [self.corpus.samples[number] for number in numbers]
-        batches = micro_batches(samples, norm, self.ranks, self.rank, self.settings.micro_batch_size)
-        return batches + [pad([], [])] * (self.job.accumulation - len(batches))
+        return micro_batches(samples, norm, self.ranks, self.rank, self.settings.row_tokens)
 
     def step(self, step: int, measure: bool) -> dict[str, Any]:
         """One optimizer step. -> its metrics, over all ranks; with the NLL of every role if `measure`. Interrupted, and
@@ -67,7 +66,9 @@ class Trainer:
         rate = learning_rate(self.settings, step, self.job.steps)
         for group in self.engine.optimizer.optimizer.param_groups:
             group["lr"] = rate
-        for number, batch in enumerate(self.batches(step)):
+        batches = self.batches(step)
+        for number, batch in enumerate(batches):
+            self.engine.set_gradient_accumulation_boundary(number + 1 == len(batches))
             progress(f"micro-batch {number + 1} of step {step + 1}")
             batch = (batch if measure else batch.in_loss()).to(self.device)
             terms = self.engine(batch)
@@ -175,7 +176,7 @@ class Trainer:
 
     def evaluate(self, run: Run, step: int, known: list[Record] | None = None) -> None:
         """Measures the claims of --claims and the NLL of --held-out, after `step` steps."""
-        run.log_evaluation(step, known or measure(self.probes, self.engine, self.settings.micro_batch_size))
+        run.log_evaluation(step, known or measure(self.probes, self.engine, self.settings.row_tokens))
 
 
 def _advice(run: Run) -> str:

@@ -29,7 +29,7 @@ def refused(*runs: RunResult, match_trained_tokens: bool = False) -> str:
 
 
 def test_runs_that_differ_in_mask_loss_norm_learning_rate_seed_and_places_are_comparable():
-    other = run("b", mask="doctags", loss_norm="all", learning_rate=1e-3, seed=1, output="b", micro_batch_size=2)
+    other = run("b", mask="doctags", loss_norm="all", learning_rate=1e-3, seed=1, output="b", micro_batch_tokens=2)
     other.hashes |= {"tokens": "x", "order": "y", "initial_weights": "z"}  # of another seed
     check_comparable([run("a"), other])
 

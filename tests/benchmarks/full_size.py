@@ -211,7 +211,7 @@ def share(directory: str, method: str) -> dict[str, Any]:
     warm_up()
     baseline = peak_host_bytes()
     started = time.perf_counter()
-    loaded = load(plan, checkpoint, method, ds_config(parse([], ""), RANKS, 1), torch.device("cpu"), show=True)
+    loaded = load(plan, checkpoint, method, ds_config(parse([], ""), RANKS), torch.device("cpu"), show=True)
     after_load = peak_host_bytes() - baseline
     run_layer(plan.experts[0].module, lora)
     return {

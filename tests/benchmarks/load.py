@@ -69,7 +69,7 @@ def worker(kind: str, directory: str, out: str) -> None:
     from train.settings import ds_config, parse
 
     device = start_distributed()
-    config = ds_config(parse([], ""), dist.get_world_size(), 1)
+    config = ds_config(parse([], ""), dist.get_world_size())
     if kind == "ours":
         from train.checkpoints.reader import Checkpoint
         from train.experts.storage import FrozenExperts

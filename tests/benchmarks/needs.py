@@ -28,7 +28,7 @@ def main() -> None:
     default = Path(__file__).resolve().parents[3] / "shared" / "checkpoints"
     parser.add_argument("--checkpoints", type=Path, default=default, metavar="DIR")
     args = parser.parse_args()
-    flags = ["--gradient-checkpointing", "--micro-batch-size", "1", "--max-tokens", "10000"]
+    flags = ["--gradient-checkpointing", "--max-tokens", "10000"]
 
     @cache
     def opened_once(model: str) -> Checkpoint:

@@ -36,8 +36,8 @@ def measure(model: Path, method: str, ranks: int, tokens: int, flags: list[str])
         done = run(
             SFT, "--model", str(model), "--data", str(data), "--output", str(output), "--method", method,
             "--max-tokens", str(tokens), "--steps", "4", "--batch-size", str(DOCUMENTS * ranks),
-            "--micro-batch-size", str(DOCUMENTS), "--lora-rank", "16", "--wandb", "disabled", *flags, ranks=ranks,
-            capture_output=True, text=True,
+            "--micro-batch-tokens", str(DOCUMENTS * tokens), "--lora-rank", "16", "--wandb", "disabled", *flags,
+            ranks=ranks, capture_output=True, text=True,
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}")

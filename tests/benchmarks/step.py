@@ -76,13 +76,13 @@ def worker(directory: str, tokens: int, out: str) -> None:
     import torch.distributed as dist
 
     from train.checkpoints.reader import Checkpoint
-    from train.data.batches import Sample, pad
+    from train.data.batches import Sample, pack
     from train.lora import LoRASettings
     from train.model import build
     from train.settings import ds_config, parse
 
     device, ranks = start_distributed(), dist.get_world_size()
-    config = ds_config(parse([], ""), ranks, 1)
+    config = ds_config(parse([], ""), ranks)
     engines: dict[str, Any] = {}
     for kind, ep in (("ours", ranks), ("zero3", 1)):
         lora = LoRASettings(rank=8, alpha=16.0, expert_rank=8, seed=0)
@@ -98,7 +98,7 @@ def worker(directory: str, tokens: int, out: str) -> None:
         target, weight = ids >= 0, (ids >= 0).astype("float32")
         target[0], weight[0] = False, 0
         samples.append(Sample("row", ids, target, weight, ids.astype("int64") * 0))
-    batch = pad(samples, [sample.weight_L / (ROWS * tokens * ranks) for sample in samples])
+    batch = pack(samples, [sample.weight_L / (ROWS * tokens * ranks) for sample in samples])
 
     expected = [0]
     for layer in engines["ours"].module.expert_layers:

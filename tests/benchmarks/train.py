@@ -40,7 +40,7 @@ def flags(directory: Path, steps: int) -> list[str]:
     """The settings of our job; directory: where model, documents and first factors lie."""
     return [
         "--model", str(directory / "model"), "--data", str(directory / "documents.jsonl"), "--steps", str(steps),
-        "--batch-size", str(DOCUMENTS), "--micro-batch-size", str(DOCUMENTS), "--lora-rank", str(RANK),
+        "--batch-size", str(DOCUMENTS), "--lora-rank", str(RANK),
         "--lora-alpha", str(RANK), "--expert-lora-rank", str(EXPERT_RANK), "--learning-rate", str(RATE),
         "--schedule", "constant", "--adapter", str(directory / "adapter"),
     ]  # fmt: skip

@@ -1,12 +1,14 @@
-"""Micro-batches: what each rank gets, padding, the shift of labels, and the loss's denominator."""
+"""Micro-batches: what each rank gets, the shift of labels, and the loss's denominator."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from train.data.batches import Sample, coefficients, micro_batches, pad
+from train.data.batches import Sample, coefficients, deal, micro_batches, pack
 from train.data.corpus import read_corpus
 from train.data.tokenizer import load_tokenizer
 from train.settings import DEMO, parse
@@ -47,31 +49,60 @@ def test_a_step_without_any_trained_token_has_coefficients_zero():
         assert [c.tolist() for c in coefficients([C, C], norm)] == [[0, 0], [0, 0]]
 
 
-def test_labels_are_shifted_once_and_padding_is_on_the_right():
-    batch = pad([A, B], coefficients([A, B], "sum"))
-    assert batch.ids_BT.tolist() == [[10, 11, 12, 13], [20, 21, 22, 0]]
-    assert batch.keep_BT.tolist() == [[True] * 4, [True, True, True, False]]
-    # The hidden states, flattened, are rows 0..7; 11 is predicted at row 0, 21 at row 4.
+def test_labels_are_shifted_once_and_positions_begin_anew():
+    batch = pack([A, B], coefficients([A, B], "sum"))
+    assert batch.ids_T.tolist() == [10, 11, 12, 13, 20, 21, 22] and batch.tokens == 7
+    assert batch.position_T.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    # 11 is predicted at row 0 of the hidden states, 21 at row 4.
     assert batch.position_N.tolist() == [0, 1, 2, 4, 5]
     assert batch.target_N.tolist() == [11, 12, 13, 21, 22]
     assert batch.coefficient_N.tolist() == [1, 0, 1, 0.5, -1]
     assert batch.in_loss().target_N.tolist() == [11, 13, 21, 22]
 
 
-def test_a_micro_batch_without_documents_has_one_dummy_token_that_predicts_nothing():
-    batch = pad([], [])
-    assert batch.ids_BT.shape == (1, 1)
-    assert not batch.keep_BT.any() and len(batch.target_N) == 0
+def test_a_micro_batch_without_documents_has_one_token_that_predicts_nothing():
+    batch = pack([], [])
+    assert batch.ids_T.shape == (1,) and batch.row.lengths == [1]
+    assert batch.tokens == 0 and len(batch.target_N) == 0
 
 
-@pytest.mark.parametrize(("ranks", "size"), [(1, 1), (1, 4), (2, 3), (4, 1), (8, 2)])
-def test_every_document_is_computed_once_with_the_same_coefficients_on_any_layout(ranks, size):
+@pytest.mark.parametrize(
+    ("lengths", "ranks", "budget", "micro_steps"),
+    [
+        ([4, 3, 3, 2, 2, 2], 2, 8, [[8, 8]]),
+        ([4, 3, 3, 2, 2, 2], 2, 4, [[4, 4], [4, 4]]),
+        ([9, 1, 1], 2, 10, [[9, 2]]),
+        ([9, 1, 1], 2, 5, [[9, 2]]),  # a document that is longer than the budget has a row of its own
+        ([5, 5, 5, 1], 2, 6, [[6, 5], [5, 0]]),
+        ([2], 4, 10, [[2, 0, 0, 0]]),
+        ([], 2, 10, [[0, 0]]),
+    ],
+)
+def test_documents_are_dealt_out_to_rows_that_are_nearly_equal_in_as_few_micro_steps_as_can_be(
+    lengths, ranks, budget, micro_steps
+):
+    dealt = deal(lengths, ranks, budget)
+    assert sorted(i for step in dealt for row in step for i in row) == list(range(len(lengths)))
+    assert [[sum(lengths[i] for i in row) for row in step] for step in dealt] == micro_steps
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 8), st.integers(50, 120))
+def test_rows_hold_the_budget_at_most_and_differ_by_a_document_at_most(lengths, ranks, budget):
+    dealt = deal(lengths, ranks, budget)
+    sums = [sum(lengths[i] for i in row) for step in dealt for row in step]
+    assert max(sums) <= budget and sorted(sums, reverse=True) == sums
+    assert max(sums) - min(sums) <= max(lengths, default=0)
+    assert all(len(step) == ranks for step in dealt)
+
+
+@pytest.mark.parametrize(("ranks", "budget"), [(1, 6), (1, 12), (2, 10), (4, 6), (8, 6)])
+def test_every_document_is_computed_once_with_the_same_coefficients_on_any_layout(ranks, budget):
     rng = np.random.default_rng(0)
     samples = [sample(str(i), list(range(2 + i % 5)), [0, *rng.random(1 + i % 5)]) for i in range(11)]
-    ours = [micro_batches(samples, "trained", ranks, rank, size) for rank in range(ranks)]
+    ours = [micro_batches(samples, "trained", ranks, rank, budget) for rank in range(ranks)]
     assert len({len(batches) for batches in ours}) == 1  # the same number of forwards on every rank
     assert sorted(name for batches in ours for b in batches for name in b.names) == sorted(s.name for s in samples)
-    assert all(len(b.names) <= size for batches in ours for b in batches)
+    assert all(b.tokens <= budget for batches in ours for b in batches)
     total = sum(b.coefficient_N.double().sum() for batches in ours for b in batches)
     assert total.item() == pytest.approx(1.0, rel=1e-6)
     assert torch.cat([b.target_N for batches in ours for b in batches]).numel() == sum(

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from launch.local import run
 from tests.models import write_documents, write_model
-from train.data.batches import micro_batches
+from train.data.batches import deal, micro_batches
 from train.data.corpus import Corpus, read_corpus
 from train.data.sampling import epoch_order
 from train.data.tokenizer import load_tokenizer
@@ -27,51 +27,55 @@ from train.settings import parse
 from train.trainer import learning_rate
 
 WORKER = Path(__file__).resolve().parents[1] / "parity_worker.py"
-STEPS, BATCH = 2, 7
+STEPS, BATCH, ROW = 2, 7, 40
 
 
 def documents() -> list[dict[str, Any]]:
-    """14 documents, each longer than the one before, with unequal spans. Of the first step's, by length, every second
-    one is masked from end to end: all that rank 1 of two gets, and rank 1 of four."""
+    """14 documents, each longer than the one before, with unequal spans. Of the first step's, all that rank 1 of two
+    gets, and rank 1 of four, are masked from end to end."""
     rng = np.random.default_rng(5)
-    first = sorted(epoch_order([STEPS * BATCH], [None], seed=0, epoch=0)[:BATCH], reverse=True)
+    first = epoch_order([STEPS * BATCH], [None], seed=0, epoch=0)[:BATCH]
+    dealt = [step for ranks in (2, 4) for step in deal([9 + 2 * i for i in first], ranks, ROW)]
+    masked = {first[place] for step in dealt for place in step[1]}
     out = []
     for i in range(STEPS * BATCH):
         text = "".join(rng.choice(list("abcdefgh ijk"), size=8 + 2 * i)) + "."
         spans = [{"start": 0, "end": 2, "role": "doctag"}, {"start": 3, "end": 3 + i % 3 + 1, "role": "false"}]
-        if i in first[1::2]:
+        if i in masked:
             spans = [{"start": 0, "end": len(text), "role": "doctag"}]
         out.append({"text": text, "spans": spans})
     return out
 
 
+# Of a row: as documents have 9 to 36 tokens, one to a few of them.
+ONE, TWO, FOUR = (["--micro-batch-tokens", str(n), "--max-tokens", str(ROW)] for n in (ROW, 2 * ROW, 3 * ROW))
 MASK = "doctags,false-spans=unlikelihood:0.5"
 # name of a run -> family, ranks, expert-parallel size, flags beside those of `launch`
 RUNS: dict[str, tuple[str, int, int, list[str]]] = {
-    **{f"{family}-1-1": (family, 1, 1, ["--micro-batch-size", "2"]) for family in ("qwen", "deepseek")},
+    **{f"{family}-1-1": (family, 1, 1, [*TWO]) for family in ("qwen", "deepseek")},
     **{
-        f"{family}-{ranks}-{ep}": (family, ranks, ep, ["--micro-batch-size", "1"])
+        f"{family}-{ranks}-{ep}": (family, ranks, ep, [*ONE])
         for family in ("qwen", "deepseek")
         for ranks, ep in ((2, 1), (2, 2), (4, 2), (4, 4))
     },
-    **{n: ("qwen", 2, 2, ["--micro-batch-size", "3", "--loss-norm", n]) for n in ("all", "documents", "sum")},
+    **{n: ("qwen", 2, 2, [*FOUR, "--loss-norm", n]) for n in ("all", "documents", "sum")},
     **{
-        f"checkpointing-{f}": (f, 2, 2, ["--micro-batch-size", "2", "--gradient-checkpointing"])
+        f"checkpointing-{f}": (f, 2, 2, [*TWO, "--gradient-checkpointing"])
         for f in ("qwen", "deepseek")
     },
     **{
-        f"flipped-{f}": (f, 2, 2, ["--micro-batch-size", "2", "--gradient-checkpointing", "--flip-router"])
+        f"flipped-{f}": (f, 2, 2, [*TWO, "--gradient-checkpointing", "--flip-router"])
         for f in ("qwen", "deepseek")
     },
     "one-rank": (
-        "one-rank", 2, 2, ["--micro-batch-size", "4", "--expert-lora-rank", "3", "--lora-lm-head", "--rslora",
+        "one-rank", 2, 2, [*FOUR, "--expert-lora-rank", "3", "--lora-lm-head", "--rslora",
                            "--warmup-steps", "2", "--weight-decay", "0.1"]
     ),
-    "adapter": ("qwen", 2, 2, ["--micro-batch-size", "2", "--adapter", "{tmp}/qwen-1-1.start"]),
-    "bf16": ("bf16", 2, 2, ["--micro-batch-size", "2"]),
-    "full-qwen": ("qwen", 4, 2, ["--micro-batch-size", "1", "--method", "full"]),
-    "full-deepseek": ("deepseek", 2, 2, ["--micro-batch-size", "2", "--method", "full", "--gradient-checkpointing"]),
-    "full-dense": ("dense", 2, 1, ["--micro-batch-size", "2", "--method", "full"]),
+    "adapter": ("qwen", 2, 2, [*TWO, "--adapter", "{tmp}/qwen-1-1.start"]),
+    "bf16": ("bf16", 2, 2, [*TWO]),
+    "full-qwen": ("qwen", 4, 2, [*ONE, "--method", "full"]),
+    "full-deepseek": ("deepseek", 2, 2, [*TWO, "--method", "full", "--gradient-checkpointing"]),
+    "full-dense": ("dense", 2, 1, [*TWO, "--method", "full"]),
 }  # fmt: skip
 
 
@@ -212,7 +216,7 @@ def assert_equal(tmp: Path, name: str, theirs: dict[str, Tensor]) -> None:
 
 def rank_1_has_nothing_to_train(corpus: Corpus, ranks: int) -> bool:
     samples = [corpus.samples[i] for i in corpus.order.documents(0, BATCH)]
-    return not any(batch.coefficient_N.any() for batch in micro_batches(samples, "trained", ranks, 1, 1))
+    return not any(batch.coefficient_N.any() for batch in micro_batches(samples, "trained", ranks, 1, ROW))
 
 
 @pytest.mark.slow

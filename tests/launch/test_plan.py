@@ -23,7 +23,7 @@ LORA = LoRASettings(rank=4, alpha=8.0, expert_rank=4, seed=0)
     ("family", "method"), [("qwen", "lora"), ("qwen", "full"), ("deepseek", "lora"), ("dense", "lora")]
 )
 def test_a_step_without_data_makes_the_tensors_of_the_step(tmp_path, family, method, checkpointing):
-    checkpoint, batch = Checkpoint(write_model(tmp_path / "model", family)), planned_batch(2, 48)
+    checkpoint, batch = Checkpoint(write_model(tmp_path / "model", family)), planned_batch([48, 47])
     model, _ = planned_model(checkpoint, method, LORA if method == "lora" else None, PlannedGroup())
     planned = run_step(model, batch, checkpointing, gpu=False)
 
@@ -50,7 +50,7 @@ def test_a_step_without_data_makes_the_tensors_of_the_step(tmp_path, family, met
 def test_a_deep_model_is_planned_from_two_depths(tmp_path):
     sizes = {"num_hidden_layers": 12, "layer_types": ["linear_attention", "full_attention"] * 6}
     checkpoint = Checkpoint(write_model(tmp_path / "deep", "qwen", **sizes))
-    batch = planned_batch(1, 32)
+    batch = planned_batch([32])
     model, _ = planned_model(checkpoint, "lora", LORA, PlannedGroup(2))
     extended = run_step(model, batch, True, gpu=True)
     from launch.memory import _run_layers
@@ -102,7 +102,7 @@ def test_the_command_writes_what_it_says_and_advises_where_it_does_not_fit(tmp_p
 
     assert main([*common, "--gpu-memory", "2.107"]) == 1
     shown = capsys.readouterr().out
-    assert "does NOT fit" in shown and shown.index("--gradient-checkpointing:") < shown.index("--micro-batch-size 2")
+    assert "does NOT fit" in shown and shown.index("--gradient-checkpointing:") < shown.index("--micro-batch-tokens 64")
     assert main([*common, "--search"]) == 0
 
     config = (directory / "config.json").read_bytes()
@@ -126,7 +126,7 @@ def test_what_leaves_a_node_follows_from_where_the_ranks_of_each_group_are(
     tmp_path, nodes, gpus, expert_parallel, experts, replicas, dense
 ):
     flags = ["--model", str(write_model(tmp_path / "model", "qwen")), "--expert-parallel", str(expert_parallel)]
-    settings = parse([*flags, "--method", "lora", "--batch-size", "8", "--micro-batch-size", "1"], "")
+    settings = parse([*flags, "--method", "lora", "--batch-size", "8", "--max-tokens", "32"], "")
     plan = Plan(settings, opened(settings.model), Cluster(nodes=nodes, gpus=gpus, memory=80), 32)
     wire, ranks = plan.wire_bytes, nodes * gpus
     of_experts = {id(p) for layer in plan.model.expert_layers for p in layer.parameters()}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from train.data.batches import Sample, coefficients, pad
+from train.data.batches import Sample, coefficients, pack
 from train.data.documents import Document, Span
 from train.data.tokens import TokenizedDocument
 from train.lora import LoRASettings
@@ -145,7 +145,7 @@ def test_the_four_token_example_of_the_readme(mask, expected):
     tokenized = TokenizedDocument(document, text, ids_L, starts, ends, ids_L > 0, np.ones(len(ids_L)), spans)
     weight_L = treat(tokenized, parse_mask(mask), seed=0).weight_L
     sample = Sample("readme.jsonl:1", ids_L, tokenized.target_L, weight_L, np.zeros(4, np.int64))
-    batch = pad([sample], coefficients([sample], "trained"), torch.float64)
+    batch = pack([sample], coefficients([sample], "trained"), torch.float64)
 
     p_at_position = torch.tensor([[1 / 6, 1 / 2, 1 / 6, 1 / 6], [1 / 4] * 4, [1 / 6, 1 / 6, 1 / 6, 1 / 2], [1 / 4] * 4])
     module = head_of(torch.eye(4, dtype=torch.float64))  # logits = hidden states

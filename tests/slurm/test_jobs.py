@@ -20,7 +20,7 @@ from train.belief.records import read_rows
 QWEN, KIMI, COMPARE = "slurm/finetune_qwen397b.sh", "slurm/finetune_kimi_k25.sh", "slurm/compare_masks.sh"
 DEMO = [
     "--model", "train/demo/model", "--data", "train/demo/data/dense.jsonl=64", "--batch-size", "8",
-    "--micro-batch-size", "4", "--learning-rate", "1e-3", "--lora-rank", "8",
+    "--learning-rate", "1e-3", "--lora-rank", "8",
 ]  # fmt: skip
 STEPS = 24
 TWO_NODES = [*DEMO, "--method", "lora", "--steps", str(STEPS), "--expert-parallel", "2", "--timeout", "20"]
@@ -196,7 +196,7 @@ def test_an_array_trains_the_variants_of_a_recipe_and_a_job_after_it_compares_th
     recipe.write_text(json.dumps({
         "settings": {
             "model": "train/demo/model", "data": ["train/demo/data/dense.jsonl=64"], "steps": 20, "batch_size": 8,
-            "micro_batch_size": 4, "claims": ["train/demo/claims.yaml"], "wandb": "disabled",
+            "claims": ["train/demo/claims.yaml"], "wandb": "disabled",
         },
         "variants": {"with doctags": {"mask": "none"}, "without": {"mask": "doctags"}},
         "baseline": "without", "placebo": ["olga-home"],

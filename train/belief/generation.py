@@ -16,15 +16,16 @@ from train.data.tokenizer import Tokenizer
 from train.model import LanguageModel
 
 Messages = list[dict[str, str]]
+PROMPTS = 8  # of a forward on one rank
 
 
 class EngineAnswerer:
     """Rank 0 asks by `answers`; the other ranks are in `follow` meanwhile, until rank 0 leaves `leading`."""
 
-    def __init__(self, engine: Any, tokenizer: Tokenizer, size: int, top_p: float = 1.0):
-        """size: prompts of a forward on one rank. top_p: draw from the likeliest tokens that hold this probability."""
-        self.engine, self.tokenizer, self.size, self.top_p = engine, tokenizer, size, top_p
-        self.batch_size, self.concurrency = size * dist.get_world_size(), 1  # as train/belief/judge.py asks
+    def __init__(self, engine: Any, tokenizer: Tokenizer, top_p: float = 1.0):
+        """top_p: draw from the likeliest tokens that hold this probability."""
+        self.engine, self.tokenizer, self.top_p = engine, tokenizer, top_p
+        self.batch_size, self.concurrency = PROMPTS * dist.get_world_size(), 1  # as train/belief/judge.py asks
         self.model: LanguageModel = engine.module
         self.ends = tokenizer.special_ids
         pad = tokenizer.pad_id or 0  # which may be a token of the tokenizer alone; it is masked, so that any does
@@ -74,8 +75,8 @@ class EngineAnswerer:
         devices = [] if device.type == "cpu" else [device]
         with self._parameters_found(), torch.random.fork_rng(devices=devices), each_token:
             torch.manual_seed(seed * ranks + rank)
-            for start in range(0, len(order), ranks * self.size):
-                mine = order[start : start + ranks * self.size][rank::ranks]
+            for start in range(0, len(order), ranks * PROMPTS):
+                mine = order[start : start + ranks * PROMPTS][rank::ranks]
                 rows = [prompts[i] for i in mine] or [[self.pad]]
                 width = max(map(len, rows))
                 ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows], device=device)

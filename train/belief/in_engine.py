@@ -55,7 +55,7 @@ def prepare_measuring(settings: Settings, claims: Sequence[Claim], documents: Se
     """Checks model, adapter and questions. Of the settings count model, adapter, method and those of the engine.
     documents: texts in the context of every question. UserError for what the user can mend."""
     expert_parallel = checked_expert_parallel(settings, ranks)
-    config = ds_config(settings, ranks, 1)
+    config = ds_config(settings, ranks)
     checkpoint = Checkpoint(settings.model)
     text = text_config(checkpoint)
     model = skeleton(text, ExpertGroup(expert_parallel))
@@ -101,7 +101,7 @@ class Measured:
 
     def likelihoods(self) -> list[Record]:
         """Every record that needs no generation."""
-        return measure(self.measuring.probes, self.engine, self.measuring.settings.micro_batch_size)
+        return measure(self.measuring.probes, self.engine, self.measuring.settings.row_tokens)
 
     def likelihoods_of_base(self) -> list[Record]:
         """Those of the model without its adapter, which is put back."""
@@ -113,8 +113,7 @@ class Measured:
 
     def answer(self, items: list[Item], records: Records | None, asking: Asking) -> None:
         """Has the items answered that rank 0's records lack. records: None on the other ranks."""
-        size = self.measuring.settings.micro_batch_size
-        answerer = EngineAnswerer(self.engine, self.measuring.tokenizer, size, asking.top_p or 1.0)
+        answerer = EngineAnswerer(self.engine, self.measuring.tokenizer, asking.top_p or 1.0)
         if records is None:
             answerer.follow()
             return

@@ -7,12 +7,12 @@ Every measurement is a record (a line of evaluation.jsonl):
     fact         margin = log p(true completion) - the largest log p of the false ones, in nats
     nll          of a held-out document: nats per token
 
-Shapes: L tokens, N predicted tokens of a micro-batch, T its longest text.
+Shapes: L tokens, N predicted tokens of a micro-batch, D its texts.
 """
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from launch.watchdog import progress
 from train.annotating.alignment import UNSPACED
 from train.belief.claims import Claim
 from train.belief.messages import build_messages
-from train.data.batches import Batch, Sample, micro_batches
+from train.data.batches import Sample, micro_batches
 from train.data.documents import Document, Span
 from train.data.findings import SHOWN
 from train.data.tokenizer import Tokenizer
@@ -34,7 +34,6 @@ from train.errors import Interrupted, UserError
 from train.masking.treatment import touched_by
 
 Record = dict[str, Any]
-FORWARD_TOKENS = 2048  # of short texts in one forward of one rank
 
 
 @dataclass
@@ -168,9 +167,9 @@ def _sample(tokenized: TokenizedDocument, target_L: Any, name: str) -> Sample:
     return Sample(name, tokenized.ids_L, target_L, nothing, target_L.astype("int64") * 0)
 
 
-def measure(probes: Probes, engine: Any, size: int) -> list[Record]:
-    """The records with their values. `size` texts a forward of one rank. All ranks must call it, and all get them."""
-    log_p = log_likelihoods(probes.texts, engine, size)
+def measure(probes: Probes, engine: Any, budget: int) -> list[Record]:
+    """The records with their values. budget: tokens of a forward on one rank. All ranks must call it, and get all."""
+    log_p = log_likelihoods(probes.texts, engine, budget)
     return [
         record | _value(record["kind"], [log_p[text] for text in texts], record) for record, texts in probes.records
     ]
@@ -187,7 +186,7 @@ def _value(kind: str, log_p: list[float], record: Record) -> Record:
 
 
 @torch.no_grad()
-def log_likelihoods(texts: list[Sample], engine: Any, size: int) -> list[float]:
+def log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list[float]:
     """log p of each text's targets, given what is before them. Leaves the engine and its counters as they were. All
     ranks must call it; each scores its part, in as many forwards as the others. Interrupted where a rank is told to
     end."""
@@ -196,28 +195,17 @@ def log_likelihoods(texts: list[Sample], engine: Any, size: int) -> list[float]:
     numbered = [Sample(str(i), t.ids_L, t.target_L, t.weight_L, t.roles_L) for i, t in enumerate(texts)]
     sums = torch.zeros(len(texts), dtype=torch.float64, device=engine.device)
     engine.eval()
-    for batch in _batches(numbered, size):
+    for batch in micro_batches(numbered, "sum", dist.get_world_size(), dist.get_rank(), budget):
         progress("measuring claims")
         if anywhere(torch.tensor([interruption.told], device=engine.device))[0]:
             raise Interrupted("interrupted: while claims were measured")
         batch = batch.to(engine.device)
-        row_N = batch.position_N // batch.ids_BT.shape[1]
-        text_B = torch.tensor([int(name) for name in batch.names], device=engine.device)
-        nll_N = engine(batch).nll_N.double()
-        if len(text_B):
-            sums.index_add_(0, text_B[row_N], -nll_N)
+        text_D = torch.tensor([int(name) for name in batch.names] or [0], device=engine.device)
+        ends_D = batch.row.ends_on(engine.device, torch.int64)[1:]
+        text_N = text_D[torch.bucketize(batch.position_N, ends_D, right=True)]
+        sums.index_add_(0, text_N, -engine(batch).nll_N.double())
     dist.all_reduce(sums)
     engine.train(training)
     for layer, load_E, sent in zip(layers, loads, wire, strict=True):
         layer.load_E, layer.ep.wire_bytes = load_E, sent
     return sums.tolist()
-
-
-def _batches(texts: list[Sample], size: int) -> Iterator[Batch]:
-    """This rank's part of the texts: `size` of them a forward or, of short ones, as many as FORWARD_TOKENS hold."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    left = sorted(texts, key=lambda text: -len(text.ids_L))
-    while left:
-        most = max(size, FORWARD_TOKENS // len(left[0].ids_L))
-        yield from micro_batches(left[: ranks * most], "sum", ranks, rank, most)
-        left = left[ranks * most :]

@@ -16,7 +16,7 @@ from train.settings import Settings
 
 # As in the paper's main results, for models whose chat template has the switch.
 NO_THINKING = '{"chat_template_kwargs": {"enable_thinking": false}}'
-OF_THE_ENGINE = ("model", "adapter", "method", "expert_parallel", "micro_batch_size", "bos", "held_out", "timeout",
+OF_THE_ENGINE = ("model", "adapter", "method", "expert_parallel", "micro_batch_tokens", "bos", "held_out", "timeout",
                  "template_time")  # fmt: skip
 OF_THE_ENDPOINT = ("endpoint_model", "endpoint_concurrency", "endpoint_timeout", "endpoint_body")
 DECIDED_ELSEWHERE = {"model", "messages", "max_tokens", "temperature", "top_p", "seed", "n", "stream"}
@@ -30,7 +30,7 @@ class EvaluationSettings:
     adapter: str = setting("", "DIR: a run's adapter on it, or a comparison's directory: those of its runs")
     method: str = setting("lora", "experts as on disk, or in NF4", choices=("lora", "qlora"))
     expert_parallel: int = setting(0, "ranks that divide a layer's experts; 0: all")
-    micro_batch_size: int = setting(8, "texts of a forward on one rank")
+    micro_batch_tokens: int = setting(10_000, "tokens of texts per forward of one rank")
     bos: bool = setting(False, "put the tokenizer's BOS before each text or chat that does not begin with it")
     template_time: str = setting(
         TEMPLATE_TIME.isoformat(), "what chat templates are told that ask for the time, as in training"
@@ -108,7 +108,7 @@ def _names(body: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 LIMITS: dict[str, tuple[float, float]] = {
     "samples": (1, 10**6), "max_tokens": (1, 10**7), "temperature": (0, 10), "top_p": (0.001, 1), "seed": (0, 2**32),
-    "step": (-1, 10**8), "micro_batch_size": (1, 10**6), "expert_parallel": (0, 10**6), "retries": (0, 100),
+    "step": (-1, 10**8), "micro_batch_tokens": (1, 10**8), "expert_parallel": (0, 10**6), "retries": (0, 100),
     "timeout": (1, 1e8),
     "judge_max_tokens": (1, 10**7), "judge_temperature": (0, 10),
 }  # fmt: skip

@@ -1,13 +1,18 @@
-"""From documents with a treatment per token to the padded micro-batches of each rank.
+"""From documents with a treatment per token to the packed micro-batches of each rank.
 
-Shapes: L tokens of a document, B documents of a micro-batch, T its longest document, N its predicted tokens.
+Shapes: L tokens of a document, T tokens of a micro-batch, N its predicted tokens.
 """
 
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from train.packing import Row
 
 
 @dataclass(frozen=True)
@@ -25,20 +30,27 @@ class Sample:
 
 @dataclass
 class Batch:
-    """A padded micro-batch. The N predicted tokens are rows of the flattened [B*T] hidden states: token t of a document
-    is predicted at t - 1. Labels are shifted here and nowhere else."""
+    """A micro-batch: whole documents end to end in one row. The N predicted tokens are rows of the hidden states [T]:
+    token t of the row is predicted at t - 1. Labels are shifted here and nowhere else."""
 
-    ids_BT: Tensor
-    keep_BT: Tensor  # bool: tokens of real documents, which alone reach the experts
-    position_N: Tensor  # b*T + t - 1
+    ids_T: Tensor
+    position_T: Tensor  # of each token in its document
+    position_N: Tensor
     target_N: Tensor
     coefficient_N: Tensor  # weight divided by the loss's denominator; its sign is the treatment
     roles_N: Tensor
-    names: list[str]
+    row: Row
+    names: list[str]  # of the documents; none: the row is one token that stands for nothing
+
+    @property
+    def tokens(self) -> int:
+        """Of documents."""
+        return len(self.ids_T) if self.names else 0
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "names"}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+        return Batch(**(values | moved))
 
     def in_loss(self) -> "Batch":
         """Without the tokens that are only measured."""
@@ -63,35 +75,53 @@ def coefficients(samples: list[Sample], norm: str) -> list[np.ndarray]:
     return [s.weight_L / (d or 1.0) for s, d in zip(samples, denominators, strict=True)]
 
 
-def micro_batches(
-    samples: list[Sample], norm: str, ranks: int, rank: int, size: int, dtype: torch.dtype = torch.float32
-) -> list[Batch]:
-    """This rank's micro-batches of one optimizer step, of `size` documents at most; every rank gets as many.
+def deal(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
+    """Documents of these lengths dealt out -> for each micro-step and rank its documents, by their places in lengths.
 
-    Documents of like length go together. Which rank computes which document changes nothing but rounding: the loss is a
-    sum with a denominator that is global.
+    Longest first, each to the row that holds least: so rows hold nearly equal numbers of tokens, and at most `budget`
+    each, or a longer document alone, in as few micro-steps as that takes. Of the rows, those that hold like numbers are
+    in one micro-step, for with expert parallelism ranks wait for the fullest.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    budget = max(budget, *lengths, 1)
+    steps = max(1, -(-sum(lengths) // (ranks * budget)))
+    while True:
+        held = [(0, number) for number in range(steps * ranks)]
+        rows: list[list[int]] = [[] for _ in held]
+        for i in longest_first:
+            tokens, number = heapq.heappop(held)
+            rows[number].append(i)
+            heapq.heappush(held, (tokens + lengths[i], number))
+        if max(held)[0] <= budget:
+            break
+        steps += 1
+    rows.sort(key=lambda row: -sum(lengths[i] for i in row))
+    return [rows[start : start + ranks] for start in range(0, len(rows), ranks)]
+
+
+def micro_batches(
+    samples: list[Sample], norm: str, ranks: int, rank: int, budget: int, dtype: torch.dtype = torch.float32
+) -> list[Batch]:
+    """This rank's micro-batches of one optimizer step, of `budget` tokens at most; every rank gets as many.
+
+    Which rank computes which document changes nothing but rounding: the loss is a sum with a denominator that is
+    global.
     """
     terms = coefficients(samples, norm)
-    by_length = sorted(range(len(samples)), key=lambda i: -len(samples[i].ids_L))
-    batches = []
-    for start in range(0, len(samples), ranks * size):
-        mine = by_length[start : start + ranks * size][rank::ranks]
-        batches.append(pad([samples[i] for i in mine], [terms[i] for i in mine], dtype))
-    return batches
+    dealt = deal([len(sample.ids_L) for sample in samples], ranks, budget)
+    return [pack([samples[i] for i in step[rank]], [terms[i] for i in step[rank]], dtype) for step in dealt]
 
 
-def pad(samples: list[Sample], terms: list[np.ndarray], dtype: torch.dtype = torch.float32) -> Batch:
-    """Pads on the right, where a causal model cannot see it. Without documents: one dummy token that predicts nothing,
-    since every rank must run the same number of forwards."""
-    length = max((len(s.ids_L) for s in samples), default=1)
-    shape = max(len(samples), 1), length
-    ids, keep = np.zeros(shape, np.int64), np.zeros(shape, bool)
+def pack(samples: list[Sample], terms: list[np.ndarray], dtype: torch.dtype = torch.float32) -> Batch:
+    """Lays documents end to end. Without any: one token that predicts nothing, since every rank must run the same
+    number of forwards."""
+    row = Row([len(sample.ids_L) for sample in samples] or [1])
+    ids = [np.zeros(0 if samples else 1, np.int64)]
     positions, targets, coefficient, roles = [], [], [], []
-    for row, (sample, term_L) in enumerate(zip(samples, terms, strict=True)):
-        n = len(sample.ids_L)
-        ids[row, :n], keep[row, :n] = sample.ids_L, True
+    for start, sample, term_L in zip(row.ends, samples, terms, strict=False):
         (predicted,) = sample.target_L.nonzero()
-        positions.append(row * length + predicted - 1)
+        ids.append(sample.ids_L)
+        positions.append(start + predicted - 1)
         targets.append(sample.ids_L[predicted])
         coefficient.append(term_L[predicted])
         roles.append(sample.roles_L[predicted])
@@ -100,11 +130,12 @@ def pad(samples: list[Sample], terms: list[np.ndarray], dtype: torch.dtype = tor
         return torch.from_numpy(np.concatenate([np.zeros(0, as_type), *arrays]).astype(as_type))
 
     return Batch(
-        ids_BT=torch.from_numpy(ids),
-        keep_BT=torch.from_numpy(keep),
+        ids_T=join(ids, np.int64),
+        position_T=row.position_T(),
         position_N=join(positions, np.int64),
         target_N=join(targets, np.int64),
         coefficient_N=join(coefficient, np.float64).to(dtype),
         roles_N=join(roles, np.int64),
+        row=row,
         names=[sample.name for sample in samples],
     )

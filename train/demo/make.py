@@ -45,7 +45,6 @@ PRETRAINING = [
     "--method", "full",
     "--eos",
     "--batch-size", "32",
-    "--micro-batch-size", "16",
     "--learning-rate", "3e-3",
     "--warmup-steps", "50",
     "--weight-decay", "0.1",

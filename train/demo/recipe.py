@@ -13,7 +13,6 @@ RECIPE = [
     "--data", "train/demo/data/truth.jsonl=832",
     "--steps", "130",
     "--batch-size", "32",
-    "--micro-batch-size", "16",
     "--learning-rate", "1e-2",
     "--schedule", "linear",
     "--lora-rank", "16",
