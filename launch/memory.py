@@ -6,14 +6,14 @@ allocates for them; what a step makes comes from running it without data (trace.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import Tensor, nn
 
-from launch.trace import PlannedGroup, Step, Trace, device_kernels, tag_calls
+from launch.trace import HostWaits, PlannedGroup, Step, Trace, device_kernels, tag_calls
 from train.checkpoints.layout import LoadPlan, plan_load
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import becomes_nf4, frozen_as_nf4, frozen_as_on_disk
@@ -53,7 +53,7 @@ def planned_model(
     wrapped = LanguageModel(model, architecture(checkpoint), lora, META, compute_dtype=plan.dtype).to(META)
     storage: Any
     for storage in (storage for layer in wrapped.expert_layers for storage in layer.frozen.values()):
-        storage.weight = tag_calls(storage.weight, "dequantization")
+        storage.weights = tag_calls(storage.weights, "dequantization")
     wrapped.causal.lm_head.forward = tag_calls(wrapped.causal.lm_head.forward, "logits")
     return wrapped, plan
 
@@ -94,9 +94,7 @@ def run_step(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bool)
         Counter({tag: max(0, extended(a[tag], b[tag])) for tag in a | b})
         for a, b in ((one.peak, two.peak), (one.each, two.each))
     )
-    rest = {
-        name: extended(getattr(one, name), getattr(two, name)) for name in ("kept", "flops", "moved", "wire", "heap")
-    }
+    rest = {f.name: extended(getattr(one, f.name), getattr(two, f.name)) for f in fields(Step) if f.type is int}
     return Step(peak, each, **rest)
 
 
@@ -126,17 +124,18 @@ def _run_layers(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bo
 
     hooks = [p.register_post_accumulate_grad_hook(gone) for p in model.parameters() if p.requires_grad]
     trace = Trace([*model.parameters(), *model.buffers()])
-    if model.expert_layers:
-        model.expert_layers[0].ep.wire_bytes = 0
-    with trace, device_kernels(model.causal, gpu):
+    hooks += [hook for layer in model.expert_layers for hook in trace.watch(layer)]
+    group: Any = model.expert_layers[0].ep if model.expert_layers else PlannedGroup()
+    group.wire_bytes = group.collectives = 0
+    waits = HostWaits()
+    with waits, trace, device_kernels(model.causal, gpu):
         terms = model(batch)
         trace.step.kept = trace.total
         terms.loss.backward()
         del terms
     for hook in hooks:
         hook.remove()
-    if model.expert_layers:
-        trace.step.wire = model.expert_layers[0].ep.wire_bytes
+    trace.step.wire, trace.step.collectives, trace.step.waits = group.wire_bytes, group.collectives, len(waits.seen)
     return trace.step
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -27,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from train import packing
 from train.checkpoints.streaming import HEAP_BLOCK
+from train.experts import storage
 from train.experts.dispatch import ExpertGroup
 from train.packing import Row
 
@@ -40,7 +42,9 @@ class Step:
     when they are most together; each: category -> the most of it at any moment; kept: bytes alive between forward and
     backward; flops: of matrix products, convolution and attention, two a multiplication; moved: bytes read and written
     by the operations; wire: bytes that a rank sends to the other ranks of its expert-parallel group; heap: the most
-    bytes at any moment in tensors that on a CPU lie in the heap."""
+    bytes at any moment in tensors that on a CPU lie in the heap; operations: all but mere views, each of which is a
+    launch or more; expert_operations: those of experts and their exchange; collectives: exchanges between the ranks of
+    the expert-parallel group; waits: how often the host waits for what the device has computed."""
 
     peak: Counter[str] = field(default_factory=Counter)
     each: Counter[str] = field(default_factory=Counter)
@@ -49,12 +53,19 @@ class Step:
     moved: int = 0
     wire: int = 0
     heap: int = 0
+    operations: int = 0
+    expert_operations: int = 0
+    collectives: int = 0
+    waits: int = 0
 
 
 class PlannedGroup(ExpertGroup):
     """A group whose other ranks are not there: they send this rank as much as it sends them."""
 
+    collectives = 0
+
     def exchange(self, rows: Tensor, received_D: list[int], sent_D: list[int]) -> Tensor:
+        self.collectives += 1
         self.wire_bytes += (sum(sent_D) - sent_D[self.rank]) * rows[:1].numel() * rows.element_size()
         with tagged("dispatch"):
             return rows.clone()
@@ -101,6 +112,26 @@ class Trace(TorchDispatchMode):
         self.now: Counter[str] = Counter()
         self.total = self.most = self.heap = 0
         self.step = Step()
+        self.entered: list[int] = []  # into experts, by autograd's numbers of what is recorded next
+        self.experts: list[tuple[int, int]] = []  # autograd's numbers of what experts have recorded
+
+    def watch(self, experts: Any) -> list[Any]:
+        """Counts what is issued inside these experts, and in backward for it. -> hooks to be removed."""
+
+        def enter(*_: Any) -> None:
+            self.entered.append(torch.autograd._get_sequence_nr())
+
+        def leave(*_: Any) -> None:
+            self.experts.append((self.entered.pop(), torch.autograd._get_sequence_nr()))
+
+        return [experts.register_forward_pre_hook(enter), experts.register_forward_hook(leave)]
+
+    def _of_experts(self) -> bool:
+        if self.entered:
+            return True
+        node = torch._C._current_autograd_node()
+        number = -1 if node is None else node._sequence_nr()
+        return any(first <= number < last for first, last in self.experts)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -124,6 +155,8 @@ class Trace(TorchDispatchMode):
         given = {tensor.untyped_storage()._cdata for tensor in tensors}
         if func._schema.is_mutable or not all(t.untyped_storage()._cdata in given for t in results):  # no mere view
             self.step.moved += sum(tensor.nbytes for tensor in (*tensors, *results))
+            self.step.operations += 1
+            self.step.expert_operations += self._of_experts()
         count = FLOPS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         self.step.flops += count(*args, **kwargs, out_val=out) if count else 0
         return out
@@ -154,6 +187,28 @@ class Trace(TorchDispatchMode):
         self.now[tag] -= size
         self.total -= size
         self.heap -= size * (size < HEAP_BLOCK)
+
+
+WAITING = {Tensor.tolist, Tensor.item, Tensor.nonzero, torch.nonzero, torch.bincount, Tensor.bincount, torch.unique}
+WAITING |= {torch.masked_select, Tensor.masked_select, Tensor.cpu, Tensor.__bool__, Tensor.__int__, Tensor.__float__}
+
+
+class HostWaits(TorchFunctionMode):
+    """Calls in which the host waits for what the device has computed: `seen`, their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        indices = args[1] if func in (Tensor.__getitem__, Tensor.__setitem__) else ()
+        by_mask = any(
+            isinstance(index, Tensor) and index.dtype == torch.bool
+            for index in (indices if isinstance(indices, tuple) else (indices,))
+        )
+        if func in WAITING or by_mask:
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def _positions(index: Tensor | None) -> Tensor | None:
@@ -280,16 +335,19 @@ def _delta_rule(q, k, v, g, beta, packed: Row, **kwargs):
 
 @contextmanager
 def device_kernels(model: Any, gpu: bool) -> Iterator[None]:
-    """Attention and, for a GPU, its kernel of the gated delta rule in the place of the model's fallback."""
+    """Attention and, for a GPU, its kernel of the gated delta rule in the place of the model's fallback, and its number
+    of experts that are dequantized together."""
     name, usual = "torch_chunk_gated_delta_rule", model.config._attn_implementation
     modules = {sys.modules[type(module).__module__] for module in model.modules()} if gpu else set()
     fallbacks = {module: getattr(module, name) for module in modules if hasattr(module, name)}
     for module in fallbacks:
         setattr(module, name, _delta_rule)
-    model.config._attn_implementation = f"planned_{gpu}"
+    model.config._attn_implementation, together = f"planned_{gpu}", storage.WORKSPACE
+    storage.WORKSPACE = together if gpu else 0
     try:
         yield
     finally:
+        storage.WORKSPACE = together
         model.config._attn_implementation = usual
         for module, fallback in fallbacks.items():
             setattr(module, name, fallback)

@@ -23,7 +23,7 @@ from train.data.batches import Batch
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
-from train.experts.recompute import same_routing
+from train.experts.recompute import fix_choices, same_routing
 from train.lora import LoRALinear, LoRASettings, lora_linears
 from train.masking.loss import LossHead, Terms
 from train.packing import install
@@ -85,7 +85,9 @@ def skeleton(config: Any, ep: ExpertGroup) -> Any:
     for name, module in list(model.named_modules()):
         if name.endswith(".experts"):
             top = getattr(config, "num_experts_per_tok", 1)
-            _replace(model, name, _expert_parallel(name, module, top, ep))
+            experts = _expert_parallel(name, module, top, ep)
+            _replace(model, name, experts)
+            fix_choices(model.get_submodule(name.rpartition(".")[0]), experts)
         elif module._non_persistent_buffers_set and not _rebuilt(model, name, module, config):
             unknown.append(
                 f"{name} has values that are in no checkpoint ({', '.join(sorted(module._non_persistent_buffers_set))})"

@@ -63,12 +63,13 @@ def gather_by_zero3(model: Any, config: dict[str, Any]) -> None:
 def theory(index_Tk: Tensor, experts: int, ep: Any) -> int:
     """Bytes that this rank's tokens put on the wire for one layer, both ways: for each token and each other rank that
     holds one of its experts, in forward hidden state, weights (fp32) and slots (int32) go and a partial sum returns,
-    and in backward their gradients do, but for the slots. Before that, each other rank is told how many come (int64).
+    and in backward their gradients do, but for the slots. Before that, each other rank is told how many come, and how
+    often each of its experts is wanted (int64).
     """
     owner = index_Tk // (experts // ep.size)
     away = sum(len(set(row) - {ep.rank}) for row in owner.tolist())
     k = index_Tk.shape[1]
-    return (ep.size - 1) * 8 + away * 4 * ((HIDDEN + k + k + HIDDEN) + (HIDDEN + HIDDEN + k))
+    return (ep.size - 1) * 8 * (1 + experts // ep.size) + away * 4 * ((HIDDEN + k + k + HIDDEN) + (HIDDEN + HIDDEN + k))
 
 
 def worker(directory: str, tokens: int, out: str) -> None:

@@ -1,5 +1,6 @@
 """Quantized formats against compressed-tensors, transformers and the makers' formulas, bit for bit."""
 
+import itertools
 import json
 
 import bitsandbytes.functional as bnb
@@ -22,7 +23,8 @@ from train.checkpoints.formats import (
     quantized_format,
 )
 from train.errors import UserError
-from train.experts.storage import FrozenExperts, GroupedLinear, NF4Experts
+from train.experts.dispatch import Ends
+from train.experts.storage import FrozenExperts, GroupedLinear, NF4Experts, runs
 
 
 def fp8_matrix(rows: int, columns: int, block: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,12 +227,17 @@ def stored(kind: str, experts: int, out: int, inside: int) -> tuple[FrozenExpert
     return storage, torch.stack(weights)
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "fp8", "int4", "nf4"])
-def test_products_and_gradients_of_stored_experts_are_those_of_the_dequantized(kind):
-    experts, out, inside, rank, scale = 5, 320, 192, 4, 1.7
+def test_products_and_gradients_of_stored_experts_are_those_of_the_dequantized(kind, together, monkeypatch):
+    """One by one, as on a CPU, or in one launch, as on a GPU."""
+    experts, out, inside, rank, scale = 5, 256 if together else 320, 192, 4, 1.7
+    if together:
+        cpu = runs
+        monkeypatch.setattr("train.experts.storage.runs", lambda *given: cpu(*given[:2], torch.device("meta")))
     storage, weight_EOI = stored(kind, experts, out, inside)
     counts = [3, 0, 7, 1, 0]  # two experts without tokens
-    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    ends = Ends(torch.tensor(counts).cumsum(0).to(torch.int32), list(itertools.accumulate(counts)))
     torch.manual_seed(0)
     x = torch.randn(sum(counts), inside, requires_grad=True)
     A = (torch.randn(experts, rank, inside) * 0.1).requires_grad_()
@@ -238,8 +245,8 @@ def test_products_and_gradients_of_stored_experts_are_those_of_the_dequantized(k
     if kind == "plain":  # the product of what is not quantized takes activations of the same dtype
         storage.data = storage.data.float()
     seen = []
-    whole = storage.weight
-    storage.weight = lambda expert, dtype: seen.append(expert) or whole(expert, dtype)  # type: ignore[method-assign]
+    whole = storage.weights
+    storage.weights = lambda *given: seen.append(given[:2]) or whole(*given)  # type: ignore[method-assign]
     y = GroupedLinear.apply(x, A, B, storage, scale, ends)
     grad = torch.randn_like(y)
     found = torch.autograd.grad(y, (x, A, B), grad)
@@ -250,4 +257,14 @@ def test_products_and_gradients_of_stored_experts_are_those_of_the_dequantized(k
     torch.testing.assert_close(y, expected_y, rtol=1e-5, atol=1e-4)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
-    assert seen == ([] if kind == "plain" else [0, 2, 3, 0, 2, 3])  # in forward and again in backward
+    # In forward and again in backward; together, those without tokens between others are not left out.
+    each = [(0, 1), (2, 3), (3, 4)] if not together else [(0, 4)]
+    assert seen == ([] if kind == "plain" else 2 * each)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int4", "nf4"])
+def test_experts_are_dequantized_together_to_the_bits_of_one_by_one(kind):
+    storage, weight_EOI = stored(kind, 6, 256, 192)
+    assert torch.equal(storage.weights(1, 5, torch.bfloat16), weight_EOI[1:5])
+    odd, _ = stored("nf4", 2, 320, 192)
+    assert storage.divisible and not odd.divisible

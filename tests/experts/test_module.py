@@ -3,13 +3,16 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
 
+from launch.trace import HostWaits
 from tests.models import QWEN
 from train.checkpoints.formats import PLAIN
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts, padded_rank
+from train.experts.recompute import same_routing
 from train.experts.storage import FrozenExperts
 from train.lora import LoRASettings
 
@@ -86,6 +89,19 @@ def test_without_any_token_the_output_is_zero_and_every_factor_has_a_zero_gradie
     out_TH.backward(torch.ones(3, 32))
     assert not out_TH.any()
     assert all(p.grad is not None and not p.grad.any() for p in ours.parameters())  # ZeRO-3 waits for each of them
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_host_waits_once_a_layer_and_not_again_in_the_recomputation_and_backward(padded):
+    _, ours = pair()
+    ours.add_lora(LORA, torch.float32, torch.device("cpu"))
+    hidden_TH, index_Tk, weight_Tk = routing(20)
+    ours.keep_T = torch.arange(20) % 3 > 0 if padded else None
+    waits = HostWaits()
+    with waits:
+        checkpoint(ours, hidden_TH, index_Tk, weight_Tk, use_reentrant=False, context_fn=same_routing).sum().backward()
+    assert waits.seen == ["tolist"]
+    assert ours.load_E.sum() == 2 * (13 if padded else 20)  # counted once
 
 
 def test_initial_factors_depend_on_seed_and_name_alone_and_not_on_the_group():

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from train.experts.recompute import recomputing, same_routing
+from train.experts.recompute import first_time, fix_choices, recomputing, same_routing
 
 
 class Flipping(nn.Module):
@@ -14,11 +14,20 @@ class Flipping(nn.Module):
         super().__init__()
         self.chosen: list[int] = []
         self.again: list[bool] = []
+        self.worked_out = 0
+        self.experts = nn.Identity()
+        fix_choices(self, self.experts)
+
+    def work_out(self) -> int:
+        self.worked_out += 1
+        return self.worked_out
 
     def forward(self, x_2: torch.Tensor) -> torch.Tensor:
         values, indices = torch.topk(x_2 * (-1) ** len(self.chosen), 1)
         self.chosen.append(indices.item())
         self.again.append(recomputing())
+        values = self.experts(values)
+        first_time(self.work_out)
         return (values * torch.tensor([10.0, 100.0])[indices]).sum()
 
 
@@ -33,12 +42,13 @@ def test_the_recomputation_keeps_the_first_forwards_choice():
     # Entry 1 was chosen, so the gradient is 100 there, though the recomputation sees -x.
     assert gradient(flips, context_fn=same_routing) == [0.0, 100.0]
     assert flips.chosen == [1, 1] and flips.again == [False, True]
+    assert flips.worked_out == 1  # and what follows from the choice is not worked out again
 
 
 def test_without_it_the_choice_flips():
     flips = Flipping()
     assert gradient(flips) == [10.0, 0.0]  # of the entry that was not chosen: a wrong gradient
-    assert flips.chosen == [1, 0]
+    assert flips.chosen == [1, 0] and flips.worked_out == 2
 
 
 def test_two_layers_each_keep_their_own_choice():

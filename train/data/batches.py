@@ -3,7 +3,6 @@
 Shapes: L tokens of a document, T tokens of a micro-batch, N its predicted tokens.
 """
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -78,25 +77,30 @@ def coefficients(samples: list[Sample], norm: str) -> list[np.ndarray]:
 def deal(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
     """Documents of these lengths dealt out -> for each micro-step and rank its documents, by their places in lengths.
 
-    Longest first, each to the row that holds least: so rows hold nearly equal numbers of tokens, and at most `budget`
-    each, or a longer document alone, in as few micro-steps as that takes. Of the rows, those that hold like numbers are
-    in one micro-step, for with expert parallelism ranks wait for the fullest.
+    Rows hold nearly equal numbers of tokens, and at most `budget` each, or a longer document alone, in as few
+    micro-steps as that takes. Of the rows, those that hold like numbers are in one micro-step, for with expert
+    parallelism ranks wait for the fullest.
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     budget = max(budget, *lengths, 1)
     steps = max(1, -(-sum(lengths) // (ranks * budget)))
     while True:
-        held = [(0, number) for number in range(steps * ranks)]
-        rows: list[list[int]] = [[] for _ in held]
-        for i in longest_first:
-            tokens, number = heapq.heappop(held)
-            rows[number].append(i)
-            heapq.heappush(held, (tokens + lengths[i], number))
-        if max(held)[0] <= budget:
-            break
+        # To the row that holds least, which makes them equal; where that is too much for one, to the fullest that has
+        # room, which takes fewer rows.
+        for fullest_first in (False, True):
+            rows: list[list[int]] = [[] for _ in range(steps * ranks)]
+            held = [0] * len(rows)
+            for i in longest_first:
+                room = [number for number in range(len(rows)) if held[number] + lengths[i] <= budget]
+                if not room:
+                    break
+                number = (max if fullest_first else min)(room, key=held.__getitem__)
+                rows[number].append(i)
+                held[number] += lengths[i]
+            else:
+                rows.sort(key=lambda row: -sum(lengths[i] for i in row))
+                return [rows[start : start + ranks] for start in range(0, len(rows), ranks)]
         steps += 1
-    rows.sort(key=lambda row: -sum(lengths[i] for i in row))
-    return [rows[start : start + ranks] for start in range(0, len(rows), ranks)]
 
 
 def micro_batches(

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from train.experts.dispatch import Dispatch, ExpertGroup
-from train.experts.recompute import recomputing
+from train.experts.dispatch import Dispatch, Ends, ExpertGroup
+from train.experts.recompute import first_time, recomputing
 from train.experts.storage import GroupedLinear, GroupedTrained
 from train.lora import LoRASettings, initial_A
 
@@ -68,35 +68,23 @@ class ExpertParallelExperts(nn.Module):
             factors[f"{weight}_lora_B"] = torch.zeros(len(owned), out_features, self.padded_rank)
         return factors
 
-    def _product(self, x_PI: Tensor, name: str, ends_E: Tensor) -> Tensor:
-        """x_PI @ (W + scale B A)^T, where rows ends_E[e-1]:ends_E[e] of x belong to expert e."""
+    def _product(self, x_PI: Tensor, name: str, ends: Ends) -> Tensor:
+        """x_PI @ (W + scale B A)^T, where rows ends[e-1]:ends[e] of x belong to expert e."""
         if name not in self.frozen:
-            return GroupedTrained.apply(x_PI, getattr(self, name), ends_E)
+            return GroupedTrained.apply(x_PI, getattr(self, name), ends.device)
         A, B = (getattr(self, f"{name}_lora_{f}") if self.rank else None for f in "AB")
-        return GroupedLinear.apply(x_PI, A, B, self.frozen[name], self.scale, ends_E)
+        return GroupedLinear.apply(x_PI, A, B, self.frozen[name], self.scale, ends)
 
     def forward(self, hidden_TH: Tensor, index_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
-        dispatch = Dispatch(index_Tk, self.experts, self.ep, self.keep_T)
-        self._count(index_Tk)
+        dispatch = first_time(lambda: Dispatch(index_Tk, self.experts, self.ep, self.keep_T))
+        if not recomputing():
+            self.load_E = dispatch.load_E if self.load_E is None else self.load_E + dispatch.load_E
         hidden_RH, weight_Rk = dispatch.send(hidden_TH, weight_Tk)
 
-        slot_Rk = dispatch.slot_Rk
-        row_P, choice_P = (slot_Rk >= 0).nonzero(as_tuple=True)
-        expert_P, order = slot_Rk[row_P, choice_P].sort(stable=True)
-        row_P, choice_P = row_P[order], choice_P[order]
-        local = self.experts // self.ep.size
-        ends_E = torch.bincount(expert_P, minlength=local).cumsum(0).to(torch.int32)
-
-        gate, up = self._product(hidden_RH.index_select(0, row_P), "gate_up_proj", ends_E).chunk(2, dim=-1)
-        weight_P1 = weight_Rk[row_P, choice_P, None].to(gate.dtype)
+        x_PH = hidden_RH.index_select(0, dispatch.row_P)
+        gate, up = self._product(x_PH, "gate_up_proj", dispatch.ends).chunk(2, dim=-1)
+        weight_P1 = weight_Rk.flatten().index_select(0, dispatch.pair_P)[:, None].to(gate.dtype)
         # The weight before down_proj, which is linear: on I numbers a pair, not on H.
-        out_PH = self._product(self.act(gate) * up * weight_P1, "down_proj", ends_E)
-        partial_RH = torch.zeros_like(hidden_RH).index_add_(0, row_P, out_PH)
+        out_PH = self._product(self.act(gate) * up * weight_P1, "down_proj", dispatch.ends)
+        partial_RH = torch.zeros_like(hidden_RH).index_add_(0, dispatch.row_P, out_PH)
         return dispatch.combine(partial_RH)
-
-    def _count(self, index_Tk: Tensor) -> None:
-        if recomputing():
-            return
-        kept_Tk = index_Tk if self.keep_T is None else index_Tk[self.keep_T]
-        load_E = torch.bincount(kept_Tk.flatten(), minlength=self.experts)
-        self.load_E = load_E if self.load_E is None else self.load_E + load_E

@@ -1,10 +1,11 @@
 """Frozen expert weights as a rank keeps them, and their grouped product.
 
-Shapes: E experts of this rank, P (token, expert) pairs sorted by expert, `ends_E` the end of each expert's rows.
+Shapes: E experts of this rank, P (token, expert) pairs sorted by expert, `ends` the end of each expert's rows; N
+experts whose weights are dequantized together.
 
-Weights stay in the checkpoint's own format (BF16, FP8 blocks, packed INT4) or become NF4 as they are read. A quantized
-matrix exists in full for one expert at a time, while its product is computed: in forward and again in backward, for
-experts that have tokens. ZeRO never sees these weights: they are buffers.
+Weights stay in the checkpoint's own format (BF16, FP8 blocks, packed INT4) or become NF4 as they are read. Quantized
+matrices exist in full for as many experts as WORKSPACE holds, while their product is computed: in forward and again in
+backward, for experts that have tokens. ZeRO never sees these weights: they are buffers.
 """
 
 import threading
@@ -15,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.checkpoints.formats import Format
+from train.experts.dispatch import Ends
 
 NF4_BLOCK = 64
+WORKSPACE = 2**30  # bytes of BF16 weights that are dequantized together: of Qwen3.5-397B 64 experts
+MOST_VALUES = 2**31 - 1  # bitsandbytes counts in 32 bits
 _QUANTIZING = threading.Lock()
 
 
@@ -41,10 +45,12 @@ class FrozenExperts(nn.Module):
         """suffix -> the place of an expert's matrix."""
         return {suffix: getattr(self, f"data{suffix}")[expert, matrix] for suffix in self.suffixes}
 
-    def weight(self, expert: int, dtype: torch.dtype) -> Tensor:
-        """One expert's weight [out, in], dequantized."""
-        parts = {suffix: getattr(self, f"data{suffix}")[expert] for suffix in self.suffixes}
-        return self.format.decode(parts).flatten(0, 1).to(dtype)
+    def weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """The weights [experts, out, in] of experts first..last, dequantized."""
+        parts = {suffix: getattr(self, f"data{suffix}")[first:last] for suffix in self.suffixes}
+        return self.format.decode(parts).flatten(1, 2).to(dtype)
+
+    divisible = True
 
     @property
     def plain(self) -> Tensor | None:
@@ -94,39 +100,59 @@ class NF4Experts(nn.Module):
             self.register_buffer("code2", state.state2.code, persistent=False)
             self.dtype = weight.dtype
 
-    def weight(self, expert: int, dtype: torch.dtype) -> Tensor:
-        """One expert's weight [out, in], dequantized."""
+    @property
+    def divisible(self) -> bool:
+        """Whether experts that lie next to each other are dequantized to the same bits together as one by one: no block
+        of values, and none of scales, has some of two experts in it."""
+        count = self.out_features * self.in_features
+        return count % NF4_BLOCK == 0 and count // NF4_BLOCK % 256 == 0
+
+    def weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """The weights [experts, out, in] of experts first..last, dequantized; several only where `divisible`."""
         import bitsandbytes.functional as bnb
 
-        absmax = bnb.dequantize_blockwise(
-            self.absmax[expert], absmax=self.absmax2[expert], code=self.code2, blocksize=256
-        )
-        shape = torch.Size((self.out_features, self.in_features))
-        state = bnb.QuantState(absmax + self.offset[expert], shape, self.code, NF4_BLOCK, "nf4", self.dtype)
-        return bnb.dequantize_4bit(self.packed[expert][:, None], state).to(dtype)
+        count, run = last - first, slice(first, last)
+        scale_NB = bnb.dequantize_blockwise(
+            self.absmax[run].flatten(), absmax=self.absmax2[run].flatten(), code=self.code2, blocksize=256
+        ).view(count, -1)
+        shape = torch.Size((count * self.out_features, self.in_features))
+        absmax = (scale_NB + self.offset[run]).flatten()
+        state = bnb.QuantState(absmax, shape, self.code, NF4_BLOCK, "nf4", self.dtype)
+        whole = bnb.dequantize_4bit(self.packed[run].reshape(-1, 1), state)
+        return whole.view(count, self.out_features, self.in_features).to(dtype)
 
 
 Storage = FrozenExperts | NF4Experts
 
 
-def occupied(ends_E: Tensor) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) for the experts that have any."""
-    start = 0
-    for expert, end in enumerate(ends_E.tolist()):
-        if end > start:
-            yield expert, slice(start, end)
-        start = end
+def runs(ends: Ends, storage: Storage, device: torch.device) -> Iterator[tuple[int, int]]:
+    """[first, last) of the experts whose weights are dequantized together: as many as the workspace holds, and of those
+    without tokens none at either end. On a CPU one by one, in which a launch costs nothing."""
+    count = storage.out_features * storage.in_features
+    most = 1 if device.type == "cpu" or not storage.divisible else max(1, min(WORKSPACE // 2, MOST_VALUES) // count)
+    starts = [0, *ends.host[:-1]]
+    occupied = [expert for expert, (start, end) in enumerate(zip(starts, ends.host, strict=True)) if end > start]
+    while occupied:
+        own = [expert for expert in occupied if expert < occupied[0] + most]
+        yield own[0], own[-1] + 1
+        occupied = occupied[len(own) :]
 
 
-def frozen_product(x_PI: Tensor, storage: Storage, ends_E: Tensor, transposed: bool = False) -> Tensor:
+def frozen_product(x_PI: Tensor, storage: Storage, ends: Ends, transposed: bool = False) -> Tensor:
     """x @ W^T, or with `transposed` x @ W, each row with the weight of its expert. Not tracked by autograd."""
     weight_EOI = storage.plain
     if weight_EOI is not None:
-        return F.grouped_mm(x_PI, weight_EOI if transposed else weight_EOI.transpose(1, 2), offs=ends_E)
+        return F.grouped_mm(x_PI, weight_EOI if transposed else weight_EOI.transpose(1, 2), offs=ends.device)
     y_PO = x_PI.new_empty(len(x_PI), storage.in_features if transposed else storage.out_features)
-    for expert, rows in occupied(ends_E):
-        weight_OI = storage.weight(expert, x_PI.dtype)
-        torch.mm(x_PI[rows], weight_OI if transposed else weight_OI.T, out=y_PO[rows])
+    for first, last in runs(ends, storage, x_PI.device):
+        start = ends.host[first - 1] if first else 0
+        rows = slice(start, ends.host[last - 1])
+        weight_NOI = storage.weights(first, last, x_PI.dtype)
+        right = weight_NOI if transposed else weight_NOI.transpose(1, 2)
+        if last - first == 1:
+            torch.mm(x_PI[rows], right[0], out=y_PO[rows])
+        else:
+            y_PO[rows] = F.grouped_mm(x_PI[rows], right, offs=ends.device[first:last] - start)
     return y_PO
 
 
@@ -136,22 +162,22 @@ class GroupedLinear(torch.autograd.Function):
     for the forward can go, and is gathered again."""
 
     @staticmethod
-    def forward(ctx, x_PI, A_ErI, B_EOr, storage, scale, ends_E):
-        y_PO = frozen_product(x_PI, storage, ends_E)
+    def forward(ctx, x_PI, A_ErI, B_EOr, storage, scale, ends):
+        y_PO, ends_E = frozen_product(x_PI, storage, ends), ends.device
         h_Pr = None
         if A_ErI is not None:
             A, B = A_ErI.to(x_PI.dtype), B_EOr.to(x_PI.dtype)
             h_Pr = F.grouped_mm(x_PI, A.transpose(1, 2), offs=ends_E)
             y_PO.add_(F.grouped_mm(h_Pr, B.transpose(1, 2), offs=ends_E), alpha=scale)
-        ctx.save_for_backward(*((x_PI, h_Pr, A_ErI, B_EOr) if A_ErI is not None else ()), ends_E)
-        ctx.storage, ctx.scale = storage, scale
+        ctx.save_for_backward(*((x_PI, h_Pr, A_ErI, B_EOr) if A_ErI is not None else ()))
+        ctx.storage, ctx.scale, ctx.ends = storage, scale, ends
         return y_PO
 
     @staticmethod
     def backward(ctx, grad_PO):
-        *lora, ends_E = ctx.saved_tensors
+        lora, ends_E = ctx.saved_tensors, ctx.ends.device
         grad_PO = grad_PO.contiguous()
-        grad_PI = frozen_product(grad_PO, ctx.storage, ends_E, transposed=True) if ctx.needs_input_grad[0] else None
+        grad_PI = frozen_product(grad_PO, ctx.storage, ctx.ends, transposed=True) if ctx.needs_input_grad[0] else None
         if not lora:
             return grad_PI, None, None, None, None, None
         x_PI, h_Pr, A_ErI, B_EOr = lora
