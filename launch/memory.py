@@ -124,6 +124,8 @@ def _run_layers(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bo
 
     hooks = [p.register_post_accumulate_grad_hook(gone) for p in model.parameters() if p.requires_grad]
     trace = Trace([*model.parameters(), *model.buffers()])
+    for layer in model.expert_layers:
+        layer.load_E = None
     hooks += [hook for layer in model.expert_layers for hook in trace.watch(layer)]
     group: Any = model.expert_layers[0].ep if model.expert_layers else PlannedGroup()
     group.wire_bytes = group.collectives = 0

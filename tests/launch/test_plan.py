@@ -93,6 +93,7 @@ def test_the_plan_takes_a_recipe_as_the_job_does(tmp_path):
 def test_the_command_writes_what_it_says_and_advises_where_it_does_not_fit(tmp_path, capsys):
     directory, out = write_model(tmp_path / "model", "qwen"), tmp_path / "plan.json"
     common = ["--model", str(directory), "--gpus", "2", "--max-tokens", "64", "--batch-size", "8", "--json", str(out)]
+    common += ["--micro-batch-tokens", "256"]
     assert main([*common, "--gpu-memory", "80"]) == 0
     plan = json.loads(out.read_text())
     assert {"fits", "gpu_bytes", "host_bytes", "wire_bytes", "seconds"} <= plan.keys() and plan["fits"]
@@ -102,7 +103,7 @@ def test_the_command_writes_what_it_says_and_advises_where_it_does_not_fit(tmp_p
 
     assert main([*common, "--gpu-memory", "2.107"]) == 1
     shown = capsys.readouterr().out
-    assert "does NOT fit" in shown and shown.index("--gradient-checkpointing:") < shown.index("--micro-batch-tokens 64")
+    assert "does NOT fit" in shown and shown.index("--gradient-checkpointing:") < shown.index("--micro-batch-tokens 128")
     assert main([*common, "--search"]) == 0
 
     config = (directory / "config.json").read_bytes()
