@@ -126,11 +126,10 @@ def _run_layers(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bo
     trace = Trace([*model.parameters(), *model.buffers()])
     for layer in model.expert_layers:
         layer.load_E = None
-    hooks += [hook for layer in model.expert_layers for hook in trace.watch(layer)]
     group: Any = model.expert_layers[0].ep if model.expert_layers else PlannedGroup()
     group.wire_bytes = group.collectives = 0
     waits = HostWaits()
-    with waits, trace, device_kernels(model.causal, gpu):
+    with waits, trace, device_kernels(model.causal, gpu), trace.counting_products(model.expert_layers):
         terms = model(batch)
         trace.step.kept = trace.total
         terms.loss.backward()

@@ -27,6 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from train import packing
+from train.checkpoints import formats
 from train.checkpoints.streaming import HEAP_BLOCK
 from train.experts import storage
 from train.experts.dispatch import ExpertGroup
@@ -43,8 +44,8 @@ class Step:
     backward; flops: of matrix products, convolution and attention, two a multiplication; moved: bytes read and written
     by the operations; wire: bytes that a rank sends to the other ranks of its expert-parallel group; heap: the most
     bytes at any moment in tensors that on a CPU lie in the heap; operations: all but mere views, each of which is a
-    launch or more; expert_operations: those of experts and their exchange; collectives: exchanges between the ranks of
-    the expert-parallel group; waits: how often the host waits for what the device has computed."""
+    launch or more; expert_operations: those of the experts' products, dequantization among them; collectives: exchanges
+    between the ranks of the expert-parallel group; waits: how often the host waits for what the device has computed."""
 
     peak: Counter[str] = field(default_factory=Counter)
     each: Counter[str] = field(default_factory=Counter)
@@ -112,26 +113,32 @@ class Trace(TorchDispatchMode):
         self.now: Counter[str] = Counter()
         self.total = self.most = self.heap = 0
         self.step = Step()
-        self.entered: list[int] = []  # into experts, by autograd's numbers of what is recorded next
-        self.experts: list[tuple[int, int]] = []  # autograd's numbers of what experts have recorded
+        self.in_product = 0
 
-    def watch(self, experts: Any) -> list[Any]:
-        """Counts what is issued inside these experts, and in backward for it. -> hooks to be removed."""
+    @contextmanager
+    def counting_products(self, layers: list[Any]) -> Iterator[None]:
+        """What is issued for these experts' products is counted apart."""
 
-        def enter(*_: Any) -> None:
-            self.entered.append(torch.autograd._get_sequence_nr())
+        def counted(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def call(*given: Any) -> Tensor:
+                self.in_product += 1
+                out = product(*given)
+                self.in_product -= 1
+                return out
 
-        def leave(*_: Any) -> None:
-            self.experts.append((self.entered.pop(), torch.autograd._get_sequence_nr()))
+            return call
 
-        return [experts.register_forward_pre_hook(enter), experts.register_forward_hook(leave)]
+        for layer in layers:
+            layer._product = counted(layer._product)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer._product
 
     def _of_experts(self) -> bool:
-        if self.entered:
-            return True
         node = torch._C._current_autograd_node()
-        number = -1 if node is None else node._sequence_nr()
-        return any(first <= number < last for first, last in self.experts)
+        return self.in_product > 0 or (node is not None and node.name().startswith("Grouped"))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -343,11 +350,15 @@ def device_kernels(model: Any, gpu: bool) -> Iterator[None]:
     for module in fallbacks:
         setattr(module, name, _delta_rule)
     model.config._attn_implementation, together = f"planned_{gpu}", storage.WORKSPACE
-    storage.WORKSPACE = together if gpu else 0
+    if gpu:
+        formats.IN_ONE_LAUNCH.add("meta")
+    else:
+        storage.WORKSPACE = 0
     try:
         yield
     finally:
         storage.WORKSPACE = together
+        formats.IN_ONE_LAUNCH.discard("meta")
         model.config._attn_implementation = usual
         for module, fallback in fallbacks.items():
             setattr(module, name, fallback)

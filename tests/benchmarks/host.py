@@ -2,10 +2,11 @@
 
     python tests/benchmarks/host.py [--json FILE] [--checkpoints DIR] [--tokens 8192]
 
-For Qwen3.5-397B-A17B with experts in NF4 and Kimi K2.5 with its INT4, expert parallelism 8, gradient checkpointing and
-LoRA of rank 32 on everything: operations issued in forward, recomputation and backward, those of them for experts, and how
-often, a layer, the host waits for the GPU and ranks exchange tokens. DIR holds each model's config.json; without it
-../shared/checkpoints. What ZeRO-3 gathers, reduces and waits for is not among it.
+For Qwen3.5-397B-A17B with experts in NF4 and Kimi K2.5 with its INT4, at expert parallelism 8, with gradient
+checkpointing and LoRA of rank 32 on everything: operations issued in forward, recomputation and backward; those of the
+experts' products, dequantization among them; and how often, a layer, the host waits for the GPU and ranks exchange
+tokens. DIR holds each model's config.json; without it ../shared/checkpoints. What ZeRO-3 gathers, reduces and waits for
+is not among it.
 """
 
 import argparse

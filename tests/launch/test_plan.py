@@ -103,7 +103,9 @@ def test_the_command_writes_what_it_says_and_advises_where_it_does_not_fit(tmp_p
 
     assert main([*common, "--gpu-memory", "2.107"]) == 1
     shown = capsys.readouterr().out
-    assert "does NOT fit" in shown and shown.index("--gradient-checkpointing:") < shown.index("--micro-batch-tokens 128")
+    assert "does NOT fit" in shown and shown.index("--gradient-checkpointing:") < shown.index(
+        "--micro-batch-tokens 128"
+    )
     assert main([*common, "--search"]) == 0
 
     config = (directory / "config.json").read_bytes()

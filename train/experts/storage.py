@@ -19,7 +19,7 @@ from train.checkpoints.formats import Format
 from train.experts.dispatch import Ends
 
 NF4_BLOCK = 64
-WORKSPACE = 2**30  # bytes of BF16 weights that are dequantized together: of Qwen3.5-397B 64 experts
+WORKSPACE = 3 * 2**29  # bytes of BF16 weights that are dequantized together: of Kimi K2.5 27 experts
 MOST_VALUES = 2**31 - 1  # bitsandbytes counts in 32 bits
 _QUANTIZING = threading.Lock()
 
@@ -143,16 +143,26 @@ def frozen_product(x_PI: Tensor, storage: Storage, ends: Ends, transposed: bool 
     weight_EOI = storage.plain
     if weight_EOI is not None:
         return F.grouped_mm(x_PI, weight_EOI if transposed else weight_EOI.transpose(1, 2), offs=ends.device)
-    y_PO = x_PI.new_empty(len(x_PI), storage.in_features if transposed else storage.out_features)
-    for first, last in runs(ends, storage, x_PI.device):
-        start = ends.host[first - 1] if first else 0
-        rows = slice(start, ends.host[last - 1])
-        weight_NOI = storage.weights(first, last, x_PI.dtype)
+
+    def product(x: Tensor, first: int, last: int, start: int = 0, out: Tensor | None = None) -> Tensor:
+        weight_NOI = storage.weights(first, last, x.dtype)
         right = weight_NOI if transposed else weight_NOI.transpose(1, 2)
         if last - first == 1:
-            torch.mm(x_PI[rows], right[0], out=y_PO[rows])
+            return torch.mm(x, right[0], out=out)
+        ends_N = ends.device[first:last]
+        return F.grouped_mm(x, right, offs=ends_N - start if start else ends_N)
+
+    own = list(runs(ends, storage, x_PI.device))
+    if len(own) == 1:
+        return product(x_PI, *own[0])
+    y_PO = x_PI.new_empty(len(x_PI), storage.in_features if transposed else storage.out_features)
+    for first, last in own:
+        start = ends.host[first - 1] if first else 0
+        rows = slice(start, ends.host[last - 1])
+        if last - first == 1:
+            product(x_PI[rows], first, last, start, out=y_PO[rows])
         else:
-            y_PO[rows] = F.grouped_mm(x_PI[rows], right, offs=ends.device[first:last] - start)
+            y_PO[rows] = product(x_PI[rows], first, last, start)
     return y_PO
 
 
