@@ -50,12 +50,22 @@ def planned_model(
             nf4.quantize(0, torch.empty(nf4.out_features, nf4.in_features, dtype=plan.dtype, device=META))
         else:
             frozen_as_on_disk(experts, checkpoint, META)
+    if method == "qlora":
+        _forget_meta_tables()
     wrapped = LanguageModel(model, architecture(checkpoint), lora, META, compute_dtype=plan.dtype).to(META)
     storage: Any
     for storage in (storage for layer in wrapped.expert_layers for storage in layer.frozen.values()):
         storage.weights = tag_calls(storage.weights, "dequantization")
     wrapped.causal.lm_head.forward = tag_calls(wrapped.causal.lm_head.forward, "logits")
     return wrapped, plan
+
+
+def _forget_meta_tables() -> None:
+    """bitsandbytes keeps its table of 8 bits for scales on the device that it was first asked for."""
+    import bitsandbytes.functional as bnb
+
+    if bnb.name2qmap.get("dynamic", torch.empty(0)).is_meta:
+        del bnb.name2qmap["dynamic"]
 
 
 def planned_batch(lengths: Sequence[int]) -> Batch:
