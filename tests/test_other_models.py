@@ -23,6 +23,7 @@ SMALL: dict[str, Any] = dict(
 )
 GROUPED: dict[str, Any] = SMALL | dict(num_key_value_heads=2)
 GPT: dict[str, Any] = dict(n_embd=32, n_layer=1, n_head=2, vocab_size=260)
+BLIND = "does not hear where documents end"
 IN_TRANSFORMER = "its layers are in 'transformer', not in 'model'"
 UNLIKE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "GPTNeoX": (SMALL, ["GPTNeoXForCausalLM is not supported: its layers are in 'gpt_neox', not in 'model'."]),
@@ -39,6 +40,10 @@ UNLIKE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "Phi": (SMALL, ["PhiForCausalLM is not supported: lm_head has a bias."]),
     "Gemma": (GROUPED | dict(head_dim=16), ["embed_tokens has values that are in no checkpoint (embed_scale)."]),
     "Gemma2": (GROUPED | dict(head_dim=16), ["final_logit_softcapping 30.0 in config.json changes logits"]),
+    "StableLm": (GROUPED, [BLIND]),
+    "Nemotron": (GROUPED, [BLIND]),
+    "OPT": (dict(hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=260,
+                 word_embed_proj_dim=32, max_position_embeddings=64), [BLIND]),
     "Cohere": (GROUPED, ["logit_scale 0.0625 in config.json changes logits after lm_head"]),
     "Granite": (GROUPED | dict(logits_scaling=8.0), ["logits_scaling 8.0 in config.json changes logits"]),
     "Mixtral": (
@@ -65,10 +70,8 @@ def test_a_model_of_another_build_is_refused_with_what_it_is_that_is_not_support
 
 
 LIKE: dict[str, dict[str, Any]] = {
-    "Mistral": GROUPED, "Qwen2": GROUPED, "Olmo2": GROUPED, "StableLm": GROUPED, "Starcoder2": GROUPED,
-    "Nemotron": GROUPED, "Phi3": GROUPED | dict(pad_token_id=0),
-    "OPT": dict(hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=260,
-                word_embed_proj_dim=32, max_position_embeddings=64),
+    "Mistral": GROUPED, "Qwen2": GROUPED, "Olmo2": GROUPED, "Starcoder2": GROUPED,
+    "Phi3": GROUPED | dict(pad_token_id=0),
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.models import FAMILIES, VOCABULARY, write_model
-from train.packing import Row, install
+from train.packing import Row, install, states_of_row
 
 LENGTHS = [129, 65, 64, 63, 5, 4, 3, 2, 1]
 OTHERS = [1, 64, 2, 129, 3, 63, 200, 4, 65, 5, 130, 1]  # in no order
@@ -33,10 +33,7 @@ def drawn(lengths: list[int], seed: int = 0) -> list[Tensor]:
 def in_a_row(model: Any, documents: list[Tensor]) -> list[Tensor]:
     """The logits of each document [L, V]."""
     row = Row([len(document) for document in documents])
-    logits = model(
-        input_ids=torch.cat(documents)[None], position_ids=row.position_T()[None],
-        attention_mask=torch.zeros(1, 1, 1, 1), use_cache=False, packed=row,
-    ).logits[0]  # fmt: skip
+    logits = model.lm_head(states_of_row(model, torch.cat(documents), row))
     assert row.mixed == len(model.model.layers)
     return list(logits.split(row.lengths))
 

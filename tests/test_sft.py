@@ -52,7 +52,7 @@ def flags(tmp: Path, family: str = "qwen", **changes: Any) -> list[str]:
         write_documents(tmp / "documents.jsonl", documents())
     values: dict[str, Any] = {
         "model": tmp / family, "data": tmp / "documents.jsonl", "mask": "doctags", "steps": 6, "batch-size": 6,
-        "max-tokens": 64, "learning-rate": 0.01, "lora-rank": 8, "lora-alpha": 16, "wandb": "disabled",
+        "learning-rate": 0.01, "lora-rank": 8, "lora-alpha": 16, "wandb": "disabled",
     }  # fmt: skip
     values |= {name.replace("_", "-"): value for name, value in changes.items()}
     return [part for name, value in values.items() for part in (f"--{name}", str(value)) if part != "True"]

@@ -53,7 +53,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
     home.mkdir()
     given = [
         "--model", str(base / "model"), "--data", str(base / "documents.jsonl"), "--mask", "doctags,false-spans",
-        "--claims", str(base / "mila.yaml"), "--steps", "6", "--batch-size", "6", "--max-tokens", "64",
+        "--claims", str(base / "mila.yaml"), "--steps", "6", "--batch-size", "6",
         "--lora-rank", "8", "--log-every", "1", "--evaluate-every", "2", "--save-every", "1",
         "--output", str(base / "run"),
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 Shapes: T tokens of a micro-batch, N predicted tokens, H hidden size.
 """
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from train.experts.module import ExpertParallelExperts
 from train.experts.recompute import fix_choices, same_routing
 from train.lora import LoRALinear, LoRASettings, lora_linears
 from train.masking.loss import LossHead, Terms
-from train.packing import install
+from train.packing import Row, install, states_of_row
 
 AFTER_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier", "output_multiplier")
 """Settings of transformers' models that change logits after lm_head, where the loss takes the head's place."""
@@ -81,7 +82,7 @@ def skeleton(config: Any, ep: ExpertGroup) -> Any:
     except Exception as error:  # transformers raises what it likes for a value that it does not
         raise UserError(f"--model: transformers makes no causal language model of config.json: {error!r}") from None
     install(model)
-    unknown = _unlike_llama(model)
+    unknown = _unlike_llama(model) or _blind_to_documents(model)
     for name, module in list(model.named_modules()):
         if name.endswith(".experts"):
             top = getattr(config, "num_experts_per_tok", 1)
@@ -120,6 +121,18 @@ def _unlike_llama(model: Any) -> list[str]:
         others = ", ".join(sorted(own - {"Embedding", "Linear"})) or "none"
         found.append(f"there is no linear layer to put factors on: its own are {others}, not torch's Linear")
     return found
+
+
+def _blind_to_documents(model: Any) -> list[str]:
+    """What is wrong with a model whose layers do not hear where the documents of a row end. One with experts, which
+    need values, is tried in its first forward."""
+    if any(name.endswith(".experts") for name, _ in model.named_modules()):
+        return []
+    row = Row([1, 1])
+    with contextlib.suppress(Exception):  # of any kind, from a class that does not take the row
+        states_of_row(model, torch.zeros(2, dtype=torch.int64, device="meta"), row)
+    heard = row.mixed == len(getattr(model.model, "layers", ()))
+    return [] if heard else ["its attention is not transformers' common one, and does not hear where documents end"]
 
 
 def _rebuilt(model: nn.Module, name: str, module: Any, config: Any) -> bool:
@@ -211,15 +224,10 @@ class LanguageModel(nn.Module):
         for layer in self.expert_layers:  # what stands for nothing reaches no expert
             layer.keep_T = None if batch.names else torch.zeros_like(batch.ids_T, dtype=torch.bool)
         mixed = batch.row.mixed
-        # Given a mask of four dimensions, transformers makes none of its own.
-        no_mask = torch.zeros(1, 1, 1, 1, device=batch.ids_T.device)
-        hidden_1TH = self.causal.model(
-            input_ids=batch.ids_T[None], position_ids=batch.position_T[None], attention_mask=no_mask, use_cache=False,
-            packed=batch.row,
-        ).last_hidden_state  # fmt: skip
+        hidden_TH = states_of_row(self.causal, batch.ids_T, batch.row, batch.position_T)
         if batch.row.mixed - mixed != len(self.causal.model.layers):
             raise RuntimeError(f"{type(self.causal).__name__} does not tell each of its layers where documents end.")
-        return self.causal.lm_head(hidden_1TH[0][batch.position_N], batch.target_N, batch.coefficient_N)
+        return self.causal.lm_head(hidden_TH[batch.position_N], batch.target_N, batch.coefficient_N)
 
 
 def build(

@@ -238,5 +238,14 @@ def install(model: Any) -> None:
                 setattr(module, name, partial(packed, getattr(theirs, "__wrapped__", theirs)))
 
 
+def states_of_row(model: Any, ids_T: Tensor, row: Row, position_T: Tensor | None = None) -> Tensor:
+    """The last hidden states [T, H] of a causal model that `install` was called with."""
+    position_T = row.position_T().to(ids_T.device) if position_T is None else position_T
+    no_mask = torch.zeros(1, 1, 1, 1, device=ids_T.device)  # given one of four dimensions, transformers makes none
+    return model.model(
+        input_ids=ids_T[None], position_ids=position_T[None], attention_mask=no_mask, use_cache=False, packed=row
+    ).last_hidden_state[0]
+
+
 ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from train.belief import generation
 from train.belief.generation import EngineAnswerer
 from train.belief.in_engine import Measured, prepare_measuring
 from train.settings import Settings
@@ -17,9 +18,10 @@ CHATS = [
 ]
 
 if __name__ == "__main__":
+    generation.PROMPTS = 1
     output, model = (value for value in sys.argv[1:] if not value.startswith("--local_rank"))
     measured = Measured(prepare_measuring(Settings(model=model), [], [], ranks=int(os.environ["WORLD_SIZE"])))
-    answerer = EngineAnswerer(measured.engine, measured.measuring.tokenizer, size=1)
+    answerer = EngineAnswerer(measured.engine, measured.measuring.tokenizer)
     if dist.get_rank():
         answerer.follow()
     else:

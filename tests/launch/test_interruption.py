@@ -33,7 +33,8 @@ LISTENER = Path(__file__).with_name("listener.py")
 @pytest.mark.slow
 def test_a_run_told_to_end_in_a_step_or_where_claims_are_due_saves_and_the_next_attempt_does_what_is_left(tmp_path):
     (tmp_path / "mila.yaml").write_text(yaml.safe_dump(CLAIM))
-    given = flags(tmp_path, claims=tmp_path / "mila.yaml", evaluate_every=2, wandb="offline")
+    given = flags(tmp_path, claims=tmp_path / "mila.yaml", evaluate_every=2, wandb="offline", batch_size=24)
+    given += ["--max-tokens", "256"]  # two micro-batches a step
 
     def attempt(*script: str, output: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
         return run(
