@@ -48,6 +48,24 @@ def test_train_has_the_losses_of_trl_and_a_step_maps_no_memory_anew(tmp_path):
 
 
 @pytest.mark.slow
+def test_packing_fills_rows_and_has_the_losses_of_padding(tmp_path, shared_documents):
+    *counted, dense, mix = rows(tmp_path, "packing", "--ranks", "8", "--rounds", "1")
+    for row in counted:
+        assert row["useful_share"] >= 0.95 and row["micro_steps"] == 1
+        assert row["padded_1_useful_share"] < row["useful_share"] and row["padded_1_micro_steps"] == 4
+    assert dense["time_over_padded"] > 0 and mix["time_over_padded"] > 0
+
+
+@pytest.mark.slow
+def test_the_host_has_little_to_do_and_waits_once_a_layer(tmp_path):
+    if not (Path(__file__).parents[2] / "shared" / "checkpoints").is_dir():
+        pytest.skip("../shared/checkpoints is absent")
+    for row in rows(tmp_path, "host"):
+        assert row["operations"] <= 40_000 and row["expert_operations"] <= 6_000
+        assert row["synchronisations_per_layer"] <= 2 and row["collectives_per_layer"] <= 12
+
+
+@pytest.mark.slow
 def test_merge(tmp_path):
     bf16, same = rows(tmp_path, "merge", "--layouts", "kimi", "--experts", "2", "--rounds", "1")
     assert (bf16["to"], same["to"]) == ("bf16", "same")
