@@ -67,6 +67,9 @@ attempt() {
     trap "kill $! 2>/dev/null || true" EXIT
 
     MASTER_ADDR=$(hostname) MASTER_PORT=$((20000 + (SLURM_JOB_ID + 997 * number) % 10000)) LOCAL_SIZE=$ranks
+    # Blocks of memory that grow, for micro-batches of many sizes; kernels that a node compiles stay on it.
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$SLURM_JOB_ID}
     export MASTER_ADDR MASTER_PORT LOCAL_SIZE CODES=$output/logs/codes-$SLURM_JOB_ID-$number
     await_earlier_ranks
     rm -rf -- "$CODES"

@@ -65,6 +65,11 @@ class Row:
             ("ends", device, dtype), lambda: torch.tensor(self.ends, dtype=dtype).to(device, non_blocking=True)
         )
 
+    def ends_for_fla(self, device: torch.device) -> dict[str, Tensor]:
+        """As flash-linear-attention takes them; without the copy of the CPU the host would wait for the GPU's."""
+        both = {"cu_seqlens": device, "cu_seqlens_cpu": torch.device("cpu")}
+        return {name: self.ends_on(where, torch.int64) for name, where in both.items()}
+
     def groups(self, device: torch.device) -> list[_Group]:
         """A document is in the group before it where its padding costs less than calls of its own."""
         device = torch.device("cpu") if device.type == "meta" else device
@@ -183,7 +188,7 @@ def _flash_linear_attention() -> Any:
     """(convolution, delta rule) of the package; None where it is not installed."""
     if importlib.util.find_spec("fla") is None:
         return None
-    convolution = importlib.import_module("fla.modules.convolution").causal_conv1d
+    convolution = importlib.import_module("fla.modules.causal_conv1d").causal_conv1d
     return convolution, importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
 
 
@@ -195,9 +200,8 @@ def convolution(
     if packed is None:
         return fallback(x_1CT, weight, bias, activation=activation, **more)
     if x_1CT.is_cuda and (kernels := _flash_linear_attention()):
-        ends = packed.ends_on(x_1CT.device, torch.int64)
         x_1TC = x_1CT.transpose(1, 2).contiguous()
-        return kernels[0](x_1TC, weight, bias, activation=activation, cu_seqlens=ends)[0].transpose(1, 2)
+        return kernels[0](x_1TC, weight, bias, activation=activation, **packed.ends_for_fla(x_1CT.device))[0].mT
 
     def each(x_DLC: Tensor) -> Tensor:
         return fallback(x_DLC.transpose(1, 2), weight, bias, activation=activation).transpose(1, 2)
@@ -214,8 +218,8 @@ def delta_rule(
         return fallback(q_1THK, k, v, g=g, beta=beta, **more)
     packed.mixed += 1
     if q_1THK.is_cuda and (kernels := _flash_linear_attention()):
-        ends = packed.ends_on(q_1THK.device, torch.int64)
-        return kernels[1](q_1THK, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True, cu_seqlens=ends)
+        ends = packed.ends_for_fla(q_1THK.device)
+        return kernels[1](q_1THK, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True, **ends)
 
     def each(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         return fallback(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
