@@ -73,9 +73,9 @@ train-real: documents setup models/smollm2/config.json ## fine-tune SmolLM2-135M
 documents: # asked for first: a wrong path should not cost an installation
 	@test -f "$$DOCUMENTS" || { echo "DOCUMENTS=$$DOCUMENTS: no such file; give a JSONL file: make train-real DOCUMENTS=path" >&2; exit 2; }
 
-# Four files at a time on two cores, for those of tests/slurm and tests/launch mostly wait; in the order of conftest.py.
+# Three files at a time on two cores, for those of tests/slurm and tests/launch mostly wait; in the order of conftest.py.
 test: setup .venv/smollm2 ## all tests
-	$(IN_VENV) -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(IN_VENV) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 remake: setup ## make the demo's model again and compare it with the shipped one, about five minutes
 	REMAKE=1 $(IN_VENV) -m pytest tests/demo/test_make.py
