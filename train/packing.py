@@ -11,6 +11,7 @@ values, C channels.
 import functools
 import importlib
 import importlib.util
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -163,20 +164,20 @@ def attention_kernel(device: str, dtype: torch.dtype) -> Callable[..., Tensor] |
         if flash
         else importlib.import_module("torch.nn.attention.varlen").varlen_attn
     )
-    scale = "softmax_scale" if flash else "scale"
+    scale, taken = "softmax_scale" if flash else "scale", inspect.signature(theirs).parameters
 
     def varlen(q: Tensor, k: Tensor, v: Tensor, row: Row, scaling: float | None, window: int | None) -> Tensor:
-        size, most = (
-            v.shape[-1],
-            row.longest,
-        )  # MLA's values are smaller than its queries, which the kernels do not take
+        # MLA's values are smaller than its queries, which the kernels do not take.
+        size, most, shared = v.shape[-1], row.longest, q.shape[1] // k.shape[1]
         ends = row.ends_on(q.device, torch.int32)
         given: dict[str, Any] = {scale: q.shape[-1] ** -0.5 if scaling is None else scaling}
         given["window_size"] = (-1 if window is None else window - 1), 0
         if flash:
             given["causal"] = True
-        else:
-            given["enable_gqa"] = q.shape[1] != k.shape[1]
+        elif shared > 1 and "enable_gqa" in taken:
+            given["enable_gqa"] = True
+        elif shared > 1:  # torch 2.11
+            k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
         rows = (x.contiguous() for x in (q, k, F.pad(v, (0, q.shape[-1] - size))))
         return theirs(*rows, ends, ends, most, most, **given)[..., :size]
 
