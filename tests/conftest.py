@@ -1,12 +1,55 @@
-"""Fixtures of several test modules: directories with real vocabularies, written once a run, and real documents."""
+"""Fixtures of several test modules: directories with real vocabularies, written once a run, and real documents.
 
+And what ends a test that would not end by itself, or would take all memory."""
+
+import signal
+import threading
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.vocabularies import write_kimi_tokenizer, write_qwen_tokenizer
 from train.data.tokenizer import Tokenizer, load_tokenizer
+
+MOST_MEMORY, MOST_SECONDS = 8e9, 1200  # of the process that runs the tests; of a test with its fixtures
+
+
+class TakesTooMuch(BaseException):
+    """No Exception, which code under test may catch."""
+
+
+def pytest_configure() -> None:
+    signal.signal(signal.SIGXCPU, _too_much)
+
+
+def _too_much(*_: object) -> None:
+    used = psutil.Process().memory_info().rss
+    raise TakesTooMuch(f"takes more than {MOST_MEMORY / 1e9:.0f} GB ({used / 1e9:.1f}) or {MOST_SECONDS} s")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """Interrupts the test itself, so that its report shows where it was."""
+    done, main = threading.Event(), threading.main_thread().ident or 0
+
+    def watch() -> None:
+        process, deadline = psutil.Process(), time.monotonic() + MOST_SECONDS
+        while not done.wait(0.5):
+            if process.memory_info().rss > MOST_MEMORY or time.monotonic() > deadline:
+                signal.pthread_kill(main, signal.SIGXCPU)
+                done.wait(30)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        return (yield)
+    finally:
+        done.set()
+        watcher.join()
 
 
 @pytest.hookimpl(trylast=True)

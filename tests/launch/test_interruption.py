@@ -115,8 +115,8 @@ def test_a_first_signal_ends_a_process_at_once_or_where_it_looks_and_a_second_on
     for number, again in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         process, _ = listener("held")
         process.send_signal(number)
-        while "told to end" not in process.stdout.readline():
-            pass
+        while "told to end" not in (line := process.stdout.readline()):
+            assert line, "ended without a word"
         process.send_signal(number)
         assert process.communicate(timeout=60)[0].endswith(
             "interrupted again: what was done since the last save is lost\n"
