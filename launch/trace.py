@@ -27,10 +27,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from train import packing
-from train.checkpoints import formats
 from train.checkpoints.streaming import HEAP_BLOCK
 from train.experts import storage
 from train.experts.dispatch import ExpertGroup
+from train.kernels import IN_ONE_LAUNCH
 from train.packing import Row
 
 aten = torch.ops.aten
@@ -157,6 +157,9 @@ class Trace(TorchDispatchMode):
                 args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
             out = _grouped_mm(*args, **kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if func.namespace == "spanwise":  # what they write to besides
+            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+            results += [given[a.name] for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
         for tensor in results:
             self._count(tensor)
         given = {tensor.untyped_storage()._cdata for tensor in tensors}
@@ -313,7 +316,7 @@ class DeltaRule(torch.autograd.Function):
     @staticmethod
     def products(k_BTHK: Tensor, v_BTHV: Tensor) -> list[Tensor]:
         """Of every chunk: triangle, w, u, state, new values, output."""
-        B, T, H, _ = v_BTHV.shape
+        B, T, H, _ = v_BTHV.shape  # of keys there may be fewer heads, which are read for each head of values
         chunks, C = B * H * -(-T // DeltaRule.CHUNK), DeltaRule.CHUNK
         k, v = (x.new_empty(()).expand(chunks, C, x.shape[-1]) for x in (k_BTHK, v_BTHV))
         triangle = k @ k.mT
@@ -332,33 +335,53 @@ class DeltaRule(torch.autograd.Function):
 
 
 def _delta_rule(q, k, v, g, beta, packed: Row, **kwargs):
-    """In the place of transformers' function of this signature. Of a kernel that knows where documents end."""
-    groups = v.shape[2] // k.shape[2]
+    """In the place of transformers' function of this signature. Of a kernel that knows where documents end, and takes
+    fewer heads of queries and keys than of values."""
     packed.mixed += 1
-    if groups > 1:
-        q, k = (x.repeat_interleave(groups, dim=2) for x in (q, k))
     return DeltaRule.apply(q, k, v, g, beta), None
+
+
+class Convolution(torch.autograd.Function):
+    """The causal convolution and its activation as flash-linear-attention's kernel has them: one pass, of which x
+    [1, C, T] is kept."""
+
+    @staticmethod
+    def forward(ctx, x_1CT):
+        ctx.save_for_backward(x_1CT)
+        return torch.empty_like(x_1CT)
+
+    @staticmethod
+    def backward(ctx, grad_1CT):
+        return grad_1CT + ctx.saved_tensors[0]
+
+
+def _convolution(x_1CT, *_, **__):
+    """In the place of transformers' `causal_conv1d_fn`, with frozen weights."""
+    return Convolution.apply(x_1CT)
+
+
+LINEAR = {"causal_conv1d_fn": _convolution, "torch_chunk_gated_delta_rule": _delta_rule}
 
 
 @contextmanager
 def device_kernels(model: Any, gpu: bool) -> Iterator[None]:
     """Attention and, for a GPU, its kernel of the gated delta rule in the place of the model's fallback, and its number
     of experts that are dequantized together."""
-    name, usual = "torch_chunk_gated_delta_rule", model.config._attn_implementation
-    modules = {sys.modules[type(module).__module__] for module in model.modules()} if gpu else set()
-    fallbacks = {module: getattr(module, name) for module in modules if hasattr(module, name)}
-    for module in fallbacks:
-        setattr(module, name, _delta_rule)
+    usual, kernels = model.config._attn_implementation, LINEAR if gpu else {}
+    modules = {sys.modules[type(module).__module__] for module in model.modules()}
+    fallbacks = [(module, name, getattr(module, name)) for module in modules for name in kernels if hasattr(module, name)]
+    for module, name, _ in fallbacks:
+        setattr(module, name, kernels[name])
     model.config._attn_implementation, together = f"planned_{gpu}", storage.WORKSPACE
     if gpu:
-        formats.IN_ONE_LAUNCH.add("meta")
+        IN_ONE_LAUNCH.add("meta")
     else:
         storage.WORKSPACE = 0
     try:
         yield
     finally:
         storage.WORKSPACE = together
-        formats.IN_ONE_LAUNCH.discard("meta")
+        IN_ONE_LAUNCH.discard("meta")
         model.config._attn_implementation = usual
-        for module, fallback in fallbacks.items():
+        for module, name, fallback in fallbacks:
             setattr(module, name, fallback)

@@ -2,6 +2,8 @@
 
 And what ends a test that would not end by itself, or would take all memory."""
 
+import contextlib
+import os
 import signal
 import threading
 import time
@@ -11,6 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+os.environ["TRITON_INTERPRET"] = "1"  # for tests/kernels: decided when it is first imported, which torch does too
+with contextlib.suppress(ImportError):
+    import triton.experimental.gluon.language  # noqa: F401
+del os.environ["TRITON_INTERPRET"]
 
 from tests.vocabularies import write_kimi_tokenizer, write_qwen_tokenizer
 from train.data.tokenizer import Tokenizer, load_tokenizer

@@ -1,6 +1,8 @@
 """LoRA on linear layers (Hu et al., arXiv 2106.09685): y = x W^T + scale (x A^T) B^T, with W frozen.
 
 A's initial values depend on the seed and the parameter's name alone, not on ranks or expert parallelism; B is zero.
+
+Shapes: T tokens, I and O input and output features, r rank.
 """
 
 import hashlib
@@ -65,8 +67,30 @@ class LoRALinear(nn.Module):
         return {"lora_A": A, "lora_B": torch.zeros(self.out_features, self.rank)}
 
     def forward(self, x: Tensor) -> Tensor:
-        down = self.scale * F.linear(x, self.lora_A.to(x.dtype))  # scaled where it is small
-        return F.linear(x, self.weight, self.bias) + F.linear(down, self.lora_B.to(x.dtype))
+        y_TO = _Product.apply(x.flatten(0, -2), self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+        return y_TO.unflatten(0, x.shape[:-1])
+
+
+class _Product(torch.autograd.Function):
+    """y = x W^T + bias + scale (x A^T) B^T for x [T, in], W [out, in] and bias frozen. The sums are done by the
+    products themselves, without a pass of their own over [T, out] or, in backward, [T, in]."""
+
+    @staticmethod
+    def forward(ctx, x_TI, weight_OI, bias_O, A_rI, B_Or, scale):
+        y_TO, h_Tr = F.linear(x_TI, weight_OI, bias_O), F.linear(x_TI, A_rI.to(x_TI.dtype))
+        ctx.save_for_backward(x_TI, h_Tr, weight_OI, A_rI, B_Or)
+        ctx.scale = scale
+        return y_TO.addmm_(h_Tr, B_Or.to(x_TI.dtype).T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx, grad_TO):
+        x_TI, h_Tr, weight_OI, A_rI, B_Or = ctx.saved_tensors
+        grad_h_Tr = ctx.scale * (grad_TO @ B_Or.to(grad_TO.dtype))
+        grad_A, grad_B = grad_h_Tr.T @ x_TI, ctx.scale * (grad_TO.T @ h_Tr)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_TO @ weight_OI).addmm_(grad_h_Tr, A_rI.to(grad_TO.dtype))
+        return grad_x, None, None, grad_A.to(A_rI.dtype), grad_B.to(B_Or.dtype), None
 
 
 def lora_linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config
 
 from launch.distributed import failing_together
+from train import norms
 from train.checkpoints.adapter import load_adapter
 from train.checkpoints.layout import has_own_head, plan_load
 from train.checkpoints.reader import Checkpoint
@@ -31,6 +32,11 @@ from train.packing import Row, install, states_of_row
 
 AFTER_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier", "output_multiplier")
 """Settings of transformers' models that change logits after lm_head, where the loss takes the head's place."""
+
+
+ENDED_BY_EXPERTS = ("Qwen3_5MoeDecoderLayer", "Qwen3MoeDecoderLayer", "DeepseekV3DecoderLayer")
+"""transformers' layers that do nothing with what their experts give but add it to the rest: no gradient needs it, and a
+recomputation does without. In a layer that needed it after all it would be NaN, and so would the gradients."""
 
 
 def text_config(checkpoint: Checkpoint) -> Any:
@@ -82,6 +88,7 @@ def skeleton(config: Any, ep: ExpertGroup) -> Any:
     except Exception as error:  # transformers raises what it likes for a value that it does not
         raise UserError(f"--model: transformers makes no causal language model of config.json: {error!r}") from None
     install(model)
+    norms.install(model)
     unknown = _unlike_llama(model) or _blind_to_documents(model)
     for name, module in list(model.named_modules()):
         if name.endswith(".experts"):
@@ -89,6 +96,7 @@ def skeleton(config: Any, ep: ExpertGroup) -> Any:
             experts = _expert_parallel(name, module, top, ep)
             _replace(model, name, experts)
             fix_choices(model.get_submodule(name.rpartition(".")[0]), experts)
+            experts.ends_the_layer = type(model.get_submodule(name.split(".mlp.")[0])).__name__ in ENDED_BY_EXPERTS
         elif module._non_persistent_buffers_set and not _rebuilt(model, name, module, config):
             unknown.append(
                 f"{name} has values that are in no checkpoint ({', '.join(sorted(module._non_persistent_buffers_set))})"

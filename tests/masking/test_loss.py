@@ -41,9 +41,9 @@ def written_out(logits_NV: torch.Tensor, target_N: torch.Tensor, coefficient_N: 
 
 
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("chunk_elements", [2**26, 40])  # all at once, and three tokens a chunk
-def test_loss_and_gradients_are_those_of_the_formulas(monkeypatch, chunk_elements, lora):
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk_elements)
+@pytest.mark.parametrize("chunk_bytes", [2**28, 8 * 40])  # all at once, and three tokens a chunk
+def test_loss_and_gradients_are_those_of_the_formulas(monkeypatch, chunk_bytes, lora):
+    monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_bytes)
     module = head(13, 5, lora=lora)
     hidden_NH = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
     target_N = torch.tensor([0, 12, 5, 5, 3, 2, 1, 7])
@@ -107,7 +107,7 @@ def test_unlikelihood_of_an_impossible_token_is_its_probability():
 
 def test_no_tensor_of_all_tokens_by_vocabulary_ever_exists(monkeypatch):
     # 400 tokens x 5,000 entries would be 8 MB; a chunk may hold 50,000 elements.
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 50_000)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 200_000)
     largest = 0
 
     class Watch(torch.overrides.TorchFunctionMode):

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.errors import UserError
+from train.kernels import IN_ONE_LAUNCH, operations
 
-IN_ONE_LAUNCH = {"cuda"}  # devices on which kernels.py decodes
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FP8_MAX = 448.0  # the largest finite F8_E4M3
 
@@ -75,30 +75,6 @@ class Format:
 PLAIN = Format()
 
 
-@torch.library.custom_op("spanwise::int4_decode", mutates_args=())
-def _int4_in_one_launch(packed: Tensor, scale: Tensor, group: int) -> Tensor:
-    from train.checkpoints import kernels  # here: it needs Triton
-
-    return kernels.int4_decode(packed, scale, group)
-
-
-@_int4_in_one_launch.register_fake
-def _(packed: Tensor, scale: Tensor, group: int) -> Tensor:
-    return packed.new_empty(*packed.shape[:-1], packed.shape[-1] * 8, dtype=torch.bfloat16)
-
-
-@torch.library.custom_op("spanwise::fp8_decode", mutates_args=())
-def _fp8_in_one_launch(weight: Tensor, scale: Tensor, block_rows: int, block_columns: int) -> Tensor:
-    from train.checkpoints import kernels
-
-    return kernels.fp8_decode(weight, scale, (block_rows, block_columns))
-
-
-@_fp8_in_one_launch.register_fake
-def _(weight: Tensor, scale: Tensor, block_rows: int, block_columns: int) -> Tensor:
-    return weight.new_empty(weight.shape, dtype=torch.bfloat16)
-
-
 def blocks_to_elements(scale: Tensor, block: tuple[int, int], rows: int, columns: int) -> Tensor:
     """[..., ceil(rows/b0), ceil(columns/b1)] -> [..., rows, columns], each value over its block."""
     return scale.repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[..., :columns]
@@ -107,7 +83,7 @@ def blocks_to_elements(scale: Tensor, block: tuple[int, int], rows: int, columns
 def fp8_decode(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     """[..., out, in] F8 and its block scales -> BF16."""
     if weight.device.type in IN_ONE_LAUNCH:
-        return _fp8_in_one_launch(weight, scale, *block)
+        return operations.fp8_decode(weight, scale, *block)
     return (weight.float() * blocks_to_elements(scale.float(), block, *weight.shape[-2:])).bfloat16()
 
 
@@ -152,7 +128,7 @@ def _divisor(scale: Tensor) -> Tensor:
 def int4_decode(packed: Tensor, scale: Tensor, group: int) -> Tensor:
     """[..., out, in/8] words and scales [..., out, in/g] -> BF16 [..., out, in]."""
     if packed.device.type in IN_ONE_LAUNCH and group % 8 == 0:
-        return _int4_in_one_launch(packed, scale, group)
+        return operations.int4_decode(packed, scale, group)
     if scale.dtype != torch.bfloat16:  # F16 would round a product to its 11 bits, and BF16 once more
         scale = scale.float()
     octets = packed.contiguous().view(torch.uint8)  # little-endian: byte b holds elements 2b (low) and 2b + 1 (high)

@@ -1,7 +1,7 @@
 """Sends each token to the ranks that hold its experts, and adds up what comes back.
 
 Shapes: T tokens of this rank, S rows sent, R rows received, H hidden size, k experts per token, D ranks of the group, P
-(token, expert) pairs of this rank's experts.
+(token, expert) pairs of this rank's experts, N rows that are summed, G sums of at most n of them each.
 
 A token's hidden state crosses the wire at most once per destination rank, however many of its experts live there, and
 each destination returns one partial sum per token, already weighted.
@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from train.kernels import IN_ONE_LAUNCH
+from train.kernels.operations import summed
 
 
 @dataclass
@@ -75,18 +78,44 @@ class _Exchange(torch.autograd.Function):
         return _Exchange.apply(grad, received_D, sent_D, ep), None, None, None
 
 
+class Places:
+    """Rows taken from others by number, and the way back, on which those of one number are added up."""
+
+    def __init__(self, from_N: Tensor, count: int):
+        self.from_N, self.count = from_N, count
+        self.place_Gn: Tensor | None = None  # of the rows of each sum; -1: none
+
+    def invert(self, slot_N: Tensor, most: int) -> None:
+        """Keeps where the rows of each sum are. slot_N: of each its place in [G, n]."""
+        place = torch.full((self.count * most,), -1, dtype=torch.int32, device=slot_N.device)
+        numbers = torch.arange(len(slot_N), dtype=torch.int32, device=slot_N.device)
+        self.place_Gn = place.scatter_(0, slot_N, numbers).view(self.count, most)
+
+    def gather(self, x_GH: Tensor) -> Tensor:
+        """-> [N, H]."""
+        return x_GH.index_select(0, self.from_N)
+
+    def sum(self, x_NH: Tensor) -> Tensor:
+        """-> [G, H]."""
+        if self.place_Gn is not None:
+            return summed(x_NH.contiguous(), self.place_Gn)
+        return x_NH.new_zeros(self.count, x_NH.shape[1]).index_add_(0, self.from_N, x_NH)
+
+
 class Dispatch:
     """One layer's exchange of one batch: who sends which token where, worked out from the routing alone. The host waits
     for the device once, for how much is sent and received; all else stays there.
 
-    index_Tk: the experts of each token, of E in all. keep_T: False for what is sent nowhere.
+    index_Tk: the experts of each token, of E in all. keep_T: False for what is sent nowhere. device: of what is sent.
     """
 
-    def __init__(self, index_Tk: Tensor, experts: int, ep: ExpertGroup, keep_T: Tensor | None = None):
-        self.ep, (self.tokens, k) = ep, index_Tk.shape
+    def __init__(
+        self, index_Tk: Tensor, experts: int, ep: ExpertGroup, device: torch.device, keep_T: Tensor | None = None
+    ):
+        self.ep, (tokens, k) = ep, index_Tk.shape
         local = experts // ep.size
         owner_Tk, kept_Tk = index_Tk // local, torch.ones_like(index_Tk)
-        hit_TD = torch.zeros(self.tokens, ep.size, dtype=torch.bool, device=index_Tk.device).scatter_(1, owner_Tk, True)
+        hit_TD = torch.zeros(tokens, ep.size, dtype=torch.bool, device=index_Tk.device).scatter_(1, owner_Tk, True)
         if keep_T is not None:
             hit_TD &= keep_T[:, None]
             kept_Tk *= keep_T[:, None]
@@ -100,29 +129,71 @@ class Dispatch:
         self.sent_D, self.received_D = counts[: ep.size], counts[ep.size : 2 * ep.size]
         self.ends = Ends(count_E.cumsum(0).to(torch.int32), list(itertools.accumulate(counts[2 * ep.size :])))
 
-        destination_S, self.token_S = torch.nonzero_static(hit_TD.t(), size=sum(self.sent_D)).unbind(1)
-        self.here_Sk = owner_Tk.index_select(0, self.token_S) == destination_S[:, None]
-        local_Sk = index_Tk.index_select(0, self.token_S) - destination_S[:, None] * local
+        destination_S, token_S = torch.nonzero_static(hit_TD.t(), size=sum(self.sent_D)).unbind(1)
+        self.here_Sk = owner_Tk.index_select(0, token_S) == destination_S[:, None]
+        local_Sk = index_Tk.index_select(0, token_S) - destination_S[:, None] * local
         slot_Sk = torch.where(self.here_Sk, local_Sk, local).to(torch.int32)  # `local`: of another rank
         slot_Rk = slot_Sk if ep.size == 1 else _Exchange.apply(slot_Sk, self.sent_D, self.received_D, ep)
         # (token, expert) pairs, sorted by expert: their places in [R, k], and of those the row.
         self.pair_P = slot_Rk.flatten().argsort(stable=True)[: self.ends.host[-1]]
-        self.row_P = self.pair_P // k
+        self.rows = Places(self.pair_P // k, sum(self.received_D))
+        self.tokens = Places(token_S, tokens)
+        if device.type in IN_ONE_LAUNCH:
+            self.rows.invert(self.pair_P, k)
+            self.tokens.invert(token_S * ep.size + destination_S, ep.size)
 
-    def send(self, hidden_TH: Tensor, weight_Tk: Tensor) -> tuple[Tensor, Tensor]:
-        """-> hidden_RH, weight_Rk of the tokens that use experts of this rank (weight 0 for experts elsewhere)."""
-        hidden_SH = hidden_TH.index_select(0, self.token_S)
-        weight_Sk = weight_Tk.index_select(0, self.token_S) * self.here_Sk
+    def _across(self, rows: Tensor, back: bool = False) -> Tensor:
+        """Rows to the ranks that they are for, or back; no gradient."""
         if self.ep.size == 1:
-            return hidden_SH, weight_Sk
-        return (
-            _Exchange.apply(hidden_SH, self.sent_D, self.received_D, self.ep),
-            _Exchange.apply(weight_Sk, self.sent_D, self.received_D, self.ep),
-        )
+            return rows
+        sizes = (self.sent_D, self.received_D) if back else (self.received_D, self.sent_D)
+        return self.ep.exchange(rows, *sizes)
 
-    def combine(self, partial_RH: Tensor) -> Tensor:
-        """Partial sums of the received tokens -> out_TH, the sum over the ranks for each token of this rank."""
+    def spread(self, x_TH: Tensor) -> Tensor:
+        """x of each token -> [P, H], for each pair that is computed here."""
+        return _Spread.apply(x_TH, self)
+
+    def weights(self, weight_Tk: Tensor) -> Tensor:
+        """The weight of each pair that is computed here, [P]."""
+        weight_Sk = weight_Tk.index_select(0, self.tokens.from_N) * self.here_Sk  # 0 for experts elsewhere
         if self.ep.size > 1:
-            partial_RH = _Exchange.apply(partial_RH, self.received_D, self.sent_D, self.ep)
-        out_TH = partial_RH.new_zeros(self.tokens, partial_RH.shape[1])
-        return out_TH.index_add_(0, self.token_S, partial_RH)
+            weight_Sk = _Exchange.apply(weight_Sk, self.sent_D, self.received_D, self.ep)
+        return weight_Sk.flatten().index_select(0, self.pair_P)
+
+    def combine(self, out_PH: Tensor, needed: bool = True) -> Tensor:
+        """Of each pair -> [T, H], the sum of each token of this rank. needed: False gives NaN with the right gradient,
+        and sends nothing."""
+        return _Combine.apply(out_PH, self, needed)
+
+    def spread_now(self, x_TH: Tensor) -> Tensor:
+        """`spread`, not tracked by autograd."""
+        return self.rows.gather(self._across(self.tokens.gather(x_TH)))
+
+    def combine_now(self, out_PH: Tensor) -> Tensor:
+        """`combine`, not tracked by autograd."""
+        return self.tokens.sum(self._across(self.rows.sum(out_PH), back=True))
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TH, dispatch):
+        ctx.dispatch = dispatch
+        return dispatch.spread_now(x_TH)
+
+    @staticmethod
+    def backward(ctx, grad_PH):
+        return ctx.dispatch.combine_now(grad_PH), None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out_PH, dispatch, needed):
+        ctx.dispatch = dispatch
+        if not needed:
+            nan = torch.full((1, 1), math.nan, dtype=out_PH.dtype, device=out_PH.device)
+            return nan.expand(dispatch.tokens.count, out_PH.shape[1])
+        return dispatch.combine_now(out_PH)
+
+    @staticmethod
+    def backward(ctx, grad_TH):
+        return ctx.dispatch.spread_now(grad_TH.contiguous()), None, None

@@ -12,10 +12,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from train.experts.dispatch import Dispatch, Ends, ExpertGroup
 from train.experts.recompute import first_time, recomputing
 from train.experts.storage import GroupedLinear, GroupedTrained
+from train.kernels import IN_ONE_LAUNCH, operations
 from train.lora import LoRASettings, initial_A
 
 
@@ -40,6 +42,7 @@ class ExpertParallelExperts(nn.Module):
         self.name, self.experts, self.hidden, self.width, self.act, self.ep = name, experts, hidden, width, act, ep
         self.frozen = nn.ModuleDict()
         self.rank, self.padded_rank, self.scale = 0, 0, 0.0  # the true LoRA rank, 0: no LoRA; the factors' scale
+        self.ends_the_layer = False  # nothing after it in its layer needs its values for a gradient
         self.keep_T: Tensor | None = None  # set for each batch: False for padding
         self.load_E: Tensor | None = None  # tokens of this rank for each expert of the layer, since the last reset
 
@@ -68,23 +71,42 @@ class ExpertParallelExperts(nn.Module):
             factors[f"{weight}_lora_B"] = torch.zeros(len(owned), out_features, self.padded_rank)
         return factors
 
-    def _product(self, x_PI: Tensor, name: str, ends: Ends) -> Tensor:
-        """x_PI @ (W + scale B A)^T, where rows ends[e-1]:ends[e] of x belong to expert e."""
+    def _product(self, x_PI: Tensor, name: str, ends: Ends, needed: bool = True) -> Tensor:
+        """x_PI @ (W + scale B A)^T, where rows ends[e-1]:ends[e] of x belong to expert e; NaN where it isn't needed,
+        but with its gradient."""
         if name not in self.frozen:
-            return GroupedTrained.apply(x_PI, getattr(self, name), ends.device)
+            return GroupedTrained.apply(x_PI, getattr(self, name), ends.device, needed)
         A, B = (getattr(self, f"{name}_lora_{f}") if self.rank else None for f in "AB")
-        return GroupedLinear.apply(x_PI, A, B, self.frozen[name], self.scale, ends)
+        return GroupedLinear.apply(x_PI, A, B, self.frozen[name], self.scale, ends, needed)
 
     def forward(self, hidden_TH: Tensor, index_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
-        dispatch = first_time(lambda: Dispatch(index_Tk, self.experts, self.ep, self.keep_T))
+        dispatch = first_time(lambda: Dispatch(index_Tk, self.experts, self.ep, hidden_TH.device, self.keep_T))
         if not recomputing():
             self.load_E = dispatch.load_E if self.load_E is None else self.load_E + dispatch.load_E
-        hidden_RH, weight_Rk = dispatch.send(hidden_TH, weight_Tk)
-
-        x_PH = hidden_RH.index_select(0, dispatch.row_P)
-        gate, up = self._product(x_PH, "gate_up_proj", dispatch.ends).chunk(2, dim=-1)
-        weight_P1 = weight_Rk.flatten().index_select(0, dispatch.pair_P)[:, None].to(gate.dtype)
+        needed = not (self.ends_the_layer and recomputing())
+        weight_P1 = dispatch.weights(weight_Tk)[:, None]
+        gate_up_P2I = self._product(dispatch.spread(hidden_TH), "gate_up_proj", dispatch.ends)
         # The weight before down_proj, which is linear: on I numbers a pair, not on H.
-        out_PH = self._product(self.act(gate) * up * weight_P1, "down_proj", dispatch.ends)
-        partial_RH = torch.zeros_like(hidden_RH).index_add_(0, dispatch.row_P, out_PH)
-        return dispatch.combine(partial_RH)
+        inner_PI = gated(gate_up_P2I, weight_P1.to(gate_up_P2I.dtype), self.act)
+        return dispatch.combine(self._product(inner_PI, "down_proj", dispatch.ends, needed), needed)
+
+
+def gated(gate_up_P2I: Tensor, weight_P1: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """act(gate) * up * weight -> [P, I]."""
+    if gate_up_P2I.device.type in IN_ONE_LAUNCH and isinstance(act, nn.SiLU | SiLUActivation):
+        return _Gated.apply(gate_up_P2I, weight_P1)
+    gate, up = gate_up_P2I.chunk(2, dim=-1)
+    return act(gate) * up * weight_P1
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up * weight, of which gate_up [P, 2I] and weight [P, 1] alone are kept."""
+
+    @staticmethod
+    def forward(ctx, gate_up_P2I, weight_P1):
+        ctx.save_for_backward(gate_up_P2I, weight_P1)
+        return operations.gated(gate_up_P2I, weight_P1)
+
+    @staticmethod
+    def backward(ctx, grad_PI):
+        return operations.gated_backward(grad_PI.contiguous(), *ctx.saved_tensors)

@@ -8,6 +8,7 @@ matrices exist in full for as many experts as WORKSPACE holds, while their produ
 backward, for experts that have tokens. ZeRO never sees these weights: they are buffers.
 """
 
+import math
 import threading
 from collections.abc import Iterator
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from train.checkpoints.formats import Format
 from train.experts.dispatch import Ends
+from train.kernels import IN_ONE_LAUNCH, operations
 
 NF4_BLOCK = 64
 WORKSPACE = 3 * 2**29  # bytes of BF16 weights that are dequantized together: of Kimi K2.5 27 experts
@@ -166,19 +168,32 @@ def frozen_product(x_PI: Tensor, storage: Storage, ends: Ends, transposed: bool 
     return y_PO
 
 
+def add_grouped_(y_PO: Tensor, h_Pr: Tensor, right_ErO: Tensor, ends_E: Tensor, scale: float = 1.0) -> None:
+    """y += scale * h @ right[e], each row by the matrix of its expert. Not tracked by autograd."""
+    if y_PO.device.type in IN_ONE_LAUNCH:
+        operations.add_grouped_(y_PO, h_Pr, right_ErO, ends_E, scale)
+    else:
+        y_PO.add_(F.grouped_mm(h_Pr, right_ErO, offs=ends_E), alpha=scale)
+
+
+def _nan(x_PI: Tensor, columns: int) -> Tensor:
+    """[P, columns] of NaN, which takes no memory."""
+    return torch.full((1, 1), math.nan, dtype=x_PI.dtype, device=x_PI.device).expand(len(x_PI), columns)
+
+
 class GroupedLinear(torch.autograd.Function):
     """y = x W^T + scale (x A^T) B^T for rows grouped by expert, W frozen in `storage`; A [E, r, in] and B [E, out, r]
-    may be None. Keeps x and x A^T alone for backward, and A and B as the parameters themselves: what ZeRO-3 gathered
+    may be None. needed: False gives NaN for y, where its gradient alone is wanted. Keeps x and x A^T alone for backward, and A and B as the parameters themselves: what ZeRO-3 gathered
     for the forward can go, and is gathered again."""
 
     @staticmethod
-    def forward(ctx, x_PI, A_ErI, B_EOr, storage, scale, ends):
-        y_PO, ends_E = frozen_product(x_PI, storage, ends), ends.device
+    def forward(ctx, x_PI, A_ErI, B_EOr, storage, scale, ends, needed=True):
+        y_PO = frozen_product(x_PI, storage, ends) if needed else _nan(x_PI, storage.out_features)
         h_Pr = None
         if A_ErI is not None:
-            A, B = A_ErI.to(x_PI.dtype), B_EOr.to(x_PI.dtype)
-            h_Pr = F.grouped_mm(x_PI, A.transpose(1, 2), offs=ends_E)
-            y_PO.add_(F.grouped_mm(h_Pr, B.transpose(1, 2), offs=ends_E), alpha=scale)
+            h_Pr = F.grouped_mm(x_PI, A_ErI.to(x_PI.dtype).transpose(1, 2), offs=ends.device)
+            if needed:
+                add_grouped_(y_PO, h_Pr, B_EOr.to(x_PI.dtype).transpose(1, 2), ends.device, scale)
         ctx.save_for_backward(*((x_PI, h_Pr, A_ErI, B_EOr) if A_ErI is not None else ()))
         ctx.storage, ctx.scale, ctx.ends = storage, scale, ends
         return y_PO
@@ -189,15 +204,15 @@ class GroupedLinear(torch.autograd.Function):
         grad_PO = grad_PO.contiguous()
         grad_PI = frozen_product(grad_PO, ctx.storage, ctx.ends, transposed=True) if ctx.needs_input_grad[0] else None
         if not lora:
-            return grad_PI, None, None, None, None, None
+            return grad_PI, *[None] * 6
         x_PI, h_Pr, A_ErI, B_EOr = lora
         A, B = A_ErI.to(x_PI.dtype), B_EOr.to(x_PI.dtype)
         scaled_Pr = F.grouped_mm(grad_PO, B, offs=ends_E).mul_(ctx.scale)
         grad_B = F.grouped_mm(grad_PO.T, h_Pr, offs=ends_E).mul_(ctx.scale)
         grad_A = F.grouped_mm(scaled_Pr.T, x_PI, offs=ends_E)
         if grad_PI is not None:
-            grad_PI.add_(F.grouped_mm(scaled_Pr, A, offs=ends_E))
-        return grad_PI, grad_A.to(A_ErI.dtype), grad_B.to(B_EOr.dtype), None, None, None
+            add_grouped_(grad_PI, scaled_Pr, A, ends_E)
+        return grad_PI, grad_A.to(A_ErI.dtype), grad_B.to(B_EOr.dtype), *[None] * 4
 
 
 class GroupedTrained(torch.autograd.Function):
@@ -205,8 +220,10 @@ class GroupedTrained(torch.autograd.Function):
     which would keep what ZeRO-3 gathered."""
 
     @staticmethod
-    def forward(ctx, x_PI, weight_EOI, ends_E):
+    def forward(ctx, x_PI, weight_EOI, ends_E, needed=True):
         ctx.save_for_backward(x_PI, weight_EOI, ends_E)
+        if not needed:
+            return _nan(x_PI, weight_EOI.shape[1])
         return F.grouped_mm(x_PI, weight_EOI.transpose(1, 2), offs=ends_E)
 
     @staticmethod
@@ -214,4 +231,4 @@ class GroupedTrained(torch.autograd.Function):
         x_PI, weight_EOI, ends_E = ctx.saved_tensors
         grad_PO = grad_PO.contiguous()
         grad_PI = F.grouped_mm(grad_PO, weight_EOI, offs=ends_E) if ctx.needs_input_grad[0] else None
-        return grad_PI, F.grouped_mm(grad_PO.T, x_PI, offs=ends_E), None
+        return grad_PI, F.grouped_mm(grad_PO.T, x_PI, offs=ends_E), None, None

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.kernels import IN_ONE_LAUNCH
+from train.kernels.operations import loss_terms_
 from train.lora import LoRASettings, initial_A
 
-CHUNK_ELEMENTS = 2**26  # logits of a chunk: 256 MiB in fp32
+CHUNK_BYTES = 2**28  # of a chunk's logits, in fp32 or, on a GPU, in the dtype of the model
 CHUNK_TOKENS = 512  # with fewer a product is slower, with more a chunk takes memory for nothing
 
 
@@ -46,7 +48,9 @@ class _ChunkedLoss(torch.autograd.Function):
             for x, need in zip((weight_VH, A_rH, B_Vr), needed, strict=True)
         ]
         A, B = (None if x is None else x.to(hidden_NH.dtype) for x in (A_rH, B_Vr))  # both, or neither
-        size = max(1, min(CHUNK_TOKENS, CHUNK_ELEMENTS // len(weight_VH), len(hidden_NH)))
+        in_one_launch = hidden_NH.device.type in IN_ONE_LAUNCH and hidden_NH.dtype in (torch.bfloat16, torch.float16)
+        most = CHUNK_BYTES // len(weight_VH) // (hidden_NH.itemsize if in_one_launch else exact.itemsize)
+        size = max(1, min(CHUNK_TOKENS, most, len(hidden_NH)))
         logits = hidden_NH.new_empty(size, len(weight_VH))  # of every chunk
         for start in range(0, len(hidden_NH), size):
             chunk = slice(start, start + size)
@@ -55,8 +59,12 @@ class _ChunkedLoss(torch.autograd.Function):
             if A is not None and B is not None:
                 down_Cr = F.linear(hidden_CH, A)
                 logits_CV.add_(F.linear(down_Cr, B), alpha=scale)
-            nll_C1, term_C1, grad_CV = _terms(logits_CV.to(exact), target_C1, coefficient_C1, tracked)
-            nll_N[chunk], term_N[chunk] = nll_C1[:, 0], term_C1[:, 0]
+            if in_one_launch:
+                nll_N[chunk], term_N[chunk] = loss_terms_(logits_CV, target_N[chunk], coefficient_N[chunk], tracked)
+                grad_CV = logits_CV if tracked else None
+            else:
+                nll_C1, term_C1, grad_CV = _terms(logits_CV.to(exact), target_C1, coefficient_C1, tracked)
+                nll_N[chunk], term_N[chunk] = nll_C1[:, 0], term_C1[:, 0]
             if grad_CV is None:
                 continue
             grad_CV = grad_CV.to(hidden_CH.dtype)

@@ -1,7 +1,7 @@
-"""Decodes FP8 blocks and INT4 words on a GPU, any number of matrices in one launch, to the bits of formats.py.
+"""Decodes FP8 blocks and INT4 words, any number of matrices at once, to the bits of train/checkpoints/formats.py.
 
-Triton's kernels; tests/checkpoints/test_kernels.py runs them by Triton's interpreter on a CPU. Rounding to BF16 is
-written out, to nearest and ties to even (as torch has it), since the interpreter and old GPUs round otherwise.
+Rounding to BF16 is written out, to nearest and ties to even (as torch has it), since Triton's interpreter and old GPUs
+round otherwise.
 """
 
 import functools

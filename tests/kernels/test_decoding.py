@@ -1,25 +1,9 @@
-"""The GPU's kernels, by Triton's interpreter on a CPU: the bits of the CPU's own way."""
-
-import importlib
-import os
-from typing import Any
+"""The GPU's decoders give the bits of the CPU's own way."""
 
 import pytest
 import torch
 
 from train.checkpoints import formats
-
-pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Any:
-    """Interpreted, which is decided where they are defined."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        return importlib.import_module("train.checkpoints.kernels")
-    finally:
-        del os.environ["TRITON_INTERPRET"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -28,7 +12,7 @@ def test_int4_words_become_the_same_bits(kernels, shape, group, dtype):
     generator = torch.Generator().manual_seed(0)
     packed = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).int()
     scale = torch.randn(*shape[:-1], shape[-1] * 8 // group, generator=generator).to(dtype)
-    assert torch.equal(kernels.int4_decode(packed, scale, group), formats.int4_decode(packed, scale, group))
+    assert torch.equal(kernels("decoding").int4_decode(packed, scale, group), formats.int4_decode(packed, scale, group))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -39,5 +23,5 @@ def test_fp8_blocks_become_the_same_bits(kernels, shape, dtype):
     weight = octets.masked_fill(octets & 127 == 127, 0).view(torch.float8_e4m3fn)  # without NaN
     blocks = -(-shape[-2] // 128), -(-shape[-1] // 128)
     scale = torch.randn(*shape[:-2], *blocks, generator=generator).to(dtype)
-    found, expected = kernels.fp8_decode(weight, scale, (128, 128)), formats.fp8_decode(weight, scale, (128, 128))
+    found, expected = kernels("decoding").fp8_decode(weight, scale, (128, 128)), formats.fp8_decode(weight, scale, (128, 128))
     assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
