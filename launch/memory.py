@@ -100,12 +100,11 @@ def run_step(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bool)
         return first + times * (second - first)
 
     one, two = steps
-    peak, each = (
-        Counter({tag: max(0, extended(a[tag], b[tag])) for tag in a | b})
-        for a, b in ((one.peak, two.peak), (one.each, two.each))
-    )
-    rest = {f.name: extended(getattr(one, f.name), getattr(two, f.name)) for f in fields(Step) if f.type is int}
-    return Step(peak, each, **rest)
+    pairs = {f.name: (getattr(one, f.name), getattr(two, f.name)) for f in fields(Step)}
+    return Step(**{
+        name: extended(a, b) if isinstance(a, int) else Counter({k: max(0, extended(a[k], b[k])) for k in a | b})
+        for name, (a, b) in pairs.items()
+    })  # fmt: skip
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
@@ -139,7 +138,10 @@ def _run_layers(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bo
     group: Any = model.expert_layers[0].ep if model.expert_layers else PlannedGroup()
     group.wire_bytes = group.collectives = 0
     waits = HostWaits()
-    with waits, trace, device_kernels(model.causal, gpu), trace.counting_products(model.expert_layers):
+    with (
+        waits, trace, trace.parts.of(model), device_kernels(model.causal, gpu),
+        trace.counting_products(model.expert_layers),
+    ):  # fmt: skip
         terms = model(batch)
         trace.step.kept = trace.total
         terms.loss.backward()

@@ -54,6 +54,7 @@ class Options:
     gpus: int = setting(8, "GPUs of a node")
     gpu_memory: float = setting(80.0, "GB of each GPU")
     search: bool = setting(False, "propose settings, the fastest that fit")
+    traffic: bool = setting(False, "show what a step reads and writes of the GPU's memory, by part of the model")
     json: str = setting("", "FILE to write the plan to")
 
 
@@ -172,6 +173,16 @@ class Plan:
         return self.accumulation * self.chosen.step.flops
 
     @property
+    def traffic_bytes(self) -> dict[str, dict[str, int]]:
+        """What the operations of a step read and write of a GPU's memory: part of the model -> operation -> bytes; the
+        largest first."""
+        parts: dict[str, Counter[str]] = {}
+        for (part, operation), moved in self.chosen.step.traffic.items():
+            parts.setdefault(part, Counter())[operation] += self.accumulation * moved
+        ordered = sorted(parts.items(), key=lambda each: -each[1].total())
+        return {part: dict(operations.most_common()) for part, operations in ordered}
+
+    @property
     def seconds(self) -> dict[str, float]:
         """By the roofline (Williams et al., CACM 52(4), 2009) of ASSUMED."""
         gpu, wire = self.cluster.gpu, self.wire_bytes
@@ -193,7 +204,7 @@ class Plan:
             "fits": self.fits, "gpu_bytes": self.gpu_bytes, "expert_bytes": self.expert_bytes,
             "host_bytes": self.host_bytes, "read_bytes": self.cluster.gpus * self.read_bytes,
             "wire_bytes": self.wire_bytes, "flops": self.flops,
-            "seconds": self.seconds, "tokens_per_second": self.tokens_per_second,
+            "traffic_bytes": self.traffic_bytes, "seconds": self.seconds, "tokens_per_second": self.tokens_per_second,
             "activation_bytes": {
                 name: sum(self.memory(on).step.peak.values())
                 for name, on in (("checkpointing", True), ("no_checkpointing", False))
@@ -317,6 +328,20 @@ def show(plan: Plan) -> None:
     print(f"{'fits' if plan.fits else 'does NOT fit'} into {USABLE * cluster.memory:.1f} GB of {cluster.memory:g}")
 
 
+def show_traffic(plan: Plan) -> None:
+    """What a step reads and writes of a GPU's memory, by part of the model, on the terminal."""
+    total = sum(sum(operations.values()) for operations in plan.traffic_bytes.values())
+    print(
+        f"\neach GPU and step reads and writes {total / 1e12:.2f} TB of its memory, forward, recomputation and backward:"
+    )
+    for part, operations in plan.traffic_bytes.items():
+        own = sum(operations.values())
+        largest = ", ".join(f"{name} {moved / own:.0%}" for name, moved in [*operations.items()][:4])
+        print(
+            f"  {part:<20}{own / 1e9:9,.0f} GB{own / total:7.1%}{own / plan.cluster.gpu.bandwidth:8.2f} s   {largest}"
+        )
+
+
 def advise(plan: Plan) -> None:
     """What to change where a plan does not fit, each change upon the ones before, until it does."""
     print("\nto make it fit, the cheapest first, each with those before:")
@@ -380,6 +405,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.search and not found:
             print("no setting of method, micro-batch, checkpointing and expert parallelism fits")
         show(plan)
+        if options.traffic:
+            show_traffic(plan)
         if not plan.fits:
             advise(plan)
     if options.json:

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from launch.parts import Parts
 from train import packing
 from train.checkpoints.streaming import HEAP_BLOCK
 from train.experts import storage
@@ -45,7 +46,8 @@ class Step:
     by the operations; wire: bytes that a rank sends to the other ranks of its expert-parallel group; heap: the most
     bytes at any moment in tensors that on a CPU lie in the heap; operations: all but mere views, each of which is a
     launch or more; expert_operations: those of the experts' products, dequantization among them; collectives: exchanges
-    between the ranks of the expert-parallel group; waits: how often the host waits for what the device has computed."""
+    between the ranks of the expert-parallel group; waits: how often the host waits for what the device has computed;
+    traffic: `moved`, by part of the model and operation."""
 
     peak: Counter[str] = field(default_factory=Counter)
     each: Counter[str] = field(default_factory=Counter)
@@ -58,6 +60,7 @@ class Step:
     expert_operations: int = 0
     collectives: int = 0
     waits: int = 0
+    traffic: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
 class PlannedGroup(ExpertGroup):
@@ -112,7 +115,7 @@ class Trace(TorchDispatchMode):
         self.alive: dict[int, tuple[Any, int, str]] = {}
         self.now: Counter[str] = Counter()
         self.total = self.most = self.heap = 0
-        self.step = Step()
+        self.step, self.parts = Step(), Parts()
         self.in_product = 0
 
     @contextmanager
@@ -164,7 +167,9 @@ class Trace(TorchDispatchMode):
             self._count(tensor)
         given = {tensor.untyped_storage()._cdata for tensor in tensors}
         if func._schema.is_mutable or not all(t.untyped_storage()._cdata in given for t in results):  # no mere view
-            self.step.moved += sum(tensor.nbytes for tensor in (*tensors, *results))
+            moved = sum(tensor.nbytes for tensor in (*tensors, *results))
+            self.step.moved += moved
+            self.step.traffic[self.parts.now(), func._opname] += moved
             self.step.operations += 1
             self.step.expert_operations += self._of_experts()
         count = FLOPS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
@@ -369,7 +374,9 @@ def device_kernels(model: Any, gpu: bool) -> Iterator[None]:
     of experts that are dequantized together."""
     usual, kernels = model.config._attn_implementation, LINEAR if gpu else {}
     modules = {sys.modules[type(module).__module__] for module in model.modules()}
-    fallbacks = [(module, name, getattr(module, name)) for module in modules for name in kernels if hasattr(module, name)]
+    fallbacks = [
+        (module, name, getattr(module, name)) for module in modules for name in kernels if hasattr(module, name)
+    ]
     for module, name, _ in fallbacks:
         setattr(module, name, kernels[name])
     model.config._attn_implementation, together = f"planned_{gpu}", storage.WORKSPACE

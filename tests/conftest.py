@@ -113,3 +113,12 @@ def shared_cases() -> Path:
     if not directory.is_dir():
         pytest.skip("../shared/cases is absent")
     return directory
+
+
+@pytest.fixture(scope="session")
+def shared_checkpoints() -> Path:
+    """The configurations of the real checkpoints, which are not part of the project."""
+    directory = Path(__file__).parents[2] / "shared" / "checkpoints"
+    if not directory.is_dir():
+        pytest.skip("../shared/checkpoints is absent")
+    return directory

@@ -1,5 +1,7 @@
 """The expert-parallel module in one process: against transformers' own experts, and the factors' initial values."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -102,6 +104,27 @@ def test_the_host_waits_once_a_layer_and_not_again_in_the_recomputation_and_back
         checkpoint(ours, hidden_TH, index_Tk, weight_Tk, use_reentrant=False, context_fn=same_routing).sum().backward()
     assert waits.seen == ["tolist"]
     assert ours.load_E.sum() == 2 * (13 if padded else 20)  # counted once
+
+
+def test_where_experts_end_the_layer_the_recomputation_leaves_their_output_out_and_a_layer_that_uses_it_is_nan():
+    _, ours = pair()
+    ours.add_lora(LORA, torch.float32, torch.device("cpu"))
+    hidden_TH, index_Tk, weight_Tk = routing(20)
+
+    def gradient(after: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        def layer(x: torch.Tensor) -> torch.Tensor:
+            return x + after(ours(x, index_Tk, weight_Tk)) + x.sin()
+
+        out = checkpoint(layer, hidden_TH, use_reentrant=False, context_fn=same_routing)
+        (found,) = torch.autograd.grad(out.sum(), hidden_TH)
+        return found
+
+    for after, needs in ((torch.clone, False), (torch.square, True)):
+        ours.ends_the_layer = False
+        expected = gradient(after)
+        ours.ends_the_layer = True
+        found = gradient(after)
+        assert found.isnan().any() if needs else torch.equal(found, expected)
 
 
 def test_initial_factors_depend_on_seed_and_name_alone_and_not_on_the_group():

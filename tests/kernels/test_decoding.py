@@ -23,5 +23,8 @@ def test_fp8_blocks_become_the_same_bits(kernels, shape, dtype):
     weight = octets.masked_fill(octets & 127 == 127, 0).view(torch.float8_e4m3fn)  # without NaN
     blocks = -(-shape[-2] // 128), -(-shape[-1] // 128)
     scale = torch.randn(*shape[:-2], *blocks, generator=generator).to(dtype)
-    found, expected = kernels("decoding").fp8_decode(weight, scale, (128, 128)), formats.fp8_decode(weight, scale, (128, 128))
+    found, expected = (
+        kernels("decoding").fp8_decode(weight, scale, (128, 128)),
+        formats.fp8_decode(weight, scale, (128, 128)),
+    )
     assert torch.equal(found.view(torch.int16), expected.view(torch.int16))

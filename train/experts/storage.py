@@ -183,8 +183,9 @@ def _nan(x_PI: Tensor, columns: int) -> Tensor:
 
 class GroupedLinear(torch.autograd.Function):
     """y = x W^T + scale (x A^T) B^T for rows grouped by expert, W frozen in `storage`; A [E, r, in] and B [E, out, r]
-    may be None. needed: False gives NaN for y, where its gradient alone is wanted. Keeps x and x A^T alone for backward, and A and B as the parameters themselves: what ZeRO-3 gathered
-    for the forward can go, and is gathered again."""
+    may be None. needed: False gives NaN for y, where its gradient alone is wanted. Keeps x and x A^T alone for
+    backward, and A and B as the parameters themselves: what ZeRO-3 gathered for the forward can go, and is gathered
+    again."""
 
     @staticmethod
     def forward(ctx, x_PI, A_ErI, B_EOr, storage, scale, ends, needed=True):

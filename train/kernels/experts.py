@@ -1,7 +1,7 @@
 """What is done around the experts' grouped products.
 
-Shapes: P (token, expert) pairs sorted by expert, E experts of this rank, I expert width, H hidden size, O columns, r LoRA
-rank as padded, T rows that are sums of at most k pairs.
+Shapes: P (token, expert) pairs sorted by expert, E experts of this rank, I expert width, H hidden size, O columns, r
+LoRA rank as padded, T rows that are sums of at most k pairs.
 """
 
 import torch

@@ -20,9 +20,7 @@ def _softplus(x):
 
 
 @triton.jit
-def _terms(
-    logits, target, coefficient, nll, term, vocabulary, GRADIENT: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _terms(logits, target, coefficient, nll, term, vocabulary, GRADIENT: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     own, weight = tl.load(target + row), tl.load(coefficient + row).to(tl.float32)
     here = logits + row * vocabulary
