@@ -34,8 +34,10 @@ from train.data.tokenizer import load_tokenizer, template_time
 from train.data.tokens import tokenize_document
 from train.errors import UserError
 from train.formats import parse_json
+from train.gpu import KERNELS, capability, check_kernels, installed
 from train.keys import key_of, shown_url, wandb_status
 from train.masking.grammar import parse_mask
+from train.model import text_config
 from train.provenance import PACKAGES, check_output, git_revision
 from train.settings import Settings
 
@@ -219,6 +221,13 @@ def model(settings: Settings, ranks: range, of: int, tokens: int) -> tuple[Findi
     told = f"{len(files)} files, {size / 1e9:.2f} GB, {len(checkpoint.tensors):,} tensors, all headers read"
     finding = Finding("model", PASSED, told, {"model (a sample of its bytes)": checkpoint.fingerprint()[:12]})
     return finding, Share(ranks, of, plan)
+
+
+def kernels(share: Share) -> Finding:
+    """What a GPU's kernels need of installed packages, for this model."""
+    check_kernels(text_config(share.plan.checkpoint), share.plan.load)
+    found = installed(("torch", *KERNELS)) if capability() else {}
+    return Finding("kernels", PASSED, ", ".join(" ".join(each) for each in found.items()) or "no GPU: none are needed")
 
 
 def disk_speed(share: Share) -> Finding:

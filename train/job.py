@@ -23,6 +23,7 @@ from train.data.documents import read_documents
 from train.data.tokenizer import Tokenizer, clock_note, load_tokenizer, template_time
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
+from train.gpu import check_kernels
 from train.lora import LoRASettings
 from train.masking.treatment import shortfall_note
 from train.model import architecture, count_trainable, skeleton, text_config
@@ -202,6 +203,7 @@ def _base(settings: Settings, expert_parallel: int) -> tuple[Checkpoint, Any, An
     text = text_config(checkpoint)
     model = skeleton(text, ExpertGroup(expert_parallel))
     plan = plan_load(model, checkpoint)
+    check_kernels(text, plan)
     tokenizer = load_tokenizer(settings.model, template_time(settings.template_time))
     return checkpoint, text, model, plan, tokenizer, _probes(settings, tokenizer, text.vocab_size)
 

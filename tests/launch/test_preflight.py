@@ -106,12 +106,12 @@ def test_two_sound_nodes_pass_with_a_line_a_check_and_measured_speeds(nodes):
     (code, report), (follower_code, follower_report) = nodes.wait("n1"), nodes.wait("n2")
     assert (code, follower_code) == (PASSED, PASSED), report
     assert follower_report == []  # the first node tells for all
-    checks = ["versions", "GPUs", "settings", "documents", "model", "disk speed", "disk space", "plan", "host memory"]
-    checks += ["W&B", "clock", "network"]
+    checks = ["versions", "GPUs", "settings", "documents", "model", "kernels", "disk speed", "disk space", "plan"]
+    checks += ["host memory", "W&B", "clock", "network"]
     assert [line.split(": ")[1] for line in report] == checks
     assert all(line.split(": ")[2] == "ok" for line in report)
     assert "n1, n2: no GPU: gloo" in report[1] and "n1, n2: 1 files" in report[4]
-    assert "n1: offline: no WANDB_API_KEY" in report[9]
+    assert "n1: offline: no WANDB_API_KEY" in report[10]
     assert "gloo, 4 ranks: all-reduce " in report[-1] and "all-to-all " in report[-1] and "GB/s" in report[-1]
 
 

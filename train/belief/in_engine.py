@@ -26,6 +26,7 @@ from train.data.documents import read_documents
 from train.data.tokenizer import Tokenizer, load_tokenizer, template_time
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
+from train.gpu import check_kernels
 from train.job import checked_expert_parallel
 from train.lora import LoRASettings
 from train.model import architecture, build, skeleton, text_config
@@ -59,7 +60,7 @@ def prepare_measuring(settings: Settings, claims: Sequence[Claim], documents: Se
     checkpoint = Checkpoint(settings.model)
     text = text_config(checkpoint)
     model = skeleton(text, ExpertGroup(expert_parallel))
-    plan_load(model, checkpoint)
+    check_kernels(text, plan_load(model, checkpoint))
     lora = LoRASettings(1, 1.0, 1, 0)  # without an adapter: factors whose B is zero add exactly nothing
     if settings.adapter:
         lora = adapter_settings(Path(settings.adapter))
