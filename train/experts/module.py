@@ -71,7 +71,7 @@ class ExpertParallelExperts(nn.Module):
     def _product(self, x_PI: Tensor, name: str, ends: Ends) -> Tensor:
         """x_PI @ (W + scale B A)^T, where rows ends[e-1]:ends[e] of x belong to expert e."""
         if name not in self.frozen:
-            return GroupedTrained.apply(x_PI, getattr(self, name), ends.device)
+            return GroupedTrained.apply(x_PI, getattr(self, name), ends)
         A, B = (getattr(self, f"{name}_lora_{f}") if self.rank else None for f in "AB")
         return GroupedLinear.apply(x_PI, A, B, self.frozen[name], self.scale, ends)
 
