@@ -4,6 +4,7 @@ import base64
 import csv
 import http.client
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -22,12 +23,12 @@ import psutil
 import torch
 
 from launch.cluster import USABLE, Cluster
-from launch.memory import split
 from launch.plan import Plan
 from launch.watchdog import REPOSITORY
 from train.belief.claims import read_claims
 from train.checkpoints.layout import Range
 from train.checkpoints.reader import Checkpoint
+from train.checkpoints.resume import saved_shape
 from train.checkpoints.streaming import READERS
 from train.data.documents import Document, read_documents
 from train.data.tokenizer import load_tokenizer, template_time
@@ -330,7 +331,9 @@ def disk_space(share: Share) -> Finding:
     output = Path(settings.output or "runs").absolute()
     place = next(path for path in (output, *output.parents) if path.exists())
     trained = sum(
-        p.numel() * (plan.zero.ranks // ranks) for p, ranks in split(plan.model, plan.zero) if p.requires_grad
+        math.prod(saved_shape(plan.model, name, tuple(p.shape)))
+        for name, p in plan.model.named_parameters()
+        if p.requires_grad
     )
     left = trained * (plan.load.dtype.itemsize if settings.method == "full" else 4)
     need = trained * 4 * 3 * (settings.keep + 1) + left  # weights in fp32 and AdamW's two moments

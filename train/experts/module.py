@@ -68,6 +68,12 @@ class ExpertParallelExperts(nn.Module):
             factors[f"{weight}_lora_B"] = torch.zeros(len(owned), out_features, self.padded_rank)
         return factors
 
+    def without_padding(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the parameter of this name, which is `shape` with the padding of the factors' rank."""
+        if name.endswith("lora_A"):
+            return shape[0], self.rank, shape[2]
+        return (*shape[:2], self.rank) if name.endswith("lora_B") else shape
+
     def _product(self, x_PI: Tensor, name: str, ends: Ends) -> Tensor:
         """x_PI @ (W + scale B A)^T, where rows ends[e-1]:ends[e] of x belong to expert e."""
         if name not in self.frozen:
