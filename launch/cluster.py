@@ -1,6 +1,9 @@
 """What a planned job runs on: GPUs by their data sheets, network and disk, and what is assumed of them."""
 
+import os
 from dataclasses import dataclass
+
+from train.gpu import memory as gpu_memory
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,14 @@ class Cluster:
     nodes: int
     gpus: int  # of a node
     memory: float  # GB of a GPU; 0: on CPUs
+
+    @classmethod
+    def here(cls, ranks: int) -> "Cluster":
+        """What a job of so many ranks runs on, as its launcher tells: as many ranks on each node as on this one. Where
+        it does not tell, one node."""
+        local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or ranks)
+        local = ranks if ranks % local else local
+        return cls(nodes=ranks // local, gpus=local, memory=gpu_memory())
 
     @property
     def ranks(self) -> int:

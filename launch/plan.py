@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from launch.bare import BareCheckpoint
 from launch.cluster import ASSUMED, DISK, NETWORK, PROCESS, RUNTIME, USABLE, Cluster
@@ -68,7 +67,7 @@ class Plan:
         of_a_rank = math.ceil(settings.batch_size / cluster.ranks)
         self.row = list(row) or [tokens] * max(1, min(settings.row_tokens // tokens, of_a_rank))
         self.accumulation = math.ceil(of_a_rank / len(self.row))
-        self.expert_parallel = checked_expert_parallel(settings, cluster.ranks)
+        self.expert_parallel = checked_expert_parallel(settings, checkpoint, cluster)
         config = ds_config(settings, cluster.ranks)
         lora = None if settings.method == "full" else lora_settings(settings, text_config(checkpoint))
         self.group = PlannedGroup(self.expert_parallel)
@@ -198,7 +197,8 @@ class Plan:
                 name: sum(self.memory(on).step.peak.values())
                 for name, on in (("checkpointing", True), ("no_checkpointing", False))
             },
-            "settings": dataclasses.asdict(self.settings), "cluster": dataclasses.asdict(self.cluster),
+            "settings": dataclasses.asdict(self.settings) | {"expert_parallel": self.expert_parallel},
+            "cluster": dataclasses.asdict(self.cluster),
         }  # fmt: skip
 
 
@@ -206,16 +206,14 @@ def planned_memory(job: Job) -> dict[str, Any]:
     """Of a job that has run here, what it was to take: bytes of a rank, beside those of its imports, and how they
     divide; on a GPU whose roofline is known, tokens a second, of documents as long as the longest. {}, with a note, for
     a model that cannot be planned."""
-    device, local = get_accelerator().device_name(), int(os.environ.get("LOCAL_SIZE", "1"))
-    ranks = job.resolved["ranks"]
-    memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if device == "cuda" else 0
-    cluster = Cluster(nodes=max(1, ranks // local), gpus=min(local, ranks), memory=memory)
+    ranks, settings = job.resolved["ranks"], dataclasses.replace(job.settings, expert_parallel=job.expert_parallel)
+    cluster = Cluster.here(ranks)
     steps = rows_of_first_steps(job.settings, job.corpus, ranks, job.documents)
     fullest = max((row for step in steps for row in step), key=sum)
     try:
-        plan = Plan(job.settings, job.checkpoint, cluster, max(fullest), fullest)
+        plan = Plan(settings, job.checkpoint, cluster, max(fullest), fullest)
         categories = plan.gpu_bytes
-        known = device == "cuda" and cluster.gpu.name in torch.cuda.get_device_name(0)
+        known = cluster.memory and cluster.gpu.name in torch.cuda.get_device_name(0)
         speed = {"planned_tokens_per_second": plan.tokens_per_second} if known else {}
     except Exception as error:  # the run has its results: no plan is worth them
         print(f"note: no memory planned ({type(error).__name__}: {error})", file=sys.stderr)
@@ -235,7 +233,7 @@ def changes(settings: Settings, cluster: Cluster, rounded: bool) -> Iterator[tup
         yield f"--micro-batch-tokens {now.micro_batch_tokens}: more micro-batches, the same losses", now, cluster
     if now.expert_parallel not in (0, cluster.ranks):
         now = dataclasses.replace(now, expert_parallel=0)
-        yield f"--expert-parallel {cluster.ranks}: tokens travel further, the same losses", now, cluster
+        yield "no --expert-parallel: those of a node divide the experts, or all, the same losses", now, cluster
     methods = {"full": ["lora", "qlora"], "lora": ["qlora"]}.get(now.method, [])
     for method in methods if rounded else methods[:-1]:
         now = dataclasses.replace(now, method=method)
@@ -287,8 +285,8 @@ def show(plan: Plan) -> None:
     """The plan on the terminal."""
     cluster, gpu, held = plan.cluster, plan.cluster.gpu, plan.gpu_bytes
     wire, seconds = plan.wire_bytes, plan.seconds
-    settings = plan.settings
-    print(f"{settings.model}: {cluster.nodes} x {cluster.gpus} GPUs of {cluster.memory:g} GB, {searched(settings)}")
+    settings, chosen = plan.settings, dataclasses.replace(plan.settings, expert_parallel=plan.expert_parallel)
+    print(f"{settings.model}: {cluster.nodes} x {cluster.gpus} GPUs of {cluster.memory:g} GB, {searched(chosen)}")
     rank = "" if settings.method == "full" else f", factors of rank {settings.lora_rank}"
     print(f"documents of {plan.tokens:,} tokens, {settings.batch_size} a step{rank}")
     print("\neach GPU, in GB, at its fullest moment, and the most of a step's tensors of a kind at any moment:")

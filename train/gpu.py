@@ -37,6 +37,12 @@ def capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(_own()) if get_accelerator().device_name() == "cuda" else None
 
 
+def memory() -> float:
+    """GB of this rank's GPU; 0 on a CPU."""
+    there = get_accelerator().device_name() == "cuda"
+    return torch.cuda.get_device_properties(_own()).total_memory / 1e9 if there else 0.0
+
+
 def needs_delta_rule(text: Any) -> bool:
     """Whether a text model's configuration has layers of the gated delta rule."""
     return "linear_attention" in (getattr(text, "layer_types", None) or ())

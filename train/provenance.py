@@ -149,6 +149,16 @@ def check_inputs(settings: Settings, resolved: dict[str, Any]) -> None:
         )
 
 
+def otherwise_notes(settings: Settings, resolved: dict[str, Any]) -> list[str]:
+    """With --resume: on how many ranks, and by how many for its experts, the run goes on, where these are others."""
+    if not (settings.resume and settings.output):
+        return []
+    before = held_settings(Path(settings.output) / "settings.yaml").get("resolved") or {}
+    names = [name for name in ("ranks", "expert_parallel") if before.get(name, resolved[name]) != resolved[name]]
+    told = ", ".join(f"{name} was {before[name]} and is {resolved[name]}" for name in names)
+    return [f"note: --resume: {told}; losses differ by rounding alone."] if told else []
+
+
 def _other_versions(held: dict[str, Any]) -> str:
     """What a run's settings.yaml says of packages and the checked-out commit that is otherwise now."""
     before = (held.get("versions") or {}) | {"git revision": held.get("git_revision")}

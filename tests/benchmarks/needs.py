@@ -36,7 +36,8 @@ def main() -> None:
 
     def plan(model: str, method: str, gpus: int, memory: int) -> Plan:
         cluster = Cluster(nodes=max(1, gpus // 8), gpus=min(8, gpus), memory=memory)
-        settings = parse(["--model", str(args.checkpoints / model), "--method", method, *flags], "")
+        own = ["--model", str(args.checkpoints / model), "--method", method, "--expert-parallel", str(gpus)]
+        settings = parse([*own, *flags], "")
         return Plan(settings, opened_once(model), cluster, settings.max_tokens)
 
     rows = []

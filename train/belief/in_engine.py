@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from launch.cluster import Cluster
 from launch.distributed import start_distributed
 from train.belief.claims import Claim
 from train.belief.generation import EngineAnswerer
@@ -55,9 +56,9 @@ class Measuring:
 def prepare_measuring(settings: Settings, claims: Sequence[Claim], documents: Sequence[str], ranks: int) -> Measuring:
     """Checks model, adapter and questions. Of the settings count model, adapter, method and those of the engine.
     documents: texts in the context of every question. UserError for what the user can mend."""
-    expert_parallel = checked_expert_parallel(settings, ranks)
     config = ds_config(settings, ranks)
     checkpoint = Checkpoint(settings.model)
+    expert_parallel = checked_expert_parallel(settings, checkpoint, Cluster.here(ranks))
     text = text_config(checkpoint)
     model = skeleton(text, ExpertGroup(expert_parallel))
     check_kernels(text, plan_load(model, checkpoint))
