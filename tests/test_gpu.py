@@ -1,14 +1,18 @@
 """What a GPU needs of installed packages."""
 
 import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from train.gpu import needs_delta_rule, unmet
+from train.gpu import KERNELS, installed, needs_delta_rule, unmet
+from train.provenance import record
+from train.settings import parse
 
 H100, A100, B200 = (9, 0), (8, 0), (10, 0)
 SOUND = {"torch": "2.13.0", "triton": "3.7.1", "flash-linear-attention": "0.6.0", "fla-core": "0.6.0"}
@@ -77,3 +81,18 @@ def test_the_gpu_extra_asks_for_what_is_checked():
     for version in ("0.5.9", "0.6.0"):
         found = without(**{"fla-core": version})
         assert extra.specifier.contains(Version(version)) == (unmet(True, False, H100, found) == [])
+
+
+def test_a_run_keeps_the_gpu_and_the_versions_of_what_it_needs_where_that_is_installed(monkeypatch):
+    monkeypatch.setattr("train.gpu.name", lambda: "NVIDIA H200")
+
+    def version(package: str) -> str:
+        if package not in ("triton", "flash-attn"):
+            raise PackageNotFoundError(package)
+        return {"triton": "3.7.1", "flash-attn": "2.8.3"}[package]
+
+    monkeypatch.setattr("train.gpu.version", version)
+    assert installed(KERNELS) == {"triton": "3.7.1", "flash-attn": "2.8.3"}
+    kept = yaml.safe_load(record(parse([], ""), {}))
+    assert kept["gpu"] == "NVIDIA H200" and kept["versions"]["flash-attn"] == "2.8.3"
+    assert {"torch", "deepspeed", "transformers", "peft", "bitsandbytes"} <= kept["versions"].keys()

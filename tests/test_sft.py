@@ -95,6 +95,7 @@ def test_a_run_leaves_settings_metrics_summary_adapter_and_an_offline_wandb_run(
     settings = yaml.safe_load((directory / "settings.yaml").read_text())
     assert settings["settings"]["mask"] == "doctags,false-spans=unlikelihood:0.5"
     assert settings["versions"]["torch"] == torch.__version__ and "git_revision" in settings
+    assert settings["gpu"] is None
     assert settings["resolved"]["expert_parallel"] == 2 and settings["resolved"]["expert_lora_rank"] == 4
 
     metrics = read_rows(directory / "metrics.jsonl")

@@ -28,19 +28,27 @@ def installed(packages: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
+def _there() -> bool:
+    return get_accelerator().device_name() == "cuda"
+
+
 def _own() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def capability() -> tuple[int, int] | None:
     """The compute capability of this rank's GPU, such as (9, 0) of an H100; None on a CPU."""
-    return torch.cuda.get_device_capability(_own()) if get_accelerator().device_name() == "cuda" else None
+    return torch.cuda.get_device_capability(_own()) if _there() else None
+
+
+def name() -> str | None:
+    """The name of this rank's GPU, such as NVIDIA H100 80GB HBM3; None on a CPU."""
+    return torch.cuda.get_device_name(_own()) if _there() else None
 
 
 def memory() -> float:
     """GB of this rank's GPU; 0 on a CPU."""
-    there = get_accelerator().device_name() == "cuda"
-    return torch.cuda.get_device_properties(_own()).total_memory / 1e9 if there else 0.0
+    return torch.cuda.get_device_properties(_own()).total_memory / 1e9 if _there() else 0.0
 
 
 def needs_delta_rule(text: Any) -> bool:
