@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from launch.cluster import USABLE, Cluster
-from launch.plan import Plan
+from launch.plan import Plan, loop_note
 from launch.watchdog import REPOSITORY
 from train.belief.claims import read_claims
 from train.checkpoints.layout import Range
@@ -34,7 +34,7 @@ from train.data.tokenizer import load_tokenizer, template_time
 from train.data.tokens import tokenize_document
 from train.errors import UserError
 from train.formats import parse_json
-from train.gpu import KERNELS, capability, check_kernels, installed
+from train.gpu import KERNELS, capability, check_kernels, grouped_products, installed
 from train.keys import key_of, shown_url, wandb_status
 from train.masking.grammar import parse_mask
 from train.model import text_config
@@ -216,7 +216,8 @@ def model(settings: Settings, ranks: range, of: int, tokens: int) -> tuple[Findi
     checkpoint = Checkpoint(settings.model)
     kinds = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     memory = min((kind.total_memory for kind in kinds), default=0) / 1e9
-    plan = Plan(settings, checkpoint, Cluster(nodes=of // len(ranks), gpus=len(ranks), memory=memory), tokens)
+    cluster = Cluster(nodes=of // len(ranks), gpus=len(ranks), memory=memory, kind=kinds[0].name if kinds else "")
+    plan = Plan(settings, checkpoint, cluster, tokens)
     files = {info.file for info in checkpoint.tensors.values()}
     size = sum(file.stat().st_size for file in files)
     told = f"{len(files)} files, {size / 1e9:.2f} GB, {len(checkpoint.tensors):,} tensors, all headers read"
@@ -268,7 +269,11 @@ def plan(share: Share) -> Finding:
     except Exception as error:  # the model may be trained, though it cannot be planned
         return Finding("plan", PASSED, f"none ({type(error).__name__}: {error}): memory is not checked")
     gpu = f"{share.gpu_bytes / 1e9:.1f} GB of each GPU, " if plan.cluster.memory else ""
-    return Finding("plan", PASSED, f"{gpu}{share.host_bytes / 1e9:.1f} GB of host memory, by python -m launch.plan")
+    found = capability()
+    loop = f"; {loop_note(plan)}" if found and not grouped_products(found) else ""
+    return Finding(
+        "plan", PASSED, f"{gpu}{share.host_bytes / 1e9:.1f} GB of host memory, by python -m launch.plan{loop}"
+    )
 
 
 def gpu_memory(share: Share) -> Finding:

@@ -25,10 +25,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from launch.bare import BareCheckpoint
-from launch.cluster import ASSUMED, DISK, NETWORK, PROCESS, RUNTIME, USABLE, Cluster
+from launch.cluster import ASSUMED, DISK, GPUS, NETWORK, PROCESS, RUNTIME, USABLE, Cluster
 from launch.distributed import memory_status
 from launch.memory import CATEGORIES, Memory, Zero, planned_batch, planned_model, rank_memory, run_step, split
 from launch.trace import PlannedGroup
@@ -51,7 +49,7 @@ class Options:
 
     nodes: int = setting(1, "nodes")
     gpus: int = setting(8, "GPUs of a node")
-    gpu_memory: float = setting(80.0, "GB of each GPU")
+    gpu_memory: str = setting("80", "GB of each GPU, or its name: A100, H100, H200, B200")
     search: bool = setting(False, "propose settings, the fastest that fit")
     json: str = setting("", "FILE to write the plan to")
 
@@ -213,7 +211,7 @@ def planned_memory(job: Job) -> dict[str, Any]:
     try:
         plan = Plan(settings, job.checkpoint, cluster, max(fullest), fullest)
         categories = plan.gpu_bytes
-        known = cluster.memory and cluster.gpu.name in torch.cuda.get_device_name(0)
+        known = cluster.memory and cluster.gpu.name in cluster.kind
         speed = {"planned_tokens_per_second": plan.tokens_per_second} if known else {}
     except Exception as error:  # the run has its results: no plan is worth them
         print(f"note: no memory planned ({type(error).__name__}: {error})", file=sys.stderr)
@@ -312,6 +310,8 @@ def show(plan: Plan) -> None:
         f"(compute {seconds['compute']:.2f}, memory {seconds['memory']:.2f}, NVLink {seconds['nvlink']:.2f}, network "
         f"{seconds['network']:.2f}): at most {plan.tokens_per_second:,.0f} tokens/s\n\n{ASSUMED}"
     )
+    if not gpu.grouped:
+        print(f"{gpu.name}: {loop_note(plan)}; the time above is without that\n")
     print(f"{'fits' if plan.fits else 'does NOT fit'} into {USABLE * cluster.memory:.1f} GB of {cluster.memory:g}")
 
 
@@ -339,6 +339,28 @@ def opened(model: str) -> Checkpoint:
     return BareCheckpoint(path)
 
 
+def of_each_gpu(text: str) -> tuple[float, str]:
+    """--gpu-memory: GB, and the name, where it is one; of those with two sizes the larger one."""
+    if sizes := [gpu.memory for gpu in GPUS if gpu.name == text.upper()]:
+        return max(sizes), text.upper()
+    try:
+        memory = float(text)
+    except ValueError:
+        memory = math.nan
+    if not 0 < memory <= MOST:
+        names = ", ".join(dict.fromkeys(gpu.name for gpu in GPUS))
+        raise UserError(f"--gpu-memory {text}: must be GB, more than 0 and at most {MOST}, or one of {names}.")
+    return memory, ""
+
+
+def loop_note(plan: Plan) -> str:
+    """What it costs where the hardware has no grouped products."""
+    return (
+        f"no grouped products in hardware: torch multiplies expert by expert, {plan.chosen.step.groups:,} launches a "
+        "micro-batch, and the host waits for the GPU before each of the grouped products"
+    )
+
+
 def read_by(settings: Settings, argv: list[str]) -> dict[str, list[Any]]:
     """The files that the flags name, which the plan must not replace."""
     parser = Parser("", add_help=False)
@@ -361,11 +383,12 @@ def main(arguments: list[str] | None = None) -> int:
         Options(**{name: getattr(given, name) for name in Options.__dataclass_fields__}),
         parse(rest, ""),
     )
-    for name in ("nodes", "gpus", "gpu_memory"):
+    for name in ("nodes", "gpus"):
         if not 0 < getattr(options, name) <= MOST:
             raise UserError(f"{flag_of(name)} {getattr(options, name)}: must be more than 0, and at most {MOST}.")
+    memory, kind = of_each_gpu(options.gpu_memory)
     check_apart({"--json": options.json}, read_by(settings, rest))
-    cluster = Cluster(nodes=options.nodes, gpus=options.gpus, memory=options.gpu_memory)
+    cluster = Cluster(nodes=options.nodes, gpus=options.gpus, memory=memory, kind=kind)
     checkpoint = opened(settings.model)
     found = search(settings, checkpoint, cluster) if options.search else []
     plan = found[0] if found else Plan(settings, checkpoint, cluster, settings.max_tokens)

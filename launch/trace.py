@@ -45,7 +45,8 @@ class Step:
     by the operations; wire: bytes that a rank sends to the other ranks of its expert-parallel group; heap: the most
     bytes at any moment in tensors that on a CPU lie in the heap; operations: all but mere views, each of which is a
     launch or more; expert_operations: those of the experts' products, dequantization among them; collectives: exchanges
-    between the ranks of the expert-parallel group; waits: how often the host waits for what the device has computed."""
+    between the ranks of the expert-parallel group; waits: how often the host waits for what the device has computed;
+    groups: of all grouped products, each a launch of its own where the hardware has no grouped ones."""
 
     peak: Counter[str] = field(default_factory=Counter)
     each: Counter[str] = field(default_factory=Counter)
@@ -58,6 +59,7 @@ class Step:
     expert_operations: int = 0
     collectives: int = 0
     waits: int = 0
+    groups: int = 0
 
 
 class PlannedGroup(ExpertGroup):
@@ -156,6 +158,7 @@ class Trace(TorchDispatchMode):
             if meta:
                 args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
             out = _grouped_mm(*args, **kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
+        self.step.groups += len(args[2]) if func is aten._grouped_mm.default else 0
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in results:
             self._count(tensor)

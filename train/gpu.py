@@ -51,6 +51,12 @@ def memory() -> float:
     return torch.cuda.get_device_properties(_own()).total_memory / 1e9 if _there() else 0.0
 
 
+def grouped_products(capability: tuple[int, int]) -> bool:
+    """Whether torch multiplies rows by the matrix of their expert in one launch there, in BF16: on Hopper and on
+    Blackwell for data centers. Elsewhere it is a loop on the host."""
+    return capability[0] in (9, 10)
+
+
 def needs_delta_rule(text: Any) -> bool:
     """Whether a text model's configuration has layers of the gated delta rule."""
     return "linear_attention" in (getattr(text, "layer_types", None) or ())

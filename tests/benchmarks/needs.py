@@ -44,7 +44,7 @@ def main() -> None:
     print("| model | method | GPU | fewest | GB a GPU | s a step at least |\n|---|---|---|---:|---:|---:|")
     for model, method in CASES:
         least = 0
-        for gpu in reversed(GPUS):
+        for gpu in reversed([gpu for gpu in GPUS if gpu.grouped]):
             for count in COUNTS:
                 if count < least:
                     continue
