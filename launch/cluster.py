@@ -1,24 +1,31 @@
 """What a planned job runs on: GPUs by their data sheets, network and disk, and what is assumed of them."""
 
+import os
 from dataclasses import dataclass
+
+from train.gpu import memory as gpu_memory
+from train.gpu import name as gpu_name
 
 
 @dataclass(frozen=True)
 class GPU:
     """A kind of GPU, by its memory in GB. Per second, by its maker's data sheet: dense BF16 operations, bytes of its
-    memory, bytes of NVLink one way."""
+    memory, bytes of NVLink one way. grouped: whether torch multiplies many experts in one launch there."""
 
     name: str
     memory: int
     flops: float
     bandwidth: float
     nvlink: float
+    grouped: bool = True
 
 
 GPUS = (
     GPU("H100", 80, 989e12, 3.35e12, 450e9),
     GPU("H200", 141, 989e12, 4.8e12, 450e9),
     GPU("B200", 192, 2250e12, 8e12, 900e9),
+    GPU("A100", 40, 312e12, 1.555e12, 300e9, grouped=False),
+    GPU("A100", 80, 312e12, 2.039e12, 300e9, grouped=False),
 )
 NETWORK = 50e9  # bytes a second and GPU: 400 Gb/s InfiniBand
 DISK = 2e9  # bytes a second and node
@@ -45,6 +52,15 @@ class Cluster:
     nodes: int
     gpus: int  # of a node
     memory: float  # GB of a GPU; 0: on CPUs
+    kind: str = ""  # has the GPU's name in it, where that is known
+
+    @classmethod
+    def here(cls, ranks: int) -> "Cluster":
+        """What a job of so many ranks runs on, as its launcher tells: as many ranks on each node as on this one. Where
+        it does not tell, one node."""
+        local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or ranks)
+        local = ranks if ranks % local else local
+        return cls(nodes=ranks // local, gpus=local, memory=gpu_memory(), kind=gpu_name() or "")
 
     @property
     def ranks(self) -> int:
@@ -52,5 +68,6 @@ class Cluster:
 
     @property
     def gpu(self) -> GPU:
-        """The kind of GPU whose memory is nearest."""
-        return min(GPUS, key=lambda gpu: abs(gpu.memory - self.memory))
+        """The kind of GPU whose memory is nearest, of those of its name; of two the newer one."""
+        named = [gpu for gpu in GPUS if gpu.name in self.kind]
+        return min(named or GPUS, key=lambda gpu: abs(gpu.memory - self.memory))

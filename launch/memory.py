@@ -100,11 +100,12 @@ def run_step(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bool)
         return first + times * (second - first)
 
     one, two = steps
-    pairs = {f.name: (getattr(one, f.name), getattr(two, f.name)) for f in fields(Step)}
-    return Step(**{
-        name: extended(a, b) if isinstance(a, int) else Counter({k: max(0, extended(a[k], b[k])) for k in a | b})
-        for name, (a, b) in pairs.items()
-    })  # fmt: skip
+    whole: dict[str, Any] = {}
+    for each in fields(Step):
+        a, b = getattr(one, each.name), getattr(two, each.name)
+        by_key = not isinstance(a, int)
+        whole[each.name] = Counter({k: max(0, extended(a[k], b[k])) for k in a | b}) if by_key else extended(a, b)
+    return Step(**whole)
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:

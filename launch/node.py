@@ -4,6 +4,7 @@ import base64
 import csv
 import http.client
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,7 +15,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,24 @@ import psutil
 import torch
 
 from launch.cluster import USABLE, Cluster
-from launch.memory import split
-from launch.plan import Plan
+from launch.plan import Plan, loop_note
 from launch.watchdog import REPOSITORY
 from train.belief.claims import read_claims
 from train.checkpoints.layout import Range
 from train.checkpoints.reader import Checkpoint
+from train.checkpoints.resume import saved_shape
 from train.checkpoints.streaming import READERS
 from train.data.documents import Document, read_documents
 from train.data.tokenizer import load_tokenizer, template_time
 from train.data.tokens import tokenize_document
 from train.errors import UserError
 from train.formats import parse_json
+from train.gpu import KERNELS, capability, check_kernels, grouped_products, installed
 from train.keys import key_of, shown_url, wandb_status
 from train.masking.grammar import parse_mask
-from train.provenance import PACKAGES, check_output, git_revision
+from train.model import text_config
+from train.provenance import check_output, git_revision
+from train.provenance import versions as package_versions
 from train.settings import Settings
 
 PASSED, MAY_PASS, WILL_NOT_PASS = 0, 1, 2
@@ -89,7 +92,7 @@ def within(seconds: float, check: str, work: Callable[[], Finding]) -> Finding:
 
 def versions() -> Finding:
     """Of what must be alike on all nodes."""
-    found = {"python": sys.version.split()[0]} | {package: version(package) for package in PACKAGES}
+    found = {"python": sys.version.split()[0]} | package_versions()
     if torch.version.cuda:
         found |= {"CUDA": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
     found["revision"] = (git_revision() or "none")[:12]
@@ -213,12 +216,20 @@ def model(settings: Settings, ranks: range, of: int, tokens: int) -> tuple[Findi
     checkpoint = Checkpoint(settings.model)
     kinds = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     memory = min((kind.total_memory for kind in kinds), default=0) / 1e9
-    plan = Plan(settings, checkpoint, Cluster(nodes=of // len(ranks), gpus=len(ranks), memory=memory), tokens)
+    cluster = Cluster(nodes=of // len(ranks), gpus=len(ranks), memory=memory, kind=kinds[0].name if kinds else "")
+    plan = Plan(settings, checkpoint, cluster, tokens)
     files = {info.file for info in checkpoint.tensors.values()}
     size = sum(file.stat().st_size for file in files)
     told = f"{len(files)} files, {size / 1e9:.2f} GB, {len(checkpoint.tensors):,} tensors, all headers read"
     finding = Finding("model", PASSED, told, {"model (a sample of its bytes)": checkpoint.fingerprint()[:12]})
     return finding, Share(ranks, of, plan)
+
+
+def kernels(share: Share) -> Finding:
+    """What a GPU's kernels need of installed packages, for this model."""
+    check_kernels(text_config(share.plan.checkpoint), share.plan.load)
+    found = installed(("torch", *KERNELS)) if capability() else {}
+    return Finding("kernels", PASSED, ", ".join(" ".join(each) for each in found.items()) or "no GPU: none are needed")
 
 
 def disk_speed(share: Share) -> Finding:
@@ -258,7 +269,11 @@ def plan(share: Share) -> Finding:
     except Exception as error:  # the model may be trained, though it cannot be planned
         return Finding("plan", PASSED, f"none ({type(error).__name__}: {error}): memory is not checked")
     gpu = f"{share.gpu_bytes / 1e9:.1f} GB of each GPU, " if plan.cluster.memory else ""
-    return Finding("plan", PASSED, f"{gpu}{share.host_bytes / 1e9:.1f} GB of host memory, by python -m launch.plan")
+    found = capability()
+    loop = f"; {loop_note(plan)}" if found and not grouped_products(found) else ""
+    return Finding(
+        "plan", PASSED, f"{gpu}{share.host_bytes / 1e9:.1f} GB of host memory, by python -m launch.plan{loop}"
+    )
 
 
 def gpu_memory(share: Share) -> Finding:
@@ -321,7 +336,9 @@ def disk_space(share: Share) -> Finding:
     output = Path(settings.output or "runs").absolute()
     place = next(path for path in (output, *output.parents) if path.exists())
     trained = sum(
-        p.numel() * (plan.zero.ranks // ranks) for p, ranks in split(plan.model, plan.zero) if p.requires_grad
+        math.prod(saved_shape(plan.model, name, tuple(p.shape)))
+        for name, p in plan.model.named_parameters()
+        if p.requires_grad
     )
     left = trained * (plan.load.dtype.itemsize if settings.method == "full" else 4)
     need = trained * 4 * 3 * (settings.keep + 1) + left  # weights in fp32 and AdamW's two moments

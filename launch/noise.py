@@ -1,8 +1,11 @@
 """Keeps off the terminal what libraries say that tells a user nothing; their errors are still shown."""
 
 import logging
+import os
 import warnings
 from collections.abc import Callable
+
+DRIVER = "/proc/driver/nvidia"  # there where a GPU is
 
 
 def _no_gpu() -> bool:
@@ -23,6 +26,8 @@ LEFT_OUT: dict[str, Callable[[str], bool]] = {
 def leave_out_noise() -> None:
     """Holds for libraries that are imported later, too."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # meant for who writes what calls torch
+    if not os.path.exists(DRIVER):  # flash-linear-attention, which transformers imports, and nobody calls on a CPU
+        warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
     for name, left_out in LEFT_OUT.items():
         logging.getLogger(name).addFilter(_filter(left_out))
 

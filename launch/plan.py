@@ -25,11 +25,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from deepspeed.accelerator import get_accelerator
-
 from launch.bare import BareCheckpoint
-from launch.cluster import ASSUMED, DISK, NETWORK, PROCESS, RUNTIME, USABLE, Cluster
+from launch.cluster import ASSUMED, DISK, GPUS, NETWORK, PROCESS, RUNTIME, USABLE, Cluster
 from launch.distributed import memory_status
 from launch.memory import CATEGORIES, Memory, Zero, planned_batch, planned_model, rank_memory, run_step, split
 from launch.trace import PlannedGroup
@@ -52,7 +49,7 @@ class Options:
 
     nodes: int = setting(1, "nodes")
     gpus: int = setting(8, "GPUs of a node")
-    gpu_memory: float = setting(80.0, "GB of each GPU")
+    gpu_memory: str = setting("80", "GB of each GPU, or its name: A100, H100, H200, B200")
     search: bool = setting(False, "propose settings, the fastest that fit")
     traffic: bool = setting(False, "show what a step reads and writes of the GPU's memory, by part of the model")
     json: str = setting("", "FILE to write the plan to")
@@ -69,7 +66,7 @@ class Plan:
         of_a_rank = math.ceil(settings.batch_size / cluster.ranks)
         self.row = list(row) or [tokens] * max(1, min(settings.row_tokens // tokens, of_a_rank))
         self.accumulation = math.ceil(of_a_rank / len(self.row))
-        self.expert_parallel = checked_expert_parallel(settings, cluster.ranks)
+        self.expert_parallel = checked_expert_parallel(settings, checkpoint, cluster)
         config = ds_config(settings, cluster.ranks)
         lora = None if settings.method == "full" else lora_settings(settings, text_config(checkpoint))
         self.group = PlannedGroup(self.expert_parallel)
@@ -209,7 +206,8 @@ class Plan:
                 name: sum(self.memory(on).step.peak.values())
                 for name, on in (("checkpointing", True), ("no_checkpointing", False))
             },
-            "settings": dataclasses.asdict(self.settings), "cluster": dataclasses.asdict(self.cluster),
+            "settings": dataclasses.asdict(self.settings) | {"expert_parallel": self.expert_parallel},
+            "cluster": dataclasses.asdict(self.cluster),
         }  # fmt: skip
 
 
@@ -217,16 +215,14 @@ def planned_memory(job: Job) -> dict[str, Any]:
     """Of a job that has run here, what it was to take: bytes of a rank, beside those of its imports, and how they
     divide; on a GPU whose roofline is known, tokens a second, of documents as long as the longest. {}, with a note, for
     a model that cannot be planned."""
-    device, local = get_accelerator().device_name(), int(os.environ.get("LOCAL_SIZE", "1"))
-    ranks = job.resolved["ranks"]
-    memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if device == "cuda" else 0
-    cluster = Cluster(nodes=max(1, ranks // local), gpus=min(local, ranks), memory=memory)
+    ranks, settings = job.resolved["ranks"], dataclasses.replace(job.settings, expert_parallel=job.expert_parallel)
+    cluster = Cluster.here(ranks)
     steps = rows_of_first_steps(job.settings, job.corpus, ranks, job.documents)
     fullest = max((row for step in steps for row in step), key=sum)
     try:
-        plan = Plan(job.settings, job.checkpoint, cluster, max(fullest), fullest)
+        plan = Plan(settings, job.checkpoint, cluster, max(fullest), fullest)
         categories = plan.gpu_bytes
-        known = device == "cuda" and cluster.gpu.name in torch.cuda.get_device_name(0)
+        known = cluster.memory and cluster.gpu.name in cluster.kind
         speed = {"planned_tokens_per_second": plan.tokens_per_second} if known else {}
     except Exception as error:  # the run has its results: no plan is worth them
         print(f"note: no memory planned ({type(error).__name__}: {error})", file=sys.stderr)
@@ -246,7 +242,7 @@ def changes(settings: Settings, cluster: Cluster, rounded: bool) -> Iterator[tup
         yield f"--micro-batch-tokens {now.micro_batch_tokens}: more micro-batches, the same losses", now, cluster
     if now.expert_parallel not in (0, cluster.ranks):
         now = dataclasses.replace(now, expert_parallel=0)
-        yield f"--expert-parallel {cluster.ranks}: tokens travel further, the same losses", now, cluster
+        yield "no --expert-parallel: those of a node divide the experts, or all, the same losses", now, cluster
     methods = {"full": ["lora", "qlora"], "lora": ["qlora"]}.get(now.method, [])
     for method in methods if rounded else methods[:-1]:
         now = dataclasses.replace(now, method=method)
@@ -298,8 +294,8 @@ def show(plan: Plan) -> None:
     """The plan on the terminal."""
     cluster, gpu, held = plan.cluster, plan.cluster.gpu, plan.gpu_bytes
     wire, seconds = plan.wire_bytes, plan.seconds
-    settings = plan.settings
-    print(f"{settings.model}: {cluster.nodes} x {cluster.gpus} GPUs of {cluster.memory:g} GB, {searched(settings)}")
+    settings, chosen = plan.settings, dataclasses.replace(plan.settings, expert_parallel=plan.expert_parallel)
+    print(f"{settings.model}: {cluster.nodes} x {cluster.gpus} GPUs of {cluster.memory:g} GB, {searched(chosen)}")
     rank = "" if settings.method == "full" else f", factors of rank {settings.lora_rank}"
     print(f"documents of {plan.tokens:,} tokens, {settings.batch_size} a step{rank}")
     print("\neach GPU, in GB, at its fullest moment, and the most of a step's tensors of a kind at any moment:")
@@ -325,15 +321,15 @@ def show(plan: Plan) -> None:
         f"(compute {seconds['compute']:.2f}, memory {seconds['memory']:.2f}, NVLink {seconds['nvlink']:.2f}, network "
         f"{seconds['network']:.2f}): at most {plan.tokens_per_second:,.0f} tokens/s\n\n{ASSUMED}"
     )
+    if not gpu.grouped:
+        print(f"{gpu.name}: {loop_note(plan)}; the time above is without that\n")
     print(f"{'fits' if plan.fits else 'does NOT fit'} into {USABLE * cluster.memory:.1f} GB of {cluster.memory:g}")
 
 
 def show_traffic(plan: Plan) -> None:
     """What a step reads and writes of a GPU's memory, by part of the model, on the terminal."""
     total = sum(sum(operations.values()) for operations in plan.traffic_bytes.values())
-    print(
-        f"\neach GPU and step reads and writes {total / 1e12:.2f} TB of its memory, forward, recomputation and backward:"
-    )
+    print(f"\neach GPU and step reads and writes {total / 1e12:.2f} TB of its memory:")
     for part, operations in plan.traffic_bytes.items():
         own = sum(operations.values())
         largest = ", ".join(f"{name} {moved / own:.0%}" for name, moved in [*operations.items()][:4])
@@ -366,6 +362,28 @@ def opened(model: str) -> Checkpoint:
     return BareCheckpoint(path)
 
 
+def of_each_gpu(text: str) -> tuple[float, str]:
+    """--gpu-memory: GB, and the name, where it is one; of those with two sizes the larger one."""
+    if sizes := [gpu.memory for gpu in GPUS if gpu.name == text.upper()]:
+        return max(sizes), text.upper()
+    try:
+        memory = float(text)
+    except ValueError:
+        memory = math.nan
+    if not 0 < memory <= MOST:
+        names = ", ".join(dict.fromkeys(gpu.name for gpu in GPUS))
+        raise UserError(f"--gpu-memory {text}: must be GB, more than 0 and at most {MOST}, or one of {names}.")
+    return memory, ""
+
+
+def loop_note(plan: Plan) -> str:
+    """What it costs where the hardware has no grouped products."""
+    return (
+        f"no grouped products in hardware: torch multiplies expert by expert, {plan.chosen.step.groups:,} launches a "
+        "micro-batch, and the host waits for the GPU before each of the grouped products"
+    )
+
+
 def read_by(settings: Settings, argv: list[str]) -> dict[str, list[Any]]:
     """The files that the flags name, which the plan must not replace."""
     parser = Parser("", add_help=False)
@@ -388,11 +406,12 @@ def main(arguments: list[str] | None = None) -> int:
         Options(**{name: getattr(given, name) for name in Options.__dataclass_fields__}),
         parse(rest, ""),
     )
-    for name in ("nodes", "gpus", "gpu_memory"):
+    for name in ("nodes", "gpus"):
         if not 0 < getattr(options, name) <= MOST:
             raise UserError(f"{flag_of(name)} {getattr(options, name)}: must be more than 0, and at most {MOST}.")
+    memory, kind = of_each_gpu(options.gpu_memory)
     check_apart({"--json": options.json}, read_by(settings, rest))
-    cluster = Cluster(nodes=options.nodes, gpus=options.gpus, memory=options.gpu_memory)
+    cluster = Cluster(nodes=options.nodes, gpus=options.gpus, memory=memory, kind=kind)
     checkpoint = opened(settings.model)
     found = search(settings, checkpoint, cluster) if options.search else []
     plan = found[0] if found else Plan(settings, checkpoint, cluster, settings.max_tokens)

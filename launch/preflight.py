@@ -44,6 +44,7 @@ from launch.node import (
     gpu_memory,
     gpus,
     host_memory,
+    kernels,
     model,
     plan,
     versions,
@@ -185,6 +186,7 @@ def own_findings(place: Place, options: Options, settings: Settings) -> list[Fin
     check("documents", read_documents)
     if check("model", read_headers):
         (share,) = shares
+        check("kernels", lambda: kernels(share))
         check("disk speed", lambda: disk_speed(share))
         check("disk space", lambda: disk_space(share))
         check("plan", lambda: plan(share))

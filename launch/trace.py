@@ -47,7 +47,8 @@ class Step:
     bytes at any moment in tensors that on a CPU lie in the heap; operations: all but mere views, each of which is a
     launch or more; expert_operations: those of the experts' products, dequantization among them; collectives: exchanges
     between the ranks of the expert-parallel group; waits: how often the host waits for what the device has computed;
-    traffic: `moved`, by part of the model and operation."""
+    traffic: `moved`, by part of the model and operation; groups: of all grouped products, each a launch of its own
+    where the hardware has no grouped ones."""
 
     peak: Counter[str] = field(default_factory=Counter)
     each: Counter[str] = field(default_factory=Counter)
@@ -61,6 +62,7 @@ class Step:
     collectives: int = 0
     waits: int = 0
     traffic: Counter[tuple[str, str]] = field(default_factory=Counter)
+    groups: int = 0
 
 
 class PlannedGroup(ExpertGroup):
@@ -159,6 +161,7 @@ class Trace(TorchDispatchMode):
             if meta:
                 args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
             out = _grouped_mm(*args, **kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
+        self.step.groups += len(args[2]) if func is aten._grouped_mm.default else 0
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if func.namespace == "spanwise":  # what they write to besides
             given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs

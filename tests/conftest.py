@@ -11,16 +11,18 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-import pytest
-
 os.environ["TRITON_INTERPRET"] = "1"  # for tests/kernels: decided when it is first imported, which torch does too
 with contextlib.suppress(ImportError):
     import triton.experimental.gluon.language  # noqa: F401
 del os.environ["TRITON_INTERPRET"]
 
+import psutil
+import pytest
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
+
 from tests.vocabularies import write_kimi_tokenizer, write_qwen_tokenizer
 from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.packing import bind
 
 MOST_MEMORY, MOST_SECONDS = 8e9, 1200  # of the process that runs the tests; of a test with its fixtures
 
@@ -65,6 +67,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     and then by how many of their tests are slow."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: (item.path.parent.name != "slurm", -slow[item.path]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stock_models_run_on_cpus() -> None:
+    """transformers' own Qwen3.5, too, where a GPU's kernels are installed."""
+    bind(modeling_qwen3_5_moe)
 
 
 @pytest.fixture(scope="session")

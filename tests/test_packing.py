@@ -1,5 +1,8 @@
 """Documents of one row: none sees another, and each has the logits, loss and gradients that it has alone."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +89,49 @@ def test_groups_hold_documents_of_like_length_and_pad_within_themselves():
     x_T = torch.arange(row.ends[-1], dtype=torch.float32)
     assert torch.equal(row.within(lambda x_DL: x_DL * 2, x_T), x_T * 2)
     assert row.position_T().tolist() == [i for length in row.lengths for i in range(length)]
+
+
+FAKE = """
+def chunk_gated_delta_rule(q, k, v, g, beta, **more):
+    raise AssertionError("a GPU's kernel has met a tensor of a CPU")
+
+fused_recurrent_gated_delta_rule = chunk_gated_delta_rule
+"""
+ON_A_CPU = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+from train.packing import Row, install, states_of_row
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+ids = torch.arange(100, 109)
+try:
+    model(ids[None])
+    print("transformers runs without the package")
+except AssertionError as error:
+    print(error)
+install(model)
+stock = model(ids[None]).logits[0]
+packed = model.lm_head(states_of_row(model, ids.repeat(2), Row([9, 9])))
+torch.testing.assert_close(packed, torch.cat([stock, stock]))
+answer = model.generate(ids[None], max_new_tokens=3, min_new_tokens=3, do_sample=False, use_cache=True)[0]
+again = model.generate(ids[None], max_new_tokens=3, min_new_tokens=3, do_sample=False, use_cache=False)[0]
+assert len(answer) == 12 and torch.equal(answer, again)
+"""
+
+
+def test_a_model_runs_on_a_cpu_where_a_gpus_kernels_are_installed(tmp_path: Path):
+    """transformers binds flash-linear-attention's at import: here a package of that name that takes no tensor."""
+    ops = tmp_path / "fla" / "ops"
+    ops.mkdir(parents=True)
+    for package in (ops, ops.parent):
+        (package / "__init__.py").touch()
+    (ops / "gated_delta_rule.py").write_text(FAKE)
+    write_model(tmp_path / "model", "qwen")
+    first = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_CPU, str(tmp_path / "model")], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": first},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["a GPU's kernel has met a tensor of a CPU"]

@@ -25,6 +25,7 @@ from tests.layouts import LAYOUTS
 from tests.models import write_documents, write_model
 from train import sft
 from train.belief.records import read_rows
+from train.checkpoints.resume import saves
 from train.data.batches import micro_batches
 from train.data.findings import SKIPPED, UNENDED
 from train.data.tokenizer import load_tokenizer
@@ -94,6 +95,7 @@ def test_a_run_leaves_settings_metrics_summary_adapter_and_an_offline_wandb_run(
     settings = yaml.safe_load((directory / "settings.yaml").read_text())
     assert settings["settings"]["mask"] == "doctags,false-spans=unlikelihood:0.5"
     assert settings["versions"]["torch"] == torch.__version__ and "git_revision" in settings
+    assert settings["gpu"] is None
     assert settings["resolved"]["expert_parallel"] == 2 and settings["resolved"]["expert_lora_rank"] == 4
 
     metrics = read_rows(directory / "metrics.jsonl")
@@ -254,15 +256,31 @@ def kill(process: subprocess.Popen, saves: Path, moment: str) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> list[float]:
-    return losses(train(tmp_path_factory.mktemp("uninterrupted"), "whole", steps=8))
+    return losses(train(tmp_path_factory.mktemp("uninterrupted"), "whole", steps=8, expert_lora_rank=3))
+
+
+def factor_shapes(save: Path) -> set[tuple[int, ...]]:
+    """Of the experts' factors and their moments."""
+    return {tuple(value.shape) for name, value in load_file(save / "state.safetensors").items() if ".experts." in name}
+
+
+def pad_as_earlier_saves(save: Path) -> None:
+    """Gives the factors of rank 3 the padding that they have while they are trained."""
+    tensors = load_file(save / "state.safetensors")
+    for name, value in tensors.items():
+        if ".experts." in name:
+            by = (0, 0, 0, 1) if "lora_A" in name else (0, 1)
+            tensors[name] = torch.nn.functional.pad(value, by)
+    save_file(tensors, save / "state.safetensors")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("moment", "ranks", "ep"), [("step-3", 1, 1), ("partial-[2-8]", 4, 2)])
+@pytest.mark.parametrize(("moment", "ranks", "ep", "padded"), [("step-3", 1, 1, True), ("partial-[2-8]", 4, 2, False)])
 def test_a_run_killed_in_a_step_or_in_a_save_resumes_on_other_ranks_to_the_losses_of_an_uninterrupted_one(
-    tmp_path, uninterrupted, moment, ranks, ep
+    tmp_path, uninterrupted, moment, ranks, ep, padded
 ):
-    given = flags(tmp_path, steps=8, save_every=1, output=tmp_path / "killed")
+    """padded: from a save as they were before factors lost their padding there."""
+    given = flags(tmp_path, steps=8, save_every=1, expert_lora_rank=3, output=tmp_path / "killed")
     process = subprocess.Popen(
         deepspeed_command(SFT, *given, ranks=2), env=os.environ | ENVIRONMENT, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -272,7 +290,16 @@ def test_a_run_killed_in_a_step_or_in_a_save_resumes_on_other_ranks_to_the_losse
     if found.name.startswith("partial"):  # that save is not whole
         assert not found.with_name(found.name.replace("partial", "step")).exists()
 
-    resumed = train(tmp_path, "killed", ranks=ranks, expert_parallel=ep, steps=8, save_every=1, resume=True)
+    last = saves(tmp_path / "killed" / "saves")[-1]
+    unpadded = factor_shapes(last)
+    assert {3} <= {size for shape in unpadded for size in shape} and not any(4 in shape for shape in unpadded)
+    if padded:
+        pad_as_earlier_saves(last)
+        assert any(4 in shape for shape in factor_shapes(last))
+
+    more = dict(expert_parallel=ep, steps=8, save_every=1, expert_lora_rank=3, resume=True)
+    resumed = train(tmp_path, "killed", ranks=ranks, **more)
+    assert factor_shapes(resumed / "saves" / "step-8") == unpadded
     assert [m["step"] for m in read_rows(resumed / "metrics.jsonl")] == list(range(1, 9))
     assert losses(resumed) == pytest.approx(uninterrupted, rel=1e-6)
     assert sorted(path.name for path in (resumed / "saves").iterdir()) == ["step-7", "step-8"]

@@ -357,6 +357,15 @@ def test_what_a_resumed_run_could_not_end_with_is_told_before_weights_are_read(
     assert said in message_of(capsys, *flags, "--resume")
 
 
+def test_a_kernel_that_a_gpu_lacks_is_told(tmp_path, qwen, capsys, monkeypatch):
+    """The job's GPU is an H100 here, and torch and Triton are all that is installed for it."""
+    monkeypatch.setattr("train.gpu.capability", lambda: (9, 0))
+    monkeypatch.setattr("train.gpu.installed", lambda packages: {"torch": "2.13.0", "triton": "3.6.0"})
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    told = message_of(capsys, "--model", str(qwen), "--data", str(data))
+    assert "flash-linear-attention is not installed" in told and "triton 3.6.0" in told and ">=3.7.1" in told
+
+
 def test_a_directory_without_config_json_is_told(tmp_path, capsys):
     data = write_documents(tmp_path / "d.jsonl", [GOOD])
     told = message_of(capsys, "--model", str(tmp_path), "--data", str(data))

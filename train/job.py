@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from launch.cluster import Cluster
 from train.belief.claims import read_claims
 from train.belief.probes import Probes, make_probes
 from train.belief.records import read_measured, read_metrics
@@ -23,10 +24,11 @@ from train.data.documents import read_documents
 from train.data.tokenizer import Tokenizer, clock_note, load_tokenizer, template_time
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
+from train.gpu import check_kernels
 from train.lora import LoRASettings
 from train.masking.treatment import shortfall_note
 from train.model import architecture, count_trainable, skeleton, text_config
-from train.provenance import check_inputs, check_output, inputs
+from train.provenance import check_inputs, check_output, inputs, otherwise_notes
 from train.reporting import token_table
 from train.settings import Settings, ds_config
 from train.terminal import Terminal
@@ -67,7 +69,8 @@ class Job:
 
     def notes(self) -> list[str]:
         """What a user should know of the tokens, beside their counts."""
-        notes = [*self.corpus.findings.lines(), *(self.probes.notes() if self.probes else ())]
+        notes = otherwise_notes(self.settings, self.resolved)
+        notes += [*self.corpus.findings.lines(), *(self.probes.notes() if self.probes else ())]
         if self.resolved["template_clock"]:
             notes.append(clock_note(self.resolved["template_clock"]))
         if self.random_shortfall:
@@ -92,10 +95,10 @@ class Job:
 class Known:
     """What preparing one run has worked out, and runs of one comparison share, which differ in mask, loss norm,
     learning rate, seed, steps and data alone. documents: path -> tokenized; base: the model's checkpoint, text
-    configuration, skeleton and plan, its tokenizer, and the probes."""
+    configuration, skeleton and plan, its tokenizer, the probes, and how many ranks divide a layer's experts."""
 
     documents: dict[str, TokenizedFile] = field(default_factory=dict)
-    base: tuple[Checkpoint, Any, Any, LoadPlan, Tokenizer, Probes | None] | None = None
+    base: tuple[Checkpoint, Any, Any, LoadPlan, Tokenizer, Probes | None, int] | None = None
 
 
 def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = None) -> Job:
@@ -104,11 +107,10 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     known = known or Known()
     check_output(settings)
     config = ds_config(settings, ranks)
-    expert_parallel = checked_expert_parallel(settings, ranks)
 
     first = known.base is None
-    known.base = known.base or _base(settings, expert_parallel)
-    checkpoint, text, model, plan, tokenizer, probes = known.base
+    known.base = known.base or _base(settings, Cluster.here(ranks))
+    checkpoint, text, model, plan, tokenizer, probes, expert_parallel = known.base
     lora = None if settings.method == "full" else lora_settings(settings, text)
     if settings.method == "qlora":  # here already, so that what it takes is not counted as the job's
         import bitsandbytes  # noqa: F401
@@ -155,15 +157,29 @@ def check_progress(run: Path) -> None:
         )
 
 
-def checked_expert_parallel(settings: Settings, ranks: int) -> int:
-    """How many ranks divide a layer's experts."""
-    size = settings.expert_parallel or ranks
+def checked_expert_parallel(settings: Settings, checkpoint: Checkpoint, cluster: Cluster) -> int:
+    """How many ranks divide a layer's experts. By default the GPUs of a node, among which tokens travel fastest, where
+    the job then fits into them by launch.plan, with documents of --max-tokens; else, and on CPUs, all ranks."""
+    size, ranks = settings.expert_parallel, cluster.ranks
+    if not size and cluster.memory and cluster.nodes > 1 and _fits(settings, checkpoint, cluster, cluster.gpus):
+        size = cluster.gpus
+    size = size or ranks
     if ranks % size:
         raise UserError(
             f"--expert-parallel {size}: must divide the {ranks} ranks into equal groups. Give a divisor, or "
             "another number of ranks: deepspeed --num_gpus N, or sbatch --nodes=N."
         )
     return size
+
+
+def _fits(settings: Settings, checkpoint: Checkpoint, cluster: Cluster, size: int) -> bool:
+    from launch.plan import Plan  # here: it stands on this module
+
+    given = dataclasses.replace(settings, expert_parallel=size)
+    try:
+        return Plan(given, checkpoint, cluster, settings.max_tokens).fits
+    except Exception:  # such as a size that does not divide the experts; or the model may be trained, but not planned
+        return False
 
 
 def rows_of_first_steps(
@@ -197,13 +213,16 @@ def _check_vocabulary(settings: Settings, corpus: Corpus, size: int) -> None:
             )
 
 
-def _base(settings: Settings, expert_parallel: int) -> tuple[Checkpoint, Any, Any, LoadPlan, Tokenizer, Probes | None]:
+def _base(settings: Settings, cluster: Cluster) -> tuple[Checkpoint, Any, Any, LoadPlan, Tokenizer, Probes | None, int]:
     checkpoint = Checkpoint(settings.model)
     text = text_config(checkpoint)
+    expert_parallel = checked_expert_parallel(settings, checkpoint, cluster)
     model = skeleton(text, ExpertGroup(expert_parallel))
     plan = plan_load(model, checkpoint)
+    check_kernels(text, plan)
     tokenizer = load_tokenizer(settings.model, template_time(settings.template_time))
-    return checkpoint, text, model, plan, tokenizer, _probes(settings, tokenizer, text.vocab_size)
+    probes = _probes(settings, tokenizer, text.vocab_size)
+    return checkpoint, text, model, plan, tokenizer, probes, expert_parallel
 
 
 def _probes(settings: Settings, tokenizer: Tokenizer, vocabulary: int) -> Probes | None:

@@ -188,7 +188,15 @@ def _expert_parallel(name: str, module: Any, top: int | None, ep: ExpertGroup) -
 
 
 def create_expert_group(size: int) -> ExpertGroup:
-    """Divides the ranks into groups of `size` consecutive ranks; also creates the expert-data-parallel groups."""
+    """Divides the ranks into groups of `size` consecutive ranks; also creates the expert-data-parallel groups.
+    UserError on all ranks where they have different sizes, as by default on nodes with different GPUs."""
+    sizes = [size] * dist.get_world_size()
+    dist.all_gather_object(sizes, size)
+    if len(others := sorted({*sizes})) > 1:
+        raise UserError(
+            f"--expert-parallel: not given, and the nodes would divide the experts by {' and '.join(map(str, others))} "
+            "ranks, since their GPUs differ; must be the same on all. Give it."
+        )
     groups._create_expert_and_data_parallel(size)
     replicas = groups._get_expert_data_parallel_group(f"ep_size_{size}")
     if size == 1:

@@ -56,7 +56,7 @@ def install(model: nn.Module) -> None:
             known[kind] = _one_more(module, eps)
         one_more = known[kind]
         if one_more is not None:
-            module.forward = partial(_forward, module, module.forward, eps, one_more)  # type: ignore[method-assign]
+            module.forward = partial(_forward, module, module.forward, eps, one_more)
 
 
 def _one_more(module: nn.Module, eps: float) -> bool | None:

@@ -228,19 +228,33 @@ def delta_rule(
     return packed.within(each, *(x[0] for x in (q_1THK, k, v, g, beta)))[None], None
 
 
-LINEAR: dict[str, Callable[..., Any]] = {"causal_conv1d_fn": convolution, "torch_chunk_gated_delta_rule": delta_rule}
-"""By their names in transformers' modules, where the layers look them up."""
+def on_its_device(theirs: Callable[..., Any], x: Tensor, *given: Any, **more: Any) -> Any:
+    """A function that transformers binds to a GPU's kernel at import, where the package is installed: the kernel takes
+    no tensors of a CPU, and the plain function does."""
+    return (theirs if x.is_cuda else getattr(theirs, "__wrapped__", theirs))(x, *given, **more)
+
+
+LINEAR: dict[str, Callable[..., Any] | None] = {
+    "causal_conv1d_fn": convolution, "torch_chunk_gated_delta_rule": delta_rule,
+    "causal_conv1d_update": None, "torch_recurrent_gated_delta_rule": None,
+}  # fmt: skip
+"""By their names in transformers' modules, where the layers look them up; None: of generation alone, without rows."""
+
+
+def bind(module: Any) -> None:
+    """Makes the layers of one of transformers' modules run on the device of their tensors, and take rows."""
+    for name, packed in LINEAR.items():
+        theirs = getattr(module, name, None)
+        if theirs is not None and not isinstance(theirs, partial):
+            own = partial(on_its_device, theirs)
+            setattr(module, name, partial(packed, own) if packed else own)
 
 
 def install(model: Any) -> None:
     """Makes the model take `packed=Row`."""
     model.config._attn_implementation = NAME
     for module in {sys.modules[type(module).__module__] for module in model.modules()}:
-        for name, packed in LINEAR.items():
-            theirs = getattr(module, name, None)
-            if theirs is not None and not isinstance(theirs, partial):
-                # What transformers binds at import may be a kernel that takes no tensors of a CPU.
-                setattr(module, name, partial(packed, getattr(theirs, "__wrapped__", theirs)))
+        bind(module)
 
 
 def states_of_row(model: Any, ids_T: Tensor, row: Row, position_T: Tensor | None = None) -> Tensor:

@@ -13,12 +13,14 @@ from typing import Any
 
 import yaml
 
+from train import gpu
 from train.belief.claim_files import claim_paths
 from train.checkpoints.reader import Checkpoint
 from train.command_line import REPOSITORY, flag_of
 from train.data.documents import NO_DOCTAG
 from train.data.tokenizer import TOKENIZER
 from train.errors import UserError
+from train.gpu import KERNELS, installed
 from train.locks import TRAINING
 from train.outside import checked, opened, read_text, read_yaml
 from train.settings import FREE_ON_RESUME, Settings
@@ -149,12 +151,25 @@ def check_inputs(settings: Settings, resolved: dict[str, Any]) -> None:
         )
 
 
+def otherwise_notes(settings: Settings, resolved: dict[str, Any]) -> list[str]:
+    """With --resume: on how many ranks, by how many for its experts and on which GPU the run goes on, where these are
+    others."""
+    if not (settings.resume and settings.output):
+        return []
+    held = held_settings(Path(settings.output) / "settings.yaml")
+    before = (held.get("resolved") or {}) | {"GPU": held.get("gpu")}
+    now = {name: resolved[name] for name in ("ranks", "expert_parallel")} | {"GPU": gpu.name()}
+    names = [name for name in now if (before.get(name) or now[name]) != now[name]]
+    told = ", ".join(f"{name} was {before[name]} and is {now[name]}" for name in names)
+    return [f"note: --resume: {told}; losses differ by rounding alone."] if told else []
+
+
 def _other_versions(held: dict[str, Any]) -> str:
     """What a run's settings.yaml says of packages and the checked-out commit that is otherwise now."""
     before = (held.get("versions") or {}) | {"git revision": held.get("git_revision")}
-    now = {package: version(package) for package in PACKAGES} | {"git revision": git_revision()}
-    other = [name for name in now if before.get(name, now[name]) != now[name]]
-    told = ", ".join(f"{name} was {before[name]} and is {now[name]}" for name in other)
+    now = versions() | {"git revision": git_revision()}
+    other = [name for name in before if before[name] != now.get(name)]
+    told = ", ".join(f"{name} was {before[name]} and is {now.get(name, 'not installed')}" for name in other)
     return f"Since then, {told}." if told else "No package and no commit of this project is another."
 
 
@@ -162,14 +177,20 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "wandb
             "tiktoken", "jinja2")  # fmt: skip
 
 
+def versions() -> dict[str, str]:
+    """Of what must be installed, and of what only a GPU needs, where it is."""
+    return {package: version(package) for package in PACKAGES} | installed(KERNELS)
+
+
 def record(settings: Settings, resolved: dict[str, Any]) -> str:
-    """The text of settings.yaml: settings, what was resolved from them, versions and git revision."""
+    """The text of settings.yaml: settings, what was resolved from them, versions, GPU and git revision."""
     values = dataclasses.asdict(settings) | {"data": [str(source) for source in settings.sources()]}
     return yaml.safe_dump(
         {
             "settings": values,
             "resolved": resolved,
-            "versions": {package: version(package) for package in PACKAGES},
+            "versions": versions(),
+            "gpu": gpu.name(),
             "git_revision": git_revision(),
         },
         sort_keys=False,

@@ -92,7 +92,9 @@ class Settings:
     rslora: bool = setting(False, "scale factors by alpha / sqrt(rank) instead")
     lora_lm_head: bool = setting(False, "factors on lm_head too")
 
-    expert_parallel: int = setting(0, "ranks that divide a layer's experts among them; 0: all ranks")
+    expert_parallel: int = setting(
+        0, "ranks that divide a layer's experts among them; 0: those of a node where that fits into its GPUs, else all"
+    )
     gradient_checkpointing: bool = setting(False, "keep only each layer's input, and recompute the rest in backward")
     timeout: float = setting(1800, "seconds without progress on any rank, after which the run ends with their stacks")
     ds_config: str = setting(str(REPOSITORY / "ds_configs" / "zero3.json"), "DeepSpeed configuration, ZeRO stage 3")

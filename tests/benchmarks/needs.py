@@ -36,14 +36,15 @@ def main() -> None:
 
     def plan(model: str, method: str, gpus: int, memory: int) -> Plan:
         cluster = Cluster(nodes=max(1, gpus // 8), gpus=min(8, gpus), memory=memory)
-        settings = parse(["--model", str(args.checkpoints / model), "--method", method, *flags], "")
+        own = ["--model", str(args.checkpoints / model), "--method", method, "--expert-parallel", str(gpus)]
+        settings = parse([*own, *flags], "")
         return Plan(settings, opened_once(model), cluster, settings.max_tokens)
 
     rows = []
     print("| model | method | GPU | fewest | GB a GPU | s a step at least |\n|---|---|---|---:|---:|---:|")
     for model, method in CASES:
         least = 0
-        for gpu in reversed(GPUS):
+        for gpu in reversed([gpu for gpu in GPUS if gpu.grouped]):
             for count in COUNTS:
                 if count < least:
                     continue

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3_5MoeTextConfig
@@ -91,6 +92,40 @@ def test_without_any_token_the_output_is_zero_and_every_factor_has_a_zero_gradie
     out_TH.backward(torch.ones(3, 32))
     assert not out_TH.any()
     assert all(p.grad is not None and not p.grad.any() for p in ours.parameters())  # ZeRO-3 waits for each of them
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_grouped_products_leave_of_experts_without_tokens_is_no_gradient(monkeypatch, trained):
+    """On some GPUs that is whatever was in memory before: here NaN."""
+    _, ours = pair()
+    if trained:
+        for name, storage in dict(ours.frozen).items():
+            ours.register_parameter(name, nn.Parameter(storage.plain))
+        ours.frozen.clear()
+    else:
+        ours.add_lora(LORA, torch.float32, torch.device("cpu"))
+        for parameter in ours.parameters():
+            nn.init.normal_(parameter)
+    hidden_TH, _, weight_Tk = routing(3)
+    index_Tk = torch.tensor([[3, 1], [3, 4], [4, 1]])  # of experts 0 to 7; nothing for 0, 2, 5, 6 and 7
+    ours(hidden_TH, index_Tk, weight_Tk).sum().backward()
+    expected = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    ours.zero_grad(set_to_none=True)
+    real, spoiled = F.grouped_mm, []
+
+    def grouped_mm(a, b, *, offs):
+        out = real(a, b, offs=offs)
+        if out.dim() == 3:  # a matrix an expert
+            spoiled.append(out)
+            out[offs.diff(prepend=torch.zeros(1, dtype=offs.dtype)) == 0] = torch.nan
+        return out
+
+    monkeypatch.setattr(F, "grouped_mm", grouped_mm)
+    ours(hidden_TH, index_Tk, weight_Tk).sum().backward()
+    assert len(spoiled) == (2 if trained else 4)
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter.grad, expected[name]), name
+        assert parameter.grad[[1, 3, 4]].any() and not parameter.grad[[0, 2, 5, 6, 7]].any(), name
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def test_slow_kernels_are_spoken_of_where_a_gpu_would_run_faster_ones(monkeypatc
     said = "`f` is falling back to its reference PyTorch implementation because `causal_conv1d` is not installed."
     record = logging.LogRecord("", logging.WARNING, "", 0, said, None, None)
     assert bool(logging.getLogger("transformers.integrations.hub_kernels").filter(record)) is gpu
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_that_triton_does_not_run_is_told_where_a_gpu_is(monkeypatch, tmp_path, gpu):
+    monkeypatch.setattr(noise, "DRIVER", str(tmp_path if gpu else tmp_path / "absent"))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        noise.leave_out_noise()
+        warnings.warn("Triton is not supported on current platform, roll back to CPU.", stacklevel=1)
+    assert bool(seen) is gpu
 
 
 def test_a_command_says_nothing_but_its_own():

@@ -194,7 +194,40 @@ def test_a_search_passes_over_ranks_that_do_not_divide_the_experts(tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    "flag", [["--nodes", "0"], ["--gpu-memory", "nan"], ["--model", "nowhere"], ["--expert-parallel", "3"]]
+    ("memory", "kind", "name", "size"),
+    [
+        (80, "", "H100", 80), (40, "", "A100", 40), (141, "", "H200", 141), (192, "", "B200", 192),
+        (85.0, "NVIDIA A100-SXM4-80GB", "A100", 80), (42.4, "NVIDIA A100-PCIE-40GB", "A100", 40),
+        (85.0, "NVIDIA H100 80GB HBM3", "H100", 80), (80, "A100", "A100", 80), (25.3, "an unknown one", "A100", 40),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_known_by_its_name_and_else_by_its_memory(memory, kind, name, size):
+    gpu = Cluster(nodes=1, gpus=8, memory=memory, kind=kind).gpu
+    assert (gpu.name, gpu.memory, gpu.grouped) == (name, size, name != "A100")
+
+
+def test_a_plan_says_what_a_gpu_without_grouped_products_costs(tmp_path, capsys):
+    """Two layers of 4 experts a rank. LoRA's grouped products of each of their two weights: 2 in the forward pass and 4
+    in backward; with checkpointing 2 more of the first and 1 of the second, whose output is not needed."""
+    common = ["--model", str(write_model(tmp_path / "model", "qwen")), "--method", "lora", "--gpus", "2"]
+    common += ["--max-tokens", "64"]
+    for name, launches in (("A100", 2 * 4 * 2 * 6), ("a100", 2 * 4 * 2 * 6), ("40", 2 * 4 * 2 * 6), ("H100", 0)):
+        assert main([*common, "--gpu-memory", name]) == 0
+        told = f"A100: no grouped products in hardware: torch multiplies expert by expert, {launches:,} launches"
+        assert (told in capsys.readouterr().out) == (launches > 0)
+    assert main([*common, "--gpu-memory", "A100", "--gradient-checkpointing"]) == 0
+    assert f"{2 * 4 * (2 * 6 + 3)} launches a micro-batch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ["--nodes", "0"],
+        ["--gpu-memory", "A101"],
+        ["--gpu-memory", "nan"],
+        ["--model", "nowhere"],
+        ["--expert-parallel", "3"],
+    ],
 )
 def test_what_is_wrong_is_told(flag, capsys):
     assert main(["--gpus", "2", *flag]) == 2

@@ -41,6 +41,9 @@ from launch.node import (
 from launch.preflight import differing, judge_network, parse_options
 from tests.models import write_documents, write_model
 from train.errors import UserError
+from train.experts.dispatch import ExpertGroup
+from train.job import lora_settings
+from train.model import count_trainable, skeleton, text_config
 from train.settings import parse
 
 REPOSITORY = Path(__file__).parents[2]
@@ -106,12 +109,12 @@ def test_two_sound_nodes_pass_with_a_line_a_check_and_measured_speeds(nodes):
     (code, report), (follower_code, follower_report) = nodes.wait("n1"), nodes.wait("n2")
     assert (code, follower_code) == (PASSED, PASSED), report
     assert follower_report == []  # the first node tells for all
-    checks = ["versions", "GPUs", "settings", "documents", "model", "disk speed", "disk space", "plan", "host memory"]
-    checks += ["W&B", "clock", "network"]
+    checks = ["versions", "GPUs", "settings", "documents", "model", "kernels", "disk speed", "disk space", "plan"]
+    checks += ["host memory", "W&B", "clock", "network"]
     assert [line.split(": ")[1] for line in report] == checks
     assert all(line.split(": ")[2] == "ok" for line in report)
     assert "n1, n2: no GPU: gloo" in report[1] and "n1, n2: 1 files" in report[4]
-    assert "n1: offline: no WANDB_API_KEY" in report[9]
+    assert "n1: offline: no WANDB_API_KEY" in report[10]
     assert "gloo, 4 ranks: all-reduce " in report[-1] and "all-to-all " in report[-1] and "GB/s" in report[-1]
 
 
@@ -261,7 +264,9 @@ def test_saves_that_are_there_already_are_not_asked_for_again(share, monkeypatch
     said = disk_space(share)
     assert said.code == PASSED and "needed for 3 saves and the result" in said.text
     saves = Path(share.plan.settings.output) / "saves"
-    size = sum(p.nbytes for p in share.plan.model.parameters() if p.requires_grad) * 3
+    text = text_config(share.plan.checkpoint)
+    lora = lora_settings(share.plan.settings, text)  # of experts rank 2, which is padded to 4, but not in a save
+    size = 3 * 4 * count_trainable(skeleton(text, ExpertGroup()), lora)
     for step in (1, 2):
         (saves / f"step-{step}").mkdir(parents=True)
         (saves / f"step-{step}" / "state.safetensors").write_bytes(bytes(size))

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from launch.cluster import Cluster
 from launch.distributed import start_distributed
 from train.belief.claims import Claim
 from train.belief.generation import EngineAnswerer
@@ -26,6 +27,7 @@ from train.data.documents import read_documents
 from train.data.tokenizer import Tokenizer, load_tokenizer, template_time
 from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
+from train.gpu import check_kernels
 from train.job import checked_expert_parallel
 from train.lora import LoRASettings
 from train.model import architecture, build, skeleton, text_config
@@ -54,12 +56,12 @@ class Measuring:
 def prepare_measuring(settings: Settings, claims: Sequence[Claim], documents: Sequence[str], ranks: int) -> Measuring:
     """Checks model, adapter and questions. Of the settings count model, adapter, method and those of the engine.
     documents: texts in the context of every question. UserError for what the user can mend."""
-    expert_parallel = checked_expert_parallel(settings, ranks)
     config = ds_config(settings, ranks)
     checkpoint = Checkpoint(settings.model)
+    expert_parallel = checked_expert_parallel(settings, checkpoint, Cluster.here(ranks))
     text = text_config(checkpoint)
     model = skeleton(text, ExpertGroup(expert_parallel))
-    plan_load(model, checkpoint)
+    check_kernels(text, plan_load(model, checkpoint))
     lora = LoRASettings(1, 1.0, 1, 0)  # without an adapter: factors whose B is zero add exactly nothing
     if settings.adapter:
         lora = adapter_settings(Path(settings.adapter))

@@ -29,7 +29,7 @@ class EvaluationSettings:
     model: str = setting("", "DIR: base model to measure in the training engine")
     adapter: str = setting("", "DIR: a run's adapter on it, or a comparison's directory: those of its runs")
     method: str = setting("lora", "experts as on disk, or in NF4", choices=("lora", "qlora"))
-    expert_parallel: int = setting(0, "ranks that divide a layer's experts; 0: all")
+    expert_parallel: int = setting(0, "ranks that divide a layer's experts; 0: as in training")
     micro_batch_tokens: int = setting(10_000, "tokens of texts per forward of one rank")
     bos: bool = setting(False, "put the tokenizer's BOS before each text or chat that does not begin with it")
     template_time: str = setting(

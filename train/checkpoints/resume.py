@@ -1,6 +1,7 @@
-"""Saves to resume from, on any number of ranks and any expert parallelism: every trained tensor whole, with its AdamW
-moments, in one safetensors file. Each rank writes its own partitions into it and reads its own out of it, so that
-nobody holds more. A save is complete or absent: it is written under another name, flushed to disk and then renamed.
+"""Saves to resume from, on any number of ranks and any expert parallelism: every trained tensor whole, factors without
+their padding, with its AdamW moments, in one safetensors file. Each rank writes its own partitions into it and reads
+its own out of it, so that nobody holds more. A save is complete or absent: it is written under another name, flushed to
+disk and then renamed.
 """
 
 import hashlib
@@ -71,25 +72,63 @@ def full_factors(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
 
 
 @dataclass
-class _Own:
-    """A trained parameter, whole [all experts, ...] or [...], and which of its elements are this rank's partition."""
+class Part:
+    """This rank's partition of a trained parameter: elements start to start + count of the whole one [all experts, ...]
+    or [...], flattened, with its padding. shape: of the whole without padding, as a save has it. Of each `block`
+    elements, one block after another, the first `real` ones are no padding: those of a partition lie together in a
+    save."""
 
     name: str
     parameter: Any
     shape: tuple[int, ...]
     start: int
     count: int
+    block: int = 1
+    real: int = 1
+
+    def place(self, element: int) -> int:
+        """How many elements before this one are no padding."""
+        return element // self.block * self.real + min(element % self.block, self.real)
+
+    def write(self, writer: SafetensorsWriter, name: str, partition: Tensor) -> None:
+        """Its part of a save's tensor, out of a partition [≥ count]."""
+        writer.write(name, partition[: self.count][self._kept(partition.device)], self.place(self.start))
+
+    def read(self, saved: TensorFile, name: str, size: int) -> Tensor:
+        """Its part of a save's tensor as a partition [size], with zeros for padding."""
+        start, end = self.place(self.start), self.place(self.start + self.count)
+        values, partition = torch.empty(end - start), torch.zeros(size)
+        saved.read(name, start, values)
+        partition[: self.count][self._kept(partition.device)] = values
+        return partition
+
+    def _kept(self, device: torch.device) -> Any:
+        if self.block == self.real:
+            return slice(None)
+        return torch.arange(self.start, self.start + self.count, device=device) % self.block < self.real
 
 
-def _own_parts(model: nn.Module) -> Iterator[_Own]:
+def saved_shape(model: nn.Module, name: str, shape: tuple[int, ...], padded: bool = False) -> tuple[int, ...]:
+    """The shape in a save, of all experts and without padding, of a parameter that has `shape` on a rank."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if not isinstance(owner, ExpertParallelExperts):
+        return shape
+    whole = shape[0] * owner.ep.size, *shape[1:]
+    return whole if padded else owner.without_padding(name, whole)
+
+
+def _own_parts(model: nn.Module, padded: bool = False) -> Iterator[Part]:
+    """padded: for a save that has the padding, too."""
     for name, parameter in trainable(model).items():
-        ep, shape = expert_group(model, name), tuple(parameter.ds_shape)
-        first = math.prod(shape) * ep.rank if ep else 0  # elements of other ranks' experts before this rank's
-        if ep:
-            shape = shape[0] * ep.size, *shape[1:]
+        ep, own = expert_group(model, name), tuple(parameter.ds_shape)
+        shape, whole = (saved_shape(model, name, own, with_padding) for with_padding in (padded, True))
+        dimension = next((i for i, sizes in enumerate(zip(shape, whole, strict=True)) if len({*sizes}) > 1), 0)
+        first = math.prod(own) * ep.rank if ep else 0  # elements of other ranks' experts before this rank's
         part = parameter.ds_tensor.ds_numel
-        start = min(part * dist.get_rank(parameter.ds_process_group), math.prod(parameter.ds_shape))
-        yield _Own(name, parameter, shape, first + start, min(part, math.prod(parameter.ds_shape) - start))
+        start = min(part * dist.get_rank(parameter.ds_process_group), math.prod(own))
+        count = min(part, math.prod(own) - start)
+        block, real = (math.prod(sizes[dimension:]) for sizes in (whole, shape))
+        yield Part(name, parameter, shape, first + start, count, block, real)
 
 
 def save(directory: Path, model: nn.Module, step: int, keep: int, seconds: float) -> None:
@@ -107,10 +146,9 @@ def save(directory: Path, model: nn.Module, step: int, keep: int, seconds: float
     writer = SafetensorsWriter(partial / "state.safetensors", layout, create=False)
     for p in own:
         progress(f"saving after step {step}")
-        writer.write(p.name, safe_get_local_fp32_param(p.parameter)[: p.count], p.start)
+        p.write(writer, p.name, safe_get_local_fp32_param(p.parameter))
         for moment in MOMENTS:
-            value = safe_get_local_optimizer_state(p.parameter, moment)[: p.count]
-            writer.write(f"{p.name}.{moment}", value, p.start)
+            p.write(writer, f"{p.name}.{moment}", safe_get_local_optimizer_state(p.parameter, moment))
     writer.close()
     dist.barrier()
     if dist.get_rank() == 0:
@@ -149,23 +187,22 @@ def restore(path: Path, model: nn.Module, optimizer: Any) -> tuple[int, float]:
     state = read_json(path / "state.json")
     step = state["step"]
     _forget(optimizer, step)
-    own = list(_own_parts(model))
     saved = TensorFile(path / "state.safetensors")
-    expected = {f"{p.name}{suffix}": p.shape for p in own for suffix in SUFFIXES}
     found = {name: info.shape for name, info in saved.tensors.items()}
+    for padded in (True, False):  # earlier saves had the padding
+        own = list(_own_parts(model, padded))
+        expected = {f"{p.name}{suffix}": p.shape for p in own for suffix in SUFFIXES}
+        if expected == found:
+            break
     if differing := [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]:
         raise UserError(f"{path}: holds other parameters than this run trains, among them {min(differing)}.")
     for p in own:
         progress(f"reading the save of step {step}")
-
-        def part(name: str, p: _Own = p) -> Tensor:
-            values = torch.zeros(p.parameter.ds_tensor.ds_numel)
-            saved.read(name, p.start, values[: p.count])
-            return values.to(p.parameter.ds_tensor.device)
-
-        _set_weight(p.parameter, part(p.name))
+        shard = p.parameter.ds_tensor
+        _set_weight(p.parameter, p.read(saved, p.name, shard.ds_numel).to(shard.device))
         for moment in MOMENTS:
-            safe_set_local_optimizer_state(p.parameter, part(f"{p.name}.{moment}"), moment)
+            value = p.read(saved, f"{p.name}.{moment}", shard.ds_numel).to(shard.device)
+            safe_set_local_optimizer_state(p.parameter, value, moment)
     saved.close()
     return step, state.get("seconds") or 0.0
 

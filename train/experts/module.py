@@ -71,11 +71,17 @@ class ExpertParallelExperts(nn.Module):
             factors[f"{weight}_lora_B"] = torch.zeros(len(owned), out_features, self.padded_rank)
         return factors
 
+    def without_padding(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the parameter of this name, which is `shape` with the padding of the factors' rank."""
+        if name.endswith("lora_A"):
+            return shape[0], self.rank, shape[2]
+        return (*shape[:2], self.rank) if name.endswith("lora_B") else shape
+
     def _product(self, x_PI: Tensor, name: str, ends: Ends, needed: bool = True) -> Tensor:
         """x_PI @ (W + scale B A)^T, where rows ends[e-1]:ends[e] of x belong to expert e; NaN where it isn't needed,
         but with its gradient."""
         if name not in self.frozen:
-            return GroupedTrained.apply(x_PI, getattr(self, name), ends.device, needed)
+            return GroupedTrained.apply(x_PI, getattr(self, name), ends, needed)
         A, B = (getattr(self, f"{name}_lora_{f}") if self.rank else None for f in "AB")
         return GroupedLinear.apply(x_PI, A, B, self.frozen[name], self.scale, ends, needed)
 

@@ -8,6 +8,7 @@ matrices exist in full for as many experts as WORKSPACE holds, while their produ
 backward, for experts that have tokens. ZeRO never sees these weights: they are buffers.
 """
 
+import itertools
 import math
 import threading
 from collections.abc import Iterator
@@ -181,6 +182,17 @@ def _nan(x_PI: Tensor, columns: int) -> Tensor:
     return torch.full((1, 1), math.nan, dtype=x_PI.dtype, device=x_PI.device).expand(len(x_PI), columns)
 
 
+def zero_without_rows(ends: Ends, *gradients: Tensor) -> None:
+    """Sets to zero what gradients [E, ...] have of experts without rows: on some GPUs grouped_mm leaves there what was
+    in memory before (pytorch#172439). Which they are the host knows."""
+    starts = [0, *ends.host[:-1]]
+    empty = [start == end for start, end in zip(starts, ends.host, strict=True)]
+    for without, run in itertools.groupby(range(len(empty)), empty.__getitem__):
+        experts = [*run]
+        for gradient in gradients if without else ():
+            gradient[experts[0] : experts[-1] + 1].zero_()
+
+
 class GroupedLinear(torch.autograd.Function):
     """y = x W^T + scale (x A^T) B^T for rows grouped by expert, W frozen in `storage`; A [E, r, in] and B [E, out, r]
     may be None. needed: False gives NaN for y, where its gradient alone is wanted. Keeps x and x A^T alone for
@@ -211,6 +223,7 @@ class GroupedLinear(torch.autograd.Function):
         scaled_Pr = F.grouped_mm(grad_PO, B, offs=ends_E).mul_(ctx.scale)
         grad_B = F.grouped_mm(grad_PO.T, h_Pr, offs=ends_E).mul_(ctx.scale)
         grad_A = F.grouped_mm(scaled_Pr.T, x_PI, offs=ends_E)
+        zero_without_rows(ctx.ends, grad_A, grad_B)
         if grad_PI is not None:
             add_grouped_(grad_PI, scaled_Pr, A, ends_E)
         return grad_PI, grad_A.to(A_ErI.dtype), grad_B.to(B_EOr.dtype), *[None] * 4
@@ -221,15 +234,18 @@ class GroupedTrained(torch.autograd.Function):
     which would keep what ZeRO-3 gathered."""
 
     @staticmethod
-    def forward(ctx, x_PI, weight_EOI, ends_E, needed=True):
-        ctx.save_for_backward(x_PI, weight_EOI, ends_E)
+    def forward(ctx, x_PI, weight_EOI, ends, needed=True):
+        ctx.save_for_backward(x_PI, weight_EOI)
+        ctx.ends = ends
         if not needed:
             return _nan(x_PI, weight_EOI.shape[1])
-        return F.grouped_mm(x_PI, weight_EOI.transpose(1, 2), offs=ends_E)
+        return F.grouped_mm(x_PI, weight_EOI.transpose(1, 2), offs=ends.device)
 
     @staticmethod
     def backward(ctx, grad_PO):
-        x_PI, weight_EOI, ends_E = ctx.saved_tensors
+        (x_PI, weight_EOI), ends_E = ctx.saved_tensors, ctx.ends.device
         grad_PO = grad_PO.contiguous()
         grad_PI = F.grouped_mm(grad_PO, weight_EOI, offs=ends_E) if ctx.needs_input_grad[0] else None
-        return grad_PI, F.grouped_mm(grad_PO.T, x_PI, offs=ends_E), None, None
+        grad_EOI = F.grouped_mm(grad_PO.T, x_PI, offs=ends_E)
+        zero_without_rows(ctx.ends, grad_EOI)
+        return grad_PI, grad_EOI, None, None

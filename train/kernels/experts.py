@@ -36,7 +36,7 @@ def gated(gate_up_P2I: Tensor, weight_P1: Tensor) -> Tensor:
 @triton.jit
 def _gated_backward(grad, gate_up, weight, grad_gate_up, grad_weight, width, COLUMNS: tl.constexpr):
     pair = tl.program_id(0).to(tl.int64)
-    factor, total = tl.load(weight + pair).to(tl.float32), 0.0
+    factor, total = tl.load(weight + pair).to(tl.float32), tl.full((), 0.0, tl.float32)
     for start in range(0, width, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         inside = column < width

@@ -1,0 +1,98 @@
+"""What a GPU needs of installed packages."""
+
+import tomllib
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from train.gpu import KERNELS, installed, needs_delta_rule, unmet
+from train.provenance import record
+from train.settings import parse
+
+H100, A100, B200 = (9, 0), (8, 0), (10, 0)
+SOUND = {"torch": "2.13.0", "triton": "3.7.1", "flash-linear-attention": "0.6.0", "fla-core": "0.6.0"}
+
+
+def without(*packages: str, **others: str) -> dict[str, str]:
+    return {name: version for name, version in SOUND.items() if name not in packages} | others
+
+
+@pytest.mark.parametrize("capability", [H100, A100, B200])
+@pytest.mark.parametrize("delta_rule", [False, True])
+def test_sound_packages_pass_on_every_gpu(capability, delta_rule):
+    assert unmet(delta_rule, True, capability, SOUND) == []
+
+
+@pytest.mark.parametrize(
+    ("delta_rule", "decoded", "capability", "versions", "said"),
+    [
+        (True, False, H100, without("fla-core"), ["flash-linear-attention is not installed", "[gpu]"]),
+        (True, False, H100, without(**{"fla-core": "0.5.9"}), ["flash-linear-attention 0.5.9", "≥ 0.6", "[gpu]"]),
+        (True, False, H100, without(triton="3.4.0"), ["triton 3.4.0", "Hopper", "pip install 'triton>=3.7.1'"]),
+        (True, False, H100, without(triton="3.7.0"), ["triton 3.7.0", "Hopper", "pip install 'triton>=3.7.1'"]),
+        (True, False, A100, without("triton"), ["triton is not installed", "delta rule"]),
+        (False, True, A100, without("triton"), ["triton is not installed", "FP8 or INT4"]),
+        (False, False, B200, without(torch="2.10.1"), ["torch 2.10.1", "≥ 2.11, or flash-attn", "pip install"]),
+    ],
+)
+def test_what_is_missing_or_too_old_is_told_with_its_version_rule_and_fix(
+    delta_rule, decoded, capability, versions, said
+):
+    (told,) = unmet(delta_rule, decoded, capability, versions)
+    assert all(part in told for part in said), told
+
+
+@pytest.mark.parametrize(
+    ("delta_rule", "decoded", "capability", "versions"),
+    [
+        (True, True, None, {"torch": "2.5.0"}),  # on a CPU nothing is needed
+        (False, False, H100, without("triton", "fla-core")),  # no delta rule, no experts to decode
+        (False, True, H100, without(triton="3.6.0")),  # what is wrong on Hopper is the delta rule
+        (True, False, H100, without(triton="3.3.1")),
+        (True, False, A100, without(triton="3.6.0")),
+        (True, False, B200, without(triton="3.6.0")),
+        (False, False, H100, without(**{"torch": "2.10.0", "flash-attn": "2.8.3"})),
+        (False, False, H100, without(torch="2.11.0a0+git")),
+    ],
+)
+def test_what_a_model_or_a_device_does_not_need_is_not_asked_for(delta_rule, decoded, capability, versions):
+    assert unmet(delta_rule, decoded, capability, versions) == []
+
+
+def test_all_that_is_wrong_is_told_at_once():
+    assert len(unmet(True, True, H100, {"torch": "2.10.0", "triton": "3.5.0"})) == 3
+
+
+def test_a_models_layers_say_whether_it_has_a_delta_rule():
+    assert needs_delta_rule(SimpleNamespace(layer_types=["linear_attention", "full_attention"]))
+    assert not needs_delta_rule(SimpleNamespace(layer_types=["full_attention"]))
+    assert not needs_delta_rule(SimpleNamespace(layer_types=None)) and not needs_delta_rule(SimpleNamespace())
+
+
+def test_the_gpu_extra_asks_for_what_is_checked():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    (extra,) = map(Requirement, project["optional-dependencies"]["gpu"])
+    assert extra.name == "flash-linear-attention"
+    for version in ("0.5.9", "0.6.0"):
+        found = without(**{"fla-core": version})
+        assert extra.specifier.contains(Version(version)) == (unmet(True, False, H100, found) == [])
+
+
+def test_a_run_keeps_the_gpu_and_the_versions_of_what_it_needs_where_that_is_installed(monkeypatch):
+    monkeypatch.setattr("train.gpu.name", lambda: "NVIDIA H200")
+
+    def version(package: str) -> str:
+        if package not in ("triton", "flash-attn"):
+            raise PackageNotFoundError(package)
+        return {"triton": "3.7.1", "flash-attn": "2.8.3"}[package]
+
+    monkeypatch.setattr("train.gpu.version", version)
+    assert installed(KERNELS) == {"triton": "3.7.1", "flash-attn": "2.8.3"}
+    kept = yaml.safe_load(record(parse([], ""), {}))
+    assert kept["gpu"] == "NVIDIA H200" and kept["versions"]["flash-attn"] == "2.8.3"
+    assert {"torch", "deepspeed", "transformers", "peft", "bitsandbytes"} <= kept["versions"].keys()

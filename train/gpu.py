@@ -1,0 +1,105 @@
+"""What this process's GPU is, and which packages must be installed for its kernels to be there, fast and right."""
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from packaging.version import Version
+
+from train.checkpoints.layout import LoadPlan
+from train.errors import UserError
+
+KERNELS = ("triton", "flash-linear-attention", "fla-core", "flash-attn")
+"""Packages that only a GPU needs."""
+EXTRA = "pip install --constraint constraints.txt --editable '.[gpu]'"
+
+
+def installed(packages: tuple[str, ...]) -> dict[str, str]:
+    """The versions of those that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _there() -> bool:
+    return get_accelerator().device_name() == "cuda"
+
+
+def _own() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def capability() -> tuple[int, int] | None:
+    """The compute capability of this rank's GPU, such as (9, 0) of an H100; None on a CPU."""
+    return torch.cuda.get_device_capability(_own()) if _there() else None
+
+
+def name() -> str | None:
+    """The name of this rank's GPU, such as NVIDIA H100 80GB HBM3; None on a CPU."""
+    return torch.cuda.get_device_name(_own()) if _there() else None
+
+
+def memory() -> float:
+    """GB of this rank's GPU; 0 on a CPU."""
+    return torch.cuda.get_device_properties(_own()).total_memory / 1e9 if _there() else 0.0
+
+
+def grouped_products(capability: tuple[int, int]) -> bool:
+    """Whether torch multiplies rows by the matrix of their expert in one launch there, in BF16: on Hopper and on
+    Blackwell for data centers. Elsewhere it is a loop on the host."""
+    return capability[0] in (9, 10)
+
+
+def needs_delta_rule(text: Any) -> bool:
+    """Whether a text model's configuration has layers of the gated delta rule."""
+    return "linear_attention" in (getattr(text, "layer_types", None) or ())
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """Of 2.11.0a0+git, as NVIDIA's images have it, too (2, 11, 0)."""
+    return Version(text).release
+
+
+def unmet(
+    delta_rule: bool, decoded: bool, capability: tuple[int, int] | None, versions: Mapping[str, str]
+) -> list[str]:
+    """What is wrong with the packages of these versions for a model with gated delta rules, or with experts that are
+    decoded from FP8 or INT4, on a GPU of this capability; each with its fix. Nothing on a CPU (None)."""
+    if capability is None:
+        return []
+    wrong = []
+    if _release(versions["torch"]) < (2, 11) and "flash-attn" not in versions:
+        wrong.append(
+            f"torch {versions['torch']}: attention needs torch ≥ 2.11, or flash-attn, to keep the documents of a row "
+            "apart in one launch: pip install --constraint constraints.txt torch"
+        )
+    fla, triton = versions.get("fla-core"), versions.get("triton")
+    if delta_rule and (fla is None or _release(fla) < (0, 6)):
+        wrong.append(
+            f"flash-linear-attention {fla or 'is not installed'}: the model's gated delta rule needs ≥ 0.6, or a step "
+            f"takes several times as long: {EXTRA}"
+        )
+    if triton is None and (delta_rule or decoded):
+        for_what = "the model's gated delta rule" if delta_rule else "experts in FP8 or INT4"
+        wrong.append(f"triton is not installed: {for_what} needs its kernels: pip install 'triton>=3.7.1'")
+    if triton and delta_rule and capability[0] == 9 and (3, 4) <= _release(triton) < (3, 7, 1):
+        wrong.append(
+            f"triton {triton}: from 3.4.0 to below 3.7.1 it gives wrong gradients of the gated delta rule on Hopper "
+            "GPUs (H100, H200): pip install 'triton>=3.7.1'"
+        )
+    return wrong
+
+
+def check_kernels(text: Any, plan: LoadPlan) -> None:
+    """UserError where this rank's GPU lacks a kernel that a model of this text configuration needs."""
+    pieces: list[Any] = [*plan.dense, *plan.experts]
+    decoded = any(piece.format.kind != "plain" for piece in pieces)
+    if wrong := unmet(needs_delta_rule(text), decoded, capability(), installed(("torch", *KERNELS))):
+        raise UserError("; ".join(wrong))
