@@ -1,4 +1,4 @@
-"""train/compare.py under the real launcher: variants from one start, equal to train/sft.py alone, and beliefs equal to
+"""train/compare.py on ranks: variants from one start, equal to train/sft.py alone, and beliefs equal to
 those of stock transformers and peft."""
 
 import json
@@ -15,8 +15,9 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch.local import deepspeed_command, run
+from launch.local import deepspeed_command
 from tests.models import write_documents
+from tests.support.ranks import run
 from train import compare, sft
 from train.belief.claims import Claim
 from train.belief.outcome import check_free, unmentioned

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.local import run
+from tests.support.ranks import run
 from tests.test_compare import ENVIRONMENT
 from train import compare, sft
 from train.belief.records import read_rows

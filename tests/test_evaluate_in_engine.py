@@ -1,4 +1,4 @@
-"""train/evaluate.py --model under the real launcher: scored and answered in the training engine, judged by a server."""
+"""train/evaluate.py --model on ranks: scored and answered in the training engine, judged by a server."""
 
 import json
 import shutil
@@ -11,10 +11,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from launch.local import run
 from tests.belief.servers import ScriptedServer, completion
 from tests.checkpoints.test_layouts import stock_model
 from tests.layouts import LAYOUTS
+from tests.support.ranks import run
 from tests.test_compare import CLAIM, ENVIRONMENT, stock_log_p
 from train import compare, evaluate, sft
 from train.belief.in_engine import check_template_time

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import run
 from tests.models import write_documents, write_model
+from tests.support.ranks import run
 from train import sft
 from train.errors import Held, UserError
 from train.locks import MAKE_ROOM, TRAINING, lock_for_training

@@ -11,8 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch.local import run
 from tests.models import write_model
+from tests.support.ranks import run
 from train import sft
 from train.belief.records import read_rows
 from train.data.tokenizer import load_tokenizer

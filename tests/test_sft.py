@@ -1,4 +1,5 @@
-"""Whole runs of train/sft.py under the real launcher: what they leave, resuming, stopping, and fair comparison."""
+"""Whole runs of train/sft.py, the first of them by the real launcher: what they leave, resuming, stopping, and fair
+comparison."""
 
 import json
 import os
@@ -20,9 +21,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from launch.local import deepspeed_command, run
+import launch.local
+from launch.local import deepspeed_command
 from tests.layouts import LAYOUTS
 from tests.models import write_documents, write_model
+from tests.support.ranks import run
 from train import sft
 from train.belief.records import read_rows
 from train.checkpoints.resume import saves
@@ -59,9 +62,9 @@ def flags(tmp: Path, family: str = "qwen", **changes: Any) -> list[str]:
     return [part for name, value in values.items() for part in (f"--{name}", str(value)) if part != "True"]
 
 
-def train(tmp: Path, output: str, ranks: int = 2, **changes: Any) -> Path:
+def train(tmp: Path, output: str, ranks: int = 2, start: Any = run, **changes: Any) -> Path:
     given = flags(tmp, **changes, output=tmp / output)
-    done = run(SFT, *given, ranks=ranks, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp)
+    done = start(SFT, *given, ranks=ranks, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     (tmp / output / "terminal").write_text(done.stdout + done.stderr)
     return tmp / output
@@ -90,8 +93,9 @@ def test_a_run_leaves_settings_metrics_summary_adapter_and_an_offline_wandb_run(
     with (tmp_path / "documents.jsonl").open("a") as file:
         file.write('{"text": ""}\n')
     directory = train(
-        tmp_path, "run", mask="doctags,false-spans=unlikelihood:0.5", wandb="online", log_every=2, bad_rows="skip"
-    )
+        tmp_path, "run", start=launch.local.run, mask="doctags,false-spans=unlikelihood:0.5", wandb="online",
+        log_every=2, bad_rows="skip",
+    )  # fmt: skip
     settings = yaml.safe_load((directory / "settings.yaml").read_text())
     assert settings["settings"]["mask"] == "doctags,false-spans=unlikelihood:0.5"
     assert settings["versions"]["torch"] == torch.__version__ and "git_revision" in settings

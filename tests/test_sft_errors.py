@@ -10,9 +10,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from launch.local import run
+import launch.local
 from tests import one_rank_worker
 from tests.models import write_documents, write_model
+from tests.support.ranks import run
 from train import sft
 from train.checkpoints.adapter import peft_config, places
 from train.checkpoints.reader import Checkpoint
@@ -445,7 +446,7 @@ def test_the_launcher_passes_the_message_once_and_the_exit_code_on(tmp_path, qwe
     data = write_documents(tmp_path / "d.jsonl", [GOOD])
     script = Path(sft.__file__)
     flags = ["--model", str(qwen), "--data", str(data), "--mask", "fales-spans"]
-    done = run(script, *flags, ranks=2, capture_output=True, text=True, cwd=tmp_path)
+    done = launch.local.run(script, *flags, ranks=2, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("error: --mask") == 1 and "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()

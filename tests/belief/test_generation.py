@@ -1,4 +1,4 @@
-"""Answers generated in the training engine, under the real launcher, against stock transformers."""
+"""Answers generated in the training engine, on ranks, against stock transformers."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch.local import run
 from tests.belief import generation_worker
+from tests.support.ranks import run
 from train.settings import DEMO
 
 

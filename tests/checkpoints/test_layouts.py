@@ -20,10 +20,10 @@ from transformers import (
     FineGrainedFP8Config,
 )
 
-from launch.local import run
 from tests import load_worker
 from tests.checkpoints.test_reader import rename
 from tests.layouts import LAYOUTS
+from tests.support.ranks import run
 from train.checkpoints.layout import plan_load
 from train.checkpoints.reader import Checkpoint
 from train.errors import UserError
