@@ -42,7 +42,7 @@ def grouped_products(device: torch.device, dtype: torch.dtype) -> float:
     """Forward and both gradients, with groups of all sizes, one of them empty, and with all of them empty."""
     worst = 0.0
     for sizes in ((24, 1, 0, 40), (0, 0, 0, 0)):
-        x_PI, weight_EOI, out_PO = _drawn(device, dtype, (sum(sizes), 64), (len(sizes), 32, 64), (sum(sizes), 32))
+        x_PI, weight_EOI, out_PO = drawn_values(device, dtype, (sum(sizes), 64), (len(sizes), 32, 64), (sum(sizes), 32))
         ends_E = torch.tensor(list(itertools.accumulate(sizes)), dtype=torch.int32, device=device)
 
         def product(x: Tensor, weight: Tensor, ends: Tensor = ends_E) -> Tensor:
@@ -51,13 +51,13 @@ def grouped_products(device: torch.device, dtype: torch.dtype) -> float:
         def plain(x: Tensor, weight: Tensor, sizes: Sequence[int] = sizes) -> Tensor:
             return torch.cat([part @ one.T for part, one in zip(x.split(list(sizes)), weight, strict=True)])
 
-        worst = max(worst, _compared("grouped product", ("x", "W"), product, plain, (x_PI, weight_EOI), out_PO))
+        worst = max(worst, compared("grouped product", ("x", "W"), product, plain, (x_PI, weight_EOI), out_PO))
     return worst
 
 
 def nf4(device: torch.device, dtype: torch.dtype) -> float:
     """Two matrices quantized: decoded as the format says, and no value farther from its own than half a step."""
-    (weight_EOI,) = _drawn(device, dtype, (2, 64, 256))
+    (weight_EOI,) = drawn_values(device, dtype, (2, 64, 256))
     experts = storage.NF4Experts(*weight_EOI.shape)
     experts.allocate(device)
     for expert, weight_OI in enumerate(weight_EOI):
@@ -66,7 +66,7 @@ def nf4(device: torch.device, dtype: torch.dtype) -> float:
     code = torch.stack([experts.packed >> 4, experts.packed & 15], -1).flatten(1).long()
     scale = experts.code2[experts.absmax.long()] * experts.absmax2 + experts.offset  # a matrix has just 256 of these
     plain = (experts.code[code].unflatten(1, (-1, 64)) * scale[..., None]).view_as(weight_EOI)
-    worst = _near("NF4, decoded,", experts.weights(0, 2, dtype), plain, most(dtype))
+    worst = near("NF4, decoded,", experts.weights(0, 2, dtype), plain, most(dtype))
     values = weight_EOI.float().unflatten(-1, (-1, 64))
     off = (values - plain.unflatten(-1, (-1, 64))).abs().amax(-1) / values.abs().amax(-1)
     if not bool((off < 1.1 * NF4_STEP).all()):
@@ -97,7 +97,7 @@ def attention(device: torch.device, dtype: torch.dtype) -> float:
     worst = 0.0
     for heads, shared, K, V in ((4, 2, 128, 128), (2, 2, 192, 128)):
         shapes = (heads, tokens, K), (shared, tokens, K), (shared, tokens, V), (tokens, heads, V)
-        *given, out = _drawn(device, dtype, *shapes)
+        *given, out = drawn_values(device, dtype, *shapes)
         module = nn.Module()
 
         def packed(q: Tensor, k: Tensor, v: Tensor, module: nn.Module = module) -> Tensor:
@@ -112,35 +112,37 @@ def attention(device: torch.device, dtype: torch.dtype) -> float:
             weight = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen_TT, float("-inf")).softmax(-1)
             return (weight @ v).transpose(0, 1)
 
-        worst = max(worst, _compared("packed attention", ("q", "k", "v"), packed, plain, given, out))
+        worst = max(worst, compared("packed attention", ("q", "k", "v"), packed, plain, given, out))
     return worst
 
 
 def convolution(device: torch.device, dtype: torch.dtype) -> float:
     """Of four taps, within the documents of a row."""
     row, tokens = Row(LENGTHS), sum(LENGTHS)
-    x_CT, weight_C4, out_CT = _drawn(device, dtype, (64, tokens), (64, 4), (64, tokens))
+    x_CT, weight_C4, out_CT = drawn_values(device, dtype, (64, tokens), (64, 4), (64, tokens))
 
     def packed(x: Tensor, weight: Tensor) -> Tensor:
-        return packing.convolution(_theirs("causal_conv1d_fn"), x[None], weight, None, activation="silu", packed=row)[0]
+        return packing.convolution(
+            transformers_own("causal_conv1d_fn"), x[None], weight, None, activation="silu", packed=row
+        )[0]
 
     def plain(x: Tensor, weight: Tensor) -> Tensor:
         each = (F.pad(part, (3, 0)).unfold(1, 4, 1) for part in x.split(list(LENGTHS), 1))
         return F.silu(torch.cat([(taps * weight[:, None]).sum(-1) for taps in each], 1))
 
-    return _compared("packed convolution", ("x", "W"), packed, plain, (x_CT, weight_C4), out_CT)
+    return compared("packed convolution", ("x", "W"), packed, plain, (x_CT, weight_C4), out_CT)
 
 
 def delta_rule(device: torch.device, dtype: torch.dtype) -> float:
     """Within the documents of a row, against the recurrence itself (Yang et al., arXiv 2412.06464, equation 10)."""
     row, tokens, K = Row(LENGTHS), sum(LENGTHS), 64
     shapes = (tokens, 2, K), (tokens, 2, K), (tokens, 4, K), (tokens, 4), (tokens, 4), (tokens, 4, K)
-    q, k, v, decay, beta, out = _drawn(device, dtype, *shapes)
+    q, k, v, decay, beta, out = drawn_values(device, dtype, *shapes)
     given = q, k, v, -decay.abs().float() / 4, beta.sigmoid()
 
     def packed(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         rows = (x[None] for x in (q, k, v, g, beta))
-        return packing.delta_rule(_theirs("torch_chunk_gated_delta_rule"), *rows, packed=row)[0][0]
+        return packing.delta_rule(transformers_own("torch_chunk_gated_delta_rule"), *rows, packed=row)[0][0]
 
     def plain(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
@@ -155,7 +157,7 @@ def delta_rule(device: torch.device, dtype: torch.dtype) -> float:
                 made.append((q[t][:, None] @ state_HKV)[:, 0])
         return torch.stack(made)
 
-    return _compared("packed delta rule", ("q", "k", "v", "g", "beta"), packed, plain, given, out)
+    return compared("packed delta rule", ("q", "k", "v", "g", "beta"), packed, plain, given, out)
 
 
 CHECKS: dict[str, Callable[[torch.device, torch.dtype], float]] = {
@@ -171,7 +173,7 @@ def of_model(model: Any | None) -> list[str]:
     return [name for name in CHECKS if linear or name not in ("packed convolution", "packed delta rule")]
 
 
-def _theirs(name: str) -> Callable[..., Tensor]:
+def transformers_own(name: str) -> Callable[..., Tensor]:
     """transformers' own function, without the kernel that it may have bound at import."""
     theirs = getattr(qwen, name)
     while isinstance(theirs, functools.partial):  # packing.py's, in a process that has made a model
@@ -179,13 +181,13 @@ def _theirs(name: str) -> Callable[..., Tensor]:
     return getattr(theirs, "__wrapped__", theirs)
 
 
-def _drawn(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+def drawn_values(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
     """Normal values, the same on every device."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
-def _compared(
+def compared(
     what: str, names: Sequence[str], function: Callable[..., Tensor], plain: Callable[..., Tensor],
     given: Sequence[Tensor], out: Tensor,
 ) -> float:  # fmt: skip
@@ -193,14 +195,14 @@ def _compared(
     ours = [x.detach().requires_grad_() for x in given]
     theirs = [x.detach().float().requires_grad_() for x in given]
     found, wanted = function(*ours), plain(*theirs)
-    worst = _near(what, found, wanted, most(out.dtype))
+    worst = near(what, found, wanted, most(out.dtype))
     gradients = torch.autograd.grad(found, ours, out), torch.autograd.grad(wanted, theirs, out.float())
     for name, one, other in zip(names, *gradients, strict=True):
-        worst = max(worst, _near(f"{what}, gradient of {name},", one, other, most(out.dtype)))
+        worst = max(worst, near(f"{what}, gradient of {name},", one, other, most(out.dtype)))
     return worst
 
 
-def _near(what: str, found: Tensor, wanted: Tensor, bound: float) -> float:
+def near(what: str, found: Tensor, wanted: Tensor, bound: float) -> float:
     if found.shape != wanted.shape:
         raise Wrong(f"{what} has shape {tuple(found.shape)} in the place of {tuple(wanted.shape)}")
     apart, size = (found.float() - wanted.float()).norm().item(), wanted.float().norm().item()
