@@ -141,8 +141,7 @@ def delta_rule(device: torch.device, dtype: torch.dtype) -> float:
     given = q, k, v, -decay.abs().float() / 4, beta.sigmoid()
 
     def packed(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-        rows = (x[None] for x in (q, k, v, g, beta))
-        return packing.delta_rule(transformers_own("torch_chunk_gated_delta_rule"), *rows, packed=row)[0][0]
+        return packing.delta_rule(chunked_delta_rule, q[None], k[None], v[None], g[None], beta[None], packed=row)[0][0]
 
     def plain(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
@@ -179,6 +178,13 @@ def transformers_own(name: str) -> Callable[..., Tensor]:
     while isinstance(theirs, functools.partial):  # packing.py's, in a process that has made a model
         theirs = theirs.args[0]
     return getattr(theirs, "__wrapped__", theirs)
+
+
+def chunked_delta_rule(q_DLHK: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any:
+    """transformers' own fallback, which in 5.17 takes no heads that share keys."""
+    shared = v.shape[2] // k.shape[2]
+    q, k = (x.repeat_interleave(shared, 2) for x in (q_DLHK, k)) if shared > 1 else (q_DLHK, k)
+    return transformers_own("torch_chunk_gated_delta_rule")(q, k, v, **more)
 
 
 def drawn_values(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:

@@ -21,9 +21,9 @@ def gpu() -> torch.device:
     return torch.device("cuda", 0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def figures(gpu: torch.device) -> Iterator[dict[str, Any]]:
-    """What is measured, by part; beside what earlier runs of other parts have left on the same card."""
+    """What is measured, by part; written after each test, beside what earlier ones have left of the same card."""
     card: dict[str, Any] = {"card": torch.cuda.get_device_name(gpu), "versions": installed()}
     kept = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
     found = (kept if kept.get("card") == card["card"] else {}) | card

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from launch.kernels import compared, drawn_values, most, near, transformers_own
+from launch.kernels import chunked_delta_rule, compared, drawn_values, most, near, transformers_own
 from train import packing
 from train.checkpoints import formats
 from train.experts.dispatch import Ends
@@ -90,14 +90,13 @@ def delta_rule(
     shapes = (T, key_heads, size), (T, key_heads, size), (T, value_heads, size), (T, value_heads), (T, value_heads)
     q, k, v, decay, beta, out = drawn_values(device, dtype, *shapes, (T, value_heads, size))
     given = q, k, v, -decay.abs().float() / 4, beta.sigmoid()
-    theirs = transformers_own("torch_chunk_gated_delta_rule")
 
     def packed(*rows: Tensor) -> Tensor:
-        return packing.delta_rule(theirs, *(x[None] for x in rows), packed=row)[0][0]
+        return packing.delta_rule(chunked_delta_rule, *(x[None] for x in rows), packed=row)[0][0]
 
     def plain(*rows: Tensor) -> Tensor:
         def each(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-            return theirs(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
+            return chunked_delta_rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
 
         return row.within(each, *rows)
 
