@@ -14,7 +14,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,8 @@ from train.errors import UserError
 from train.formats import parse_json
 from train.keys import key_of, shown_url, wandb_status
 from train.masking.grammar import parse_mask
-from train.provenance import PACKAGES, check_output, git_revision
+from train.provenance import check_output, git_revision
+from train.provenance import versions as package_versions
 from train.settings import Settings
 
 PASSED, MAY_PASS, WILL_NOT_PASS = 0, 1, 2
@@ -89,7 +89,7 @@ def within(seconds: float, check: str, work: Callable[[], Finding]) -> Finding:
 
 def versions() -> Finding:
     """Of what must be alike on all nodes."""
-    found = {"python": sys.version.split()[0]} | {package: version(package) for package in PACKAGES}
+    found = {"python": sys.version.split()[0]} | package_versions()
     if torch.version.cuda:
         found |= {"CUDA": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
     found["revision"] = (git_revision() or "none")[:12]

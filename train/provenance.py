@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def check_inputs(settings: Settings, resolved: dict[str, Any]) -> None:
 def _other_versions(held: dict[str, Any]) -> str:
     """What a run's settings.yaml says of packages and the checked-out commit that is otherwise now."""
     before = (held.get("versions") or {}) | {"git revision": held.get("git_revision")}
-    now = {package: version(package) for package in PACKAGES} | {"git revision": git_revision()}
+    now: dict[str, str | None] = {**versions(), "git revision": git_revision()}
     other = [name for name in now if before.get(name, now[name]) != now[name]]
     told = ", ".join(f"{name} was {before[name]} and is {now[name]}" for name in other)
     return f"Since then, {told}." if told else "No package and no commit of this project is another."
@@ -162,6 +162,17 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "wandb
             "tiktoken", "jinja2")  # fmt: skip
 
 
+def versions() -> dict[str, str]:
+    """Of those that are installed: a run without W&B needs no wandb."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 def record(settings: Settings, resolved: dict[str, Any]) -> str:
     """The text of settings.yaml: settings, what was resolved from them, versions and git revision."""
     values = dataclasses.asdict(settings) | {"data": [str(source) for source in settings.sources()]}
@@ -169,7 +180,7 @@ def record(settings: Settings, resolved: dict[str, Any]) -> str:
         {
             "settings": values,
             "resolved": resolved,
-            "versions": {package: version(package) for package in PACKAGES},
+            "versions": versions(),
             "git_revision": git_revision(),
         },
         sort_keys=False,
