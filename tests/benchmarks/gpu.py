@@ -232,7 +232,8 @@ def measure(name: str, tokens: int, sizes: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         (Path(temporary) / "config.json").write_text(json.dumps(config | sizes))
         flags = ["--model", temporary, "--method", method, "--max-tokens", str(tokens), "--gradient-checkpointing"]
-        settings = parse([*flags, "--batch-size", str(len(lengths)), "--wandb", "disabled"], "")
+        flags += ["--batch-size", str(len(lengths)), "--learning-rate", "1e-3", "--wandb", "disabled"]
+        settings = parse(flags, "")
         checkpoint = Drawn(Path(temporary))
         memory = torch.cuda.get_device_properties(device).total_memory / 1e9 if device.type == "cuda" else 0
         plan = Plan(settings, checkpoint, Cluster(nodes=1, gpus=1, memory=memory), max(lengths), lengths)

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from launch import kernels, network
 from launch.kernels import CHECKS, Wrong, computed, judge, of_model
-from launch.node import MAY_PASS, PASSED, WILL_NOT_PASS
+from launch.node import MAY_PASS, PASSED, WILL_NOT_PASS, model
+from tests.models import write_model
 from train import packing
 from train.checkpoints import formats
 from train.experts import storage
 from train.experts.dispatch import ExpertGroup
+from train.settings import parse
 
 CPU = torch.device("cpu")
 
@@ -124,12 +126,13 @@ def test_a_failure_names_the_gpu_and_says_what_to_do(monkeypatch):
     )
 
 
-def test_the_delta_rule_is_checked_for_models_that_have_it():
-    def model(*kinds: str) -> Any:
-        return type("Model", (), {"config": type("Config", (), {"layer_types": kinds})})
-
-    assert of_model(None) == of_model(model("linear_attention", "full_attention")) == list(CHECKS)
-    assert of_model(model("full_attention")) == ["grouped products", "NF4", "INT4", "packed attention"]
+@pytest.mark.parametrize(("family", "linear"), [("qwen", True), ("deepseek", False)])
+def test_the_delta_rule_is_checked_for_models_that_have_it(tmp_path, family, linear):
+    flags = ["--model", str(write_model(tmp_path / "model", family)), "--lora-rank", "4"]
+    share = model(parse(flags, ""), range(1), 1, 40)[1]
+    names = of_model(share.plan.model.causal)
+    assert ("packed delta rule" in names) == ("packed convolution" in names) == linear
+    assert {*names} | {"packed delta rule", "packed convolution"} == {*CHECKS} == {*of_model(None)}
 
 
 class Group(ExpertGroup):
