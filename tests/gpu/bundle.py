@@ -48,8 +48,6 @@ here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
 target=${TARGET:-$(mktemp -d)}
 GPU_JSON=${GPU_JSON:-$PWD/gpu.json}
-mkdir -p "$target/wheels"
-cp "$here"/wheels/*.whl "$target/wheels"
 # Triton's assembler is the image's own; where there is none, so is Triton.
 find_ptxas="import importlib.util, pathlib
 found = importlib.util.find_spec('triton')
@@ -57,20 +55,26 @@ at = pathlib.Path(found.origin).parent / 'backends/nvidia/bin' if found else pat
 print(at if (at / 'ptxas').exists() else '')"
 tools=$("$python" -c "$find_ptxas")
 if [ -n "$tools" ]; then
+    export TRITON_PTXAS_PATH="$tools/ptxas"
+    if [ -e "$tools/ptxas-blackwell" ]; then export TRITON_PTXAS_BLACKWELL_PATH="$tools/ptxas-blackwell"; fi
+fi
+install() {
+    mkdir -p "$target/wheels"
+    cp "$here"/wheels/*.whl "$target/wheels"
     for packed in "$here"/wheels/*.whl.xz; do
-        [ -e "$packed" ] || continue
+        [ -e "$packed" ] && [ -n "$tools" ] || continue
         "$python" -c "import lzma, shutil, sys
 shutil.copyfileobj(lzma.open(sys.argv[1]), open(sys.argv[2], 'wb'))" \\
             "$packed" "$target/wheels/$(basename "$packed" .xz)"
     done
-    export TRITON_PTXAS_PATH="$tools/ptxas"
-    if [ -e "$tools/ptxas-blackwell" ]; then export TRITON_PTXAS_BLACKWELL_PATH="$tools/ptxas-blackwell"; fi
-fi
-if "$python" -m pip --version > /dev/null 2>&1; then
-    "$python" -m pip install --quiet --no-index --no-deps --target "$target/packages" "$target"/wheels/*.whl
-else # a wheel is a zip file of what it installs
-    for wheel in "$target"/wheels/*.whl; do "$python" -m zipfile -e "$wheel" "$target/packages"; done
-fi
+    if "$python" -m pip --version > /dev/null 2>&1; then
+        "$python" -m pip install --quiet --no-index --no-deps --target "$target/packages" "$target"/wheels/*.whl
+    else # a wheel is a zip file of what it installs
+        for wheel in "$target"/wheels/*.whl; do "$python" -m zipfile -e "$wheel" "$target/packages"; done
+    fi
+    touch "$target/installed"
+}
+[ -e "$target/installed" ] || install
 "$python" -W ignore -m tarfile -e "$here/repository.tar.xz" "$target/repository"
 export PYTHONPATH="$target/repository:$target/packages${PYTHONPATH:+:$PYTHONPATH}"
 export PATH="$target/packages/bin:$PATH" OMP_WAIT_POLICY=PASSIVE GPU_JSON
