@@ -6,9 +6,10 @@ A rank's share of a layer: all of it, but 64 of Qwen's experts (NF4) and 48 of K
 so that as many pairs reach them as at expert parallelism 8; embedding, head and loss as they are. The weights are
 drawn. They come in by the trainer's own loading and train on its engine, with LoRA of rank 32, gradient checkpointing,
 and one row of whole documents. Tokens a second; share of the GPU's peak, by the FLOPs of launch.plan (recomputation
-and the masked half of attention counted); memory against the plan; and where a step's time goes, by marks in forward, recomputation and backward:
-`experts` are their products and what lies between, `dispatch` the rest of their module, `attention` and `delta rule`
-whole modules with their projections. --tiny: widths for a CPU, on which it all runs too. A process for each model.
+and the masked half of attention counted); memory against the plan; and where a step's time goes, by marks in forward,
+recomputation and backward: `experts` are their products and what lies between, `dispatch` the rest of their module,
+`attention` and `delta rule` whole modules with their projections. --tiny: widths for a CPU, on which it all runs too. A
+process for each model.
 """
 
 import argparse
