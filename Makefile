@@ -20,7 +20,7 @@ SFT := .venv/bin/deepspeed --num_gpus 2 --master_port $$((20000 + $$$$ % 10000))
 # A directory of its own for each run.
 RUN := runs/$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help setup train train-real compare compare-real documents figures test remake test-fast lint format clean
+.PHONY: help setup train train-real compare compare-real documents figures test test-gpu gpu-bundle remake test-fast lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -76,6 +76,12 @@ documents: # asked for first: a wrong path should not cost an installation
 # Three files at a time on two cores, for those of tests/slurm and tests/launch mostly wait; in the order of conftest.py.
 test: setup .venv/smollm2 ## all tests
 	$(IN_VENV) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+test-gpu: setup ## the tests of a GPU, on one, about five minutes; what they measure goes to runs/gpu.json
+	$(IN_VENV) -m pytest tests/gpu
+
+gpu-bundle: setup ## what they need on a GPU node without network, in build/gpu-bundle; run.sh there runs them
+	$(IN_VENV) tests/gpu/bundle.py build/gpu-bundle
 
 remake: setup ## make the demo's model again and compare it with the shipped one, about five minutes
 	REMAKE=1 $(IN_VENV) -m pytest tests/demo/test_make.py

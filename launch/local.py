@@ -11,7 +11,7 @@ from typing import Any
 
 def deepspeed_command(script: str | Path, *flags: str, ranks: int) -> list[str]:
     """The launcher's command line, on a port of its own so that two jobs on one machine do not meet."""
-    launcher = [sys.executable, str(Path(sys.executable).with_name("deepspeed"))]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]  # its script lies elsewhere where pip had a --target
     return [*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), str(script), *flags]
 
 

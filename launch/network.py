@@ -27,7 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-STAGES = ("starting", "joining", "computing", "all-reduce", "all-to-all")
+from train.experts.dispatch import ExpertGroup
+
+STAGES = ("starting", "joining", "computing", "all-reduce", "all-to-all", "zero splits")
 MEBIBYTES = {"nccl": 256, "gloo": 8}  # of a rank's tensor
 REPEATS = 3
 
@@ -118,9 +120,29 @@ def main() -> None:
     dist.all_to_all_single(y_N, x_N)
     _check("all-to-all", y_N, torch.arange(ranks, device=device).repeat_interleave(count // ranks).to(y_N))
     seconds = _seconds(lambda: dist.all_to_all_single(y_N, x_N), device)
+    _leave("all-to-all", bandwidth("all-to-all", count * 4, ranks, seconds))
+
+    exchange_with_zero_splits(ExpertGroup(ranks, rank, dist.group.WORLD), device)
     dist.barrier()  # a rank's memory is read by others until the last is done
     _settle(device)
-    _leave("all-to-all", bandwidth("all-to-all", count * 4, ranks, seconds))
+    _leave("zero splits", 0.0)
+
+
+def exchange_with_zero_splits(group: ExpertGroup, device: torch.device) -> None:
+    """An all-to-all as tokens take it, in which the first rank sends nothing and the last one gets nothing, and one in
+    which nobody sends anything."""
+    ranks = range(group.size)
+    for factor in (1, 0):
+
+        def rows(sender: int, receiver: int, factor: int = factor) -> int:
+            return 0 if sender == 0 or receiver == ranks[-1] else factor * (sender + receiver)
+
+        sent_D = [rows(group.rank, other) for other in ranks]
+        received_D = [rows(other, group.rank) for other in ranks]
+        x_S8 = torch.full((sum(sent_D), 8), float(group.rank), dtype=torch.bfloat16, device=device)
+        wanted_R = torch.arange(group.size).repeat_interleave(torch.tensor(received_D))
+        wanted_R8 = wanted_R.to(x_S8)[:, None].expand(-1, 8)
+        _check("all-to-all with zero splits", group.exchange(x_S8, received_D, sent_D), wanted_R8)
 
 
 def _leave(stage: str, gigabytes_per_second: float) -> None:

@@ -227,7 +227,7 @@ def model(settings: Settings, ranks: range, of: int, tokens: int) -> tuple[Findi
 
 def kernels(share: Share) -> Finding:
     """What a GPU's kernels need of installed packages, for this model."""
-    check_kernels(text_config(share.plan.checkpoint), share.plan.load)
+    check_kernels(text_config(share.plan.checkpoint))
     found = installed(("torch", *KERNELS)) if capability() else {}
     return Finding("kernels", PASSED, ", ".join(" ".join(each) for each in found.items()) or "no GPU: none are needed")
 

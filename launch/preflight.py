@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 
 from launch.distributed import leave
+from launch.kernels import computed, of_model
 from launch.network import try_ranks
 from launch.node import (
     MAY_PASS,
@@ -194,6 +195,9 @@ def own_findings(place: Place, options: Options, settings: Settings) -> list[Fin
             check("host memory", lambda: host_memory(share))
         if share.gpu_bytes and share.plan.cluster.memory:
             check("GPU memory", lambda: gpu_memory(share))
+    if devices := [torch.device("cuda", index) for index in range(torch.cuda.device_count())]:
+        names = of_model(shares[0].plan.model.causal if shares else None)
+        check("computing", lambda: computed(names, devices))
     if place.number == 0:  # whose rank is W&B's
         check("W&B", lambda: wandb_mode(settings.wandb))
     return findings

@@ -1,5 +1,6 @@
 """What a GPU needs of installed packages."""
 
+import importlib.metadata
 import tomllib
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -25,47 +26,45 @@ def without(*packages: str, **others: str) -> dict[str, str]:
 @pytest.mark.parametrize("capability", [H100, A100, B200])
 @pytest.mark.parametrize("delta_rule", [False, True])
 def test_sound_packages_pass_on_every_gpu(capability, delta_rule):
-    assert unmet(delta_rule, True, capability, SOUND) == []
+    assert unmet(delta_rule, capability, SOUND) == []
 
 
 @pytest.mark.parametrize(
-    ("delta_rule", "decoded", "capability", "versions", "said"),
+    ("delta_rule", "capability", "versions", "said"),
     [
-        (True, False, H100, without("fla-core"), ["flash-linear-attention is not installed", "[gpu]"]),
-        (True, False, H100, without(**{"fla-core": "0.5.9"}), ["flash-linear-attention 0.5.9", "≥ 0.6", "[gpu]"]),
-        (True, False, H100, without(triton="3.4.0"), ["triton 3.4.0", "Hopper", "pip install 'triton>=3.7.1'"]),
-        (True, False, H100, without(triton="3.7.0"), ["triton 3.7.0", "Hopper", "pip install 'triton>=3.7.1'"]),
-        (True, False, A100, without("triton"), ["triton is not installed", "delta rule"]),
-        (False, True, A100, without("triton"), ["triton is not installed", "FP8 or INT4"]),
-        (False, False, B200, without(torch="2.10.1"), ["torch 2.10.1", "≥ 2.11, or flash-attn", "pip install"]),
+        (True, H100, without("fla-core"), ["flash-linear-attention is not installed", "[gpu]"]),
+        (True, H100, without(**{"fla-core": "0.5.9"}), ["flash-linear-attention 0.5.9", "≥ 0.6", "[gpu]"]),
+        (True, H100, without(triton="3.4.0"), ["triton 3.4.0", "Hopper", "pip install 'triton>=3.7.1'"]),
+        (True, H100, without(triton="3.7.0"), ["triton 3.7.0", "Hopper", "pip install 'triton>=3.7.1'"]),
+        (True, A100, without("triton"), ["triton is not installed", "pip install 'triton>=3.7.1'"]),
+        (False, A100, without("triton"), ["triton is not installed", "pip install 'triton>=3.7.1'"]),
+        (False, B200, without(torch="2.10.1"), ["torch 2.10.1", "≥ 2.11, or flash-attn", "pip install"]),
     ],
 )
-def test_what_is_missing_or_too_old_is_told_with_its_version_rule_and_fix(
-    delta_rule, decoded, capability, versions, said
-):
-    (told,) = unmet(delta_rule, decoded, capability, versions)
+def test_what_is_missing_or_too_old_is_told_with_its_version_rule_and_fix(delta_rule, capability, versions, said):
+    (told,) = unmet(delta_rule, capability, versions)
     assert all(part in told for part in said), told
 
 
 @pytest.mark.parametrize(
-    ("delta_rule", "decoded", "capability", "versions"),
+    ("delta_rule", "capability", "versions"),
     [
-        (True, True, None, {"torch": "2.5.0"}),  # on a CPU nothing is needed
-        (False, False, H100, without("triton", "fla-core")),  # no delta rule, no experts to decode
-        (False, True, H100, without(triton="3.6.0")),  # what is wrong on Hopper is the delta rule
-        (True, False, H100, without(triton="3.3.1")),
-        (True, False, A100, without(triton="3.6.0")),
-        (True, False, B200, without(triton="3.6.0")),
-        (False, False, H100, without(**{"torch": "2.10.0", "flash-attn": "2.8.3"})),
-        (False, False, H100, without(torch="2.11.0a0+git")),
+        (True, None, {"torch": "2.5.0"}),  # on a CPU nothing is needed
+        (False, H100, without("fla-core")),  # no delta rule
+        (False, H100, without(triton="3.6.0")),  # what is wrong on Hopper is the delta rule
+        (True, H100, without(triton="3.3.1")),
+        (True, A100, without(triton="3.6.0")),
+        (True, B200, without(triton="3.6.0")),
+        (False, H100, without(**{"torch": "2.10.0", "flash-attn": "2.8.3"})),
+        (False, H100, without(torch="2.11.0a0+git")),
     ],
 )
-def test_what_a_model_or_a_device_does_not_need_is_not_asked_for(delta_rule, decoded, capability, versions):
-    assert unmet(delta_rule, decoded, capability, versions) == []
+def test_what_a_model_or_a_device_does_not_need_is_not_asked_for(delta_rule, capability, versions):
+    assert unmet(delta_rule, capability, versions) == []
 
 
 def test_all_that_is_wrong_is_told_at_once():
-    assert len(unmet(True, True, H100, {"torch": "2.10.0", "triton": "3.5.0"})) == 3
+    assert len(unmet(True, H100, {"torch": "2.10.0", "triton": "3.5.0"})) == 3
 
 
 def test_a_models_layers_say_whether_it_has_a_delta_rule():
@@ -80,16 +79,18 @@ def test_the_gpu_extra_asks_for_what_is_checked():
     assert extra.name == "flash-linear-attention"
     for version in ("0.5.9", "0.6.0"):
         found = without(**{"fla-core": version})
-        assert extra.specifier.contains(Version(version)) == (unmet(True, False, H100, found) == [])
+        assert extra.specifier.contains(Version(version)) == (unmet(True, H100, found) == [])
 
 
 def test_a_run_keeps_the_gpu_and_the_versions_of_what_it_needs_where_that_is_installed(monkeypatch):
     monkeypatch.setattr("train.gpu.name", lambda: "NVIDIA H200")
 
+    found = {"triton": "3.7.1", "flash-attn": "2.8.3"}
+
     def version(package: str) -> str:
-        if package not in ("triton", "flash-attn"):
+        if package in KERNELS and package not in found:
             raise PackageNotFoundError(package)
-        return {"triton": "3.7.1", "flash-attn": "2.8.3"}[package]
+        return found.get(package) or importlib.metadata.version(package)
 
     monkeypatch.setattr("train.gpu.version", version)
     assert installed(KERNELS) == {"triton": "3.7.1", "flash-attn": "2.8.3"}

@@ -9,7 +9,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from packaging.version import Version
 
-from train.checkpoints.layout import LoadPlan
 from train.errors import UserError
 
 KERNELS = ("triton", "flash-linear-attention", "fla-core", "flash-attn")
@@ -67,11 +66,9 @@ def _release(text: str) -> tuple[int, ...]:
     return Version(text).release
 
 
-def unmet(
-    delta_rule: bool, decoded: bool, capability: tuple[int, int] | None, versions: Mapping[str, str]
-) -> list[str]:
-    """What is wrong with the packages of these versions for a model with gated delta rules, or with experts that are
-    decoded from FP8 or INT4, on a GPU of this capability; each with its fix. Nothing on a CPU (None)."""
+def unmet(delta_rule: bool, capability: tuple[int, int] | None, versions: Mapping[str, str]) -> list[str]:
+    """What is wrong with the packages of these versions for a model, which may have gated delta rules, on a GPU of this
+    capability; each with its fix. Nothing on a CPU (None)."""
     if capability is None:
         return []
     wrong = []
@@ -86,9 +83,8 @@ def unmet(
             f"flash-linear-attention {fla or 'is not installed'}: the model's gated delta rule needs ≥ 0.6, or a step "
             f"takes several times as long: {EXTRA}"
         )
-    if triton is None and (delta_rule or decoded):
-        for_what = "the model's gated delta rule" if delta_rule else "experts in FP8 or INT4"
-        wrong.append(f"triton is not installed: {for_what} needs its kernels: pip install 'triton>=3.7.1'")
+    if triton is None:
+        wrong.append("triton is not installed: a step on a GPU runs kernels of it: pip install 'triton>=3.7.1'")
     if triton and delta_rule and capability[0] == 9 and (3, 4) <= _release(triton) < (3, 7, 1):
         wrong.append(
             f"triton {triton}: from 3.4.0 to below 3.7.1 it gives wrong gradients of the gated delta rule on Hopper "
@@ -97,9 +93,7 @@ def unmet(
     return wrong
 
 
-def check_kernels(text: Any, plan: LoadPlan) -> None:
+def check_kernels(text: Any) -> None:
     """UserError where this rank's GPU lacks a kernel that a model of this text configuration needs."""
-    pieces: list[Any] = [*plan.dense, *plan.experts]
-    decoded = any(piece.format.kind != "plain" for piece in pieces)
-    if wrong := unmet(needs_delta_rule(text), decoded, capability(), installed(("torch", *KERNELS))):
+    if wrong := unmet(needs_delta_rule(text), capability(), installed(("torch", *KERNELS))):
         raise UserError("; ".join(wrong))

@@ -219,7 +219,7 @@ def _base(settings: Settings, cluster: Cluster) -> tuple[Checkpoint, Any, Any, L
     expert_parallel = checked_expert_parallel(settings, checkpoint, cluster)
     model = skeleton(text, ExpertGroup(expert_parallel))
     plan = plan_load(model, checkpoint)
-    check_kernels(text, plan)
+    check_kernels(text)
     tokenizer = load_tokenizer(settings.model, template_time(settings.template_time))
     probes = _probes(settings, tokenizer, text.vocab_size)
     return checkpoint, text, model, plan, tokenizer, probes, expert_parallel

@@ -355,7 +355,7 @@ def test_gpus_are_judged_by_what_nvidia_smi_says(rows, remapped, processes, expe
 
 def test_the_ranks_that_stand_first_are_those_that_hold_up_the_others():
     def rank(number: int, node: str, stages: int, error: str = "") -> dict:
-        left = dict(zip(STAGES, [0.0, 0.0, 0.0, 2.5, 1.5], strict=True))
+        left = dict(zip(STAGES, [0.0, 0.0, 0.0, 2.5, 1.5, 0.0], strict=True))
         left = {stage: left[stage] for stage in STAGES[:stages]}
         standing = [*STAGES, None][stages]
         return {"rank": number, "node": node, "left": left, "standing": standing, "error": error}
@@ -366,7 +366,9 @@ def test_the_ranks_that_stand_first_are_those_that_hold_up_the_others():
     assert found.text == "NCCL: did not get through computing in 60 s: n2, rank 1: RuntimeError: wrong"
     found = judge_network([rank(0, "n1", 3), rank(1, "n2", 3)], "NCCL", 60)
     assert found.text == "NCCL: no rank got through all-reduce in 60 s: do the nodes reach each other?"
-    found = judge_network([rank(0, "n1", 5), rank(1, "n2", 5)], "NCCL", 60)
+    found = judge_network([rank(0, "n1", 6), rank(1, "n2", 5)], "NCCL", 60)
+    assert found.text == "NCCL: did not get through zero splits in 60 s: n2, rank 1"
+    found = judge_network([rank(0, "n1", 6), rank(1, "n2", 6)], "NCCL", 60)
     assert found.code == PASSED and "all-reduce 2.50 GB/s, all-to-all 1.50 GB/s" in found.text
 
 

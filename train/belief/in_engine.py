@@ -20,7 +20,6 @@ from train.belief.probes import Probes, Record, make_probes, measure
 from train.belief.records import Records, read_measured
 from train.belief.values import LEAST_AUC, MEASURES, at_step, identity
 from train.checkpoints.adapter import adapter_settings, check_adapter
-from train.checkpoints.layout import plan_load
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.resume import initial_partitions, start_over
 from train.data.documents import read_documents
@@ -61,7 +60,7 @@ def prepare_measuring(settings: Settings, claims: Sequence[Claim], documents: Se
     expert_parallel = checked_expert_parallel(settings, checkpoint, Cluster.here(ranks))
     text = text_config(checkpoint)
     model = skeleton(text, ExpertGroup(expert_parallel))
-    check_kernels(text, plan_load(model, checkpoint))
+    check_kernels(text)
     lora = LoRASettings(1, 1.0, 1, 0)  # without an adapter: factors whose B is zero add exactly nothing
     if settings.adapter:
         lora = adapter_settings(Path(settings.adapter))

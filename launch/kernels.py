@@ -1,0 +1,247 @@
+"""What a GPU computes of what a step is made of, against plain references on the same device: grouped products, NF4 and
+INT4, packed attention, the packed convolution and gated delta rule. Small, in seconds; on a CPU too.
+
+Each check takes (device, dtype) and calls the trainer's own functions. -> the largest relative error that it saw. Wrong
+says what is off.
+
+Shapes: P rows, E groups of them, O and I sizes out and in; T tokens of the row, H heads, K and V head sizes, C
+channels.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as qwen
+
+from launch.node import MAY_PASS, PASSED, WILL_NOT_PASS, Finding
+from train import packing
+from train.checkpoints import formats
+from train.experts import storage
+from train.packing import Row
+
+LENGTHS = (65, 64, 3, 1, 70)  # of the documents of a row: whole chunks of 64, a token more, and almost nothing
+NF4_STEP = 0.152  # half of NF4's widest gap, from -1 to -0.6962 (Dettmers et al., arXiv 2305.14314, appendix E)
+
+
+class Wrong(ArithmeticError):
+    """This device computes something else than it should."""
+
+
+def most(dtype: torch.dtype) -> float:
+    """The relative error, by norms, that rounding alone explains."""
+    return 2e-5 if dtype == torch.float32 else 3e-2
+
+
+def grouped_products(device: torch.device, dtype: torch.dtype) -> float:
+    """Forward and both gradients, with groups of all sizes, one of them empty, and with all of them empty."""
+    worst = 0.0
+    for sizes in ((24, 1, 0, 40), (0, 0, 0, 0)):
+        x_PI, weight_EOI, out_PO = drawn_values(device, dtype, (sum(sizes), 64), (len(sizes), 32, 64), (sum(sizes), 32))
+        ends_E = torch.tensor(list(itertools.accumulate(sizes)), dtype=torch.int32, device=device)
+
+        def product(x: Tensor, weight: Tensor, ends: Tensor = ends_E) -> Tensor:
+            return storage.GroupedTrained.apply(x, weight, ends)
+
+        def plain(x: Tensor, weight: Tensor, sizes: Sequence[int] = sizes) -> Tensor:
+            return torch.cat([part @ one.T for part, one in zip(x.split(list(sizes)), weight, strict=True)])
+
+        worst = max(worst, compared("grouped product", ("x", "W"), product, plain, (x_PI, weight_EOI), out_PO))
+    return worst
+
+
+def nf4(device: torch.device, dtype: torch.dtype) -> float:
+    """Two matrices quantized: decoded as the format says, and no value farther from its own than half a step."""
+    (weight_EOI,) = drawn_values(device, dtype, (2, 64, 256))
+    experts = storage.NF4Experts(*weight_EOI.shape)
+    experts.allocate(device)
+    for expert, weight_OI in enumerate(weight_EOI):
+        experts.quantize(expert, weight_OI)
+    # High half of a byte first; scales of 64 values are codes themselves, with a scale of 256 of them and an offset.
+    code = torch.stack([experts.packed >> 4, experts.packed & 15], -1).flatten(1).long()
+    scale = experts.code2[experts.absmax.long()] * experts.absmax2 + experts.offset  # a matrix has just 256 of these
+    plain = (experts.code[code].unflatten(1, (-1, 64)) * scale[..., None]).view_as(weight_EOI)
+    worst = near("NF4, decoded,", experts.weights(0, 2, dtype), plain, most(dtype))
+    values = weight_EOI.float().unflatten(-1, (-1, 64))
+    off = (values - plain.unflatten(-1, (-1, 64))).abs().amax(-1) / values.abs().amax(-1)
+    if not bool((off < 1.1 * NF4_STEP).all()):
+        raise Wrong(f"NF4: a value is {off.max().item():.2f} of its block's largest from what was quantized")
+    return worst
+
+
+def int4(device: torch.device, dtype: torch.dtype) -> float:
+    """Words of all bits, for several matrices together, decoded to the very bits that the format says; and back."""
+    drawn = torch.Generator().manual_seed(0)
+    word = torch.randint(-(2**31), 2**31, (2, 3, 64, 32), generator=drawn, dtype=torch.int64).int().to(device)
+    scale = (torch.rand(2, 3, 64, 8, generator=drawn) + 0.5).bfloat16().to(device)
+    place = torch.arange(8, device=device)
+    q = (((word[..., None] >> (4 * place)) & 15) - 8).flatten(-2).float()
+    plain = (q.unflatten(-1, (-1, 32)) * scale.float()[..., None]).flatten(-2).bfloat16()
+    found = formats.int4_decode(word, scale, 32)
+    if not torch.equal(found, plain):
+        raise Wrong(f"INT4: {int((found != plain).sum())} of {plain.numel()} values are decoded wrongly")
+    again, kept = formats.int4_encode(found[0, 0], scale[0, 0], 32)
+    if not (torch.equal(again, word[0, 0]) and torch.equal(kept, scale[0, 0])):
+        raise Wrong("INT4: values that were decoded are not encoded to the same words")
+    return 0.0
+
+
+def attention(device: torch.device, dtype: torch.dtype) -> float:
+    """Within the documents of a row; heads that share keys, as Qwen's do, and MLA's, with smaller values."""
+    row, tokens = Row(LENGTHS), sum(LENGTHS)
+    worst = 0.0
+    for heads, shared, K, V in ((4, 2, 128, 128), (2, 2, 192, 128)):
+        shapes = (heads, tokens, K), (shared, tokens, K), (shared, tokens, V), (tokens, heads, V)
+        *given, out = drawn_values(device, dtype, *shapes)
+        module = nn.Module()
+
+        def packed(q: Tensor, k: Tensor, v: Tensor, module: nn.Module = module) -> Tensor:
+            return packing.attention(module, q[None], k[None], v[None], None, scaling=q.shape[-1] ** -0.5, packed=row)[
+                0
+            ][0]
+
+        def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+            document_T = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS)).to(q.device)
+            seen_TT = (document_T[:, None] == document_T).tril()
+            weight = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen_TT, float("-inf")).softmax(-1)
+            return (weight @ v).transpose(0, 1)
+
+        worst = max(worst, compared("packed attention", ("q", "k", "v"), packed, plain, given, out))
+    return worst
+
+
+def convolution(device: torch.device, dtype: torch.dtype) -> float:
+    """Of four taps, within the documents of a row."""
+    row, tokens = Row(LENGTHS), sum(LENGTHS)
+    x_CT, weight_C4, out_CT = drawn_values(device, dtype, (64, tokens), (64, 4), (64, tokens))
+
+    def packed(x: Tensor, weight: Tensor) -> Tensor:
+        return packing.convolution(
+            transformers_own("causal_conv1d_fn"), x[None], weight, None, activation="silu", packed=row
+        )[0]
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        each = (F.pad(part, (3, 0)).unfold(1, 4, 1) for part in x.split(list(LENGTHS), 1))
+        return F.silu(torch.cat([(taps * weight[:, None]).sum(-1) for taps in each], 1))
+
+    return compared("packed convolution", ("x", "W"), packed, plain, (x_CT, weight_C4), out_CT)
+
+
+def delta_rule(device: torch.device, dtype: torch.dtype) -> float:
+    """Within the documents of a row, against the recurrence itself (Yang et al., arXiv 2412.06464, equation 10)."""
+    row, tokens, K = Row(LENGTHS), sum(LENGTHS), 64
+    shapes = (tokens, 2, K), (tokens, 2, K), (tokens, 4, K), (tokens, 4), (tokens, 4), (tokens, 4, K)
+    q, k, v, decay, beta, out = drawn_values(device, dtype, *shapes)
+    given = q, k, v, -decay.abs().float() / 4, beta.sigmoid()
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        return packing.delta_rule(chunked_delta_rule, q[None], k[None], v[None], g[None], beta[None], packed=row)[0][0]
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+        q, k = (x.repeat_interleave(2, 1) for x in (q * K**-0.5, k))
+        made = []
+        for start, stop in itertools.pairwise(row.ends):
+            state_HKV = q.new_zeros(4, K, K)
+            for t in range(start, stop):
+                state_HKV = state_HKV * g[t].exp()[:, None, None]
+                new_HV = beta[t][:, None] * (v[t] - (k[t][:, None] @ state_HKV)[:, 0])
+                state_HKV = state_HKV + k[t][:, :, None] * new_HV[:, None]
+                made.append((q[t][:, None] @ state_HKV)[:, 0])
+        return torch.stack(made)
+
+    return compared("packed delta rule", ("q", "k", "v", "g", "beta"), packed, plain, given, out)
+
+
+CHECKS: dict[str, Callable[[torch.device, torch.dtype], float]] = {
+    "grouped products": grouped_products, "NF4": nf4, "INT4": int4, "packed attention": attention,
+    "packed convolution": convolution, "packed delta rule": delta_rule,
+}  # fmt: skip
+
+
+def of_model(model: Any | None) -> list[str]:
+    """The checks of what a model takes; None: it is not known, so all."""
+    kinds = getattr(getattr(model, "config", None), "layer_types", None) or ()
+    linear = model is None or "linear_attention" in kinds
+    return [name for name in CHECKS if linear or name not in ("packed convolution", "packed delta rule")]
+
+
+def transformers_own(name: str) -> Callable[..., Tensor]:
+    """transformers' own function, without the kernel that it may have bound at import."""
+    theirs = getattr(qwen, name)
+    while isinstance(theirs, functools.partial):  # packing.py's, in a process that has made a model
+        theirs = theirs.args[0]
+    return getattr(theirs, "__wrapped__", theirs)
+
+
+def chunked_delta_rule(q_DLHK: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any:
+    """transformers' own fallback, which in 5.17 takes no heads that share keys."""
+    shared = v.shape[2] // k.shape[2]
+    q, k = (x.repeat_interleave(shared, 2) for x in (q_DLHK, k)) if shared > 1 else (q_DLHK, k)
+    return transformers_own("torch_chunk_gated_delta_rule")(q, k, v, **more)
+
+
+def drawn_values(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Normal values."""
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
+
+
+def compared(
+    what: str, names: Sequence[str], function: Callable[..., Tensor], plain: Callable[..., Tensor],
+    given: Sequence[Tensor], out: Tensor,
+) -> float:  # fmt: skip
+    """`function` of tensors against `plain` of the same in fp32: value, and gradients by `out`."""
+    ours = [x.detach().requires_grad_() for x in given]
+    theirs = [x.detach().float().requires_grad_() for x in given]
+    found, wanted = function(*ours), plain(*theirs)
+    worst = near(what, found, wanted, most(out.dtype))
+    gradients = torch.autograd.grad(found, ours, out), torch.autograd.grad(wanted, theirs, out.float())
+    for name, one, other in zip(names, *gradients, strict=True):
+        worst = max(worst, near(f"{what}, gradient of {name},", one, other, most(out.dtype)))
+    return worst
+
+
+def near(what: str, found: Tensor, wanted: Tensor, bound: float) -> float:
+    if found.shape != wanted.shape:
+        raise Wrong(f"{what} has shape {tuple(found.shape)} in the place of {tuple(wanted.shape)}")
+    apart, size = (found.float() - wanted.float()).norm().item(), wanted.float().norm().item()
+    error = apart / size if size else apart
+    if not error <= bound:  # nor NaN
+        raise Wrong(f"{what} is off by {error:.1e} (at most {bound:.0e})")
+    return error
+
+
+def computed(names: Sequence[str], devices: Sequence[torch.device], dtype: torch.dtype = torch.bfloat16) -> Finding:
+    """The checks of these names on each GPU of this node."""
+    wrong: list[dict[str, str]] = []
+    worst = 0.0
+    for device in devices:
+        wrong.append({})
+        for name in names:
+            try:
+                with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # where Triton launches
+                    worst = max(worst, CHECKS[name](device, dtype))
+            except Exception as error:  # of any kind, from a kernel that does not compile to one that faults
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                wrong[-1][name] = first if isinstance(error, Wrong) else f"{name}: {type(error).__name__}: {first}"
+    return judge(names, wrong, worst)
+
+
+def judge(names: Sequence[str], wrong: Sequence[dict[str, str]], worst: float = 0.0) -> Finding:
+    """wrong: of each GPU, what went wrong in which check. What is wrong on all of them alike is their software's."""
+    told = [f"GPU {index}: {text}" for index, own in enumerate(wrong) for text in own.values()]
+    if not told:
+        text = f"{len(wrong)} GPUs: {', '.join(names)} as plain references have them, to {worst:.1e}"
+        return Finding("computing", PASSED, text)
+    if len({frozenset(own) for own in wrong}) == 1:
+        fix = "Install the versions of constraints.txt with the gpu extra (pip install -e '.[gpu]')."
+        return Finding("computing", WILL_NOT_PASS, "; ".join([*told, fix]))
+    fix = "Leave this node out (sbatch --exclude=NODE), and have the GPU tested."
+    return Finding("computing", MAY_PASS, "; ".join([*told, fix]))
