@@ -23,6 +23,7 @@ from launch.node import MAY_PASS, PASSED, WILL_NOT_PASS, Finding
 from train import packing
 from train.checkpoints import formats
 from train.experts import storage
+from train.experts.dispatch import Ends
 from train.packing import Row
 
 LENGTHS = (65, 64, 3, 1, 70)  # of the documents of a row: whole chunks of 64, a token more, and almost nothing
@@ -43,9 +44,10 @@ def grouped_products(device: torch.device, dtype: torch.dtype) -> float:
     worst = 0.0
     for sizes in ((24, 1, 0, 40), (0, 0, 0, 0)):
         x_PI, weight_EOI, out_PO = drawn_values(device, dtype, (sum(sizes), 64), (len(sizes), 32, 64), (sum(sizes), 32))
-        ends_E = torch.tensor(list(itertools.accumulate(sizes)), dtype=torch.int32, device=device)
+        host = list(itertools.accumulate(sizes))
+        every = Ends(torch.tensor(host, dtype=torch.int32, device=device), host)
 
-        def product(x: Tensor, weight: Tensor, ends: Tensor = ends_E) -> Tensor:
+        def product(x: Tensor, weight: Tensor, ends: Ends = every) -> Tensor:
             return storage.GroupedTrained.apply(x, weight, ends)
 
         def plain(x: Tensor, weight: Tensor, sizes: Sequence[int] = sizes) -> Tensor:

@@ -174,10 +174,10 @@ def watch_products(layer: ExpertParallelExperts, clock: Clock) -> None:
     """From the first product to the last: experts; the rest of their module: dispatch."""
     product = layer._product
 
-    def watched(x_PI: Tensor, name: str, ends: Any) -> Tensor:
+    def watched(x_PI: Tensor, name: str, *given: Any) -> Tensor:
         if name == "gate_up_proj":
-            return product(_Mark.apply(x_PI, clock, "experts", "dispatch"), name, ends)
-        return _Mark.apply(product(x_PI, name, ends), clock, "dispatch", "experts")
+            return product(_Mark.apply(x_PI, clock, "experts", "dispatch"), name, *given)
+        return _Mark.apply(product(x_PI, name, *given), clock, "dispatch", "experts")
 
     layer._product = watched  # type: ignore[method-assign]
 

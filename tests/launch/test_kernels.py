@@ -49,8 +49,8 @@ class Halved(GroupedTrained):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, rest = GroupedTrained.backward(ctx, grad)
-        return x, weight / 2, rest
+        x, weight, *rest = GroupedTrained.backward(ctx, grad)
+        return x, weight / 2, *rest
 
 
 class EmptyNotZero(GroupedTrained):
@@ -58,8 +58,8 @@ class EmptyNotZero(GroupedTrained):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, rest = GroupedTrained.backward(ctx, grad)
-        return x, weight.index_fill(0, torch.tensor([2]), 0.5), rest
+        x, weight, *rest = GroupedTrained.backward(ctx, grad)
+        return x, weight.index_fill(0, torch.tensor([2]), 0.5), *rest
 
 
 def seen_together(*given: Any, packed: packing.Row, **more: Any) -> tuple[Tensor, None]:
