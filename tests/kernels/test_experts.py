@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from train.experts.dispatch import Ends
 from train.experts.module import gated
 from train.experts.storage import add_grouped_
 
@@ -34,7 +35,7 @@ def test_each_row_gets_the_product_with_its_experts_matrix_added(kernels, counts
     y, h, B = drawn(pairs, columns), drawn(pairs, rank, seed=1), drawn(5, columns, rank, seed=2)
     for right in (B.transpose(1, 2), B.transpose(1, 2).contiguous()):
         expected, found = y.clone(), y.clone()
-        add_grouped_(expected, h, right, ends, 0.5)
+        add_grouped_(expected, h, right, Ends(ends, ends.tolist()), 0.5)
         kernels("experts").add_grouped_(found, h, right, ends, 0.5)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

@@ -169,12 +169,15 @@ def frozen_product(x_PI: Tensor, storage: Storage, ends: Ends, transposed: bool 
     return y_PO
 
 
-def add_grouped_(y_PO: Tensor, h_Pr: Tensor, right_ErO: Tensor, ends_E: Tensor, scale: float = 1.0) -> None:
-    """y += scale * h @ right[e], each row by the matrix of its expert. Not tracked by autograd."""
+def add_grouped_(y_PO: Tensor, h_Pr: Tensor, right_ErO: Tensor, ends: Ends, scale: float = 1.0) -> None:
+    """y += scale * h @ right[e], each row by the matrix of its expert, without a tensor of the size of y. Not tracked
+    by autograd."""
     if y_PO.device.type in IN_ONE_LAUNCH:
-        operations.add_grouped_(y_PO, h_Pr, right_ErO, ends_E, scale)
-    else:
-        y_PO.add_(F.grouped_mm(h_Pr, right_ErO, offs=ends_E), alpha=scale)
+        operations.add_grouped_(y_PO, h_Pr, right_ErO, ends.device, scale)
+        return
+    for expert, (start, end) in enumerate(itertools.pairwise([0, *ends.host])):
+        if end > start:
+            y_PO[start:end].addmm_(h_Pr[start:end], right_ErO[expert], alpha=scale)
 
 
 def _nan(x_PI: Tensor, columns: int) -> Tensor:
@@ -206,7 +209,7 @@ class GroupedLinear(torch.autograd.Function):
         if A_ErI is not None:
             h_Pr = F.grouped_mm(x_PI, A_ErI.to(x_PI.dtype).transpose(1, 2), offs=ends.device)
             if needed:
-                add_grouped_(y_PO, h_Pr, B_EOr.to(x_PI.dtype).transpose(1, 2), ends.device, scale)
+                add_grouped_(y_PO, h_Pr, B_EOr.to(x_PI.dtype).transpose(1, 2), ends, scale)
         ctx.save_for_backward(*((x_PI, h_Pr, A_ErI, B_EOr) if A_ErI is not None else ()))
         ctx.storage, ctx.scale, ctx.ends = storage, scale, ends
         return y_PO
@@ -225,7 +228,7 @@ class GroupedLinear(torch.autograd.Function):
         grad_A = F.grouped_mm(scaled_Pr.T, x_PI, offs=ends_E)
         zero_without_rows(ctx.ends, grad_A, grad_B)
         if grad_PI is not None:
-            add_grouped_(grad_PI, scaled_Pr, A, ends_E)
+            add_grouped_(grad_PI, scaled_Pr, A, ctx.ends)
         return grad_PI, grad_A.to(A_ErI.dtype), grad_B.to(B_EOr.dtype), *[None] * 4
 
 
