@@ -243,7 +243,8 @@ class LanguageModel(nn.Module):
         hidden_TH = states_of_row(self.causal, batch.ids_T, batch.row, batch.position_T)
         if batch.row.mixed - mixed != len(self.causal.model.layers):
             raise RuntimeError(f"{type(self.causal).__name__} does not tell each of its layers where documents end.")
-        return self.causal.lm_head(hidden_TH[batch.position_N], batch.target_N, batch.coefficient_N)
+        hidden_NH = hidden_TH.index_select(0, batch.position_N)  # whose gradient no GPU has to sort
+        return self.causal.lm_head(hidden_NH, batch.target_N, batch.coefficient_N)
 
 
 def build(

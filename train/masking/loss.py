@@ -152,17 +152,17 @@ class LossHead(nn.Module):
             return logits + self.scale * F.linear(low, self.lora_B.to(hidden_NH.dtype))
         factors = self.weight, self.lora_A, self.lora_B, self.scale
         in_loss_N = coefficient_N != 0
+        own, rest = in_loss_N.nonzero()[:, 0], (~in_loss_N).nonzero()[:, 0]
         loss, *parts = _ChunkedLoss.apply(
-            hidden_NH[in_loss_N], *factors, target_N[in_loss_N], coefficient_N[in_loss_N], torch.is_grad_enabled()
+            hidden_NH.index_select(0, own), *factors, target_N[own], coefficient_N[own], torch.is_grad_enabled()
         )
-        if in_loss_N.all():
+        if not len(rest):
             return Terms(loss, *parts)
         with torch.no_grad():
-            rest = ~in_loss_N
             _, *others = _ChunkedLoss.apply(hidden_NH[rest], *factors, target_N[rest], coefficient_N[rest], False)
         merged = []
         for part, other in zip(parts, others, strict=True):
             whole = torch.empty(len(target_N), dtype=part.dtype, device=part.device)
-            whole[in_loss_N], whole[rest] = part, other
+            whole[own], whole[rest] = part, other
             merged.append(whole)
         return Terms(loss, *merged)
