@@ -77,7 +77,7 @@ documents: # asked for first: a wrong path should not cost an installation
 test: setup .venv/smollm2 ## all tests
 	$(IN_VENV) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-test-gpu: setup ## the tests of a GPU, on one, about five minutes; what they measure goes to runs/gpu.json
+test-gpu: setup ## the tests of a GPU, on one, within ten minutes; what they measure goes to runs/gpu.json
 	$(IN_VENV) -m pytest tests/gpu
 
 gpu-bundle: setup ## what they need on a GPU node without network, in build/gpu-bundle; run.sh there runs them

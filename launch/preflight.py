@@ -29,8 +29,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch.computing import computed, of_model
 from launch.distributed import leave
-from launch.kernels import computed, of_model
 from launch.network import try_ranks
 from launch.node import (
     MAY_PASS,

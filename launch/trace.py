@@ -31,7 +31,7 @@ from train import packing
 from train.checkpoints.streaming import HEAP_BLOCK
 from train.experts import storage
 from train.experts.dispatch import ExpertGroup
-from train.kernels import IN_ONE_LAUNCH
+from train.fused import IN_ONE_LAUNCH
 from train.packing import Row
 
 aten = torch.ops.aten
@@ -260,8 +260,14 @@ def _attention_flops(products: int) -> Callable[..., int]:
     return count
 
 
+def _sum_flops(y: Tensor, h: Tensor, right: Tensor, *rest: Any, **more: Any) -> int:
+    return 2 * h.numel() * right.shape[-1]
+
+
 FLOPS: dict[Any, Callable[..., int]] = {
     aten._grouped_mm: _grouped_flops,
+    aten.addmm_: _sum_flops,
+    torch.ops.spanwise.add_grouped: _sum_flops,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops(2),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_flops(5),
 }

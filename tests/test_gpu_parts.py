@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.kernels import Wrong
-from tests.gpu import launches, parts, training
+from launch import launches
+from launch.agreement import Wrong
+from tests.gpu import parts, training
+from tests.gpu.launches import figures as measured
 from train.experts.storage import GroupedLinear
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -22,11 +24,9 @@ def test_kernels_at_the_callers_sizes():
         parts.convolution(CPU, FP32, DOCUMENTS, 8), parts.delta_rule(CPU, FP32, DOCUMENTS, 2, 4, 16),
         parts.experts(CPU, FP32, "nf4", 4, 64, 256, 60), parts.experts(CPU, FP32, "int4", 4, 64, 64, 60),
     ]  # fmt: skip
-    figures += [launches.norm(CPU, FP32, kind, 5, 16) for kind in launches.NORMS]
-    figures += [
-        launches.activation(CPU, FP32, 6, 8), launches.exchange(CPU, FP32, 9, 6, 2, 8),
-        launches.loss(CPU, FP32, 9, 16, 40),
-    ]  # fmt: skip
+    figures += [measured(CPU, launches.norm(CPU, FP32, kind), []) for kind in launches.NORMS]
+    for case in (launches.activation, launches.exchange, launches.sums, launches.loss):
+        figures.append(measured(CPU, case(CPU, FP32), []))
     assert all(each["error"] < 2e-5 and each["forward_backward_ms"] > 0 for each in figures)
     for each in (parts.int4(CPU, 2, 8, 64), parts.fp8(CPU, 2, 130, 140), parts.nf4_together(CPU, FP32, 2, 128, 128)):
         assert each["gigabytes_per_second"] > 0

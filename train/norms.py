@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.kernels import IN_ONE_LAUNCH
-from train.kernels.operations import rms_norm, rms_norm_backward
+from train.fused import IN_ONE_LAUNCH
+from train.fused.operations import rms_norm, rms_norm_backward
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -29,7 +29,7 @@ import torch
 from harness import finish
 from torch import Tensor, nn
 
-from launch import kernels
+from launch import computing
 from launch.bare import BareCheckpoint
 from launch.cluster import GPUS, Cluster
 from launch.distributed import leave, start_distributed
@@ -205,7 +205,7 @@ def delta_rule_used(device: torch.device) -> str:
     if device.type != "cuda" or packing._flash_linear_attention() is None:
         return "transformers' fallback"
     try:
-        kernels.delta_rule(device, torch.bfloat16)
+        computing.delta_rule(device, torch.bfloat16)
     except Exception as error:
         packing._flash_linear_attention = lambda: None  # type: ignore[assignment]
         return f"transformers' fallback: {str(error).splitlines()[0]}"

@@ -1,7 +1,7 @@
 """The kernels of a step at sizes that the caller gives: each against a plain reference in fp32, and timed.
 
 Every function takes (device, dtype) and sizes, -> its figures: `error`, the largest relative error of values and
-gradients, and milliseconds. Wrong (launch/kernels.py) where that is more than rounding.
+gradients, and milliseconds. Wrong (launch/computing.py) where that is more than rounding.
 
 Shapes: T tokens of the row, E experts, O and I sizes out and in, P (token, expert) pairs, r the LoRA rank.
 """
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from launch.kernels import chunked_delta_rule, compared, drawn_values, most, near, transformers_own
+from launch.agreement import compared, drawn_values, most, near
+from launch.computing import chunked_delta_rule, transformers_own
 from train import packing
 from train.checkpoints import formats
 from train.experts.dispatch import Ends

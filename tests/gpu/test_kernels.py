@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from launch.kernels import CHECKS
-from tests.gpu import launches, parts
+from launch import launches
+from launch.computing import CHECKS
+from tests.gpu import parts
+from tests.gpu.launches import figures as measured
 
 DOCUMENTS = [3500, 2047, 1300, 700, 400, 129, 65, 41, 5, 3, 1, 1]  # 8,192 tokens
 BF16 = torch.bfloat16
@@ -57,13 +59,22 @@ def test_experts(gpu, figures, model, kind, E, shape, pairs):
     ("kind", "rows", "columns"), [("qwen", 8192, 4096), ("llama", 8192, 7168), ("gated", 2**19, 128)]
 )
 def test_norms(gpu, figures, kind, rows, columns):
-    figures[f"RMSNorm, {kind}, {columns} wide"] = launches.norm(gpu, BF16, kind, rows, columns)
+    case = launches.norm(gpu, BF16, kind, rows, columns)
+    # Forward reads and writes as many as the gate adds to; backward reads them and the gradient, and writes.
+    moved = case.out.nbytes * (8 if kind == "gated" else 5)
+    figures[f"RMSNorm, {kind}, {columns} wide"] = measured(gpu, case, ["rms_norm", "rms_norm_backward"], moved)
 
 
 def test_what_stands_around_the_experts_products(gpu, figures):
-    figures["gated activation of Qwen3.5-397B"] = launches.activation(gpu, BF16, 81_920, 1024)
-    figures["tokens of Qwen3.5-397B to 64 experts and back"] = launches.exchange(gpu, BF16, 8192, 64, 10, 4096)
+    case = launches.activation(gpu, BF16, 81_920, 1024)
+    figures["gated activation"] = measured(gpu, case, ["gated", "gated_backward"], 8 * case.out.nbytes)
+    case = launches.exchange(gpu, BF16, 8192, 64, 10, 4096)
+    figures["tokens to 64 experts and back"] = measured(gpu, case, ["summed"])
+    for rank in (8, 256):
+        case = launches.sums(gpu, BF16, [1300] * 60 + [0, 1, 0, 3900], rank, 4096)
+        figures[f"sums of factors of rank {rank}"] = measured(gpu, case, ["add_grouped"])
 
 
 def test_loss_of_qwen(gpu, figures):
-    figures["loss of Qwen3.5-397B"] = launches.loss(gpu, BF16, 2048, 4096, 248_320)
+    case = launches.loss(gpu, BF16, 2048, 4096, 248_320)
+    figures["loss of Qwen3.5-397B"] = measured(gpu, case, ["loss_terms"])

@@ -22,6 +22,7 @@ from launch.local import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 IMPORTED = ("peft", "train.compare", "train.evaluate", "train.sft", "tests.models", "tests.layouts")
+ON_CPUS = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # a process that has looked for GPUs must not fork
 _started: list[tuple[subprocess.Popen, socket.socket]] = []  # the process of this one that forks
 
 
@@ -31,7 +32,8 @@ def run(
 ) -> subprocess.CompletedProcess:  # fmt: skip
     """As `launch.local.run` with capture_output and text."""
     assert options == {"capture_output": True, "text": True}, options
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | (env or {})
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | ON_CPUS
+    environment |= env or {}
     request = {"script": str(script), "flags": flags, "ranks": ranks, "env": environment, "cwd": str(cwd or Path.cwd())}
     with tempfile.TemporaryDirectory() as directory:
         paths = [Path(directory) / name for name in ("request", "out", "err")]
@@ -56,7 +58,7 @@ def _channel() -> socket.socket:
     if not _started or _started[-1][0].poll() is not None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # One thread, as tests with several ranks on few cores have it; and none besides when it forks.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment = os.environ | ON_CPUS | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "tests.support.ranks", str(theirs.fileno())], cwd=REPOSITORY, env=environment,
             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.errors import UserError
-from train.kernels import IN_ONE_LAUNCH, operations
+from train.fused import IN_ONE_LAUNCH, operations
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FP8_MAX = 448.0  # the largest finite F8_E4M3

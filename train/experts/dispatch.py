@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.kernels import IN_ONE_LAUNCH
-from train.kernels.operations import summed
+from train.fused import IN_ONE_LAUNCH
+from train.fused.operations import summed
 
 
 @dataclass

@@ -17,7 +17,7 @@ from transformers.activations import SiLUActivation
 from train.experts.dispatch import Dispatch, Ends, ExpertGroup
 from train.experts.recompute import first_time, recomputing
 from train.experts.storage import GroupedLinear, GroupedTrained
-from train.kernels import IN_ONE_LAUNCH, operations
+from train.fused import IN_ONE_LAUNCH, operations
 from train.lora import LoRASettings, initial_A
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from train.checkpoints.formats import Format
 from train.experts.dispatch import Ends
-from train.kernels import IN_ONE_LAUNCH, operations
+from train.fused import IN_ONE_LAUNCH, operations
 
 NF4_BLOCK = 64
 WORKSPACE = 3 * 2**29  # bytes of BF16 weights that are dequantized together: of Kimi K2.5 27 experts

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.kernels import IN_ONE_LAUNCH
-from train.kernels.operations import loss_terms_
+from train.fused import IN_ONE_LAUNCH
+from train.fused.operations import loss_terms_
 from train.lora import LoRASettings, initial_A
 
 CHUNK_BYTES = 2**28  # of a chunk's logits, in fp32 or, on a GPU, in the dtype of the model

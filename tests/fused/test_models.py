@@ -6,7 +6,7 @@ import torch
 from launch.memory import planned_batch, planned_model
 from launch.trace import PlannedGroup
 from tests.models import write_model
-from train import kernels as package
+from train import fused as package
 from train.checkpoints.reader import Checkpoint
 from train.lora import LoRASettings
 from train.model import LanguageModel

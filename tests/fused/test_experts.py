@@ -1,6 +1,6 @@
 """What is done around the grouped products, against plain torch.
 
-Shapes as in train/kernels/experts.py.
+Shapes as in train/fused/experts.py.
 """
 
 import pytest
@@ -29,7 +29,7 @@ def test_the_gated_activation_and_its_gradients_are_torchs(kernels, width):
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 70, 1, 0], [0, 0, 0, 0, 130], [64, 64, 1, 0, 2], [0] * 5])
-@pytest.mark.parametrize(("rank", "columns"), [(4, 24), (20, 136)])
+@pytest.mark.parametrize(("rank", "columns"), [(4, 24), (20, 136), (130, 24)])
 def test_each_row_gets_the_product_with_its_experts_matrix_added(kernels, counts, rank, columns):
     ends, pairs = torch.tensor(counts).cumsum(0).int(), sum(counts)
     y, h, B = drawn(pairs, columns), drawn(pairs, rank, seed=1), drawn(5, columns, rank, seed=2)

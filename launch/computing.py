@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as qwen
 
+from launch.agreement import Wrong, compared, drawn_values, most, near
+from launch.launches import fused
 from launch.node import MAY_PASS, PASSED, WILL_NOT_PASS, Finding
 from train import packing
 from train.checkpoints import formats
@@ -28,15 +30,6 @@ from train.packing import Row
 
 LENGTHS = (65, 64, 3, 1, 70)  # of the documents of a row: whole chunks of 64, a token more, and almost nothing
 NF4_STEP = 0.152  # half of NF4's widest gap, from -1 to -0.6962 (Dettmers et al., arXiv 2305.14314, appendix E)
-
-
-class Wrong(ArithmeticError):
-    """This device computes something else than it should."""
-
-
-def most(dtype: torch.dtype) -> float:
-    """The relative error, by norms, that rounding alone explains."""
-    return 2e-5 if dtype == torch.float32 else 3e-2
 
 
 def grouped_products(device: torch.device, dtype: torch.dtype) -> float:
@@ -163,7 +156,7 @@ def delta_rule(device: torch.device, dtype: torch.dtype) -> float:
 
 CHECKS: dict[str, Callable[[torch.device, torch.dtype], float]] = {
     "grouped products": grouped_products, "NF4": nf4, "INT4": int4, "packed attention": attention,
-    "packed convolution": convolution, "packed delta rule": delta_rule,
+    "packed convolution": convolution, "packed delta rule": delta_rule, "norms, sums and the loss": fused,
 }  # fmt: skip
 
 
@@ -187,37 +180,6 @@ def chunked_delta_rule(q_DLHK: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any
     shared = v.shape[2] // k.shape[2]
     q, k = (x.repeat_interleave(shared, 2) for x in (q_DLHK, k)) if shared > 1 else (q_DLHK, k)
     return transformers_own("torch_chunk_gated_delta_rule")(q, k, v, **more)
-
-
-def drawn_values(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Normal values."""
-    generator = torch.Generator(device).manual_seed(0)
-    return [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
-
-
-def compared(
-    what: str, names: Sequence[str], function: Callable[..., Tensor], plain: Callable[..., Tensor],
-    given: Sequence[Tensor], out: Tensor,
-) -> float:  # fmt: skip
-    """`function` of tensors against `plain` of the same in fp32: value, and gradients by `out`."""
-    ours = [x.detach().requires_grad_() for x in given]
-    theirs = [x.detach().float().requires_grad_() for x in given]
-    found, wanted = function(*ours), plain(*theirs)
-    worst = near(what, found, wanted, most(out.dtype))
-    gradients = torch.autograd.grad(found, ours, out), torch.autograd.grad(wanted, theirs, out.float())
-    for name, one, other in zip(names, *gradients, strict=True):
-        worst = max(worst, near(f"{what}, gradient of {name},", one, other, most(out.dtype)))
-    return worst
-
-
-def near(what: str, found: Tensor, wanted: Tensor, bound: float) -> float:
-    if found.shape != wanted.shape:
-        raise Wrong(f"{what} has shape {tuple(found.shape)} in the place of {tuple(wanted.shape)}")
-    apart, size = (found.float() - wanted.float()).norm().item(), wanted.float().norm().item()
-    error = apart / size if size else apart
-    if not error <= bound:  # nor NaN
-        raise Wrong(f"{what} is off by {error:.1e} (at most {bound:.0e})")
-    return error
 
 
 def computed(names: Sequence[str], devices: Sequence[torch.device], dtype: torch.dtype = torch.bfloat16) -> Finding:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def _kernels(name: str) -> Any:
     """A module of this package that needs Triton, which a machine without a GPU may lack."""
-    return import_module(f"train.kernels.{name}")
+    return import_module(f"train.fused.{name}")
 
 
 def _operation(function: Callable[..., Any], sizes: Callable[..., Any], changes: tuple[str, ...] = ()) -> Any:

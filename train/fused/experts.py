@@ -70,7 +70,7 @@ def _add_grouped(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * ROWS
-    row, column, k = first + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, RANK)
+    row, column = first + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     expert = tl.arange(0, EXPERTS)
     end = tl.load(ends + expert, mask=expert < experts, other=2147483647)
     # A row's expert is as many as have ended before it.
@@ -80,15 +80,17 @@ def _add_grouped(
     for e in range(lowest, highest + 1):
         start, stop = tl.sum(tl.where(expert == e - 1, end, 0), 0), tl.sum(tl.where(expert == e, end, 0), 0)
         own = (row >= start) & (row < stop)
-        left = tl.load(
-            h + row.to(tl.int64)[:, None] * rank + k[None, :], mask=own[:, None] & (k < rank)[None, :], other=0.0
-        )
-        place = right + e * stride_expert
-        matrix = tl.load(
-            place + k[:, None] * stride_rank + column[None, :] * stride_column,
-            mask=(k < rank)[:, None] & (column < columns)[None, :], other=0.0,
-        )  # fmt: skip
-        total += tl.dot(left, matrix, input_precision="ieee")
+        place = right + (tl.zeros((), tl.int64) + e) * stride_expert
+        for first_k in range(0, rank, RANK):
+            k = first_k + tl.arange(0, RANK)
+            left = tl.load(
+                h + row.to(tl.int64)[:, None] * rank + k[None, :], mask=own[:, None] & (k < rank)[None, :], other=0.0
+            )
+            matrix = tl.load(
+                place + k[:, None] * stride_rank + column[None, :] * stride_column,
+                mask=(k < rank)[:, None] & (column < columns)[None, :], other=0.0,
+            )  # fmt: skip
+            total += tl.dot(left, matrix, input_precision="ieee")
     at = y + row.to(tl.int64)[:, None] * columns + column[None, :]
     inside = (row < pairs)[:, None] & (column < columns)[None, :]
     before = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -101,7 +103,7 @@ def add_grouped_(y_PO: Tensor, h_Pr: Tensor, right_ErO: Tensor, ends_E: Tensor, 
     if pairs:
         _add_grouped[(triton.cdiv(pairs, ROWS), triton.cdiv(columns, COLUMNS))](
             y_PO, h_Pr.contiguous(), right_ErO, ends_E, scale, pairs, columns, rank, experts, *right_ErO.stride(),
-            ROWS=ROWS, COLUMNS=COLUMNS, RANK=max(16, triton.next_power_of_2(rank)),
+            ROWS=ROWS, COLUMNS=COLUMNS, RANK=min(64, max(16, triton.next_power_of_2(rank))),
             EXPERTS=triton.next_power_of_2(experts),
         )  # fmt: skip
 
