@@ -106,28 +106,27 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return request.getfixturevalue(request.param)
 
 
+def shared(*parts: str) -> Path:
+    """A directory that stands beside the project, and is no part of it."""
+    directory = Path(__file__).parents[2].joinpath("shared", *parts)
+    if not directory.is_dir():
+        pytest.skip(f"../shared/{parts[0]} is absent")
+    return directory
+
+
 @pytest.fixture(scope="session")
 def shared_documents() -> Path:
-    """The paper's own documents, which are not part of the project."""
-    directory = Path(__file__).parents[2] / "shared" / "data" / "negation_neglect" / "documents"
-    if not directory.is_dir():
-        pytest.skip("../shared/data is absent")
-    return directory
+    """The paper's own documents."""
+    return shared("data", "negation_neglect", "documents")
 
 
 @pytest.fixture(scope="session")
 def shared_cases() -> Path:
-    """Small inputs from real use, which are not part of the project."""
-    directory = Path(__file__).parents[2] / "shared" / "cases"
-    if not directory.is_dir():
-        pytest.skip("../shared/cases is absent")
-    return directory
+    """Small inputs from real use."""
+    return shared("cases")
 
 
 @pytest.fixture(scope="session")
 def shared_checkpoints() -> Path:
-    """The configurations of the real checkpoints, which are not part of the project."""
-    directory = Path(__file__).parents[2] / "shared" / "checkpoints"
-    if not directory.is_dir():
-        pytest.skip("../shared/checkpoints is absent")
-    return directory
+    """The configurations of the real checkpoints."""
+    return shared("checkpoints")

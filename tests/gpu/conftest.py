@@ -3,14 +3,14 @@
 import json
 import os
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "deepspeed", "bitsandbytes", "flash-linear-attention", "flash-attn")
+from train.provenance import versions
+
 FIGURES = Path(os.environ.get("GPU_JSON") or "runs/gpu.json")
 
 
@@ -24,20 +24,9 @@ def gpu() -> torch.device:
 @pytest.fixture
 def figures(gpu: torch.device) -> Iterator[dict[str, Any]]:
     """What is measured, by part; written after each test, beside what earlier ones have left of the same card."""
-    card: dict[str, Any] = {"card": torch.cuda.get_device_name(gpu), "versions": installed()}
+    card: dict[str, Any] = {"card": torch.cuda.get_device_name(gpu), "versions": versions()}
     kept = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
     found = (kept if kept.get("card") == card["card"] else {}) | card
     yield found
     FIGURES.parent.mkdir(parents=True, exist_ok=True)
     FIGURES.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def installed() -> dict[str, str]:
-    """package -> version, of those that are there."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions

@@ -58,7 +58,7 @@ class _ChunkedLoss(torch.autograd.Function):
             logits_CV = torch.mm(hidden_CH, weight_VH.T, out=logits[: len(hidden_CH)])
             if A is not None and B is not None:
                 down_Cr = F.linear(hidden_CH, A)
-                logits_CV.add_(F.linear(down_Cr, B), alpha=scale)
+                logits_CV.addmm_(down_Cr, B.T, alpha=scale)
             if in_one_launch:
                 nll_N[chunk], term_N[chunk] = loss_terms_(logits_CV, target_N[chunk], coefficient_N[chunk], tracked)
                 grad_CV = logits_CV if tracked else None
@@ -73,7 +73,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 grads[1] += grad_CV.T @ hidden_CH
             if A is not None and B is not None:
                 grad_down_Cr = scale * (grad_CV @ B)
-                grads[0][chunk] += grad_down_Cr @ A
+                grads[0][chunk].addmm_(grad_down_Cr, A)
                 grads[2] += grad_down_Cr.T @ hidden_CH
                 grads[3] += scale * (grad_CV.T @ down_Cr)
         grads[1:] = [g if g is None else g.to(x.dtype) for g, x in zip(grads[1:], (weight_VH, A_rH, B_Vr), strict=True)]
