@@ -191,7 +191,7 @@ def measure(directory: Path, experts: int, rounds: int) -> dict[str, Any]:
     return {
         "experts": experts, "speedup_over_trl": median["trl"] / median["ours"], "seconds": median,
         "spread": {kind: max(values) / min(values) for kind, values in seconds.items()},
-        "page_faults": {kind: statistics.median(t[kind]["faults"] for t in turns[WARM_UP:]) for kind in WORKERS},
+        "page_faults": {kind: [turn[kind]["faults"] for turn in turns[WARM_UP:]] for kind in WORKERS},
         "peak_bytes": {kind: turns[-1][kind]["peak"] for kind in WORKERS},
         "losses": [{kind: turn[kind]["loss"] for kind in WORKERS} for turn in turns],
     }  # fmt: skip
@@ -212,9 +212,10 @@ def main() -> None:
     for experts in args.experts:
         with tempfile.TemporaryDirectory() as temporary:
             rows.append(row := measure(Path(temporary), experts, args.rounds))
+        faults = {kind: statistics.median(counts) for kind, counts in row["page_faults"].items()}
         shown = "; ".join(
             f"{kind} {row['seconds'][kind]:.2f} s (spread {row['spread'][kind]:.2f}), "
-            f"{row['page_faults'][kind]:,.0f} page faults, peak {row['peak_bytes'][kind] / 1e9:.2f} GB"
+            f"{faults[kind]:,.0f} page faults, peak {row['peak_bytes'][kind] / 1e9:.2f} GB"
             for kind in WORKERS
         )
         print(f"{experts} experts: {shown}\n    {row['speedup_over_trl']:.2f} x as fast as TRL", flush=True)
