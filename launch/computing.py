@@ -24,7 +24,7 @@ from launch.launches import fused
 from launch.node import MAY_PASS, PASSED, WILL_NOT_PASS, Finding
 from train import packing
 from train.checkpoints import formats
-from train.experts import storage
+from train.experts import products, storage
 from train.experts.dispatch import Ends
 from train.packing import Row
 
@@ -41,7 +41,7 @@ def grouped_products(device: torch.device, dtype: torch.dtype) -> float:
         every = Ends(torch.tensor(host, dtype=torch.int32, device=device), host)
 
         def product(x: Tensor, weight: Tensor, ends: Ends = every) -> Tensor:
-            return storage.GroupedTrained.apply(x, weight, ends)
+            return products.GroupedTrained.apply(x, weight, ends)
 
         def plain(x: Tensor, weight: Tensor, sizes: Sequence[int] = sizes) -> Tensor:
             return torch.cat([part @ one.T for part, one in zip(x.split(list(sizes)), weight, strict=True)])

@@ -19,7 +19,7 @@ from launch.agreement import compared, drawn_values
 from train import norms
 from train.experts.dispatch import Dispatch, Ends, ExpertGroup
 from train.experts.module import gated
-from train.experts.storage import add_grouped_
+from train.experts.products import add_grouped_
 from train.masking.loss import LossHead
 
 NORMS = {"qwen": Qwen3_5MoeRMSNorm, "llama": LlamaRMSNorm, "gated": Qwen3_5MoeRMSNormGated}

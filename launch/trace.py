@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from launch.parts import Parts
 from train import packing
 from train.checkpoints.streaming import HEAP_BLOCK
-from train.experts import storage
+from train.experts import products
 from train.experts.dispatch import ExpertGroup
 from train.fused import IN_ONE_LAUNCH
 from train.packing import Row
@@ -388,15 +388,15 @@ def device_kernels(model: Any, gpu: bool) -> Iterator[None]:
     ]
     for module, name, _ in fallbacks:
         setattr(module, name, kernels[name])
-    model.config._attn_implementation, together = f"planned_{gpu}", storage.WORKSPACE
+    model.config._attn_implementation, together = f"planned_{gpu}", products.WORKSPACE
     if gpu:
         IN_ONE_LAUNCH.add("meta")
     else:
-        storage.WORKSPACE = 0
+        products.WORKSPACE = 0
     try:
         yield
     finally:
-        storage.WORKSPACE = together
+        products.WORKSPACE = together
         IN_ONE_LAUNCH.discard("meta")
         model.config._attn_implementation = usual
         for module, name, fallback in fallbacks:

@@ -12,7 +12,7 @@ from launch import launches
 from launch.agreement import Wrong
 from tests.gpu import parts, training
 from tests.gpu.launches import figures as measured
-from train.experts.storage import GroupedLinear
+from train.experts.products import GroupedLinear
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 DOCUMENTS = [70, 33, 3, 1]

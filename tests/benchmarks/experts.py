@@ -2,25 +2,28 @@
 
     python tests/benchmarks/experts.py [--json FILE] [--experts 64 256 512]
 
-One layer of Qwen3.5's experts (hidden 512, width 256, top 8, fp32), 1,024 tokens, rank 8. The three take turns in one
-process; the floor is the faster of transformers' own implementations of that layer, with gradients for its input alone.
-Memory is the peak resident set of a process that does one of them only.
+One layer of Qwen3.5's experts (hidden 512, width 256, top 8, fp32), 1,024 tokens, rank 8. The floor is the faster of
+transformers' own implementations of that layer, with gradients for its input alone. Each contender has two processes of
+its own, in one of which OpenMP's idle threads spin and in the other sleep; all take turns, and what counts is the one
+in which the contender is faster. Memory is the peak resident set of that process.
 """
 
 import argparse
+import itertools
 import os
 import statistics
-import time
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
-from harness import alone, finish, header
+from harness import Turns, Worker, finish, header
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
 
-from launch.distributed import peak_host_bytes
 from train.checkpoints.formats import PLAIN
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
@@ -101,66 +104,80 @@ def inputs(experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden, index, weight / weight.sum(-1, keepdim=True), grad
 
 
-def step(module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor, grad: Tensor) -> float:
-    """Seconds of one forward and backward."""
+def step(module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor, grad: Tensor) -> None:
+    """One forward and backward."""
     hidden = hidden.detach().requires_grad_()
     module.zero_grad(set_to_none=True)
-    started = time.perf_counter()
     module(hidden, index, weight).backward(grad)
-    return time.perf_counter() - started
 
 
-def peak(name: str, experts: int) -> int:
-    """Peak resident bytes of this process after three steps."""
-    module, given = make(name, experts), inputs(experts)
-    for _ in range(3):
+def work(name: str, experts: int) -> None:
+    """A contender's process."""
+    turns, module, given = Turns(), make(name, experts), inputs(experts)
+    turns.say(ready=True)
+    while turns.begin():
         step(module, *given)
-    return peak_host_bytes()
+        turns.end()
 
 
-def measure(experts: int, rounds: int) -> dict[str, Any]:
-    contenders = {name: make(name, experts) for name in CONTENDERS}
-    given = inputs(experts)
-    outputs = {name: module(*given[:3]).detach() for name, module in contenders.items()}
+def check_outputs(experts: int) -> None:
+    """All compute the same."""
+    given = inputs(experts)[:3]
+    outputs = {name: make(name, experts)(*given).detach() for name in CONTENDERS}
     for a, b in (("floor-eager", "floor-grouped"), ("ours", "peft")):
         torch.testing.assert_close(outputs[a], outputs[b], rtol=1e-3, atol=1e-4)
     assert (outputs["ours"] - outputs["floor-grouped"]).abs().max() > 1e-2  # the factors do something
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 1):
-        for name, module in contenders.items():
-            taken = step(module, *given)
-            if turn:  # the first warms up
-                seconds[name].append(taken)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    floor = min(median["floor-grouped"], median["floor-eager"])
-    memory = {name: alone(f"experts:{name}:{experts}", __file__) for name in ("ours", "peft", "floor-grouped")}
+
+
+def measure(experts: int, rounds: int, directory: Path) -> dict[str, Any]:
+    check_outputs(experts)
+    workers: dict[tuple[str, bool], Worker] = {}
+    try:
+        for name, spin in itertools.product(CONTENDERS, (True, False)):
+            workers[name, spin] = Worker(__file__, [name, str(experts)], directory / f"{name}-{spin}.log", spin)
+        turns = [{key: worker.step() for key, worker in workers.items()} for _ in range(rounds + 1)]
+    finally:
+        for worker in workers.values():
+            worker.end()
+    seconds = {key: [turn[key]["seconds"] for turn in turns[1:]] for key in workers}  # the first warms up
+    best = {
+        name: min((key for key in workers if key[0] == name), key=lambda key: statistics.median(seconds[key]))
+        for name in CONTENDERS
+    }
+    median = {name: statistics.median(seconds[key]) for name, key in best.items()}
+    memory = {name: turns[-1][key]["peak"] for name, key in best.items()}
     return {
         "experts": experts, "speedup_over_peft": median["peft"] / median["ours"],
-        "time_over_floor": median["ours"] / floor, "memory_over_peft": memory["ours"] / memory["peft"],
-        "seconds": median, "spread": {n: max(v) / min(v) for n, v in seconds.items()}, "peak_bytes": memory,
+        "time_over_floor": median["ours"] / min(median["floor-grouped"], median["floor-eager"]),
+        "memory_over_peft": memory["ours"] / memory["peft"], "seconds": median, "peak_bytes": memory,
+        "spread": {name: max(seconds[key]) / min(seconds[key]) for name, key in best.items()},
+        "idle_threads": {name: "spin" if spin else "sleep" for name, (_, spin) in best.items()},
     }  # fmt: skip
 
 
 def main() -> None:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if "--worker" in sys.argv:
+        name, experts = sys.argv[sys.argv.index("--worker") + 1 :]
+        work(name, int(experts))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--experts", type=int, nargs="+", default=[64, 256, 512])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    if args.alone:
-        _, name, experts = args.alone.split(":")
-        print(peak(name, int(experts)))
-        return
     header()
     rows = []
     for experts in args.experts:
-        rows.append(row := measure(experts, args.rounds))
+        with tempfile.TemporaryDirectory() as directory:
+            rows.append(row := measure(experts, args.rounds, Path(directory)))
         seconds, memory = row["seconds"], row["peak_bytes"]
         print(
             f"{experts} experts: "
-            + ", ".join(f"{n} {seconds[n] * 1e3:.0f} ms (spread {row['spread'][n]:.2f})" for n in seconds)
+            + ", ".join(
+                f"{n} {seconds[n] * 1e3:.0f} ms (spread {row['spread'][n]:.2f}, threads {row['idle_threads'][n]})"
+                for n in seconds
+            )
             + "; "
             + ", ".join(f"{n} {memory[n] / 1e6:.0f} MB" for n in memory)
             + f"\n    {row['speedup_over_peft']:.2f} x as fast as PEFT, {row['time_over_floor']:.2f} x the floor's "

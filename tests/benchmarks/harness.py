@@ -1,10 +1,12 @@
-"""What the benchmarks share: a child process for memory, the machine's name, the JSON file."""
+"""What the benchmarks share: contenders that take turns, the machine's name, the JSON file."""
 
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,54 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `tests` is no installed package
 
 
-def alone(what: str, script: str) -> int:
-    """What `script --alone WHAT` prints last, a number, from a process of its own."""
-    done = subprocess.run([sys.executable, script, "--alone", what], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{script} --alone {what} failed:\n{done.stderr[-3000:]}")
-    return int(done.stdout.split()[-1])
+class Turns:
+    """A worker's side of the taking of turns: a line comes in for a step, and a line of JSON goes out after it."""
+
+    def say(self, **values: Any) -> None:
+        print(f"\n{json.dumps(values)}", flush=True)
+
+    def begin(self) -> bool:
+        """Waits for the turn; False where there is none any more."""
+        asked = bool(sys.stdin.readline())
+        self.faults, self.started = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+        return asked
+
+    def end(self, **values: Any) -> None:
+        seconds = time.perf_counter() - self.started
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - self.faults
+        from launch.distributed import peak_host_bytes
+
+        self.say(seconds=seconds, faults=faults, peak=peak_host_bytes(), **values)
+
+
+class Worker:
+    """A contender's process: `script --worker ARGUMENTS`, which says that it is ready and then takes turns. spin:
+    whether OpenMP's idle threads do, for some milliseconds, as is its default, or sleep at once."""
+
+    def __init__(self, script: str, arguments: list[str], log: Path, spin: bool = False):
+        self.log = log
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        self.process = subprocess.Popen(
+            [sys.executable, script, "--worker", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=log.open("w"), text=True, env=environment | ({} if spin else {"OMP_WAIT_POLICY": "PASSIVE"}),
+        )  # fmt: skip
+        self.hear()
+
+    def hear(self) -> dict[str, Any]:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith("{"):  # else a library's
+                return json.loads(line)
+        raise RuntimeError(f"{self.process.args} failed:\n{self.log.read_text()[-3000:]}")
+
+    def step(self) -> dict[str, Any]:
+        assert self.process.stdin
+        print(file=self.process.stdin, flush=True)
+        return self.hear()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def machine() -> dict[str, str]:

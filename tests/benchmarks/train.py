@@ -12,20 +12,16 @@ Beside seconds: page faults of a step, and each process's peak resident set.
 
 import argparse
 import json
-import os
 import random
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from harness import finish, header
+from harness import Turns, Worker, finish, header
 
-from launch.distributed import leave, peak_host_bytes, start_distributed
+from launch.distributed import leave, start_distributed
 from tests.models import write_documents, write_model
 
 SIZES: dict[str, Any] = dict(
@@ -46,22 +42,6 @@ def flags(directory: Path, steps: int) -> list[str]:
     ]  # fmt: skip
 
 
-class Turns:
-    """A worker's side of the taking of turns: a line comes in for a step, and a line of JSON goes out after it."""
-
-    def say(self, **values: Any) -> None:
-        print(f"\n{json.dumps(values)}", flush=True)
-
-    def begin(self) -> None:
-        sys.stdin.readline()
-        self.faults, self.started = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
-
-    def end(self, loss: float | None = None) -> None:
-        seconds = time.perf_counter() - self.started
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - self.faults
-        self.say(seconds=seconds, faults=faults, loss=loss, peak=peak_host_bytes())
-
-
 def ours(directory: Path, steps: int) -> None:
     from train.job import prepare
     from train.settings import parse
@@ -76,7 +56,7 @@ def ours(directory: Path, steps: int) -> None:
     for step in range(steps):
         turns.begin()
         values = trainer.step(step, measure=False)
-        turns.end(values["loss"])
+        turns.end(loss=values["loss"])
 
 
 def trl(directory: Path, steps: int) -> None:
@@ -115,7 +95,7 @@ def trl(directory: Path, steps: int) -> None:
             turns.begin()
 
         def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
-            turns.end(losses[-1].item())
+            turns.end(loss=losses[-1].item())
 
     compute = trainer.compute_loss
 
@@ -148,42 +128,17 @@ def prepare_inputs(directory: Path, experts: int, steps: int) -> None:
     (directory / "ids.jsonl").write_text("".join(f"{corpus.samples[n].ids_L.tolist()}\n" for n in numbers))
 
 
-class Worker:
-    """A contender's process."""
-
-    def __init__(self, kind: str, directory: Path, steps: int):
-        self.kind, self.log = kind, directory / f"{kind}.log"
-        command = [sys.executable, __file__, "--worker", kind, str(directory), str(steps)]
-        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True,
-            env=environment,
-        )  # fmt: skip
-        self.hear()
-
-    def hear(self) -> dict[str, Any]:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            if line.startswith("{"):  # else a library's
-                return json.loads(line)
-        raise RuntimeError(f"{self.kind} failed:\n{self.log.read_text()[-3000:]}")
-
-    def step(self) -> dict[str, Any]:
-        assert self.process.stdin
-        print(file=self.process.stdin, flush=True)
-        return self.hear()
-
-
 def measure(directory: Path, experts: int, rounds: int) -> dict[str, Any]:
     steps = WARM_UP + rounds
     prepare_inputs(directory, experts, steps)
-    workers = [Worker(kind, directory, steps) for kind in WORKERS]
+    workers: dict[str, Worker] = {}
     try:
-        turns = [{worker.kind: worker.step() for worker in workers} for _ in range(steps)]
+        for kind in WORKERS:
+            workers[kind] = Worker(__file__, [kind, str(directory), str(steps)], directory / f"{kind}.log")
+        turns = [{kind: worker.step() for kind, worker in workers.items()} for _ in range(steps)]
     finally:
-        for worker in workers:
-            worker.process.kill()
-            worker.process.wait()
+        for worker in workers.values():
+            worker.end()
     for turn in turns:
         assert abs(turn["ours"]["loss"] / turn["trl"]["loss"] - 1) < 1e-4, turns
     seconds = {kind: [turn[kind]["seconds"] for turn in turns[WARM_UP:]] for kind in WORKERS}

@@ -13,6 +13,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExper
 from launch.trace import HostWaits
 from tests.models import QWEN
 from train.checkpoints.formats import PLAIN
+from train.experts import products
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts, padded_rank
 from train.experts.recompute import same_routing
@@ -35,6 +36,13 @@ def pair(ep: ExpertGroup | None = None) -> tuple[Qwen3_5MoeExperts, ExpertParall
         storage.data[:, 0] = parameter.data[owned.start : owned.stop]
         ours.frozen[name] = storage
     return stock, ours
+
+
+def train_weights(ours: ExpertParallelExperts) -> None:
+    """Makes parameters of the frozen weights."""
+    for name, storage in dict(ours.frozen).items():
+        ours.register_parameter(name, nn.Parameter(storage.plain))
+    ours.frozen.clear()
 
 
 def routing(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -99,9 +107,7 @@ def test_what_grouped_products_leave_of_experts_without_tokens_is_no_gradient(mo
     """On some GPUs that is whatever was in memory before: here NaN."""
     _, ours = pair()
     if trained:
-        for name, storage in dict(ours.frozen).items():
-            ours.register_parameter(name, nn.Parameter(storage.plain))
-        ours.frozen.clear()
+        train_weights(ours)
     else:
         ours.add_lora(LORA, torch.float32, torch.device("cpu"))
         for parameter in ours.parameters():
@@ -126,6 +132,35 @@ def test_what_grouped_products_leave_of_experts_without_tokens_is_no_gradient(mo
     for name, parameter in ours.named_parameters():
         assert torch.equal(parameter.grad, expected[name]), name
         assert parameter.grad[[1, 3, 4]].any() and not parameter.grad[[0, 2, 5, 6, 7]].any(), name
+
+
+@pytest.mark.parametrize("method", ["frozen", "lora", "full"])
+def test_an_expert_on_each_thread_of_a_cpu_changes_nothing_but_rounding(monkeypatch, method):
+    _, ours = pair()
+    if method == "lora":
+        ours.add_lora(LORA, torch.float32, torch.device("cpu"))
+    if method == "full":
+        train_weights(ours)
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter)
+    hidden_TH, index_Tk, weight_Tk = routing(40)
+    monkeypatch.setattr(products, "WORTH_THREADS", 40 * 2 * 16 * 16)
+    called: list[int] = []
+    each_expert = products.each_expert
+    monkeypatch.setattr(products, "each_expert", lambda *given: called.append(1) or each_expert(*given))
+    threads, found = torch.get_num_threads(), {}
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            out_TH = checkpoint(ours, hidden_TH, index_Tk, weight_Tk, use_reentrant=False, context_fn=same_routing)
+            wanted = (hidden_TH, weight_Tk, *ours.parameters())
+            found[count] = (out_TH, *torch.autograd.grad(out_TH.square().sum(), wanted))
+            assert bool(called) == (count > 1)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    for alone, shared in zip(found[1], found[3], strict=True):
+        torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("padded", [False, True])

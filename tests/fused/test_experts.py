@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from train.experts.dispatch import Ends
 from train.experts.module import gated
-from train.experts.storage import add_grouped_
+from train.experts.products import add_grouped_
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

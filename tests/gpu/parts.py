@@ -21,7 +21,8 @@ from launch.computing import chunked_delta_rule, transformers_own
 from train import packing
 from train.checkpoints import formats
 from train.experts.dispatch import Ends
-from train.experts.storage import FrozenExperts, GroupedLinear, NF4Experts, Storage
+from train.experts.products import GroupedLinear
+from train.experts.storage import FrozenExperts, NF4Experts, Storage
 from train.packing import Row
 
 Figures = dict[str, Any]

@@ -14,7 +14,7 @@ from launch.node import MAY_PASS, PASSED, WILL_NOT_PASS, model
 from tests.models import write_model
 from train import norms, packing
 from train.checkpoints import formats
-from train.experts import storage
+from train.experts import products, storage
 from train.experts.dispatch import ExpertGroup, Places
 from train.settings import parse
 
@@ -42,7 +42,7 @@ def first(change: Callable[..., Tensor]) -> Callable[..., tuple[Any, ...]]:
     return lambda out, *given: (change(out[0], *given), *out[1:])
 
 
-GroupedTrained = storage.GroupedTrained
+GroupedTrained = products.GroupedTrained
 
 
 class Halved(GroupedTrained):
@@ -75,8 +75,8 @@ def beyond_documents(function: Callable[..., Any]) -> Callable[..., Any]:
 right_attention = packing.attention
 WRONG: dict[str, tuple[str, Any, str, Any, str]] = {
     "a product": ("grouped products", *changed(torch.nn.functional, "grouped_mm", mixed), "grouped product is off"),
-    "a gradient": ("grouped products", storage, "GroupedTrained", Halved, "gradient of W, is off"),
-    "an empty group": ("grouped products", storage, "GroupedTrained", EmptyNotZero, "gradient of W, is off"),
+    "a gradient": ("grouped products", products, "GroupedTrained", Halved, "gradient of W, is off"),
+    "an empty group": ("grouped products", products, "GroupedTrained", EmptyNotZero, "gradient of W, is off"),
     "NF4 decoded": ("NF4", *changed(storage.NF4Experts, "weights", mixed), "NF4, decoded, is off"),
     "NF4 quantized": (
         "NF4", storage.NF4Experts, "quantize",

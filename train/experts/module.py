@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from train.experts.dispatch import Dispatch, Ends, ExpertGroup
+from train.experts.products import GroupedLinear, GroupedTrained
 from train.experts.recompute import first_time, recomputing
-from train.experts.storage import GroupedLinear, GroupedTrained
 from train.fused import IN_ONE_LAUNCH, operations
 from train.lora import LoRASettings, initial_A
 

@@ -1,0 +1,291 @@
+"""Grouped products: each row with the matrix of its expert, and LoRA's part of it.
+
+Shapes: E experts of this rank, P (token, expert) pairs sorted by expert, `ends` the end of each expert's rows; N
+experts whose weights are dequantized together; I and O input and output features, r the LoRA rank as padded.
+
+Quantized matrices exist in full for as many experts as WORKSPACE holds, while their product is computed: in forward and
+again in backward, for experts that have tokens. A CPU with several threads computes an expert on each.
+"""
+
+import functools
+import itertools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from train.experts.dispatch import Ends
+from train.experts.storage import Storage
+from train.fused import IN_ONE_LAUNCH, operations
+
+WORKSPACE = 3 * 2**29  # bytes of BF16 weights that are dequantized together: of Kimi K2.5 27 experts
+MOST_VALUES = 2**31 - 1  # bitsandbytes counts in 32 bits
+WORTH_THREADS = 2**24  # multiplications of a grouped product, some 0.2 ms, from which handing experts out pays
+
+
+def on_threads(x_PI: Tensor, columns: int) -> bool:
+    """Whether each expert's products are computed by one of a CPU's threads. A product of few rows gains little from
+    several threads, and loses by them where those that wait do not spin (OMP_WAIT_POLICY=PASSIVE)."""
+    several = x_PI.device.type == "cpu" and "cpu" not in IN_ONE_LAUNCH and torch.get_num_threads() > 1
+    return several and x_PI.numel() * columns >= WORTH_THREADS
+
+
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """That many threads, each of which computes by itself."""
+    all_started = threading.Barrier(count)
+
+    def start(_: int) -> None:
+        torch.get_num_threads()  # before it is asked, a thread has no number that could be set
+        torch.set_num_threads(1)
+        all_started.wait()
+
+    threads = ThreadPoolExecutor(count)
+    list(threads.map(start, range(count)))
+    torch.set_num_threads(count)  # a thread that starts later takes the number that was set last
+    return threads
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of its parent's threads
+
+
+def each_expert(ends: Ends, work: Callable[..., Any], *given: Tensor | Iterable[Any]) -> None:
+    """Calls work(...) for each expert that has rows, on this CPU's threads and without gradients. given: what it is
+    called with: of a tensor [P, ...] the expert's rows, of anything else its item for the expert."""
+    counts = [end - start for start, end in itertools.pairwise([0, *ends.host])]
+    items = zip(counts, *(x.split(counts) if isinstance(x, Tensor) else x for x in given), strict=True)
+    left = iter([each for count, *each in items if count])
+
+    def share(_: int) -> None:
+        with torch.no_grad():
+            for each in left:  # which all threads take from
+                work(*each)
+
+    threads = torch.get_num_threads()
+    list(_threads(threads).map(share, range(threads)))
+
+
+def runs(ends: Ends, storage: Storage, device: torch.device) -> Iterator[tuple[int, int]]:
+    """[first, last) of the experts whose weights are dequantized together: as many as the workspace holds, and of those
+    without tokens none at either end. On a CPU one by one, in which a launch costs nothing."""
+    count = storage.out_features * storage.in_features
+    most = 1 if device.type == "cpu" or not storage.divisible else max(1, min(WORKSPACE // 2, MOST_VALUES) // count)
+    starts = [0, *ends.host[:-1]]
+    occupied = [expert for expert, (start, end) in enumerate(zip(starts, ends.host, strict=True)) if end > start]
+    while occupied:
+        own = [expert for expert in occupied if expert < occupied[0] + most]
+        yield own[0], own[-1] + 1
+        occupied = occupied[len(own) :]
+
+
+def frozen_product(x_PI: Tensor, storage: Storage, ends: Ends, transposed: bool = False) -> Tensor:
+    """x @ W^T, or with `transposed` x @ W, each row with the weight of its expert. Not tracked by autograd."""
+    weight_EOI = storage.plain
+    if weight_EOI is not None:
+        return F.grouped_mm(x_PI, weight_EOI if transposed else weight_EOI.transpose(1, 2), offs=ends.device)
+
+    def product(x: Tensor, first: int, last: int, start: int = 0, out: Tensor | None = None) -> Tensor:
+        weight_NOI = storage.weights(first, last, x.dtype)
+        right = weight_NOI if transposed else weight_NOI.transpose(1, 2)
+        if last - first == 1:
+            return torch.mm(x, right[0], out=out)
+        ends_N = ends.device[first:last]
+        return F.grouped_mm(x, right, offs=ends_N - start if start else ends_N)
+
+    own = list(runs(ends, storage, x_PI.device))
+    if len(own) == 1:
+        return product(x_PI, *own[0])
+    y_PO = x_PI.new_empty(len(x_PI), storage.in_features if transposed else storage.out_features)
+    for first, last in own:
+        start = ends.host[first - 1] if first else 0
+        rows = slice(start, ends.host[last - 1])
+        if last - first == 1:
+            product(x_PI[rows], first, last, start, out=y_PO[rows])
+        else:
+            y_PO[rows] = product(x_PI[rows], first, last, start)
+    return y_PO
+
+
+def add_grouped_(y_PO: Tensor, h_Pr: Tensor, right_ErO: Tensor, ends: Ends, scale: float = 1.0) -> None:
+    """y += scale * h @ right[e], each row by the matrix of its expert, without a tensor of the size of y. Not tracked
+    by autograd."""
+    if y_PO.device.type in IN_ONE_LAUNCH:
+        operations.add_grouped_(y_PO, h_Pr, right_ErO, ends.device, scale)
+        return
+    for expert, (start, end) in enumerate(itertools.pairwise([0, *ends.host])):
+        if end > start:
+            y_PO[start:end].addmm_(h_Pr[start:end], right_ErO[expert], alpha=scale)
+
+
+def _nan(x_PI: Tensor, columns: int) -> Tensor:
+    """[P, columns] of NaN, which takes no memory."""
+    return torch.full((1, 1), math.nan, dtype=x_PI.dtype, device=x_PI.device).expand(len(x_PI), columns)
+
+
+def zero_without_rows(ends: Ends, *gradients: Tensor) -> None:
+    """Sets to zero what gradients [E, ...] have of experts without rows: on some GPUs grouped_mm leaves there what was
+    in memory before (pytorch#172439). Which they are the host knows."""
+    starts = [0, *ends.host[:-1]]
+    empty = [start == end for start, end in zip(starts, ends.host, strict=True)]
+    for without, run in itertools.groupby(range(len(empty)), empty.__getitem__):
+        experts = [*run]
+        for gradient in gradients if without else ():
+            gradient[experts[0] : experts[-1] + 1].zero_()
+
+
+class GroupedLinear(torch.autograd.Function):
+    """y = x W^T + scale (x A^T) B^T for rows grouped by expert, W frozen in `storage`; A [E, r, in] and B [E, out, r]
+    may be None. needed: False gives NaN for y, where its gradient alone is wanted. Keeps x and x A^T alone for
+    backward, and A and B as the parameters themselves: what ZeRO-3 gathered for the forward can go, and is gathered
+    again."""
+
+    @staticmethod
+    def forward(ctx, x_PI, A_ErI, B_EOr, storage, scale, ends, needed=True):
+        forward = _by_expert if on_threads(x_PI, storage.out_features) else _grouped
+        y_PO, h_Pr = forward(x_PI, A_ErI, B_EOr, storage, scale, ends, needed)
+        ctx.save_for_backward(*((x_PI, h_Pr, A_ErI, B_EOr) if A_ErI is not None else ()))
+        ctx.storage, ctx.scale, ctx.ends = storage, scale, ends
+        return y_PO
+
+    @staticmethod
+    def backward(ctx, grad_PO):
+        lora, needed = ctx.saved_tensors, ctx.needs_input_grad[0]
+        backward = _gradients_by_expert if on_threads(grad_PO, ctx.storage.in_features) else _grouped_gradients
+        x_PI, h_Pr, A_ErI, B_EOr = lora or [None] * 4
+        grads = backward(grad_PO.contiguous(), x_PI, h_Pr, A_ErI, B_EOr, ctx.storage, ctx.scale, ctx.ends, needed)
+        return *grads, *[None] * 4
+
+
+def _grouped(x_PI, A_ErI, B_EOr, storage, scale, ends, needed):
+    """y [P, O] and x A^T [P, r]."""
+    y_PO = frozen_product(x_PI, storage, ends) if needed else _nan(x_PI, storage.out_features)
+    if A_ErI is None:
+        return y_PO, None
+    h_Pr = F.grouped_mm(x_PI, A_ErI.to(x_PI.dtype).transpose(1, 2), offs=ends.device)
+    if needed:
+        add_grouped_(y_PO, h_Pr, B_EOr.to(x_PI.dtype).transpose(1, 2), ends, scale)
+    return y_PO, h_Pr
+
+
+def _grouped_gradients(grad_PO, x_PI, h_Pr, A_ErI, B_EOr, storage, scale, ends, needed):
+    """The gradients of x, A and B."""
+    grad_PI = frozen_product(grad_PO, storage, ends, transposed=True) if needed else None
+    if A_ErI is None:
+        return grad_PI, None, None
+    A, B = A_ErI.to(x_PI.dtype), B_EOr.to(x_PI.dtype)
+    scaled_Pr = F.grouped_mm(grad_PO, B, offs=ends.device).mul_(scale)
+    grad_B = F.grouped_mm(grad_PO.T, h_Pr, offs=ends.device).mul_(scale)
+    grad_A = F.grouped_mm(scaled_Pr.T, x_PI, offs=ends.device)
+    zero_without_rows(ends, grad_A, grad_B)
+    if grad_PI is not None:
+        add_grouped_(grad_PI, scaled_Pr, A, ends)
+    return grad_PI, grad_A.to(A_ErI.dtype), grad_B.to(B_EOr.dtype)
+
+
+def _weight(storage: Storage, dtype: torch.dtype) -> Callable[[int], Tensor]:
+    """What gives an expert's weight [O, I]."""
+    plain = storage.plain
+    return lambda expert: storage.weights(expert, expert + 1, dtype)[0] if plain is None else plain[expert]
+
+
+def _by_expert(x_PI, A_ErI, B_EOr, storage, scale, ends, needed):
+    """`_grouped`, each expert on one of the threads."""
+    y_PO = x_PI.new_empty(len(x_PI), storage.out_features) if needed else _nan(x_PI, storage.out_features)
+    weight, experts = _weight(storage, x_PI.dtype), range(storage.experts)
+
+    def frozen(x, y, expert):
+        if needed:
+            torch.mm(x, weight(expert).T, out=y)
+
+    def with_lora(x, y, expert, h, A, B):
+        torch.mm(x, A, out=h)
+        if needed:
+            torch.mm(x, weight(expert).T, out=y).addmm_(h, B, alpha=scale)
+
+    if A_ErI is None:
+        each_expert(ends, frozen, x_PI, y_PO, experts)
+        return y_PO, None
+    h_Pr = x_PI.new_empty(len(x_PI), A_ErI.shape[1])
+    A_EIr, B_ErO = (factor.to(x_PI.dtype).transpose(1, 2) for factor in (A_ErI, B_EOr))
+    each_expert(ends, with_lora, x_PI, y_PO, experts, h_Pr, A_EIr.unbind(), B_ErO.unbind())
+    return y_PO, h_Pr
+
+
+def _gradients_by_expert(grad_PO, x_PI, h_Pr, A_ErI, B_EOr, storage, scale, ends, needed):
+    """`_grouped_gradients`, each expert on one of the threads."""
+    grad_PI = grad_PO.new_empty(len(grad_PO), storage.in_features) if needed else _nan(grad_PO, storage.in_features)
+    weight, experts = _weight(storage, grad_PO.dtype), range(storage.experts)
+
+    def frozen(grad, grad_x, expert):
+        if needed:
+            torch.mm(grad, weight(expert), out=grad_x)
+
+    def with_lora(grad, grad_x, expert, x, h, A, B, grad_A, grad_B):
+        scaled = torch.mm(grad, B).mul_(scale)
+        if needed:
+            torch.mm(grad, weight(expert), out=grad_x).addmm_(scaled, A)
+        torch.mm(grad.T, h, out=grad_B).mul_(scale)
+        torch.mm(scaled.T, x, out=grad_A)
+
+    if A_ErI is None:
+        each_expert(ends, frozen, grad_PO, grad_PI, experts)
+        return grad_PI if needed else None, None, None
+    A, B = A_ErI.to(x_PI.dtype), B_EOr.to(x_PI.dtype)
+    grad_A, grad_B = torch.empty_like(A), torch.empty_like(B)
+    zero_without_rows(ends, grad_A, grad_B)
+    factors = (part.unbind() for part in (A, B, grad_A, grad_B))
+    each_expert(ends, with_lora, grad_PO, grad_PI, experts, x_PI, h_Pr, *factors)
+    return grad_PI if needed else None, grad_A.to(A_ErI.dtype), grad_B.to(B_EOr.dtype)
+
+
+class GroupedTrained(torch.autograd.Function):
+    """y = x W^T for rows grouped by expert, with W [E, out, in] itself trained. Keeps the parameter, not a view of it,
+    which would keep what ZeRO-3 gathered."""
+
+    @staticmethod
+    def forward(ctx, x_PI, weight_EOI, ends, needed=True):
+        ctx.save_for_backward(x_PI, weight_EOI)
+        ctx.ends = ends
+        if not needed:
+            return _nan(x_PI, weight_EOI.shape[1])
+        if not on_threads(x_PI, weight_EOI.shape[1]):
+            return F.grouped_mm(x_PI, weight_EOI.transpose(1, 2), offs=ends.device)
+        y_PO = x_PI.new_empty(len(x_PI), weight_EOI.shape[1])
+        each_expert(ends, lambda x, y, weight: torch.mm(x, weight.T, out=y), x_PI, y_PO, weight_EOI.unbind())
+        return y_PO
+
+    @staticmethod
+    def backward(ctx, grad_PO):
+        (x_PI, weight_EOI), ends_E = ctx.saved_tensors, ctx.ends.device
+        grad_PO = grad_PO.contiguous()
+        if on_threads(grad_PO, weight_EOI.shape[2]):
+            return (
+                *_trained_gradients_by_expert(grad_PO, x_PI, weight_EOI, ctx.ends, ctx.needs_input_grad[0]),
+                None,
+                None,
+            )
+        grad_PI = F.grouped_mm(grad_PO, weight_EOI, offs=ends_E) if ctx.needs_input_grad[0] else None
+        grad_EOI = F.grouped_mm(grad_PO.T, x_PI, offs=ends_E)
+        zero_without_rows(ctx.ends, grad_EOI)
+        return grad_PI, grad_EOI, None, None
+
+
+def _trained_gradients_by_expert(grad_PO, x_PI, weight_EOI, ends, needed):
+    """The gradients of x and W, each expert on one of the threads."""
+    grad_PI = torch.empty_like(x_PI) if needed else _nan(x_PI, x_PI.shape[1])
+    grad_EOI = torch.empty_like(weight_EOI)
+    zero_without_rows(ends, grad_EOI)
+
+    def products(grad, x, grad_x, weight, grad_weight):
+        if needed:
+            torch.mm(grad, weight, out=grad_x)
+        torch.mm(grad.T, x, out=grad_weight)
+
+    each_expert(ends, products, grad_PO, x_PI, grad_PI, weight_EOI.unbind(), grad_EOI.unbind())
+    return grad_PI if needed else None, grad_EOI
