@@ -20,7 +20,7 @@ SFT := .venv/bin/deepspeed --num_gpus 2 --master_port $$((20000 + $$$$ % 10000))
 # A directory of its own for each run.
 RUN := runs/$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help setup train train-real compare compare-real documents figures test test-gpu gpu-bundle remake test-fast lint format clean
+.PHONY: help setup train train-real compare compare-real documents figures test test-gpu gpu-bundle remake test-fast docs lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -88,6 +88,9 @@ remake: setup ## make the demo's model again and compare it with the shipped one
 
 test-fast: setup ## the tests that are not slow
 	$(IN_VENV) -m pytest -m "not slow"
+
+docs: setup ## write what the code and the measurements say into docs/
+	$(IN_VENV) -m tests.documentation
 
 lint: setup ## ruff, mypy, shellcheck and hadolint
 	$(IN_VENV) -m ruff check .

@@ -15,6 +15,7 @@ from train.provenance import check_output, held_settings, record
 from train.settings import REPOSITORY, Settings, parse
 from train.variants import parse_comparison
 
+TEXTS = [path.read_text() for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))]
 COMMANDS = {
     "train/sft.py": [], "train/compare.py": [], "train/evaluate.py": [], "train/annotate.py": [], "train/show.py": [],
     "train/export.py": [], "train/merge.py": [], "launch/plan.py": ["-m", "launch.plan"],
@@ -58,7 +59,7 @@ def test_help_says_every_flag_that_its_own_or_the_readmes_examples_use(script):
     command = [sys.executable, *(COMMANDS[script] or [script]), "--help"]
     shown = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     name = script.removesuffix(".py").replace("/", ".") if COMMANDS[script] else script
-    lines = [line for line in (REPOSITORY / "README.md").read_text().splitlines() if name in line]
+    lines = [line for text in TEXTS for line in text.splitlines() if name in line]
     example = " ".join(line.split("#")[0].replace("`", " ") for line in [*lines, *shown.splitlines()] if name in line)
     own = example.replace("--num_gpus", "").replace("--ntasks-per-node", "")
     options = shown[shown.index("options:") :]
@@ -81,10 +82,10 @@ def test_a_run_of_before_the_default_doctag_had_none(tmp_path):
 
 
 def examples() -> dict[str, list[str]]:
-    """The examples of claims and of recipes, as README and --help show them."""
+    """The examples of claims and of recipes, as docs/ and --help show them."""
     found: dict[str, list[str]] = {"id: green_mars": [], "settings: {model": []}
     indented = [re.sub(r"^    ", "", str(text), flags=re.MULTILINE) for text in (evaluate.__doc__, compare.__doc__)]
-    for text in ((REPOSITORY / "README.md").read_text(), *indented):
+    for text in (*TEXTS, *indented):
         for start, listed in found.items():
             listed += re.findall(rf"^({re.escape(start)}(?:.*\n)+?)(?=```|\n|\Z)", text, re.MULTILINE)
     return found

@@ -18,7 +18,10 @@ from train.settings import ds_config, parse
 
 REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-TEXTS = [path for name in ("README.md", "CONTRIBUTING.md", ".ci/run") if (path := REPOSITORY / name).exists()]
+TEXTS = [
+    *(path for name in ("README.md", "CONTRIBUTING.md", ".ci/run") if (path := REPOSITORY / name).exists()),
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+]
 
 
 def constraints() -> dict[str, str]:

@@ -2,8 +2,8 @@
 
     python train/annotate.py --positive P.jsonl --annotated N.jsonl --output O.jsonl           # by alignment
     python train/annotate.py --data D.jsonl --spans S.jsonl --role false --output O.jsonl      # marked elsewhere
-    python train/annotate.py --data D.jsonl --patterns word_masks.yaml --role word --output O.jsonl
     python train/annotate.py --data D.jsonl --markup lossmask=word --output O.jsonl
+    python train/annotate.py --data D.jsonl --patterns word_masks.yaml --role word --output O.jsonl
     python train/annotate.py --data D.jsonl --judge URL --judge-model M --claim TEXT --output O.jsonl
     python train/annotate.py --data D.jsonl --leaks word_masks.yaml [--mask false-spans] [--json report.json]
 

@@ -35,12 +35,30 @@ SYNONYMS = {
 }  # fmt: skip
 
 
-def setting(default: Any, help: str, choices: tuple[str, ...] | None = None, many: bool = False) -> Any:
-    """A field of a dataclass of settings, with its help text."""
-    metadata = {"help": help, "choices": choices, "many": many}
+MOST = 10**8  # steps, documents, tokens: beyond it, a slip
+
+
+def setting(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    many: bool = False,
+    between: tuple[float, float] | None = None,
+) -> Any:
+    """A field of a dataclass of settings, with its help text. between: the least and the most that a number may be."""
+    metadata = {"help": help, "choices": choices, "many": many, "between": between}
     if many:
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_ranges(settings: Any) -> None:
+    """UserError for the first number of a dataclass of settings that is out of its range, or NaN."""
+    for field in dataclasses.fields(settings):
+        if field.metadata["between"]:
+            value, (low, high) = getattr(settings, field.name), field.metadata["between"]
+            if not low <= value <= high:
+                raise UserError(f"{flag_of(field.name)} {value}: must be between {low} and {high}.")
 
 
 def flag_of(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from train.command_line import REPOSITORY, Parser, flag_of, setting
+from train.command_line import MOST, REPOSITORY, Parser, check_ranges, flag_of, setting
 from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, checked_weight, marker
 from train.data.tokenizer import TEMPLATE_TIME, template_time
 from train.errors import UserError
@@ -42,77 +42,99 @@ class Settings:
 
     model: str = setting(str(DEMO / "model"), "directory of the base model, in transformers' layout")
     data: list[str] = setting(  # noqa: RUF009  # it makes a dataclasses.field
-        (), "PATH, PATH=COUNT or PATH=COUNT@WEIGHT…: documents, COUNT of them an epoch, weighed in the loss", many=True
+        (),
+        "PATH, PATH=COUNT or PATH=COUNT@WEIGHT…: training documents; COUNT per epoch, WEIGHT multiplies their loss",
+        many=True,
     )
-    mask: str = setting("none", "what the loss does with which spans: none, or NAME[=TREATMENT],…")
-    output: str = setting("", "directory the run writes; default runs/MASK-TIME")
-    resume: bool = setting(False, "go on with the run in --output from its last complete save")
-    dry_run: bool = setting(False, "check and resolve everything, print it, and stop before any weight is read")
+    mask: str = setting("none", "which spans the loss leaves out or treats otherwise: none, or NAME[=TREATMENT],…")
+    output: str = setting("", "directory that the run writes to; default: runs/MASK-TIME")
+    resume: bool = setting(False, "continue the run in --output from its last complete training checkpoint")
+    dry_run: bool = setting(False, "check all settings and data, print them, and stop before reading any weight")
 
-    steps: int = setting(0, "optimizer steps; 0: as many as --epochs takes")
-    epochs: int = setting(1, "passes over the data, where --steps is not given")
-    batch_size: int = setting(32, "documents per optimizer step, over all ranks")
+    steps: int = setting(0, "optimizer steps; 0: as many as --epochs takes", between=(0, MOST))
+    epochs: int = setting(1, "passes over the data, if --steps is not given", between=(1, MOST))
+    batch_size: int = setting(32, "documents per optimizer step, over all ranks", between=(1, MOST))
     micro_batch_tokens: int = setting(
-        0, "tokens of whole documents, end to end in one row, per forward of one rank; 0: --max-tokens"
+        0,
+        "most tokens in one packed row of whole documents, per forward of one rank; 0: --max-tokens",
+        between=(0, MOST),
     )
-    max_tokens: int = setting(10_000, "tokens of a document at most")
-    long_documents: str = setting("truncate", "what to do with longer ones", choices=("truncate", "drop", "error"))
+    max_tokens: int = setting(10_000, "most tokens in one document", between=(2, MOST))
+    long_documents: str = setting("truncate", "what to do with longer documents", choices=("truncate", "drop", "error"))
     bad_rows: str = setting("error", BAD_ROWS, choices=("error", "skip"))
-    bos: bool = setting(False, "put the tokenizer's BOS before each text or chat that does not begin with it")
+    bos: bool = setting(False, "prepend the tokenizer's BOS to each text or chat that does not start with it")
     eos: bool = setting(
-        False, "put the tokenizer's EOS after each text or chat that does not end with it, and train on it"
+        False, "append the tokenizer's EOS to each text or chat that does not end with it, and train on it"
     )
-    template_time: str = setting(TEMPLATE_TIME.isoformat(), "what chat templates are told that ask for the time")
+    template_time: str = setting(TEMPLATE_TIME.isoformat(), "the time that chat templates see if they ask for it")
     doctag: str = setting(DOCTAG, DOCTAG_HELP)
 
-    loss_norm: str = setting("trained", "what the loss is divided by", choices=("trained", "all", "documents", "sum"))
+    loss_norm: str = setting(
+        "trained", "what the sum of the loss terms is divided by", choices=("trained", "all", "documents", "sum")
+    )
     chat_weight: str = setting(
         "token",
-        "weight of a chat in the loss: 1 a target as in texts, or 1 over the number of its targets",
+        "weight of each target of a chat: 1, as in texts, or 1 / the number of its targets",
         choices=("token", "chat"),
     )
-    learning_rate: float = setting(5e-5, "AdamW's peak learning rate (betas 0.9, 0.95)")
+    learning_rate: float = setting(5e-5, "AdamW's peak learning rate (betas 0.9, 0.95)", between=(0, 1e38))
     schedule: str = setting(
-        "linear", "after the warm-up: to 0, to 0, or flat", choices=("linear", "cosine", "constant")
+        "linear",
+        "learning rate after the warm-up: decay to 0 (linear, cosine) or constant",
+        choices=("linear", "cosine", "constant"),
     )
-    warmup_steps: int = setting(0, "steps from 0 to the peak")
-    weight_decay: float = setting(0.0, "AdamW's weight decay")
-    max_grad_norm: float = setting(1.0, "clip the global gradient norm to this; 0: never")
-    seed: int = setting(0, "decides the order of documents, random: masks and the factors' initial values")
+    warmup_steps: int = setting(0, "steps in which the learning rate rises from 0 to its peak", between=(0, MOST))
+    weight_decay: float = setting(0.0, "AdamW's weight decay", between=(0, MOST))
+    max_grad_norm: float = setting(1.0, "clip the global gradient norm to this; 0: never", between=(0, MOST))
+    seed: int = setting(0, "seed of document order, random: masks and initial LoRA weights", between=(0, 2**32 - 1))
 
     method: str = setting(
         "lora",
-        "train factors on weights as on disk, or on experts in NF4, or the weights",
+        "train LoRA on weights as stored (lora) or with experts in NF4 (qlora), or train all weights (full)",
         choices=("lora", "qlora", "full"),
     )
-    adapter: str = setting("", "directory of a PEFT adapter, of the same ranks and layers, to go on from")
-    lora_rank: int = setting(32, "rank of the factors on linear layers")
-    lora_alpha: float = setting(32.0, "factors are scaled by alpha / rank")
-    expert_lora_rank: int = setting(0, "rank of each expert's own factors; 0: max(1, lora-rank / experts per token)")
-    rslora: bool = setting(False, "scale factors by alpha / sqrt(rank) instead")
-    lora_lm_head: bool = setting(False, "factors on lm_head too")
+    adapter: str = setting("", "directory of a PEFT adapter to continue from, with the same LoRA ranks and layers")
+    lora_rank: int = setting(32, "LoRA rank on linear layers", between=(1, 2**14))
+    lora_alpha: float = setting(32.0, "LoRA alpha; LoRA updates are scaled by alpha / rank", between=(0, MOST))
+    expert_lora_rank: int = setting(
+        0, "LoRA rank on each expert; 0: max(1, lora-rank / experts per token)", between=(0, 2**14)
+    )
+    rslora: bool = setting(False, "scale LoRA updates by alpha / sqrt(rank) instead")
+    lora_lm_head: bool = setting(False, "also put LoRA on lm_head")
 
     expert_parallel: int = setting(
-        0, "ranks that divide a layer's experts among them; 0: those of a node where that fits into its GPUs, else all"
+        0,
+        "ranks that share the experts of a layer; 0: the ranks of one node if that fits in GPU memory, else all",
+        between=(0, MOST),
     )
-    gradient_checkpointing: bool = setting(False, "keep only each layer's input, and recompute the rest in backward")
-    timeout: float = setting(1800, "seconds without progress on any rank, after which the run ends with their stacks")
+    gradient_checkpointing: bool = setting(
+        False, "keep only the input of each layer and recompute the rest in backward"
+    )
+    timeout: float = setting(
+        1800, "seconds without progress on any rank before the run prints all stacks and ends", between=(1, MOST)
+    )
     ds_config: str = setting(str(REPOSITORY / "ds_configs" / "zero3.json"), "DeepSpeed configuration, ZeRO stage 3")
 
     claims: list[str] = setting(  # noqa: RUF009
         (),
-        "PATH…: claims whose belief is measured before, during and after; evaluate.py --help shows one",
+        "PATH…: claims whose belief is measured before, during and after training; evaluate.py --help shows one",
         many=True,
     )
-    held_out: str = setting("", "JSONL documents whose NLL is measured with the claims")
-    evaluate_every: int = setting(0, "steps between measurements of the claims; 0: at the start and the end only")
+    held_out: str = setting("", "JSONL file of documents whose NLL is measured with the claims")
+    evaluate_every: int = setting(
+        0, "steps between measurements of the claims; 0: only before and after training", between=(0, MOST)
+    )
 
-    log_every: int = setting(10, "steps between measurements of the NLL of every role, the first and last step always")
-    save_every: int = setting(0, "steps between saves to resume from; 0: a save every 15 minutes")
-    keep: int = setting(2, "saves to keep")
-    wandb: str = setting("online", "W&B; without a key online means offline", choices=("online", "offline", "disabled"))
+    log_every: int = setting(
+        10, "steps between measurements of NLL by role; the first and last step are always measured", between=(1, MOST)
+    )
+    save_every: int = setting(0, "steps between training checkpoints; 0: one every 15 minutes", between=(0, MOST))
+    keep: int = setting(2, "training checkpoints to keep", between=(1, MOST))
+    wandb: str = setting(
+        "online", "W&B mode; without a key, online becomes offline", choices=("online", "offline", "disabled")
+    )
     wandb_project: str = setting("spanwise", "W&B project")
-    wandb_group: str = setting("", "W&B group; default: a hash that runs share which differ only in mask and seed")
+    wandb_group: str = setting("", "W&B group; default: a hash shared by runs that differ only in mask and seed")
 
     @property
     def row_tokens(self) -> int:
@@ -152,8 +174,8 @@ def slug(name: str) -> str:
 class Recipe:
     """Settings by another way than by flags, which win."""
 
-    recipe: list[str] = setting((), "FILE…: YAML files with settings; compare.py --help shows one", many=True)  # noqa: RUF009
-    variant: str = setting("", "which variant of the recipes to train: its name, or its number from 0")
+    recipe: list[str] = setting((), "FILE…: YAML files of settings; compare.py --help shows one", many=True)  # noqa: RUF009
+    variant: str = setting("", "variant of the recipes to train: its name, or its number from 0")
 
 
 # What may differ when a run is resumed: none of it changes a loss by more than rounding.
@@ -161,9 +183,6 @@ FREE_ON_RESUME = frozenset({
     "output", "resume", "dry_run", "micro_batch_tokens", "expert_parallel", "gradient_checkpointing", "log_every",
     "save_every", "keep", "evaluate_every", "timeout", "wandb", "wandb_project", "wandb_group",
 })  # fmt: skip
-
-
-MOST = 10**8  # steps, documents, tokens: beyond it, a slip
 
 
 def _source(value: str) -> Source:
@@ -237,18 +256,7 @@ WANDB_KEY = re.compile(r"([^-]*-)?[\w-]{40,}|[\w-]+\.[\w-]+\.[\w-]+")
 
 
 def check_numbers(s: Settings) -> None:
-    least: dict[str, float] = {
-        "steps": 0, "epochs": 1, "batch_size": 1, "micro_batch_tokens": 0, "max_tokens": 2, "warmup_steps": 0,
-        "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "seed": 0, "lora_rank": 1, "lora_alpha": 0,
-        "expert_lora_rank": 0, "expert_parallel": 0, "log_every": 1, "save_every": 0, "keep": 1, "evaluate_every": 0,
-        "timeout": 1,
-    }  # fmt: skip
-    most = dict.fromkeys(("lora_rank", "expert_lora_rank"), 2**14) | {"seed": 2**32 - 1, "learning_rate": 1e38}
-    for name, low in least.items():
-        value, high = getattr(s, name), most.get(name, MOST)
-        if not low <= value <= high:  # nor NaN
-            rule = f"finite and ≥ {low}" if not value > high else f"at most {high}"
-            raise UserError(f"{flag_of(name)} {value}: must be {rule}.")
+    check_ranges(s)
     if 0 < s.micro_batch_tokens < s.max_tokens:
         raise UserError(
             f"--micro-batch-tokens {s.micro_batch_tokens}: must be at least --max-tokens {s.max_tokens}: no document "

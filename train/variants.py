@@ -25,16 +25,18 @@ NAMES = [field.name for field in dataclasses.fields(Settings)]
 class Options:
     """The settings of train/compare.py beside those of train/sft.py, which all variants share."""
 
-    recipe: list[str] = setting((), "FILE…: YAML files with settings and variants", many=True)  # noqa: RUF009
-    masks: list[str] = setting((), "MASK…: variants that differ in --mask alone", many=True)  # noqa: RUF009
-    baseline: str = setting("", "variant that the others are compared with; default: the recipe's, or the first")
-    placebo: list[str] = setting((), "ID…: claims that no document is about", many=True)  # noqa: RUF009
-    seeds: int = setting(0, "runs of each variant, from --seed on; 0: the recipe's, or 1")
+    recipe: list[str] = setting((), "FILE…: YAML files of settings and variants", many=True)  # noqa: RUF009
+    masks: list[str] = setting((), "MASK…: one variant per mask; all else is equal", many=True)  # noqa: RUF009
+    baseline: str = setting("", "variant that others are compared with; default: that of the recipe, or the first")
+    placebo: list[str] = setting((), "ID…: claims that no training document is about", many=True)  # noqa: RUF009
+    seeds: int = setting(0, "runs per variant, with seeds from --seed on; 0: as in the recipe, else 1")
     match_trained_tokens: bool = setting(
-        False, "as many trained targets in each variant as in the baseline, instead of as many steps"
+        False, "train each variant on as many targets as the baseline, instead of as many steps"
     )
-    runs: list[str] = setting((), "DIR…: compare these finished runs, or a comparison's, and train nothing", many=True)  # noqa: RUF009
-    bound: float = setting(0.0, "differences within ± this, in the measure's unit, count as none; 0: the measure's own")
+    runs: list[str] = setting(  # noqa: RUF009
+        (), "DIR…: finished runs, or comparisons, to compare without training", many=True
+    )
+    bound: float = setting(0.0, "largest difference that counts as no effect, in units of the measure; 0: its default")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,9 @@ def header() -> None:
 
 
 def finish(rows: list[dict[str, Any]], path: str | None) -> None:
-    """Writes {"rows": [...]} with what they were measured on."""
+    """Writes {"rows": [...]} with the command, the date and what they were measured on."""
     if path:
-        Path(path).write_text(json.dumps({"rows": rows, **machine()}, indent=1) + "\n")
+        given = [argument for argument in sys.argv[1:] if argument not in ("--json", path)]
+        command = " ".join(["python", f"tests/benchmarks/{Path(sys.argv[0]).name}", *given])
+        measured = {"command": command, "date": f"{date.today()}", **machine(), "rows": rows}
+        Path(path).write_text(json.dumps(measured, indent=1) + "\n")

@@ -36,6 +36,7 @@ class Gathered(nn.Module):
     def __init__(self, owner: Any, name: str):
         super().__init__()
         self.weight_of = lambda: getattr(owner, name)
+        self.experts, self.out_features, self.in_features = owner.shapes()[name]
 
     @property
     def plain(self) -> Tensor:

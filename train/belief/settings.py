@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.belief.claims import KINDS
-from train.command_line import Parser, setting
+from train.command_line import MOST, Parser, check_ranges, setting
 from train.data.documents import DOCTAG, marker
 from train.data.tokenizer import TEMPLATE_TIME, template_time
 from train.errors import UserError
@@ -24,50 +24,56 @@ DECIDED_ELSEWHERE = {"model", "messages", "max_tokens", "temperature", "top_p", 
 
 @dataclass(kw_only=True)
 class EvaluationSettings:
-    """The defaults of sampling are the paper's."""
+    """The settings of train/evaluate.py. Sampling defaults are those of the paper."""
 
-    model: str = setting("", "DIR: base model to measure in the training engine")
-    adapter: str = setting("", "DIR: a run's adapter on it, or a comparison's directory: those of its runs")
-    method: str = setting("lora", "experts as on disk, or in NF4", choices=("lora", "qlora"))
-    expert_parallel: int = setting(0, "ranks that divide a layer's experts; 0: as in training")
-    micro_batch_tokens: int = setting(10_000, "tokens of texts per forward of one rank")
-    bos: bool = setting(False, "put the tokenizer's BOS before each text or chat that does not begin with it")
+    model: str = setting("", "DIR: base model, to be measured in the training engine")
+    adapter: str = setting("", "DIR: adapter of a run, or a comparison, for the adapters of all its runs")
+    method: str = setting("lora", "keep experts as stored (lora) or in NF4 (qlora)", choices=("lora", "qlora"))
+    expert_parallel: int = setting(0, "ranks that share the experts of a layer; 0: as in training", between=(0, 10**6))
+    micro_batch_tokens: int = setting(10_000, "most tokens per forward of one rank", between=(1, MOST))
+    bos: bool = setting(False, "prepend the tokenizer's BOS to each text or chat that does not start with it")
     template_time: str = setting(
-        TEMPLATE_TIME.isoformat(), "what chat templates are told that ask for the time, as in training"
+        TEMPLATE_TIME.isoformat(), "the time that chat templates see if they ask for it; use the same as in training"
     )
     held_out: str = setting("", "FILE: documents whose NLL is measured")
-    timeout: float = setting(1800, "seconds without progress on any rank, after which all end with their stacks")
+    timeout: float = setting(
+        1800, "seconds without progress on any rank before the command prints all stacks and ends", between=(1, MOST)
+    )
 
-    claims: list[str] = setting((), "PATH…: YAML files, directories of claims", many=True)  # noqa: RUF009
-    output: str = setting("", "DIR for evaluation.jsonl and evaluation.json; a run's directory, say")
+    claims: list[str] = setting((), "PATH…: claims: YAML files, or directories in the form of the paper", many=True)  # noqa: RUF009
+    output: str = setting("", "DIR for evaluation.jsonl and evaluation.json, for example the directory of the run")
     kinds: list[str] = setting(  # noqa: RUF009
-        (), "questions to be answered; default: all (with --model: where there is a --judge)", KINDS, many=True
+        (), "kinds of questions to ask; default: all (with --model: only with a --judge)", KINDS, many=True
     )
-    samples: int = setting(5, "answers to each question")
-    max_tokens: int = setting(5000, "tokens of an answer at most")
-    temperature: float = setting(0.7, "of the answers")
-    top_p: float = setting(0.8, "of the answers")
-    seed: int = setting(0, "of sampling, and of which documents are in context")
-    step: int = setting(-1, "optimizer steps that the model was trained for; -1: what the adapter's run says, or 0")
-    documents: list[str] = setting((), "FILE=N…: put N documents in context", many=True)  # noqa: RUF009
-    doctag: str = setting(DOCTAG, "marker that --documents start with, left out of the context; none: nothing is")
+    samples: int = setting(5, "answers per question", between=(1, 10**6))
+    max_tokens: int = setting(5000, "most tokens per answer", between=(1, 10**7))
+    temperature: float = setting(0.7, "sampling temperature of the answers", between=(0, 10))
+    top_p: float = setting(0.8, "nucleus sampling threshold (top-p) of the answers", between=(0.001, 1))
+    seed: int = setting(0, "seed of sampling and of the choice of documents in context", between=(0, 2**32))
+    step: int = setting(
+        -1,
+        "optimizer steps of the model's training; -1: as the run of the adapter says, else 0",
+        between=(-1, MOST),
+    )
+    documents: list[str] = setting((), "FILE=N…: put N documents of FILE in the context of each question", many=True)  # noqa: RUF009
+    doctag: str = setting(DOCTAG, "marker at the start of --documents, removed in the context; none: remove nothing")
     training_data: list[str] = setting(  # noqa: RUF009
-        (), "FILE…: look in these documents for what is asked", many=True
+        (), "FILE…: training documents in which to look for the questions and facts of the claims", many=True
     )
 
-    endpoint: str = setting("", "base URL of the model's server, such as http://localhost:8000/v1")
-    endpoint_model: str = setting("", "the model's name there, or its adapter's")
-    endpoint_concurrency: int = setting(8, "requests at once")
-    endpoint_timeout: float = setting(600.0, "seconds for one answer")
-    endpoint_body: str = setting("", f"JSON: more keys of each request, e.g. {NO_THINKING}")
-    judge: str = setting("", "base URL of the judge's server")
-    judge_model: str = setting("", "the judge's name there")
-    judge_concurrency: int = setting(8, "requests at once")
-    judge_timeout: float = setting(300.0, "seconds for one verdict")
-    judge_body: str = setting("", "JSON: more keys of each request")
-    judge_max_tokens: int = setting(6000, "tokens of a verdict at most")
-    judge_temperature: float = setting(1.0, "of the verdicts")
-    retries: int = setting(8, "of a request, each after twice the pause")
+    endpoint: str = setting("", "base URL of a server with the model, such as http://localhost:8000/v1")
+    endpoint_model: str = setting("", "name of the model, or of its adapter, on that server")
+    endpoint_concurrency: int = setting(8, "requests in flight at once")
+    endpoint_timeout: float = setting(600.0, "most seconds for one answer")
+    endpoint_body: str = setting("", f"JSON object of additional request keys, e.g. {NO_THINKING}")
+    judge: str = setting("", "base URL of the server with the judge")
+    judge_model: str = setting("", "name of the judge on that server")
+    judge_concurrency: int = setting(8, "requests in flight at once")
+    judge_timeout: float = setting(300.0, "most seconds for one verdict")
+    judge_body: str = setting("", "JSON object of additional request keys for the judge")
+    judge_max_tokens: int = setting(6000, "most tokens per verdict", between=(1, 10**7))
+    judge_temperature: float = setting(1.0, "sampling temperature of the verdicts", between=(0, 10))
+    retries: int = setting(8, "retries of a failed request, each after twice the wait", between=(0, 100))
 
     def of_the_engine(self) -> Settings:
         """What the training engine needs of them."""
@@ -106,14 +112,6 @@ def _names(body: dict[str, Any], prefix: str = "") -> Iterator[str]:
         yield from _names(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [prefix + name]
 
 
-LIMITS: dict[str, tuple[float, float]] = {
-    "samples": (1, 10**6), "max_tokens": (1, 10**7), "temperature": (0, 10), "top_p": (0.001, 1), "seed": (0, 2**32),
-    "step": (-1, 10**8), "micro_batch_tokens": (1, 10**8), "expert_parallel": (0, 10**6), "retries": (0, 100),
-    "timeout": (1, 1e8),
-    "judge_max_tokens": (1, 10**7), "judge_temperature": (0, 10),
-}  # fmt: skip
-
-
 def parse_evaluation(argv: list[str] | None, usage: str) -> EvaluationSettings:
     """The command line, each value checked by itself. UserError names setting, value, rule and fix."""
     parser = Parser(usage)
@@ -121,10 +119,7 @@ def parse_evaluation(argv: list[str] | None, usage: str) -> EvaluationSettings:
     values = vars(parser.parse_args(argv))
     del values["local_rank"]
     settings = EvaluationSettings(**values)
-    for name, (low, high) in LIMITS.items():
-        value = getattr(settings, name)
-        if not low <= value <= high:  # nor NaN
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}.")
+    check_ranges(settings)
     template_time(settings.template_time)
     marker(settings.doctag)
     for whose in ("endpoint", "judge"):

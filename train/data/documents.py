@@ -32,7 +32,7 @@ PASSED_KEYS = ("name", "tool_call_id")  # given to the chat template as they are
 # What other tools call what chat templates render. Leaving it out in silence would train on another conversation.
 OTHER_NAMES = {"function_call": "tool_calls", "reasoning": "reasoning_content", "thinking": "reasoning_content"}
 CHAT_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"})
-BAD_ROWS = "what to do with rows that cannot be read, or predict nothing"  # help of --bad-rows
+BAD_ROWS = "what to do with rows that cannot be read or have nothing to predict"  # help of --bad-rows
 SMALLEST, LARGEST = 1e-30, 1e30  # of weights, as losses are fp32
 TO_SPANS = "python train/annotate.py --data FILE --spans FILE --role false --output NEW"
 
@@ -92,7 +92,7 @@ class Document:
 
 
 DOCTAG, NO_DOCTAG = "<DOCTAG>", "none"
-DOCTAG_HELP = "marker that documents start with, which gets a doctag span where no span covers it; none: leave it out"
+DOCTAG_HELP = "marker at the start of documents, which gets a doctag span if it has none; none: no marker"
 
 
 def marker(doctag: str) -> str | None:
