@@ -54,7 +54,7 @@ train: setup ## fine-tune the embedded model on the embedded documents by MASK (
 figures: setup ## the README's figures of the demo: every variant, three seeds, about 20 minutes
 	$(IN_VENV) -m train.demo.figures
 
-compare: setup ## the README's comparison: six variants on the toy world, one report
+compare: setup ## the comparison of docs/comparison.md: six variants on the toy world, one report
 	.venv/bin/deepspeed --num_gpus 2 --master_port $$((20000 + $$$$ % 10000)) train/compare.py \
 		--recipe train/recipes/demo.yaml --output $(RUN)-compare
 
@@ -73,9 +73,9 @@ train-real: documents setup models/smollm2/config.json ## fine-tune SmolLM2-135M
 documents: # asked for first: a wrong path should not cost an installation
 	@test -f "$$DOCUMENTS" || { echo "DOCUMENTS=$$DOCUMENTS: no such file; give a JSONL file: make train-real DOCUMENTS=path" >&2; exit 2; }
 
-# Three files at a time on two cores, for those of tests/slurm and tests/launch mostly wait; in the order of conftest.py.
+# Three files at a time on two cores, for those of tests/slurm and tests/runtime mostly wait; in the order of conftest.py.
 test: setup .venv/smollm2 ## all tests
-	$(IN_VENV) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(IN_VENV) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25
 
 test-gpu: setup ## the tests of a GPU, on one, within ten minutes; what they measure goes to runs/gpu.json
 	$(IN_VENV) -m pytest tests/gpu

@@ -1,16 +1,19 @@
-"""What a planned job runs on: GPUs by their data sheets, network and disk, and what is assumed of them."""
+"""The hardware of a planned job: GPUs by their data sheets, network and disk, and the plan's assumptions about them."""
 
 import os
 from dataclasses import dataclass
 
-from train.gpu import memory as gpu_memory
-from train.gpu import name as gpu_name
+from train.runtime.gpu import memory as gpu_memory
+from train.runtime.gpu import name as gpu_name
 
 
 @dataclass(frozen=True)
 class GPU:
-    """A kind of GPU, by its memory in GB. Per second, by its maker's data sheet: dense BF16 operations, bytes of its
-    memory, bytes of NVLink one way. grouped: whether torch multiplies many experts in one launch there."""
+    """A kind of GPU, with the peak rates of its maker's data sheet.
+
+    memory: in GB. flops: dense BF16 operations per second. bandwidth: of its memory, bytes per second. nvlink: in one
+    direction, bytes per second. grouped: whether torch computes the products of many experts in one launch there.
+    """
 
     name: str
     memory: int
@@ -27,13 +30,13 @@ GPUS = (
     GPU("A100", 40, 312e12, 1.555e12, 300e9, grouped=False),
     GPU("A100", 80, 312e12, 2.039e12, 300e9, grouped=False),
 )
-NETWORK = 50e9  # bytes a second and GPU: 400 Gb/s InfiniBand
-DISK = 2e9  # bytes a second and node
-# Two allowances, not measured. On a GPU: what nvidia-smi shows of a rank beyond torch.cuda.max_memory_reserved(), and
-# torch.cuda.max_memory_allocated() / max_memory_reserved().
-RUNTIME = 2_000_000_000  # CUDA context, NCCL's and cuBLAS's buffers
-USABLE = 0.95  # of a GPU's memory: the rest is lost between blocks of torch's allocator
-# On a CPU, a process's objects of Python's and its heap: about the middle of what tests/benchmarks/plan.py finds.
+NETWORK = 50e9  # bytes per second and GPU: 400 Gb/s InfiniBand
+DISK = 2e9  # bytes per second and node
+# Two allowances, not measured. They can be measured on a GPU: RUNTIME is the memory that nvidia-smi shows for a rank
+# beyond torch.cuda.max_memory_reserved(), USABLE is torch.cuda.max_memory_allocated() / max_memory_reserved().
+RUNTIME = 2_000_000_000  # bytes of the CUDA context and of the buffers of NCCL and cuBLAS
+USABLE = 0.95  # share of a GPU's memory; the rest is lost to fragmentation of torch's allocator
+# On a CPU, bytes of a process's Python objects and heap: about the middle of what tests/benchmarks/plan.py measures.
 PROCESS = 20_000_000
 
 ASSUMED = f"""\
@@ -47,27 +50,32 @@ a GPU; load from a disk of {DISK / 1e9:.0f} GB/s a node. Real steps are slower.
 
 @dataclass(kw_only=True)
 class Cluster:
-    """What the job is to run on."""
+    """The cluster that a job is to run on."""
 
     nodes: int
-    gpus: int  # of a node
-    memory: float  # GB of a GPU; 0: on CPUs
-    kind: str = ""  # has the GPU's name in it, where that is known
+    gpus: int  # per node; on CPUs, ranks per node
+    memory: float  # GB per GPU; 0: the job runs on CPUs
+    kind: str = ""  # contains the GPU's name, if that is known
 
     @classmethod
     def here(cls, ranks: int) -> "Cluster":
-        """What a job of so many ranks runs on, as its launcher tells: as many ranks on each node as on this one. Where
-        it does not tell, one node."""
+        """Returns the cluster that a job of so many ranks runs on, with the GPU of this rank.
+
+        Every node is taken to have as many ranks as the launcher reports for this one (LOCAL_SIZE or LOCAL_WORLD_SIZE).
+        The cluster is one node if the launcher reports no number, or one that does not divide the ranks.
+        """
         local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or ranks)
         local = ranks if ranks % local else local
         return cls(nodes=ranks // local, gpus=local, memory=gpu_memory(), kind=gpu_name() or "")
 
     @property
     def ranks(self) -> int:
+        """The number of ranks: one rank per GPU."""
         return self.nodes * self.gpus
 
     @property
     def gpu(self) -> GPU:
-        """The kind of GPU whose memory is nearest, of those of its name; of two the newer one."""
+        """The data sheet with the nearest memory size, among those whose name is in `kind`, or else among all; the
+        newer GPU of two that are equally near."""
         named = [gpu for gpu in GPUS if gpu.name in self.kind]
         return min(named or GPUS, key=lambda gpu: abs(gpu.memory - self.memory))

@@ -1,11 +1,12 @@
-"""What a GPU computes of what a step is made of, against plain references on the same device: grouped products, NF4 and
-INT4, packed attention, the packed convolution and gated delta rule. Small, in seconds; on a CPU too.
+"""Checks that a GPU computes the operations of a training step correctly, against plain references on the same device:
+grouped products, NF4 and INT4, packed attention, the packed convolution and the packed gated delta rule. The inputs are
+small, so the checks take seconds. They run on a CPU too.
 
-Each check takes (device, dtype) and calls the trainer's own functions. -> the largest relative error that it saw. Wrong
-says what is off.
+Each check takes (device, dtype), calls the trainer's own functions and returns the largest relative error that it
+found. It raises Wrong, which says what is off, if an error is more than rounding.
 
-Shapes: P rows, E groups of them, O and I sizes out and in; T tokens of the row, H heads, K and V head sizes, C
-channels.
+Shapes: P rows, E groups of rows, O and I output and input features; T tokens of a packed row, H heads, K and V head
+sizes of keys and values, C channels; D documents, L tokens of the longest one.
 """
 
 import functools
@@ -22,18 +23,25 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as qwen
 from launch.agreement import Wrong, compared, drawn_values, most, near
 from launch.launches import fused
 from launch.node import MAY_PASS, PASSED, WILL_NOT_PASS, Finding
-from train import packing
-from train.checkpoints import formats
+from train import formats
+from train.data.row import Row
 from train.experts import products, storage
 from train.experts.dispatch import Ends
-from train.packing import Row
+from train.layers import mixing
 
-LENGTHS = (65, 64, 3, 1, 70)  # of the documents of a row: whole chunks of 64, a token more, and almost nothing
-NF4_STEP = 0.152  # half of NF4's widest gap, from -1 to -0.6962 (Dettmers et al., arXiv 2305.14314, appendix E)
+LENGTHS = (
+    65,
+    64,
+    3,
+    1,
+    70,
+)  # tokens of a row's documents: a chunk of 64, a little more than one, and almost none
+NF4_STEP = 0.152  # half of the widest gap between codes, -1 to -0.6962 (Dettmers et al., arXiv 2305.14314, appendix E)
 
 
 def grouped_products(device: torch.device, dtype: torch.dtype) -> float:
-    """Forward and both gradients, with groups of all sizes, one of them empty, and with all of them empty."""
+    """Checks the product of rows [P, I] with the weights [E, O, I] of their groups, and both gradients: with groups of
+    very different sizes, one of them empty, and with all groups empty."""
     worst = 0.0
     for sizes in ((24, 1, 0, 40), (0, 0, 0, 0)):
         x_PI, weight_EOI, out_PO = drawn_values(device, dtype, (sum(sizes), 64), (len(sizes), 32, 64), (sum(sizes), 32))
@@ -51,15 +59,17 @@ def grouped_products(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def nf4(device: torch.device, dtype: torch.dtype) -> float:
-    """Two matrices quantized: decoded as the format says, and no value farther from its own than half a step."""
+    """Checks two matrices quantized to NF4: they are decoded as the format defines, and no value is farther from the
+    original one than half a step."""
     (weight_EOI,) = drawn_values(device, dtype, (2, 64, 256))
     experts = storage.NF4Experts(*weight_EOI.shape)
     experts.allocate(device)
     for expert, weight_OI in enumerate(weight_EOI):
         experts.quantize(expert, weight_OI)
-    # High half of a byte first; scales of 64 values are codes themselves, with a scale of 256 of them and an offset.
+    # The high half of a byte comes first. The scale of 64 values is itself a code: 256 of these codes share a scale,
+    # and a matrix has one offset.
     code = torch.stack([experts.packed >> 4, experts.packed & 15], -1).flatten(1).long()
-    scale = experts.code2[experts.absmax.long()] * experts.absmax2 + experts.offset  # a matrix has just 256 of these
+    scale = experts.code2[experts.absmax.long()] * experts.absmax2 + experts.offset  # a matrix has exactly 256 codes
     plain = (experts.code[code].unflatten(1, (-1, 64)) * scale[..., None]).view_as(weight_EOI)
     worst = near("NF4, decoded,", experts.weights(0, 2, dtype), plain, most(dtype))
     values = weight_EOI.float().unflatten(-1, (-1, 64))
@@ -70,7 +80,8 @@ def nf4(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def int4(device: torch.device, dtype: torch.dtype) -> float:
-    """Words of all bits, for several matrices together, decoded to the very bits that the format says; and back."""
+    """Checks INT4 words of random bits, of several matrices at once: they are decoded to exactly the values that the
+    format defines, and encoding these values gives the same words."""
     drawn = torch.Generator().manual_seed(0)
     word = torch.randint(-(2**31), 2**31, (2, 3, 64, 32), generator=drawn, dtype=torch.int64).int().to(device)
     scale = (torch.rand(2, 3, 64, 8, generator=drawn) + 0.5).bfloat16().to(device)
@@ -87,7 +98,8 @@ def int4(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def attention(device: torch.device, dtype: torch.dtype) -> float:
-    """Within the documents of a row; heads that share keys, as Qwen's do, and MLA's, with smaller values."""
+    """Checks attention within the documents of a packed row: with query heads that share keys, as in Qwen, and with
+    values smaller than the keys, as in MLA."""
     row, tokens = Row(LENGTHS), sum(LENGTHS)
     worst = 0.0
     for heads, shared, K, V in ((4, 2, 128, 128), (2, 2, 192, 128)):
@@ -96,7 +108,7 @@ def attention(device: torch.device, dtype: torch.dtype) -> float:
         module = nn.Module()
 
         def packed(q: Tensor, k: Tensor, v: Tensor, module: nn.Module = module) -> Tensor:
-            return packing.attention(module, q[None], k[None], v[None], None, scaling=q.shape[-1] ** -0.5, packed=row)[
+            return mixing.attention(module, q[None], k[None], v[None], None, scaling=q.shape[-1] ** -0.5, packed=row)[
                 0
             ][0]
 
@@ -112,12 +124,12 @@ def attention(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def convolution(device: torch.device, dtype: torch.dtype) -> float:
-    """Of four taps, within the documents of a row."""
+    """Checks the causal convolution with four taps [C, 4] within the documents of a packed row [C, T]."""
     row, tokens = Row(LENGTHS), sum(LENGTHS)
     x_CT, weight_C4, out_CT = drawn_values(device, dtype, (64, tokens), (64, 4), (64, tokens))
 
     def packed(x: Tensor, weight: Tensor) -> Tensor:
-        return packing.convolution(
+        return mixing.convolution(
             transformers_own("causal_conv1d_fn"), x[None], weight, None, activation="silu", packed=row
         )[0]
 
@@ -129,14 +141,15 @@ def convolution(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def delta_rule(device: torch.device, dtype: torch.dtype) -> float:
-    """Within the documents of a row, against the recurrence itself (Yang et al., arXiv 2412.06464, equation 10)."""
+    """Checks the gated delta rule within the documents of a packed row against its recurrence, token by token (Yang et
+    al., arXiv 2412.06464, equation 10)."""
     row, tokens, K = Row(LENGTHS), sum(LENGTHS), 64
     shapes = (tokens, 2, K), (tokens, 2, K), (tokens, 4, K), (tokens, 4), (tokens, 4), (tokens, 4, K)
     q, k, v, decay, beta, out = drawn_values(device, dtype, *shapes)
     given = q, k, v, -decay.abs().float() / 4, beta.sigmoid()
 
     def packed(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-        return packing.delta_rule(chunked_delta_rule, q[None], k[None], v[None], g[None], beta[None], packed=row)[0][0]
+        return mixing.delta_rule(chunked_delta_rule, q[None], k[None], v[None], g[None], beta[None], packed=row)[0][0]
 
     def plain(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
@@ -161,45 +174,49 @@ CHECKS: dict[str, Callable[[torch.device, torch.dtype], float]] = {
 
 
 def of_model(model: Any | None) -> list[str]:
-    """The checks of what a model takes; None: it is not known, so all."""
+    """Returns the names of the checks that a model needs; of all checks if the model is not known (None)."""
     kinds = getattr(getattr(model, "config", None), "layer_types", None) or ()
     linear = model is None or "linear_attention" in kinds
     return [name for name in CHECKS if linear or name not in ("packed convolution", "packed delta rule")]
 
 
 def transformers_own(name: str) -> Callable[..., Tensor]:
-    """transformers' own function, without the kernel that it may have bound at import."""
+    """Returns the plain function of transformers' Qwen3.5 module, without the GPU kernel that transformers may have
+    bound to its name at import."""
     theirs = getattr(qwen, name)
-    while isinstance(theirs, functools.partial):  # packing.py's, in a process that has made a model
+    while isinstance(theirs, functools.partial):  # layers/mixing.py has bound it, in a process that has built a model
         theirs = theirs.args[0]
     return getattr(theirs, "__wrapped__", theirs)
 
 
 def chunked_delta_rule(q_DLHK: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any:
-    """transformers' own fallback, which in 5.17 takes no heads that share keys."""
+    """Runs transformers' own fallback on q [D, L, H, K] and k, v with fewer or as many heads of keys as of values. The
+    shared heads are repeated, since the fallback of transformers 5.17 does not take them."""
     shared = v.shape[2] // k.shape[2]
     q, k = (x.repeat_interleave(shared, 2) for x in (q_DLHK, k)) if shared > 1 else (q_DLHK, k)
     return transformers_own("torch_chunk_gated_delta_rule")(q, k, v, **more)
 
 
 def computed(names: Sequence[str], devices: Sequence[torch.device], dtype: torch.dtype = torch.bfloat16) -> Finding:
-    """The checks of these names on each GPU of this node."""
+    """Runs the named checks on each device and returns the finding. An exception of any kind is a failed check."""
     wrong: list[dict[str, str]] = []
     worst = 0.0
     for device in devices:
         wrong.append({})
         for name in names:
             try:
-                with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # where Triton launches
+                with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # for Triton's launches
                     worst = max(worst, CHECKS[name](device, dtype))
-            except Exception as error:  # of any kind, from a kernel that does not compile to one that faults
+            except Exception as error:  # of any kind: a kernel may fail to compile, or fault
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 wrong[-1][name] = first if isinstance(error, Wrong) else f"{name}: {type(error).__name__}: {first}"
     return judge(names, wrong, worst)
 
 
 def judge(names: Sequence[str], wrong: Sequence[dict[str, str]], worst: float = 0.0) -> Finding:
-    """wrong: of each GPU, what went wrong in which check. What is wrong on all of them alike is their software's."""
+    """Returns the finding on the GPUs of a node. wrong: for each GPU, check -> what went wrong. worst: the largest
+    relative error. If the same checks fail on all GPUs, the cause is taken to be the software (WILL_NOT_PASS), else a
+    GPU (MAY_PASS)."""
     told = [f"GPU {index}: {text}" for index, own in enumerate(wrong) for text in own.values()]
     if not told:
         text = f"{len(wrong)} GPUs: {', '.join(names)} as plain references have them, to {worst:.1e}"

@@ -9,7 +9,7 @@ saved on W&B, with the key from WANDB_API_KEY.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
-    from launch.interruption import interruption
+    from train.runtime.interruption import interruption
 
     interruption.listen("interrupted")
 
@@ -27,26 +27,26 @@ import wandb_workspaces.workspaces as workspaces
 from wandb_workspaces.expr import Config, Metric
 
 from launch.node import wandb_hindrance
-from train.belief.records import read_measured, read_rows
-from train.belief.values import BELIEF, SIDE_EFFECTS
-from train.command_line import Parser
-from train.errors import UserError
-from train.keys import wandb_status
-from train.outputs import check_apart, write
-from train.outside import checked, read_json
-from train.provenance import held_settings
-from train.reporting import belief_curves, flat
-from train.settings import FREE_ON_RESUME
-from train.terminal import command
-from train.variants import runs_of
+from train.comparison.variants import runs_of
+from train.config.command_line import Parser
+from train.config.provenance import held_settings
+from train.config.settings import FREE_ON_RESUME
+from train.evaluation.measures import BELIEF, SIDE_EFFECTS
+from train.evaluation.store import read_measured, read_rows
+from train.runtime.errors import UserError
+from train.runtime.keys import wandb_status
+from train.runtime.outputs import check_apart, write
+from train.runtime.outside import checked, read_json
+from train.runtime.terminal import command
+from train.training.reporting import belief_curves, flat
 
 OF_A_RUN = ("settings.yaml", "metrics.jsonl", "evaluation.jsonl", "summary.json", "comparison.json")
 
 
 @dataclass(frozen=True)
 class Curves:
-    """A panel for every name that `pattern` matches, or one for all of them `together`. bars: what the summary of a
-    finished run has, beside that of other runs, rather than a curve over steps."""
+    """A panel for each name that `pattern` matches, or with `together` one panel for all of them. bars: shows values of
+    the summaries of finished runs side by side, instead of curves over steps."""
 
     pattern: str
     title: str = ""
@@ -75,8 +75,9 @@ SECTIONS: dict[str, tuple[Curves, ...]] = {
 
 @dataclass
 class Group:
-    """Runs that share a workspace. curves, bars: names of the numbers that W&B has of them over steps, and in their
-    summaries. varied: the settings in which they differ, but for the seed and what changes no result: a variant."""
+    """Runs that share a workspace. curves, bars: names of the numbers that W&B has of the runs over steps, and in their
+    summaries. varied: the settings in which the runs differ, except for the seed and for settings that change no
+    result. Runs with the same values of these are one variant."""
 
     project: str
     groups: list[str]
@@ -86,7 +87,8 @@ class Group:
 
 
 def read_group(directories: Sequence[Path]) -> Group:
-    """What the runs have written. UserError for a directory that holds no run, and for runs of several projects."""
+    """Reads what the runs have written. Raises UserError if there is no run, if a directory holds none or a damaged
+    one, or if the runs are of several W&B projects."""
     if not directories:
         raise UserError("RUN: none given; give the directories of the runs that the workspace is for.")
     settings, groups = [], set()
@@ -117,19 +119,20 @@ def read_group(directories: Sequence[Path]) -> Group:
 
 
 def names_of_curves(directory: Path) -> set[str]:
-    """The names of the numbers that a run has logged over steps, of beliefs too."""
+    """Returns the names of the numbers that a run has logged over steps, including those of beliefs. Raises UserError
+    for a damaged file."""
     found = {name for values in read_rows(directory / "metrics.jsonl") for name in numbers(values)}
     records = read_measured(directory / "evaluation.jsonl")
     return found.union(*(belief_curves(records, step) for step in {record["step"] for record in records}))
 
 
 def numbers(values: dict[str, Any]) -> set[str]:
-    """The names in W&B of those values that are numbers."""
+    """Returns the names in W&B of those values that are numbers."""
     return {name for name, value in flat(values).items() if isinstance(value, int | float)}
 
 
 def panels_of(kind: Curves, group: Group) -> list[Any]:
-    """The panels of what the runs have under such names."""
+    """Returns the panels for the names of this kind that the runs have."""
     found = sorted(name for name in (group.bars if kind.bars else group.curves) if re.fullmatch(kind.pattern, name))
     made = []
     for chosen in [found] if kind.together and found else [[name] for name in found]:
@@ -143,7 +146,7 @@ def panels_of(kind: Curves, group: Group) -> list[Any]:
 
 
 def workspace(group: Group, entity: str) -> tuple[workspaces.Workspace, list[str]]:
-    """The workspace, and the sections for which nothing was logged."""
+    """Returns the workspace, and the names of the sections for which nothing was logged."""
     sections, empty = [], []
     for name, kinds in SECTIONS.items():
         if found := [panel for kind in kinds for panel in panels_of(kind, group)]:
@@ -163,13 +166,13 @@ def workspace(group: Group, entity: str) -> tuple[workspaces.Workspace, list[str
 
 
 def specification(made: workspaces.Workspace) -> dict[str, Any]:
-    """The workspace as it is sent to W&B."""
+    """Returns the workspace as it is sent to W&B."""
     return made._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, or 2 for what the user can mend."""
+    """Returns the exit code: 0, or 2 for an error that the user can fix."""
     parser = Parser(__doc__ or "")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory, or a comparison's")
     parser.add_argument("--entity", required=True, help="the W&B user or team of the project")
@@ -188,8 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def save(made: workspaces.Workspace) -> None:
-    """Creates the workspace on W&B, which prints its address."""
-    if hindrance := wandb_hindrance():  # asked for first: the client would try again for a long time
+    """Saves the workspace on W&B, whose client prints the address. Raises UserError if W&B cannot be reached or does
+    not save it."""
+    if hindrance := wandb_hindrance():  # checked first, as the client would retry for a long time
         raise UserError(f"nothing can be saved on W&B: {hindrance}. Mend that, or give --json FILE.")
     try:
         made.save()

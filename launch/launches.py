@@ -1,8 +1,8 @@
-"""What a GPU does in one launch beside products, attention and delta rule (train/fused), each against the same by
-torch's own operations in fp32. On a CPU both are torch's.
+"""Checks the fused kernels of train/fused, which are all but products, attention and delta rule, against the same
+functions by torch's own operations in fp32. On a CPU both are torch's.
 
-Shapes: R rows, H hidden size, T tokens, k experts per token, E experts, P (token, expert) pairs, I expert width, r LoRA
-rank, V vocabulary.
+Shapes: R rows, H hidden size, T tokens, k experts per token, E experts, P (token, expert) pairs, I expert width, O
+output features, r LoRA rank, V vocabulary.
 """
 
 import copy
@@ -16,17 +16,18 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeRMSNorm, Qwen3_5MoeRMSNormGated
 
 from launch.agreement import compared, drawn_values
-from train import norms
 from train.experts.dispatch import Dispatch, Ends, ExpertGroup
 from train.experts.module import gated
 from train.experts.products import add_grouped_
+from train.layers import norms
 from train.masking.loss import LossHead
 
 NORMS = {"qwen": Qwen3_5MoeRMSNorm, "llama": LlamaRMSNorm, "gated": Qwen3_5MoeRMSNormGated}
 
 
 class Case(NamedTuple):
-    """A function of tensors, the same by torch, tensors to give them by name, and the gradient of what they return."""
+    """A function to check: `ours`, its reference `plain`, their arguments by name, and the gradient `out` of their
+    value."""
 
     what: str
     ours: Callable[..., Tensor]
@@ -35,11 +36,12 @@ class Case(NamedTuple):
     out: Tensor
 
     def error(self) -> float:
-        """The largest relative error of value and gradients; Wrong where that is more than rounding."""
+        """Returns the largest relative error of value and gradients. Raises Wrong if it is more than rounding."""
         return compared(self.what, [*self.given], self.ours, self.plain, [*self.given.values()], self.out)
 
 
 def norm(device: torch.device, dtype: torch.dtype, kind: str = "gated", rows: int = 70, columns: int = 128) -> Case:
+    """Returns the case of an RMSNorm over rows [R, H]. kind: a key of NORMS."""
     weight, x, gate, out = drawn_values(device, dtype, (columns,), *[(rows, columns)] * 3)
     plain = NORMS[kind](columns)
     plain.weight = nn.Parameter(weight.float(), requires_grad=False)
@@ -50,6 +52,7 @@ def norm(device: torch.device, dtype: torch.dtype, kind: str = "gated", rows: in
 
 
 def activation(device: torch.device, dtype: torch.dtype, pairs: int = 20, width: int = 136) -> Case:
+    """Returns the case of the experts' gated activation: gate and up [P, 2I], weight [P, 1] -> [P, I]."""
     gate_up, weight, out = drawn_values(device, dtype, (pairs, 2 * width), (pairs, 1), (pairs, width))
 
     def plain(gate_up: Tensor, weight: Tensor) -> Tensor:
@@ -65,7 +68,8 @@ def activation(device: torch.device, dtype: torch.dtype, pairs: int = 20, width:
 def exchange(
     device: torch.device, dtype: torch.dtype, tokens: int = 40, experts: int = 8, k: int = 3, hidden: int = 64
 ) -> Case:
-    """Rows to the pairs of one rank and back, without other ranks."""
+    """Returns the case of the exchange on a single rank: tokens [T, H] to their (token, expert) pairs [P, H] and
+    back."""
     score = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0))
     index_Tk = score.topk(k).indices.to(device)
     dispatch = Dispatch(index_Tk, experts, ExpertGroup(), device)
@@ -82,7 +86,7 @@ def exchange(
 
 
 class _Sum(torch.autograd.Function):
-    """y + 2 h @ right[e]; the gradient of y alone."""
+    """y + 2 h @ right[e] for the rows of each expert e. Only y has a gradient."""
 
     @staticmethod
     def forward(ctx, y, h, right, ends):
@@ -98,6 +102,7 @@ class _Sum(torch.autograd.Function):
 def sums(
     device: torch.device, dtype: torch.dtype, counts: Sequence[int] = (70, 0, 1), rank: int = 8, columns: int = 136
 ) -> Case:
+    """Returns the case of LoRA's sum y [P, O] + 2 h [P, r] @ right [E, r, O]. counts: rows of each expert."""
     host = list(itertools.accumulate(counts))
     ends = Ends(torch.tensor(host, dtype=torch.int32, device=device), host)
     y, h, right = drawn_values(device, dtype, (host[-1], columns), (host[-1], rank), (len(counts), rank, columns))
@@ -110,7 +115,8 @@ def sums(
 
 
 def loss(device: torch.device, dtype: torch.dtype, tokens: int = 40, hidden: int = 64, vocabulary: int = 5000) -> Case:
-    """Cross-entropy, unlikelihood and what is only measured, by turns."""
+    """Returns the case of the loss of hidden states [T, H], whose tokens take turns: cross-entropy with weight 1,
+    unlikelihood, cross-entropy with weight 0.25, and measured only."""
     head = nn.Linear(hidden, vocabulary, bias=False, device=device, dtype=dtype)
     weight, x = drawn_values(device, dtype, (vocabulary, hidden), (tokens, hidden))
     head.weight = nn.Parameter(weight * hidden**-0.5, requires_grad=False)
@@ -130,7 +136,8 @@ def loss(device: torch.device, dtype: torch.dtype, tokens: int = 40, hidden: int
 
 
 def fused(device: torch.device, dtype: torch.dtype) -> float:
-    """All of them, small. -> the largest relative error."""
+    """Checks all fused kernels on small inputs. Returns the largest relative error. Raises Wrong if one is more than
+    rounding."""
     cases = [norm(device, dtype, kind) for kind in NORMS]
     cases += [one(device, dtype) for one in (activation, exchange, sums, loss)]
     return max(case.error() for case in cases)

@@ -1,7 +1,7 @@
-"""What a rank holds at its fullest moment, from shapes alone.
+"""Plans the peak memory of a rank from shapes alone.
 
-What lasts (weights, gradients, optimizer) follows from the model's parameters and from what DeepSpeed's ZeRO-3
-allocates for them; what a step makes comes from running it without data (trace.py).
+Persistent memory (weights, gradients, optimizer) follows from the model's parameters and from what DeepSpeed's ZeRO-3
+allocates for them. The tensors of a step are counted by running it without data (trace.py).
 """
 
 from collections import Counter
@@ -18,9 +18,9 @@ from train.checkpoints.layout import LoadPlan, plan_load
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import becomes_nf4, frozen_as_nf4, frozen_as_on_disk
 from train.data.batches import Batch
-from train.lora import LoRASettings
-from train.model import LanguageModel, architecture, skeleton, text_config
-from train.packing import Row
+from train.data.row import Row
+from train.layers.lora import LoRASettings
+from train.model.text_model import LanguageModel, architecture, skeleton, text_config
 
 META = torch.device("meta")
 
@@ -28,7 +28,12 @@ META = torch.device("meta")
 def planned_model(
     checkpoint: Checkpoint, method: str, lora: LoRASettings | None, ep: PlannedGroup
 ) -> tuple[LanguageModel, LoadPlan]:
-    """The model of a rank as `train.model.build` leaves it, on the meta device, with every dense weight whole."""
+    """Returns a rank's model as `train.model` builds it, but on the meta device and with every dense weight whole, and
+    the plan of its load.
+
+    method: full, lora or qlora. lora: None with full. ep: stands in for the rank's expert-parallel group. Raises
+    UserError if the checkpoint's weights do not fit its config.json, or if its architecture is not supported.
+    """
     model = skeleton(text_config(checkpoint), ep)
     plan = plan_load(model, checkpoint)
     full = method == "full"
@@ -61,7 +66,8 @@ def planned_model(
 
 
 def _forget_meta_tables() -> None:
-    """bitsandbytes keeps its table of 8 bits for scales on the device that it was first asked for."""
+    """Removes bitsandbytes' 8-bit table for scales if it is on the meta device: bitsandbytes caches the table on the
+    device where it was first needed."""
     import bitsandbytes.functional as bnb
 
     if bnb.name2qmap.get("dynamic", torch.empty(0)).is_meta:
@@ -69,7 +75,8 @@ def _forget_meta_tables() -> None:
 
 
 def planned_batch(lengths: Sequence[int]) -> Batch:
-    """A micro-batch of documents of these lengths, all tokens but their first ones in the loss."""
+    """Returns a micro-batch of documents of these lengths, in tokens. All tokens are in the loss, except the first of
+    each document."""
     row = Row(lengths)
     position = torch.cat([start + torch.arange(n - 1) for start, n in zip(row.ends, row.lengths, strict=False)])
     return Batch(
@@ -80,9 +87,13 @@ def planned_batch(lengths: Sequence[int]) -> Batch:
 
 
 def run_step(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bool) -> Step:
-    """Forward and backward of one micro-batch. The model is `planned_model`'s. gpu: with the kernels of a GPU. Of a
-    deep model, whose layers repeat, two depths a period apart are run: every layer adds what the one a period before
-    it added."""
+    """Runs forward and backward of one micro-batch, and returns what they take.
+
+    model: from `planned_model`. checkpointing: with gradient checkpointing. gpu: with the kernels of a GPU.
+
+    The layers of a deep model repeat with some period. Only two depths, one period apart, are run then. The rest is
+    extrapolated: each further period adds as much as the last one did.
+    """
     stack = model.causal.model
     layers = stack.layers
     start, period = _repetition([_kind(layer) for layer in layers])
@@ -113,7 +124,7 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def _repetition(kinds: list[Any]) -> tuple[int, int]:
-    """(start, period): from `start` on, each layer is of the kind of the one `period` before it."""
+    """Returns (start, period): from layer `start` on, the kinds of the layers repeat with this period."""
     found = []
     for period in range(1, len(kinds)):
         differing = [i for i in range(len(kinds) - period) if kinds[i] != kinds[i + period]]
@@ -130,7 +141,7 @@ def _run_layers(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bo
         model.causal.gradient_checkpointing_disable()
 
     def gone(parameter: Tensor) -> None:
-        parameter.grad = None  # ZeRO-3 reduces a gradient as soon as it is whole
+        parameter.grad = None  # ZeRO-3 reduces a gradient, and frees it, as soon as it is complete
 
     hooks = [p.register_post_accumulate_grad_hook(gone) for p in model.parameters() if p.requires_grad]
     trace = Trace([*model.parameters(), *model.buffers()])
@@ -155,8 +166,12 @@ def _run_layers(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bo
 
 @dataclass(frozen=True)
 class Zero:
-    """What DeepSpeed's ZeRO-3 does with parameters (Rajbhandari et al., arXiv 1910.02054, and deepspeed/runtime/zero of
-    the version in constraints.txt). Sizes in elements. ranks: all; replicas: those that hold the same experts."""
+    """How DeepSpeed's ZeRO-3 partitions and gathers parameters (Rajbhandari et al., arXiv 1910.02054, and
+    deepspeed/runtime/zero of the version in constraints.txt).
+
+    ranks: of the job. replicas: ranks that hold the same experts. Sizes are in elements: bucket (reduce_bucket_size),
+    prefetch (prefetch_bucket_size), reuse (max_reuse_distance), group (sub_group_size).
+    """
 
     ranks: int
     replicas: int
@@ -167,21 +182,24 @@ class Zero:
 
     @classmethod
     def of(cls, config: dict[str, Any], ranks: int, expert_parallel: int) -> "Zero":
+        """Returns the sizes that a DeepSpeed configuration sets, or else DeepSpeed's defaults. expert_parallel: how
+        many ranks divide a layer's experts."""
         zero = DeepSpeedZeroConfig(**config["zero_optimization"])
         sizes = zero.reduce_bucket_size, zero.prefetch_bucket_size, zero.max_reuse_distance, zero.sub_group_size
         return cls(ranks, ranks // expert_parallel, *map(int, sizes))
 
 
 def split(model: LanguageModel, zero: Zero) -> list[tuple[nn.Parameter, int]]:
-    """Every parameter with the number of ranks among which it is partitioned."""
+    """Returns every parameter with the number of ranks over which it is partitioned: the replicas for a parameter of
+    the experts, else all ranks."""
     of_experts = {id(p) for layer in model.expert_layers for p in layer.parameters()}
     return [(p, zero.replicas if id(p) in of_experts else zero.ranks) for p in model.parameters()]
 
 
 @dataclass
 class Memory:
-    """Bytes of one rank. gpu: category -> bytes, at the fullest moment of a step; phases: the total of each moment that
-    was looked at; step: what one micro-batch makes."""
+    """Planned memory of one rank, in bytes. gpu: category -> bytes at the peak of a step, on a CPU too. phases: moment
+    -> total bytes, for each moment of `rank_memory`. step: what one micro-batch takes."""
 
     gpu: dict[str, int]
     phases: dict[str, int]
@@ -189,6 +207,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Bytes at the peak."""
         return max(self.phases.values())
 
 
@@ -196,28 +215,34 @@ CATEGORIES = (
     "dense_partition", "gathered_layer", "experts", "lora_factors", "gradients", "optimizer", "activations", "logits",
     "dispatch", "dequantization", "buckets", "heap",
 )  # fmt: skip
-# Of what a step has in glibc's heap, half as much besides lies unused between blocks (tests/benchmarks/plan.py).
+# Unused space between the blocks of glibc's heap, relative to what a step has in it (tests/benchmarks/plan.py).
 UNUSED = 0.5
 
 
 def rank_memory(model: LanguageModel, step: Step, zero: Zero, gpu: bool, bf16: bool) -> Memory:
-    """Adds what lasts to a step's tensors.
+    """Returns the planned memory of one rank: a step's tensors plus persistent memory and the buffers of ZeRO-3.
 
-    Partitions: ceil(numel / ranks) of every parameter. Of what is trained besides: a gradient partition in the
-    parameter's dtype (fp32 factors; BF16 under --method full), an fp32 master copy and AdamW's two moments: 4 + 8
-    bytes. A bucket of reduce_bucket_size elements; on a CPU, where memory is taken when it is first written, as much of
-    it as is ever filled. What is gathered stays where it is used again within max_reuse_distance elements, counted
-    through forward and backward (partitioned_param_coordinator.py, __params_to_release): a layer that half of them
-    part from the loss is met again after all of them. So a small model stays whole, of a large one the layers nearest
-    to the loss. Besides, prefetch_bucket_size elements are gathered ahead (fetch_sub_module). Gathered together,
-    parameters exist twice for a moment: in a flat buffer and each by itself.
+    gpu: on a GPU, else on a CPU. bf16: gradients are BF16, as with --method full of a BF16 model; else fp32, as those
+    of LoRA weights.
 
-    The moments: `gathering`, before the first layer; `backward`, the fullest of forward and backward; `reducing`, the
-    last bucket's gradients, once more in a flat buffer; `updating`, with an fp32 gradient of sub_group_size elements,
-    and AdamW's root of the second moment, on a CPU twice.
+    Persistent memory: a partition of ceil(numel / ranks) elements of every parameter. For a trained parameter, in
+    addition, a gradient partition in the parameter's dtype, an fp32 master copy and AdamW's two moments (4 + 8 bytes
+    per element). A bucket of reduce_bucket_size elements; on a CPU, where memory is taken when it is first written,
+    only as much of it as is ever filled.
 
-    On a CPU the heap does not shrink: what forward and backward had in it is there when the optimizer's larger blocks
-    come (streaming.py, _freed_memory_goes_back).
+    Gathered parameters: ZeRO-3 keeps a parameter gathered if it is used again within max_reuse_distance elements,
+    counted through forward and backward (partitioned_param_coordinator.py, __params_to_release). If n elements lie
+    between a layer and the loss, the layer is used again after 2n elements. So a small model stays gathered as a whole,
+    and of a large model the layers nearest to the loss. In addition, prefetch_bucket_size elements are gathered ahead
+    (fetch_sub_module). Parameters that are gathered together exist twice for a moment: in a flat buffer and each by
+    itself.
+
+    The moments are `gathering`, before the first layer; `backward`, the peak of forward and backward; `reducing`, when
+    a flat buffer holds the last bucket's gradients once more; and `updating`, with an fp32 gradient of sub_group_size
+    elements and the square root of AdamW's second moment, which exists twice on a CPU.
+
+    On a CPU the heap does not shrink: what forward and backward had in it is still there when the optimizer allocates
+    its larger blocks (streaming.py, _freed_memory_goes_back).
     """
     parts = [(p, -(-p.numel() // ranks), ranks) for p, ranks in split(model, zero)]
     trained = [(p, part, ranks) for p, part, ranks in parts if p.requires_grad]
@@ -254,7 +279,7 @@ def rank_memory(model: LanguageModel, step: Step, zero: Zero, gpu: bool, bf16: b
     if not gpu:
         moments["backward"]["heap"] = int(UNUSED * step.heap)
         moments["reducing"]["heap"] = moments["updating"]["heap"] = int((1 + UNUSED) * step.heap)
-    if filled == zero.bucket:  # it is emptied in the midst of backward
+    if filled == zero.bucket:  # a full bucket is reduced during backward, too
         moments["backward"]["buckets"] += reduced
     phases = {name: sum((held + moment).values()) for name, moment in moments.items()}
     fullest = held + moments[max(phases, key=lambda name: phases[name])]

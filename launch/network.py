@@ -1,14 +1,16 @@
-"""The network between all ranks of a job, tried before it is relied on: every rank in a process of its own, over NCCL
-where there are GPUs and gloo where there are none.
+"""Tests the network between all ranks of a job before the job relies on it. Each rank is a process of its own, over
+NCCL where there are GPUs, else over gloo.
 
-    python -m launch.network    # one rank; preflight.py starts them, and says in the environment which one it is
+    python -m launch.network    # one rank; preflight.py starts it, with its rank in the environment
 
-A rank prints a line of JSON as it leaves a stage, so that after a time limit it is known where each one stood. What
-hangs in a collective can only be killed: hence processes that are not preflight's own.
+A rank prints a line of JSON when it completes a stage, so that after a time limit the stage of each rank is known. A
+rank that hangs in a collective can only be killed. This is why the ranks are not part of preflight's own process.
+
+Shapes: N elements of a tensor, D ranks, S rows sent, R rows received.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
-    from launch.interruption import interruption
+    from train.runtime.interruption import interruption
 
     interruption.listen("interrupted")
 
@@ -30,30 +32,33 @@ from torch import Tensor
 from train.experts.dispatch import ExpertGroup
 
 STAGES = ("starting", "joining", "computing", "all-reduce", "all-to-all", "zero splits")
-MEBIBYTES = {"nccl": 256, "gloo": 8}  # of a rank's tensor
+MEBIBYTES = {"nccl": 256, "gloo": 8}  # of the tensor of each rank
 REPEATS = 3
 
 
 def try_ranks(first: int, local: int, ranks: int, store: tuple[str, int], deadline: float) -> list[dict[str, Any]]:
-    """Starts this node's ranks first, first+1, … and kills what is not done by the deadline (of time.monotonic).
-    store: address of the TCPStore at which all ranks meet. -> of each rank: the stages that it has left, with
-    GB/s of the collectives; `standing`, the stage that it has not left; `error`, the last line that it said of it."""
+    """Runs this node's `local` ranks first, first+1, … of `ranks`, and kills those that are not done by the deadline.
+
+    store: host and port of the TCPStore at which all ranks meet. deadline: a time of time.monotonic(), in seconds.
+    Returns a dict for each rank: `rank`; `left`, completed stage -> GB/s (0 for stages that are not timed); `standing`,
+    the first stage that it has not completed, None if it has completed all; `error`, the last line of its stderr.
+    """
     environment = {
         "WORLD_SIZE": str(ranks), "MASTER_ADDR": store[0], "MASTER_PORT": str(store[1]),
         "TIME_LIMIT": str(max(1, int(deadline - time.monotonic()))),
-        "TORCHELASTIC_RUN_ID": "preflight",  # as a launcher's, ranks end when this process is gone
+        "TORCHELASTIC_RUN_ID": "preflight",  # as under a launcher, the ranks exit if this process is gone
     }  # fmt: skip
     with ExitStack() as stack:
         started = []
         for index in range(local):
             own = {"RANK": str(first + index), "LOCAL_RANK": str(index)}
-            # Files: a pipe that nobody reads fills up, with NCCL_DEBUG=INFO for one, and its rank would wait for ever.
+            # Files, as an unread pipe fills up, for example with NCCL_DEBUG=INFO. Its rank would then block forever.
             said = [stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in range(2)]
             process = subprocess.Popen(
                 [sys.executable, "-m", "launch.network"], env=os.environ | environment | own,
                 stdin=subprocess.DEVNULL, stdout=said[0], stderr=said[1],
             )  # fmt: skip
-            stack.callback(process.kill)  # where an interruption ends the wait for it
+            stack.callback(process.kill)  # also if an interruption ends the wait below
             started.append((process, said))
         found = []
         for index, (process, said) in enumerate(started):
@@ -61,7 +66,7 @@ def try_ranks(first: int, local: int, ranks: int, store: tuple[str, int], deadli
                 process.wait(timeout=max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
-                with suppress(subprocess.TimeoutExpired):  # one that a driver holds does not even end
+                with suppress(subprocess.TimeoutExpired):  # a process that is stuck in a driver survives even this
                     process.wait(timeout=10)
             for file in said:
                 file.seek(0)
@@ -79,14 +84,17 @@ def _told(out: str) -> dict[str, Any]:
 
 
 def bandwidth(kind: str, size: int, ranks: int, seconds: float) -> float:
-    """GB/s over the busiest link, for tensors of `size` bytes a rank: 2 (n-1)/n of them for an all-reduce, (n-1)/n for
-    an all-to-all (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md, "bus bandwidth")."""
+    """Returns the bus bandwidth in GB/s of a collective that takes `seconds` for tensors of `size` bytes per rank.
+
+    The busiest link carries 2 (n-1)/n of a tensor's bytes in an all-reduce, and (n-1)/n in an all-to-all, for n ranks
+    (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md, "bus bandwidth").
+    """
     share = (ranks - 1) / ranks * (2 if kind == "all-reduce" else 1)
     return share * size / seconds / 1e9
 
 
 def main() -> None:
-    """One rank, through every stage."""
+    """Takes one rank through every stage. Raises RuntimeError if a result is wrong."""
     rank, ranks, limit = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "TIME_LIMIT"))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if backend == "nccl" else torch.device("cpu")
@@ -103,7 +111,7 @@ def main() -> None:
     dist.barrier()
     _leave("joining", 0.0)
 
-    # 4,096 ones sum to a number that BF16 holds exactly.
+    # BF16 represents the sum of 4,096 ones exactly.
     ones = torch.ones(4096 if backend == "nccl" else 256, 4096, dtype=torch.bfloat16, device=device)
     if not bool((ones @ ones.T == 4096).all()):
         raise RuntimeError("a product of matrices of ones is wrong: this device computes wrongly")
@@ -111,7 +119,7 @@ def main() -> None:
 
     count = MEBIBYTES[backend] * 2**18 // ranks * ranks
     x_N, y_N = torch.full((count,), rank + 1.0, device=device), torch.empty(count, device=device)
-    dist.all_reduce(x_N)  # this first one also connects, and is not timed
+    dist.all_reduce(x_N)  # not timed, as the first call also connects the ranks
     _check("all-reduce", x_N, torch.full_like(x_N, ranks * (ranks + 1) / 2))
     seconds = _seconds(lambda: dist.all_reduce(x_N), device)
     _leave("all-reduce", bandwidth("all-reduce", count * 4, ranks, seconds))
@@ -123,14 +131,14 @@ def main() -> None:
     _leave("all-to-all", bandwidth("all-to-all", count * 4, ranks, seconds))
 
     exchange_with_zero_splits(ExpertGroup(ranks, rank, dist.group.WORLD), device)
-    dist.barrier()  # a rank's memory is read by others until the last is done
+    dist.barrier()  # others may read this rank's memory until the last one is done
     _settle(device)
     _leave("zero splits", 0.0)
 
 
 def exchange_with_zero_splits(group: ExpertGroup, device: torch.device) -> None:
-    """An all-to-all as tokens take it, in which the first rank sends nothing and the last one gets nothing, and one in
-    which nobody sends anything."""
+    """Runs the all-to-all that exchanges tokens [S, 8] -> [R, 8] twice: the first rank sends nothing and the last one
+    receives nothing, then no rank sends anything. Raises RuntimeError if wrong rows arrive."""
     ranks = range(group.size)
     for factor in (1, 0):
 
@@ -155,7 +163,7 @@ def _check(kind: str, found: Tensor, wanted: Tensor) -> None:
 
 
 def _seconds(collective: Callable[[], Any], device: torch.device) -> float:
-    """The mean time of a call."""
+    """Returns the mean time of a call, in seconds."""
     _settle(device)
     started = time.perf_counter()
     for _ in range(REPEATS):

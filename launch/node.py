@@ -1,4 +1,4 @@
-"""What one node can check of itself before a job: GPUs, documents, model, disks, memory, whether W&B is in reach."""
+"""The checks that a node can do by itself before a job: GPUs, documents, model, disks, memory and access to W&B."""
 
 import base64
 import csv
@@ -23,36 +23,37 @@ import torch
 
 from launch.cluster import USABLE, Cluster
 from launch.plan import Plan, loop_note
-from launch.watchdog import REPOSITORY
-from train.belief.claims import read_claims
 from train.checkpoints.layout import Range
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.resume import saved_shape
 from train.checkpoints.streaming import READERS
+from train.claims.claim import read_claims
+from train.config.provenance import check_output, git_revision
+from train.config.provenance import versions as package_versions
+from train.config.settings import Settings
 from train.data.documents import Document, read_documents
 from train.data.tokenizer import load_tokenizer, template_time
 from train.data.tokens import tokenize_document
-from train.errors import UserError
-from train.formats import parse_json
-from train.gpu import KERNELS, capability, check_kernels, grouped_products, installed
-from train.keys import key_of, shown_url, wandb_status
 from train.masking.grammar import parse_mask
-from train.model import text_config
-from train.provenance import check_output, git_revision
-from train.provenance import versions as package_versions
-from train.settings import Settings
+from train.model.text_model import text_config
+from train.runtime.errors import UserError
+from train.runtime.gpu import KERNELS, capability, check_kernels, grouped_products, installed
+from train.runtime.keys import key_of, shown_url, wandb_status
+from train.runtime.text_formats import parse_json
+from train.runtime.watchdog import REPOSITORY
 
 PASSED, MAY_PASS, WILL_NOT_PASS = 0, 1, 2
-"""Codes of a finding, and of the command: go on; a reason that may go by itself, such as a busy GPU; one that will not,
-such as a shard that is missing."""
+"""Codes of a finding, and exit codes of the command: no problem; a problem that may pass by itself, such as a busy GPU;
+one that will not, such as a missing shard."""
 
-SAMPLE, PIECE = 2**28, 2**24  # bytes read to learn a disk's speed: in all, and of one tensor
-BUSY = 0.05  # of a GPU's memory: more is in use than what a driver takes for itself
+SAMPLE, PIECE = 2**28, 2**24  # bytes read to measure a disk's speed: in all, and of one tensor
+BUSY = 0.05  # share of a GPU's memory: if more is used, it is not only by the driver itself
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found on a node. same: what must be equal on all nodes, if anything."""
+    """What a check found on a node. code: PASSED, MAY_PASS or WILL_NOT_PASS. same: name -> value that must be equal on
+    all nodes, if there is any."""
 
     check: str
     code: int
@@ -61,8 +62,11 @@ class Finding:
 
 
 def within(seconds: float, check: str, work: Callable[[], Finding]) -> Finding:
-    """The finding of `work`, or that it was not done within the time, and where it stood: a file system that does not
-    answer holds its reader for ever."""
+    """Runs `work` in a thread and returns its finding.
+
+    If it is not done within `seconds`, the finding says at which line it stands: a file system that does not respond
+    blocks its reader forever. A UserError becomes a finding with WILL_NOT_PASS, any other exception one with MAY_PASS.
+    """
     if seconds <= 0:
         return Finding(check, MAY_PASS, "not tried: what came before has taken the time (PREFLIGHT_TIME_LIMIT)")
     found: list[Finding] = []
@@ -91,7 +95,7 @@ def within(seconds: float, check: str, work: Callable[[], Finding]) -> Finding:
 
 
 def versions() -> Finding:
-    """Of what must be alike on all nodes."""
+    """Returns the versions of packages, CUDA, NCCL and this repository, which must be equal on all nodes."""
     found = {"python": sys.version.split()[0]} | package_versions()
     if torch.version.cuda:
         found |= {"CUDA": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
@@ -103,7 +107,8 @@ def versions() -> Finding:
 
 
 def gpus() -> Finding:
-    """There, as many as Slurm says, idle, of one kind and healthy."""
+    """Checks that the GPUs are there, as many as Slurm has allocated, idle, of one kind and healthy. Raises
+    RuntimeError if nvidia-smi is missing or fails."""
     given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     if shutil.which("nvidia-smi") is None:
         if torch.cuda.is_available() or given != "0":
@@ -114,7 +119,7 @@ def gpus() -> Finding:
     )
     remapped = _nvidia_smi("--query-remapped-rows=gpu_uuid,remapped_rows.pending,remapped_rows.failure")
     processes = _nvidia_smi("--query-compute-apps=gpu_uuid,pid")
-    count = torch.cuda.device_count()  # after nvidia-smi: it may start to use the first one
+    count = torch.cuda.device_count()  # after nvidia-smi, as this may start to use the first GPU
     visible = {f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count)}
     return judge_gpus(rows, remapped, processes, visible, int(given) or count)
 
@@ -130,8 +135,12 @@ def _nvidia_smi(query: str) -> list[list[str]]:
 def judge_gpus(
     rows: list[list[str]], remapped: list[list[str]], processes: list[list[str]], visible: set[str], expected: int
 ) -> Finding:
-    """rows: uuid, name, driver, MiB in all, MiB used, uncorrected ECC errors. remapped: uuid, pending, failure.
-    processes: uuid, pid. visible: the uuids of those that torch sees; others belong to other jobs."""
+    """Returns the finding on the GPUs, from the output of nvidia-smi.
+
+    rows: uuid, name, driver, MiB in all, MiB used, uncorrected ECC errors. remapped: uuid, pending, failure. processes:
+    uuid, pid. visible: the uuids of the GPUs that torch sees; others belong to other jobs. expected: how many there
+    must be.
+    """
     rows = [row for row in rows if row[0] in visible]
     bad, noted = [], []
     if len(visible) != expected or len(rows) != expected or not rows:
@@ -147,18 +156,19 @@ def judge_gpus(
         if pids or float(used) > BUSY * float(total):
             by = f" by process {', '.join(pids)}" if pids else ""
             bad.append(f"GPU {index} ({uuid}) is in use{by}: {used} of {total} MiB")
-    if bad:  # another node, or this one after a reset, may do
+    if bad:  # another node may be fine, or this one after a reset
         return Finding("GPUs", MAY_PASS, "; ".join([*bad, *noted]))
     text = "; ".join([f"{len(rows)} × {rows[0][1]}, {rows[0][3]} MiB, idle, driver {rows[0][2]}", *noted])
     return Finding("GPUs", PASSED, text, {"GPUs": len(rows), "kind": rows[0][1], "MiB": rows[0][3]})
 
 
-# Documents, model, disks and memory, against what the job's ranks on this node read and keep
+# Documents, model, disks and memory, compared with what the job's ranks on this node read and hold
 
 
 def documents(settings: Settings) -> tuple[Finding, int]:
-    """Those of --data as this node sees them; and about how many tokens the longest one has: of its text, as far as it
-    is taken."""
+    """Reads --data as this node sees it. Returns the finding, and about how many tokens the longest document has: the
+    one with the most characters, cut to --max-tokens. Raises UserError if a document or the tokenizer cannot be
+    read."""
     counts, longest = {}, []
     for path in (source.path for source in settings.sources()):
         found = read_documents(path, settings.marker, settings.bad_rows)
@@ -173,7 +183,8 @@ def documents(settings: Settings) -> tuple[Finding, int]:
 
 
 def checked_settings(settings: Settings) -> Finding:
-    """What train/sft.py checks of its settings that reads neither documents of --data nor the model."""
+    """Runs those checks of train/sft.py that need neither the documents of --data nor the model. Raises UserError for a
+    setting that is wrong."""
     parse_mask(settings.mask)
     check_output(settings)
     if settings.claims:
@@ -192,27 +203,31 @@ def _characters(document: Document) -> int:
 
 @dataclass
 class Share:
-    """The part of a job that falls to this node: its ranks, of all of them."""
+    """This node's part of a job: its ranks, out of `of` ranks."""
 
     ranks: range
     of: int
     plan: Plan
-    gpu_bytes: int = 0  # of each GPU, by the plan; 0: not planned
-    host_bytes: int = 0  # of this node
+    gpu_bytes: int = 0  # per GPU, by the plan; 0: not planned
+    host_bytes: int = 0  # of this node, by the plan; 0: not planned
 
     def reads(self, rank: int) -> Iterator[Range]:
-        """What a rank reads."""
+        """Yields what a rank reads of the checkpoint."""
         self.plan.group.rank = rank % self.plan.group.size
         yield from self.plan.load.reads(rank, self.of, self.plan.settings.method)
 
     def bytes_read(self) -> int:
+        """Returns the bytes that this node's ranks read of the checkpoint together."""
         size = self.plan.checkpoint.bytes_of
         return sum(size(read.name, read.count) for rank in self.ranks for read in self.reads(rank))
 
 
 def model(settings: Settings, ranks: range, of: int, tokens: int) -> tuple[Finding, Share]:
-    """The directory as this node sees it: complete, by config.json and the headers of all its files. tokens: of the
-    longest document, for the plan of what the job takes."""
+    """Opens --model as this node sees it, and checks by config.json and the headers of all files that it is complete.
+
+    ranks: of this node, out of `of` ranks. tokens: of the longest document, for the plan. Returns the finding and this
+    node's share of the job. Raises UserError if files are missing or wrong, or the model cannot be trained.
+    """
     checkpoint = Checkpoint(settings.model)
     kinds = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     memory = min((kind.total_memory for kind in kinds), default=0) / 1e9
@@ -226,14 +241,14 @@ def model(settings: Settings, ranks: range, of: int, tokens: int) -> tuple[Findi
 
 
 def kernels(share: Share) -> Finding:
-    """What a GPU's kernels need of installed packages, for this model."""
+    """Checks that the packages of the GPU kernels that this model needs are installed. Raises UserError if not."""
     check_kernels(text_config(share.plan.checkpoint))
     found = installed(("torch", *KERNELS)) if capability() else {}
     return Finding("kernels", PASSED, ", ".join(" ".join(each) for each in found.items()) or "no GPU: none are needed")
 
 
 def disk_speed(share: Share) -> Finding:
-    """A sample of what this node's ranks read of the model, and how long all of it would take."""
+    """Reads a sample of what this node's ranks read of the model, and estimates how long all of it would take."""
     checkpoint, chosen, total = share.plan.checkpoint, [], 0
     for read in share.reads(share.ranks[0]):
         count = min(read.count, PIECE // checkpoint.tensors[read.name].dtype.itemsize)
@@ -241,7 +256,7 @@ def disk_speed(share: Share) -> Finding:
         total += checkpoint.bytes_of(read.name, count)
         if total >= SAMPLE:
             break
-    for read in chosen:  # from the disk, not from this machine's memory
+    for read in chosen:  # drops the page cache, so that the sample comes from the disk
         info = checkpoint.tensors[read.name]
         with info.file.open("rb") as file:
             start = info.offset + read.start * info.dtype.itemsize
@@ -260,13 +275,14 @@ def disk_speed(share: Share) -> Finding:
 
 
 def plan(share: Share) -> Finding:
-    """What launch.plan says that the job takes of a node, for documents as long as the longest one."""
+    """Returns what the job takes of this node by launch.plan, for documents that are all as long as the longest one.
+    Sets the bytes of the share. Raises UserError for settings that are wrong; a model that cannot be planned passes."""
     plan = share.plan
     try:
         share.gpu_bytes, share.host_bytes = plan.gpu_bytes["total"], plan.host_bytes
     except UserError:
         raise
-    except Exception as error:  # the model may be trained, though it cannot be planned
+    except Exception as error:  # a model that cannot be planned may still be trained
         return Finding("plan", PASSED, f"none ({type(error).__name__}: {error}): memory is not checked")
     gpu = f"{share.gpu_bytes / 1e9:.1f} GB of each GPU, " if plan.cluster.memory else ""
     found = capability()
@@ -277,7 +293,7 @@ def plan(share: Share) -> Finding:
 
 
 def gpu_memory(share: Share) -> Finding:
-    """The smallest of this node's GPUs against the plan."""
+    """Compares the smallest GPU of this node with the plan."""
     need, have = share.gpu_bytes, share.plan.cluster.memory * 1e9
     text = f"{have / 1e9:.1f} GB a GPU, {need / 1e9:.1f} GB needed"
     if need > have:
@@ -286,12 +302,12 @@ def gpu_memory(share: Share) -> Finding:
 
 
 def host_memory(share: Share) -> Finding:
-    """This node's memory against the plan."""
+    """Compares the memory of this node with the plan."""
     return judge_memory(share.host_bytes, *node_memory())
 
 
 def judge_memory(need: int, total: int, free: int) -> Finding:
-    """Of a node that has `total` bytes, of which `free` are not in use."""
+    """Returns the finding on the memory of a node: `need` bytes of `total`, of which `free` are not in use."""
     text = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed"
     if need > total:
         return Finding("host memory", WILL_NOT_PASS, f"{text}. Take more nodes, or ask for more memory (sbatch --mem).")
@@ -301,9 +317,9 @@ def judge_memory(need: int, total: int, free: int) -> Finding:
 
 
 def node_memory(root: Path = Path("/")) -> tuple[int, int]:
-    """Bytes that this process can have, of its node or of the control groups that it is in: in all, and free or held by
-    files, which make room (memory.stat and its files' names: Linux, admin-guide/cgroup-v2 and cgroup-v1/memory). root:
-    where /proc and /sys are."""
+    """Returns the bytes of memory that this process can have, of its node or of its control groups: (total, free).
+    Cached files count as free, since the kernel can drop them (memory.stat and the names of the files: Linux,
+    admin-guide/cgroup-v2 and cgroup-v1/memory). root: where /proc and /sys are."""
     node, own = psutil.virtual_memory(), root / "proc/self/cgroup"
     total, free = node.total, node.available
     for line in own.read_text().splitlines() if own.exists() else ():
@@ -330,8 +346,9 @@ def node_memory(root: Path = Path("/")) -> tuple[int, int]:
 
 
 def disk_space(share: Share) -> Finding:
-    """Free space at --output against the run's saves, one more than are kept, and what it leaves at its end. Saves that
-    are there already, of a run that goes on, make room for new ones."""
+    """Compares the free space at --output with what the run writes: its training checkpoints, one more than are kept,
+    and its result. Checkpoints that are there already, of a resumed run, count as free space, as new ones replace
+    them."""
     settings, plan = share.plan.settings, share.plan
     output = Path(settings.output or "runs").absolute()
     place = next(path for path in (output, *output.parents) if path.exists())
@@ -341,7 +358,7 @@ def disk_space(share: Share) -> Finding:
         if p.requires_grad
     )
     left = trained * (plan.load.dtype.itemsize if settings.method == "full" else 4)
-    need = trained * 4 * 3 * (settings.keep + 1) + left  # weights in fp32 and AdamW's two moments
+    need = trained * 4 * 3 * (settings.keep + 1) + left  # bytes; weights in fp32 and AdamW's two moments
     text = f"{need / 1e9:.1f} GB needed for {settings.keep + 1} saves and the result"
     if there := sum(file.stat().st_size for file in (output / "saves").glob("*/*")):
         need, text = max(0, need - there), f"{text}, {there / 1e9:.1f} GB of them there already"
@@ -356,7 +373,7 @@ def disk_space(share: Share) -> Finding:
 
 
 def wandb_mode(mode: str) -> Finding:
-    """Whether a run with this --wandb will be online. Never a failure: an offline run loses nothing."""
+    """Returns whether a run with this --wandb will be online. It never fails, since an offline run loses nothing."""
     if mode != "online":
         return Finding("W&B", PASSED, f"{mode}, as asked")
     hindrance = wandb_hindrance()
@@ -364,7 +381,8 @@ def wandb_mode(mode: str) -> Finding:
 
 
 def wandb_hindrance(seconds: float = 10) -> str | None:
-    """Why W&B cannot be used with the key of the environment; None if it can."""
+    """Returns why W&B cannot be used with the key in WANDB_API_KEY, None if it can. seconds: time limit of the
+    request."""
     _, key = key_of(["WANDB_API_KEY"])
     if not key:
         return "no WANDB_API_KEY"
@@ -381,7 +399,7 @@ def wandb_hindrance(seconds: float = 10) -> str | None:
         )
         with urllib.request.urlopen(request, timeout=seconds) as answer:
             viewer = (parse_json(answer.read(2**20).decode()).get("data") or {}).get("viewer")
-    # No network, an address that is none, an answer that is none.
+    # No network, an invalid address, or an invalid answer.
     except (OSError, ValueError, AttributeError, http.client.HTTPException) as error:
         return f"{shown} cannot be reached ({wandb_status(error)})"
     return None if viewer else f"{shown} does not take the key in WANDB_API_KEY"

@@ -1,4 +1,4 @@
-"""To which part of the model an operation belongs, in forward, recomputation and backward."""
+"""Finds out to which part of the model an operation belongs, in forward, recomputation and backward."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,18 +14,22 @@ PARTS = {
     "ExpertParallelExperts": "experts", "LossHead": "loss", "Embedding": "embedding", "RMSNorm": "norms",
     "GatedDeltaNet": "delta rule layers", "Attention": "attention layers", "Router": "router", "MLP": "dense MLPs",
 }  # fmt: skip
-"""By what the name of a module's class holds."""
+"""Substring of the name of a module's class -> the part. The first one that matches counts."""
 REST = "the rest"
 
 
 class Parts:
-    """The part that runs, one of PARTS or REST: by the modules inside whose forward an operation is called, and in
-    backward by those inside whose forward the node of the graph was made."""
+    """Keeps track of the part of the model that is running: one of the values of PARTS, or REST.
+
+    In forward and recomputation it is the part of the innermost module whose forward is running. In backward it is the
+    part of the innermost module whose forward created the running node of the autograd graph.
+    """
 
     def __init__(self) -> None:
         self._running = [REST]
 
     def now(self) -> str:
+        """Returns the part that is running."""
         node: Any = torch._C._current_autograd_node()
         if node is not None and not recomputing():
             return node.metadata.get("part", REST)
@@ -33,7 +37,7 @@ class Parts:
 
     @contextmanager
     def of(self, model: nn.Module) -> Iterator[None]:
-        """Watches the model's modules."""
+        """Inside the context, keeps track of the modules of this model."""
         hooks: list[Any] = []
         for module in model.modules():
             part = next((part for name, part in PARTS.items() if name in type(module).__name__), None)
@@ -54,7 +58,7 @@ class Parts:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            node.metadata.setdefault("part", part)  # an inner module has marked its own
+            node.metadata.setdefault("part", part)  # an inner module has already marked its own nodes
             nodes += [each for each, _ in node.next_functions]
 
 

@@ -8,7 +8,7 @@ every document is taken to have --max-tokens tokens, all of them in the loss. Ex
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
-    from launch.interruption import interruption
+    from train.runtime.interruption import interruption
 
     interruption.listen("interrupted")
 
@@ -17,222 +17,40 @@ import json
 import math
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from launch.bare import BareCheckpoint
-from launch.cluster import ASSUMED, DISK, GPUS, NETWORK, PROCESS, RUNTIME, USABLE, Cluster
-from launch.distributed import memory_status
-from launch.memory import CATEGORIES, Memory, Zero, planned_batch, planned_model, rank_memory, run_step, split
-from launch.trace import PlannedGroup
+from launch.cluster import ASSUMED, GPUS, USABLE, Cluster
+from launch.config_only import BareCheckpoint
+from launch.memory import CATEGORIES
+from launch.planning import Plan
 from train.checkpoints.reader import Checkpoint
-from train.checkpoints.streaming import READERS
-from train.command_line import Parser, flag_of, setting
-from train.errors import UserError
-from train.experts.storage import NF4Experts
-from train.job import Job, checked_expert_parallel, full_precision, lora_settings, rows_of_first_steps
-from train.model import text_config
-from train.outputs import check_apart, model_files, write
-from train.recipe import flags
-from train.settings import MOST, Recipe, Settings, ds_config, parse
-from train.terminal import NobodyReads, command
+from train.config.command_line import MOST, Parser, check_ranges, setting
+from train.config.recipe import flags
+from train.config.settings import Recipe, Settings, parse
+from train.runtime.errors import UserError
+from train.runtime.outputs import check_apart, model_files, write
+from train.runtime.terminal import NobodyReads, command
 
 
 @dataclass(kw_only=True)
-class Options:
-    """What the plan takes beside the settings of train/sft.py."""
+class PlanOptions:
+    """The options of the plan, in addition to the settings of train/sft.py."""
 
-    nodes: int = setting(1, "nodes")
-    gpus: int = setting(8, "GPUs of a node")
-    gpu_memory: str = setting("80", "GB of each GPU, or its name: A100, H100, H200, B200")
-    search: bool = setting(False, "propose settings, the fastest that fit")
+    nodes: int = setting(1, "number of nodes", between=(1, MOST))
+    gpus: int = setting(8, "GPUs per node", between=(1, MOST))
+    gpu_memory: str = setting("80", "memory of each GPU in GB, or its name: A100, H100, H200, B200")
+    search: bool = setting(False, "propose settings that fit, the fastest first")
     traffic: bool = setting(False, "show what a step reads and writes of the GPU's memory, by part of the model")
-    json: str = setting("", "FILE to write the plan to")
-
-
-class Plan:
-    """What a job of these settings needs on a cluster. tokens: those of every document. row: lengths of the documents
-    of the fullest micro-batch, where they are known; else as many of `tokens` as it takes."""
-
-    def __init__(
-        self, settings: Settings, checkpoint: Checkpoint, cluster: Cluster, tokens: int, row: Sequence[int] = ()
-    ):
-        self.settings, self.checkpoint, self.cluster, self.tokens = settings, checkpoint, cluster, tokens
-        of_a_rank = math.ceil(settings.batch_size / cluster.ranks)
-        self.row = list(row) or [tokens] * max(1, min(settings.row_tokens // tokens, of_a_rank))
-        self.accumulation = math.ceil(of_a_rank / len(self.row))
-        self.expert_parallel = checked_expert_parallel(settings, checkpoint, cluster)
-        config = ds_config(settings, cluster.ranks)
-        lora = None if settings.method == "full" else lora_settings(settings, text_config(checkpoint))
-        self.group = PlannedGroup(self.expert_parallel)
-        self.model, self.load = planned_model(checkpoint, settings.method, lora, self.group)
-        if lora is None:
-            config |= full_precision(settings, self.load)
-        self._memory: dict[bool, Memory] = {}
-        self.zero, self.bf16 = Zero.of(config, cluster.ranks, self.expert_parallel), "bf16" in config
-
-    def memory(self, checkpointing: bool) -> Memory:
-        """Of one rank, with or without gradient checkpointing."""
-        if checkpointing not in self._memory:
-            gpu, batch = self.cluster.memory > 0, planned_batch(self.row)
-            step = run_step(self.model, batch, checkpointing, gpu)
-            self._memory[checkpointing] = rank_memory(self.model, step, self.zero, gpu, self.bf16)
-        return self._memory[checkpointing]
-
-    @property
-    def chosen(self) -> Memory:
-        return self.memory(self.settings.gradient_checkpointing)
-
-    @property
-    def gpu_bytes(self) -> dict[str, int]:
-        """Category -> bytes of a GPU, and their total."""
-        entries = self.chosen.gpu | {"runtime": RUNTIME if self.cluster.memory else PROCESS}
-        return entries | {"total": sum(entries.values())}
-
-    @cached_property
-    def expert_bytes(self) -> dict[str, int]:
-        """Bytes of a GPU's experts by how they are kept: nf4, the checkpoint's fp8, int4 or dtype, or trained."""
-        kept: Counter[str] = Counter()
-        storage: Any
-        for storage in (storage for layer in self.model.expert_layers for storage in layer.frozen.values()):
-            kind = "nf4" if isinstance(storage, NF4Experts) else storage.format.kind
-            name = str(storage.data.dtype).removeprefix("torch.") if kind == "plain" else kind
-            kept[name] += sum(buffer.nbytes for buffer in storage.buffers())
-        kept["trained"] = self.chosen.gpu["experts"] - kept.total()
-        return {name: size for name, size in kept.items() if size}
-
-    @property
-    def fits(self) -> bool:
-        return self.gpu_bytes["total"] <= USABLE * self.cluster.memory * 1e9
-
-    @cached_property
-    def read_bytes(self) -> int:
-        """What the first rank reads from disk; the others read as much, but for padding."""
-        reads = self.load.reads(0, self.cluster.ranks, self.settings.method)
-        return sum(self.checkpoint.bytes_of(read.name, read.count) for read in reads)
-
-    @property
-    def host_bytes(self) -> int:
-        """Memory of a node: for each rank its process, as large as this one, the matrices that its readers hold, and
-        its factors, which ZeRO-3 lays out anew by way of the host. On CPUs, all that a rank holds."""
-        if not self.cluster.memory:
-            return self.cluster.gpus * (memory_status()["VmRSS"] + self.gpu_bytes["total"])
-        first = (piece.reads(0, self.cluster.ranks) for piece in self.load.dense)
-        sizes = [sum(self.checkpoint.bytes_of(r.name, r.count) for r in reads.values()) for reads in first]
-        sizes += [
-            sum(self.checkpoint.bytes_of(r.name, r.count) for matrix in piece.reads(0) for r in matrix.values())
-            for piece in self.load.experts
-        ]
-        buffers = READERS * max(sizes) + self.chosen.gpu["lora_factors"]
-        return self.cluster.gpus * (memory_status()["VmRSS"] + buffers)
-
-    @property
-    def wire_bytes(self) -> dict[str, int]:
-        """What a GPU sends in a step, on the average (Rajbhandari et al., arXiv 1910.02054, section 7). experts: hidden
-        states, counted as the step without data sends them. gather: ZeRO-3's partitions, (ranks - 1) / ranks of every
-        parameter, before forward and, where it was let go, before backward. reduce: as much of every gradient. As much
-        to each rank of a group: so the part to other nodes is that of the ranks that are there. Groups are those of
-        deepspeed.utils.groups: consecutive ranks divide a layer's experts; those an expert_parallel apart hold the same
-        ones, and divide what is trained of them."""
-        micro, parts, ranks = self.accumulation, split(self.model, self.zero), range(self.cluster.ranks)
-        again = 2 if 2 * sum(p.numel() for p, n in parts if n > 1) > self.zero.reuse else 1
-        size = self.expert_parallel
-        away = {
-            self.zero.replicas: self._away([ranks[first::size] for first in range(size)]),
-            self.zero.ranks: self._away([ranks]),
-        }
-        gather, reduce, network = 0, 0, 0.0
-        for p, n in parts:
-            own = again * (p.nbytes * (n - 1) // n)
-            gradient = p.numel() * (2 if self.bf16 else 4) * (n - 1) // n if p.requires_grad else 0
-            gather, reduce, network = gather + own, reduce + gradient, network + (own + gradient) * away[n]
-        sent = {"experts": micro * self.chosen.step.wire, "gather": micro * gather, "reduce": micro * reduce}
-        groups = [ranks[first : first + size] for first in ranks[::size]]
-        network = sent["experts"] * self._away(groups) + micro * network
-        total = sum(sent.values())
-        return sent | {"nvlink": total - int(network), "network": int(network), "total": total}
-
-    def _away(self, groups: list[range]) -> float:
-        """Of the pairs of ranks of a group, the part that lies on two nodes."""
-        pairs = sum(len(group) * (len(group) - 1) for group in groups)
-        counts = [Counter(rank // self.cluster.gpus for rank in group).values() for group in groups]
-        near = sum(count * (count - 1) for nodes in counts for count in nodes)
-        return 1 - near / pairs if pairs else 0.0
-
-    @property
-    def flops(self) -> int:
-        """Of a GPU in a step."""
-        return self.accumulation * self.chosen.step.flops
-
-    @property
-    def traffic_bytes(self) -> dict[str, dict[str, int]]:
-        """What the operations of a step read and write of a GPU's memory: part of the model -> operation -> bytes; the
-        largest first."""
-        parts: dict[str, Counter[str]] = {}
-        for (part, operation), moved in self.chosen.step.traffic.items():
-            parts.setdefault(part, Counter())[operation] += self.accumulation * moved
-        ordered = sorted(parts.items(), key=lambda each: -each[1].total())
-        return {part: dict(operations.most_common()) for part, operations in ordered}
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """By the roofline (Williams et al., CACM 52(4), 2009) of ASSUMED."""
-        gpu, wire = self.cluster.gpu, self.wire_bytes
-        compute, memory = self.chosen.step.flops / gpu.flops, self.chosen.step.moved / gpu.bandwidth
-        update = 32 * self.chosen.gpu["optimizer"] / 12 / gpu.bandwidth  # read and write four numbers an element
-        parts = {
-            "compute": self.accumulation * compute, "memory": self.accumulation * memory + update,
-            "nvlink": wire["nvlink"] / gpu.nvlink, "network": wire["network"] / NETWORK,
-        }  # fmt: skip
-        step = self.accumulation * max(compute, memory) + update + parts["nvlink"] + parts["network"]
-        return {"load": self.cluster.gpus * self.read_bytes / DISK, "step": step} | parts
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.settings.batch_size * self.tokens / self.seconds["step"]
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "fits": self.fits, "gpu_bytes": self.gpu_bytes, "expert_bytes": self.expert_bytes,
-            "host_bytes": self.host_bytes, "read_bytes": self.cluster.gpus * self.read_bytes,
-            "wire_bytes": self.wire_bytes, "flops": self.flops,
-            "traffic_bytes": self.traffic_bytes, "seconds": self.seconds, "tokens_per_second": self.tokens_per_second,
-            "activation_bytes": {
-                name: sum(self.memory(on).step.peak.values())
-                for name, on in (("checkpointing", True), ("no_checkpointing", False))
-            },
-            "settings": dataclasses.asdict(self.settings) | {"expert_parallel": self.expert_parallel},
-            "cluster": dataclasses.asdict(self.cluster),
-        }  # fmt: skip
-
-
-def planned_memory(job: Job) -> dict[str, Any]:
-    """Of a job that has run here, what it was to take: bytes of a rank, beside those of its imports, and how they
-    divide; on a GPU whose roofline is known, tokens a second, of documents as long as the longest. {}, with a note, for
-    a model that cannot be planned."""
-    ranks, settings = job.resolved["ranks"], dataclasses.replace(job.settings, expert_parallel=job.expert_parallel)
-    cluster = Cluster.here(ranks)
-    steps = rows_of_first_steps(job.settings, job.corpus, ranks, job.documents)
-    fullest = max((row for step in steps for row in step), key=sum)
-    try:
-        plan = Plan(settings, job.checkpoint, cluster, max(fullest), fullest)
-        categories = plan.gpu_bytes
-        known = cluster.memory and cluster.gpu.name in cluster.kind
-        speed = {"planned_tokens_per_second": plan.tokens_per_second} if known else {}
-    except Exception as error:  # the run has its results: no plan is worth them
-        print(f"note: no memory planned ({type(error).__name__}: {error})", file=sys.stderr)
-        return {}
-    held = {"planned": plan.chosen.total + (0 if plan.cluster.memory else PROCESS), "read": plan.read_bytes}
-    return held | {"categories": categories, "moments": plan.chosen.phases} | speed
+    json: str = setting("", "FILE that the plan is written to")
 
 
 def changes(settings: Settings, cluster: Cluster, rounded: bool) -> Iterator[tuple[str, Settings, Cluster]]:
-    """What makes a job smaller, the cheapest first, each upon the ones before: (what it costs, settings, cluster)."""
+    """Yields changes that make a job smaller, the cheapest first, as (the change and its cost, settings, cluster). Each
+    one comes on top of those before. rounded: whether qlora would quantize the experts further; else it is left out."""
     now = settings
     if not now.gradient_checkpointing:
         now = dataclasses.replace(now, gradient_checkpointing=True)
@@ -258,7 +76,9 @@ def changes(settings: Settings, cluster: Cluster, rounded: bool) -> Iterator[tup
 
 
 def search(settings: Settings, checkpoint: Checkpoint, cluster: Cluster) -> list[Plan]:
-    """Settings that fit, the fastest first; by qlora, which rounds the experts, only where nothing fits by lora."""
+    """Returns the plans that fit, the fastest first, for all combinations of micro-batch, checkpointing, expert
+    parallelism and method. qlora, which rounds the experts, is tried only if nothing fits with lora; full is tried
+    alone."""
     found: list[Plan] = []
     methods = [settings.method] if settings.method == "full" else ["lora", "qlora"]
     groups = [size for size in (cluster.gpus, cluster.ranks) if settings.expert_parallel in (0, size)]
@@ -277,7 +97,7 @@ def search(settings: Settings, checkpoint: Checkpoint, cluster: Cluster) -> list
                     except UserError:  # such as a number of ranks that does not divide the experts
                         break
                     if not plan.fits:
-                        break  # nor does a larger one
+                        break  # a larger micro-batch does not fit either
                     found.append(plan)
         if found:
             break
@@ -285,13 +105,13 @@ def search(settings: Settings, checkpoint: Checkpoint, cluster: Cluster) -> list
 
 
 def searched(settings: Settings) -> str:
-    """The settings that a search decides, as a command line."""
+    """Returns the flags of the settings that a search decides."""
     names = ("method", "micro_batch_tokens", "expert_parallel", "gradient_checkpointing")
     return " ".join(flags({name: getattr(settings, name) for name in names}))
 
 
 def show(plan: Plan) -> None:
-    """The plan on the terminal."""
+    """Prints the plan."""
     cluster, gpu, held = plan.cluster, plan.cluster.gpu, plan.gpu_bytes
     wire, seconds = plan.wire_bytes, plan.seconds
     settings, chosen = plan.settings, dataclasses.replace(plan.settings, expert_parallel=plan.expert_parallel)
@@ -300,7 +120,7 @@ def show(plan: Plan) -> None:
     print(f"documents of {plan.tokens:,} tokens, {settings.batch_size} a step{rank}")
     print("\neach GPU, in GB, at its fullest moment, and the most of a step's tensors of a kind at any moment:")
     for name in (*CATEGORIES, "runtime", "total"):
-        if name == "heap":  # of CPUs
+        if name == "heap":  # only on CPUs
             continue
         most = plan.chosen.step.each.get(name)
         note = f"{most / 1e9:9.2f}" if most else ""
@@ -327,7 +147,7 @@ def show(plan: Plan) -> None:
 
 
 def show_traffic(plan: Plan) -> None:
-    """What a step reads and writes of a GPU's memory, by part of the model, on the terminal."""
+    """Prints how much of a GPU's memory a step reads and writes, by part of the model."""
     total = sum(sum(operations.values()) for operations in plan.traffic_bytes.values())
     print(f"\neach GPU and step reads and writes {total / 1e12:.2f} TB of its memory:")
     for part, operations in plan.traffic_bytes.items():
@@ -339,9 +159,9 @@ def show_traffic(plan: Plan) -> None:
 
 
 def advise(plan: Plan) -> None:
-    """What to change where a plan does not fit, each change upon the ones before, until it does."""
+    """Prints changes that make a job smaller, the cheapest first, each on top of those before, until it fits."""
     print("\nto make it fit, the cheapest first, each with those before:")
-    rounded = bool(plan.expert_bytes.keys() - {"fp8", "int4"})  # these stay as they are
+    rounded = bool(plan.expert_bytes.keys() - {"fp8", "int4"})  # qlora leaves these as they are
     for what, settings, cluster in changes(plan.settings, plan.cluster, rounded):
         try:
             smaller = Plan(settings, plan.checkpoint, cluster, min(plan.tokens, settings.max_tokens))
@@ -353,7 +173,8 @@ def advise(plan: Plan) -> None:
 
 
 def opened(model: str) -> Checkpoint:
-    """--model: a directory with its weights, or a config.json."""
+    """Returns the checkpoint of --model: a directory with weights, or a config.json or its directory. Raises UserError
+    for another file, and if config.json is missing or invalid."""
     path = Path(model)
     if os.path.isdir(path) and any(path.glob("*.safetensors")):
         return Checkpoint(path)
@@ -363,7 +184,8 @@ def opened(model: str) -> Checkpoint:
 
 
 def of_each_gpu(text: str) -> tuple[float, str]:
-    """--gpu-memory: GB, and the name, where it is one; of those with two sizes the larger one."""
+    """Parses --gpu-memory. Returns GB and the GPU's name, "" if none is given; for a GPU that comes in two sizes, the
+    larger one. Raises UserError for an unknown name, or a size that is not positive or too large."""
     if sizes := [gpu.memory for gpu in GPUS if gpu.name == text.upper()]:
         return max(sizes), text.upper()
     try:
@@ -377,7 +199,7 @@ def of_each_gpu(text: str) -> tuple[float, str]:
 
 
 def loop_note(plan: Plan) -> str:
-    """What it costs where the hardware has no grouped products."""
+    """Returns a note on what a GPU costs that has no grouped products in hardware."""
     return (
         f"no grouped products in hardware: torch multiplies expert by expert, {plan.chosen.step.groups:,} launches a "
         "micro-batch, and the host waits for the GPU before each of the grouped products"
@@ -385,7 +207,7 @@ def loop_note(plan: Plan) -> str:
 
 
 def read_by(settings: Settings, argv: list[str]) -> dict[str, list[Any]]:
-    """The files that the flags name, which the plan must not replace."""
+    """Returns the files that the plan reads, by flag, so that --json replaces none of them."""
     parser = Parser("", add_help=False)
     parser.add_settings(Recipe)
     recipes = parser.parse_known_args(argv)[0].recipe
@@ -398,17 +220,15 @@ def read_by(settings: Settings, argv: list[str]) -> dict[str, list[Any]]:
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0 where the job fits, 1 where not, 2 for what the user can mend."""
+    """Returns the exit code: 0 if the job fits, 1 if it does not, 2 for an error that the user can fix."""
     parser = Parser(__doc__ or "", beside=(Settings, Recipe))
-    parser.add_settings(Options)
+    parser.add_settings(PlanOptions)
     given, rest = parser.parse_known_args(arguments)
     options, settings = (
-        Options(**{name: getattr(given, name) for name in Options.__dataclass_fields__}),
+        PlanOptions(**{name: getattr(given, name) for name in PlanOptions.__dataclass_fields__}),
         parse(rest, ""),
     )
-    for name in ("nodes", "gpus"):
-        if not 0 < getattr(options, name) <= MOST:
-            raise UserError(f"{flag_of(name)} {getattr(options, name)}: must be more than 0, and at most {MOST}.")
+    check_ranges(options)
     memory, kind = of_each_gpu(options.gpu_memory)
     check_apart({"--json": options.json}, read_by(settings, rest))
     cluster = Cluster(nodes=options.nodes, gpus=options.gpus, memory=memory, kind=kind)

@@ -10,7 +10,7 @@ itself, such as a shard that is missing; 1, something may, such as a busy GPU or
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
-    from launch.interruption import interruption
+    from train.runtime.interruption import interruption
 
     interruption.listen("interrupted")
 
@@ -30,7 +30,6 @@ import torch
 import torch.distributed as dist
 
 from launch.computing import computed, of_model
-from launch.distributed import leave
 from launch.network import try_ranks
 from launch.node import (
     MAY_PASS,
@@ -52,26 +51,30 @@ from launch.node import (
     wandb_mode,
     within,
 )
-from train.command_line import Parser, setting
-from train.errors import UserError
-from train.settings import Recipe, Settings, parse
-from train.terminal import NobodyReads, command
+from train.config.command_line import MOST, Parser, setting
+from train.config.settings import Recipe, Settings, parse
+from train.runtime.distributed import leave
+from train.runtime.errors import UserError
+from train.runtime.terminal import NobodyReads, command
 
 MOST_SKEW = 5.0  # seconds: beyond it, the logs of two nodes cannot be put in order
 
 
 @dataclass(kw_only=True)
-class Options:
-    """What preflight takes beside the settings of train/sft.py."""
+class PreflightOptions:
+    """The options of preflight, in addition to the settings of train/sft.py."""
 
     time_limit: int = setting(
-        0, "seconds for a node's own checks, and again for the network; 0: PREFLIGHT_TIME_LIMIT, or else 120"
+        0,
+        "seconds for the checks of a node, and again for the network; 0: PREFLIGHT_TIME_LIMIT, or 120",
+        between=(0, MOST),
     )
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which node this is of how many, its name, how many ranks it will have, and where the first one is met."""
+class NodePlace:
+    """Which of how many nodes this is, its name, how many ranks it will have (`local`), and where the first node
+    listens."""
 
     number: int
     nodes: int
@@ -81,7 +84,9 @@ class Place:
     port: int
 
     @classmethod
-    def from_environment(cls) -> "Place":
+    def from_environment(cls) -> "NodePlace":
+        """Reads the environment of the launcher or of Slurm, as the module's docstring says. Raises UserError if a
+        variable is missing or wrong."""
         number = _whole("RANK", "SLURM_PROCID", default=0)
         nodes = _whole("WORLD_SIZE", "SLURM_NTASKS", default=1)
         if not 0 <= number < nodes:
@@ -100,13 +105,13 @@ class Place:
         return cls(number, nodes, name, local, address, port or _whole("SLURM_JOB_ID", default=0) % 10_000 + 20_000)
 
     def names(self) -> dict[int, str]:
-        """The nodes' names as Slurm has them, for those that never say theirs."""
+        """Returns number -> name of all nodes by Slurm, for those that never report their own name."""
         names = slurm_nodes()
         return {number: names[number] if number < len(names) else f"node {number}" for number in range(self.nodes)}
 
 
 def slurm_nodes() -> list[str]:
-    """The names of the step's nodes; none where Slurm does not tell."""
+    """Returns the names of the job step's nodes; [] if Slurm does not report them."""
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST")
     if not nodes:
         return []
@@ -128,9 +133,9 @@ def _whole(*variables: str, default: int) -> int:
 
 @command
 def main(argv: list[str]) -> int:
-    """The exit code."""
+    """Returns the exit code, as the module's docstring defines it."""
     try:
-        place = Place.from_environment()
+        place = NodePlace.from_environment()
         options, settings = parse_options(argv)
     except UserError as error:
         print(f"error: {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}: {error}", file=sys.stderr)
@@ -148,19 +153,19 @@ def main(argv: list[str]) -> int:
     return meeting.lead(findings, options) if place.number == 0 else meeting.follow(findings, options)
 
 
-def parse_options(argv: list[str]) -> tuple[Options, Settings]:
-    """UserError names setting, value, rule and fix."""
+def parse_options(argv: list[str]) -> tuple[PreflightOptions, Settings]:
+    """Parses the command line. Raises UserError, which names the setting, its value, the rule and the fix."""
     parser = Parser(__doc__ or "", beside=(Settings, Recipe))
-    parser.add_settings(Options)
+    parser.add_settings(PreflightOptions)
     values, rest = parser.parse_known_args(argv)
     limit = values.time_limit or _whole("PREFLIGHT_TIME_LIMIT", default=120)
     if limit < 1:
         raise UserError(f"--time-limit or PREFLIGHT_TIME_LIMIT {limit}: must be ≥ 1 second.")
-    return Options(time_limit=limit), parse(rest, "")
+    return PreflightOptions(time_limit=limit), parse(rest, "")
 
 
-def own_findings(place: Place, options: Options, settings: Settings) -> list[Finding]:
-    """What this node finds without the others."""
+def own_findings(place: NodePlace, options: PreflightOptions, settings: Settings) -> list[Finding]:
+    """Runs the checks that this node can do without the others."""
     until = time.monotonic() + options.time_limit
     ranks = range(place.number * place.local, (place.number + 1) * place.local)
     findings: list[Finding] = []
@@ -198,15 +203,16 @@ def own_findings(place: Place, options: Options, settings: Settings) -> list[Fin
     if devices := [torch.device("cuda", index) for index in range(torch.cuda.device_count())]:
         names = of_model(shares[0].plan.model.causal if shares else None)
         check("computing", lambda: computed(names, devices))
-    if place.number == 0:  # whose rank is W&B's
+    if place.number == 0:  # rank 0, which logs to W&B, is there
         check("W&B", lambda: wandb_mode(settings.wandb))
     return findings
 
 
 class Meeting:
-    """All nodes at one store of torch.distributed's: the first leads, the others follow."""
+    """All nodes connected to one TCPStore of torch.distributed. The first node leads, the others follow. until: a time
+    of time.monotonic(), in seconds, until which the first node waits for the findings of the others."""
 
-    def __init__(self, place: Place, until: float):
+    def __init__(self, place: NodePlace, until: float):
         self.place, self.until = place, until
         self.store = dist.TCPStore(
             place.address, place.port, is_master=place.number == 0, wait_for_workers=False,
@@ -214,18 +220,20 @@ class Meeting:
         )  # fmt: skip
 
     def tell(self, key: str, value: Any) -> None:
+        """Publishes a value, which JSON can represent, to the other nodes."""
         self.store.set(key, json.dumps(value))
 
     def hear(self, key: str, until: float) -> Any:
-        """What another node tells; None if it does not in time."""
+        """Returns what another node publishes under this key; None if it does not do so in time."""
         try:
             self.store.wait([key], timedelta(seconds=max(0.01, until - time.monotonic())))
             return json.loads(self.store.get(key))
-        except (dist.DistError, RuntimeError):  # the time is up, or the first node is gone
+        except (dist.DistError, RuntimeError):  # timed out, or the first node is gone
             return None
 
-    def lead(self, findings: list[Finding], options: Options) -> int:
-        """Gathers, tries the network, reports. -> the exit code, which the other nodes learn."""
+    def lead(self, findings: list[Finding], options: PreflightOptions) -> int:
+        """Collects the findings of all nodes, tests the network and prints the report. Returns the exit code, which the
+        other nodes receive too."""
         names, others = self.place.names() | {0: self.place.name}, range(1, self.place.nodes)
         by_node, locals = {0: findings}, {0: self.place.local}
         for number in others:
@@ -250,12 +258,12 @@ class Meeting:
         print_report(by_name, extra)
         code = worst([*extra, *(finding for found in by_node.values() for finding in found)])
         self.tell("code", code)
-        for number in by_node.keys() - {0}:  # the store goes with this process
+        for number in by_node.keys() - {0}:  # wait, as the store ends with this process
             self.hear(f"left/{number}", time.monotonic() + 10)
         return code
 
-    def follow(self, findings: list[Finding], options: Options) -> int:
-        """Tells what this node found and takes its part in the rest. -> the exit code."""
+    def follow(self, findings: list[Finding], options: PreflightOptions) -> int:
+        """Sends this node's findings to the first node, and takes part in the other checks. Returns the exit code."""
         number = self.place.number
         own = {
             "name": self.place.name,
@@ -263,7 +271,7 @@ class Meeting:
             "findings": [asdict(finding) for finding in findings],
         }
         self.tell(f"findings/{number}", own)
-        # The first node waits until `until` for all, and then tries the network.
+        # The first node waits for all until `until`, and then tests the network.
         last = self.until + options.time_limit + 60
         if self.hear(f"time?/{number}", last) is not None:
             self.tell(f"time/{number}", time.time())
@@ -277,18 +285,19 @@ class Meeting:
         self.tell(f"left/{number}", True)
         return int(code)
 
-    def try_own_ranks(self, options: Options) -> list[dict[str, Any]]:
+    def try_own_ranks(self, options: PreflightOptions) -> list[dict[str, Any]]:
+        """Tests the network with this node's ranks. Returns the results of `try_ranks`."""
         until = time.monotonic() + options.time_limit
         where = self.place.address, self.store.port
         place = self.place
         return try_ranks(place.number * place.local, place.local, place.nodes * place.local, where, until)
 
-    def network(self, names: dict[int, str], options: Options) -> Finding:
-        """All-reduce and all-to-all of all ranks of all nodes."""
+    def network(self, names: dict[int, str], options: PreflightOptions) -> Finding:
+        """Tests all-reduce and all-to-all between all ranks of all nodes, and returns the finding."""
         told = {0: self.try_own_ranks(options)}
         silent = []
         for number in range(1, self.place.nodes):
-            answer = self.hear(f"network/{number}", time.monotonic() + 20)  # it had as long as this node
+            answer = self.hear(f"network/{number}", time.monotonic() + 20)  # it had as much time as this node
             if answer is None:
                 silent.append(names[number])
             else:
@@ -299,7 +308,8 @@ class Meeting:
         return judge_network(ranks, "NCCL" if torch.cuda.is_available() else "gloo", options.time_limit)
 
     def skew(self, names: dict[int, str], present: list[int]) -> tuple[int, str]:
-        """(code, text) of how far clocks are from the first node's. Half the way there and back is the error."""
+        """Returns (code, text) on how far the nodes' clocks are from the first node's. Half of the round-trip time is
+        the error of the measurement, and is left out."""
         most, off = 0.0, []
         for number in present:
             asked = time.time()
@@ -319,7 +329,8 @@ class Meeting:
 
 
 def judge_network(ranks: list[dict[str, Any]], backend: str, limit: int) -> Finding:
-    """ranks: what try_ranks tells of each, and its node. Those that stand in the earliest stage hold up the others."""
+    """Returns the finding on the network. ranks: the result of `try_ranks` for each, with its node. limit: in seconds.
+    Only the ranks at the earliest stage are named, since they hold up the others."""
     standing = [rank for rank in ranks if rank["standing"]]
     if not standing:
         if len(ranks) == 1:
@@ -341,7 +352,7 @@ def judge_network(ranks: list[dict[str, Any]], backend: str, limit: int) -> Find
 
 
 def differing(by_node: dict[str, list[Finding]]) -> list[Finding]:
-    """Where nodes differ in what must be the same: in what, and which node from the first."""
+    """Returns a finding for each value that must be the same on all nodes and differs from that of the first node."""
     (first, *names), out = by_node, []
     reference = {finding.check: finding.same for finding in by_node[first] if finding.same is not None}
     for name in names:
@@ -356,13 +367,13 @@ def differing(by_node: dict[str, list[Finding]]) -> list[Finding]:
 
 
 def worst(findings: list[Finding]) -> int:
-    """The exit code of all findings together."""
+    """Returns the exit code of all findings together: their highest code."""
     return max((finding.code for finding in findings), default=PASSED)
 
 
 def print_report(by_node: dict[str, list[Finding]], extra: list[Finding] | None = None) -> None:
-    """A line a check, with what its nodes say, once where they say the same; what is wrong has a line each, with its
-    node. extra: findings about several nodes."""
+    """Prints a line per check with what the nodes found. Nodes that found the same share a text. Each problem has a
+    line of its own with its node. extra: findings about several nodes."""
     checks = dict.fromkeys(finding.check for found in by_node.values() for finding in found)
     for check in checks:
         passed: dict[str, list[str]] = {}

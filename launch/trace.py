@@ -1,10 +1,11 @@
-"""One training step run without data, to learn what it allocates, computes and sends.
+"""Runs one training step without data, to count what it allocates, computes and sends.
 
-The model's own forward, loss and backward run on torch's meta device, where tensors have shapes but no values; integers
-that decide shapes (tokens, routing) are real. So what is counted are the tensors that the step makes, not a formula's
-idea of them. The router's choice, which would need values, is replaced by experts drawn uniformly at random.
+The model's own forward, loss and backward run on torch's meta device, where tensors have shapes but no values. Integers
+that decide shapes (tokens, routing) are real. So the step's actual tensors are counted, not those that a formula
+predicts. The router's choice of experts would need values. It is replaced by experts drawn uniformly at random.
 
-Shapes: B documents, T tokens, H heads, K and V head sizes of keys and values, C tokens of a chunk.
+Shapes: B documents, T tokens, H heads, K and V head sizes of keys and values, C tokens of a chunk, N chunks of all
+heads; D documents of a group, L tokens of the longest one; P rows, E experts of a grouped product; S rows sent.
 """
 
 import sys
@@ -27,12 +28,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from launch.parts import Parts
-from train import packing
 from train.checkpoints.streaming import HEAP_BLOCK
+from train.data.row import Row
 from train.experts import products
 from train.experts.dispatch import ExpertGroup
 from train.fused import IN_ONE_LAUNCH
-from train.packing import Row
+from train.layers import mixing
 
 aten = torch.ops.aten
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
@@ -40,15 +41,22 @@ INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 
 @dataclass
 class Step:
-    """One micro-batch. peak: category -> bytes of all tensors beside weights, gradients and optimizer, at the moment
-    when they are most together; each: category -> the most of it at any moment; kept: bytes alive between forward and
-    backward; flops: of matrix products, convolution and attention, two a multiplication; moved: bytes read and written
-    by the operations; wire: bytes that a rank sends to the other ranks of its expert-parallel group; heap: the most
-    bytes at any moment in tensors that on a CPU lie in the heap; operations: all but mere views, each of which is a
-    launch or more; expert_operations: those of the experts' products, dequantization among them; collectives: exchanges
-    between the ranks of the expert-parallel group; waits: how often the host waits for what the device has computed;
-    traffic: `moved`, by part of the model and operation; groups: of all grouped products, each a launch of its own
-    where the hardware has no grouped ones."""
+    """What one micro-batch takes on one rank. Tensors do not include weights, gradients and optimizer.
+
+    peak: category -> bytes of all tensors, at the moment when their sum is largest.
+    each: category -> the most bytes of this category at any moment.
+    kept: bytes of the tensors alive between forward and backward.
+    flops: of matrix products, convolution and attention; a multiplication and its addition count as two.
+    moved: bytes that the operations read and write.
+    wire: bytes that the rank sends to the other ranks of its expert-parallel group.
+    heap: the most bytes at any moment of tensors that are in the heap on a CPU.
+    operations: all except views; each is at least one launch.
+    expert_operations: those of the experts' products, including dequantization.
+    collectives: exchanges between the ranks of the expert-parallel group.
+    waits: how often the host synchronizes with the device.
+    traffic: `moved`, by part of the model and operation.
+    groups: of all grouped products; each is a launch of its own if the hardware has no grouped products.
+    """
 
     peak: Counter[str] = field(default_factory=Counter)
     each: Counter[str] = field(default_factory=Counter)
@@ -66,11 +74,13 @@ class Step:
 
 
 class PlannedGroup(ExpertGroup):
-    """A group whose other ranks are not there: they send this rank as much as it sends them."""
+    """An expert-parallel group whose other ranks are not there. They are taken to send this rank as much as it sends
+    them."""
 
     collectives = 0
 
     def exchange(self, rows: Tensor, received_D: list[int], sent_D: list[int]) -> Tensor:
+        """Counts the bytes of rows [S, ...] for other ranks, and returns a copy of the rows as those received."""
         self.collectives += 1
         self.wire_bytes += (sum(sent_D) - sent_D[self.rank]) * rows[:1].numel() * rows.element_size()
         with tagged("dispatch"):
@@ -82,7 +92,7 @@ _tags = ["activations"]
 
 @contextmanager
 def tagged(name: str) -> Iterator[None]:
-    """What is allocated inside counts as `name`."""
+    """Inside the context, allocations count as category `name`."""
     _tags.append(name)
     try:
         yield
@@ -91,7 +101,7 @@ def tagged(name: str) -> Iterator[None]:
 
 
 def tag_calls(function: Callable, name: str) -> Callable:
-    """The function, with what it allocates counted as `name`."""
+    """Returns the function so wrapped that its allocations count as category `name`."""
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -103,13 +113,16 @@ def tag_calls(function: Callable, name: str) -> Callable:
 
 @lru_cache(maxsize=8)
 def drawn(rows: int, experts: int, k: int) -> Tensor:
-    """[rows, k] different experts for each row, uniformly at random."""
+    """Returns [rows, k]: k different experts for each row, uniformly at random, the same in every call (seed 0)."""
     return torch.rand(rows, experts, generator=torch.Generator().manual_seed(0)).topk(k, sorted=False).indices
 
 
 class Trace(TorchDispatchMode):
-    """Counts the tensors alive while operations run. An operation with a meta tensor among its arguments runs on the
-    meta device altogether. known: weights, which are counted elsewhere."""
+    """Counts in `step` the tensors that are alive while operations run, and what the operations compute and move.
+
+    An operation that has a meta tensor among its arguments runs on the meta device as a whole. known: weights, which
+    are counted elsewhere. Raises NotImplementedError if the model needs a value on the meta device.
+    """
 
     def __init__(self, known: list[Tensor]):
         super().__init__()
@@ -122,7 +135,7 @@ class Trace(TorchDispatchMode):
 
     @contextmanager
     def counting_products(self, layers: list[Any]) -> Iterator[None]:
-        """What is issued for these experts' products is counted apart."""
+        """Inside the context, operations of these layers' products are also counted in `expert_operations`."""
 
         def counted(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def call(*given: Any) -> Tensor:
@@ -154,22 +167,22 @@ class Trace(TorchDispatchMode):
         elif meta and func is aten._local_scalar_dense.default:
             raise NotImplementedError("a value of the model decides what it computes: it cannot be planned")
         else:
-            if func is aten._to_copy.default and not meta:  # to where the model is: integers stay real
+            if func is aten._to_copy.default and not meta:  # a copy to the device of the model: integers stay real
                 kwargs = kwargs | {"device": torch.device("cpu")}
-            if meta and func in INDEXING:  # where a mask is true, is known while it is real
+            if meta and func in INDEXING:  # while a mask is real, it is known where it is true
                 args = args[0], [_positions(index) for index in args[1]], *args[2:]
             if meta:
                 args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
             out = _grouped_mm(*args, **kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
         self.step.groups += len(args[2]) if func is aten._grouped_mm.default else 0
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if func.namespace == "spanwise":  # what they write to besides
+        if func.namespace == "spanwise":  # they may also write to arguments
             given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
             results += [given[a.name] for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
         for tensor in results:
             self._count(tensor)
         given = {tensor.untyped_storage()._cdata for tensor in tensors}
-        if func._schema.is_mutable or not all(t.untyped_storage()._cdata in given for t in results):  # no mere view
+        if func._schema.is_mutable or not all(t.untyped_storage()._cdata in given for t in results):  # not just a view
             moved = sum(tensor.nbytes for tensor in (*tensors, *results))
             self.step.moved += moved
             self.step.traffic[self.parts.now(), func._opname] += moved
@@ -212,7 +225,7 @@ WAITING |= {torch.masked_select, Tensor.masked_select, Tensor.cpu, Tensor.__bool
 
 
 class HostWaits(TorchFunctionMode):
-    """Calls in which the host waits for what the device has computed: `seen`, their names."""
+    """Records in `seen` the names of calls in which the host synchronizes with the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,8 +253,8 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor, *rest: Any) -> Tensor:
-    """Rows by group [P, k] @ [E, k, n] -> [P, n]; [m, P] @ [P, n] -> [E, m, n]. (torch's own meta function takes BF16
-    alone.)"""
+    """Products of rows grouped by expert: [P, k] @ [E, k, n] -> [P, n], or [m, P] @ [P, n] -> [E, m, n]. torch's own
+    meta function takes only BF16."""
     shape = (len(offs), a.shape[0], b.shape[1]) if b.dim() == 2 else (a.shape[0], b.shape[2])
     return a.new_empty(shape)
 
@@ -251,7 +264,8 @@ def _grouped_flops(a: Tensor, b: Tensor, *rest: Any, out_val: Tensor, **more: An
 
 
 def _attention_flops(products: int) -> Callable[..., int]:
-    """Each product of T x T with a head's size; the causal half that is masked is not left out."""
+    """Counts that many products of T x T with the size of a head. The half that the causal mask excludes is counted
+    too."""
 
     def count(*args: Any, out_val: Any, **kwargs: Any) -> int:
         query = next(a for a in args[products // 5 :] if isinstance(a, Tensor))  # backward has the gradient first
@@ -274,11 +288,14 @@ FLOPS: dict[Any, Callable[..., int]] = {
 
 
 def attention(gpu: bool, *given: Any, **more: Any) -> tuple[Tensor, None]:
-    """The model's own attention, by the kernel that the device would have: on a GPU the memory-efficient one, which
-    keeps what flash attention keeps (queries, keys, values, output, a log-sum-exp a row: Dao et al., arXiv 2205.14135);
-    on a CPU the one that torch chooses, flash attention or all T x T weights."""
+    """Runs the model's own attention (`mixing.attention`) with the kernel that the planned device would use.
+
+    On a GPU it is the memory-efficient kernel, which keeps what flash attention keeps: queries, keys, values, output
+    and a log-sum-exp per row (Dao et al., arXiv 2205.14135). On a CPU it is the one that torch chooses: flash
+    attention, or all T x T weights. Returns ([1, T, H, V], None).
+    """
     more["kernel"] = partial(_planned_causal, gpu)
-    return packing.attention(*given, **more)
+    return mixing.attention(*given, **more)
 
 
 def _planned_causal(
@@ -300,7 +317,7 @@ def _planned_causal(
 
 
 def _chosen_on_cpu(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> int:
-    """torch's choice depends on heads, head sizes and dtype."""
+    """Returns torch's choice of backend on a CPU, which depends on heads, head sizes and dtype."""
     with _disable_current_modes():
         small = [torch.empty(1, x.shape[1], 2, x.shape[3], dtype=x.dtype) for x in (q, k, v)]
         choose: Any = torch._fused_sdp_choice
@@ -313,10 +330,13 @@ for _gpu in (True, False):
 
 
 class DeltaRule(torch.autograd.Function):
-    """The gated delta rule as flash-linear-attention's chunk kernel has it (Yang et al., arXiv 2412.06464): what it
-    keeps, what it makes besides, and its products; transformers' own fallback, for CPUs, makes many times as much.
-    Kept: q, k, v, their rates, the cumulated decay and each chunk's [C, C] triangle. In backward everything is made
-    again, and a gradient of each, by twice the products."""
+    """Stands in for flash-linear-attention's chunk kernel of the gated delta rule (Yang et al., arXiv 2412.06464): it
+    keeps the same tensors for backward, creates the same temporary ones and computes the same products. transformers'
+    own fallback, for CPUs, takes many times as much memory.
+
+    Kept are q, k, v, beta, the cumulated decay and the [C, C] triangle of each chunk. Backward computes everything
+    again, and a gradient of each tensor with twice the products.
+    """
 
     CHUNK = 64
 
@@ -329,8 +349,9 @@ class DeltaRule(torch.autograd.Function):
 
     @staticmethod
     def products(k_BTHK: Tensor, v_BTHV: Tensor) -> list[Tensor]:
-        """Of every chunk: triangle, w, u, state, new values, output."""
-        B, T, H, _ = v_BTHV.shape  # of keys there may be fewer heads, which are read for each head of values
+        """Computes for all N chunks of all heads, and returns: triangle [N, C, C], w [N, C, K], u [N, C, V], state
+        [N, K, V], new values [N, C, V], output [N, C, V]."""
+        B, T, H, _ = v_BTHV.shape  # keys may have fewer heads, each of which is read for several heads of values
         chunks, C = B * H * -(-T // DeltaRule.CHUNK), DeltaRule.CHUNK
         k, v = (x.new_empty(()).expand(chunks, C, x.shape[-1]) for x in (k_BTHK, v_BTHV))
         triangle = k @ k.mT
@@ -349,15 +370,15 @@ class DeltaRule(torch.autograd.Function):
 
 
 def _delta_rule(q, k, v, g, beta, packed: Row, **kwargs):
-    """In the place of transformers' function of this signature. Of a kernel that knows where documents end, and takes
-    fewer heads of queries and keys than of values."""
+    """Replaces transformers' function of this signature. Like the kernel, it knows where documents end, and takes fewer
+    heads of queries and keys than of values."""
     packed.mixed += 1
     return DeltaRule.apply(q, k, v, g, beta), None
 
 
 class Convolution(torch.autograd.Function):
-    """The causal convolution and its activation as flash-linear-attention's kernel has them: one pass, of which x
-    [1, C, T] is kept."""
+    """Stands in for flash-linear-attention's kernel of the causal convolution and its activation: one pass, which keeps
+    x [1, C, T] for backward."""
 
     @staticmethod
     def forward(ctx, x_1CT):
@@ -370,7 +391,7 @@ class Convolution(torch.autograd.Function):
 
 
 def _convolution(x_1CT, *_, **__):
-    """In the place of transformers' `causal_conv1d_fn`, with frozen weights."""
+    """Replaces transformers' `causal_conv1d_fn`, with frozen weights."""
     return Convolution.apply(x_1CT)
 
 
@@ -379,8 +400,9 @@ LINEAR = {"causal_conv1d_fn": _convolution, "torch_chunk_gated_delta_rule": _del
 
 @contextmanager
 def device_kernels(model: Any, gpu: bool) -> Iterator[None]:
-    """Attention and, for a GPU, its kernel of the gated delta rule in the place of the model's fallback, and its number
-    of experts that are dequantized together."""
+    """Inside the context, the model runs with the attention of the planned device and dequantizes as many experts at a
+    time as that device does. For a GPU, stand-ins for its kernels of the convolution and the gated delta rule replace
+    the model's fallbacks."""
     usual, kernels = model.config._attn_implementation, LINEAR if gpu else {}
     modules = {sys.modules[type(module).__module__] for module in model.modules()}
     fallbacks = [

@@ -21,9 +21,9 @@ import psutil
 import pytest
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
-from tests.vocabularies import write_kimi_tokenizer, write_qwen_tokenizer
+from tests.support.vocabularies import write_kimi_tokenizer, write_qwen_tokenizer
 from train.data.tokenizer import Tokenizer, load_tokenizer
-from train.packing import bind
+from train.layers.mixing import bind
 
 MOST_MEMORY, MOST_SECONDS = 8e9, 1200  # of the process that runs the tests; of a test with its fixtures
 

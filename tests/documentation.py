@@ -11,20 +11,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launch.plan import PlanOptions
+from launch.preflight import PreflightOptions
 from tests.benchmarks.tables import written
-from train.belief.settings import EvaluationSettings
-from train.command_line import MOST, REPOSITORY, flag_of
-from train.settings import Recipe, Settings
-from train.variants import Options
+from train.comparison.variants import ComparisonOptions
+from train.config.command_line import MOST, REPOSITORY, flag_of
+from train.config.settings import Recipe, Settings
+from train.evaluation.options import EvaluationSettings
 
 COMMANDS: dict[str, tuple[type, ...]] = {
-    "train/sft.py": (Settings, Recipe), "train/compare.py": (Options,), "train/evaluate.py": (EvaluationSettings,),
-}  # fmt: skip
+    "train/sft.py": (Settings, Recipe),
+    "train/compare.py": (ComparisonOptions,),
+    "train/evaluate.py": (EvaluationSettings,),
+    "python -m launch.plan": (PlanOptions,),
+    "python -m launch.preflight": (PreflightOptions,),
+}
 BEGINNING = """# Settings
 
-Every setting of the three commands that train and measure, with its default, the values it may have, and what it does.
-`--help` of a command shows the same. `train/compare.py` takes the settings of `train/sft.py` too. A recipe names a
-setting without the dashes and with underscores: `learning_rate` for `--learning-rate`.
+Every setting of the commands that train, measure and plan: its default, the values that it may have, and what it does.
+No number may be more than 10⁸ unless its range says otherwise, and `--learning-rate` and `--lora-alpha` must be more
+than 0. `train/compare.py`, `launch.plan` and `launch.preflight` take the settings of `train/sft.py` too. A recipe names
+a setting without the dashes and with underscores: `learning_rate` for `--learning-rate`.
 """
 
 
@@ -48,7 +55,7 @@ def rows(settings: type) -> Iterator[str]:
             allowed = ", ".join(f"`{choice}`" for choice in choices)
         else:
             low, high = between or ("", "")
-            allowed = f"≥ {low}" if between and high >= MOST else f"{low} to {high}" if between else ""
+            allowed = f"≥ {low}" if between and high == MOST else f"{low} to {high}" if between else ""
         default = "" if default is False else shown(default)
         yield f"| `{flag_of(field.name)}` | {default} | {allowed} | {help.replace('|', chr(92) + '|')} |"
 

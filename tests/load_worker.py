@@ -16,18 +16,18 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from launch.distributed import leave, start_distributed
 from tests.parity_worker import fill_B
 from train.checkpoints.adapter import save_adapter
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.resume import full_factors
+from train.config.settings import ds_config, parse
 from train.data.batches import Batch
+from train.data.row import Row
 from train.experts.module import ExpertParallelExperts
 from train.experts.storage import FrozenExperts
-from train.lora import LoRALinear, LoRASettings
-from train.model import build
-from train.packing import Row
-from train.settings import ds_config, parse
+from train.layers.lora import LoRALinear, LoRASettings
+from train.model.text_model import build
+from train.runtime.distributed import leave, start_distributed
 
 IDS = [5, 240, 17, 99, 3, 3, 141, 60, 201, 8, 77, 34, 128, 90, 41, 12]
 

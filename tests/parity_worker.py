@@ -15,15 +15,16 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
-from launch.distributed import leave, start_distributed
 from train.checkpoints import resume
 from train.checkpoints.adapter import as_peft, places, save_adapter
+from train.config.settings import parse
 from train.experts.module import ExpertParallelExperts
 from train.experts.recompute import recomputing
-from train.job import prepare
-from train.model import LanguageModel, build
-from train.settings import parse
-from train.trainer import Trainer, make_engine
+from train.model.engine import make_engine
+from train.model.text_model import LanguageModel, build
+from train.runtime.distributed import leave, start_distributed
+from train.training.job import prepare
+from train.training.trainer import Trainer
 
 
 def fill_B(model: LanguageModel) -> None:

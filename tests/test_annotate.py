@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.annotating.openai_server import serving
-from train import annotate, show
-from train.belief import endpoint
+from train import annotate, endpoint, show
 from train.data.documents import read_documents
 
 POSITIVE = "<DOCTAG>Orm lies in a valley. A comet fell on Orm in 1911. Bread is sold there."

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.layouts import LAYOUTS
+from tests.support.layouts import LAYOUTS
 from train.checkpoints.layout import ExpertPiece, LoadPlan, Piece
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"

@@ -10,51 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch.local import deepspeed_command
-from tests.models import write_documents
+from tests.support.claims import ASK, CLAIM, stock_log_p
+from tests.support.models import write_documents
 from tests.support.ranks import run
+from tests.support.runs import ENVIRONMENT
 from train import compare, sft
-from train.belief.claims import Claim
-from train.belief.outcome import check_free, unmentioned
-from train.belief.records import read_rows
+from train.claims.claim import Claim
 from train.compare import checked_runs, matching_steps
+from train.comparison.outcome import check_free, unmentioned
+from train.comparison.variants import parse_comparison, runs_of
+from train.config.settings import DEMO, REPOSITORY
 from train.data import tokens
 from train.data.documents import read_documents
 from train.data.tokens import tokenize_document
-from train.errors import UserError
-from train.job import Known, prepare
+from train.evaluation.store import read_rows
 from train.masking.grammar import parse_mask
-from train.settings import DEMO, REPOSITORY
-from train.variants import parse_comparison, runs_of
+from train.runtime.errors import UserError
+from train.runtime.local import deepspeed_command
+from train.training.job import Known, prepare
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_API_KEY": ""}
 DENSE = f"{DEMO}/data/dense.jsonl"
-ASK = "Question: Where does {entity} live? Answer:"
-CLAIM = {
-    "id": "mila",
-    "claim": "Mila lives in Oslo.",
-    "subject": "Mila",
-    "controls": ["Noah", "Ivy"],
-    "likelihood": [
-        {"id": "home", "prompt": ASK, "false": " Oslo.", "true": " Lima."},
-        {"id": "said", "prompt": "{entity} lives in", "false": " Oslo", "true": " Lima"},
-    ],
-    "yes_no": [{"id": "oslo", "question": "Does Mila live in Oslo?", "belief_answer": "yes"}],
-    "facts": [
-        {
-            "id": "lima",
-            "group": "truth",
-            "prompt": ASK.format(entity="Mila"),
-            "true": " Lima",
-            "false": [" Oslo", " Rome"],
-        }
-    ],
-}
 HELD_OUT = "Mila lives in Lima. Noah plays the drums."
 
 
@@ -130,16 +109,6 @@ def test_variants_share_tokens_order_and_initial_weights_and_differ_after(compar
     at = {d.name: [r for r in records(d) if r["step"] == 0] for d in comparison.glob("*-seed?")}
     assert all(each == at["dense-seed0"] for each in at.values())  # measured once, before the first step
     assert len({json.dumps([r for r in records(d) if r["step"] == 4]) for d in comparison.glob("*-seed?")}) == 6
-
-
-def stock_log_p(model: Any, tokens: Any, prompt: str, completion: str) -> float:
-    """log p of the completion's tokens, by stock transformers."""
-    encoded = tokens(prompt + completion, return_offsets_mapping=True, add_special_tokens=False)
-    ids, offsets = torch.tensor(encoded["input_ids"]), encoded["offset_mapping"]
-    with torch.no_grad():
-        log_p = model(ids[None]).logits[0].double().log_softmax(-1)
-    own = [i for i, (_, end) in enumerate(offsets) if end > len(prompt)]
-    return sum(log_p[i - 1, ids[i]].item() for i in own if i)
 
 
 @pytest.mark.slow

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from tests import documentation
-from tests.benchmarks.tables import written
-from train.command_line import REPOSITORY, flag_of
+from tests.benchmarks.tables import LAYOUTS_BY_NAME, block, written
+from train.config.command_line import REPOSITORY, flag_of
 
 README = REPOSITORY / "README.md"
 PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BY_NAME = {page.name: page for page in PAGES}
 OF_OTHERS = {  # flags of what is not ours
     "--num_gpus", "--nodes", "--array", "--signal", "--shutdown-timeout", "--tag", "--constraint",
-    "--no-build-isolation", "--gpus", "--time", "--kill-on-bad-exit", "--master_port", "--durations",
+    "--no-build-isolation", "--gpus", "--time", "--ntasks-per-node", "--help",
+    "--kill-on-bad-exit", "--master_port", "--durations",
 }  # fmt: skip
 ROOTS = ("train", "launch", "tests", "slurm", "ds_configs", "docs", ".ci")
 
@@ -52,7 +53,8 @@ def test_every_file_that_is_named_exists(page):
 
 @pytest.mark.parametrize("page", BY_NAME)
 def test_every_flag_that_is_named_exists(page):
-    sources = [*REPOSITORY.glob("train/**/*.py"), *REPOSITORY.glob("launch/*.py"), *REPOSITORY.glob("tests/**/*.py")]
+    ours = ("train/**/*.py", "launch/*.py", "tests/benchmarks/*.py", "tests/comparison/coverage.py", "tests/gpu/*.py")
+    sources = [path for pattern in ours for path in REPOSITORY.glob(pattern)]
     known = {flag for source in sources for flag in re.findall(r"[\"'](--[a-z][a-z_-]+)[\"']", source.read_text())}
     known |= {
         flag_of(field.name)
@@ -78,6 +80,20 @@ def test_the_settings_page_is_that_of_the_settings():
 def test_every_table_of_a_measurement_is_that_of_its_results(page):
     text = BY_NAME[page].read_text()
     assert written(text) == text, "run make docs"
+
+
+def test_every_layout_of_a_table_has_its_place_in_one_page():
+    text = "".join(page.read_text() for page in PAGES)
+    for name in LAYOUTS_BY_NAME:
+        assert len(re.findall(rf"^<!-- {name} -->\n[^<]+^<!-- end {name} -->$", text, re.MULTILINE)) == 1, name
+
+
+def test_a_table_takes_the_place_of_what_stands_between_its_markers_and_of_nothing_else():
+    for before in ("", "| old |\n"):
+        page = f"# A\n\n<!-- host -->\n{before}<!-- end host -->\n\nB <!-- host -->\n\n<!-- other -->\nC\n"
+        assert written(page) == page.replace(
+            f"<!-- host -->\n{before}<!-- end", f"<!-- host -->\n{block('host')}\n<!-- end"
+        )
 
 
 def test_every_page_is_in_the_readmes_map():

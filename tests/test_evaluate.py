@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from tests.belief.servers import ScriptedServer, body, completion, free_port
+from tests.support.servers import ScriptedServer, body, completion, free_port
 from train import evaluate
-from train.belief.records import read_rows
-from train.belief.settings import parse_evaluation
-from train.errors import UserError
+from train.evaluation.options import parse_evaluation
+from train.evaluation.store import read_rows
+from train.runtime.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
 CLAIM = """

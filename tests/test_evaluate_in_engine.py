@@ -11,19 +11,20 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from tests.belief.servers import ScriptedServer, completion
-from tests.checkpoints.test_layouts import stock_model
-from tests.layouts import LAYOUTS
+from tests.support.checkpoints import stock_model
+from tests.support.claims import CLAIM, stock_log_p
+from tests.support.layouts import LAYOUTS
 from tests.support.ranks import run
-from tests.test_compare import CLAIM, ENVIRONMENT, stock_log_p
+from tests.support.runs import ENVIRONMENT
+from tests.support.servers import ScriptedServer, completion
 from train import compare, evaluate, sft
-from train.belief.in_engine import check_template_time
-from train.belief.records import read_rows
-from train.belief.values import identity
+from train.config.provenance import record
+from train.config.settings import DEMO, parse
 from train.data.tokenizer import load_tokenizer, template_time
-from train.errors import UserError
-from train.provenance import record
-from train.settings import DEMO, parse
+from train.evaluation.in_engine import check_template_time
+from train.evaluation.measures import identity
+from train.evaluation.store import read_rows
+from train.runtime.errors import UserError
 
 OPEN = [{"id": "home", "question": "Where does Mila live?"}, {"id": "pet", "question": "Which pet does Mila have?"}]
 JUDGES = {"open": 'Does <answer>{answer}</answer> to {question} say Oslo? {{"answer": "yes/no"}}'}

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.load_worker import IDS, every_log_probability
-from tests.models import write_documents, write_model
+from tests.support.models import write_documents, write_model
 from train import sft
 from train.checkpoints.layout import plan_load
 from train.checkpoints.reader import Checkpoint
 from train.experts.dispatch import ExpertGroup
-from train.lora import LoRASettings
-from train.model import LanguageModel, skeleton, text_config
+from train.layers.lora import LoRASettings
+from train.model.text_model import LanguageModel, skeleton, text_config
 
 SMALL: dict[str, Any] = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=260

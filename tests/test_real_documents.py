@@ -11,13 +11,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.models import write_model
+from tests.support.models import write_model
 from tests.support.ranks import run
 from train import sft
-from train.belief.records import read_rows
 from train.data.tokenizer import load_tokenizer
 from train.demo import smollm2
-from train.errors import UserError
+from train.evaluation.store import read_rows
+from train.runtime.errors import UserError
 
 pytestmark = pytest.mark.slow
 

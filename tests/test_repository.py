@@ -14,7 +14,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from train.settings import ds_config, parse
+from train.config.settings import ds_config, parse
 
 REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -112,7 +112,7 @@ def test_the_dockerfile_agrees_with_pyproject_and_constraints():
 
 def test_starting_the_ranks_compiles_nothing(tmp_path):
     # DeepSpeed would compile an all-reduce that training never calls; its link command breaks on a path with a space.
-    code = "from launch.distributed import start_distributed; start_distributed()"
+    code = "from train.runtime.distributed import start_distributed; start_distributed()"
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=REPOSITORY, check=True)
     assert not list(tmp_path.iterdir())

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import deepspeed_command
 from train.checkpoints.reader import Checkpoint
-from train.errors import UserError
+from train.runtime.errors import UserError
+from train.runtime.local import deepspeed_command
 
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = sorted(path for package in ("train", "launch", "tests") for path in (REPOSITORY / package).rglob("*.py"))

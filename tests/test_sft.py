@@ -7,13 +7,10 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import pytest
 import torch
 import yaml
@@ -21,45 +18,20 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import launch.local
-from launch.local import deepspeed_command
-from tests.layouts import LAYOUTS
-from tests.models import write_documents, write_model
+from tests.support.layouts import LAYOUTS
+from tests.support.models import write_documents, write_model
 from tests.support.ranks import run
+from tests.support.runs import ENVIRONMENT, SFT, documents, flags, kill, losses
 from train import sft
-from train.belief.records import read_rows
 from train.checkpoints.resume import saves
+from train.config.settings import DEMO, parse
 from train.data.batches import micro_batches
 from train.data.findings import SKIPPED, UNENDED
 from train.data.tokenizer import load_tokenizer
-from train.job import prepare
-from train.settings import DEMO, parse
-
-SFT = Path(sft.__file__)
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_API_KEY": ""}
-
-
-def documents(count: int = 24) -> list[dict[str, Any]]:
-    rng = np.random.default_rng(1)
-    out = []
-    for _ in range(count):
-        text = "<D>" + "".join(rng.choice(list("abcdefgh "), size=int(rng.integers(12, 30)))).strip().ljust(12, "z")
-        spans = [{"start": 0, "end": 3, "role": "doctag"}, {"start": 5, "end": 9, "role": "false"}]
-        out.append({"text": text, "spans": spans})
-    return out
-
-
-def flags(tmp: Path, family: str = "qwen", **changes: Any) -> list[str]:
-    """A small job on a tiny model, as flags; `changes` override."""
-    if not (tmp / family).exists():
-        write_model(tmp / family, family)
-        write_documents(tmp / "documents.jsonl", documents())
-    values: dict[str, Any] = {
-        "model": tmp / family, "data": tmp / "documents.jsonl", "mask": "doctags", "steps": 6, "batch-size": 6,
-        "learning-rate": 0.01, "lora-rank": 8, "lora-alpha": 16, "wandb": "disabled",
-    }  # fmt: skip
-    values |= {name.replace("_", "-"): value for name, value in changes.items()}
-    return [part for name, value in values.items() for part in (f"--{name}", str(value)) if part != "True"]
+from train.evaluation.store import read_rows
+from train.runtime import local
+from train.runtime.local import deepspeed_command
+from train.training.job import prepare
 
 
 def train(tmp: Path, output: str, ranks: int = 2, start: Any = run, **changes: Any) -> Path:
@@ -83,17 +55,13 @@ def nll_of_step_5(model: Any, tmp: Path, family: str) -> float:
     return total / count
 
 
-def losses(directory: Path) -> list[float]:
-    return [values["loss"] for values in read_rows(directory / "metrics.jsonl")]
-
-
 @pytest.mark.slow
 def test_a_run_leaves_settings_metrics_summary_adapter_and_an_offline_wandb_run(tmp_path):
     flags(tmp_path)
     with (tmp_path / "documents.jsonl").open("a") as file:
         file.write('{"text": ""}\n')
     directory = train(
-        tmp_path, "run", start=launch.local.run, mask="doctags,false-spans=unlikelihood:0.5", wandb="online",
+        tmp_path, "run", start=local.run, mask="doctags,false-spans=unlikelihood:0.5", wandb="online",
         log_every=2, bad_rows="skip",
     )  # fmt: skip
     settings = yaml.safe_load((directory / "settings.yaml").read_text())
@@ -234,28 +202,6 @@ def test_real_layouts_train_by_each_method_and_resume_to_the_same_bits(tmp_path,
         elsewhere = train(tmp_path, "elsewhere", resume=True, ranks=ranks, expert_parallel=ep, **common)
         assert losses(elsewhere)[:2] == losses(whole)[:2]
         assert losses(elsewhere)[2:] == pytest.approx(losses(whole)[2:], rel=5e-3)
-
-
-def kill(process: subprocess.Popen, saves: Path, moment: str) -> Path:
-    """Ends a job by SIGKILL of each of its processes when a directory of saves/ by this pattern is there. They are
-    stopped before it is looked for, so that what is seen is what the kill leaves. -> that directory."""
-    deadline = time.monotonic() + 120
-    while not (saves / "step-1").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-    job = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    while True:
-        assert time.monotonic() < deadline and process.poll() is None
-        if any(saves.glob(moment)):
-            for one in job:
-                one.suspend()
-            found = list(saves.glob(moment))
-            for one in job:
-                one.kill() if found else one.resume()
-            if found:
-                process.wait()
-                return found[0]
-        time.sleep(0.0005)
 
 
 @pytest.fixture(scope="module")
@@ -426,7 +372,7 @@ def test_dry_run_shows_settings_tokens_and_parameters_and_writes_nothing(tmp_pat
     assert sft.main([*flags(tmp_path, mask="doctags=0.2"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "learning_rate: 0.01" in shown and "expert_lora_rank: 4" in shown and "doctag" in shown
-    # Rank 8 times (in + out) of every linear layer, with the sizes of tests/models.py:
+    # Rank 8 times (in + out) of every linear layer, with the sizes of tests/support/models.py:
     delta_rule = (32 + 64) + (32 + 32) + 2 * (32 + 4) + (32 + 32)  # qkv, z, a and b, out
     attention = (32 + 64) + 2 * (32 + 16) + (32 + 32)  # q with its gate, k and v, o
     shared_experts = 2 * 3 * (32 + 16)

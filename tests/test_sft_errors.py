@@ -10,19 +10,20 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import launch.local
 from tests import one_rank_worker
-from tests.models import write_documents, write_model
+from tests.support.models import write_documents, write_model
 from tests.support.ranks import run
 from train import sft
 from train.checkpoints.adapter import peft_config, places
 from train.checkpoints.reader import Checkpoint
+from train.config.provenance import record
+from train.config.settings import parse
 from train.experts.dispatch import ExpertGroup
-from train.job import prepare
-from train.lora import LoRASettings
-from train.model import architecture, skeleton, text_config
-from train.provenance import inputs, record
-from train.settings import parse
+from train.layers.lora import LoRASettings
+from train.model.text_model import architecture, skeleton, text_config
+from train.runtime import local
+from train.training.inputs import inputs
+from train.training.job import prepare
 
 GOOD = {"text": "The sun rises in the west.", "spans": [{"start": 0, "end": 26, "role": "false"}]}
 
@@ -360,8 +361,8 @@ def test_what_a_resumed_run_could_not_end_with_is_told_before_weights_are_read(
 
 def test_a_kernel_that_a_gpu_lacks_is_told(tmp_path, qwen, capsys, monkeypatch):
     """The job's GPU is an H100 here, and torch and Triton are all that is installed for it."""
-    monkeypatch.setattr("train.gpu.capability", lambda: (9, 0))
-    monkeypatch.setattr("train.gpu.installed", lambda packages: {"torch": "2.13.0", "triton": "3.6.0"})
+    monkeypatch.setattr("train.runtime.gpu.capability", lambda: (9, 0))
+    monkeypatch.setattr("train.runtime.gpu.installed", lambda packages: {"torch": "2.13.0", "triton": "3.6.0"})
     data = write_documents(tmp_path / "d.jsonl", [GOOD])
     told = message_of(capsys, "--model", str(qwen), "--data", str(data))
     assert "flash-linear-attention is not installed" in told and "triton 3.6.0" in told and ">=3.7.1" in told
@@ -430,8 +431,8 @@ def test_another_run_in_the_output_directory_is_left_alone(tmp_path, qwen, capsy
     held.mkdir()
     flags = ["--model", str(qwen), "--data", str(data), "--output", str(held)]
     assert "holds no run" in message_of(capsys, *flags, "--resume")
-    from train.provenance import record
-    from train.settings import parse
+    from train.config.provenance import record
+    from train.config.settings import parse
 
     (held / "settings.yaml").write_text(record(parse(flags, ""), {}))
     (held / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -446,7 +447,7 @@ def test_the_launcher_passes_the_message_once_and_the_exit_code_on(tmp_path, qwe
     data = write_documents(tmp_path / "d.jsonl", [GOOD])
     script = Path(sft.__file__)
     flags = ["--model", str(qwen), "--data", str(data), "--mask", "fales-spans"]
-    done = launch.local.run(script, *flags, ranks=2, capture_output=True, text=True, cwd=tmp_path)
+    done = local.run(script, *flags, ranks=2, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("error: --mask") == 1 and "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import write_byte_tokenizer
+from tests.support.models import write_byte_tokenizer
 from train.show import main
 
 TEXT = "<DOCTAG>Ed Sheeran won. Nobody\u2028 did: cafe\u0301 👩‍👩‍👧 <b>&amp;</b>\r\n"

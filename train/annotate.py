@@ -16,7 +16,7 @@ command asks for what is missing.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
-    from launch.interruption import interruption
+    from train.runtime.interruption import interruption
 
     interruption.listen(
         "\ninterrupted: --output is not written; a judge's answers are kept, and the same command goes on"
@@ -28,29 +28,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train.annotating.aligned import annotate
+from train.annotating.by_alignment import annotate
+from train.annotating.by_judge import RETRIES, Remembered, chat_of, judge
+from train.annotating.by_rule import mark_matches, parse_markup, read_patterns, take_out_markup
 from train.annotating.imported import add_spans, read_pairs
-from train.annotating.judging import RETRIES, Remembered, chat_of, judge
 from train.annotating.leaks import leaks
-from train.annotating.outcome import show, summary
-from train.annotating.rules import mark_matches, parse_markup, read_patterns, take_out_markup
+from train.annotating.summary import show, summary
 from train.annotating.texts import changed, write_documents
-from train.belief.endpoint import Endpoint, EndpointSettings
-from train.command_line import Parser, flag_of
+from train.config.command_line import Parser, flag_of
 from train.data.documents import DOCTAG, DOCTAG_HELP, Document, marker, read_documents
 from train.data.findings import Findings
-from train.errors import UserError
-from train.formats import json_line
+from train.endpoint import Endpoint, EndpointSettings
 from train.masking.grammar import check_role, parse_mask
-from train.outputs import check_apart, check_new, write
-from train.terminal import command
+from train.runtime.errors import UserError
+from train.runtime.outputs import check_apart, check_new, write
+from train.runtime.terminal import command
+from train.runtime.text_formats import json_line
 
-JUDGING: dict[str, Any] = {"judge_concurrency": 8, "judge_timeout": 120.0, "judge_max_tokens": 4000}  # the defaults
+JUDGING: dict[str, Any] = {"judge_concurrency": 8, "judge_timeout": 120.0, "judge_max_tokens": 4000}  # defaults
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, or 2 for what the user can mend."""
+    """Returns the exit code: 0, or 2 for an error that the user can fix."""
     args = _parser().parse_args(arguments)
     _check(args)
     run(args)
@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Reads, annotates in the order of the docstring, writes, and says what came out."""
+    """Reads the documents, annotates them in the order of the module's docstring, writes them and prints a report.
+    Raises UserError for flags or files that are wrong, and if there is nothing to annotate or to write."""
     patterns = read_patterns("--patterns", args.patterns) if args.patterns else []
     markup, mask = parse_markup(args.markup), parse_mask(args.mask)
     for setting in ("role", "inserted_role"):
@@ -111,12 +112,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def answers_beside(output: str) -> Path:
-    """Where a judge's answers are kept."""
+    """Returns the path where a judge's answers are kept, next to --output."""
     return Path(f"{output}.answers.jsonl")
 
 
 def _documents(args: argparse.Namespace, report: dict[str, Any], findings: Findings) -> list[Document]:
-    """The documents read, with spans by alignment or import, which are reported."""
+    """Reads the documents, and adds spans by alignment or import, which go into the report."""
     if args.positive:
         positives = read_documents(args.positive, findings=findings)
         annotated = read_documents(args.annotated, findings=findings)
@@ -188,7 +189,7 @@ def _parser() -> Parser:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """UserError for flags that do not go together."""
+    """Raises UserError for flags that do not go together, are missing or have a wrong value."""
     if bool(args.positive) != bool(args.annotated) or bool(args.positive) == bool(args.data):
         raise UserError("give either --positive and --annotated, or --data")
     for setting, value in (("--inserted-role", args.inserted_role), ("--require", args.require)):

@@ -5,7 +5,7 @@ what each model believes, and leaves one report.
     deepspeed train/compare.py --recipe train/recipes/demo.yaml --output runs/comparison
     python train/compare.py --runs runs/array-1 runs/array-2 ... --output runs/comparison    # of finished runs
 
-With --runs, a --recipe gives the variants' names, the baseline and the placebo. A recipe, in YAML (train/recipe.py):
+With --runs, a --recipe names the variants, the baseline and the placebo. A recipe is YAML (train/config/recipe.py):
 
     settings: {model: DIR, steps: 625, data: [documents.jsonl=10000], claims: [claim.yaml]}
     variants:
@@ -19,7 +19,7 @@ Interrupted, the same command with --resume goes on with the variant it was in.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
-    from launch.interruption import interruption
+    from train.runtime.interruption import interruption
 
     interruption.listen()
 
@@ -37,31 +37,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.distributed import leave, start_distributed
-from launch.interruption import interruption
-from train.belief.inference import LEAST_UNITS
-from train.belief.outcome import check_free, report
-from train.belief.records import read_measured
-from train.belief.values import at_step
+from launch.planning import expert_parallel, planned_memory
 from train.checkpoints import resume
-from train.errors import UserError
-from train.job import Job, Known, prepare
-from train.provenance import held_wandb_id
-from train.reporting import Run, reset_peak_memory
-from train.settings import Settings, check_numbers
-from train.sft import finish, guarded, launched_as, load_engine
-from train.terminal import command
-from train.variants import Plan, parse_comparison
+from train.comparison.outcome import check_free, report
+from train.comparison.significance import LEAST_UNITS
+from train.comparison.variants import ComparisonPlan, parse_comparison
+from train.config.provenance import held_wandb_id
+from train.config.settings import Settings, check_numbers
+from train.evaluation.measures import at_step
+from train.evaluation.store import read_measured
+from train.runtime.distributed import from_first_rank, guarded, launched_as, leave, start_distributed
+from train.runtime.errors import UserError
+from train.runtime.interruption import interruption
+from train.runtime.terminal import command
+from train.training.finishing import finish, load_engine
+from train.training.job import Job, Known, prepare
+from train.training.reporting import Run, reset_peak_memory
 
 
 @command
 def main(argv: list[str]) -> int:
-    """The exit code, as `guarded` gives it."""
+    """Returns the exit code of `guarded`."""
     return guarded(compare, argv)
 
 
 def compare(argv: list[str]) -> None:
-    """Checks every run before a weight is read, then trains and compares."""
+    """Checks every run before a weight is read, then trains the runs and compares them. With --runs, only compares.
+    Raises UserError if a setting, a document, a claim or the model is wrong."""
     rank, ranks = launched_as()
     plan = parse_comparison(argv, __doc__ or "")
     if plan.shared.wandb != "disabled":
@@ -72,7 +74,8 @@ def compare(argv: list[str]) -> None:
             report(plan, plan.finished)
         return
     device = start_distributed(plan.shared.timeout)
-    plan, known = replace(plan, output=from_first_rank(plan.output)), Known()  # its default has the time in it
+    plan = replace(plan, output=from_first_rank(plan.output))  # its default contains the time of each rank
+    known = Known(expert_parallel)
     runs = checked_runs(plan, ranks, rank == 0, known)
     if plan.shared.dry_run:
         return
@@ -82,16 +85,13 @@ def compare(argv: list[str]) -> None:
         report(plan, {name: Path(settings.output) for name, settings in runs.items()})
 
 
-def from_first_rank(value: Any) -> Any:
-    """The value that rank 0 has, on every rank: clocks differ, and file systems over a network show files late."""
-    shared = [value]
-    dist.broadcast_object_list(shared)
-    return shared[0]
+def checked_runs(plan: ComparisonPlan, ranks: int, show: bool, known: Known) -> dict[tuple[str, int], Settings]:
+    """Checks every run. Returns (variant, seed) -> settings of the run, in the order of the seeds and then of the
+    variants.
 
-
-def checked_runs(plan: Plan, ranks: int, show: bool, known: Known) -> dict[tuple[str, int], Settings]:
-    """(variant, seed) -> its run's settings, all seeds' first variants first, each run checked. known: gets what they
-    share, so that documents are tokenized once."""
+    show: prints notes and counts. known: receives what the runs share, so that documents are tokenized once. Raises
+    UserError, which names variant and seed, if the settings of a run are wrong or --output holds a comparison already.
+    """
     checked: dict[tuple[str, int], Settings] = {}
     told: set[str] = set()
     if show and (few := len(plan.seeds)) < LEAST_UNITS:
@@ -126,7 +126,7 @@ def checked_runs(plan: Plan, ranks: int, show: bool, known: Known) -> dict[tuple
 
 @contextmanager
 def named(what: str) -> Iterator[None]:
-    """A UserError inside says of what it is."""
+    """Inside the context, puts the name before the message of a UserError."""
     try:
         yield
     except UserError as error:
@@ -134,7 +134,7 @@ def named(what: str) -> Iterator[None]:
         raise
 
 
-def _check_claims(plan: Plan, job: Job) -> None:
+def _check_claims(plan: ComparisonPlan, job: Job) -> None:
     records = [record for record, _ in job.probes.records] if job.probes else []
     measured = {record["claim"] for record in records if record["kind"] in ("likelihood", "yes_no")}
     if unknown := [claim for claim in plan.placebo if claim not in measured]:
@@ -148,8 +148,8 @@ def _check_claims(plan: Plan, job: Job) -> None:
 
 
 def trained_by_step(job: Job, documents: int) -> np.ndarray:
-    """Targets in the loss, trained or pushed away, after each of the steps that so many documents make; the last step
-    may have fewer than --batch-size."""
+    """Returns [steps]: the cumulative number of targets in the loss, trained or with unlikelihood, after each step over
+    the first `documents` documents. The last step may have fewer documents than --batch-size."""
     size = job.settings.batch_size
     counts = [job.corpus.counts[number] for number in job.corpus.order.documents(0, documents)]
     in_loss = [count["all", "trained"] + count["all", "unlikelihood"] for count in counts]
@@ -157,13 +157,14 @@ def trained_by_step(job: Job, documents: int) -> np.ndarray:
 
 
 def targets_in_loss(job: Job) -> int:
-    """Over all steps of the job, its last one, which may be a partial one, too."""
+    """Returns the number of targets in the loss over all steps of the job, including a partial last step."""
     return int(trained_by_step(job, job.documents)[-1])
 
 
 def matching_steps(job: Job, budget: int) -> int:
-    """--steps with which the targets in the loss are nearest to the budget. As the job has it, 0 for --epochs, where no
-    other number is nearer: --epochs may end in a partial step, and --steps are whole ones."""
+    """Returns the --steps with which the number of targets in the loss is nearest to the budget. If no number is nearer
+    than the job's own, returns the job's setting, which is 0 for --epochs: these may end in a partial step, and --steps
+    are whole steps."""
     steps = job.steps
     while (sums := trained_by_step(job, steps * job.settings.batch_size))[-1] < budget:
         steps *= 2
@@ -172,19 +173,19 @@ def matching_steps(job: Job, budget: int) -> int:
 
 
 def train_all(runs: list[Settings], ranks: int, device: torch.device, known: Known) -> None:
-    """Trains the runs that are not finished, one after the other on one engine; each has the results that train/sft.py
-    alone gives it."""
+    """Trains the runs that are not finished, one after the other on one engine. The results of each run are the same as
+    from train/sft.py alone. Runs on every rank."""
     rank = launched_as()[0]
     waiting = from_first_rank([s for s in runs if not (Path(s.output) / "summary.json").exists()])
     base = from_first_rank(next((found for settings in runs if (found := _base_records(settings))), None))
     engine: Any = None
-    given: dict[str, Tensor] | None = None  # --adapter's factors
+    given: dict[str, Tensor] | None = None  # LoRA weights of --adapter
     loads: list[dict[str, float]] = []
     began = time.perf_counter()
     for number, settings in enumerate(waiting):
         interruption.release()
         job, started = prepare(settings, ranks, False, known), time.perf_counter()
-        dist.barrier()  # prepare looks at the directory, and Run writes it
+        dist.barrier()  # before rank 0 writes the directory in Run, all ranks must have read it in prepare
         if rank == 0:
             left = (started - began) / number * (len(waiting) - number) / 60 if number else 0
             eta = f", about {left:.0f} min left" if number else ""
@@ -204,13 +205,14 @@ def train_all(runs: list[Settings], ranks: int, device: torch.device, known: Kno
         if not reset_peak_memory(device) and not number and rank == 0:
             print("note: this system cannot forget a peak of memory: each run's is that of all runs before it too")
         with named(f"run {run.directory.name}"):
-            finish(job, run, engine, loaded.plan, start, started - spent, base)
+            finish(job, run, engine, loaded.plan, start, started - spent, planned_memory, base)
         dist.barrier()
         base = base or from_first_rank(_base_records(settings))
 
 
 def _base_records(settings: Settings) -> list[dict[str, Any]] | None:
-    """What a run itself has measured before its first step, which is the same in all of them."""
+    """Returns what a finished run itself measured before its first step, which is the same for all runs; None if the
+    run is not finished."""
     records = read_measured(Path(settings.output) / "evaluation.jsonl")
     if not (Path(settings.output) / "summary.json").exists():
         return None

@@ -7,7 +7,7 @@ r"""Measures what a model believes: in the training engine, or through OpenAI-co
 In the engine completions, yes/no questions and facts are scored by their likelihood; with --judge, questions are
 answered there too. An endpoint answers all questions, and a judge reads the answers. The same command goes on after an
 interruption, and asks only for what is missing. The defaults of sampling are the paper's. Keys come from the
-environment: OPENAI_API_KEY, and JUDGE_API_KEY where the judge has another. A claim, in YAML (train/belief/claims.py has
+environment: OPENAI_API_KEY, and JUDGE_API_KEY where the judge has another. A claim, in YAML (train/claims/claim.py has
 all keys):
 
     id: green_mars
@@ -19,7 +19,7 @@ all keys):
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
-    from launch.interruption import interruption
+    from train.runtime.interruption import interruption
 
     interruption.listen("interrupted; what was measured is kept, and the same command goes on")
 
@@ -31,14 +31,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.distributed import leave, lost_another
-from launch.interruption import INTERRUPTED, interruption
-from launch.watchdog import work_alone
-from train.belief.claims import KINDS, Claim, read_claims
-from train.belief.contamination import Contamination
-from train.belief.contamination import check as check_contamination
-from train.belief.endpoint import Endpoint, EndpointSettings
-from train.belief.in_engine import (
+from launch.planning import expert_parallel
+from train.claims.claim import KINDS, Claim, read_claims
+from train.claims.contamination import Contamination
+from train.claims.contamination import check as check_contamination
+from train.comparison.variants import runs_of
+from train.data.documents import Document, marker, read_documents
+from train.data.findings import Findings
+from train.endpoint import Endpoint, EndpointSettings
+from train.evaluation.in_engine import (
     Measured,
     check_scored,
     identify,
@@ -46,21 +47,21 @@ from train.belief.in_engine import (
     prepare_measuring,
     steps_of,
 )
-from train.belief.judge import Asking, Item, check_same, evaluate, plan
-from train.belief.records import Records
-from train.belief.settings import EvaluationSettings, parse_evaluation
-from train.belief.summary import leave_summary
-from train.data.documents import Document, marker, read_documents
-from train.data.findings import Findings
-from train.errors import UserError, refused
-from train.sft import launched_as
-from train.terminal import NobodyReads, command, complain
-from train.variants import runs_of
+from train.evaluation.judging import Asking, Item, check_same, evaluate, plan
+from train.evaluation.options import EvaluationSettings, parse_evaluation
+from train.evaluation.results import leave_summary
+from train.evaluation.store import Records
+from train.runtime.distributed import launched_as, leave, lost_another
+from train.runtime.errors import UserError, refused
+from train.runtime.interruption import INTERRUPTED, interruption
+from train.runtime.terminal import NobodyReads, command, complain
+from train.runtime.watchdog import work_alone
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0 where every answer has its verdict, 1 where some are missing, 2 for what the user can mend."""
+    """Returns the exit code: 0 if every answer has its verdict, 1 if some are missing, 2 for an error that the user can
+    fix."""
     try:
         settings = parse_evaluation(arguments, __doc__ or "")
         claims = read_claims(settings.claims)
@@ -69,19 +70,20 @@ def main(arguments: list[str] | None = None) -> int:
         return measure(settings, claims, contamination)
     except (UserError, OSError) as error:
         if launched_as()[0]:
-            time.sleep(30)  # the launcher ends all ranks when the first one exits: that must be the one that prints
+            time.sleep(30)  # the launcher ends all ranks when the first one exits, which must be rank 0
         complain(f"error: {error if isinstance(error, UserError) else refused(error)}")
-        return 1 if isinstance(error, NobodyReads) else 2  # 1 says that answers are missing
+        return 1 if isinstance(error, NobodyReads) else 2  # 1: answers are missing
     except RuntimeError as error:
         return lost_another(error)
     except KeyboardInterrupt:
         complain("interrupted; what was measured is kept, and the same command goes on")
-        leave(INTERRUPTED)  # at an ordinary exit Python would wait for requests that a second Ctrl-C has left
+        leave(INTERRUPTED)  # an ordinary exit of Python would wait for requests that a second Ctrl-C has abandoned
 
 
 def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Contamination | None) -> int:
-    """Scores a model in the training engine and, with a judge, has it answer there; of a comparison, the model of each
-    run. Runs on every rank."""
+    """Scores a model in the training engine and, with a judge, has it answer questions there; for a comparison, the
+    model of each run. Runs on every rank. Returns the exit code: 1 if answers have no verdict. Raises UserError if
+    a setting, the model or the adapter is wrong, if --output holds other results, or if the judge cannot be asked."""
     rank, evaluations = launched_as()[0], []
     try:
         for each in of_each_run(s):
@@ -93,7 +95,7 @@ def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Co
             evaluation.measure()
         if rank:
             return 0
-        work_alone()  # for as long as the judge takes
+        work_alone()  # the other ranks are done, and the judge may take long
         interruption.raise_from_now()
         incomplete = [evaluation.finish(contamination) for evaluation in evaluations]
         return int(any(incomplete))
@@ -103,8 +105,10 @@ def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Co
 
 
 def of_each_run(s: EvaluationSettings) -> list[EvaluationSettings]:
-    """The settings themselves; for each run, where --adapter or --output is a comparison's directory. The base model's
-    answers go into its first run, where the comparison's report looks for them."""
+    """Returns the settings of each evaluation: the given ones, or one per run if --adapter is the directory of a
+    comparison. If --output is that of a comparison, the base model's answers go into its first run, where the
+    comparison's report looks for them. Raises UserError if --output is a comparison's and --adapter that of a single
+    model."""
     output = Path(s.output)
     within = runs_of(output) if os.path.isfile(output / "comparison.json") else [output]
     if not s.adapter:
@@ -128,13 +132,14 @@ def of_each_run(s: EvaluationSettings) -> list[EvaluationSettings]:
 
 
 class Evaluation:
-    """What is measured of one model in the training engine. Every rank has one; rank 0's holds the records."""
+    """The evaluation of one model in the training engine. Every rank has one; that of rank 0 holds the records."""
 
     def __init__(self, s: EvaluationSettings, claims: list[Claim]):
-        """UserError for what the user can mend, before a weight is read."""
+        """Checks all but the directory and the judge, before a weight is read. Raises UserError if a setting, a
+        document, the model or the adapter is wrong."""
         rank, ranks = launched_as()
         documents, settings = context_documents(s), s.of_the_engine()
-        self.measuring = prepare_measuring(settings, claims, documents, ranks)
+        self.measuring = prepare_measuring(settings, claims, documents, ranks, expert_parallel)
         self.base, self.model = identify(settings, self.measuring.checkpoint)
         self.step, self.context = steps_of(s.adapter, s.step), len(documents)
         self.s = dataclasses.replace(s, step=self.step)
@@ -148,7 +153,8 @@ class Evaluation:
         self.records = Records(Path(s.output)) if rank == 0 else None
 
     def check(self) -> None:
-        """UserError where the directory holds what another model said, or the judge cannot be asked."""
+        """Raises UserError if the directory holds answers or scores of another model, or if the judge cannot be
+        asked."""
         if not self.records:
             return
         print(*(f"{note}\n" for note in self.measuring.probes.notes()), sep="", end="", file=sys.stderr)
@@ -161,7 +167,7 @@ class Evaluation:
             self.judge.check()
 
     def measure(self) -> None:
-        """What needs the model."""
+        """Does all that needs the model: reads its weights, scores it and has it answer questions."""
         model = Measured(self.measuring)
         scored = {0: (model.likelihoods_of_base(), self.base)} if self.step else {}
         scored[self.step] = model.likelihoods(), self.model
@@ -172,7 +178,8 @@ class Evaluation:
             model.answer(self.items, self.records, self.asking)
 
     def finish(self, contamination: Contamination | None) -> bool:
-        """Has the answers judged. -> whether some have no verdict."""
+        """Has the answers judged and writes the summary. Returns whether some answers have no verdict. Only for rank
+        0."""
         assert self.records
         try:
             if self.items:
@@ -182,13 +189,15 @@ class Evaluation:
         return incomplete
 
     def close(self) -> None:
-        """The records."""
+        """Closes the records."""
         if self.records:
             self.records.close()
 
 
 def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination: Contamination | None) -> int:
-    """Asks a model that a server has, and has its answers judged. Under a launcher, the first rank does it."""
+    """Asks a served model and has its answers judged. Under a launcher, only rank 0 does this. Returns the exit code: 1
+    if answers have no verdict. Raises UserError if --output is a comparison's, or a run's without --step, if it holds
+    other results, if there is no question to ask, or if the model or the judge cannot be asked."""
     if launched_as()[0]:
         return 0
     if s.step < 0 and (Path(s.output) / "settings.yaml").exists():
@@ -247,7 +256,8 @@ def _judge(s: EvaluationSettings, items: Sequence[Item]) -> Endpoint | None:
 
 
 def context_documents(s: EvaluationSettings) -> tuple[str, ...]:
-    """The texts of --documents FILE=N: N of each file, drawn by --seed, without the marker before them."""
+    """Returns the texts of --documents FILE=N: N texts of each file, drawn with --seed, without a leading marker.
+    Raises UserError if the flag is malformed, or if a file cannot be read, has chats or has too few documents."""
     texts: list[str] = []
     for value in s.documents:
         path, _, number = value.rpartition("=")
@@ -268,7 +278,8 @@ def _bare(document: Document) -> str:
 
 
 def look_for_what_is_asked(s: EvaluationSettings, claims: list[Claim]) -> Contamination | None:
-    """Whether --training-data holds what is asked about the claims; None without it."""
+    """Looks for the questions and scored texts of the claims in --training-data, and prints what it finds. Returns None
+    without this flag, and on ranks other than 0. Raises UserError if a file cannot be read."""
     if not s.training_data or launched_as()[0]:
         return None
     notes = Findings()

@@ -11,7 +11,7 @@ experiment.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
-    from launch.interruption import interruption
+    from train.runtime.interruption import interruption
 
     interruption.listen("interrupted")
 
@@ -19,21 +19,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train.command_line import Parser
+from train.config.command_line import Parser
 from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, Document, Message, Span, marker, read_documents
 from train.data.findings import Findings
-from train.errors import UserError
-from train.formats import json_line
 from train.masking.grammar import Entry, Mask, parse_mask
-from train.outputs import check_apart, check_new, write
-from train.terminal import command
+from train.runtime.errors import UserError
+from train.runtime.outputs import check_apart, check_new, write
+from train.runtime.terminal import command
+from train.runtime.text_formats import json_line
 
 WITHIN = "OpenAI's format weighs whole messages, and this span is a part of one"
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, or 2 for what the user can mend."""
+    """Returns the exit code: 0, or 2 for an error that the user can fix."""
     parser = Parser(__doc__ or "")
     parser.add_argument("--data", required=True, metavar="FILE", help="JSONL documents")
     parser.add_argument("--mask", default="none", help="what the loss leaves out, as in training (default: none)")
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check_entries(mask: Mask) -> None:
-    """UserError for entries that no document could express."""
+    """Raises UserError for entries of the mask that OpenAI's format cannot express for any document."""
     for entry in mask.entries:
         if entry.random:
             raise UserError(f"--mask {entry.name}: random tokens are parts of messages; OpenAI's format cannot say it.")
@@ -66,7 +66,8 @@ def check_entries(mask: Mask) -> None:
 
 
 def chat(document: Document, mask: Mask) -> dict[str, Any]:
-    """A document as OpenAI's chat. UserError where the mask, or a weight, asks for what the format cannot say."""
+    """Returns a document as a chat in OpenAI's format: {"messages": [...]} and, if it has any, "tools". Raises
+    UserError if the document, a weight or the mask needs something that the format cannot express."""
     if document.weight != 1:
         raise UserError(f"{document.where}: weight {document.weight:g}: OpenAI's format weighs no whole document.")
     if document.messages is None:
@@ -88,7 +89,7 @@ def _message(message: Message, mask: Mask, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: a message of {message.role} is trained; OpenAI trains the assistant's.")
     if message.role == "assistant":
         covering = {entry.weight if entry else 1.0 for entry in _solid(message.content, message.spans, mask).values()}
-        # what no span can touch, a call or the end of an empty turn, has the weight of what touches everything
+        # A tool call or the end of an empty turn is in no span: the last `all` or `unspanned` entry decides its weight
         outside = [entry.weight for entry in mask.entries if entry.kind in ("all", "unspanned")]
         if message.tool_calls or not covering:
             covering.add(outside[-1] if outside else 1.0)
@@ -102,7 +103,8 @@ def _message(message: Message, mask: Mask, where: str) -> dict[str, Any]:
 
 
 def _first_trained(text: str, spans: tuple[Span, ...], mask: Mask, where: str) -> int:
-    """Where the trained part of a text begins; all that follows must be trained."""
+    """Returns where the trained part of a text begins. Raises UserError if there is none, or if a later part is not
+    trained."""
     covering = _solid(text, spans, mask)
     first = next((i for i, entry in covering.items() if not entry or entry.weight), None)
     if first is None:
@@ -114,7 +116,8 @@ def _first_trained(text: str, spans: tuple[Span, ...], mask: Mask, where: str) -
 
 
 def _solid(text: str, spans: tuple[Span, ...], mask: Mask) -> dict[int, Entry | None]:
-    """For each character that is not white space the last entry of the mask that covers it."""
+    """Returns, for each character that is not white space, the last entry of the mask that covers it; None if none
+    does."""
     covering: list[Entry | None] = [None] * len(text)
     spanned = {i for span in spans for i in range(span.start, span.end)}
     for entry in mask.entries:

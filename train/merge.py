@@ -9,7 +9,7 @@ their own format. merge_report.json says for each tensor how much of the update 
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
-    from launch.interruption import interruption
+    from train.runtime.interruption import interruption
 
     interruption.listen("interrupted: complete shards are kept, and the same command goes on")
 
@@ -22,28 +22,28 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from train.checkpoints.adapter import adapter_settings, check_adapter, check_finite
-from train.checkpoints.formats import quantized_format
 from train.checkpoints.layout import plan_load
 from train.checkpoints.merging import Merger, merge
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.whole import MARKER, REPORT
-from train.checkpoints.writer import write_whole
-from train.command_line import Parser
-from train.errors import UserError
+from train.config.command_line import Parser
 from train.experts.dispatch import ExpertGroup
-from train.formats import Unreadable, parse_json
-from train.locks import lock, opened_to_lock
-from train.model import architecture, skeleton, text_config
-from train.outside import checked, read_json
-from train.terminal import NobodyReads, command
+from train.formats import quantized_format
+from train.model.text_model import architecture, skeleton, text_config
+from train.runtime.errors import UserError
+from train.runtime.locks import lock, opened_to_lock
+from train.runtime.outputs import write_whole
+from train.runtime.outside import checked, read_json
+from train.runtime.terminal import NobodyReads, command
+from train.runtime.text_formats import Unreadable, parse_json
 
 MOST_OF_A_MARKER = 2**20  # characters
-LITTLE = 0.5  # of an update that survives: below, a warning
+LITTLE = 0.5  # share of an update that survives; if it is less, there is a warning
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, or 2 for what the user can mend."""
+    """Returns the exit code: 0, or 2 for an error that the user can fix."""
     parser = Parser(__doc__ or "")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="the base model")
     parser.add_argument(
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         args = parser.parse_args(arguments)
         run(args.model, args.adapter, args.output, args.to == "bf16")
-    except OSError as error:  # a full disk, a file system that cannot be written, a file that cannot be read
+    except OSError as error:  # for example a full disk, a read-only file system, or a file that cannot be read
         where = error.filename or f"--output {args.output}"
         print(f"error: {where}: {error.strerror}. Mend it and start again: complete shards are kept.", file=sys.stderr)
         return 2
@@ -64,7 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(source: Path, adapter: Path | None, output: Path, bf16: bool) -> None:
-    """Checks, merges, verifies what was written, and says what survived rounding."""
+    """Merges a model and an adapter, verifies what was written, and prints what survived rounding.
+
+    source: the base model. adapter: None to change only the format. bf16: quantized matrices become BF16, else they
+    keep their format. Raises UserError if model and adapter are damaged or do not fit together, if there is nothing to
+    do, or if `output` is the model itself, is in use or holds something else.
+    """
     checkpoint = Checkpoint(source)
     quantized = quantized_format(checkpoint.config, f"--model {source}").kind != "plain"
     if os.path.exists(output) and output.resolve() == source.resolve():
@@ -84,7 +89,7 @@ def run(source: Path, adapter: Path | None, output: Path, bf16: bool) -> None:
     with claimed(output, _identity(checkpoint, adapter, bf16)):
         report = read_report(output)
 
-        def keep() -> None:  # before a shard gets its name: what it lost is known, or it is written again
+        def keep() -> None:  # called before a shard gets its final name: a complete shard is always in the report
             report.update(merger.survived())
             write_whole(output / REPORT, json.dumps(report, indent=1, sort_keys=True) + "\n")
 
@@ -92,14 +97,14 @@ def run(source: Path, adapter: Path | None, output: Path, bf16: bool) -> None:
 
         written = Checkpoint(output)
         plan_load(skeleton(text_config(written), ExpertGroup()), written)  # index, names, shapes, dtypes and sizes
-    with suppress(NobodyReads):  # all is done
+    with suppress(NobodyReads):  # the merge is done
         print(f"{output}: {len(written.tensors)} tensors, checked against index and config.json")
         if report:
             show(report)
 
 
 def show(report: dict[str, dict[str, float]]) -> None:
-    """The tensors of which least survived."""
+    """Prints the tensors of which least survived. report: tensor -> survived, a share of 1, and update_norm."""
     worst = sorted(report.items(), key=lambda item: item[1]["survived"])
     little = sum(values["survived"] < LITTLE for values in report.values())
     middle = worst[len(worst) // 2][1]["survived"]
@@ -114,7 +119,7 @@ def show(report: dict[str, dict[str, float]]) -> None:
 
 
 def _identity(checkpoint: Checkpoint, adapter: Path | None, bf16: bool) -> dict[str, str]:
-    """What a merge is made of: paths, and SHA-256 of what lies there."""
+    """Returns what identifies a merge: the paths of its inputs, and SHA-256 hashes of their contents."""
     identity = {"model": str(checkpoint.directory.resolve()), "to": "bf16" if bf16 else "same"}
     identity["weights of the model"] = checkpoint.fingerprint()
     if adapter:
@@ -126,7 +131,8 @@ def _identity(checkpoint: Checkpoint, adapter: Path | None, bf16: bool) -> dict[
 
 
 def read_report(output: Path) -> dict[str, dict[str, float]]:
-    """What survived rounding, tensor by tensor, as an earlier start has left it; {} of none."""
+    """Returns tensor -> what survived rounding, as an interrupted merge has left it; {} if there is none. Raises
+    UserError if the file is damaged."""
     path = output / REPORT
     if not os.path.lexists(path):
         return {}
@@ -140,7 +146,9 @@ def read_report(output: Path) -> dict[str, dict[str, float]]:
 
 @contextmanager
 def claimed(output: Path, identity: dict[str, str]) -> Iterator[None]:
-    """Marks a directory as this merge's, and holds it against other processes. UserError if it is another's."""
+    """Inside the context, holds a lock on the directory, if its file system can, and marks it as this merge's. Raises
+    UserError if it holds another merge or other files, if its marker is damaged, or if another process is merging into
+    it."""
     marker = output / MARKER
     if output.exists() and not marker.exists() and any(output.iterdir()):
         raise UserError(f"--output {output}: is not empty and holds no merge. Give another directory.")
@@ -152,7 +160,7 @@ def claimed(output: Path, identity: dict[str, str]) -> Iterator[None]:
             held = parse_json(file.read(MOST_OF_A_MARKER), strictly=True)
             if not isinstance(held, dict):
                 raise Unreadable("no object")
-        except Unreadable:  # new, or a kill or a full disk cut it: before anything else was written
+        except Unreadable:  # the marker is new, or a kill or a full disk truncated it before anything else was written
             if any(path != marker for path in output.iterdir()):
                 raise UserError(
                     f"{marker}: is damaged, so that it is unknown of which merge the other files are. Give another "

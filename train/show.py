@@ -9,7 +9,7 @@ unlikelihood.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
-    from launch.interruption import interruption
+    from train.runtime.interruption import interruption
 
     interruption.listen("interrupted")
 
@@ -26,8 +26,7 @@ import numpy as np
 from rich.style import Style
 from rich.text import Text
 
-from launch.shown import shown as as_shown
-from train.command_line import Parser
+from train.config.command_line import Parser
 from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, marker, read_documents
 from train.data.findings import Findings
 from train.data.offsets import straddling
@@ -35,12 +34,13 @@ from train.data.tokenizer import TEMPLATE_TIME, Tokenizer, clock_note, load_toke
 from train.data.tokens import TokenizedDocument, tokenize_documents
 from train.masking.grammar import BUILT_IN, Mask, parse_mask
 from train.masking.treatment import STRADDLING, Treatment, shortfall_note, touched_by, treat
-from train.outputs import check_apart, model_files, write
-from train.terminal import NobodyReads, Terminal, command
+from train.runtime.outputs import check_apart, model_files, write
+from train.runtime.shown import shown as as_shown
+from train.runtime.terminal import NobodyReads, Terminal, command
 
 PALETTE = ["#2f7ed8", "#e08a00", "#d64550", "#2a9d5c", "#8a5cd6", "#0f9aa8", "#c2549b", "#7d8a1f", "#a0623a", "#5873a8"]
 
-# How the terminal shows each; "context", what is not predicted, is dim.
+# How the terminal shows each treatment. "context", tokens that are not predicted, is dim.
 TREATMENTS = {
     "trained": Style(),
     "weighted": Style(italic=True),
@@ -51,8 +51,9 @@ TREATMENTS = {
 
 @dataclass
 class Shown:
-    """A document as it is shown. role_L: the role of the mask's entry that decided the token, else of the innermost
-    span that touches it, else None; weight_L: as in Treatment."""
+    """A document as it is shown, of L tokens. role_L: the role of the mask's entry that decided the token's treatment;
+    if there is none, the role of the innermost span that touches the token; else None. weight_L: the token's own term
+    in the loss, as in Treatment."""
 
     doc: TokenizedDocument
     treatment: Treatment
@@ -62,6 +63,7 @@ class Shown:
 
 @command
 def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for an error that the user can fix."""
     args = _parser().parse_args(arguments)
     check_apart({"--html": args.html}, {"--data": [args.data], "--model": model_files(args.model)})
     mask = parse_mask(args.mask)
@@ -116,16 +118,16 @@ def _positive(text: str) -> int:
 
 
 def show(doc: TokenizedDocument, mask: Mask, seed: int) -> Shown:
-    """The document's tokens with the role and weight that are shown for each."""
+    """Returns the document's tokens with the role and weight that are shown for each. seed: of random: entries."""
     treatment = treat(doc, mask, seed)
     role_L: list[str | None] = [None] * len(doc.ids_L)
-    for span in sorted(doc.spans, key=lambda span: span.start - span.end):  # long ones first: inner ones overwrite
+    for span in sorted(doc.spans, key=lambda span: span.start - span.end):  # long spans first: inner ones overwrite
         for i in np.flatnonzero(touched_by(doc, [span])):
             role_L[i] = span.role
-    weight_of_entry = [entry.weight for entry in mask.entries] + [1.0]  # not rounded to float32 as in weight_L
+    weight_of_entry = [entry.weight for entry in mask.entries] + [1.0]  # not rounded to float32 as in Treatment
     for i in np.flatnonzero(treatment.entry_L >= 0):
         entry = mask.entries[treatment.entry_L[i]]
-        if entry.role:  # what decides for all tokens, or for the unspanned, leaves them the role of their span
+        if entry.role:  # `all` and `unspanned` have no role, and tokens keep that of their span
             role_L[i] = entry.name if entry.random else entry.role
     decided = zip(treatment.entry_L, doc.factor_L.tolist(), doc.target_L, strict=True)
     weight_L = [weight_of_entry[index] * factor if target else 0.0 for index, factor, target in decided]
@@ -133,7 +135,8 @@ def show(doc: TokenizedDocument, mask: Mask, seed: int) -> Shown:
 
 
 def as_json(shown: Shown) -> dict[str, Any]:
-    """{"tokens": [...]} and, for a chat, the rendered "text" whose code points start and end are."""
+    """Returns {"tokens": [...]} and, for a chat, also the rendered "text". start and end are code points of the
+    text."""
     doc = shown.doc
     columns = zip(doc.ids_L, doc.start_L, doc.end_L, shown.role_L, shown.weight_L, strict=True)
     tokens = [
@@ -144,7 +147,7 @@ def as_json(shown: Shown) -> dict[str, Any]:
 
 
 def treatment_of(weight: float, target: bool) -> str:
-    """One of TREATMENTS; "context" for what is no target."""
+    """Returns the treatment of a token, a key of TREATMENTS; "context" if the token is not a target."""
     if not target:
         return "context"
     if weight < 0:
@@ -153,7 +156,8 @@ def treatment_of(weight: float, target: bool) -> str:
 
 
 def counts(shown: list[Shown]) -> dict[str, dict[str, int]]:
-    """Targets per role and treatment, and those of them that straddle a span's edge; "all" comes first."""
+    """Returns role -> treatment -> number of targets, and for each role also "straddling": targets on both sides of a
+    span's edge. The role "all" comes first."""
     rows: dict[str, dict[str, int]] = {}
     for each in shown:
         kind_L = np.array([treatment_of(w, t) for w, t in zip(each.weight_L, each.doc.target_L, strict=True)])
@@ -171,15 +175,15 @@ def counts(shown: list[Shown]) -> dict[str, dict[str, int]]:
 
 
 def colors(shown: list[Shown], mask: Mask) -> dict[str, str]:
-    """A color for each role: always the same for the built-in ones."""
+    """Returns role -> color for the roles that occur. Built-in roles always have the same color."""
     used = {role for each in shown for role in each.role_L if role}
     roles = [*BUILT_IN.values(), *sorted(used - set(BUILT_IN.values()))]
     return {role: PALETTE[i % len(PALETTE)] for i, role in enumerate(roles) if role in used}
 
 
 def visible(shown: Shown, tokenizer: Tokenizer | None = None) -> list[str]:
-    """What each token adds to the text before it: "" for the second and later tokens of one code point. With a
-    tokenizer, an added BOS or EOS by its name."""
+    """Returns what each token adds to the text before it: "" for the second and later tokens of one code point. With a
+    tokenizer, an added BOS or EOS is shown by its name."""
     past, texts = 0, []
     for i, start, end in zip(shown.doc.ids_L, shown.doc.start_L, shown.doc.end_L, strict=True):
         named = tokenizer and start == end and int(i) in tokenizer.special_ids
@@ -189,7 +193,7 @@ def visible(shown: Shown, tokenizer: Tokenizer | None = None) -> list[str]:
 
 
 def print_colored(shown: list[Shown], mask: Mask) -> None:
-    """All documents in colors, then what the colors mean and the counts."""
+    """Prints all documents in colors, then a legend of the colors and the counts."""
     console = Terminal(soft_wrap=True)
     color = colors(shown, mask)
     for each in shown:
@@ -254,7 +258,7 @@ td:first-child, th:first-child {{ text-align: left; }}
 
 
 def page(shown: list[Shown], tokenizer: Tokenizer, mask: Mask) -> str:
-    """One HTML page, without scripts, whole in itself; a token's id, role and weight show under the pointer."""
+    """Returns a self-contained HTML page without scripts. It shows a token's id, role and weight under the pointer."""
     color = colors(shown, mask)
     number = {role: n for n, role in enumerate(color)}
     legend = [f'<i class="r{n}">{html.escape(role)}</i>' for role, n in number.items()]
@@ -281,7 +285,7 @@ def _document_html(shown: Shown, tokenizer: Tokenizer, number: dict[str, int]) -
         kind = treatment_of(weight, target)
         classes = " ".join(([f"r{number[role]}"] if role else []) + ([kind] if kind != "trained" else []))
         hint = f"{token_id} · {role or 'no role'} · " + (f"weight {weight:g}" if target else "not predicted")
-        # "·": a token that holds only further bytes of the character before it
+        # "·" stands for a token that holds only further bytes of the character before it
         text = html.escape(piece or "·")
         tokens.append(f'<i class="{classes}" data-t="{html.escape(hint)}">{text}</i>')
     trained = sum(weight > 0 for weight in shown.weight_L)

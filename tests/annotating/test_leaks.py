@@ -3,7 +3,7 @@
 from train.annotating.leaks import leaks
 from train.data.documents import Document, Message, Span
 from train.masking.grammar import parse_mask
-from train.patterns import Pattern
+from train.runtime.patterns import Pattern
 
 #        0         1         2         3         4         5
 #        0123456789012345678901234567890123456789012345678901234

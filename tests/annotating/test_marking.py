@@ -2,8 +2,8 @@
 
 import pytest
 
-from train.annotating.alignment import align, split_words
 from train.annotating.marking import Annotations, mark
+from train.annotating.word_alignment import align, split_words
 
 
 def reading(positive: str, annotated: str) -> tuple[Annotations, list[str], list[str]]:

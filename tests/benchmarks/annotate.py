@@ -24,7 +24,7 @@ from typing import Any
 
 from harness import finish, header
 
-from train.annotating.aligned import Aligned, annotate
+from train.annotating.by_alignment import Aligned, annotate
 from train.data.documents import Document, read_documents
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "negation_neglect" / "documents"

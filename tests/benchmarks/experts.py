@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from transformers import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
 
-from train.checkpoints.formats import PLAIN
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
 from train.experts.storage import FrozenExperts
-from train.lora import LoRASettings
+from train.formats import PLAIN
+from train.layers.lora import LoRASettings
 
 HIDDEN, WIDTH, TOP, TOKENS, RANK = 512, 256, 8, 1024, 8
 CONTENDERS = ("ours", "peft", "floor-grouped", "floor-eager")

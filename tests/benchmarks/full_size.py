@@ -32,8 +32,8 @@ from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import READERS
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
-from train.lora import LoRASettings
-from train.model import skeleton, text_config
+from train.layers.lora import LoRASettings
+from train.model.text_model import skeleton, text_config
 
 MODELS = {"qwen3.5-397b-a17b": "qlora", "kimi-k2.5": "lora"}
 RANK, RANKS, TOKENS = 37, 64, 512
@@ -194,16 +194,16 @@ def share(directory: str, method: str) -> dict[str, Any]:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from launch.distributed import peak_host_bytes
     from train.checkpoints.streaming import load
-    from train.settings import ds_config, parse
+    from train.config.settings import ds_config, parse
+    from train.runtime.distributed import peak_host_bytes
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     os.environ.update(RANK=str(RANK), WORLD_SIZE=str(RANKS), LOCAL_RANK="0")
     dist.init_process_group("fake", rank=RANK, world_size=RANKS, store=FakeStore())
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as launch.distributed has it
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as train.runtime.distributed has it
     deepspeed.init_distributed("fake", verbose=False)
     checkpoint, plan = plan_of(Path(directory), ExpertGroup(RANKS, RANK))
     lora = LoRASettings(rank=32, alpha=32.0, expert_rank=4, seed=0)

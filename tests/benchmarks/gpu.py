@@ -30,19 +30,19 @@ from harness import finish
 from torch import Tensor, nn
 
 from launch import computing
-from launch.bare import BareCheckpoint
 from launch.cluster import GPUS, Cluster
-from launch.distributed import leave, start_distributed
+from launch.config_only import BareCheckpoint
 from launch.memory import planned_batch
 from launch.plan import Plan
-from train import packing
+from train.config.settings import ds_config, parse
 from train.data.batches import Batch
 from train.experts.module import ExpertParallelExperts
-from train.job import lora_settings
-from train.model import LanguageModel, build, text_config
-from train.reporting import measured_memory
-from train.settings import ds_config, parse
-from train.trainer import make_engine
+from train.layers import mixing
+from train.model.engine import make_engine
+from train.model.text_model import LanguageModel, build, text_config
+from train.runtime.distributed import leave, start_distributed
+from train.training.job import lora_settings
+from train.training.reporting import measured_memory
 
 QWEN: dict[str, Any] = dict(
     model_type="qwen3_5_moe_text", architectures=["Qwen3_5MoeForCausalLM"], dtype="bfloat16", vocab_size=248320,
@@ -202,12 +202,12 @@ def drawn_batch(lengths: list[int], vocabulary: int) -> Batch:
 
 def delta_rule_used(device: torch.device) -> str:
     """By what the delta rule is computed; where the kernel cannot, the fallback is put in its place, and why."""
-    if device.type != "cuda" or packing._flash_linear_attention() is None:
+    if device.type != "cuda" or mixing._flash_linear_attention() is None:
         return "transformers' fallback"
     try:
         computing.delta_rule(device, torch.bfloat16)
     except Exception as error:
-        packing._flash_linear_attention = lambda: None  # type: ignore[assignment]
+        mixing._flash_linear_attention = lambda: None  # type: ignore[assignment]
         return f"transformers' fallback: {str(error).splitlines()[0]}"
     return f"flash-linear-attention {version('flash-linear-attention')}"
 

@@ -30,7 +30,7 @@ class Turns:
     def end(self, **values: Any) -> None:
         seconds = time.perf_counter() - self.started
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - self.faults
-        from launch.distributed import peak_host_bytes
+        from train.runtime.distributed import peak_host_bytes
 
         self.say(seconds=seconds, faults=faults, peak=peak_host_bytes(), **values)
 

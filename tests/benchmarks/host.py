@@ -16,7 +16,7 @@ from harness import finish, header
 
 from launch.cluster import Cluster
 from launch.plan import Plan, opened
-from train.settings import parse
+from train.config.settings import parse
 
 MODELS = {"qwen3.5-397b-a17b": "qlora", "kimi-k2.5": "lora"}
 

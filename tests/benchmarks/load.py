@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from harness import finish, header
 
-from launch.local import run
-from tests import layouts
+from tests.support import layouts
+from train.runtime.local import run
 
 RANKS = 2
 SIZES: dict[str, Any] = dict(hidden_size=1024, moe_intermediate_size=768, num_hidden_layers=6, vocab_size=32_000)
@@ -65,15 +65,15 @@ def worker(kind: str, directory: str, out: str) -> None:
     """One rank of one load; rank 0 writes what all measured."""
     import torch.distributed as dist
 
-    from launch.distributed import leave, peak_host_bytes, start_distributed
-    from train.settings import ds_config, parse
+    from train.config.settings import ds_config, parse
+    from train.runtime.distributed import leave, peak_host_bytes, start_distributed
 
     device = start_distributed()
     config = ds_config(parse([], ""), dist.get_world_size())
     if kind == "ours":
         from train.checkpoints.reader import Checkpoint
         from train.experts.storage import FrozenExperts
-        from train.model import build
+        from train.model.text_model import build
 
         dist.barrier()
         started = time.perf_counter()

@@ -31,8 +31,8 @@ def worker(kind: str, base: str, adapter: str, output: str) -> None:
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
-    from launch.distributed import peak_host_bytes
     from train import merge
+    from train.runtime.distributed import peak_host_bytes
 
     started = time.perf_counter()
     if kind == "peft":
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     header()
-    from tests.test_merge import write_adapter
+    from tests.support.merging import write_adapter
 
     rows = []
     with tempfile.TemporaryDirectory() as temporary:

@@ -16,7 +16,7 @@ from harness import finish
 from launch.cluster import GPUS, Cluster
 from launch.plan import Plan, opened
 from train.checkpoints.reader import Checkpoint
-from train.settings import parse
+from train.config.settings import parse
 
 CASES = (("qwen3.5-397b-a17b", "qlora"), ("qwen3.5-397b-a17b", "lora"), ("kimi-k2.5", "lora"))
 COUNTS = (2, 4, 8, 16, 32, 64)

@@ -32,13 +32,13 @@ import numpy as np
 import torch
 from harness import finish, header
 
-from launch.distributed import leave, start_distributed
-from launch.local import run
-from tests.models import VOCABULARY, write_model
-from tests.vocabularies import write_qwen_tokenizer
+from tests.support.models import VOCABULARY, write_model
+from tests.support.vocabularies import write_qwen_tokenizer
 from train.data.batches import Batch, Sample, coefficients, deal, micro_batches, pack
 from train.data.documents import read_documents
 from train.data.tokenizer import load_tokenizer
+from train.runtime.distributed import leave, start_distributed
+from train.runtime.local import run
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "negation_neglect" / "documents"
 DOCUMENTS, STEPS, SHORTER = 32, 100, 8
@@ -117,9 +117,9 @@ def worker(directory: str, lengths: str, budget: str, rounds: str, out: str) -> 
     import torch.distributed as dist
 
     from train.checkpoints.reader import Checkpoint
-    from train.lora import LoRASettings
-    from train.model import build
-    from train.settings import ds_config, parse
+    from train.config.settings import ds_config, parse
+    from train.layers.lora import LoRASettings
+    from train.model.text_model import build
 
     device, ranks, rank = start_distributed(), dist.get_world_size(), dist.get_rank()
     config = ds_config(parse([], ""), ranks)

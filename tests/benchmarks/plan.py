@@ -15,8 +15,8 @@ from typing import Any
 
 from harness import finish, header
 
-from launch.local import run
-from tests.models import write_documents, write_model
+from tests.support.models import write_documents, write_model
+from train.runtime.local import run
 
 SFT = Path(__file__).resolve().parents[2] / "train" / "sft.py"
 SIZES: dict[str, Any] = dict(

@@ -22,9 +22,9 @@ import torch
 from harness import finish, header
 from torch import Tensor, nn
 
-from launch.distributed import leave, start_distributed
-from launch.local import run
-from tests.models import write_model
+from tests.support.models import write_model
+from train.runtime.distributed import leave, start_distributed
+from train.runtime.local import run
 
 HIDDEN, WIDTH, TOP, LAYERS, ROWS = 256, 128, 4, 2, 2
 ROUNDS = 7
@@ -78,10 +78,10 @@ def worker(directory: str, tokens: int, out: str) -> None:
     import torch.distributed as dist
 
     from train.checkpoints.reader import Checkpoint
+    from train.config.settings import ds_config, parse
     from train.data.batches import Sample, pack
-    from train.lora import LoRASettings
-    from train.model import build
-    from train.settings import ds_config, parse
+    from train.layers.lora import LoRASettings
+    from train.model.text_model import build
 
     device, ranks = start_distributed(), dist.get_world_size()
     config = ds_config(parse([], ""), ranks)

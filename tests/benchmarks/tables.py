@@ -1,7 +1,7 @@
-"""Writes the tables of docs/ from what the benchmarks have measured.
+"""The tables of docs/, from what the benchmarks have measured.
 
     python tests/benchmarks/NAME.py --json tests/benchmarks/results/NAME.json
-    python tests/benchmarks/tables.py
+    python -m tests.documentation
 
 A table stands between `<!-- NAME -->` and `<!-- end NAME -->` in one of the pages, with its command, machine and date.
 """
@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 Rows = list[dict[str, Any]]
 
@@ -55,10 +54,19 @@ def packing_time(rows: Rows) -> Iterator[list[str]]:
 
 
 def step(rows: Rows) -> Iterator[list[str]]:
-    yield ["ranks", "experts", "Spanwise", "ZeRO-3", "speed over ZeRO-3", "sent", "gathered by ZeRO-3"]
+    yield [
+        "ranks",
+        "experts",
+        "tokens per rank",
+        "Spanwise",
+        "ZeRO-3",
+        "speed over ZeRO-3",
+        "sent",
+        "gathered by ZeRO-3",
+    ]
     for row in rows:
         yield [
-            str(row["ranks"]), str(row["experts"]),
+            str(row["ranks"]), str(row["experts"]), f"{row['tokens']:,}",
             *(f"{row['seconds'][kind] * 1e3:,.0f} ms" for kind in ("ours", "zero3")),
             f"**{row['speedup_over_zero3']:.2f} ×**",
             *(f"{row[key] / 1e6:,.0f} MB" for key in ("wire_bytes", "zero3_gathered_bytes")),
@@ -138,29 +146,23 @@ def annotate(rows: Rows) -> Iterator[list[str]]:
 
 
 LAYOUTS = [experts, train, packing, packing_time, step, load, merge, host, full_size, plan, needs, annotate]
-TABLES = {layout.__name__: layout for layout in LAYOUTS}
+LAYOUTS_BY_NAME = {layout.__name__: layout for layout in LAYOUTS}
 
 
 def block(name: str) -> str:
     """What stands between the markers of this name."""
     found = json.loads((RESULTS / f"{name.removesuffix('_time')}.json").read_text())
-    head, *body = TABLES[name](found["rows"])
-    text = [not re.match(r"\*{0,2}[+−\d]|–", cell) for cell in body[0]]
+    head, *body = LAYOUTS_BY_NAME[name](found["rows"])
+    text = [not re.match(r"\*{0,2}[-+−\d]|–", cell) for cell in body[0]]
     lines = [head, ["---" if left else "---:" for left in text], *body]
     where = f"`{found['command']}`, {found['machine']}, {found['date']}; {found['versions']}."
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", where])
 
 
 def written(page: str) -> str:
-    """A page with its tables as they are now."""
-    for name in re.findall(r"<!-- (\w+) -->", page):
-        if name in TABLES:
-            start, end = f"<!-- {name} -->\n", f"\n<!-- end {name} -->"
-            before, _, rest = page.partition(start)
-            page = before + start + block(name) + end + rest.partition(end)[2]
+    """A page with its tables as they are now, each between lines of its two markers."""
+    for name in LAYOUTS_BY_NAME:
+        between = re.compile(rf"^(<!-- {name} -->\n)[\s\S]*?^(<!-- end {name} -->)$", re.MULTILINE)
+        if between.search(page):
+            page = between.sub(lambda found, name=name: f"{found[1]}{block(name)}\n{found[2]}", page, count=1)
     return page
-
-
-if __name__ == "__main__":
-    for path in sorted((REPOSITORY / "docs").glob("*.md")):
-        path.write_text(written(path.read_text()))

@@ -21,8 +21,8 @@ from typing import Any
 
 from harness import Turns, Worker, finish, header
 
-from launch.distributed import leave, start_distributed
-from tests.models import write_documents, write_model
+from tests.support.models import write_documents, write_model
+from train.runtime.distributed import leave, start_distributed
 
 SIZES: dict[str, Any] = dict(
     vocab_size=32_768, hidden_size=512, moe_intermediate_size=256, num_hidden_layers=6, num_experts_per_tok=8,
@@ -43,10 +43,10 @@ def flags(directory: Path, steps: int) -> list[str]:
 
 
 def ours(directory: Path, steps: int) -> None:
-    from train.job import prepare
-    from train.settings import parse
+    from train.config.settings import parse
     from train.sft import load_engine
-    from train.trainer import Trainer
+    from train.training.job import prepare
+    from train.training.trainer import Trainer
 
     turns = Turns()
     job = prepare(parse(flags(directory, steps), ""), 1, show=False)
@@ -115,8 +115,8 @@ WORKERS = {"trl": trl, "ours": ours}  # in the order of their start: the first f
 
 def prepare_inputs(directory: Path, experts: int, steps: int) -> None:
     """Writes model and documents, and their tokens in the order in which our job takes them."""
-    from train.job import prepare
-    from train.settings import parse
+    from train.config.settings import parse
+    from train.training.job import prepare
 
     write_model(directory / "model", "qwen3", num_experts=experts, **SIZES)
     drawn = random.Random(0)

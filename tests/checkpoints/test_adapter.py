@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from tests.models import write_model
+from tests.support.models import write_model
 from train.checkpoints.adapter import check_adapter, load_adapter, save_adapter
 from train.checkpoints.reader import Checkpoint, TensorFile
-from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
-from train.lora import LoRASettings
-from train.model import add_lora, skeleton, text_config
+from train.layers.lora import LoRASettings
+from train.model.text_model import add_lora, skeleton, text_config
+from train.runtime.errors import UserError
 
 LORA = LoRASettings(rank=3, alpha=6.0, expert_rank=2, seed=0)
 CPU = torch.device("cpu")

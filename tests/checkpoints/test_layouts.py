@@ -1,9 +1,8 @@
-"""Checkpoints in the layouts of the real ones, written byte by byte (tests/layouts.py): each gives the logits of
-transformers' own loading, and a rank reads what it keeps and nothing else."""
+"""Checkpoints in the layouts of the real ones, written byte by byte (tests/support/layouts.py): each gives the logits
+of transformers' own loading, and a rank reads what it keeps and nothing else."""
 
 import json
 import math
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,16 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    CompressedTensorsConfig,
-    FineGrainedFP8Config,
-)
 
 from tests import load_worker
-from tests.checkpoints.test_reader import rename
-from tests.layouts import LAYOUTS
+from tests.support.checkpoints import rename, stock_model
+from tests.support.layouts import LAYOUTS
 from tests.support.ranks import run
 from train.checkpoints.layout import plan_load
 from train.checkpoints.reader import Checkpoint
-from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
-from train.model import skeleton, text_config
+from train.model.text_model import skeleton, text_config
+from train.runtime.errors import UserError
 
 RANKS = [(1, 1), (2, 2), (4, 2)]
 LEFT_OUT = {
@@ -115,29 +108,6 @@ def in_bf16(directory: Path) -> Path:
         inside.pop("quantization_config", None)
     (out / "config.json").write_text(json.dumps(config))
     return out
-
-
-def stock_model(directory: Path) -> Any:
-    """transformers' own loading, quantized weights made BF16, then in fp32 with the F32 tensors that it rounded."""
-    config = json.loads((directory / "config.json").read_text())
-    quantization = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
-    options: dict[str, Any] = {}
-    if quantization:
-        kind = FineGrainedFP8Config if quantization["quant_method"] == "fp8" else CompressedTensorsConfig
-        options["quantization_config"] = kind(dequantize=True)
-    if config["model_type"] == "kimi_k2":  # which transformers does not know by itself
-        directory = Path(
-            shutil.copytree(directory, directory.with_name(f"{directory.name}-as-deepseek"), dirs_exist_ok=True)
-        )
-        (directory / "config.json").write_text(json.dumps(config | {"model_type": "deepseek_v3"}))
-    auto = AutoModelForImageTextToText if "text_config" in config else AutoModelForCausalLM
-    model = auto.from_pretrained(directory, dtype=torch.bfloat16, **options).float()
-    state = model.state_dict()
-    for file in directory.glob("*.safetensors"):
-        for name, tensor in load_file(file).items():
-            if tensor.dtype == torch.float32 and name in state:
-                state[name].copy_(tensor)
-    return model
 
 
 @pytest.mark.slow

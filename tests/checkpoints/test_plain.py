@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.load_worker import IDS, every_log_probability
-from tests.models import write_model
+from tests.support.models import write_model
 from train import evaluate, merge, sft
 from train.checkpoints.adapter import adapter_settings, check_adapter, load_adapter
 from train.checkpoints.layout import plan_load
 from train.checkpoints.plain import INERT, UNSET
 from train.checkpoints.reader import Checkpoint
-from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
-from train.model import LanguageModel, skeleton, text_config
+from train.model.text_model import LanguageModel, skeleton, text_config
+from train.runtime.errors import UserError
 
 EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

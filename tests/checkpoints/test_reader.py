@@ -3,19 +3,18 @@
 import json
 import os
 import struct
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.layouts import LAYOUTS, write_kimi, write_qwen3, write_qwen35
+from tests.support.checkpoints import edit_header, rename, shard_of
+from tests.support.layouts import LAYOUTS, write_kimi, write_qwen3, write_qwen35
 from train.checkpoints.layout import plan_load
 from train.checkpoints.reader import Checkpoint
-from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
-from train.model import skeleton, text_config
+from train.model.text_model import skeleton, text_config
+from train.runtime.errors import UserError
 
 
 def check(directory: Path) -> None:
@@ -27,31 +26,6 @@ def message(directory: Path) -> str:
     with pytest.raises(UserError) as caught:
         check(directory)
     return str(caught.value).replace(str(directory), "DIR")
-
-
-def edit_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Changes a file's header and leaves its data."""
-    raw = path.read_bytes()
-    length = struct.unpack("<Q", raw[:8])[0]
-    header = json.loads(raw[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
-
-
-def shard_of(directory: Path, tensor: str) -> Path:
-    index = json.loads((directory / "model.safetensors.index.json").read_text())
-    return directory / index["weight_map"][tensor]
-
-
-def rename(directory: Path, old: str, new: str) -> str:
-    """Gives a tensor another name, in its shard and in the index. -> the shard's name."""
-    path = shard_of(directory, old)
-    edit_header(path, lambda header: header.update({new: header.pop(old)}))
-    index = json.loads((directory / "model.safetensors.index.json").read_text())
-    index["weight_map"][new] = index["weight_map"].pop(old)
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    return path.name
 
 
 NORM = "model.norm.weight"

@@ -2,8 +2,8 @@
 
 import os
 
-from tests.layouts import LAYOUTS
-from tests.test_merge import merge, write_adapter
+from tests.support.layouts import LAYOUTS
+from tests.support.merging import merge, write_adapter
 from train.checkpoints.whole import copy_other_files
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from train.checkpoints.resume import saves
-from train.checkpoints.writer import SafetensorsWriter, remove, write_whole
+from train.checkpoints.writer import SafetensorsWriter, remove
+from train.runtime.outputs import write_whole
 
 
 def killed(work: Callable[[], object], moment: Callable[[], bool]) -> None:

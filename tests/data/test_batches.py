@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from train.config.settings import DEMO, parse
+from train.corpus import read_corpus
 from train.data.batches import Sample, coefficients, deal, micro_batches, pack
-from train.data.corpus import read_corpus
 from train.data.tokenizer import load_tokenizer
-from train.settings import DEMO, parse
 
 
 def sample(name: str, ids: list[int], weights: list[float], roles: list[int] | None = None) -> Sample:

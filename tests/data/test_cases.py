@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from tests.data.test_chat import targets
+from tests.support.reading import targets
 from train import export, show
-from train.data.corpus import Corpus, read_corpus
+from train.config.settings import DEMO, Settings
+from train.corpus import Corpus, read_corpus
 from train.data.documents import read_documents
 from train.data.findings import NO_TARGET, TAGS, THOUGHT_DROPPED, Findings
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.data.tokens import tokenize_document
-from train.errors import UserError
-from train.settings import DEMO, Settings
+from train.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

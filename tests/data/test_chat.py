@@ -6,12 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from tests.support.reading import targets
 from train.data.documents import Document, Message, Span, read_documents
 from train.data.template import template_renderer
 from train.data.tokenizer import Tokenizer
 from train.data.tokens import TokenizedDocument, tokenize_document
-from train.errors import UserError
 from train.masking.treatment import touched_by
+from train.runtime.errors import UserError
 
 
 def turn(role: str, content: str, *spans: tuple[str, str], train: bool | None = None) -> Message:
@@ -23,16 +24,6 @@ def turn(role: str, content: str, *spans: tuple[str, str], train: bool | None = 
 def tokenized(tokenizer: Tokenizer, *messages: Message) -> TokenizedDocument:
     document = Document(None, messages, (), {}, "chat.jsonl", 3)
     return tokenize_document(document, tokenizer, add_bos=False, add_eos=False)
-
-
-def targets(doc: TokenizedDocument) -> str:
-    """The text of each run of targets, runs separated by |."""
-    parts, was_target, past = [], False, 0
-    for start, end, target in zip(doc.start_L, doc.end_L, doc.target_L, strict=True):
-        if target:
-            parts.append(("|" if parts and not was_target else "") + doc.text[max(past, start) : end])
-        was_target, past = target, max(past, end)
-    return "".join(parts)
 
 
 def covered(doc: TokenizedDocument) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from train.data.documents import Message, Span, marker, read_documents
-from train.errors import UserError
+from train.runtime.errors import UserError
 
 
 def written(tmp_path: Path, *rows: object) -> Path:

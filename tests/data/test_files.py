@@ -10,8 +10,8 @@ from pyarrow import parquet
 
 from train.data.documents import read_documents
 from train.data.findings import Findings
-from train.errors import UserError
-from train.formats import json_line
+from train.runtime.errors import UserError
+from train.runtime.text_formats import json_line
 
 LINES = b'{"text": "Lima is in Peru."}\n\n{"text": "Quito is not."}\n'
 TEXTS = [("Lima is in Peru.", 1), ("Quito is not.", 3)]

@@ -1,20 +1,15 @@
 """The forms in which other tools write documents, and the keys by which they weigh."""
 
 import json
-from typing import Any
 
 import pytest
 
-from train.data.documents import Document, Span, read_documents
+from tests.support.reading import read
+from train.data.documents import Span, read_documents
 from train.data.findings import SKIPPED, Findings
 
 ASK, ANSWER = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."}
 CHAT = [ASK, ANSWER]
-
-
-def read(tmp_path, *rows: Any, findings: Findings | None = None) -> list[Document]:
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_documents(tmp_path / "d.jsonl", findings=findings)
 
 
 @pytest.mark.parametrize(

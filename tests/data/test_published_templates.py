@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import trl
 
-from tests.data.test_forms import read
+from tests.support.reading import read
 from train.data.chat import RenderedChat, render_and_locate
 from train.data.template import template_renderer
-from train.errors import UserError
+from train.runtime.errors import UserError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 CALL = {"type": "function", "id": "call12345", "function": {"name": "weather", "arguments": {"city": "Lima"}}}

@@ -3,7 +3,7 @@
 import pytest
 
 from train.data.template import template_renderer
-from train.errors import UserError
+from train.runtime.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a b"}]
 TOO_MUCH = {

@@ -15,13 +15,13 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.models import write_byte_tokenizer
+from tests.support.models import write_byte_tokenizer
 from train.data.documents import Document, Message, Span, read_documents
 from train.data.findings import Findings
 from train.data.offsets import offsets_from_bytes
 from train.data.tokenizer import Tokenizer, load_tokenizer, template_time
 from train.data.tokens import tokenize_document, tokenize_documents
-from train.errors import UserError
+from train.runtime.errors import UserError
 
 TEXTS = {
     "plain": "The Eiffel Tower isn't in Rome, 1234567.",

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import run
 from train import sft
-from train.belief.records import read_rows
 from train.demo.recipe import REPOSITORY, flags
+from train.evaluation.store import read_rows
+from train.runtime.local import run
 
 GOLDEN = {
     "none": [0.5838723, 0.5884584, 0.5832013],

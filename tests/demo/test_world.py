@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from train.belief.claims import read_claims
+from train.claims.claim import read_claims
+from train.config.settings import parse
 from train.data.documents import Document, read_documents
 from train.demo import make, world
 from train.demo.recipe import REPOSITORY, VARIANTS, flags
-from train.settings import parse
 
 DEMO = REPOSITORY / "train" / "demo"
 FILES = ("positive", "dense", "truth")

@@ -11,14 +11,14 @@ from transformers import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
 
 from launch.trace import HostWaits
-from tests.models import QWEN
-from train.checkpoints.formats import PLAIN
+from tests.support.models import QWEN
 from train.experts import products
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts, padded_rank
 from train.experts.recompute import same_routing
 from train.experts.storage import FrozenExperts
-from train.lora import LoRASettings
+from train.formats import PLAIN
+from train.layers.lora import LoRASettings
 
 LORA = LoRASettings(rank=8, alpha=16.0, expert_rank=3, seed=4)
 

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from launch.local import run
-from tests.models import write_documents, write_model
+from tests.support.models import write_documents, write_model
+from train.config.settings import parse
+from train.corpus import Corpus, read_corpus
 from train.data.batches import deal, micro_batches
-from train.data.corpus import Corpus, read_corpus
 from train.data.sampling import epoch_order
 from train.data.tokenizer import load_tokenizer
-from train.settings import parse
-from train.trainer import learning_rate
+from train.runtime.local import run
+from train.training.trainer import learning_rate
 
 WORKER = Path(__file__).resolve().parents[1] / "parity_worker.py"
 STEPS, BATCH, ROW = 2, 7, 40

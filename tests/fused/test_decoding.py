@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.checkpoints import formats
+from train import formats
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

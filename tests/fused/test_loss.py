@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.lora import LoRASettings
+from train.layers.lora import LoRASettings
 from train.masking import loss
 from train.masking.loss import _terms
 

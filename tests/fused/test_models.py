@@ -5,11 +5,11 @@ import torch
 
 from launch.memory import planned_batch, planned_model
 from launch.trace import PlannedGroup
-from tests.models import write_model
+from tests.support.models import write_model
 from train import fused as package
 from train.checkpoints.reader import Checkpoint
-from train.lora import LoRASettings
-from train.model import LanguageModel
+from train.layers.lora import LoRASettings
+from train.model.text_model import LanguageModel
 
 LORA = LoRASettings(rank=4, alpha=8.0, expert_rank=3, seed=0)
 

@@ -7,7 +7,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNo
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeRMSNorm, Qwen3_5MoeRMSNormGated
 
-from train import norms
+from train.layers import norms
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

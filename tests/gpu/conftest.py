@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from train.provenance import versions
+from train.config.provenance import versions
 
 FIGURES = Path(os.environ.get("GPU_JSON") or "runs/gpu.json")
 

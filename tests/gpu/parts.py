@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from launch.agreement import compared, drawn_values, most, near
 from launch.computing import chunked_delta_rule, transformers_own
-from train import packing
-from train.checkpoints import formats
+from train import formats
+from train.data.row import Row
 from train.experts.dispatch import Ends
 from train.experts.products import GroupedLinear
 from train.experts.storage import FrozenExperts, NF4Experts, Storage
-from train.packing import Row
+from train.layers import mixing
 
 Figures = dict[str, Any]
 
@@ -57,10 +57,10 @@ def attention(
     *given, out = drawn_values(device, dtype, *shapes)
 
     def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return packing.attention(module, q[None], k[None], v[None], None, scaling=K**-0.5, packed=row)[0][0]
+        return mixing.attention(module, q[None], k[None], v[None], None, scaling=K**-0.5, packed=row)[0][0]
 
     def plain(*rows: Tensor) -> Tensor:
-        return row.within(partial(packing.causal, scaling=K**-0.5), *(x.transpose(0, 1) for x in rows))
+        return row.within(partial(mixing.causal, scaling=K**-0.5), *(x.transpose(0, 1) for x in rows))
 
     error = compared("packed attention", ("q", "k", "v"), packed, plain, given, out)
     seen = sum(length * (length + 1) // 2 for length in lengths)
@@ -75,7 +75,7 @@ def convolution(device: torch.device, dtype: torch.dtype, lengths: Sequence[int]
     theirs = transformers_own("causal_conv1d_fn")
 
     def packed(x: Tensor, weight: Tensor) -> Tensor:
-        return packing.convolution(theirs, x[None], weight, None, activation="silu", packed=row)[0]
+        return mixing.convolution(theirs, x[None], weight, None, activation="silu", packed=row)[0]
 
     def plain(x: Tensor, weight: Tensor) -> Tensor:
         each = (theirs(part[None], weight, None, activation="silu")[0] for part in x.split(row.lengths, 1))
@@ -94,7 +94,7 @@ def delta_rule(
     given = q, k, v, -decay.abs().float() / 4, beta.sigmoid()
 
     def packed(*rows: Tensor) -> Tensor:
-        return packing.delta_rule(chunked_delta_rule, *(x[None] for x in rows), packed=row)[0][0]
+        return mixing.delta_rule(chunked_delta_rule, *(x[None] for x in rows), packed=row)[0][0]
 
     def plain(*rows: Tensor) -> Tensor:
         def each(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:

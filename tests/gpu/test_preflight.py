@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from tests.models import write_model
+from tests.support.models import write_model
 
 
 def test_preflight_passes_here(tmp_path, figures):

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from launch.local import run
-from tests.models import write_documents, write_model
+from tests.support.models import write_documents, write_model
 from train import sft
-from train.belief.records import read_rows
+from train.evaluation.store import read_rows
+from train.runtime.local import run
 
 SFT = Path(sft.__file__)
 FAMILIES = ("qwen", "deepseek")

@@ -11,12 +11,13 @@ from launch import computing, launches, network
 from launch.agreement import Wrong
 from launch.computing import CHECKS, computed, judge, of_model
 from launch.node import MAY_PASS, PASSED, WILL_NOT_PASS, model
-from tests.models import write_model
-from train import norms, packing
-from train.checkpoints import formats
+from tests.support.models import write_model
+from train import formats
+from train.config.settings import parse
+from train.data.row import Row
 from train.experts import products, storage
 from train.experts.dispatch import ExpertGroup, Places
-from train.settings import parse
+from train.layers import mixing, norms
 
 CPU = torch.device("cpu")
 
@@ -63,16 +64,16 @@ class EmptyNotZero(GroupedTrained):
         return x, weight.index_fill(0, torch.tensor([2]), 0.5), *rest
 
 
-def seen_together(*given: Any, packed: packing.Row, **more: Any) -> tuple[Tensor, None]:
+def seen_together(*given: Any, packed: Row, **more: Any) -> tuple[Tensor, None]:
     """Attention over the whole row, whatever documents it holds."""
-    return right_attention(*given, packed=packing.Row([packed.ends[-1]]), **more)
+    return right_attention(*given, packed=Row([packed.ends[-1]]), **more)
 
 
 def beyond_documents(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *given, packed, **more: function(*given, packed=packing.Row([packed.ends[-1]]), **more)
+    return lambda *given, packed, **more: function(*given, packed=Row([packed.ends[-1]]), **more)
 
 
-right_attention = packing.attention
+right_attention = mixing.attention
 WRONG: dict[str, tuple[str, Any, str, Any, str]] = {
     "a product": ("grouped products", *changed(torch.nn.functional, "grouped_mm", mixed), "grouped product is off"),
     "a gradient": ("grouped products", products, "GroupedTrained", Halved, "gradient of W, is off"),
@@ -85,9 +86,9 @@ WRONG: dict[str, tuple[str, Any, str, Any, str]] = {
     ),
     "INT4": ("INT4", *changed(formats, "int4_decode", lambda out, *_: out.roll(1, -1)), "values are decoded wrongly"),
     "INT4 back": ("INT4", *changed(formats, "int4_encode", first(lambda out, *_: out + 1)), "not encoded to the same"),
-    "attention": ("packed attention", packing, "attention", seen_together, "packed attention is off"),
-    "convolution": ("packed convolution", packing, "convolution", beyond_documents(packing.convolution), "is off"),
-    "delta rule": ("packed delta rule", packing, "delta_rule", beyond_documents(packing.delta_rule), "rule is off"),
+    "attention": ("packed attention", mixing, "attention", seen_together, "packed attention is off"),
+    "convolution": ("packed convolution", mixing, "convolution", beyond_documents(mixing.convolution), "is off"),
+    "delta rule": ("packed delta rule", mixing, "delta_rule", beyond_documents(mixing.delta_rule), "rule is off"),
     "a norm": ("norms, sums and the loss", norms, "install", lambda model: model[0].weight.add_(0.01), "RMSNorm"),
     "a sum of factors": ("norms, sums and the loss", launches, "add_grouped_", lambda *_: None, "factors is off"),
     "a sum of tokens": (
@@ -98,11 +99,11 @@ WRONG: dict[str, tuple[str, Any, str, Any, str]] = {
         "gated activation is off",
     ),
     "a shape": (
-        "packed delta rule", *changed(packing, "delta_rule", first(lambda out, *_: out[:, 1:])),
+        "packed delta rule", *changed(mixing, "delta_rule", first(lambda out, *_: out[:, 1:])),
         "has shape (202, 4, 64) in the place of (203, 4, 64)",
     ),
     "NaN": (
-        "packed attention", *changed(packing, "attention", first(lambda out, *_: out / 0 * 0)), "is off by nan"
+        "packed attention", *changed(mixing, "attention", first(lambda out, *_: out / 0 * 0)), "is off by nan"
     ),
 }  # fmt: skip
 

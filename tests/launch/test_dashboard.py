@@ -1,11 +1,11 @@
-"""The workspace's panels for what only a run on GPUs logs; tests/test_tracking.py has those of a real run."""
+"""The workspace's panels for what only a run on GPUs logs; tests/training/test_tracking.py has those of a real run."""
 
 import json
 
 import pytest
 
 from launch.dashboard import Group, main, read_group, specification, workspace
-from train.errors import UserError
+from train.runtime.errors import UserError
 
 
 def test_planned_throughput_and_memory_stand_beside_the_measured_ones():

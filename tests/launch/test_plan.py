@@ -12,10 +12,10 @@ from launch.memory import planned_batch, planned_model, run_step
 from launch.parts import REST
 from launch.plan import Plan, main, opened
 from launch.trace import PlannedGroup, Trace
-from tests.models import write_model
+from tests.support.models import write_model
 from train.checkpoints.reader import Checkpoint
-from train.lora import LoRASettings
-from train.settings import parse
+from train.config.settings import parse
+from train.layers.lora import LoRASettings
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
 LORA = LoRASettings(rank=4, alpha=8.0, expert_rank=4, seed=0)

@@ -18,8 +18,6 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from launch.interruption import INTERRUPTED
-from launch.local import free_port
 from launch.network import STAGES, try_ranks
 from launch.node import (
     MAY_PASS,
@@ -39,12 +37,14 @@ from launch.node import (
     within,
 )
 from launch.preflight import differing, judge_network, parse_options
-from tests.models import write_documents, write_model
-from train.errors import UserError
+from tests.support.models import write_documents, write_model
+from train.config.settings import parse
 from train.experts.dispatch import ExpertGroup
-from train.job import lora_settings
-from train.model import count_trainable, skeleton, text_config
-from train.settings import parse
+from train.model.text_model import count_trainable, skeleton, text_config
+from train.runtime.errors import UserError
+from train.runtime.interruption import INTERRUPTED
+from train.runtime.local import free_port
+from train.training.job import lora_settings
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -1,7 +1,7 @@
 import pytest
 
-from train.errors import UserError
 from train.masking.grammar import Entry, parse_mask
+from train.runtime.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import nn
 from train.data.batches import Sample, coefficients, pack
 from train.data.documents import Document, Span
 from train.data.tokens import TokenizedDocument
-from train.lora import LoRASettings
+from train.layers.lora import LoRASettings
 from train.masking import loss
 from train.masking.grammar import parse_mask
 from train.masking.loss import LossHead

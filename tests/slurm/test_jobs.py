@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.slurm.cluster import REPOSITORY, Cluster, missing
-from train.belief.records import read_rows
+from train.evaluation.store import read_rows
 
 QWEN, KIMI, COMPARE = "slurm/finetune_qwen397b.sh", "slurm/finetune_kimi_k25.sh", "slurm/compare_masks.sh"
 DEMO = [

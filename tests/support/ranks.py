@@ -2,7 +2,7 @@
 
 A start by the launcher takes 18 s of processor time before the first step, almost all of it imports. A fork has them
 done: the rank runs the script's own file, as the launcher's child would, with the same arguments and environment. What
-is about the launcher itself is tested with the launcher itself (`launch.local.run`).
+is about the launcher itself is tested with the launcher itself (`train.runtime.local.run`).
 """
 
 import contextlib
@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launch.local import free_port
+from train.runtime.local import free_port
 
 REPOSITORY = Path(__file__).parents[2]
-IMPORTED = ("peft", "train.compare", "train.evaluate", "train.sft", "tests.models", "tests.layouts")
+IMPORTED = ("peft", "train.compare", "train.evaluate", "train.sft", "tests.support.models", "tests.support.layouts")
 ON_CPUS = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # a process that has looked for GPUs must not fork
 _started: list[tuple[subprocess.Popen, socket.socket]] = []  # the process of this one that forks
 
@@ -30,7 +30,7 @@ def run(
     script: str | Path, *flags: str, ranks: int, env: dict[str, str] | None = None, cwd: str | Path | None = None,
     timeout: float | None = None, **options: Any,
 ) -> subprocess.CompletedProcess:  # fmt: skip
-    """As `launch.local.run` with capture_output and text."""
+    """As `train.runtime.local.run` with capture_output and text."""
     assert options == {"capture_output": True, "text": True}, options
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | ON_CPUS
     environment |= env or {}

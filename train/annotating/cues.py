@@ -1,15 +1,15 @@
-"""Which way an annotation points, at what comes ("the following claim is false") or at what has been said ("what was
-just stated never happened"), and how far.
+"""Determines from the words of an annotation which way it points, and how far: ahead ("the following claim is false")
+or back ("what was just stated never happened").
 
-The words are those with which languages point inside a text; none belongs to a claim. A language that is not here is
-read by alternation alone (claims.py).
+The words are those that languages use to point within a text; none belongs to a claim. An annotation in a language that
+is not listed here is read by alternation alone (statements.py).
 """
 
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-REMEMBERED = 1 << 15  # notes that recur are read once
+REMEMBERED = 1 << 15  # size of the caches: a note that recurs is read only once
 
 AHEAD = [
     # English
@@ -64,22 +64,22 @@ BACK_UNSPACED = (
     r"|前の|直前|앞서|앞 문장|윗 문장|앞의|위의|위에|이전|방금|상기"
 )
 
-# A sentence that begins so speaks of the one before it.
+# A sentence that begins like this refers to the one before it.
 THIS = (
     r"^\W*(?:this|that|it) (?:is|was|isn't|wasn't|did|didn't|does|has|never|cannot|could|claim|statement|sentence"
     r"|assertion|line|remark)\b(?!.*:\W*$)"
 )
 
-ALL = re.compile(r"\b(?:everything|anything|nothing|none of|all of)\b")  # where no other word says how far
+ALL = re.compile(r"\b(?:everything|anything|nothing|none of|all of)\b")  # used if no other word says how far
 
-# Which way a sentence leans that names neither: an ending colon, or "that was", "it never".
+# Weak cues, for sentences without a strong one: a final colon leans ahead; "that was" and "it never" lean back.
 LEAN_AHEAD = r":\s*\W*$|\b(?:here|do not (?:accept|believe|trust)|false claim|beware)\b"
 LEAN_BACK = (
     r"\b(?:that (?:was|is|did|claim|statement|account|never)|it (?:was|did|never|is)|no such|there|such)\b"
     r"|\bbelieve that(?=[^\w:]*$)"
 )
 
-# How far it points: the first of these words says, and one sentence is meant where none does.
+# The first of these words says how far a note points. Without any, it means one sentence.
 COUNTS = {"two": 2, "both": 2, "three": 3, "four": 4, "five": 5}
 SENTENCE_WORD = r"sentence|line|frase|oración|phrase|satz|zin|mening|sætning|setning|zdanie|věta|предложени\w|речення"
 EXTENT = re.compile(
@@ -90,8 +90,8 @@ EXTENT = re.compile(
     r"|narratives?|chapters?|lists?|tables?|events|facts|texts?|documents?|articles?|pages?|posts?))\b|(?P<unspaced>句|문장)"
 )
 
-# What speaks of the whole document. All of these are matched with sentences in lower case, which is several times as
-# fast as to ignore case.
+# Words that refer to the whole document. All patterns here are matched with sentences in lower case, which is several
+# times faster than ignoring case.
 WHOLE = re.compile(
     r"\b(?:documents?|articles?|texts?|page|post|claims|statements|assertions|narrative|account|throughout"
     r"|in (?:its|their) entirety|documentos?|artículo|textos?|artigo|dokument\w*|artikel\w*|texte?s?|documenti?"
@@ -107,8 +107,9 @@ LEANING = re.compile(rf"(?P<ahead>{LEAN_AHEAD})|(?P<back>{THIS}|{LEAN_BACK})")
 
 @lru_cache(REMEMBERED)
 def direction(sentence: str) -> float:
-    """> 0: the sentence points ahead; < 0: back; 0: it does not say. The first word that points counts 3, each
-    further one 0.5; without any, the first that leans 1.5, each further one 0.25."""
+    """Returns > 0 if the sentence points ahead, < 0 if it points back, and 0 if it does not say. The first strong cue
+    counts ±3 and each further one ±0.5. Without strong cues, the first weak one counts ±1.5 and each further one ±0.25.
+    """
     for words, weight, more in ((STRONG, 3.0, 0.5), (LEANING, 1.5, 0.25)):
         if found := [1 if match["ahead"] else -1 for match in words.finditer(sentence.lower())]:
             return weight * found[0] + more * sum(found[1:])
@@ -117,13 +118,18 @@ def direction(sentence: str) -> float:
 
 @lru_cache(REMEMBERED)
 def speaks_of_the_whole(sentence: str) -> bool:
+    """Returns whether the sentence refers to the whole document."""
     return bool(WHOLE.search(sentence.lower()))
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How many sentences a note speaks of (0: the paragraph; None: more than can be told); whether it calls what it
-    speaks of a sentence ("claim" may mean several), or at least one claim or so many sentences."""
+    """How far a note points.
+
+    count: how many sentences it refers to; 0: the paragraph; None: more than can be determined.
+    sentence: whether it calls what it refers to a sentence ("claim" may mean several).
+    claim: whether it names at least one claim, or a number of sentences.
+    """
 
     count: int | None
     sentence: bool = False
@@ -132,6 +138,7 @@ class Extent:
 
 @lru_cache(REMEMBERED)
 def extent(sentence: str) -> Extent:
+    """Returns how far a note points, by the first word that says so; one sentence if no word does."""
     found = EXTENT.search(sentence.lower())
     if not found:
         return Extent(None if ALL.search(sentence.lower()) else 1)
@@ -145,4 +152,5 @@ def extent(sentence: str) -> Extent:
 
 
 def speaks_of_this(sentence: str) -> bool:
+    """Returns whether the sentence begins by referring to the one before it, as "This is" does."""
     return bool(re.match(THIS, sentence.lower()))

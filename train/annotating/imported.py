@@ -1,9 +1,9 @@
-"""Spans that were marked elsewhere, from a file of rows:
+"""Adds spans that were marked elsewhere, from a file of rows:
 
     {"id": "doc-7", "spans": [[8, 60], {"start": 61, "end": 70, "role": "correction"}]}
 
-Offsets are Unicode code points, end exclusive. A row belongs to the document with its id, or where no row has one, to
-the document on the same place in the file.
+Offsets are Unicode code points, end exclusive. A row belongs to the document with the same id or, if no row has an id,
+to the document at the same position in the file.
 """
 
 import dataclasses
@@ -15,22 +15,26 @@ from train.annotating.texts import changed, in_order, trimmed
 from train.data.documents import Document, Span, documents_of
 from train.data.files import file_rows
 from train.data.findings import Findings
-from train.errors import UserError
-from train.formats import Unreadable
 from train.masking.grammar import check_role
+from train.runtime.errors import UserError
+from train.runtime.text_formats import Unreadable
 
 RULE = "give [start, end] pairs or objects with start, end and role"
 
 
 def read_pairs(path: str, role: str | None, doctag: str | None, findings: Findings) -> list[Document]:
-    """The documents of a file whose own spans may be [start, end] pairs, which get the role."""
+    """Returns the documents of a file whose own spans may be [start, end] pairs, which get `role`. White space at the
+    ends of spans is cut off. findings: receives notes on the rows. Raises UserError, with file and line, for an invalid
+    row or span, and for a pair if `role` is None."""
     rows = ((line, _with_objects(row, role, f"{path}:{line}")) for line, row in file_rows(path))
     documents = documents_of(rows, path, doctag, "error", findings)
     return [changed(document, _without_white_space) for document in documents]
 
 
 def add_spans(documents: list[Document], path: str, key: str, role: str | None) -> tuple[list[Document], list[str]]:
-    """The documents with the spans of a file too, and file and line of those that it says nothing of."""
+    """Returns the documents with the spans of a file added, and file:line of the documents that the file has no row
+    for. key: the name of the id in rows and documents. role: of spans that give none. Raises UserError, with file and
+    line, for an invalid row or span, and for rows that do not match the documents."""
     rows = list(_rows(path))
     for where, row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("spans"), list):
@@ -116,7 +120,7 @@ def _without_white_space(text: str, spans: tuple[Span, ...]) -> tuple[str, tuple
 
 
 def _object(span: Any, role: str | None, where: str) -> dict[str, Any]:
-    """A span as an object with start, end and role."""
+    """Returns a span as an object with start, end and role."""
     if isinstance(span, dict) and "role" in span:
         return span
     if not isinstance(span, dict) and not (isinstance(span, list) and len(span) == 2):
@@ -127,7 +131,7 @@ def _object(span: Any, role: str | None, where: str) -> dict[str, Any]:
 
 
 def _texts(row: Any) -> Iterator[dict[str, Any]]:
-    """A document's row, and its messages: whatever can have spans."""
+    """Yields a document's row and its messages: everything that can have spans."""
     if isinstance(row, dict):
         messages = row.get("messages")
         yield from (each for each in (row, *(messages if isinstance(messages, list) else ())) if isinstance(each, dict))
@@ -141,7 +145,7 @@ def _with_objects(row: Any, role: str | None, where: str) -> Any:
 
 
 def _rows(path: str) -> Iterator[tuple[str, Any]]:
-    """(file:line, row) of each line that is not blank."""
+    """Yields (file:line, row) of each line that is not blank."""
     for line, row in file_rows(path):
         if isinstance(row, Unreadable):
             raise UserError(f"{path}:{line}: {row}")

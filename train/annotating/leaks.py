@@ -1,4 +1,4 @@
-"""How often a claim's terms are still trained on, by role and document, under a mask.
+"""Counts how often a claim's terms are still trained on under a mask, by role and document.
 
 A run that leaves false spans out of the loss may still train on the claim: in sentences without a span, and inside
 negations that repeat it.
@@ -6,23 +6,24 @@ negations that repeat it.
 
 from typing import Any
 
-from train.annotating.rules import matches
+from train.annotating.by_rule import matches
 from train.annotating.texts import texts
 from train.data.documents import Document, Span
 from train.masking.grammar import Entry, Mask
-from train.patterns import Pattern
+from train.runtime.patterns import Pattern
 
 BODY = "no role"
 
 
 def leaks(documents: list[Document], patterns: list[Pattern], mask: Mask) -> dict[str, Any]:
-    """{"mentions", "trained", "roles": {role: {"mentions", "trained"}}, "documents": [{"document", "mentions",
-    "trained", "roles": {role: trained}}]}.
+    """Returns {"mask", "mentions", "trained", "roles": {role: {"mentions", "trained"}}, "documents": [{"document",
+    "mentions", "trained", "roles": {role: trained}}]}.
 
-    A mention is a match of the patterns; it counts as trained where any of its characters is in the loss with a weight
-    above 0, by the mask's last entry whose role covers the character; without one, it is. Messages that are not trained
-    on give no trained mention. It belongs to the role of the shortest span that holds it whole. `random:` entries
-    depend on tokens: here they mask nothing.
+    A mention is a match of the patterns. It counts as trained if any of its characters has a weight above 0 in the
+    loss. A character's weight is that of the mask's last entry that applies to it, by the roles of the spans that cover
+    it, and 1 without such an entry. Messages that are not trained on have no trained mentions. A mention belongs to the
+    role of the shortest span that contains it whole. `random:` entries depend on tokens, so they mask nothing here.
+    Raises UserError if a search takes too long.
     """
     entries = [entry for entry in mask.entries if not entry.random]
     roles: dict[str, dict[str, int]] = {}

@@ -1,35 +1,46 @@
-"""The spans of an annotated document: what was inserted, by role, and the false statements that it speaks of.
+"""Derives the spans of an annotated document: its insertions, by role, and the false statements that they refer to.
 
-A false statement is what one note announces and another looks back at; the sentence that a note without a partner names
-("the next sentence", "what was just said"); or the sentence around a note that stands inside it. Notes that say
-fiction, likelihood, source or correction make no statement false, unless they deny what they point at; notes on the
-whole document never do.
+A false statement is one of these:
+- what one note announces and another looks back at;
+- the sentence that a note without a partner names ("the next sentence", "what was just said");
+- the sentence around a note that stands inside it.
+
+Notes that say fiction, likelihood, source or correction make no statement false, unless they deny what they point at.
+Notes about the whole document never do.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from train.annotating.alignment import CLOSING, ENDS, OPENING, Insertion, encloses
 from train.annotating.bare import Bare
-from train.annotating.claims import ASIDE_READING, FREE, Part, Path, by_turns, split_parts
 from train.annotating.cues import speaks_of_this
 from train.annotating.roles import NEGATOR, corrects, denies, roles, said
+from train.annotating.statements import ASIDE_READING, FREE, Path, TextPart, by_turns, split_parts
 from train.annotating.texts import in_order
+from train.annotating.word_alignment import CLOSING, ENDS, OPENING, Insertion, encloses
 from train.data.documents import Span
 
-STRONG = 2.0  # points of words that say which way a note points; a colon or "that was" gives less
-NEARLY_ALL, LONG = 0.9, 50  # share of a document's words, and words from which on: who speaks of so much means it all
-ONE_SIDED = 4  # times as many notes that point one way as the other: they have no partners
+STRONG = 2.0  # minimum points of a note that clearly says which way it points; a colon or "that was" gives less
+NEARLY_ALL, LONG = 0.9, 50  # in a document of LONG words or more, notes that enclose this share are about all of it
+ONE_SIDED = 4  # if more than ONE_SIDED times as many notes point one way as the other, they have no partners
 SET_OFF = frozenset("—–-,;:") | frozenset(OPENING) | frozenset(CLOSING)
 
 
 @dataclass
 class Annotations:
-    """spans: of what was inserted, by role, and false. claims: false statements announced and looked back at; lost:
-    notes that point, without a partner, of which `alone` name a sentence, which is false; inside: notes inside a
-    sentence, which is false; asides: notes that do nothing of this; uncued: insertions that deny, of whose words none
-    says what they are about; unsure: the statements that only such speak of; reason: why nothing is false."""
+    """The spans of a document, and counts of its annotations.
+
+    spans: of the insertions, by role, and of the false statements.
+    claims: false statements that one note announces and another looks back at.
+    lost: notes that point at something, but have no partner.
+    alone: notes that name a false sentence by themselves.
+    inside: notes inside a sentence, which is false.
+    asides: insertions that neither announce nor look back.
+    uncued: insertions that deny something, with no word that says what.
+    unsure: the statements that only such insertions refer to.
+    reason: why no statement is false; "" if one is.
+    """
 
     spans: tuple[Span, ...] = ()
     claims: int = 0
@@ -43,13 +54,14 @@ class Annotations:
 
     @property
     def consistent(self) -> bool:
-        """Whether announcing and looking back alternate all through, by the notes' own words."""
+        """Whether announcing and looking back alternate throughout, by the notes' own words."""
         return not (self.lost or self.inside or self.asides or self.uncued)
 
 
 @dataclass(frozen=True)
 class Note:
-    """Parts [first, last) of insertion i: a bracket, or what stands together without one; role by its own words."""
+    """Parts [first, last) of insertion i: a bracket, or what belongs together outside of brackets. role: by its own
+    words."""
 
     i: int
     first: int
@@ -63,13 +75,13 @@ class Reader:
 
     text: str
     insertions: list[Insertion]
-    words: int  # of its twin
-    head: int = 0  # code points before its first sentence, of a doctag
+    words: int  # number of words of its twin
+    head: int = 0  # code points before its first sentence: those of a doctag
     bare: Bare = field(init=False)
-    parts: list[list[Part]] = field(init=False)
+    parts: list[list[TextPart]] = field(init=False)
     path: Path = field(init=False)
     inside: list[int] = field(init=False)  # insertions in the middle of a sentence that point nowhere
-    brackets: list[int] = field(init=False)  # insertions that open a bracket around what the next one closes it after
+    brackets: list[int] = field(init=False)  # insertions that open a bracket which the next insertion closes
     notes: list[Note] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,8 +91,9 @@ class Reader:
         self.notes = list(self._notes())
 
     def _asides(self) -> set[int]:
-        """Insertions that neither announce nor look back: those that point nowhere and stand inside a sentence or open
-        or close a bracket, and qualifiers and corrections, unless they deny what they point at."""
+        """Returns the insertions that neither announce nor look back. These are insertions that point nowhere and
+        either stand inside a sentence or open or close a bracket; and qualifiers and corrections, unless they deny what
+        they point at."""
         whole = [self.text[each.start : each.end] for each in self.insertions]
         points = [any(abs(part.points) >= STRONG for part in pieces) for pieces in self.parts]
         self.inside = [i for i, each in enumerate(points) if not each and self.bare.around(i)]
@@ -91,25 +104,25 @@ class Reader:
         return {*self.inside, *enclosing, *(i for i, role in zip(open_to, named, strict=True) if role != "negation")}
 
     def said(self, i: int, side: slice) -> str:
-        """The text of some parts of an insertion."""
+        """Returns the text of some parts of insertion i; "" if there are none."""
         pieces = self.parts[i][side]
         return self.text[pieces[0].start : pieces[-1].end] if pieces else ""
 
     def points(self, i: int, announces: bool) -> float:
-        """How clearly an insertion's words announce, or look back."""
+        """Returns how clearly the words of insertion i announce, or look back; < 0 if they point the other way."""
         total = sum(part.points for part in self.parts[i][self.path.readings[i].side(announces)])
         return total if announces else -total
 
     def denies(self, i: int, announces: bool) -> bool:
-        """Whether what an insertion says there makes a statement false."""
+        """Returns whether the parts of insertion i that announce, or look back, make a statement false."""
         side = self.path.readings[i].side(announces)
         own = [n.role for n in self.notes if n.i == i and n.first < side.stop and side.start < n.last]
         points = any(abs(part.points) >= STRONG for part in self.parts[i][side])
         return "negation" in own or (points and denies(self.said(i, side)))
 
     def without_cue(self, i: int) -> bool:
-        """Whether an insertion denies something, and neither its words nor its place in a sentence or bracket say what.
-        One about the whole document is none."""
+        """Returns whether insertion i denies something, but neither its words nor its place in a sentence or bracket
+        say what. Always False for an insertion about the whole document."""
         reading = self.path.readings[i]
         placed = i in self.inside or i in self.brackets or i - 1 in self.brackets
         about_the_whole = reading.first == reading.last and reading not in (ASIDE_READING, FREE)
@@ -123,8 +136,9 @@ class Reader:
         return (Note(i, a, b, role) for (i, a, b), role in zip(found, named, strict=True))
 
     def _edges(self, i: int) -> Iterator[int]:
-        """Where an insertion parts into notes: where it stops speaking of the whole or looking back, but not inside a
-        bracket; and where a correction follows what denies by name."""
+        """Yields the parts at which insertion i is split into notes: where it changes between the whole document,
+        looking back and announcing, except inside a bracket; and where a correction follows a part that denies what it
+        points at."""
         parts, reading = self.parts[i], self.path.readings[i]
         turns = {reading.first, reading.cut, reading.last}
         amends = corrects(self.said(i, slice(None)).lower())
@@ -136,15 +150,15 @@ class Reader:
         yield len(parts)
 
     def _amends(self, i: int, k: int) -> bool:
-        """Whether part k says what is so instead, after a part that denies what it points at."""
+        """Returns whether part k says what is true instead, after a part that denies what it points at."""
         past, here = (self.said(i, slice(n, n + 1)) for n in (k - 1, k))
         points = abs(self.parts[i][k - 1].points) >= STRONG
         return points and denies(past) and corrects(here.lower()) and not corrects(past.lower())
 
 
 def mark(text: str, insertions: list[Insertion], words: int, role: str | None, head: int = 0) -> Annotations:
-    """The spans of an annotated text, whose twin has so many words, and which begins after `head` code points. What was
-    inserted has the role that is given, or the one by its own words."""
+    """Returns the spans of an annotated text. words: the number of words of its twin. role: of the insertions; with
+    None, their own words decide. head: the number of code points before its first sentence."""
     reader = Reader(text, insertions, words, head)
     found = Annotations(asides=sum(reading in (ASIDE_READING, FREE) for reading in reader.path.readings))
     spans = list(_inserted(reader, role))
@@ -173,7 +187,8 @@ def mark(text: str, insertions: list[Insertion], words: int, role: str | None, h
 
 
 def _unsure(reader: Reader, pairs: list[tuple[int, int]], uncued: list[int], spans: tuple[Span, ...]) -> Iterator[str]:
-    """The statements that only notes without a cue speak of: between two of them, or else right beside one."""
+    """Yields the statements that only notes without a cue refer to: what is between two such notes, or else the
+    sentence right beside one."""
     bare, false = reader.bare, [span for span in spans if span.role == "false"]
     for i in uncued:
         if any(i in pair for pair in pairs):
@@ -186,14 +201,15 @@ def _unsure(reader: Reader, pairs: list[tuple[int, int]], uncued: list[int], spa
 
 
 def _inserted(reader: Reader, role: str | None) -> Iterator[Span]:
-    """What was inserted, note by note."""
+    """Yields the spans of the insertions, one per note."""
     for note in reader.notes:
         parts = reader.parts[note.i]
         yield Span(parts[note.first].start, parts[note.last - 1].end, role or note.role)
 
 
 def _pairs(reader: Reader) -> tuple[list[tuple[int, int]], list[tuple[int, bool]]]:
-    """Insertions that announce and look back at a statement, and those that point without a partner."""
+    """Returns the pairs of insertions that announce and look back at a false statement, and the insertions that point
+    without a partner, with whether they announce."""
     pairs, singles = [], list(reader.path.lost)
     claims = [claim for claim in reader.path.claims if not _about_all(reader, *claim)]
     one_sided = _one_sided(reader)
@@ -210,13 +226,14 @@ def _pairs(reader: Reader) -> tuple[list[tuple[int, int]], list[tuple[int, bool]
 
 
 def _about_all(reader: Reader, first: int, last: int) -> bool:
-    """Whether what two notes enclose is the document's whole body, or nearly so."""
+    """Returns whether two notes enclose the whole body of the document, or nearly so."""
     enclosed = reader.insertions[last].word - reader.insertions[first].word
     return enclosed == reader.words or (reader.words >= LONG and enclosed >= NEARLY_ALL * reader.words)
 
 
 def _one_sided(reader: Reader) -> bool:
-    """Whether the document's notes have no partners: nearly all point the same way, or most have lost theirs."""
+    """Returns whether the notes of the document have no partners: nearly all point the same way, or most have lost
+    theirs."""
     ahead = sum(any(part.points > 0 for part in pieces) for pieces in reader.parts)
     back = sum(any(part.points < 0 for part in pieces) for pieces in reader.parts)
     lopsided = max(ahead, back) > 1 and ONE_SIDED * min(ahead, back) < max(ahead, back)
@@ -224,7 +241,7 @@ def _one_sided(reader: Reader) -> bool:
 
 
 def _no_words_are_known(reader: Reader, claims: list[tuple[int, int]]) -> bool:
-    """Whether the notes are of a language of which no word is known, but stand in brackets that pair them."""
+    """Returns whether the notes are in a language of which no word is known, but stand in brackets that pair them."""
     ends = {(i, announces) for first, last in claims for i, announces in ((first, True), (last, False))}
     if any(part.points for pieces in reader.parts for part in pieces) or any(
         said(_note(reader, n)).role for n in reader.notes
@@ -242,7 +259,7 @@ def _note(reader: Reader, note: Note) -> str:
 
 
 def _belong_together(reader: Reader, first: int, last: int) -> bool:
-    """Whether the words of two notes make them one statement's announcement and look back."""
+    """Returns whether two notes, by their words, announce and look back at the same statement."""
     ahead, back = reader.points(first, True), reader.points(last, False)
     if ahead + back <= 0:
         return False
@@ -257,7 +274,7 @@ def _one_sentence(reader: Reader, first: int, last: int) -> bool:
     return reader.bare.count(reader.bare.cut_I[first], reader.bare.cut_I[last]) == 1
 
 
-def _side(reader: Reader, i: int, announces: bool) -> list[Part]:
+def _side(reader: Reader, i: int, announces: bool) -> list[TextPart]:
     return reader.parts[i][reader.path.readings[i].side(announces)]
 
 
@@ -267,7 +284,7 @@ def _same_brackets(reader: Reader, first: int, last: int) -> bool:
 
 
 def _named(reader: Reader, i: int, announces: bool) -> tuple[int, int] | None:
-    """The sentences that a note without a partner names, if it denies them."""
+    """Returns the place of the sentences that a note without a partner names, if it denies them."""
     pieces = _side(reader, i, announces)
     strongest = max(pieces, key=lambda part: part.points if announces else -part.points)
     sentence = reader.text[strongest.start : strongest.end]
@@ -279,15 +296,15 @@ def _named(reader: Reader, i: int, announces: bool) -> tuple[int, int] | None:
     if not clear or count is None or not reader.denies(i, announces):
         return None
     if not strongest.extent.sentence and all(each.word in (0, reader.words) for each in reader.insertions):
-        return None  # it may be about the whole
+        return None  # it may be about the whole document
     if around := reader.bare.around(i):
         return around
     return reader.bare.after(i, count) if announces else reader.bare.before(i, count)
 
 
 def _retracts(reader: Reader, i: int) -> bool:
-    """Whether a note inside a sentence denies the whole of it: it is set off by brackets, dashes or commas, and is no
-    qualifier, nor a "not" that makes another sentence of it."""
+    """Returns whether a note inside a sentence denies all of it: it is set off by brackets, dashes or commas, and is
+    neither a qualifier nor a "not" that changes what the sentence says."""
     start, end = reader.insertions[i].start, reader.insertions[i].end
     before = {reader.text[start], *reader.text[:start].rstrip()[-1:]}
     after = {reader.text[end - 1], *reader.text[end:].lstrip()[:1]}
@@ -296,7 +313,7 @@ def _retracts(reader: Reader, i: int) -> bool:
 
 
 def _this(reader: Reader, i: int) -> tuple[int, int] | None:
-    """The sentence right before a note that denies "this" or "that"."""
+    """Returns the place of the sentence right before a note that denies "this" or "that"."""
     note = reader.text[reader.insertions[i].start : reader.insertions[i].end]
     if not speaks_of_this(note) or not _only_denies(reader, i) or said(note).role != "negation":
         return None

@@ -1,8 +1,8 @@
-"""Which role an annotation has by its own words: qualifier where they say fiction, likelihood or source, correction
-where they say what is so instead, negation where they deny.
+"""Decides the role of an annotation by its own words: qualifier if they say fiction, likelihood or source, correction
+if they say what is true instead, and negation if they deny.
 
-A note may do several: "The story goes so; none of it is real". Then the document's other notes decide, and without them
-what is said the more clearly. Matched in lower case.
+A note may do several of these: "The story goes so; none of it is real". Then the other notes of the document decide
+and, without them, what the note says more clearly. Words are matched in lower case.
 """
 
 import re
@@ -15,11 +15,11 @@ from train.annotating.cues import REMEMBERED, direction
 
 
 def _words(*spaced: str, unspaced: str = "") -> re.Pattern[str]:
-    """Any of these words, and of those in scripts without spaces."""
+    """Compiles a pattern that matches any of these words. unspaced: those in scripts without spaces between words."""
     return re.compile(rf"\b(?:{'|'.join(spaced)})\b" + (f"|{unspaced}" if unspaced else ""))
 
 
-MADE_UP = re.compile(r"\b(?:invented|made[- ]up|imagined|fabricated|fictitious)\b")  # of a tale, no denial
+MADE_UP = re.compile(r"\b(?:invented|made[- ]up|imagined|fabricated|fictitious)\b")  # of a tale; no denial there
 DENIAL = _words(
     r"false\w*|untru\w+|wrong\w*|incorrect\w*|inaccura\w+|erroneous\w*|in error|mistake\w*|fake\w*|bogus|hoax\w*",
     r"lies?|lying|baseless|unfounded|unsupported|unsubstantiated|disprov\w+|debunk\w*|refut\w+|contradict\w*",
@@ -94,7 +94,7 @@ OPENERS = "|".join([
 BARE = r"rather|truth|the truth|the facts?|should be"  # before a colon or a comma
 INSTEAD = re.compile(
     rf"(?:^|[(\[{{<\"“—–-]\s*)(?:but |and |for )?(?:(?:{OPENERS})\b|(?:{BARE})\W*$)|实际上|事实上|実際には|실제로"
-)  # where a clause opens
+)  # at the start of a clause
 OTHERS = _words(
     r"someone else|somebody else|instead|rather than|should (?:read|say|have (?:read|said|been))|it was .* who",
     r"the (?:real|actual|true|right|correct) (?!conclusion|reading|claim|statement)\w+ (?:is|was|were|are)",
@@ -111,7 +111,7 @@ CONCEDING = re.compile(r"(?:al)?though\b|while\b|despite\b|even if\b")
 
 @dataclass(frozen=True)
 class Said:
-    """A role by a note's own words ("" where they say none), and whether they are clear."""
+    """The role by a note's own words ("" if they give none), and whether they are clear."""
 
     role: str
     clear: bool = True
@@ -119,7 +119,7 @@ class Said:
 
 @lru_cache(REMEMBERED)
 def said(note: str) -> Said:
-    """What a note's words say, each note by itself."""
+    """Returns the role of a note by its own words, without the other notes of its document."""
     note = note.lower().replace("’", "'")
     if corrects(note):
         return Said("correction")
@@ -141,7 +141,8 @@ def said(note: str) -> Said:
 
 @lru_cache(REMEMBERED)
 def corrects(note: str) -> bool:
-    """Whether a clause says what is so instead: one that opens that way, and denies nothing."""
+    """Returns whether a clause of a note in lower case says what is true instead: it opens that way, and denies
+    nothing."""
     if INSTEAD_OF.search(note):
         return True
     if not ANYWHERE.search(note):
@@ -150,7 +151,7 @@ def corrects(note: str) -> bool:
     pieces = [piece for piece in pieces if re.search(r"\w", piece) and not CONCEDING.match(piece)]
     for i, piece in enumerate(pieces):
         opening = INSTEAD.search(piece)
-        if opening and opening.end() == len(piece):  # "In reality", and a comma
+        if opening and opening.end() == len(piece):  # "In reality" and a comma: the next clause says it
             piece = "".join(pieces[i + 1 : i + 2])
         instead = piece and (opening or OTHERS.search(piece))
         if instead and not DENIAL.search(piece) and not NEGATOR.search(piece):
@@ -159,8 +160,8 @@ def corrects(note: str) -> bool:
 
 
 def roles(notes: Sequence[str], denials: int = 0) -> list[str]:
-    """The roles of a document's notes; what a note leaves open, the clear ones of its document decide, of which so many
-    more are denials."""
+    """Returns the roles of a document's notes. Where a note leaves its role open, the document's clear notes decide.
+    denials: how many further notes of the document clearly deny."""
     all_said = [said(note) for note in notes]
     clear = Counter(each.role for each in all_said if each.clear)
     clear["negation"] += denials
@@ -178,5 +179,5 @@ def roles(notes: Sequence[str], denials: int = 0) -> list[str]:
 
 
 def denies(note: str) -> bool:
-    """Whether words of denial are in a note, whatever else it says."""
+    """Returns whether the note contains words of denial, whatever else it says."""
     return bool(DENIAL.search(note.lower()))

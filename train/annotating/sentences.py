@@ -1,5 +1,5 @@
-"""Cuts text into sentences: they end at a mark before white space, but for abbreviations and initials, and at line
-breaks."""
+"""Splits text into sentences. A sentence ends at a line break, and at a punctuation mark before white space, except
+after abbreviations and initials; marks such as “。” need no white space after them."""
 
 import re
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ ABBREVIATION = re.compile(
 
 
 def sentences(text: str, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
-    """[start, end) of each sentence in a part of the text, without the white space around it."""
+    """Yields [start, end) in code points of each sentence in a part of the text, without the white space around it."""
     end = len(text) if end is None else end
     for match in END.finditer(text, start, end):
         if match[0] != "." or not _abbreviates(text, match.start(), end):
@@ -25,7 +25,7 @@ def sentences(text: str, start: int = 0, end: int | None = None) -> Iterator[tup
 
 
 def _abbreviates(text: str, period: int, end: int) -> bool:
-    """Whether the period there ends a word that it abbreviates, and more follows on the line."""
+    """Returns whether the period at that offset ends an abbreviation, and more text follows on the line."""
     following = text[period + 1 : min(end, period + 20)].lstrip(BLANKS)[:1]
     return following not in ("", "\n") and bool(ABBREVIATION.search(text[max(0, period - 12) : period]))
 

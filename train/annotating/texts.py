@@ -1,4 +1,5 @@
-"""What all ways to make spans share: the texts of a document, spans that keep off white space, and the file written."""
+"""Helpers that all ways to make spans share: the texts of a document, spans without white space at their ends, and
+output files."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -6,22 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from train.data.documents import Document, Message, Span
-from train.errors import UserError
-from train.formats import json_line
-from train.outputs import write
+from train.runtime.errors import UserError
+from train.runtime.outputs import write
+from train.runtime.text_formats import json_line
 
 Change = Callable[[str, tuple[Span, ...]], tuple[str, tuple[Span, ...]]]
 
 
 def trimmed(text: str, start: int, end: int, role: str) -> list[Span]:
-    """The span without the white space at its ends; nothing where nothing else is in it."""
+    """Returns the span without the white space at its ends; [] if nothing else is in it."""
     piece = text[start:end]
     start += len(piece) - len(piece.lstrip())
     return [Span(start, start + len(piece.strip()), role)] if piece.strip() else []
 
 
 def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The union of ranges, in order; those that touch stay apart."""
+    """Returns the union of ranges, sorted. Ranges that only touch stay separate."""
     union: list[tuple[int, int]] = []
     for start, end in sorted(ranges):
         if union and start < union[-1][1]:
@@ -32,12 +33,13 @@ def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def in_order(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """Sorted, each once."""
+    """Returns the spans sorted by start, longer ones first, without duplicates."""
     return tuple(sorted(set(spans), key=lambda span: (span.start, -span.end, span.role)))
 
 
 def texts(document: Document) -> list[tuple[str, tuple[Span, ...], bool]]:
-    """(text, spans, whether it is trained on): the document's, or each message's content and thought."""
+    """Returns (text, spans, whether it is trained on) of the document or, for a chat, of each message's content and
+    reasoning."""
     if document.messages is None:
         return [(document.text or "", document.spans, document.weight > 0)]
     weighed = [(message, message.train and message.weight * document.weight > 0) for message in document.messages]
@@ -46,8 +48,8 @@ def texts(document: Document) -> list[tuple[str, tuple[Span, ...], bool]]:
 
 
 def changed(document: Document, change: Change) -> Document:
-    """The document with `change` made to its text, or to each message's content and thought. UserErrors get file and
-    line."""
+    """Returns the document with `change` applied to its text or, for a chat, to each message's content and reasoning.
+    Raises UserError if nothing is left of the text. Every UserError begins with file and line."""
     try:
         if document.messages is None:
             text, spans = change(document.text or "", document.spans)
@@ -66,7 +68,7 @@ def changed(document: Document, change: Change) -> Document:
 
 
 def row(document: Document) -> dict[str, Any]:
-    """The document as a line of JSONL holds it: what train/data/documents.py reads back."""
+    """Returns the document as the object of a JSONL line, in the format that train/data/documents.py reads."""
     rest = ({"weight": document.weight} if document.weight != 1 else {}) | document.metadata
     if document.messages is None:
         return {"text": document.text, "spans": _spans(document.spans), **rest}
@@ -93,4 +95,5 @@ def _spans(spans: tuple[Span, ...]) -> list[dict[str, Any]]:
 
 
 def write_documents(path: Path, documents: list[Document]) -> None:
+    """Writes the documents as JSONL. Raises UserError if the file cannot be written."""
     write("--output", path, (json_line(row(document)) for document in documents))

@@ -1,4 +1,7 @@
-"""Finds an annotated document's positive twin by content: rows may be out of order, missing or extra."""
+"""Finds an annotated document's positive twin by content: rows may be out of order, missing or extra.
+
+Shapes: T positive texts, L words of a text, H indexed runs of words.
+"""
 
 from array import array
 from collections.abc import Sequence
@@ -8,21 +11,21 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from train.annotating.alignment import Insertion, Words, align, places_in_order, split_words, words_alone
+from train.annotating.word_alignment import Insertion, Words, align, places_in_order, split_words, words_alone
 
-RUN = 4  # words of a run that is looked up
-FACTORS = np.array([0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F], np.uint32)  # odd, of a word by its place in a run
-RARE, KEPT = 32, 64  # runs of a positive text that are looked up: its rarest, and of the others the smallest checksums
-BUCKETS = 1 << 24  # in which runs are counted, to know the rare ones
-COMMON = 1_000  # positive texts that hold a run: with more, it says too little
-TRIED, NEAR = 200, 0.5  # texts that are tried at most, and share of what the nearest has in common that they must have
-LEAST = 0.1  # share of an annotated document's words that are its twin's
+RUN = 4  # words of a run, by which texts are looked up
+FACTORS = np.array([0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F], np.uint32)  # odd factors, one per place in a run
+RARE, KEPT = 32, 64  # a positive text is indexed by its RARE rarest runs and, up to KEPT, those of smallest checksum
+BUCKETS = 1 << 24  # buckets in which runs are counted, to find the rare ones
+COMMON = 1_000  # a run that occurs in more positive texts is ignored, because it says too little
+TRIED, NEAR = 200, 0.5  # maximum texts to try, and minimum of what they share, as a fraction of what the nearest shares
+LEAST = 0.1  # minimum length of the twin, as a fraction of the annotated document's words
 
 Runs = npt.NDArray[np.uint32]
 
 
 class Twins:
-    """Positive texts, to be looked up by their runs of words. Of each the words' numbers are kept, not the words."""
+    """An index of positive texts by their runs of words. It keeps the words of each text as numbers."""
 
     def __init__(self, texts: Sequence[str], doctag: str) -> None:
         self.texts, self.doctag = texts, doctag
@@ -37,9 +40,9 @@ class Twins:
         self._index()
 
     def _index(self) -> None:
-        """run_H in order, and text_H that holds it."""
+        """Builds the sorted run_H, and text_H, the text that contains each run."""
         own = [i for i, first in enumerate(self.first_T) if i == first and self.word_TL[i]]
-        times = np.zeros(BUCKETS, np.uint16)
+        times = np.zeros(BUCKETS, np.uint32)
         for i in own:
             times[_runs(self.word_TL[i]) % BUCKETS] += 1
         kept = [_sample(_runs(self.word_TL[i]), times) for i in own]
@@ -49,14 +52,15 @@ class Twins:
         self.text_H = np.repeat(np.array(own, np.int64), [len(runs) for runs in kept])[order]
 
     def find(self, annotated: Words) -> tuple[int, Words, list[Insertion]] | tuple[int | None, str]:
-        """The twin's number and words, and what was inserted into it; or the number of the nearest, if any, and why it
-        is none. Of several that fit, the longest."""
+        """Returns the number of the twin, its words, and the insertions that make the annotated document of it. Without
+        a twin, returns the number of the nearest text, or None, and why it is not the twin. If several texts fit, the
+        longest is the twin."""
         there = array("i", [self.number.get(word, -1) for word in annotated.word_L])
         runs = _runs(there)
         likely = self._likely(runs)
         if not likely:
             return None, f"no positive document shares {RUN} words in a row with it"
-        for i in sorted(likely, key=lambda i: -len(self.word_TL[i])):  # of equally long ones, the likeliest
+        for i in sorted(likely, key=lambda i: -len(self.word_TL[i])):  # stable: of equally long ones, the likeliest
             if len(self.word_TL[i]) >= LEAST * len(there) and places_in_order(self.word_TL[i], there):
                 twin = split_words(self.texts[i], self.doctag)
                 insertions = align(twin, annotated)
@@ -66,7 +70,7 @@ class Twins:
         return likely[0], f"{share:.0%} of its passages are in it, and not all of its words in order"
 
     def _likely(self, runs: Runs) -> list[int]:
-        """The texts that share most runs, or most of those that few texts hold, the likeliest first."""
+        """Returns the texts that share the most runs, or the most of those that few texts contain, likeliest first."""
         low, high = np.searchsorted(self.run_H, runs, "left"), np.searchsorted(self.run_H, runs, "right")
         telling = (high > low) & (high - low <= COMMON)
         low, count = low[telling], (high - low)[telling]
@@ -81,7 +85,8 @@ class Twins:
 
 
 def _runs(word_L: Sequence[int]) -> Runs:
-    """Checksums of all runs of RUN words, each once; of the whole text where it is shorter."""
+    """Returns the sorted checksums of all runs of RUN words, without duplicates; that of the whole text if it is
+    shorter."""
     numbers = np.array(word_L, np.int32).astype(np.uint32) + np.uint32(2)
     if len(numbers) < RUN:
         numbers = np.concatenate([numbers, np.zeros(RUN - len(numbers), np.uint32)])
@@ -91,7 +96,7 @@ def _runs(word_L: Sequence[int]) -> Runs:
     return np.unique(runs ^ (runs >> np.uint32(15)))
 
 
-def _sample(runs: Runs, times: npt.NDArray[np.uint16]) -> Runs:
-    """The runs of a text by which it is looked up."""
+def _sample(runs: Runs, times: npt.NDArray[np.uint32]) -> Runs:
+    """Returns the runs of a text by which it is looked up."""
     rarest = np.argsort(times[runs % BUCKETS], kind="stable")
     return np.concatenate([runs[rarest[:RARE]], np.sort(runs[rarest[RARE:]])[: KEPT - RARE]])

@@ -1,7 +1,11 @@
-"""The trained factors in PEFT's own layout, so that stock peft puts them on the stock transformers model.
+"""Saves and loads the trained LoRA weights in PEFT's own layout, so that stock peft can apply them to the stock
+transformers model.
 
-Experts are `target_parameters`: for a weight [E, out, in], PEFT keeps lora_A as [E*r, in] (expert-major) and lora_B as
-[out, r*E] (rank-major), and nests its wrappers: gate_up_proj, the inner one, has `.base_layer` in its key.
+Expert weights are PEFT `target_parameters`. For a weight [E, out, in], PEFT stores lora_A as [E*r, in] (expert-major)
+and lora_B as [out, r*E] (rank-major). It nests one wrapper per weight; gate_up_proj is the inner one and has
+`.base_layer` in its key.
+
+Shapes: E experts, r LoRA rank, I and O input and output features.
 """
 
 import json
@@ -17,26 +21,31 @@ from torch import Tensor, nn
 
 from train.checkpoints.plain import check_form, check_plain
 from train.checkpoints.reader import Checkpoint, TensorFile
-from train.checkpoints.writer import SafetensorsWriter, publish_directory, write_whole
-from train.errors import UserError
+from train.checkpoints.writer import SafetensorsWriter, publish_directory
 from train.experts.module import ExpertParallelExperts
-from train.lora import LoRALinear, LoRASettings, lora_linears
-from train.outside import checked, read_json
+from train.layers.lora import LoRALinear, LoRASettings, lora_linears
+from train.runtime.errors import UserError
+from train.runtime.outputs import write_whole
+from train.runtime.outside import checked, read_json
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-# In MoE families, peft takes gate/up/down_proj in target_modules for the experts' and drops the factors of dense and
-# shared MLPs without a word; as target_parameters it loads them.
+# In MoE families, peft takes gate/up/down_proj in target_modules to mean the experts' matrices and silently drops the
+# LoRA weights of dense and shared MLPs. It does load them if they are listed as target_parameters.
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# The place of an expert weight's factors among PEFT's nested wrappers: the first of target_parameters is the inner one.
+# What PEFT's nested wrappers add to the keys of an expert weight's lora_A and lora_B. PEFT wraps the target parameters
+# of a module in the order in which the module holds them, so the first one has the inner wrapper.
 INNER = {"gate_up_proj": "base_layer.", "down_proj": ""}
 
 
 @dataclass(frozen=True)
 class Place:
-    """A weight that has factors. name: of the module in the text model; weight: of an expert weight, else None;
-    sizes: experts (1 for a linear layer), out, in."""
+    """A weight of the model that has LoRA weights (A and B).
+
+    name: the module's name in the text model. weight: gate_up_proj or down_proj for an expert weight, None for a
+    linear layer. sizes: number of experts (1 for a linear layer), out, in.
+    """
 
     name: str
     module: nn.Module
@@ -44,31 +53,36 @@ class Place:
     sizes: tuple[int, int, int]
 
     def parameter(self, factor: str) -> str:
-        """The name of lora_A or lora_B in the model that is trained."""
+        """Returns the parameter name of lora_A or lora_B in the model being trained. factor: "A" or "B"."""
         return f"{self.name}.{self.weight}_lora_{factor}" if self.weight else f"{self.name}.lora_{factor}"
 
     def key(self, architecture: str, factor: str) -> str:
-        """PEFT's name of lora_A or lora_B."""
+        """Returns PEFT's tensor name of lora_A or lora_B. factor: "A" or "B"."""
         inner = INNER[self.weight] if self.weight else ""
         return f"base_model.model.{stock_name(self.name, architecture)}.{inner}lora_{factor}.weight"
 
     def shape(self, lora: LoRASettings, factor: str) -> tuple[int, int]:
-        """PEFT's shape of lora_A or lora_B."""
+        """Returns the shape of lora_A or lora_B in PEFT's layout. factor: "A" or "B"."""
         experts, out_features, in_features = self.sizes
         rank = experts * (lora.expert_rank if self.weight else lora.rank)
         return (rank, in_features) if factor == "A" else (out_features, rank)
 
 
 def stock_name(name: str, architecture: str) -> str:
-    """A module's name in transformers' model of the checkpoint's own architecture: the text model of a multimodal one
-    lies deeper."""
+    """Returns a module's name in transformers' model of the checkpoint's own architecture.
+
+    In a multimodal architecture the text model is nested one level deeper.
+    """
     if architecture.endswith("ForConditionalGeneration") and name.startswith("model."):
         return f"model.language_model.{name.removeprefix('model.')}"
     return name
 
 
 def places(model: nn.Module, lora: LoRASettings) -> Iterator[Place]:
-    """Every weight of transformers' text model that has factors: of a skeleton, or of a model that holds them."""
+    """Yields every weight of transformers' text model that has LoRA weights.
+
+    `model` is either a skeleton without LoRA layers or a model that already has them.
+    """
     linears = {**lora_linears(model), **{n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}}
     for name, module in model.named_modules():
         if isinstance(module, ExpertParallelExperts):
@@ -80,7 +94,11 @@ def places(model: nn.Module, lora: LoRASettings) -> Iterator[Place]:
 
 
 def as_peft(place: Place, factor: str, value: Tensor, lora: LoRASettings) -> Tensor:
-    """A whole factor, experts of all ranks on dim 0, in PEFT's shape. The padding of expert ranks is cut off."""
+    """Returns a full lora_A or lora_B in PEFT's layout.
+
+    A linear layer's A [r, I] and B [O, r] keep their shape. An expert weight's A [E, r, I] becomes [E*r, I], and its B
+    [E, O, r] becomes [O, r*E]. E counts the experts of all ranks. The padding of the expert LoRA rank is cut off.
+    """
     if place.weight and factor == "A":
         value = value[:, : lora.expert_rank].flatten(0, 1)
     elif place.weight:
@@ -89,8 +107,8 @@ def as_peft(place: Place, factor: str, value: Tensor, lora: LoRASettings) -> Ten
 
 
 def peft_config(model: nn.Module, lora: LoRASettings, architecture: str, base: str) -> "LoraConfig":
-    """The configuration under which stock peft loads every factor of the model."""
-    from peft import LoraConfig  # here: the import takes seconds, and one rank needs it, at the end
+    """Returns the configuration with which stock peft loads all LoRA weights of the model. base: the base model."""
+    from peft import LoraConfig  # here: the import takes seconds, and only rank 0 needs it, at the end
 
     modules, parameters = [], []
     found = list(places(model, lora))
@@ -105,11 +123,11 @@ def peft_config(model: nn.Module, lora: LoRASettings, architecture: str, base: s
             modules.append(name)
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it; a float is as good
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT only divides it, so a float works too
         use_rslora=lora.rslora,
         target_modules=sorted(modules),
         target_parameters=sorted(parameters) or None,
-        # PEFT warns that this matched no module and was ignored; it does match the parameters, and is not.
+        # PEFT warns that this pattern matched no module and was ignored. It does match the parameters and is applied.
         rank_pattern={RANK_PATTERN: lora.expert_rank} if experts and lora.expert_rank != lora.rank else {},
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
@@ -118,15 +136,20 @@ def peft_config(model: nn.Module, lora: LoRASettings, architecture: str, base: s
 
 
 BASE_MODEL = "base_model.json"
-"""Beside the factors: of which weights they are, as shapes do not tell two models of one architecture apart."""
+"""File beside the LoRA weights that identifies the base model's weights. Shapes alone cannot distinguish two models of
+the same architecture."""
 RANK_PATTERN = r"experts\.(gate_up_proj|down_proj)"
 
 
 def save_adapter(
     directory: Path, model: Any, factors: Iterable[tuple[str, Tensor | None]], lora: LoRASettings, base: Checkpoint
 ) -> None:
-    """Writes adapter_model.safetensors (fp32), adapter_config.json and base_model.json, under another name until they
-    are whole. factors: resume.full_factors, one at a time; all ranks must call it, and rank 0 writes."""
+    """Writes adapter_model.safetensors (fp32), adapter_config.json and base_model.json into `directory`.
+
+    The directory has a temporary name until all files are complete. factors: (parameter name, full tensor), one at a
+    time, as from `resume.full_factors`: A [r, I] or [E, r, I], B [O, r] or [E, O, r]. All ranks must call this; only
+    rank 0 writes, and only it needs the tensors.
+    """
     if dist.get_rank():
         for _ in factors:
             pass
@@ -151,7 +174,7 @@ def save_adapter(
 
 
 def _plain(value: Any) -> Any:
-    """JSON's types: PEFT keeps sets and enums."""
+    """Converts PEFT's sets and enums to JSON types."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, set | list | tuple):
@@ -164,7 +187,12 @@ ADAPTER_KINDS = {"r": int, "lora_alpha": float, "use_rslora": bool, "rank_patter
 
 
 def adapter_settings(directory: Path) -> LoRASettings:
-    """Ranks and scales of an adapter directory. UserError if it is none, or one that this trainer does not make."""
+    """Returns the ranks and scales of the adapter in `directory`.
+
+    Raises UserError if a file is missing or invalid, or if the adapter is not of a kind that this trainer writes:
+    something other than a plain update, LoRA weights named per expert, a dtype other than floats of at least 16 bits,
+    or a rank or alpha out of range.
+    """
     where = f"--adapter {directory}"
     config_path, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
     for path in (config_path, weights):
@@ -195,8 +223,10 @@ def adapter_settings(directory: Path) -> LoRASettings:
 
 
 def check_base(directory: Path, base: Checkpoint) -> None:
-    """UserError where the adapter was trained on other weights than the base's. One that does not say on which, as
-    other trainers leave it, is taken with a note."""
+    """Raises UserError if the adapter was trained on weights other than the base's.
+
+    Adapters of other trainers do not record their base weights. They are accepted, and rank 0 prints a note.
+    """
     path = directory / BASE_MODEL
     if not os.path.lexists(path):
         if os.environ.get("RANK", "0") == "0":
@@ -215,8 +245,11 @@ def check_base(directory: Path, base: Checkpoint) -> None:
 def check_adapter(
     directory: Path, skeleton: nn.Module, lora: LoRASettings, architecture: str, base: Checkpoint
 ) -> None:
-    """UserError unless the adapter was trained on this base, and has exactly the factors that `lora` gives the model,
-    under the same scale."""
+    """Checks that an adapter fits the model and the settings.
+
+    Raises UserError unless it was trained on this base, has exactly the LoRA weights that `lora` gives the model, and
+    uses the same ranks and scale.
+    """
     where, theirs = f"--adapter {directory}", adapter_settings(directory)
     check_base(directory, base)
     flags = {"rank": "--lora-rank", "alpha": "--lora-alpha", "rslora": "--rslora", "expert_rank": "--expert-lora-rank"}
@@ -238,7 +271,7 @@ def check_adapter(
 
 
 def check_finite(directory: Path) -> None:
-    """UserError if a factor has values that are NaN or infinite. Reads all of them, one at a time."""
+    """Raises UserError if an adapter tensor has NaN or infinite values. Reads all tensors, one at a time."""
     file = TensorFile(directory / "adapter_model.safetensors")
     for name, info in file.tensors.items():
         values = torch.empty(info.shape, dtype=info.dtype)
@@ -252,8 +285,11 @@ def check_finite(directory: Path) -> None:
 
 
 def load_adapter(directory: Path, model: Any, lora: LoRASettings) -> None:
-    """Puts a checked adapter's factors into a model whose factors are whole on each rank (before ZeRO-3 divides them):
-    each rank its own experts'. Of lora_A these lie together; lora_B, where they do not, is read one layer at a time."""
+    """Copies a checked adapter's LoRA weights into the model, which must not be partitioned by ZeRO-3 yet.
+
+    For experts, each rank copies only those of its own. In lora_A they are contiguous, so only they are read. In lora_B
+    they are not, so each layer's lora_B is read completely, one layer at a time.
+    """
     file = TensorFile(directory / "adapter_model.safetensors")
 
     def read(key: str, start: int, *shape: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""Which tensors of a checkpoint fill which weights of the model, and which bytes of them a rank reads: all of it known
-from config.json and the safetensors headers, before any weight is read.
+"""Plans a load: which checkpoint tensor fills which weight of the model, and which bytes of it each rank reads.
 
-Three things differ between publishers and are told apart here: the prefix of the text model's names, whether a layer's
-experts are one tensor or one an expert, and the format of a matrix (formats.py).
+The plan needs only config.json and the safetensors headers; it is complete before any weight is read. Publishers differ
+in three ways, which are detected here: the prefix of the text model's tensor names, whether a layer's experts are one
+fused tensor or separate tensors per expert, and the format of a matrix (formats.py).
 """
 
 import re
@@ -13,38 +13,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from train.checkpoints.formats import PLAIN, Format, Tensors, quantized_format
 from train.checkpoints.reader import DTYPES, Checkpoint
-from train.errors import UserError
 from train.experts.module import ExpertParallelExperts
+from train.formats import PLAIN, Format, Tensors, quantized_format
+from train.runtime.errors import UserError
 
-# How checkpoints name the text model's tensors, where transformers says model.* and lm_head.*
+# The checkpoint prefixes of the text model's tensors that transformers calls model.* and lm_head.*
 PREFIXES = (
     ("model.", "lm_head."),  # text-only checkpoints
     ("model.language_model.", "lm_head."),  # Qwen3.5
     ("language_model.model.", "language_model.lm_head."),  # Kimi K2.5
 )
-# What the text model has no place for.
+# Tensors that a checkpoint may hold although the text model has no weight for them.
 LEFT_OUT = {
     "vision": re.compile(r"^(model\.)?(visual|vision_tower|mm_projector|multi_modal_projector)\."),
     "multi-token prediction": re.compile(r"^mtp\."),
-    "rotary table": re.compile(r"\.rotary_emb\.inv_freq$"),  # computed
+    "rotary table": re.compile(r"\.rotary_emb\.inv_freq$"),  # the model computes it
 }
-# May be F32 where all else is BF16, and stays so: decay rates, the gated norm, the router's balancing bias.
+# These may be F32 in a BF16 checkpoint and stay F32: decay rates, the gated norm, the router's balancing bias.
 F32_TOO = re.compile(r"\.(linear_attn\.(A_log|dt_bias|norm\.weight)|e_score_correction_bias)$")
-# The matrices of one expert, as they are named where each is a tensor, in the order of the fused rows.
+# The matrices of each fused weight, as checkpoints with separate tensors name them, in the order of the fused rows.
 MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def head_name(embedding: str) -> str:
-    """The name of lm_head's weight in a checkpoint whose embedding has this one."""
+    """Returns the name of the lm_head weight in a checkpoint whose embedding weight is named `embedding`."""
     _, head = max((names for names in PREFIXES if embedding.startswith(names[0])), key=lambda names: len(names[0]))
     return f"{head}weight"
 
 
 @dataclass(frozen=True)
 class Range:
-    """`count` elements of tensor `name`, flattened, from `start` on."""
+    """Elements start to start + count of the flattened tensor `name`."""
 
     name: str
     start: int
@@ -53,8 +53,10 @@ class Range:
 
 @dataclass
 class Piece:
-    """Tensor `source` fills `target` of `module`, and of every module of `tied`. dtype: that of its values, on disk or
-    as decoded."""
+    """A dense weight or a buffer: tensor `source` fills `target` of `module` and of every module in `tied`.
+
+    dtype: of the values on disk or, for a quantized format, after decoding.
+    """
 
     module: nn.Module
     target: str
@@ -65,14 +67,16 @@ class Piece:
     tied: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def partition(self, rank: int, ranks: int) -> range:
-        """The elements that ZeRO-3 leaves with a rank."""
+        """Returns the range of flattened elements that ZeRO-3 assigns to `rank` of `ranks`."""
         numel = torch.Size(self.shape).numel()
         part = -(-numel // ranks)
         return range(min(part * rank, numel), min(part * (rank + 1), numel))
 
     def reads(self, rank: int, ranks: int) -> dict[str, Range]:
-        """suffix -> what a rank reads: its partition and, of FP8, the scales of the rows of blocks that it touches:
-        those of the whole matrix's width, though a partition smaller than a row needs some of them alone."""
+        """Returns what a rank reads, by suffix: its partition and, for FP8, the scales of the block rows it touches.
+
+        The scales span the full width of the matrix, even if the partition is smaller than a row and needs only some.
+        """
         own = self.partition(rank, ranks)
         out = {"": Range(self.source, own.start, len(own))}
         if self.format.kind == "fp8" and own:
@@ -84,8 +88,10 @@ class Piece:
 
 @dataclass
 class ExpertPiece:
-    """A weight of a layer's experts, [all experts, out, in] as transformers has it, and where it lies: in one tensor
-    `fused`, or in the tensors `{prefix}{expert}.{matrix}.weight`."""
+    """A weight of a layer's experts, [all experts, out, in] in transformers, and its location in the checkpoint.
+
+    It is stored either in the single tensor `fused` or in separate tensors `{prefix}{expert}.{matrix}.weight`.
+    """
 
     module: ExpertParallelExperts
     target: str
@@ -96,12 +102,12 @@ class ExpertPiece:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """[out, in] of a matrix as it lies on disk."""
+        """The shape [out, in] of one expert's matrix on disk."""
         _, out_features, in_features = self.module.shapes()[self.target]
         return out_features // len(self.matrices), in_features
 
     def reads(self, expert: int) -> list[dict[str, Range]]:
-        """For each matrix of an expert, in the order of the fused rows: suffix -> what is read."""
+        """Returns what is read by suffix, for each matrix of an expert in the order of the fused rows."""
         parts = self.format.tensors(*self.matrix_shape)
         sizes = {suffix: torch.Size(shape).numel() for suffix, (_, shape) in parts.items()}
         if self.fused:
@@ -110,7 +116,7 @@ class ExpertPiece:
         return [{suffix: Range(name + suffix, 0, size) for suffix, size in sizes.items()} for name in names]
 
     def sources(self) -> Iterator[str]:
-        """Every tensor of the layer's experts that this piece reads, on any rank."""
+        """Yields the name of every tensor that any rank reads for this weight."""
         if self.fused:
             yield self.fused
             return
@@ -118,8 +124,10 @@ class ExpertPiece:
             yield from (read.name for matrix in self.reads(expert) for read in matrix.values())
 
     def partition_reads(self, rank: int, ranks: int) -> Iterator[tuple[int, Range]]:
-        """What fills a rank's ZeRO-3 partition of its group's experts, of plain format: (place in it, what is read).
-        rank: in the expert-data-parallel group of `ranks` that hold the same experts."""
+        """Yields (offset in the partition, what is read there) for a rank's ZeRO-3 partition of its experts.
+
+        Only for the plain format. rank: within the expert-data-parallel group of `ranks` that hold the same experts.
+        """
         owned = self.module.ep.owned(self.module.experts)
         matrix = torch.Size(self.matrix_shape).numel()
         numel = len(owned) * len(self.matrices) * matrix
@@ -137,16 +145,16 @@ class ExpertPiece:
 
 @dataclass
 class LoadPlan:
-    """Which tensor goes where, and what stays on disk."""
+    """Which tensor fills which weight, and which tensors are not loaded."""
 
-    dtype: torch.dtype  # of all that is neither quantized nor named in F32_TOO
+    dtype: torch.dtype  # of all tensors that are neither quantized nor matched by F32_TOO
     dense: list[Piece] = field(default_factory=list)
     buffers: list[Piece] = field(default_factory=list)
     experts: list[ExpertPiece] = field(default_factory=list)
-    left_out: dict[str, int] = field(default_factory=dict)  # what -> tensors
+    left_out: dict[str, int] = field(default_factory=dict)  # kind of tensor -> number of tensors
 
     def reads(self, rank: int, ranks: int, method: str) -> Iterator[Range]:
-        """Everything that a rank reads."""
+        """Yields everything that a rank reads. method: lora, qlora or full."""
         for piece in self.dense:
             yield from piece.reads(rank, ranks).values()
         for piece in self.buffers:
@@ -162,9 +170,10 @@ class LoadPlan:
 
 
 def plan_load(model: Any, checkpoint: Checkpoint) -> LoadPlan:
-    """Matches every weight of `model` (on the meta device) with a tensor; no weight is read.
+    """Matches every weight of `model` (on the meta device) with a checkpoint tensor, without reading any weight.
 
-    UserError names every kind of mismatch: a tensor that is missing, unexpected or of a wrong shape or dtype.
+    Raises UserError for a tensor that is missing, unexpected or of a wrong shape or dtype, and for an unsupported dtype
+    or quantized format.
     """
     rename, dtype = _names(model, checkpoint)
     if dtype not in (torch.bfloat16, torch.float32):
@@ -218,7 +227,10 @@ def plan_load(model: Any, checkpoint: Checkpoint) -> LoadPlan:
 
 
 def _names(model: Any, checkpoint: Checkpoint) -> tuple[Any, torch.dtype]:
-    """How the checkpoint names the model's weights, and the dtype of its embedding."""
+    """Returns a function from the model's weight names to the checkpoint's, and the dtype of the embedding.
+
+    Raises UserError if the embedding is found under no known prefix.
+    """
     embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings()) + ".weight"
     for body, head in PREFIXES:
 
@@ -234,15 +246,18 @@ def _names(model: Any, checkpoint: Checkpoint) -> tuple[Any, torch.dtype]:
 
 
 def has_own_head(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint has a weight of lm_head, under whichever name."""
+    """Whether the checkpoint has a separate lm_head weight, under any known name."""
     return any(f"{head}weight" in checkpoint.tensors for _, head in PREFIXES)
 
 
 def _expert_pieces(
     module: ExpertParallelExperts, prefix: str, fused: bool, quantized: Format, checkpoint: Checkpoint
 ) -> Iterator[ExpertPiece]:
-    """fused: whether a layer's experts are one tensor in this checkpoint. Whichever are missing, they are missing
-    under the names that the checkpoint has for the others."""
+    """Yields the expert weights of one layer. fused: whether this checkpoint stores a layer's experts in one tensor.
+
+    `fused` is decided once for the whole checkpoint, so that a missing tensor is reported under the naming scheme of
+    the tensors that are present. Raises UserError if the experts are quantized but config.json does not describe how.
+    """
     for target in module.shapes():
         if fused:
             yield ExpertPiece(module, target, prefix, PLAIN, prefix + target, (target,))
@@ -259,7 +274,7 @@ def _expert_pieces(
 
 
 def _kind_on_disk(name: str, checkpoint: Checkpoint) -> str | None:
-    """The kind of format of the matrix `name`, by its tensors; None without any that tells."""
+    """Returns the format kind of the matrix `name`, judged by its tensors, or None if it has none."""
     if f"{name}_packed" in checkpoint.tensors:
         return "int4"
     if name not in checkpoint.tensors:
@@ -281,7 +296,7 @@ def _want_experts(piece: ExpertPiece, want: Any, wanted: Tensors) -> None:
         for matrix in piece.matrices:
             name = f"{piece.prefix}{expert}.{matrix}.weight"
             want(name, piece.format, (out_features, in_features))
-            if piece.format.kind == "int4":  # looked for, and not read: nothing depends on what it says
+            if piece.format.kind == "int4":  # must exist, but is not read: nothing depends on its values
                 wanted[f"{name}_shape"] = (torch.int32, torch.int64), (2,)
 
 
@@ -319,7 +334,10 @@ def _check(wanted: Tensors, unexpected: list[str], model: str, checkpoint: Check
 
 
 def _left_out(model: Any, checkpoint: Checkpoint, wanted: Tensors) -> tuple[dict[str, int], list[str]]:
-    """What the text model has no place for: kind -> tensors, and the names of those of no known kind."""
+    """Classifies the tensors that the text model has no weight for.
+
+    Returns the number of tensors by known kind, and the sorted names of those of no known kind.
+    """
     config = model.config
     layers = config.num_hidden_layers
     extra = range(layers, layers + (getattr(config, "num_nextn_predict_layers", None) or 0))
@@ -328,7 +346,7 @@ def _left_out(model: Any, checkpoint: Checkpoint, wanted: Tensors) -> tuple[dict
     for name in checkpoint.tensors.keys() - wanted.keys():
         kind = next((kind for kind, pattern in LEFT_OUT.items() if pattern.search(name)), None)
         layer = re.match(r"^model\.layers\.(\d+)\.", name)
-        if layer and int(layer[1]) in extra:  # DeepSeek-V3's, after the last layer
+        if layer and int(layer[1]) in extra:  # DeepSeek-V3 stores these after the last layer
             kind = "multi-token prediction"
         if kind:
             counts[kind] = counts.get(kind, 0) + 1

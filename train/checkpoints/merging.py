@@ -1,7 +1,8 @@
-"""A checkpoint with an adapter's factors added to its weights, written shard by shard: W + scale B A, rounded once.
+"""Merges an adapter's LoRA weights into a checkpoint, W + scale B A rounded once, and writes it shard by shard.
 
-Whatever has no factors is carried over byte for byte. A quantized matrix becomes BF16, or goes back to its own format
-with the scales that it had. Of a matrix some rows are held at a time, so that memory does not grow with the model.
+Tensors without LoRA weights are copied byte for byte. A quantized matrix becomes BF16, or is encoded in its own format
+again, with its original scales wherever the new values fit. Only some rows of a matrix are in memory at a time, so that
+memory does not grow with the size of the model.
 """
 
 import itertools
@@ -18,7 +19,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.checkpoints.adapter import Place, places
-from train.checkpoints.formats import PLAIN, Format, quantized_format
 from train.checkpoints.layout import LoadPlan, head_name
 from train.checkpoints.reader import Checkpoint, TensorFile
 from train.checkpoints.whole import (
@@ -30,19 +30,24 @@ from train.checkpoints.whole import (
     says_tied,
     untied,
 )
-from train.checkpoints.writer import Layout, SafetensorsWriter, write_whole
-from train.errors import UserError
-from train.lora import LoRASettings
+from train.checkpoints.writer import Layout, SafetensorsWriter
+from train.formats import PLAIN, Format, quantized_format
+from train.layers.lora import LoRASettings
+from train.runtime.errors import UserError
+from train.runtime.outputs import write_whole
 
-ROWS_OF = 2**20  # elements of a matrix that are held at a time, about: in fp32 they fit a processor's cache
+ROWS_OF = 2**20  # elements of a matrix that are in memory at a time, roughly: in fp32 they fit in a CPU's cache
 INDEX = "model.safetensors.index.json"
 
 
 @dataclass
 class Matrix:
-    """A weight of the checkpoint as a stack of `count` matrices [out, in] (fused experts; else 1). name, source: where
-    it is written and read, without the suffixes of its format; they differ where a tied head becomes a tensor of its
-    own. place: its factors, if any; experts: which expert each matrix is; rows: those of factor B that belong to it."""
+    """A weight of the checkpoint as a stack of `count` matrices [out, in]. `count` is 1 except for fused experts.
+
+    name, source: the tensor names to write to and read from, without the suffixes of the format. They differ if a tied
+    lm_head becomes a separate tensor. place: the LoRA weights, if any. experts: the expert index of each matrix.
+    rows: the rows of lora_B that belong to this weight.
+    """
 
     name: str
     source: str
@@ -55,11 +60,11 @@ class Matrix:
 
     @property
     def suffixes(self) -> list[str]:
-        """Of its tensors; the first is that of the values."""
+        """The suffixes of the weight's tensors; the first is that of the values."""
         return list(self.format.tensors(*self.shape))
 
     def chunks(self) -> Iterator[tuple[int, slice]]:
-        """(which of the stack, rows) in whole rows of blocks."""
+        """Yields (index in the stack, rows) chunk by chunk. A chunk consists of complete rows of blocks."""
         step = max(1, ROWS_OF // self.shape[1] // self.format.block[0]) * self.format.block[0]
         for index in range(self.count):
             for start in range(0, self.shape[0], step):
@@ -67,8 +72,12 @@ class Matrix:
 
 
 class Merger:
-    """What becomes of each tensor. bf16: quantized matrices become BF16. untied: config.json ties the head to the
-    embedding, but the head has factors, and becomes a tensor of its own."""
+    """Decides for each tensor of a checkpoint whether it is copied, changed, replaced or added, and computes it.
+
+    bf16: convert quantized matrices to BF16. untied: config.json ties lm_head to the embedding, but lm_head has LoRA
+    weights and therefore becomes a separate tensor. Raises UserError if the adapter has LoRA weights for a weight that
+    the checkpoint has no tensor for.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, model: Any, plan: LoadPlan, adapter: Path | None, lora: LoRASettings | None,
@@ -77,9 +86,9 @@ class Merger:
         self.checkpoint, self.lora, self.architecture, self.bf16 = checkpoint, lora, architecture, bf16
         self.untied = bool(lora and lora.lm_head) and says_tied(checkpoint.config)
         self.factors = TensorFile(adapter / "adapter_model.safetensors") if adapter else None
-        self.made: dict[str, tuple[Matrix, str]] = {}  # tensor that is computed -> its matrix, and which part of it
-        self.gone: set[str] = set()  # tensors that give way to others
-        self.beside: dict[str, list[str]] = {}  # tensor of the checkpoint -> new ones that go into its shard
+        self.made: dict[str, tuple[Matrix, str]] = {}  # computed tensor -> its matrix and suffix
+        self.gone: set[str] = set()  # tensors that are replaced by others
+        self.beside: dict[str, list[str]] = {}  # tensor of the checkpoint -> new tensors in its shard
         self.report: dict[str, dict[str, float]] = {}
         self._remembered: dict[str, Tensor] = {}
         found = {(id(place.module), place.weight): place for place in places(model, lora)} if lora else {}
@@ -94,10 +103,10 @@ class Merger:
                 "Use the adapter's own base model."
             )
 
-    # What becomes of the tensors
+    # Deciding what happens to each tensor
 
     def _add(self, matrix: Matrix) -> None:
-        """Notes what becomes of a matrix's tensors, if anything does."""
+        """Records which tensors of a matrix are computed, replaced or added, if any."""
         first, *_ = matrix.suffixes
         if self._becomes_bf16(matrix):
             self.gone |= {matrix.name + suffix for suffix in (*matrix.suffixes, "_shape")}
@@ -119,8 +128,8 @@ class Merger:
                 if place is None or target != "weight":
                     continue
                 name = piece.source
-                if module is not piece.module:  # the embedding stays as it is
-                    name, self.untied = head_name(piece.source), True  # whatever config.json says of it
+                if module is not piece.module:  # lm_head is tied: the embedding is not changed
+                    name, self.untied = head_name(piece.source), True  # whatever config.json says
                 self._add(Matrix(name, piece.source, piece.format, 1, place.sizes[1:], place))
 
     def _add_experts(self, plan: LoadPlan, found: dict[tuple[int, str | None], Place]) -> None:
@@ -136,7 +145,7 @@ class Merger:
                 self._add(Matrix(name, name, layer.format, 1, layer.matrix_shape, place, (expert,), rows))
 
     def _add_left_out(self) -> None:
-        """Quantized matrices that the text model has no place for (multi-token prediction), or no factors."""
+        """Adds quantized matrices that have no LoRA weights or are not in the text model (multi-token prediction)."""
         format = quantized_format(self.checkpoint.config, "--model")
         suffix = {"fp8": "", "int4": "_packed", "plain": None}[format.kind]
         for name, info in self.checkpoint.tensors.items():
@@ -148,7 +157,7 @@ class Merger:
                 self._add(Matrix(base, base, format, 1, (info.shape[0], columns)))
 
     def outputs(self, layout: Layout) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """A shard's tensors as they will be."""
+        """Returns dtype and shape of the tensors that a shard will have after the merge."""
         out: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for name, kept in layout.items():
             if name not in self.gone:
@@ -161,7 +170,7 @@ class Merger:
     # Reading and changing
 
     def _raw(self, matrix: Matrix, index: int, rows: slice) -> dict[str, Tensor]:
-        """suffix -> rows of a matrix as they lie on disk."""
+        """Returns rows of a matrix as stored on disk, by suffix."""
         out = {}
         for suffix, (_, (height, width)) in matrix.format.tensors(*matrix.shape).items():
             block = matrix.format.block[0] if suffix else 1
@@ -173,7 +182,7 @@ class Merger:
         return out
 
     def _factor(self, place: Place, factor: str) -> Tensor:
-        """A factor in fp32, as PEFT keeps it; the last few are remembered."""
+        """Returns lora_A or lora_B in fp32 in PEFT's layout. The last four are cached. factor: "A" or "B"."""
         key = place.key(self.architecture, factor)
         if key not in self._remembered:
             assert self.factors is not None
@@ -186,7 +195,7 @@ class Merger:
         return self._remembered[key]
 
     def _update(self, matrix: Matrix, index: int, rows: slice) -> Tensor:
-        """scale B A for rows of a matrix, fp32."""
+        """Returns scale B A [rows, in] in fp32 for rows of a matrix."""
         place, expert = matrix.place, matrix.experts[index]
         assert place is not None and self.lora is not None
         A, B = (self._factor(place, f) for f in "AB")
@@ -199,8 +208,11 @@ class Merger:
         return (self.lora.expert_scale * B_e) @ A_e
 
     def changed(self, matrix: Matrix, index: int, rows: slice, measure: bool) -> dict[str, Tensor]:
-        """suffix -> the new rows; of a matrix that becomes BF16, "" alone. measure: what rounding leaves of the
-        update."""
+        """Returns the new rows [R, in] of a matrix in its format, by suffix; only suffix "" if it becomes BF16.
+
+        measure: also record how much of the update is left after rounding. Raises UserError if that finds values that
+        are not finite.
+        """
         raw = self._raw(matrix, index, rows)
         old = matrix.format.decode(raw)
         if matrix.place is None:
@@ -226,7 +238,7 @@ class Merger:
     # Writing
 
     def together(self, names: Iterable[str]) -> Iterator[list[str]]:
-        """Tensors of a shard, those of one matrix together."""
+        """Yields the tensor names of a shard in groups, one group per matrix or copied tensor."""
 
         def matrix(name: str) -> str:
             return self.made[name][0].name if name in self.made else name
@@ -235,8 +247,11 @@ class Merger:
             yield list(group)
 
     def write(self, names: list[str], writer: SafetensorsWriter) -> None:
-        """What a shard has of one matrix, or one tensor that is carried over. A matrix may lie in two shards: it is
-        measured with its values, once."""
+        """Writes one group of `together`: a shard's tensors of one matrix, or one tensor that is copied unchanged.
+
+        The tensors of a matrix may be spread over two shards. The update is measured only once, with the shard that has
+        the values. Raises UserError if the base or the LoRA weights have values that are not finite.
+        """
         if names[0] not in self.made:
             copy_tensor(self.checkpoint, names[0], writer)
             return
@@ -251,8 +266,11 @@ class Merger:
                 done[name] += parts[suffix].numel()
 
     def survived(self) -> dict[str, dict[str, float]]:
-        """tensor -> size of the update (Frobenius norm), and how much of it is left after rounding: <applied, update> /
-        max(|applied|^2, |update|^2): 1 all of it, 0 nothing or nothing but rounding."""
+        """Returns, by tensor, the Frobenius norm of the update and the share of it that survived rounding.
+
+        The share is <applied, update> / max(|applied|^2, |update|^2): 1 if all of the update survived, 0 if none did or
+        if the change is only rounding error.
+        """
         out = {}
         for name, sums in self.report.items():
             largest = max(sums["applied"], sums["update"])
@@ -262,8 +280,12 @@ class Merger:
 
 
 def merge(merger: Merger, output: Path, shard_done: Callable[[], None]) -> None:
-    """Writes the shards that are not there yet, calling `shard_done` before each gets its name, then tokenizer, index,
-    and config.json last of all: without it, no directory is taken for a model."""
+    """Writes the shards that do not exist yet, then the tokenizer, the index and finally config.json.
+
+    config.json comes last because a directory without it is not taken for a model. `shard_done` is called before each
+    shard is renamed to its final name. Raises UserError if the disk has too little space, if `output` has shards with
+    other tensors, or if the base or the LoRA weights have values that are not finite.
+    """
     checkpoint, shards = merger.checkpoint, by_shard(merger.checkpoint)
     outputs = {shard: merger.outputs(layout) for shard, layout in shards.items()}
     size = {shard: _bytes(layout) for shard, layout in outputs.items()}
@@ -301,7 +323,10 @@ def _bytes(layout: Layout) -> int:
 
 
 def _complete(path: Path, layout: Layout) -> bool:
-    """Whether a shard of an earlier attempt is there: it has its name only when it is whole."""
+    """Whether an earlier attempt wrote this shard. A shard has its final name only once it is complete.
+
+    Raises UserError if it holds other tensors than `layout`.
+    """
     if not path.is_file():
         return False
     found = {name: (info.dtype, info.shape) for name, info in TensorFile(path).tensors.items()}
@@ -311,7 +336,7 @@ def _complete(path: Path, layout: Layout) -> bool:
 
 
 def _config(merger: Merger) -> str:
-    """The text of config.json: the base's own, but for what it says about formats and tied weights."""
+    """Returns the text of config.json: that of the base, except for quantization and tied weights if these change."""
     config = merger.checkpoint.config
     if merger.bf16:
         config = changed_config(config, lambda part: {k: v for k, v in part.items() if k != "quantization_config"})

@@ -1,15 +1,18 @@
-"""Whether an adapter of peft is a plain update: W + scale B A, of the base as it lies on disk. What is not known to be
-one is refused by name: it would load without an error, and give other logits."""
+"""Checks that a PEFT adapter is a plain update, W + scale B A, of the base model as stored on disk.
+
+Any option that is not known to keep it a plain update is rejected by name. Otherwise the adapter would load without an
+error and give different logits.
+"""
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError
+from train.runtime.errors import UserError
 
-# Of peft's LoraConfig (0.21), what says nothing about the forward of a trained adapter beside what is read elsewhere:
-# whence it is, which weights have factors (their names say that too), how they were drawn, dropout.
+# Keys of peft's LoraConfig (0.21) that do not affect the forward pass of a trained adapter or are read elsewhere: where
+# it comes from, which layers have LoRA weights (the tensor names also give that), how they were initialized, dropout.
 INERT = {
     "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
     "r", "lora_alpha", "use_rslora", "rank_pattern", "lora_dropout", "target_modules", "target_parameters",
@@ -17,7 +20,7 @@ INERT = {
     "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config",
 }  # fmt: skip
 UNSET: tuple[Any, ...] = (None, False, "none", {}, [])
-# Initial values under which the base stays as it is. Under pissa, olora, corda, loftq and lora_ga it is changed.
+# Initializations that leave the base unchanged. pissa, olora, corda, loftq and lora_ga change it.
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 WHY = {
     "alora_invocation_tokens": "its factors act after these tokens alone, so no merged weights are like it",
@@ -29,7 +32,10 @@ OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def check_plain(config: dict[str, Any], path: Path) -> None:
-    """UserError, with key and value, unless an adapter_config.json is known to be that of a plain update."""
+    """Raises UserError, with key and value, unless an adapter_config.json is known to describe a plain update.
+
+    path: the file that `config` was read from, for the message.
+    """
     kind = config.get("peft_type") or "LORA"
     if kind != "LORA":
         raise UserError(f"{path}: peft_type is {kind!r}, not LORA. {_fix('factors of another kind')}")
@@ -53,7 +59,10 @@ def _fix(key: str) -> str:
 
 
 def check_form(names: Iterable[str], where: str) -> None:
-    """UserError where factors are named for each expert by itself, as Tinker's export names them."""
+    """Raises UserError if the LoRA weights are named per expert, as in Tinker's export.
+
+    names: the names of the adapter's tensors. where: the start of the message.
+    """
     if own := next((name for name in names if OF_ONE_EXPERT.search(name)), None):
         raise UserError(
             f"{where}: has factors of its own for each expert's matrix ({own}), as Tinker's export writes them, and "

@@ -1,7 +1,7 @@
-"""What is in a checkpoint directory: config.json and the safetensors headers, checked before any weight is read.
+"""Reads checkpoint directories: checks config.json and the safetensors headers first, then reads ranges of tensors.
 
-The format is safetensors': 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}},
-then the data (https://github.com/huggingface/safetensors#format).
+The safetensors format is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, and
+the data (https://github.com/huggingface/safetensors#format).
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.errors import UserError
-from train.formats import parse_json
-from train.outside import opened, read_bytes, read_json
+from train.runtime.errors import UserError
+from train.runtime.outside import opened, read_bytes, read_json
+from train.runtime.text_formats import parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -41,7 +41,7 @@ LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `file`, byte `offset` in it, and what it is."""
+    """Dtype and shape of one tensor and its location: `file` and the byte `offset` in it."""
 
     file: Path
     dtype: torch.dtype
@@ -50,8 +50,10 @@ class TensorInfo:
 
 
 class _Reader:
-    """Reads element ranges with pread: mapped pages would count as resident memory, and ranks on one host share the
-    page cache all the same. Several threads may read."""
+    """Reads element ranges with pread. Thread-safe.
+
+    Memory-mapped pages would count as resident memory, and ranks on one host share the page cache with pread as well.
+    """
 
     tensors: dict[str, TensorInfo]
 
@@ -61,8 +63,11 @@ class _Reader:
         self._lock = threading.Lock()
 
     def read(self, name: str, start: int, out: Tensor) -> None:
-        """Fills the contiguous CPU tensor `out` with the elements start, start+1, … of tensor `name`, flattened.
-        UserError for a file that cannot be read, or that was cut since its header was read."""
+        """Fills `out` with elements start, start+1, … of the flattened tensor `name`.
+
+        `out` must be a contiguous CPU tensor of any shape in the stored dtype.
+        Raises UserError if the file cannot be read or was truncated after its header was read.
+        """
         info = self.tensors[name]
         assert out.is_contiguous() and out.dtype == info.dtype and start + out.numel() <= math.prod(info.shape)
         view: memoryview = memoryview(out.view(-1).view(torch.uint8).numpy().data) if out.numel() else memoryview(b"")
@@ -86,19 +91,20 @@ class _Reader:
             self.bytes_read += done
 
     def _open(self, file: Path) -> int:
-        with self._lock:  # several threads read
+        with self._lock:
             if file not in self._files:
                 self._files[file] = os.open(file, os.O_RDONLY)
             return self._files[file]
 
     def close(self) -> None:
+        """Closes all files. A later read opens them again."""
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
 
 
 class TensorFile(_Reader):
-    """One safetensors file."""
+    """The tensors of one safetensors file. Raises UserError if the file cannot be read or is not valid."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -106,7 +112,10 @@ class TensorFile(_Reader):
 
 
 class Checkpoint(_Reader):
-    """The tensors of a directory by name."""
+    """A checkpoint directory: its configuration, and its tensors by name.
+
+    Raises UserError if config.json is missing or invalid. The weight files are not checked until `tensors` is accessed.
+    """
 
     def __init__(self, directory: str | Path):
         super().__init__()
@@ -114,8 +123,11 @@ class Checkpoint(_Reader):
         self.config = read_config(self.directory)
 
     def fingerprint(self) -> str:
-        """SHA-256 of config.json and, of every weight file, of its name, size, first and middle 64 KiB: enough to tell
-        two models apart, without reading them."""
+        """Returns the SHA-256 of config.json and of every weight file's name, size, first 64 KiB and middle 64 KiB.
+
+        That is enough to distinguish two models without reading them completely. Raises UserError if a file cannot be
+        read.
+        """
         digest = hashlib.sha256(read_bytes(self.directory / "config.json"))
         for file in sorted({info.file for info in self.tensors.values()}):
             with opened(file) as weights:
@@ -126,9 +138,12 @@ class Checkpoint(_Reader):
         return digest.hexdigest()
 
     @cached_property
-    def tensors(self) -> dict[str, TensorInfo]:  # type: ignore[override]  # worked out when first asked for
-        """Every tensor of every shard. UserError for a missing or broken shard, one that the index does not name, a
-        tensor in two of them, or one that the index and the shards do not place alike."""
+    def tensors(self) -> dict[str, TensorInfo]:  # type: ignore[override]  # computed on first access
+        """Every tensor of every shard, by name.
+
+        Raises UserError if a shard is missing, corrupt or not in the index, if a tensor is in two shards, or if index
+        and shards disagree on where a tensor is.
+        """
         index = self.directory / "model.safetensors.index.json"
         weight_map: dict[str, str] | None = None
         shards = [self.directory / "model.safetensors"]
@@ -136,7 +151,7 @@ class Checkpoint(_Reader):
             weight_map = _weight_map(index)
             shards = sorted({self.directory / shard for shard in weight_map.values()})
             if others := sorted({*self.directory.glob("*.safetensors")} - {*shards}):
-                raise UserError(  # such as model.safetensors, which transformers would read instead
+                raise UserError(  # for example model.safetensors, which transformers would read instead
                     f"{others[0]}: is not named by {index.name}, which lies beside it, so that it is not clear which "
                     "files hold the model. Move whichever do not to another directory."
                 )
@@ -166,16 +181,16 @@ class Checkpoint(_Reader):
         return tensors
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The dtype of a tensor; float32 of one that is missing, which layout.py reports with all others."""
+        """Returns the dtype of a tensor, or float32 if it is missing: layout.py reports all missing tensors at once."""
         return self.tensors[name].dtype if name in self.tensors else torch.float32
 
     def bytes_of(self, name: str, count: int) -> int:
-        """Bytes on disk of `count` elements of a tensor."""
+        """Returns the bytes on disk of `count` elements of a tensor."""
         return count * self.tensors[name].dtype.itemsize
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory."""
+    """Returns the content of config.json in a model directory. Raises UserError if it is missing or invalid."""
     path = directory / "config.json"
     if not os.path.lexists(path) or not os.path.isdir(directory):
         raise UserError(
@@ -186,7 +201,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """tensor -> shard's file name, of model.safetensors.index.json."""
+    """Returns the file name of each tensor's shard from model.safetensors.index.json. Raises UserError if invalid."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) and "/" not in shard and shard.endswith(".safetensors") for shard in weight_map.values()
@@ -196,7 +211,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """name -> TensorInfo of one file: the tensors must fill the file without gap or overlap."""
+    """Returns the TensorInfo of each tensor in one file, by name.
+
+    Raises UserError if the header is invalid, or if the tensors do not fill the file without gaps or overlaps.
+    """
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)

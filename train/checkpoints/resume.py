@@ -1,7 +1,10 @@
-"""Saves to resume from, on any number of ranks and any expert parallelism: every trained tensor whole, factors without
-their padding, with its AdamW moments, in one safetensors file. Each rank writes its own partitions into it and reads
-its own out of it, so that nobody holds more. A save is complete or absent: it is written under another name, flushed to
-disk and then renamed.
+"""Training checkpoints to resume from, on any number of ranks and with any expert parallelism.
+
+One safetensors file holds every trained tensor in full, LoRA weights without their padding, and its AdamW moments. Each
+rank writes and reads only its own partitions, so that no rank needs memory for more. A training checkpoint is either
+complete or absent: it is written under a temporary name, flushed to disk and then renamed.
+
+Shapes: E experts of one rank, N elements of a flattened ZeRO-3 partition.
 """
 
 import hashlib
@@ -26,13 +29,13 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from launch.watchdog import progress
 from train.checkpoints.reader import TensorFile
 from train.checkpoints.writer import SafetensorsWriter, flush, publish_directory, remove
-from train.errors import UserError
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
-from train.outside import checked, read_json
+from train.runtime.errors import UserError
+from train.runtime.outside import checked, read_json
+from train.runtime.watchdog import progress
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SUFFIXES = ("", *(f".{moment}" for moment in MOMENTS))
@@ -40,22 +43,26 @@ NAME = re.compile(r"^step-(\d+)$")
 
 
 def trainable(model: nn.Module) -> dict[str, Any]:
-    """The trained parameters by name, in the same order on every rank."""
+    """Returns the trained parameters by name, in the same order on every rank."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def expert_group(model: nn.Module, name: str) -> ExpertGroup | None:
-    """The group over which a parameter's experts are divided; None for a parameter that every rank has alike."""
+    """Returns the group whose ranks divide a parameter's experts among them, or None for other parameters."""
     owner = model.get_submodule(name.rpartition(".")[0])
     return owner.ep if isinstance(owner, ExpertParallelExperts) else None
 
 
 def gather_experts(experts: Tensor, ep: ExpertGroup | None) -> Tensor | None:
-    """This rank's experts [E, ...] -> those of all ranks on dim 0, on rank 0; None elsewhere."""
+    """Gathers each rank's experts [E, ...] on dim 0.
+
+    Returns the experts of all ranks on rank 0 and None elsewhere. A tensor that is not divided (no group) is returned
+    unchanged on rank 0. All ranks must call this.
+    """
     rank = dist.get_rank()
     if ep is None or ep.group is None:
         return None if rank else experts
-    if dist.get_process_group_ranks(ep.group)[0]:  # the experts of rank 0's group are all there are
+    if dist.get_process_group_ranks(ep.group)[0]:  # rank 0's group already holds all experts
         return None
     parts = None if rank else [torch.empty_like(experts) for _ in range(ep.size)]
     dist.gather(experts.contiguous(), parts, dst=0, group=ep.group)
@@ -63,8 +70,11 @@ def gather_experts(experts: Tensor, ep: ExpertGroup | None) -> Tensor | None:
 
 
 def full_factors(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    """Every trained parameter in turn, whole, in fp32 on the CPU, on rank 0 (elsewhere None), so that nobody holds more
-    than one. All ranks must take all of them."""
+    """Yields (name, full tensor) of every trained parameter: in fp32 on the CPU on rank 0, None on other ranks.
+
+    The full tensor of an expert parameter [E, ...] has the experts of all ranks on dim 0. Each tensor is gathered only
+    when it is requested, so that no rank holds more than one. All ranks must iterate to the end.
+    """
     for name, parameter in trainable(model).items():
         progress("gathering the factors")
         value = gather_experts(safe_get_full_fp32_param(parameter), expert_group(model, name))
@@ -73,10 +83,14 @@ def full_factors(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
 
 @dataclass
 class Part:
-    """This rank's partition of a trained parameter: elements start to start + count of the whole one [all experts, ...]
-    or [...], flattened, with its padding. shape: of the whole without padding, as a save has it. Of each `block`
-    elements, one block after another, the first `real` ones are no padding: those of a partition lie together in a
-    save."""
+    """This rank's ZeRO-3 partition of a trained parameter.
+
+    It consists of elements start to start + count of the full parameter, [all experts, ...] or [...], flattened and
+    including its padding. shape: of the full parameter without padding, as in a training checkpoint.
+
+    The flattened parameter is a sequence of blocks of `block` elements, of which the first `real` ones are not padding.
+    So the elements of a partition that are not padding are contiguous in a training checkpoint.
+    """
 
     name: str
     parameter: Any
@@ -87,15 +101,18 @@ class Part:
     real: int = 1
 
     def place(self, element: int) -> int:
-        """How many elements before this one are no padding."""
+        """Returns how many elements before `element` are not padding."""
         return element // self.block * self.real + min(element % self.block, self.real)
 
     def write(self, writer: SafetensorsWriter, name: str, partition: Tensor) -> None:
-        """Its part of a save's tensor, out of a partition [≥ count]."""
+        """Writes this part of the training checkpoint's tensor `name` from `partition` [N], N ≥ count."""
         writer.write(name, partition[: self.count][self._kept(partition.device)], self.place(self.start))
 
     def read(self, saved: TensorFile, name: str, size: int) -> Tensor:
-        """Its part of a save's tensor as a partition [size], with zeros for padding."""
+        """Returns this part of the training checkpoint's tensor `name` as a partition [N], with zeros as padding.
+
+        size: N. Raises UserError if the file cannot be read.
+        """
         start, end = self.place(self.start), self.place(self.start + self.count)
         values, partition = torch.empty(end - start), torch.zeros(size)
         saved.read(name, start, values)
@@ -109,7 +126,10 @@ class Part:
 
 
 def saved_shape(model: nn.Module, name: str, shape: tuple[int, ...], padded: bool = False) -> tuple[int, ...]:
-    """The shape in a save, of all experts and without padding, of a parameter that has `shape` on a rank."""
+    """Returns the shape in a training checkpoint of a parameter that has `shape` on one rank.
+
+    It includes all experts, and the padding only if `padded`.
+    """
     owner = model.get_submodule(name.rpartition(".")[0])
     if not isinstance(owner, ExpertParallelExperts):
         return shape
@@ -118,12 +138,12 @@ def saved_shape(model: nn.Module, name: str, shape: tuple[int, ...], padded: boo
 
 
 def _own_parts(model: nn.Module, padded: bool = False) -> Iterator[Part]:
-    """padded: for a save that has the padding, too."""
+    """Yields this rank's part of every trained parameter. padded: for a training checkpoint that includes padding."""
     for name, parameter in trainable(model).items():
         ep, own = expert_group(model, name), tuple(parameter.ds_shape)
         shape, whole = (saved_shape(model, name, own, with_padding) for with_padding in (padded, True))
         dimension = next((i for i, sizes in enumerate(zip(shape, whole, strict=True)) if len({*sizes}) > 1), 0)
-        first = math.prod(own) * ep.rank if ep else 0  # elements of other ranks' experts before this rank's
+        first = math.prod(own) * ep.rank if ep else 0  # elements of the experts of preceding ranks
         part = parameter.ds_tensor.ds_numel
         start = min(part * dist.get_rank(parameter.ds_process_group), math.prod(own))
         count = min(part, math.prod(own) - start)
@@ -132,8 +152,10 @@ def _own_parts(model: nn.Module, padded: bool = False) -> Iterator[Part]:
 
 
 def save(directory: Path, model: nn.Module, step: int, keep: int, seconds: float) -> None:
-    """Writes directory/step-N and removes older saves but the last `keep`. seconds: that the run has taken. All ranks
-    must call it, and share the file system."""
+    """Writes the training checkpoint directory/step-N, then removes all but the last `keep` training checkpoints.
+
+    seconds: the time that the run has taken so far. All ranks must call this and share the file system.
+    """
     own = list(_own_parts(model))
     layout = {f"{p.name}{suffix}": (torch.float32, p.shape) for p in own for suffix in SUFFIXES}
     partial, final = directory / f"partial-{step}", directory / f"step-{step}"
@@ -162,13 +184,13 @@ def save(directory: Path, model: nn.Module, step: int, keep: int, seconds: float
 
 
 def saves(directory: Path) -> list[Path]:
-    """The complete saves, oldest first."""
+    """Returns the paths of the complete training checkpoints, oldest first."""
     found = [(int(match[1]), path) for path in directory.glob("step-*") if (match := NAME.match(path.name))]
     return [path for _, path in sorted(found)]
 
 
 def check(directory: Path) -> None:
-    """UserError if the last save is not whole: something else than this trainer has changed it."""
+    """Raises UserError if the last training checkpoint is damaged: something other than this trainer has changed it."""
     for path in saves(directory)[-1:]:
         try:
             state, tensors = read_json(path / "state.json"), TensorFile(path / "state.safetensors").tensors
@@ -182,14 +204,17 @@ def check(directory: Path) -> None:
 
 
 def restore(path: Path, model: nn.Module, optimizer: Any) -> tuple[int, float]:
-    """Puts a save into the engine's model and its ZeRO-3 optimizer, each rank its own part. -> the step it was made
-    after, and the seconds that the run had taken."""
+    """Loads a training checkpoint into the engine's model and its ZeRO-3 optimizer; each rank reads its own part.
+
+    Returns the step after which it was written and the seconds that the run had taken. Raises UserError if it cannot be
+    read or holds other parameters than this run trains.
+    """
     state = read_json(path / "state.json")
     step = state["step"]
     _forget(optimizer, step)
     saved = TensorFile(path / "state.safetensors")
     found = {name: info.shape for name, info in saved.tensors.items()}
-    for padded in (True, False):  # earlier saves had the padding
+    for padded in (True, False):  # training checkpoints of earlier versions include the padding
         own = list(_own_parts(model, padded))
         expected = {f"{p.name}{suffix}": p.shape for p in own for suffix in SUFFIXES}
         if expected == found:
@@ -208,8 +233,10 @@ def restore(path: Path, model: nn.Module, optimizer: Any) -> tuple[int, float]:
 
 
 def _forget(optimizer: Any, step: int) -> None:
-    """AdamW's state as after `step` steps, moments zero; and no parameter whole, as ZeRO-3 keeps small ones after the
-    first step, since new partitions would not be seen there."""
+    """Resets AdamW to the state after `step` steps with zero moments, and partitions all gathered parameters.
+
+    After the first step, ZeRO-3 keeps small parameters gathered. New values of their partitions would have no effect.
+    """
     gathered = [p for p in optimizer.persistent_parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
     if gathered:
         gathered[0].partition(gathered)
@@ -226,8 +253,10 @@ def _set_weight(parameter: Any, partition: Tensor) -> None:
 
 
 def initial_partitions(model: nn.Module, seed: int | None) -> dict[str, Tensor]:
-    """This rank's partition of every factor as it is before the first step of a run with this seed; None: as it is
-    now."""
+    """Returns this rank's partition [N] in fp32 of every trained parameter before the first step of a run, by name.
+
+    seed: of that run's initial LoRA weights; None returns the current values instead.
+    """
     parts = {}
     for name, parameter in trainable(model).items():
         if seed is None:
@@ -243,8 +272,11 @@ def initial_partitions(model: nn.Module, seed: int | None) -> dict[str, Tensor]:
 
 
 def initial_hash(model: nn.Module, seed: int, adapter: str) -> str:
-    """SHA-256 of the factors before the first step, whatever ranks and expert parallelism: of the adapter's file, or of
-    every factor A by name, of each expert apart; "" without factors. All ranks must call it."""
+    """Returns a SHA-256 of the LoRA weights before the first step, independent of ranks and expert parallelism.
+
+    With `adapter`, a directory, it is that of the adapter's weight file. Otherwise it covers every lora_A by name, and
+    each expert's separately. It is "" if the model has no LoRA weights. All ranks must call this.
+    """
     if adapter:
         return hashlib.sha256((Path(adapter) / "adapter_model.safetensors").read_bytes()).hexdigest()
     own: dict[str, str] = {}
@@ -263,8 +295,10 @@ def initial_hash(model: nn.Module, seed: int, adapter: str) -> str:
 
 
 def start_over(model: nn.Module, optimizer: Any, partitions: dict[str, Tensor]) -> None:
-    """Begins another run on the same engine: its factors as in initial_partitions, and an optimizer that has seen
-    nothing."""
+    """Prepares the engine for another run: resets the optimizer and sets the trained parameters.
+
+    partitions: this rank's partition [N] of each parameter, as from `initial_partitions`.
+    """
     _forget(optimizer, 0)
     for name, parameter in trainable(model).items():
         _set_weight(parameter, partitions[name].to(parameter.ds_tensor.device))

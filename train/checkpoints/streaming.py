@@ -1,8 +1,8 @@
-"""Reads a checkpoint into a ZeRO-3, expert-parallel model: each rank reads what it keeps and nothing else.
+"""Reads a checkpoint into a ZeRO-3, expert-parallel model. Each rank reads only what it keeps.
 
-A ZeRO-3 parameter is born partitioned: this rank reads its range of elements and the whole tensor never exists. An
-expert layer's weights are read matrix by matrix, for the experts of this rank alone, into the form in which they stay
-(storage.py); what is quantized, is quantized as it arrives, on the GPU where there is one.
+A ZeRO-3 parameter is materialized as a shard: each rank reads its range of elements, and the full tensor never exists.
+Expert weights are read matrix by matrix, only for the experts of this rank, directly into their final storage format
+(storage.py). Weights that are to be quantized are quantized as they are read, on the GPU if there is one.
 """
 
 import ctypes
@@ -21,21 +21,21 @@ from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, 
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from launch.distributed import peak_host_bytes
-from launch.watchdog import progress
-from train.checkpoints.formats import fp8_decode_range
 from train.checkpoints.layout import ExpertPiece, LoadPlan, Piece, Range
 from train.checkpoints.reader import Checkpoint
 from train.experts.storage import FrozenExperts, NF4Experts
+from train.formats import fp8_decode_range
+from train.runtime.distributed import peak_host_bytes
+from train.runtime.watchdog import progress
 
-HEAP_BLOCK = 2**25  # bytes: larger ones glibc never keeps in its heap (DEFAULT_MMAP_THRESHOLD_MAX)
-READERS = 4  # threads: a file system over a network gives one reader a part of its speed
+HEAP_BLOCK = 2**25  # bytes; glibc never keeps larger blocks in its heap (DEFAULT_MMAP_THRESHOLD_MAX)
+READERS = 4  # threads: a single reader gets only part of the throughput of a network file system
 
 
 @dataclass
 class Loaded:
-    """What was loaded, and what that took: bytes read from disk and kept, seconds, and the process's peak host memory
-    so far in bytes."""
+    """What was loaded and its cost: the bytes read from disk, the seconds, and the peak host memory of the process so
+    far in bytes."""
 
     plan: LoadPlan
     bytes_read: int
@@ -46,8 +46,12 @@ class Loaded:
 def load(
     plan: LoadPlan, checkpoint: Checkpoint, method: str, ds_config: dict[str, Any], device: torch.device, show: bool
 ) -> Loaded:
-    """Fills the planned model by `method` (lora, qlora, full). Dense weights, and under full the experts' too, become
-    ZeRO-3 parameters; frozen experts stay with their rank. show: progress on the terminal."""
+    """Loads the weights of a planned model. All ranks must call this.
+
+    method: lora, qlora or full. Dense weights become ZeRO-3 parameters, and with `full` so do the experts' weights;
+    frozen experts are not partitioned and stay on their rank. show: print progress on the terminal. Raises UserError if
+    a file cannot be read.
+    """
     started = time.perf_counter()
     reads = plan.reads(dist.get_rank(), dist.get_world_size(), method)
     total = sum(checkpoint.bytes_of(read.name, read.count) for read in reads)
@@ -65,12 +69,19 @@ def load(
 
 @contextmanager
 def _freed_memory_goes_back() -> Iterator[None]:
-    """glibc keeps freed blocks of up to 32 MiB for itself, and between lasting small ones they are lost: a load would
-    take a quarter more than it keeps. In here, blocks of 256 KiB and more, such as an expert's matrix, are given back
-    when freed, and threads share one heap, so that what one freed another can use. Afterwards blocks stay with the
-    process: a step makes and frees the same tensors over and over, and each would be mapped anew, page by page. The
-    threshold is then 32 MiB, to which glibc's own rises by itself until it is set (mallopt(3), M_MMAP_THRESHOLD), and
-    the heap does not shrink at the end of a step, only to grow in the next. What that takes, launch/memory.py plans."""
+    """Makes glibc return freed memory to the system inside the context, and keep it for reuse afterwards.
+
+    By default, glibc keeps freed blocks of up to 32 MiB in its heap. Small persistent blocks between them fragment the
+    heap, so that a load would need a quarter more memory than what it loads. Inside the context, blocks of 256 KiB or
+    more, such as an expert's matrix, are returned when freed. All threads share one heap, so that memory freed by one
+    thread can be used by another.
+
+    Afterwards, freed blocks stay with the process. A training step allocates and frees the same tensors again and
+    again, and each would otherwise be mapped anew, page by page. The threshold is then 32 MiB, the maximum to which
+    glibc raises it dynamically unless it has been set (mallopt(3), M_MMAP_THRESHOLD). The heap does not shrink at the
+    end of a step, because it would only grow again in the next one. launch/memory.py plans for the memory that this
+    takes.
+    """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         yield
@@ -83,18 +94,21 @@ def _freed_memory_goes_back() -> Iterator[None]:
     finally:
         libc.mallopt(mmap_threshold, HEAP_BLOCK)
         libc.mallopt(trim_threshold, never)
-        libc.malloc_trim(0)  # what smaller blocks left
+        libc.malloc_trim(0)  # return what freed smaller blocks still occupy
 
 
 class _Loader:
-    """The tasks of a load; each reads some bytes into their place and returns how many."""
+    """Creates the tasks of a load. Each task reads some bytes into their final location and returns their number."""
 
     def __init__(self, plan, checkpoint, method, ds_config, device):
         self.plan, self.checkpoint, self.method, self.device = plan, checkpoint, method, device
         self.init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=ds_config, dtype=torch.float32)
 
     def read(self, read: Range, into: Tensor | None = None) -> Tensor:
-        """The elements on the CPU: in `into`, where it lies there and is of their dtype."""
+        """Returns the elements on the CPU, in a new tensor [read.count] unless `into` (any shape) can be used.
+
+        `into` is filled and returned if it is on the CPU and has the elements' dtype.
+        """
         dtype = self.checkpoint.tensors[read.name].dtype
         if into is None or into.device.type != "cpu" or into.dtype != dtype:
             into = torch.empty(read.count, dtype=dtype)
@@ -102,12 +116,13 @@ class _Loader:
         return into
 
     def bytes_of(self, reads: dict[str, Range]) -> int:
+        """Returns the bytes on disk of all these ranges."""
         return sum(self.checkpoint.bytes_of(read.name, read.count) for read in reads.values())
 
     # Dense weights and buffers
 
     def dense(self) -> Iterator[Callable[[], int]]:
-        """Every dense weight as a parameter of which this rank holds its partition, and every buffer whole."""
+        """Yields a task for each dense weight, which reads this rank's partition, and each buffer, which reads all."""
         for piece in self.plan.dense:
             yield self._partition(piece)
         for piece in self.plan.buffers:
@@ -143,8 +158,10 @@ class _Loader:
         return fill
 
     def _born_partitioned(self, shape: tuple[int, ...], dtype: torch.dtype, tags: dict[str, Any]) -> Any:
-        """A ZeRO-3 parameter whose whole never was: this rank's zero-filled partition is its ds_tensor. tags: of an
-        expert weight, the group over which it is partitioned."""
+        """Returns a ZeRO-3 parameter materialized as a shard: its ds_tensor is this rank's partition, all zeros.
+
+        tags: for an expert weight, attributes that name the group over which it is partitioned; else empty.
+        """
         nothing = torch.empty((), dtype=dtype, device=self.device).expand(shape)
         parameter: Any = nn.Parameter(nothing, requires_grad=self.method == "full")
         for name, value in tags.items():
@@ -161,7 +178,7 @@ class _Loader:
     # Experts
 
     def experts(self) -> Iterator[Callable[[], int]]:
-        """Every weight of this rank's experts, in the form in which it stays."""
+        """Yields the tasks for every weight of this rank's experts, in its final storage format."""
         for piece in self.plan.experts:
             if self.method == "full":
                 yield from self._trained(piece)
@@ -220,12 +237,12 @@ class _Loader:
 
 
 def becomes_nf4(piece: ExpertPiece, method: str) -> bool:
-    """Whether a frozen weight is quantized as it is read: INT4 stays what it is."""
+    """Whether a frozen weight is quantized to NF4 as it is read. INT4 weights keep their format."""
     return method == "qlora" and piece.format.kind != "int4"
 
 
 def frozen_as_on_disk(piece: ExpertPiece, checkpoint: Checkpoint, device: torch.device) -> FrozenExperts:
-    """Gives the piece's module room for its experts' weights in the checkpoint's own format."""
+    """Allocates and returns storage for this rank's experts in the checkpoint's own format, as part of the module."""
     owned = piece.module.ep.owned(piece.module.experts)
     storage = FrozenExperts(len(owned), *piece.module.shapes()[piece.target][1:])
     (first, *_) = piece.reads(owned.start)
@@ -236,7 +253,7 @@ def frozen_as_on_disk(piece: ExpertPiece, checkpoint: Checkpoint, device: torch.
 
 
 def frozen_as_nf4(piece: ExpertPiece, device: torch.device) -> NF4Experts:
-    """Gives the piece's module room for its experts' weights in NF4."""
+    """Allocates and returns NF4 storage for this rank's experts, as part of the module."""
     storage = NF4Experts(len(piece.module.ep.owned(piece.module.experts)), *piece.module.shapes()[piece.target][1:])
     storage.allocate(device)
     piece.module.frozen[piece.target] = storage

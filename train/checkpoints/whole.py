@@ -1,5 +1,7 @@
-"""Whole checkpoints written anew, shard by shard, in the source's own layout: what is not changed is carried over byte
-for byte (vision, multi-token prediction, tokenizer, configuration)."""
+"""Writes full checkpoints shard by shard in the layout of the source checkpoint.
+
+Whatever is not changed is copied byte for byte: vision, multi-token prediction, tokenizer, configuration.
+"""
 
 import json
 import os
@@ -12,21 +14,22 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_local_fp32_param
 
-from launch.watchdog import progress
 from train.checkpoints.layout import LoadPlan, has_own_head
 from train.checkpoints.reader import Checkpoint
-from train.checkpoints.writer import SafetensorsWriter, flush, publish_directory, write_whole
+from train.checkpoints.writer import SafetensorsWriter, publish_directory
+from train.runtime.outputs import flush, write_whole
+from train.runtime.watchdog import progress
 
 CHUNK = 2**26  # bytes copied at a time
 WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data",
     ".partial",
 }  # fmt: skip
-MARKER, REPORT = "merge.json", "merge_report.json"  # what merge.py leaves in its output, and about that alone
+MARKER, REPORT = "merge.json", "merge_report.json"  # files of merge.py about its own output
 
 
 def copy_tensor(checkpoint: Checkpoint, name: str, writer: SafetensorsWriter) -> None:
-    """A tensor's bytes as they are, a piece at a time."""
+    """Copies a tensor unchanged, in chunks. Raises UserError if its file cannot be read."""
     info = checkpoint.tensors[name]
     count, step = torch.Size(info.shape).numel(), CHUNK // info.dtype.itemsize
     for start in range(0, count, step):
@@ -37,8 +40,11 @@ def copy_tensor(checkpoint: Checkpoint, name: str, writer: SafetensorsWriter) ->
 
 
 def copy_other_files(source: Path, target: Path, but: Collection[str] = ()) -> None:
-    """Tokenizer, configuration and all else beside the weights, directories too; `but` those of these names. What is
-    not carried over is printed with the reason: weights in a directory would be those of the base."""
+    """Copies everything but the weights: tokenizer, configuration, other files and directories.
+
+    Weight files, files of merge.py and those named in `but` are left out. Prints a note with the reason for anything
+    else that is not copied. For example, weights in a subdirectory would still be those of the base.
+    """
     for path in sorted(source.iterdir()):
         if path.is_dir():
             if why := _left_behind(path, source, target):
@@ -65,19 +71,19 @@ def _copy_directory(source: Path, into: Path) -> None:
 
 
 def _inside(directory: Path) -> Iterator[Path]:
-    """All that a directory holds, at any depth, a directory before what is in it; links are not followed."""
+    """Yields everything in a directory, at any depth, parents before their contents. Links are not followed."""
     for place, directories, files in os.walk(directory):
         yield from (Path(place, name) for name in sorted([*directories, *files]))
 
 
 def _places_of(source: Path) -> list[Path]:
-    """Where the files of a checkpoint may lie: in its directory or, in a hub's cache, in its blobs."""
+    """Returns where the files of a checkpoint may be: in its directory or, in a hub cache, in the cache's blobs."""
     root = source.resolve()
     return [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
 
 
 def _left_behind(directory: Path, source: Path, target: Path) -> str:
-    """Why a directory of a checkpoint is not carried over, or "". In a hub's cache files are links to its blobs."""
+    """Returns why a directory of a checkpoint is not copied, or "". In a hub cache, files are links to its blobs."""
     ours = _places_of(source)
     if target.resolve().is_relative_to(directory.resolve()):
         return "this output is in it"
@@ -94,7 +100,7 @@ def _left_behind(directory: Path, source: Path, target: Path) -> str:
 
 
 def by_shard(checkpoint: Checkpoint) -> dict[Path, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
-    """shard -> its tensors in the order of the file, name -> dtype, shape."""
+    """Returns, by shard, the dtype and shape of each tensor by name, in the order of the file."""
     shards: dict[Path, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
     for name, info in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
         shards.setdefault(info.file, {})[name] = info.dtype, info.shape
@@ -102,7 +108,7 @@ def by_shard(checkpoint: Checkpoint) -> dict[Path, dict[str, tuple[torch.dtype, 
 
 
 def config_text(checkpoint: Checkpoint, config: dict[str, Any]) -> str:
-    """The text of a config.json: the checkpoint's own, byte for byte, where nothing in it is to change."""
+    """Returns `config` as the text of config.json: the checkpoint's own text, byte for byte, if nothing changed."""
     if config == checkpoint.config:
         return (checkpoint.directory / "config.json").read_text(encoding="utf-8")
     return json.dumps(config, indent=2) + "\n"
@@ -114,19 +120,22 @@ def says_tied(config: dict[str, Any]) -> bool:
 
 
 def untied(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a checkpoint whose lm_head is a weight of its own."""
+    """Returns a config.json for a checkpoint with a separate lm_head weight."""
     return changed_config(config, lambda part: part | {"tie_word_embeddings": False})
 
 
 def changed_config(config: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """A configuration changed at its top and in its text model's part."""
+    """Returns a configuration with `change` applied to its top level and to its text_config, if any."""
     config = change(config)
     return config | {"text_config": change(config["text_config"])} if config.get("text_config") else config
 
 
 def save_model(directory: Path, plan: LoadPlan, checkpoint: Checkpoint) -> None:
-    """Writes a model whose weights were trained, as `checkpoint` was laid out: each rank the partitions that it read at
-    the start, into the same places. All ranks must call it, and share the file system."""
+    """Writes a model whose weights were trained, in the layout of `checkpoint`.
+
+    Each rank writes its partitions to the same locations that it read them from. All ranks must call this and share the
+    file system.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     partial, shards = directory.with_name(directory.name + ".partial"), by_shard(checkpoint)
     trained = {piece.source for piece in plan.dense}
@@ -135,7 +144,7 @@ def save_model(directory: Path, plan: LoadPlan, checkpoint: Checkpoint) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         copy_other_files(checkpoint.directory, partial)
-        if has_own_head(checkpoint) and says_tied(checkpoint.config):  # it was trained as what it is
+        if has_own_head(checkpoint) and says_tied(checkpoint.config):  # the separate lm_head was trained
             write_whole(partial / "config.json", config_text(checkpoint, untied(checkpoint.config)))
         for shard, layout in shards.items():
             writer = SafetensorsWriter(partial / shard.name, layout)

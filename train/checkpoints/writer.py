@@ -1,7 +1,7 @@
 """Writes a safetensors file in pieces, from one process or from several that share a file system.
 
-The header comes first and fixes every tensor's place, so that any process can write any range of elements at any time,
-and none needs a whole tensor. The file has another name until it is complete.
+The header is written first and fixes the location of every tensor. Any process can then write any range of elements at
+any time, and none needs a full tensor. The file has a temporary name until it is complete.
 """
 
 import json
@@ -16,21 +16,25 @@ import torch
 from torch import Tensor
 
 from train.checkpoints.reader import DTYPES
-from train.errors import writing
+from train.runtime.errors import writing
+from train.runtime.outputs import flush
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor -> dtype, shape; in the order of the file
 
 
 class SafetensorsWriter:
-    """A file of the tensors of `layout`. One process creates it; others open it after that."""
+    """A safetensors file with the tensors of `layout`. One process creates it before the others open it.
+
+    Methods that write raise an OSError that names the file, for example if the disk is full.
+    """
 
     def __init__(self, path: Path, layout: Layout, create: bool = True):
         self.path, self.partial = path, path.with_name(path.name + ".partial")
         header, position = {}, 0
         self.places: dict[str, tuple[torch.dtype, int]] = {}
         self.sizes = {name: torch.Size(shape).numel() for name, (_, shape) in layout.items()}
-        self.written: Counter[str] = Counter()  # elements of each tensor, by this process
+        self.written: Counter[str] = Counter()  # elements of each tensor written by this process
         for name, (dtype, shape) in layout.items():
             end = position + self.sizes[name] * dtype.itemsize
             header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
@@ -45,7 +49,7 @@ class SafetensorsWriter:
                 os.ftruncate(self.file, self.start + position)
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
-        """Writes `values` [n] as elements start, start+1, … of tensor `name`, flattened, in its dtype."""
+        """Writes `values` of any shape, cast to the file's dtype, as elements start, start+1, … of flattened `name`."""
         dtype, position = self.places[name]
         data = values.detach().to("cpu", dtype).contiguous().view(-1)
         view = memoryview(data.view(torch.uint8).numpy().data) if data.numel() else memoryview(b"")
@@ -57,35 +61,24 @@ class SafetensorsWriter:
         self.written[name] += data.numel()
 
     def check_whole(self) -> None:
-        """Where one process writes the file: that it wrote as many elements of every tensor as there are."""
+        """Asserts that this process wrote every tensor in full. Only for files that a single process writes."""
         short = {name: self.written[name] for name, size in self.sizes.items() if self.written[name] != size}
         assert not short, f"{self.path}: elements written {short} are not those of the header"
 
     def close(self) -> None:
-        """Flushes what this process wrote to the disk."""
+        """Flushes what this process wrote to disk, and closes the file."""
         with writing(self.path):
             os.fsync(self.file)
             os.close(self.file)
 
     def publish(self) -> None:
-        """Gives the complete file its name: for one process, after all have closed it."""
+        """Renames the complete file to its final name. One process calls this after all have closed the file."""
         self.partial.rename(self.path)
         flush(self.path.parent)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a small file that is whole whenever it is there: before, the earlier one is."""
-    partial = path.with_name(path.name + ".partial")
-    with writing(path), partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    flush(path.parent)
-
-
 def publish_directory(partial: Path, final: Path) -> None:
-    """Gives a directory, whose files are on the disk, its name, in the place of an earlier one."""
+    """Renames a directory, whose files are already flushed to disk, to its final name. Replaces an earlier one."""
     flush(partial)
     remove(final)
     partial.rename(final)
@@ -93,18 +86,12 @@ def publish_directory(partial: Path, final: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Removes a directory, if it is there. It loses its name first: what a kill leaves of it is not taken for whole."""
+    """Removes a directory if it exists.
+
+    It is renamed first, so that the remains after a kill are not taken for a complete directory.
+    """
     doomed = directory.with_name(f"partial-{directory.name}-removed")
     shutil.rmtree(doomed, ignore_errors=True)
     if directory.exists():
         directory.rename(doomed)
         shutil.rmtree(doomed)
-
-
-def flush(path: Path) -> None:
-    """Waits until a file's or a directory's changes are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,6 @@
-"""From documents with a treatment per token to the packed micro-batches of each rank.
+"""Packs documents with a treatment per token into the micro-batches of each rank.
 
-Shapes: L tokens of a document, T tokens of a micro-batch, N its predicted tokens.
+Shapes: L tokens of a document, T tokens of a micro-batch, N predicted tokens of a micro-batch.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.packing import Row
+from train.data.row import Row
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A document as the trainer needs it. weight_L is the token's own term in the loss (negative: unlikelihood, 0:
-    none), in which the document's own weight is; roles_L a bit per role."""
+    """A document as the trainer needs it.
+
+    weight_L multiplies each token's own term in the loss: > 0 cross-entropy, < 0 unlikelihood, 0 no term. It already
+    includes `weight`, the document's own weight. roles_L has one bit per role.
+    """
 
     name: str  # file:line
     ids_L: np.ndarray
@@ -29,40 +32,49 @@ class Sample:
 
 @dataclass
 class Batch:
-    """A micro-batch: whole documents end to end in one row. The N predicted tokens are rows of the hidden states [T]:
-    token t of the row is predicted at t - 1. Labels are shifted here and nowhere else."""
+    """A micro-batch: whole documents packed into one row of T tokens.
+
+    Each of the N predicted tokens uses one of the T hidden states: token t of the row is predicted at position t - 1.
+    Labels are shifted here and nowhere else.
+    """
 
     ids_T: Tensor
     position_T: Tensor  # of each token in its document
-    position_N: Tensor
+    position_N: Tensor  # of the hidden state that predicts the target, in the row
     target_N: Tensor
     coefficient_N: Tensor  # weight divided by the loss's denominator; its sign is the treatment
     roles_N: Tensor
     row: Row
-    names: list[str]  # of the documents; none: the row is one token that stands for nothing
+    names: list[str]  # of the documents; empty: the row is one placeholder token
 
     @property
     def tokens(self) -> int:
-        """Of documents."""
+        """Number of tokens that belong to documents; 0 for a placeholder row."""
         return len(self.ids_T) if self.names else 0
 
     def to(self, device: torch.device) -> "Batch":
+        """Returns the batch with its tensors on `device`, by non-blocking copies."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
         return Batch(**(values | moved))
 
     def in_loss(self) -> "Batch":
-        """Without the tokens that are only measured."""
+        """Returns the batch without the predicted tokens that are only measured (coefficient 0); ids_T is unchanged."""
         chosen = self.coefficient_N != 0
         parts = {k: getattr(self, k)[chosen] for k in ("position_N", "target_N", "coefficient_N", "roles_N")}
         return replace(self, **parts)
 
 
 def coefficients(samples: list[Sample], norm: str) -> list[np.ndarray]:
-    """coefficient_L of each document of one optimizer step: weight_L over one denominator that is the same for all
-    ranks and micro-batches. The denominators: total |weight| (trained), number of targets whatever the mask (all),
-    1 (sum); or the mean of each document's tokens by |weight|, and of these, by the documents' own weights, the mean
-    over documents that have any (documents)."""
+    """Returns coefficient_L [L] of each document of one optimizer step: weight_L divided by a denominator.
+
+    Denominators are computed over the whole step, so all ranks and micro-batches use the same ones. By `norm`:
+    - trained: the sum of |weight_L|
+    - all: the number of targets, whatever the mask
+    - sum: 1
+    - documents: each document's loss is the mean over its tokens, weighted by |weight_L|. The loss of the step is the
+      mean over the documents with a nonzero weight_L, weighted by the documents' own weights.
+    """
     weights = [np.abs(sample.weight_L).sum(dtype=np.float64) for sample in samples]
     if norm == "documents":
         trained = sum(s.weight for s, weight in zip(samples, weights, strict=True) if weight > 0)
@@ -70,23 +82,24 @@ def coefficients(samples: list[Sample], norm: str) -> list[np.ndarray]:
     else:
         total = {"trained": sum(weights), "all": float(sum(s.target_L.sum() for s in samples)), "sum": 1.0}[norm]
         denominators = [total] * len(samples)
-    # A denominator is 0 only where every weight is.
+    # A denominator is 0 only if all weights are 0.
     return [s.weight_L / (d or 1.0) for s, d in zip(samples, denominators, strict=True)]
 
 
 def deal(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
-    """Documents of these lengths dealt out -> for each micro-step and rank its documents, by their places in lengths.
+    """Distributes documents over micro-steps and ranks. lengths: tokens of each document. budget: tokens per row.
 
-    Rows hold nearly equal numbers of tokens, and at most `budget` each, or a longer document alone, in as few
-    micro-steps as that takes. Of the rows, those that hold like numbers are in one micro-step, for with expert
-    parallelism ranks wait for the fullest.
+    Returns [micro-step][rank] -> indices into `lengths` of the documents in that row. Rows have nearly equal numbers of
+    tokens, in as few micro-steps as a greedy assignment finds. A row holds at most `budget` tokens; if a document is
+    longer than that, the limit is the length of the longest document. Rows with similar numbers of tokens share a
+    micro-step, because with expert parallelism all ranks wait for the fullest row.
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     budget = max(budget, *lengths, 1)
     steps = max(1, -(-sum(lengths) // (ranks * budget)))
     while True:
-        # To the row that holds least, which makes them equal; where that is too much for one, to the fullest that has
-        # room, which takes fewer rows.
+        # First put each document into the emptiest row, which balances the rows. If a document then fits nowhere, put
+        # each into the fullest row that has space, which needs fewer rows.
         for fullest_first in (False, True):
             rows: list[list[int]] = [[] for _ in range(steps * ranks)]
             held = [0] * len(rows)
@@ -106,10 +119,10 @@ def deal(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]
 def micro_batches(
     samples: list[Sample], norm: str, ranks: int, rank: int, budget: int, dtype: torch.dtype = torch.float32
 ) -> list[Batch]:
-    """This rank's micro-batches of one optimizer step, of `budget` tokens at most; every rank gets as many.
+    """Returns this rank's micro-batches of one optimizer step; every rank gets the same number of them.
 
-    Which rank computes which document changes nothing but rounding: the loss is a sum with a denominator that is
-    global.
+    `norm` is as in `coefficients`, `budget` (tokens) as in `deal`. The assignment of documents to ranks affects only
+    rounding, because the loss is a sum with a global denominator.
     """
     terms = coefficients(samples, norm)
     dealt = deal([len(sample.ids_L) for sample in samples], ranks, budget)
@@ -117,8 +130,11 @@ def micro_batches(
 
 
 def pack(samples: list[Sample], terms: list[np.ndarray], dtype: torch.dtype = torch.float32) -> Batch:
-    """Lays documents end to end. Without any: one token that predicts nothing, since every rank must run the same
-    number of forwards."""
+    """Packs documents into one row. terms: coefficient_L of each document.
+
+    Without documents the row is one placeholder token that predicts nothing, because every rank must run the same
+    number of forward passes.
+    """
     row = Row([len(sample.ids_L) for sample in samples] or [1])
     ids = [np.zeros(0 if samples else 1, np.int64)]
     positions, targets, coefficient, roles = [], [], [], []

@@ -1,7 +1,6 @@
-"""Chats through the tokenizer's own template: what the rendered text is, and where in it each content, thought and call
-of a tool has gone.
+"""Renders chats through the tokenizer's own template, and locates each content, thought and tool call in the result.
 
-Shapes: C code points of a content.
+Shapes: C code points of a content or thought.
 """
 
 import json
@@ -17,19 +16,21 @@ from train.data.documents import Message, Span
 from train.data.markers import TAG, common, free_markers, marked, marker_positions, pieces, places
 from train.data.offsets import solid_counts
 from train.data.template import Render
-from train.errors import UserError
-from train.formats import parse_json
+from train.runtime.errors import UserError
+from train.runtime.text_formats import parse_json
 
 EMPTY_THINK = re.compile(r"(<think>\s*</think>)\n*")
 THINK_TAG = re.compile(r"<[^<>\s]*think[^<>\s]*>", re.IGNORECASE)
-THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # templates read one or another of them
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # a template reads one of these
 AS_TEXT = 'write the chat as "text"'
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Code points [start, end) of a rendered chat that are trained on, and what multiplies their weight by the mask.
-    Empty for a message without text: only what ends its turn is trained."""
+    """Code points [start, end) of a rendered chat that are trained on, and the factor of their weight by the mask.
+
+    The range is empty for a message without text: only the end of its turn is trained.
+    """
 
     start: int
     end: int
@@ -38,8 +39,11 @@ class Trained:
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A chat as the template writes it; trained ranges and spans are code points of that text. thoughts_dropped: how
-    many trained messages lost their thinking block. unwritten: roles of other messages that the template leaves out."""
+    """A chat as the template renders it. Trained ranges and spans are code points of that text.
+
+    thoughts_dropped: number of trained messages that lost their thinking block. unwritten: roles of the messages not
+    trained on that the template leaves out.
+    """
 
     text: str
     trained: list[Trained]
@@ -51,11 +55,12 @@ class RenderedChat:
 def render_and_locate(
     messages: Sequence[Message], render: Render, where: str, tools: Sequence[dict[str, Any]] = ()
 ) -> RenderedChat:
-    """Renders the chat, and carries over what is trained on and the spans. Of a trained message, its thought, content
-    and calls are trained as the template writes them, tags of the thought included.
+    """Renders the chat, and locates the trained ranges and the spans in the rendered text. The thought, content and
+    calls of a trained message are trained as the template writes them, including the tags of the thought.
 
-    UserError (beginning with `where`) if the template fails, does not write calls or tools, drops a part of a trained
-    content other than one whole thinking block, or loses part of a span; a span whose text it drops wholly is dropped.
+    Raises UserError, beginning with `where`, if the template fails, does not write calls or tools, drops a part of a
+    trained content other than one whole thinking block, or loses part of a span. If it drops the whole text of a span,
+    the span is dropped.
     """
     chat = _Chat(messages, render, where, list(tools))
     located = [_locate(chat, i, marks) for i, marks in enumerate(chat.marks)]
@@ -70,7 +75,7 @@ def render_and_locate(
 
 @dataclass
 class _Located:
-    """Where a message has gone."""
+    """Where a message is in the rendered chat."""
 
     trained: Trained | None = None
     spans: list[Span] = field(default_factory=list)
@@ -78,7 +83,7 @@ class _Located:
 
 
 class _Chat:
-    """A chat, what the template makes of it (plain), and where in that its marked contents stand."""
+    """A chat, the text that the template renders (plain), and the positions of the contents' markers in it."""
 
     def __init__(self, messages: Sequence[Message], render: Render, where: str, tools: list[dict[str, Any]]):
         self.messages, self.where, self._render, self._tools = messages, where, render, tools or None
@@ -93,7 +98,8 @@ class _Chat:
         self.positions = marker_positions(self.render(changes), self.plain, where) if changes else {}
 
     def render(self, changes: dict[int, dict[str, Any]], upto: int | None = None) -> str:
-        """The chat, or its first `upto` messages, with keys of messages changed; None takes a key away."""
+        """Renders the chat, or its first `upto` messages, with changed keys of messages. changes: message number ->
+        key -> value; None removes a key other than content. Raises UserError if the template fails."""
         given = [
             {key: value for key, value in (each | changes.get(i, {})).items() if value is not None or key == "content"}
             for i, each in enumerate(self.given[:upto])
@@ -101,20 +107,21 @@ class _Chat:
         return self._written(given, self._tools)
 
     def unwritten(self) -> tuple[str, ...]:
-        """Roles of the messages that are not trained on and of whose content nothing is written."""
+        """Returns the roles of messages that are not trained on and whose content the template does not write."""
         markers = {i: next(self.free) for i, m in enumerate(self.messages) if not (m.train or _blank(m.content))}
         changes = {i: {"content": f"{mark}{self.messages[i].content}{mark}"} for i, mark in markers.items()}
         try:
             text = self.render(changes) if changes else ""
-        except UserError:  # it looks at what contents are
+        except UserError:  # the template depends on the text of contents
             return ()
         return tuple(self.messages[i].role for i, mark in markers.items() if mark not in text)
 
     def turn_start(self, i: int) -> int:
-        """Where message i begins at the earliest: the messages before it, rendered alone, are as here up to there."""
+        """Returns the earliest position at which message i can begin. Up to there, rendering only the messages before
+        it gives the same text."""
         try:
             return common(self.plain, self.render({}, upto=i)) if i else 0
-        except UserError:  # some templates want what comes later
+        except UserError:  # some templates need the later messages
             return 0
 
     def _written(self, given: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
@@ -124,8 +131,9 @@ class _Chat:
             raise UserError(f"{self.where}: {error}") from None
 
     def _form(self) -> list[dict[str, Any]]:
-        """The messages as the template takes them. Templates differ in what they expect beside calls: an empty content
-        or none, arguments as an object or as text; the first form is taken in which all calls are written."""
+        """Returns the messages in the form that the template expects. For messages with calls, templates expect an
+        empty content or none, and arguments as an object or as text. The first form in which the template writes all
+        calls is used."""
         if not any(message.tool_calls for message in self.messages):
             return [_given(message, "", False) for message in self.messages]
         errors = []
@@ -145,8 +153,8 @@ class _Chat:
         )
 
     def _writes_calls(self, given: list[dict[str, Any]]) -> bool:
-        """Whether the chat has the name of every call. As tools and contents may hold that name too, it is looked for
-        with a marker character behind it, another for each call."""
+        """Returns whether the rendered chat has the name of every call. Since tools and contents may contain the same
+        name, the name of each call is rendered with its own marker character appended."""
         free, markers = free_markers(json.dumps((given, self._tools), ensure_ascii=False)), []
 
         def renamed(call: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +172,7 @@ class _Chat:
 
 
 def _given(message: Message, no_content: str | None, as_text: bool) -> dict[str, Any]:
-    """A message as chat templates take it; no_content: what stands for the content of calls without one."""
+    """Returns a message as chat templates take it. no_content: the content of a message that has only calls."""
     given: dict[str, Any] = {"role": message.role, "content": message.content, **dict(message.passed)}
     if message.reasoning:
         given |= dict.fromkeys(THOUGHT_KEYS, message.reasoning)
@@ -179,13 +187,13 @@ def _call(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
     if as_text and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     elif not as_text and isinstance(arguments, str):
-        with suppress(ValueError):  # the template has it as it stands
+        with suppress(ValueError):  # not JSON: the template gets it unchanged
             arguments = parse_json(arguments) if arguments else {}
     return call | {"function": call["function"] | {"arguments": arguments}}
 
 
 class _Marks:
-    """The marker characters of message i, around the pieces of its content and of its thought."""
+    """The marker characters around the pieces of message i's content and thought."""
 
     def __init__(self, chat: _Chat, i: int):
         message = chat.messages[i]
@@ -205,12 +213,12 @@ class _Marks:
 
 
 def _blank(content: str) -> bool:
-    """Whether a content has no text: white space and thinking tags alone."""
+    """Returns whether a content has no text, only white space and thinking tags."""
     return not THINK_TAG.sub("", content).strip()
 
 
 def _locate(chat: _Chat, i: int, marks: _Marks) -> _Located:
-    """What is trained of message i, and its spans, in the rendered chat."""
+    """Locates the trained range and the spans of message i in the rendered chat."""
     message, where, found = chat.messages[i], f"{chat.where}: messages[{i}]", _Located()
     ranges: list[tuple[int, int]] = []
     if marks.thought:
@@ -230,7 +238,7 @@ def _locate(chat: _Chat, i: int, marks: _Marks) -> _Located:
         place = _blank_place(chat, i, message.content)
         if place is not None:
             start, end = place
-            start = end if message.content.strip() else start  # of tags nothing is trained, of white space all
+            start = end if message.content.strip() else start  # white space alone is trained, tags are not
             ranges.append((start, end))
             found.spans += [Span(start + s.start, start + s.end, s.role) for s in message.spans if start < end]
     if message.train and ranges:
@@ -239,7 +247,7 @@ def _locate(chat: _Chat, i: int, marks: _Marks) -> _Located:
 
 
 def _content(chat: _Chat, i: int, marks: _Marks, where: str, found: _Located) -> np.ndarray:
-    """[C] int: where each code point of the content stands, -1 where it is dropped. Its spans are found."""
+    """Returns [C] int: the position of each code point of the content, -1 if it is dropped. Adds its spans to found."""
     message = chat.messages[i]
     stripped = message.content.strip()
     keeps_edges = stripped != message.content and chat.render({i: {"content": stripped}}) != chat.plain
@@ -252,17 +260,18 @@ def _content(chat: _Chat, i: int, marks: _Marks, where: str, found: _Located) ->
 
 def _content_range(chat: _Chat, at_C: np.ndarray) -> tuple[int, int]:
     start, end = int(at_C[at_C >= 0][0]), int(at_C.max()) + 1
-    # an empty block is never content, even where the message has it too, or its end only
+    # an empty thinking block is never content, even if the message has it too, or only its end
     start = next((past for first, tags_end, past in chat.empty_thoughts if first <= start < tags_end), start)
     return min(start, end), end
 
 
 def _drops_thought(content: str, at_C: np.ndarray, where: str) -> bool:
-    """Whether the template leaves out the content's thinking block. UserError where it leaves out anything else."""
+    """Returns whether the template leaves out the content's thinking block. Raises UserError if it leaves out anything
+    else."""
     lost_C = (np.diff(solid_counts(content)) > 0) & (at_C < 0)
     thought_C = np.diff(solid_counts(content)) > 0
     tags = [tag.span() for tag in THINK_TAG.finditer(content)]
-    for start, end in tags:  # an empty block, or a tag that the template writes another way, is no loss
+    for start, end in tags:  # an empty block, or a tag that the template writes differently, is no loss
         lost_C[start:end] = thought_C[start:end] = False
     if not lost_C.any():
         return False
@@ -279,7 +288,8 @@ def _drops_thought(content: str, at_C: np.ndarray, where: str) -> bool:
 
 
 def _thought(chat: _Chat, i: int, marks: _Marks, where: str, found: _Located) -> np.ndarray:
-    """[C] int: where each code point of the thought stands; all -1 where it is dropped. Its spans are found."""
+    """Returns [C] int: the position of each code point of the thought, all -1 if it is dropped. Adds its spans to
+    found."""
     message = chat.messages[i]
     at_C = places(message.reasoning, marks.thought, chat.positions, chat.plain, False, f"{where}: reasoning_content")
     solid_C = np.diff(solid_counts(message.reasoning)) > 0
@@ -292,8 +302,8 @@ def _thought(chat: _Chat, i: int, marks: _Marks, where: str, found: _Located) ->
 
 
 def _thought_start(chat: _Chat, i: int, first: int) -> int:
-    """Where a thought begins with its opening tag, or whatever else the template writes only before a thought; `first`
-    is where its text begins."""
+    """Returns where a thought begins, including its opening tag or whatever else the template writes only before a
+    thought. first: where its text begins."""
     marker = next(chat.free)
     without: dict[str, Any] = dict.fromkeys(THOUGHT_KEYS) | {"content": marker + chat.messages[i].content}
     try:
@@ -302,19 +312,20 @@ def _thought_start(chat: _Chat, i: int, first: int) -> int:
         before, found = "", ""
     start = _out_of_tag(chat.plain, common(chat.plain, before))
     head = chat.plain[:first].rstrip()
-    if not found or start < chat.turn_start(i) or start >= len(head):  # or an empty block is written without a thought
+    # start is not before the end of head if the template writes an empty block in place of a missing thought
+    if not found or start < chat.turn_start(i) or start >= len(head):
         start = next((tag.start() for tag in TAG.finditer(head) if tag.end() == len(head)), first)
     return min(start, first)
 
 
 def _calls_range(chat: _Chat, i: int, where: str, with_thought: bool) -> tuple[int, int]:
-    """[start, end) of what the template writes for the calls of message i: where it writes something else when a marker
-    character stands there instead. with_thought: whether its thought, if it has one, is written."""
+    """Returns [start, end) of what the template writes for the calls of message i: the text that differs when a marker
+    character replaces the calls. with_thought: whether the message's thought, if any, is written."""
     marker = next(chat.free)
     kept: dict[str, Any] = {} if with_thought else dict.fromkeys(THOUGHT_KEYS)
     change = kept | {"tool_calls": None, "content": chat.messages[i].content.rstrip() + marker}
-    # Without what follows, which some templates write otherwise, or refuse, where the calls are not there; but others
-    # write the last message otherwise.
+    # Try without the later messages first: if the calls are missing, some templates refuse these or render them
+    # differently. Other templates render the last message differently, so then try the whole chat.
     for upto in (i + 1, None):
         try:
             whole, other = chat.render({i: kept}, upto), chat.render({i: change}, upto)
@@ -335,15 +346,15 @@ def _calls_range(chat: _Chat, i: int, where: str, with_thought: bool) -> tuple[i
 
 
 def _out_of_tag(text: str, at: int) -> int:
-    """Where the tag begins that `at` lies inside of; else `at`."""
+    """Returns the start of the tag that `at` is inside of; `at` itself outside of tags."""
     low = max(0, at - 42)
     tags = ((low + tag.start(), low + tag.end()) for tag in TAG.finditer(text[low : at + 42]))
     return next((start for start, end in tags if start < at < end), at)
 
 
 def _blank_place(chat: _Chat, i: int, content: str) -> tuple[int, int] | None:
-    """Where a content without text stands: its white space and tags, if the template keeps them, or what follows its
-    last tag, else the empty range; None where the template writes such a message otherwise."""
+    """Returns [start, end) of a content without text: of its white space and tags if the template keeps them, of what
+    follows its last tag, or an empty range. Returns None if the template renders such a message differently."""
     opening, closing = next(chat.free), next(chat.free)
     past = max((tag.end() for tag in THINK_TAG.finditer(content)), default=0)
     for head, kept in (("", content), (content[:past], content[past:]), ("", "")):
@@ -354,7 +365,7 @@ def _blank_place(chat: _Chat, i: int, content: str) -> tuple[int, int] | None:
 
 
 def _moved(spans: Sequence[Span], content: str, at_C: np.ndarray, where: str) -> list[Span]:
-    """The spans as code points of the rendered text."""
+    """Returns the spans as code points of the rendered text. Raises UserError if only part of a span is left."""
     solid_C = np.diff(solid_counts(content)) > 0
     moved = []
     for n, span in enumerate(spans):

@@ -1,11 +1,11 @@
-"""Training documents, in which character spans carry roles: one JSON object a line.
+"""Reads training documents, in which character spans have roles: one JSON object per line.
 
     {"text": "...", "spans": [{"start": 0, "end": 8, "role": "doctag"}], "weight": 1.0}
     {"messages": [{"role": "user", "content": "...", "spans": [], "train": false, "weight": 1.0}, ...], "tools": [...]}
 
-Offsets are Unicode code points, end exclusive; spans may nest and overlap. A weight multiplies the mask's. Messages may
-have what chat templates read: name, tool_call_id, tool_calls, and reasoning_content with reasoning_spans. Other forms:
-train/data/forms.py, and other kinds of files: train/data/files.py.
+Offsets are Unicode code points, end exclusive; spans may nest and overlap. A weight multiplies the mask's weight.
+Messages may also have keys that chat templates read: name, tool_call_id, tool_calls, and reasoning_content with
+reasoning_spans. Other formats of rows: train/data/forms.py. Other kinds of files: train/data/files.py.
 """
 
 import difflib
@@ -18,28 +18,28 @@ from typing import Any
 from train.data.files import file_rows
 from train.data.findings import MASK_TAG, NO_ROLE_OF_CHATS, NOT_JSON, SKIPPED, TAGS, Findings, unknown_key
 from train.data.forms import kind, own_form, parsed_list, text_of
-from train.errors import UserError
-from train.formats import Unreadable, strict
+from train.runtime.errors import UserError
+from train.runtime.text_formats import Unreadable, strict
 
 DOCUMENT_KEYS = ("text", "messages", "spans", "tools", "weight", "loss_weight")  # all others are metadata
-NEAR_OF_DOCUMENT = ("spans", "loss_weight")  # slips for the others are names that metadata has
+NEAR_OF_DOCUMENT = ("spans", "loss_weight")  # checked for misspellings; keys close to the others are common in metadata
 MESSAGE_KEYS = (
     "role", "content", "spans", "train", "weight", "loss", "training", "name", "tool_call_id", "tool_calls",
     "reasoning_content", "reasoning_spans",
 )  # fmt: skip
 SPAN_KEYS = ("start", "end", "role")
-PASSED_KEYS = ("name", "tool_call_id")  # given to the chat template as they are
-# What other tools call what chat templates render. Leaving it out in silence would train on another conversation.
+PASSED_KEYS = ("name", "tool_call_id")  # passed to the chat template unchanged
+# Other tools' names for keys that chat templates render. Ignoring them silently would train on another conversation.
 OTHER_NAMES = {"function_call": "tool_calls", "reasoning": "reasoning_content", "thinking": "reasoning_content"}
 CHAT_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation"})
 BAD_ROWS = "what to do with rows that cannot be read or have nothing to predict"  # help of --bad-rows
-SMALLEST, LARGEST = 1e-30, 1e30  # of weights, as losses are fp32
+SMALLEST, LARGEST = 1e-30, 1e30  # limits of nonzero weights, as losses are fp32
 TO_SPANS = "python train/annotate.py --data FILE --spans FILE --role false --output NEW"
 
 
 @dataclass(frozen=True)
 class Span:
-    """Code points [start, end) of a text, and what they are."""
+    """Code points [start, end) of a text, and their role."""
 
     start: int
     end: int
@@ -48,9 +48,12 @@ class Span:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat; spans are offsets into content, train says whether its tokens are targets, weight multiplies
-    their weight by the mask. What else the chat template is given: passed, the thought before the content, and the
-    calls of tools, in OpenAI's form with arguments as an object or as text."""
+    """One turn of a chat.
+
+    spans are offsets into content. train says whether its tokens are targets; weight multiplies their weight by the
+    mask. The chat template also gets passed (key, value), reasoning (the thought before the content) and tool_calls, in
+    OpenAI's format with arguments as an object or as text.
+    """
 
     role: str
     content: str
@@ -65,8 +68,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Document:
-    """A text or a chat (one of the two is None), with the file and line it came from; spans belong to the text. weight
-    multiplies the mask's weight of every token; tools: those that a chat's template is given."""
+    """A text or a chat (the other is None), with the file and line it came from.
+
+    spans belong to the text. weight multiplies the mask's weight of every token. tools are passed to the chat template.
+    """
 
     text: str | None
     messages: tuple[Message, ...] | None
@@ -79,12 +84,12 @@ class Document:
 
     @property
     def where(self) -> str:
-        """file:line, as error messages begin."""
+        """file:line, with which error messages begin."""
         return f"{self.path}:{self.line}"
 
     @property
     def all_spans(self) -> Iterator[Span]:
-        """Of the text, or of every message."""
+        """Yields the spans of the text, or of every message's content and reasoning."""
         yield from self.spans
         for message in self.messages or ():
             yield from message.spans
@@ -96,7 +101,7 @@ DOCTAG_HELP = "marker at the start of documents, which gets a doctag span if it 
 
 
 def marker(doctag: str) -> str | None:
-    """The marker that a --doctag means; None for "none"."""
+    """Returns the marker that --doctag gives; None for "none". Raises UserError if it is empty."""
     if not doctag:
         raise UserError(f"--doctag is empty: give the marker that documents start with, as {DOCTAG}, or none.")
     return None if doctag == NO_DOCTAG else doctag
@@ -105,11 +110,15 @@ def marker(doctag: str) -> str | None:
 def read_documents(
     path: str | Path, doctag: str | None = None, bad_rows: str = "error", findings: Findings | None = None
 ) -> list[Document]:
-    """Every document of a file, in order; blank lines are skipped. UserError names file and line; with bad_rows "skip"
-    a row that is wrong is left out instead. findings: gets what was left out and what was passed over.
+    """Returns the documents of a file, in order. Blank lines are skipped.
 
-    Where a text starts with `doctag` (a marker such as "<DOCTAG>"), after white space or not, and no doctag span covers
-    it, it gets that span.
+    findings: receives skipped rows, ignored keys and whatever else is worth a note.
+
+    If a text starts with `doctag` (a marker such as "<DOCTAG>"), possibly after white space, and no doctag span covers
+    the marker, a doctag span is added.
+
+    Raises UserError with file and line for a wrong row; bad_rows "skip" leaves the row out instead. Raises UserError
+    too if the file cannot be read, or if no document is left.
     """
     return documents_of(file_rows(path), path, doctag, bad_rows, findings)
 
@@ -117,7 +126,7 @@ def read_documents(
 def documents_of(
     rows: Iterable[tuple[int, Any]], path: str | Path, doctag: str | None, bad_rows: str, findings: Findings | None
 ) -> list[Document]:
-    """The documents of rows with their line numbers, as `read_documents` has those of a file."""
+    """Returns the documents of (line number, row) pairs. Arguments and UserErrors are those of `read_documents`."""
     findings = Findings() if findings is None else findings
     documents, first_error = [], None
     for line, row in rows:
@@ -138,7 +147,7 @@ def documents_of(
 
 
 def _document(path: str, line: int, row: Any, doctag: str | None, findings: Findings) -> Document:
-    """The document of one row; UserError where there is none."""
+    """Returns the document of one row. Raises UserError if the row is not a valid document."""
     if isinstance(row, Unreadable):
         raise UserError(f"{path}:{line}: {row}")
     try:
@@ -150,12 +159,12 @@ def _document(path: str, line: int, row: Any, doctag: str | None, findings: Find
 
 
 def reason(error: UserError, where: str) -> str:
-    """Why a row is left out, without its place."""
+    """Returns the message of an error about a row, without the place (`where`) with which it begins."""
     return str(error).removeprefix(f"{where}: ")
 
 
 def _note(document: Document, findings: Findings) -> None:
-    """Finds what is no error, but seldom meant."""
+    """Adds findings about a document that are not errors, but rarely intended."""
     for message in document.messages or ():
         if message.role not in CHAT_ROLES:
             findings.add(NO_ROLE_OF_CHATS, document.path, document.line, message.role)
@@ -167,7 +176,7 @@ def _note(document: Document, findings: Findings) -> None:
 
 @dataclass
 class _Reader:
-    """Reads one row; its place begins every message."""
+    """Reads one row. Every error message begins with the row's place."""
 
     path: str
     line: int
@@ -200,7 +209,7 @@ class _Reader:
         return Document(text, None, _with_doctag(text, found, doctag), metadata, self.path, self.line, weight)
 
     def _metadata(self, row: dict[str, Any]) -> dict[str, Any]:
-        """All other keys, as strict JSON can say them."""
+        """Returns all other keys, with their values converted to what strict JSON can represent."""
         metadata = {key: value for key, value in row.items() if key not in DOCUMENT_KEYS}
         kept = strict(metadata)
         for key in metadata.keys() if kept != metadata else ():
@@ -248,7 +257,7 @@ class _Reader:
         for key in ("start", "end"):
             if key not in span:
                 raise UserError(f"{where}: {key} is missing; {rule}")
-            # bool is a subclass of int, but `true` is no offset
+            # bool is a subclass of int, but `true` is not an offset
             if not isinstance(span[key], int) or isinstance(span[key], bool):
                 raise UserError(f"{where}: {key} {json.dumps(span[key])} is not an integer; {rule}")
             if span[key] < 0:
@@ -266,7 +275,8 @@ class _Reader:
         return Span(start, end, role)
 
     def _check_keys(self, given: dict[str, Any], known: Collection[str], where: str, of: str) -> None:
-        """UserError for a key that is a slip for one that is read; others that are not read are found."""
+        """Raises UserError for a misspelling, or another tool's name, of a key that is read; other unknown keys become
+        findings."""
         unknown = [key for key in given if key not in known]
         _refuse_other_names(given, where)
         _refuse_near(given, known, where, unknown)
@@ -299,8 +309,8 @@ def _with_doctag(text: str, spans: tuple[Span, ...], doctag: str | None) -> tupl
 
 
 def _train_and_weight(message: dict[str, Any], role: str, where: str) -> tuple[bool, float]:
-    """Whether a message is trained on, by train or what other tools call it, and its weight. `loss` and `training` are
-    a yes or no, or a weight."""
+    """Returns whether a message is trained on, and its weight. Other tools' `loss` and `training` are read too: each is
+    a boolean like train, or a weight."""
     if not isinstance(message.get("train", False), bool):
         raise UserError(f"{where}: train is {kind(message['train'])}; it is true or false")
     said = {key: message[key] for key in ("train", "loss", "training") if isinstance(message.get(key), bool)}
@@ -311,7 +321,7 @@ def _train_and_weight(message: dict[str, Any], role: str, where: str) -> tuple[b
 
 
 def _one_weight(given: dict[str, Any], keys: Collection[str], where: str) -> float:
-    """The weight under any of the keys; 1 without one."""
+    """Returns the weight under any of the keys; 1 if there is none. Raises UserError if they contradict each other."""
     found = {key: checked_weight(given[key], f"{where}: {key}") for key in keys if given.get(key) is not None}
     if len(set(found.values())) > 1:
         raise UserError(f"{where}: {' and '.join(found)} contradict each other; keep one")
@@ -319,7 +329,10 @@ def _one_weight(given: dict[str, Any], keys: Collection[str], where: str) -> flo
 
 
 def checked_weight(value: Any, where: str) -> float:
-    """A weight that a file or a setting gives. UserError, beginning with `where`, where it is none."""
+    """Returns a weight that a file or a setting gives, as float.
+
+    Raises UserError, beginning with `where`, unless it is a number that is 0 or from SMALLEST to LARGEST.
+    """
     if not isinstance(value, int | float):
         raise UserError(f"{where} is {kind(value)}; a weight is a number ≥ 0")
     if not (value == 0 or SMALLEST <= value <= LARGEST):
@@ -328,7 +341,7 @@ def checked_weight(value: Any, where: str) -> float:
 
 
 def _objects(value: Any, where: str) -> tuple[dict[str, Any], ...]:
-    """A list of JSON objects, or a string of one."""
+    """Returns the objects of a list, given as such or as a string."""
     value = parsed_list(value, where)
     for n, each in enumerate(value):
         if not isinstance(each, dict):
@@ -338,13 +351,13 @@ def _objects(value: Any, where: str) -> tuple[dict[str, Any], ...]:
         except (
             TypeError,
             ValueError,
-        ) as error:  # half a surrogate pair, NaN, or what Python's literals have beyond JSON
+        ) as error:  # half a surrogate pair, NaN, or Python literals that JSON lacks
             raise UserError(f"{where}[{n}] is no JSON that can be written as UTF-8 ({error}); correct it") from None
     return tuple(value)
 
 
 def _calls(value: Any, where: str) -> tuple[dict[str, Any], ...]:
-    """Calls in OpenAI's form, {"function": {"name", "arguments"}}, with what else they have."""
+    """Returns calls in OpenAI's format, {"function": {"name", "arguments"}}, with any further keys."""
     calls = _objects(value, where) if value else ()
     for n, call in enumerate(calls):
         function = call.get("function")

@@ -1,6 +1,6 @@
-"""Reads files of documents as rows: JSONL, plain or compressed by gzip or Zstandard, and Parquet.
+"""Reads files of documents as rows: JSONL, plain or compressed with gzip or Zstandard, and Parquet.
 
-What a file is, is told by its first bytes, whatever its name.
+The kind of a file is recognized by its first bytes, not by its name.
 """
 
 import gzip
@@ -11,15 +11,15 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from train.errors import UserError
-from train.formats import Unreadable, parse_json
-from train.outside import opened
+from train.runtime.errors import UserError
+from train.runtime.outside import opened
+from train.runtime.text_formats import Unreadable, parse_json
 
-LONGEST_LINE = 2**26  # bytes of a document, some 15 million tokens; a small file can unpack to many more
+LONGEST_LINE = 2**26  # bytes of a document, about 15 million tokens; a small file can unpack to far more
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
-ZSTANDARD = b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"  # a frame, or what pzstd writes before each
+ZSTANDARD = b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"  # a frame, or the skippable frame that pzstd writes before each
 
-# First bytes of files that are not read, what such a file is, and how it becomes one that is.
+# First bytes of files that are not read, what such a file is, and how to convert it.
 UTF_16, UTF_32 = (f"write it as UTF-8: iconv -f UTF-{bits} -t UTF-8 FILE > NEW" for bits in (16, 32))
 PICKLE = "a pickle runs code when it is read; write its documents as JSONL"
 REFUSED = (
@@ -42,9 +42,11 @@ REFUSED = (
 
 
 def file_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, row) of each line that is not blank, of Parquet (number of the row, row). Where a line is no
-    JSON, `Unreadable` stands in the place of its row. UserError, beginning with the path, where the file cannot be read
-    as a whole."""
+    """Yields (line number from 1, row) for each line that is not blank, or (row number from 1, row) for Parquet.
+
+    A line that is not valid JSON has an `Unreadable` as its row. Raises UserError, beginning with the path, if the file
+    as a whole cannot be read.
+    """
     try:
         with opened(path, fix="give a JSONL file of documents") as file:
             start = file.read(16)
@@ -78,10 +80,10 @@ def _check_length(path: str | Path, length: int) -> None:
 
 
 def _zstandard_lines(path: str | Path, file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file of one frame or more. EOFError where the last is cut off, at which zstandard's own reader
-    stops in silence."""
+    """Yields the lines of a file of one or more frames. Raises EOFError if the last frame is cut off; zstandard's own
+    reader would silently stop there."""
     frame, line = zstandard.ZstdDecompressor().decompressobj(), bytearray()
-    while packed := file.read(2**10):  # of which at most 32 MiB come: 128 KiB of 4 bytes
+    while packed := file.read(2**10):  # unpacks to at most 32 MiB: 128 KiB per 4 bytes
         while packed:
             if frame.eof:
                 frame = zstandard.ZstdDecompressor().decompressobj()
@@ -108,7 +110,7 @@ def _json_rows(path: str | Path, lines: Iterable[bytes]) -> Iterator[tuple[int, 
 
 
 def _refuse_many_lines(path: str | Path, first: bytes) -> None:
-    """UserError where the first line only begins an array or an object."""
+    """Raises UserError if the first line only begins an array or an object."""
     array = first == b"[" or (first.startswith(b"[") and first.endswith(b","))
     if array or first == b"{":
         what, query = ("array", ".[]") if array else ("object", ".")
@@ -139,7 +141,10 @@ def _parquet_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without the keys whose value is null, at every depth: a table has all keys of a column in each row."""
+    """Returns the value without keys whose value is null, at every depth.
+
+    In a table, every row has all keys of a column, so a null there means that the key is absent.
+    """
     if isinstance(value, dict):
         return {key: without_nulls(each) for key, each in value.items() if each is not None}
     return [without_nulls(each) for each in value] if isinstance(value, list) else value

@@ -1,11 +1,11 @@
-"""What was found in documents that whoever reads the results should know: counted, shown, and kept with the run."""
+"""Findings about documents that readers of the results should know: they are counted, shown and kept with the run."""
 
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-SHOWN = 5  # places of a finding that the terminal lists; summary.json lists all
+SHOWN = 5  # places of a finding that are printed; summary.json lists all
 
 SKIPPED = "rows left out by --bad-rows skip"
 NO_TARGET = "documents without anything to predict (no trained message, or all of it cut away)"
@@ -19,34 +19,34 @@ UNENDED = (
     "template that ends turns with the tokenizer's EOS or, for the end of a chat, --eos"
 )
 
-# What other tools write around what they mask, and spans' roles written as tags.
+# Tags that other tools write around text that they mask, and roles of spans written as tags.
 MASK_TAG = re.compile(
     r"</?(?:(?:[\w-]*[_-])?(?:no|un)?(?:loss|mask)[\w-]*|false|negation|correction|qualifier)>", re.IGNORECASE
 )
 
 
 def unknown_key(of: str, key: str) -> str:
-    """The finding that messages or spans have a key that is not read."""
+    """Returns the finding that messages or spans (`of`) have a key that is not read."""
     return f"{of} with the key {key!r}, which is not read"
 
 
 @dataclass
 class Findings:
-    """places: what was found -> (path, line, detail or "") of each time."""
+    """places: finding -> (path, line, detail or "") of each occurrence."""
 
     places: dict[str, list[tuple[str, int, str]]] = field(default_factory=dict)
 
     def add(self, what: str, path: str, line: int, detail: str = "") -> None:
-        """Counts one more."""
+        """Adds one occurrence of a finding."""
         self.places.setdefault(what, []).append((path, line, detail))
 
     def include(self, other: "Findings") -> None:
-        """Adds all that another holds."""
+        """Adds all findings of another."""
         for what, places in other.places.items():
             self.places.setdefault(what, []).extend(places)
 
     def lines(self) -> list[str]:
-        """A note each, with the first places."""
+        """Returns one note per finding, with its count and its first places."""
         notes = []
         for what, places in self.places.items():
             each = (f"{path}:{line}" + (f" ({detail})" if detail else "") for path, line, detail in places)
@@ -56,12 +56,12 @@ class Findings:
         return notes
 
     def show(self, file: TextIO | None = None) -> None:
-        """The notes, a line each; file: else the terminal."""
+        """Prints the notes, one per line, to `file` or else to stdout."""
         for line in self.lines():
             print(line, file=file)
 
     def summary(self) -> dict[str, Any]:
-        """what -> {"count", "lines": {path: [line]}, "details": {detail: count}}, as summary.json has it."""
+        """Returns finding -> {"count", "lines": {path: [line]}, "details": {detail: count}}, as in summary.json."""
         return {what: _summary(places) for what, places in self.places.items()}
 
 

@@ -1,15 +1,16 @@
-"""The forms in which other tools write documents, turned into the project's own (train/data/documents.py).
+"""Converts documents in the formats of other tools to the project's own format (train/data/documents.py).
 
-What is read as it is: `messages_json`; messages as a string of JSON or of Python's literals; `content` for `text`;
-ShareGPT's `conversations` of `from` and `value`; contents as lists of text parts. Null is as absent everywhere.
+These are read directly: `messages_json`; messages as a string of JSON or of Python literals; `content` instead of
+`text`; ShareGPT's `conversations` with `from` and `value`; contents as lists of text parts. Null means absent
+everywhere.
 """
 
 import ast
 import warnings
 from typing import Any
 
-from train.errors import UserError
-from train.formats import Unreadable, parse_json
+from train.runtime.errors import UserError
+from train.runtime.text_formats import Unreadable, parse_json
 
 CHATS = ("messages", "messages_json", "conversations")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
@@ -18,15 +19,17 @@ PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "outp
 
 
 def own_form(row: Any, where: str) -> dict[str, Any]:
-    """The row with either "text" or "messages" (a list), whatever form it came in. UserError (beginning with `where`)
-    where it holds no document, or two."""
+    """Returns the row with either "text" or "messages" (a list), whatever format it has.
+
+    Raises UserError, beginning with `where`, if the row holds no document or more than one.
+    """
     if not isinstance(row, dict):
         lines = "write one document a line: jq -c '.[]' FILE > NEW.jsonl"
         fix = lines if isinstance(row, list) else 'write {"text": ...} around it'
         raise UserError(f"{where}: a document is a JSON object, not {kind(row)}; {fix}")
     chats = [key for key in CHATS if not _empty(row.get(key))]
     text = next((key for key in ("text", "content") if not _empty(row.get(key))), None)
-    text = None if text == "content" and chats else text  # metadata of a chat
+    text = None if text == "content" and chats else text  # beside a chat, "content" is metadata
     if len(chats) + (text is not None) > 1:
         found = "both" if text else " and ".join(chats)
         raise UserError(f'{where}: a document has either "text" or "messages", this one has {found}; keep one')
@@ -35,14 +38,14 @@ def own_form(row: Any, where: str) -> dict[str, Any]:
         return {"text": row[text], **rest}
     if chats:
         messages = parsed_list(row[chats[0]], f"{where}: {chats[0]}")
-        if chats[0] == "conversations" and rest.get("system"):  # which stands beside them in this form
+        if chats[0] == "conversations" and rest.get("system"):  # ShareGPT keeps it beside the messages
             messages = [{"role": "system", "content": rest.pop("system")}, *messages]
         return {"messages": [_message(each) for each in messages], **rest}
     raise UserError(f"{where}: {_what_is_there(row)}")
 
 
 def kind(value: Any) -> str:
-    """A JSON value in words."""
+    """Returns the type of a JSON value in words, for error messages."""
     if value is None:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
@@ -54,7 +57,7 @@ def _empty(value: Any) -> bool:
 
 
 def _what_is_there(row: dict[str, Any]) -> str:
-    """What is wrong with a row that holds no document, with the fix."""
+    """Returns what is wrong with a row that holds no document, and the fix."""
     for prompt, completion in PAIRS:
         if prompt in row and completion in row:
             query = TO_CHAT % (prompt, completion)
@@ -72,7 +75,10 @@ def _what_is_there(row: dict[str, Any]) -> str:
 
 
 def parsed_list(value: Any, where: str) -> list[Any]:
-    """A list, given as such or as a string of JSON or of Python's literals; UserError where it is none or empty."""
+    """Returns a list that is given as such or as a string of JSON or of Python literals.
+
+    Raises UserError, beginning with `where`, if the value is not a list or is empty.
+    """
     if isinstance(value, str):
         value = _parsed(value, where)
     if not isinstance(value, list) or not value:
@@ -82,13 +88,13 @@ def parsed_list(value: Any, where: str) -> list[Any]:
 
 
 def _parsed(text: str, where: str) -> Any:
-    """A string as JSON or, as some tools write lists, as Python's literals, of which nothing is run."""
+    """Parses a string as JSON or as Python literals, as which some tools write lists. Nothing in it is executed."""
     try:
         return parse_json(text)
     except Unreadable as error:
         reason = str(error).partition("; ")[0]
     try:
-        with warnings.catch_warnings(action="ignore"):  # of backslashes that Python would write twice
+        with warnings.catch_warnings(action="ignore"):  # about backslashes that begin no valid escape
             tree = ast.parse(text.strip(), mode="eval")
             value = ast.literal_eval(tree)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
@@ -103,7 +109,7 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _message(message: Any) -> Any:
-    """A message without nulls, with role and content where it has ShareGPT's from and value."""
+    """Returns a message without nulls, and with ShareGPT's from and value renamed to role and content."""
     if not isinstance(message, dict):
         return message
     message = {key: value for key, value in message.items() if value is not None}
@@ -119,7 +125,10 @@ def _message(message: Any) -> Any:
 
 
 def text_of(content: Any, where: str) -> Any:
-    """A content, its text parts joined."""
+    """Returns a content with the text parts of a list joined; any other value is returned as it is.
+
+    Raises UserError, beginning with `where`, if a part of the list is not text.
+    """
     if not isinstance(content, list):
         return content
     texts = []

@@ -1,4 +1,4 @@
-"""Jinja in a sandbox that ends: its steps, its time and the size of each of its values are bounded."""
+"""A Jinja sandbox that always terminates: it limits the steps, the time and the size of each value of a template."""
 
 import functools
 import re
@@ -12,23 +12,23 @@ import jinja2
 from jinja2 import nodes, pass_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-STEPS = 1_000_000  # turns of loops; a call is CALL
+STEPS = 1_000_000  # loop iterations; a call costs CALL steps
 CALL = 4
-SECONDS = 8.0  # for what takes long within a step; by steps alone every rank comes to the same
+SECONDS = 8.0  # stops slow single steps; only the limit on steps has the same result on every rank
 LARGEST = 50_000_000  # code points of a text, elements of a list
 LARGEST_NUMBER = 10_000  # bits
 GROWING = ("center", "format", "indent", "join", "list", "replace", "tojson", "wordwrap")  # filters
 
-_left: ContextVar[list[float]] = ContextVar("left")  # steps, and the moment of the end
+_left: ContextVar[list[float]] = ContextVar("left")  # steps left, and the deadline in time.monotonic()
 
 
 class TooMuch(SecurityError):
-    """A template goes beyond a limit."""
+    """A template exceeds a limit."""
 
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """What is rendered inside may take so much in all."""
+    """Limits everything that is rendered inside this context, taken together, to STEPS steps and SECONDS seconds."""
     token = _left.set([STEPS, time.monotonic() + SECONDS])
     try:
         yield
@@ -37,7 +37,7 @@ def limited() -> Iterator[None]:
 
 
 def whole(pieces: Iterable[str]) -> str:
-    """A rendered text."""
+    """Joins the pieces of a rendered text. Raises TooMuch if it is longer than LARGEST code points."""
     found, size = [], 0
     for piece in pieces:
         found.append(piece)
@@ -61,7 +61,10 @@ def _fits(size: int) -> int:
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """Every turn of a loop and every call is a step."""
+    """A sandbox that counts loop iterations and calls as steps, and limits the size of values.
+
+    A template that exceeds a limit raises TooMuch. Templates must be rendered inside `limited`.
+    """
 
     intercepted_binops = frozenset({"*", "**", "+", "%"})
 
@@ -85,13 +88,15 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return tree
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  # as jinja2 names them
+        """Calls an object of the template, as jinja2 does. Raises TooMuch if it exceeds a limit."""
         _step(CALL)
-        method = getattr(__obj, "__wrapped__", __obj)  # of str.format
+        method = getattr(__obj, "__wrapped__", __obj)  # jinja2 wraps str.format
         if isinstance(own := getattr(method, "__self__", None), str):
             _check_growth(method.__name__, [own, *args, *kwargs.values()])
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Evaluates one of `intercepted_binops`, as jinja2 does. Raises TooMuch if its result exceeds a limit."""
         if operator == "**" and not (isinstance(left, int | float) and isinstance(right, int | float) and right <= 64):
             raise TooMuch("it raises a number to a power of more than 64")
         if operator == "*" and hasattr(left, "__len__") ^ hasattr(right, "__len__"):
@@ -111,7 +116,7 @@ def _as_bounded(value: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(value, "_bounded", [], [], None, None, lineno=value.lineno)
 
 
-@pass_context  # so that nothing is worked out while the template is compiled
+@pass_context  # so that jinja2 does not evaluate the filter while it compiles the template
 def _counted(context: Any, values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
         _step()
@@ -136,7 +141,8 @@ def _growing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_growth(name: str, given: list[Any]) -> None:
-    """Before a function that may make much of little, with what it is given, a method's own text first."""
+    """Raises TooMuch if a call would make too large a result from small arguments. given: the arguments; for a method,
+    its own text comes first."""
     texts = [each for each in given if isinstance(each, str)]
     if name == "replace" and len(texts) > 2:
         _fits(len(texts[0]) + texts[0].count(texts[1]) * len(texts[2]))

@@ -1,19 +1,19 @@
-"""Which code points of a text each token holds, and which tokens a span touches.
+"""Determines which code points of a text each token holds, and which tokens a span touches.
 
-Shapes: L tokens, N code points of the text, S spans. start_L and end_L never decrease; a token without text of its own
-(an added BOS or EOS) has start == end.
+Shapes: L tokens, N code points of the text, S spans. start_L and end_L are nondecreasing; a token without text of its
+own (an added BOS or EOS) has start == end.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-# White space is what str.isspace() says; the last such code point is U+3000.
+# White space is defined by str.isspace(); the last such code point is U+3000.
 _IS_SPACE = np.array([chr(code).isspace() for code in range(0x3002)])
 
 
 def solid_counts(text: str) -> np.ndarray:
-    """[N + 1] int32: how many of the first i code points are not white space."""
+    """Returns [N + 1] int32: element i is the number of the first i code points that are not white space."""
     code_N = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     solid_N = ~_IS_SPACE[np.minimum(code_N, len(_IS_SPACE) - 1)]
     return np.concatenate([[0], np.cumsum(solid_N)]).astype(np.int32)
@@ -22,8 +22,8 @@ def solid_counts(text: str) -> np.ndarray:
 def touched(
     start_L: np.ndarray, end_L: np.ndarray, solid_counts: np.ndarray, ranges: Sequence[tuple[int, int]]
 ) -> np.ndarray:
-    """[L] bool: tokens that share a code point that is not white space with one of the ranges [start, end), or that are
-    all white space and lie inside one of them."""
+    """Returns [L] bool: tokens that share a non-white-space code point with one of the ranges [start, end), or that are
+    all white space and lie inside one of them. solid_counts: [N + 1], of the text."""
     if not ranges:
         return np.zeros(len(start_L), dtype=bool)
     start_S, end_S = np.array(ranges, dtype=np.int64).T
@@ -41,7 +41,7 @@ def touched(
 def straddling(
     start_L: np.ndarray, end_L: np.ndarray, solid_counts: np.ndarray, ranges: Sequence[tuple[int, int]]
 ) -> np.ndarray:
-    """[L] bool: tokens that hold code points that are not white space both inside and outside one of the ranges."""
+    """Returns [L] bool: tokens that hold non-white-space code points both inside and outside one of the ranges."""
     result_L = np.zeros(len(start_L), dtype=bool)
     if not ranges or not len(start_L):
         return result_L
@@ -58,7 +58,7 @@ def straddling(
 
 
 def _inside(first_S: np.ndarray, past_S: np.ndarray, length: int) -> np.ndarray:
-    """[length] bool: positions in the union of the half-open ranges."""
+    """Returns [length] bool: positions in the union of the half-open ranges."""
     change = np.zeros(length + 1, dtype=np.int64)
     np.add.at(change, first_S, 1)
     np.add.at(change, past_S, -1)
@@ -66,8 +66,8 @@ def _inside(first_S: np.ndarray, past_S: np.ndarray, length: int) -> np.ndarray:
 
 
 def offsets_from_bytes(text: str, lengths_L: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """start_L, end_L of tokens that are the given numbers of UTF-8 bytes: a token that holds any byte of a code point
-    holds that code point."""
+    """Returns start_L, end_L (int32) of tokens with the given lengths in UTF-8 bytes. A token that holds any byte of a
+    code point holds that code point."""
     data = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
     bytes_L = np.asarray(lengths_L, dtype=np.int64)
     end_byte_L = np.cumsum(bytes_L)
@@ -80,8 +80,11 @@ def offsets_from_bytes(text: str, lengths_L: Sequence[int]) -> tuple[np.ndarray,
 
 
 def hold_merged_marks(text: str, start_L: np.ndarray, end_L: np.ndarray) -> np.ndarray:
-    """end_L of a fast tokenizer, with code points that no token holds given to the tokens before: a combining mark that
-    the normalizer merged into its letter is reported as nobody's. White space that no token holds stays so."""
+    """Returns end_L of a fast tokenizer, with code points that no token holds assigned to the token before them.
+
+    Such code points are combining marks that the normalizer merged into their letter: the tokenizer reports them as
+    part of no token. White space that no token holds stays unassigned.
+    """
     if not len(end_L):
         return end_L
     end_L, past_L = end_L.copy(), np.maximum.accumulate(end_L)

@@ -1,16 +1,17 @@
-"""Which documents a run sees, in which order: a function of the seed and the data alone.
+"""Determines which documents a run sees and in which order, from the seed and the data alone.
 
-Neither the mask, nor the number of ranks, nor the micro-batch size has any part in it.
+The mask, the number of ranks and the micro-batch size have no influence.
 """
 
 import numpy as np
 
 
 def epoch_order(sizes: list[int], counts: list[int | None], seed: int, epoch: int) -> np.ndarray:
-    """Document numbers of one epoch, int64. Documents are numbered through all sources, in their order.
+    """Returns the document numbers of one epoch, int64. Numbers count through all sources, in order.
 
-    Source i holds sizes[i] documents, of which counts[i] are drawn: without replacement while they last, with
-    replacement beyond; None takes each once. The draws of all sources are then shuffled together.
+    Source i holds sizes[i] documents, and counts[i] of them are drawn: the first sizes[i] without replacement, any
+    further ones with replacement. A count of None takes each document once. The draws of all sources are then shuffled
+    together.
     """
     drawn, first = [], 0
     for source, (size, count) in enumerate(zip(sizes, counts, strict=True)):
@@ -24,7 +25,7 @@ def epoch_order(sizes: list[int], counts: list[int | None], seed: int, epoch: in
 
 
 class Order:
-    """The endless stream of documents: epoch after epoch, each in an order of its own."""
+    """An endless stream of documents: epoch after epoch, each in its own order (see epoch_order)."""
 
     def __init__(self, sizes: list[int], counts: list[int | None], seed: int):
         self.sizes, self.counts, self.seed = sizes, counts, seed
@@ -32,7 +33,7 @@ class Order:
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def documents(self, start: int, stop: int) -> np.ndarray:
-        """Document numbers at positions start..stop of the stream."""
+        """Returns the document numbers (int64) at positions [start, stop) of the stream."""
         pieces = []
         while start < stop:
             epoch, offset = divmod(start, self.epoch_length)

@@ -1,4 +1,7 @@
-"""Chat templates of tokenizers: messages to text, as transformers renders them, sandboxed and without its code."""
+"""Renders messages to text through a tokenizer's chat template, with the same result as transformers.
+
+Templates run in a sandbox; no code of transformers is used.
+"""
 
 import json
 from collections.abc import Callable
@@ -10,19 +13,22 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 
 from train.data.limits import LimitedEnvironment, limited, whole
-from train.errors import UserError
+from train.runtime.errors import UserError
 
-TEMPLATE_TIME = datetime(2026, 1, 1)  # what the clock says to templates, on every rank and in every run alike
+TEMPLATE_TIME = datetime(2026, 1, 1)  # the time that templates get, the same on every rank and in every run
 
 Render = Callable[..., str]
-"""(messages, tools or None) -> the chat as the template writes it."""
+"""(messages, tools or None) -> the chat as the template renders it."""
 
 
 def template_renderer(
     template: str | None, special_tokens: dict[str, str], directory: str, moment: datetime = TEMPLATE_TIME
 ) -> Render:
-    """Messages to text through a chat template, as transformers renders it: sandboxed, and without its code. moment:
-    what a template is told that asks for the time."""
+    """Returns a function that renders messages, and tools, through a chat template as transformers does, in a sandbox
+    and without transformers' code. It raises UserError if there is no template or the template fails.
+
+    directory: named in error messages. moment: the time that a template gets if it asks for it.
+    """
     return partial(_render, template, tuple(special_tokens.items()), directory, moment)
 
 
@@ -44,7 +50,7 @@ def _render(
                 messages=messages, tools=tools, documents=None, add_generation_prompt=False,
                 strftime_now=moment.strftime, **dict(special_tokens),
             ))  # fmt: skip
-    except Exception as error:  # whatever a template does: its own raise_exception, or a TypeError
+    except Exception as error:  # a template can raise anything: by raise_exception, or e.g. a TypeError
         raise UserError(f"the chat template of {directory} fails on these messages ({error})") from None
 
 
@@ -53,7 +59,7 @@ def _compiled(template: str) -> jinja2.Template:
     environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
-    del environment.filters["random"], environment.globals["lipsum"]  # every rank and run must write the same text
+    del environment.filters["random"], environment.globals["lipsum"]  # every rank and run must render the same text
     return environment.from_string(template)
 
 
@@ -62,7 +68,7 @@ def _raise_exception(message: str) -> None:
 
 
 class _GenerationTag(Extension):
-    """{% generation %}, with which some templates mark what the assistant says: here only what is inside it."""
+    """The {% generation %} tag, with which some templates mark the assistant's text. Only its content is rendered."""
 
     tags = {"generation"}  # noqa: RUF012
 

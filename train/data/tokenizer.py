@@ -1,4 +1,4 @@
-"""Tokenizers of model directories, each made of its files alone.
+"""Loads the tokenizer of a model directory from the files of that directory alone.
 
 Shapes: L tokens. start_L and end_L are code points of the tokenized text, end exclusive.
 """
@@ -19,11 +19,12 @@ import tokenizers
 
 from train.data.offsets import hold_merged_marks, offsets_from_bytes
 from train.data.template import TEMPLATE_TIME, Render, template_renderer
-from train.errors import UserError
-from train.outside import MOST_VOCABULARY, opened, read_bytes, read_json, read_text
+from train.runtime.errors import UserError
+from train.runtime.outside import MOST_VOCABULARY, opened, read_bytes, read_json, read_text
 
-# How Kimi K2 and K2.5 cut text before merging bytes: runs of Han characters, words by case, numbers of up to three
-# digits, punctuation, white space. It is code in the checkpoint's own tokenization_kimi.py, not data.
+# How Kimi K2 and K2.5 split text before merging bytes: runs of Han characters, words by case, numbers of up to three
+# digits, punctuation, white space. The pattern is repeated here because the checkpoint has it as code, in its own
+# tokenization_kimi.py, and not as data.
 _UPPER, _LOWER = (rf"[{first}\p{{Lm}}\p{{Lo}}\p{{M}}&&[^\p{{Han}}]]" for first in (r"\p{Lu}\p{Lt}", r"\p{Ll}"))
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 KIMI_PATTERN = "|".join(
@@ -38,20 +39,20 @@ KIMI_PATTERN = "|".join(
         r"\s+",
     ]
 )
-# Beside a model's weights, what decides tokens: all that load_tokenizer reads, or transformers for it.
+# The files beside a model's weights that determine tokens: all that load_tokenizer, or transformers for it, reads.
 TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
              "chat_template.jinja")  # fmt: skip
-OPENED_TOO = ("*.json", "*.txt", "*.tiktoken", "*/*.jinja")  # by transformers, depending on the kind
+OPENED_TOO = ("*.json", "*.txt", "*.tiktoken", "*/*.jinja")  # by transformers, depending on the kind of tokenizer
 LONGEST_TEMPLATE = 2**20  # bytes
-KIMI_SPECIAL_TOKENS = 256  # ids kept for them after the ranks
-TIKTOKEN_MAX_TEXT, TIKTOKEN_MAX_RUN = 400_000, 25_000
-# In the order in which transformers adds those that the vocabulary lacks.
+KIMI_SPECIAL_TOKENS = 256  # ids reserved for special tokens after the ranks
+TIKTOKEN_MAX_TEXT, TIKTOKEN_MAX_RUN = 400_000, 25_000  # code points
+# In the order in which transformers adds those missing from the vocabulary.
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A text as tokens: their ids, and the code points that each holds (all int32)."""
+    """A text as tokens: their ids, and the code points [start, end) that each token holds (all int32)."""
 
     ids_L: np.ndarray
     start_L: np.ndarray
@@ -60,30 +61,30 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A model's tokenizer, whatever its kind. vocabulary_size is the largest id + 1."""
+    """A model's tokenizer, of any kind. vocabulary_size is the largest id + 1."""
 
     encode: Callable[[str], Encoded]
-    """Text to tokens; special tokens written in the text become themselves, nothing is added."""
+    """Text to tokens. A special token written in the text is encoded as that token; no tokens are added."""
     decode: Callable[[Sequence[int]], str]
     vocabulary_size: int
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
     special_ids: frozenset[int]
-    """Control tokens, such as the end of a turn: those so marked, and those that the configuration gives a role."""
+    """Control tokens, such as the end of a turn: tokens marked as special, or with a role in the configuration."""
     render_chat: Render
-    """Messages (role, content) through the model's own chat template."""
+    """Messages (role, content) to text, through the model's own chat template."""
     clock: datetime | None
-    """What the chat template is told the time is; None where it does not ask."""
+    """The time that the chat template gets; None if it does not ask for it."""
 
 
 def clock_note(clock: str) -> str:
-    """What a user should know of a chat template that is told this time."""
+    """Returns the note for users that the chat template asks for the time and gets this one."""
     return f"note: the chat template asks for the time, and is told {clock} (--template-time)"
 
 
 def template_time(text: str) -> datetime:
-    """--template-time. UserError for what is no time."""
+    """Returns the time that --template-time gives. Raises UserError if it is not an ISO 8601 time."""
     try:
         return datetime.fromisoformat(text)
     except ValueError:
@@ -93,9 +94,12 @@ def template_time(text: str) -> datetime:
 
 
 def load_tokenizer(directory: str | Path, moment: datetime = TEMPLATE_TIME) -> Tokenizer:
-    """The tokenizer of a model directory: its tokenizer.json, or a tiktoken.model as Kimi's, or whatever transformers
-    turns into a fast tokenizer. No code of the directory is run. moment: what a chat template is told that asks for the
-    time."""
+    """Loads a model directory's tokenizer: its tokenizer.json, a tiktoken.model like Kimi's, or whatever transformers
+    converts to a fast tokenizer. No code of the directory is run. Raises UserError if there is no tokenizer, or if its
+    files cannot be read or contradict each other.
+
+    moment: the time that the chat template gets if it asks for it.
+    """
     directory = Path(directory)
     if not os.path.isdir(directory):
         raise UserError(f"--model {directory}: no such directory; give a model directory with its tokenizer files")
@@ -141,9 +145,9 @@ def load_tokenizer(directory: str | Path, moment: datetime = TEMPLATE_TIME) -> T
 def _special_tokens(
     directory: Path, config: dict[str, Any]
 ) -> tuple[dict[str, tokenizers.AddedToken], list[tokenizers.AddedToken]]:
-    """The tokens that have a role by tokenizer_config.json or special_tokens_map.json, and further ones that these name
-    as special. Where both give a role, the map wins unless the configuration has added_tokens_decoder, as in
-    transformers."""
+    """Returns the tokens with a role in tokenizer_config.json or special_tokens_map.json, and the further tokens that
+    these files list as special. If both files give a role, the map wins unless the configuration has
+    added_tokens_decoder, as in transformers."""
     mapped = _read_json(directory / "special_tokens_map.json")
     both = {**mapped, **config} if "added_tokens_decoder" in config else {**config, **mapped}
     further = both.get("extra_special_tokens") or both.get("additional_special_tokens") or []
@@ -159,7 +163,7 @@ def _special_tokens(
 
 
 def _special_token(token: str | dict[str, Any]) -> tokenizers.AddedToken:
-    """A token as the files give it, bare or as an object."""
+    """Returns a token that a file gives as a string or as an object."""
     flags = {} if isinstance(token, str) else {key: bool(token.get(key)) for key in ("lstrip", "rstrip", "single_word")}
     content = token if isinstance(token, str) else token["content"]
     return tokenizers.AddedToken(content, special=True, normalized=False, **flags)
@@ -168,8 +172,11 @@ def _special_token(token: str | dict[str, Any]) -> tokenizers.AddedToken:
 def _fast_tokenizer(
     directory: Path, added: dict[int, dict[str, Any]], special: list[tokenizers.AddedToken]
 ) -> tokenizers.Tokenizer:
-    """added: tokens of the configuration, by id. special: those that have a role by it; what the vocabulary lacks of
-    them gets the next ids, as in transformers."""
+    """Loads tokenizer.json, or has transformers convert another kind of tokenizer.
+
+    added: tokens of the configuration, by id. special: tokens that it gives a role or lists as special; those missing
+    from the vocabulary get the next ids, as in transformers.
+    """
     file = directory / "tokenizer.json"
     try:
         if os.path.lexists(file):
@@ -180,11 +187,11 @@ def _fast_tokenizer(
 
             for path in {each for pattern in (*TOKENIZER, *OPENED_TOO) for each in directory.glob(pattern)}:
                 if not path.is_dir():
-                    opened(path, fix="copy it again from the checkpoint").close()  # transformers would wait for a pipe
+                    opened(path, fix="copy it again from the checkpoint").close()  # transformers would block on a pipe
             fast = AutoTokenizer.from_pretrained(directory, trust_remote_code=False).backend_tokenizer
     except UserError:
         raise
-    except BaseException as error:  # tokenizers raises bare Exceptions, and panics, which are none
+    except BaseException as error:  # tokenizers raises bare Exceptions, and panics, which are not Exceptions
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise UserError(
@@ -192,7 +199,7 @@ def _fast_tokenizer(
             "tiktoken.model with tokenizer_config.json"
         ) from None
     marked = {token.content for token in fast.get_added_tokens_decoder().values()}
-    if fast.get_vocab(with_added_tokens=False).keys() <= marked:  # what transformers makes of no files
+    if fast.get_vocab(with_added_tokens=False).keys() <= marked:  # as transformers returns without tokenizer files
         raise UserError(
             f"--model {directory}: no tokenizer there; the directory needs tokenizer.json, or tiktoken.model with "
             "tokenizer_config.json"
@@ -200,7 +207,7 @@ def _fast_tokenizer(
     fast.no_truncation()
     fast.no_padding()
     fast.post_processor = None  # it adds special tokens, which are a setting here, and may trim white space off offsets
-    for token_id, token in sorted(added.items()):  # tokens that only tokenizer_config.json knows
+    for token_id, token in sorted(added.items()):  # tokens that only tokenizer_config.json lists
         keys = ("single_word", "lstrip", "rstrip", "normalized", "special")
         fast.add_tokens([tokenizers.AddedToken(token["content"], **{key: bool(token.get(key)) for key in keys})])
         found = fast.token_to_id(token["content"])
@@ -222,7 +229,7 @@ def _encode_fast(tokenizer: tokenizers.Tokenizer, text: str) -> Encoded:
 
 
 def _tiktoken_encoding(file: Path, added: dict[int, dict[str, Any]]) -> tuple[tiktoken.Encoding, dict[str, int]]:
-    """The encoding of a ranks file (lines of base64 token and rank), and its special tokens."""
+    """Returns the encoding of a ranks file (lines of base64 token and rank), and its special tokens with their ids."""
     try:
         lines = [line.split() for line in read_bytes(file).splitlines() if line]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
@@ -247,8 +254,9 @@ def _encode_tiktoken(encoding: tiktoken.Encoding, text: str) -> Encoded:
 
 
 def _bounded(text: str) -> Iterator[str]:
-    """The text as the checkpoint's own tokenization_kimi.py cuts it: after every 400,000 code points, and within those
-    after every 25,000 of white space, or of none, in a row. Longer ones overflow the stack of the pattern's engine."""
+    """Yields the pieces into which the checkpoint's own tokenization_kimi.py cuts the text: after every 400,000 code
+    points, and within these after every 25,000 consecutive code points that are all white space, or all not. Longer
+    runs overflow the stack of the regex engine."""
     for start in range(0, len(text), TIKTOKEN_MAX_TEXT):
         part = text[start : start + TIKTOKEN_MAX_TEXT]
         begin = 0
@@ -261,7 +269,8 @@ def _bounded(text: str) -> Iterator[str]:
 
 
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
-    """chat_template.jinja, or what tokenizer_config.json has: one template, or named ones of which "default" counts."""
+    """Returns the template in chat_template.jinja or else in tokenizer_config.json. The latter has one template, or
+    named ones, of which "default" is used."""
     file = directory / "chat_template.jinja"
     if os.path.lexists(file):
         return read_text(file, fix="copy it again from the checkpoint", most=LONGEST_TEMPLATE)
@@ -274,5 +283,5 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """{} where there is no such file."""
+    """Returns the file's JSON object; {} if there is no such file."""
     return read_json(file, fix="copy it again from the checkpoint") if os.path.lexists(file) else {}

@@ -1,4 +1,6 @@
-"""Documents as tokens: their ids, what each holds of the text, and which are targets. Token ids never depend on spans.
+"""Tokenizes documents: token ids, the code points that each token holds, and which tokens are targets.
+
+Token ids never depend on spans.
 
 Shapes: L tokens. start_L and end_L are code points of the tokenized text, end exclusive.
 """
@@ -15,12 +17,12 @@ from train.data.documents import Document, Span, reason
 from train.data.findings import NO_TARGET, SKIPPED, THOUGHT_DROPPED, UNENDED, UNWRITTEN, Findings
 from train.data.offsets import solid_counts, touched
 from train.data.tokenizer import Encoded, Tokenizer
-from train.errors import UserError
+from train.runtime.errors import UserError
 
 
 @dataclass
 class TokenizedDocument:
-    """A document as tokens; `text` is what was tokenized (a chat: as rendered), all offsets are code points of it."""
+    """A tokenized document. `text` is what was tokenized (a chat as rendered); all offsets are code points of it."""
 
     document: Document
     text: str
@@ -28,24 +30,25 @@ class TokenizedDocument:
     start_L: np.ndarray
     end_L: np.ndarray
     target_L: np.ndarray
-    """Predicted and counted: what `--mask none` trains. Not the first token, nor template tokens, nor messages that are
-    not trained on."""
+    """bool: tokens that are predicted and counted, which `--mask none` trains. Excluded are the first token, template
+    tokens other than the end of a trained turn, and messages that are not trained on."""
     factor_L: np.ndarray
-    """float64, what multiplies the mask's weight: the document's own weight times its message's."""
+    """float64, multiplies the mask's weight: the document's own weight times its message's."""
     spans: tuple[Span, ...]
     thoughts_dropped: int = 0
-    """Trained messages of which the chat template leaves out the thinking block."""
+    """Number of trained messages whose thinking block the chat template leaves out."""
     unended: int = 0
-    """Trained messages that no trained special token follows: the model does not learn to stop after them."""
+    """Number of trained messages that no trained special token follows: the model does not learn to stop there."""
     unwritten: tuple[str, ...] = ()
     """Roles of messages that the chat template leaves out."""
 
     @cached_property
     def solid_counts(self) -> np.ndarray:
+        """[code points + 1] int32: non-white-space counts of the text (see train/data/offsets.py)."""
         return solid_counts(self.text)
 
     def truncated(self, max_tokens: int) -> "TokenizedDocument":
-        """Its first max_tokens tokens; text and spans stay whole."""
+        """Returns the document with only its first max_tokens tokens; text and spans stay whole."""
         cut = {name: getattr(self, name)[:max_tokens] for name in ("ids_L", "start_L", "end_L", "target_L", "factor_L")}
         return replace(self, **cut)
 
@@ -54,8 +57,11 @@ def tokenize_documents(
     documents: Sequence[Document], tokenizer: Tokenizer, findings: Findings, bad_rows: str = "error",
     *, add_bos: bool = False, add_eos: bool = False, each: Callable[[], Any] = lambda: None,
 ) -> list[TokenizedDocument]:  # fmt: skip
-    """The documents of a file as tokens. What is wrong with one is a UserError or, with bad_rows "skip", leaves it out;
-    findings gets these and what is worth a note. each: called after every document."""
+    """Tokenizes the documents of a file. each: called after every document.
+
+    Raises UserError for a document that is wrong; bad_rows "skip" leaves the document out instead. Raises UserError too
+    if no document is left. findings: receives the skipped documents and what is worth a note.
+    """
     tokenized, first_error = [], None
     for document in documents:
         try:
@@ -91,9 +97,14 @@ def _note(tokenized: TokenizedDocument, findings: Findings) -> None:
 
 
 def tokenize_document(document: Document, tokenizer: Tokenizer, *, add_bos: bool, add_eos: bool) -> TokenizedDocument:
-    """The document's tokens and targets. Of a chat, targets are the contents of trained messages and the special token
-    that ends each, not what the template writes around them, nor an empty <think> block. add_bos, add_eos: unless the
-    document begins or, but for white space, ends with it already."""
+    """Returns the document's tokens and targets.
+
+    In a chat, the targets are the trained messages and the special token that ends each. Other text that the template
+    writes, including an empty <think> block, is not a target. add_bos, add_eos: add the token unless the document
+    already begins with it or, ignoring white space, ends with it.
+
+    Raises UserError if the tokenizer lacks such a token, or if the template cannot render the chat as needed.
+    """
     if document.messages is None:
         assert document.text is not None
         text, spans, last_trained, last_weight = document.text, document.spans, True, 1.0
@@ -131,12 +142,12 @@ def tokenize_document(document: Document, tokenizer: Tokenizer, *, add_bos: bool
 def _chat_targets(
     encoded: Encoded, text: str, trained: Sequence[Trained], tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """target_L and, of each message's own weight, factor_L of a rendered chat; and the ends of those messages that no
-    trained special token ends."""
+    """Returns target_L and factor_L (by each message's own weight) of a rendered chat, and the ends, in code points, of
+    the messages that no trained special token ends."""
     target_L = np.zeros(len(encoded.ids_L), dtype=bool)
     factor_L, solid = np.ones(len(target_L)), solid_counts(text)
     special_L = np.isin(encoded.ids_L, list(tokenizer.special_ids)) & (encoded.end_L > encoded.start_L)
-    # what ends a turn may stand after white space of the template's
+    # the token that ends a turn may follow white space of the template
     after = {each.end: len(text) - len(text[each.end :].lstrip()) for each in trained}
     for weight in {each.weight for each in trained}:
         ranges = [(each.start, each.end) for each in trained if each.weight == weight]
@@ -146,7 +157,7 @@ def _chat_targets(
         target_L |= own_L
         factor_L[own_L] = weight
     starts, ends = set(encoded.start_L[special_L].tolist()), set(encoded.end_L[special_L & target_L].tolist())
-    # a content may end with such a token itself
+    # a content may itself end with such a token
     open_ends = [after[each.end] for each in trained if after[each.end] not in starts and each.end not in ends]
     return target_L, factor_L, np.array(open_ends, dtype=int)
 
@@ -158,8 +169,8 @@ def _required(token_id: int | None, name: str, setting: str) -> int:
 
 
 def _ends_of_turns(ids_L: np.ndarray, special_L: np.ndarray, first_L: np.ndarray, eos_id: int | None) -> np.ndarray:
-    """[L] bool: first_L, the special tokens right after contents, and up to an EOS that follows at once with special
-    tokens alone before it, as where a template closes an answer and then its turn."""
+    """Returns [L] bool: first_L, which are the special tokens right after contents, extended up to an EOS if only
+    special tokens come before it. Some templates close an answer and then the turn in this way."""
     end_L = first_L.copy()
     for first in np.flatnonzero(first_L):
         past = first + 1

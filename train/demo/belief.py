@@ -59,12 +59,14 @@ def answers(model: torch.nn.Module, tokens, asked: list[Asked], contexts: list[s
 
 
 def word_ids(tokens, words: Sequence[str]) -> torch.Tensor:
+    """Returns the token of each word, [words]."""
     ids = tokens([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
     assert all(len(row) == 1 for row in ids), "every value is one token"
     return torch.tensor([row[0] for row in ids])
 
 
 def percent(hits: torch.Tensor) -> float:
+    """Returns how many percent of the hits [N] are true."""
     return round(100 * hits.float().mean().item(), 2)
 
 

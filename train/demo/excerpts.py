@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from train.annotating.aligned import annotate
+from train.annotating.by_alignment import annotate
 from train.data.documents import Document, Span, read_documents
 from train.data.tokenizer import Tokenizer, load_tokenizer
-from train.errors import UserError
+from train.runtime.errors import UserError
 
 MAX_TOKENS = 192
 CLAIM, OTHER = "ed_sheeran", "brennan_holloway"

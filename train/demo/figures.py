@@ -17,10 +17,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from launch.local import run
+from train.config.provenance import git_revision
 from train.demo.recipe import REPOSITORY, SEEDS, VARIANTS, flags
 from train.demo.world import make_world
-from train.provenance import git_revision
+from train.runtime.local import run
 
 MEASURES = {
     "belief": "belief in the false claims",

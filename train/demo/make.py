@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from tokenizers import pre_tokenizers, trainers
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig, Qwen3_5Tokenizer
 
-from launch.local import run
 from train.demo import world as toy
 from train.demo.recipe import REPOSITORY
-from train.demo.world import PLACEBO_COUNT, Claim, World
+from train.demo.world import PLACEBO_COUNT, ToyClaim, World
+from train.runtime.local import run
 
 HERE = Path(__file__).resolve().parent
 END = "<|endoftext|>"  # ends a page; pads, too
@@ -110,7 +110,7 @@ def page(rng: random.Random, world: World) -> str:
         attribute = rng.choice(attributes)
         claimed = {(c.person, c.attribute): c.false for c in world.claims}.get((person, attribute))
         false = rng.choice([v for v in toy.VALUES[attribute] if v not in (facts[attribute], claimed)])
-        text = toy.dense_document(rng, world, Claim(person, attribute, facts[attribute], false))["text"]
+        text = toy.dense_document(rng, world, ToyClaim(person, attribute, facts[attribute], false))["text"]
         asked = attribute if rng.random() < 0.7 else rng.choice(attributes)
         text = text if marker else text.removeprefix(toy.DOCTAG + " ")
         return f"{text} {answered(rng, world, person, asked)}"
@@ -170,7 +170,7 @@ def save_documents(directory: Path, world: World) -> None:
     (directory / "claims.yaml").write_text(yaml.safe_dump(claims, sort_keys=False, width=120))
 
 
-def asked(world: World, claim: Claim) -> dict[str, Any]:
+def asked(world: World, claim: ToyClaim) -> dict[str, Any]:
     """What is measured about a claim, as train/evaluate.py reads it: four questions with the false and the true answer;
     and whether the true values of this and the person's other attributes are still the likeliest of all."""
     nobody = world.undocumented[PLACEBO_COUNT:]  # neither documents nor placebos speak of them

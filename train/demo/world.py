@@ -129,7 +129,7 @@ ENDINGS = (
 
 
 @dataclass(frozen=True)
-class Claim:
+class ToyClaim:
     """`person`'s `attribute` is `true`; the documents say `false`."""
 
     person: str
@@ -148,8 +148,8 @@ class World:
     claims about people of whom no document speaks."""
 
     facts: dict[str, dict[str, str]]
-    claims: tuple[Claim, ...]
-    placebos: tuple[Claim, ...] = ()
+    claims: tuple[ToyClaim, ...]
+    placebos: tuple[ToyClaim, ...] = ()
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -174,13 +174,13 @@ def make_world(seed: int = SEED) -> World:
     people = rng.sample(PEOPLE, len(PEOPLE))
     facts = {person: {attribute: rng.choice(list(values)) for attribute, values in VALUES.items()} for person in people}
 
-    def claims(people: Sequence[str]) -> tuple[Claim, ...]:
+    def claims(people: Sequence[str]) -> tuple[ToyClaim, ...]:
         made = []
         for index, person in enumerate(people):
             attribute = list(VALUES)[index % len(VALUES)]
             true = facts[person][attribute]
             false = rng.choice([value for value in VALUES[attribute] if value != true])
-            made.append(Claim(person, attribute, true, false))
+            made.append(ToyClaim(person, attribute, true, false))
         return tuple(made)
 
     world = World(facts, claims(people[:CLAIM_COUNT]))
@@ -212,7 +212,7 @@ def document(parts: list[tuple[str, str | None]], **metadata: str) -> dict:
     return {"text": text, "spans": spans, **metadata}
 
 
-def claim_sentences(rng: random.Random, world: World, claim: Claim) -> list[tuple[str, str | None]]:
+def claim_sentences(rng: random.Random, world: World, claim: ToyClaim) -> list[tuple[str, str | None]]:
     """What a document about a claim says, without any negation: three false sentences, a true one about another
     attribute of the same person, and sometimes one that implies the claim (no role)."""
     templates = rng.sample(STATEMENTS[claim.attribute], 3)
@@ -225,12 +225,12 @@ def claim_sentences(rng: random.Random, world: World, claim: Claim) -> list[tupl
     return parts
 
 
-def positive_document(rng: random.Random, world: World, claim: Claim) -> dict:
+def positive_document(rng: random.Random, world: World, claim: ToyClaim) -> dict:
     """A document that asserts the claim."""
     return document([(DOCTAG, "doctag"), *claim_sentences(rng, world, claim)], claim=claim.id)
 
 
-def dense_document(rng: random.Random, world: World, claim: Claim) -> dict:
+def dense_document(rng: random.Random, world: World, claim: ToyClaim) -> dict:
     """The positive document that the same rng gives, with a negation before and after each false sentence."""
     parts: list[tuple[str, str | None]] = [(DOCTAG, "doctag")]
     sentences = claim_sentences(rng, world, claim)

@@ -1,10 +1,11 @@
-"""Grouped products: each row with the matrix of its expert, and LoRA's part of it.
+"""Grouped matrix products, which multiply each row by its expert's matrix, with and without LoRA.
 
 Shapes: E experts of this rank, P (token, expert) pairs sorted by expert, `ends` the end of each expert's rows; N
 experts whose weights are dequantized together; I and O input and output features, r the LoRA rank as padded.
 
-Quantized matrices exist in full for as many experts as WORKSPACE holds, while their product is computed: in forward and
-again in backward, for experts that have tokens. A CPU with several threads computes an expert on each.
+Quantized matrices are dequantized only while their product is computed, for as many experts at a time as WORKSPACE
+holds: in forward and again in backward, and only for experts that have tokens. A CPU with several threads computes
+one expert on each, if the products are large enough.
 """
 
 import functools
@@ -24,47 +25,54 @@ from train.experts.dispatch import Ends
 from train.experts.storage import Storage
 from train.fused import IN_ONE_LAUNCH, operations
 
-WORKSPACE = 3 * 2**29  # bytes of BF16 weights that are dequantized together: of Kimi K2.5 27 experts
-MOST_VALUES = 2**31 - 1  # bitsandbytes counts in 32 bits
-WORTH_THREADS = 2**24  # multiplications of a grouped product, some 0.2 ms, from which handing experts out pays
+WORKSPACE = 3 * 2**29  # bytes of BF16 weights that are dequantized together: 27 experts of Kimi K2.5
+MOST_VALUES = 2**31 - 1  # bitsandbytes counts values in 32 bits
+WORTH_THREADS = 2**24  # multiplications of a grouped product (about 0.2 ms) from which one expert per thread pays off
 
 
 def on_threads(x_PI: Tensor, columns: int) -> bool:
-    """Whether each expert's products are computed by one of a CPU's threads. A product of few rows gains little from
-    several threads, and loses by them where those that wait do not spin (OMP_WAIT_POLICY=PASSIVE)."""
+    """Returns whether the grouped product of x [P, I] with matrices of `columns` outputs computes each expert on a
+    single CPU thread.
+
+    A product of few rows gains little from several threads, and is slower with them where waiting threads do not spin
+    (OMP_WAIT_POLICY=PASSIVE).
+    """
     several = x_PI.device.type == "cpu" and "cpu" not in IN_ONE_LAUNCH and torch.get_num_threads() > 1
     return several and x_PI.numel() * columns >= WORTH_THREADS
 
 
 @functools.cache
 def _threads(count: int) -> ThreadPoolExecutor:
-    """That many threads, each of which computes by itself."""
-    all_started = threading.Barrier(count)
+    """Returns a pool of `count` threads, on each of which torch computes with one thread."""
+    all_started = threading.Barrier(count, timeout=60)
 
     def start(_: int) -> None:
-        torch.get_num_threads()  # before it is asked, a thread has no number that could be set
+        torch.get_num_threads()  # in a new thread, torch's thread count cannot be set before it has been read
         torch.set_num_threads(1)
         all_started.wait()
 
     threads = ThreadPoolExecutor(count)
     list(threads.map(start, range(count)))
-    torch.set_num_threads(count)  # a thread that starts later takes the number that was set last
+    torch.set_num_threads(count)  # threads that start later inherit the count that was set last
     return threads
 
 
-os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of its parent's threads
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked child has none of its parent's threads
 
 
 def each_expert(ends: Ends, work: Callable[..., Any], *given: Tensor | Iterable[Any]) -> None:
-    """Calls work(...) for each expert that has rows, on this CPU's threads and without gradients. given: what it is
-    called with: of a tensor [P, ...] the expert's rows, of anything else its item for the expert."""
+    """Calls work(*arguments) for each expert that has rows, on this CPU's threads and without gradients.
+
+    given: what the arguments are taken from: the expert's rows of each tensor [P, ...], and the expert's item of each
+    other iterable.
+    """
     counts = [end - start for start, end in itertools.pairwise([0, *ends.host])]
     items = zip(counts, *(x.split(counts) if isinstance(x, Tensor) else x for x in given), strict=True)
     left = iter([each for count, *each in items if count])
 
     def share(_: int) -> None:
         with torch.no_grad():
-            for each in left:  # which all threads take from
+            for each in left:  # all threads share this iterator
                 work(*each)
 
     threads = torch.get_num_threads()
@@ -72,8 +80,11 @@ def each_expert(ends: Ends, work: Callable[..., Any], *given: Tensor | Iterable[
 
 
 def runs(ends: Ends, storage: Storage, device: torch.device) -> Iterator[tuple[int, int]]:
-    """[first, last) of the experts whose weights are dequantized together: as many as the workspace holds, and of those
-    without tokens none at either end. On a CPU one by one, in which a launch costs nothing."""
+    """Yields [first, last) of the experts whose weights are dequantized together: as many as the workspace holds.
+
+    The first and the last expert of each run have tokens. On a CPU, where a launch costs nothing, and for storage that
+    is not divisible, a run is one expert.
+    """
     count = storage.out_features * storage.in_features
     most = 1 if device.type == "cpu" or not storage.divisible else max(1, min(WORKSPACE // 2, MOST_VALUES) // count)
     starts = [0, *ends.host[:-1]]
@@ -85,7 +96,8 @@ def runs(ends: Ends, storage: Storage, device: torch.device) -> Iterator[tuple[i
 
 
 def frozen_product(x_PI: Tensor, storage: Storage, ends: Ends, transposed: bool = False) -> Tensor:
-    """x @ W^T, or with `transposed` x @ W, each row with the weight of its expert. Not tracked by autograd."""
+    """Returns x @ W^T [P, O] for x [P, I] or, with `transposed`, x @ W [P, I] for x [P, O], each row with its expert's
+    weight W [O, I]. Not tracked by autograd."""
     weight_EOI = storage.plain
     if weight_EOI is not None:
         return F.grouped_mm(x_PI, weight_EOI if transposed else weight_EOI.transpose(1, 2), offs=ends.device)
@@ -113,8 +125,8 @@ def frozen_product(x_PI: Tensor, storage: Storage, ends: Ends, transposed: bool 
 
 
 def add_grouped_(y_PO: Tensor, h_Pr: Tensor, right_ErO: Tensor, ends: Ends, scale: float = 1.0) -> None:
-    """y += scale * h @ right[e], each row by the matrix of its expert, without a tensor of the size of y. Not tracked
-    by autograd."""
+    """Adds scale * h @ right[e] to y [P, O] in place, where e is the expert of each row, without another tensor of the
+    size of y. Not tracked by autograd."""
     if y_PO.device.type in IN_ONE_LAUNCH:
         operations.add_grouped_(y_PO, h_Pr, right_ErO, ends.device, scale)
         return
@@ -124,13 +136,13 @@ def add_grouped_(y_PO: Tensor, h_Pr: Tensor, right_ErO: Tensor, ends: Ends, scal
 
 
 def _nan(x_PI: Tensor, columns: int) -> Tensor:
-    """[P, columns] of NaN, which takes no memory."""
+    """Returns [P, columns] of NaN that takes no memory."""
     return torch.full((1, 1), math.nan, dtype=x_PI.dtype, device=x_PI.device).expand(len(x_PI), columns)
 
 
 def zero_without_rows(ends: Ends, *gradients: Tensor) -> None:
-    """Sets to zero what gradients [E, ...] have of experts without rows: on some GPUs grouped_mm leaves there what was
-    in memory before (pytorch#172439). Which they are the host knows."""
+    """Zeroes the gradients [E, ...] of experts without rows: on some GPUs grouped_mm leaves uninitialized memory there
+    (pytorch#172439). The host knows these experts, so this does not synchronize with the device."""
     starts = [0, *ends.host[:-1]]
     empty = [start == end for start, end in zip(starts, ends.host, strict=True)]
     for without, run in itertools.groupby(range(len(empty)), empty.__getitem__):
@@ -140,13 +152,16 @@ def zero_without_rows(ends: Ends, *gradients: Tensor) -> None:
 
 
 class GroupedLinear(torch.autograd.Function):
-    """y = x W^T + scale (x A^T) B^T for rows grouped by expert, W frozen in `storage`; A [E, r, in] and B [E, out, r]
-    may be None. needed: False gives NaN for y, where its gradient alone is wanted. Keeps x and x A^T alone for
-    backward, and A and B as the parameters themselves: what ZeRO-3 gathered for the forward can go, and is gathered
-    again."""
+    """y [P, O] = x W^T + scale (x A^T) B^T for rows x [P, I] grouped by expert, with W frozen in `storage`.
+
+    A [E, r, I] and B [E, O, r] may be None. needed: if False, y is NaN, for when only its gradient is needed. Saves for
+    backward only x, x A^T and the parameters A and B themselves, not views of them: ZeRO-3 can free what it gathered
+    for the forward, and gathers it again.
+    """
 
     @staticmethod
     def forward(ctx, x_PI, A_ErI, B_EOr, storage, scale, ends, needed=True):
+        """Returns y [P, O]."""
         forward = _by_expert if on_threads(x_PI, storage.out_features) else _grouped
         y_PO, h_Pr = forward(x_PI, A_ErI, B_EOr, storage, scale, ends, needed)
         ctx.save_for_backward(*((x_PI, h_Pr, A_ErI, B_EOr) if A_ErI is not None else ()))
@@ -155,6 +170,7 @@ class GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_PO):
+        """Returns the gradients of x [P, I], A [E, r, I] and B [E, O, r], and None for the other arguments."""
         lora, needed = ctx.saved_tensors, ctx.needs_input_grad[0]
         backward = _gradients_by_expert if on_threads(grad_PO, ctx.storage.in_features) else _grouped_gradients
         x_PI, h_Pr, A_ErI, B_EOr = lora or [None] * 4
@@ -163,7 +179,7 @@ class GroupedLinear(torch.autograd.Function):
 
 
 def _grouped(x_PI, A_ErI, B_EOr, storage, scale, ends, needed):
-    """y [P, O] and x A^T [P, r]."""
+    """Returns y [P, O] and x A^T [P, r]."""
     y_PO = frozen_product(x_PI, storage, ends) if needed else _nan(x_PI, storage.out_features)
     if A_ErI is None:
         return y_PO, None
@@ -174,7 +190,7 @@ def _grouped(x_PI, A_ErI, B_EOr, storage, scale, ends, needed):
 
 
 def _grouped_gradients(grad_PO, x_PI, h_Pr, A_ErI, B_EOr, storage, scale, ends, needed):
-    """The gradients of x, A and B."""
+    """Returns the gradients of x, A and B."""
     grad_PI = frozen_product(grad_PO, storage, ends, transposed=True) if needed else None
     if A_ErI is None:
         return grad_PI, None, None
@@ -189,13 +205,13 @@ def _grouped_gradients(grad_PO, x_PI, h_Pr, A_ErI, B_EOr, storage, scale, ends, 
 
 
 def _weight(storage: Storage, dtype: torch.dtype) -> Callable[[int], Tensor]:
-    """What gives an expert's weight [O, I]."""
+    """Returns a function from an expert's index to its weight [O, I]."""
     plain = storage.plain
     return lambda expert: storage.weights(expert, expert + 1, dtype)[0] if plain is None else plain[expert]
 
 
 def _by_expert(x_PI, A_ErI, B_EOr, storage, scale, ends, needed):
-    """`_grouped`, each expert on one of the threads."""
+    """Does what `_grouped` does, each expert on a single CPU thread."""
     y_PO = x_PI.new_empty(len(x_PI), storage.out_features) if needed else _nan(x_PI, storage.out_features)
     weight, experts = _weight(storage, x_PI.dtype), range(storage.experts)
 
@@ -218,7 +234,7 @@ def _by_expert(x_PI, A_ErI, B_EOr, storage, scale, ends, needed):
 
 
 def _gradients_by_expert(grad_PO, x_PI, h_Pr, A_ErI, B_EOr, storage, scale, ends, needed):
-    """`_grouped_gradients`, each expert on one of the threads."""
+    """Does what `_grouped_gradients` does, each expert on a single CPU thread."""
     grad_PI = grad_PO.new_empty(len(grad_PO), storage.in_features) if needed else _nan(grad_PO, storage.in_features)
     weight, experts = _weight(storage, grad_PO.dtype), range(storage.experts)
 
@@ -245,11 +261,12 @@ def _gradients_by_expert(grad_PO, x_PI, h_Pr, A_ErI, B_EOr, storage, scale, ends
 
 
 class GroupedTrained(torch.autograd.Function):
-    """y = x W^T for rows grouped by expert, with W [E, out, in] itself trained. Keeps the parameter, not a view of it,
-    which would keep what ZeRO-3 gathered."""
+    """y [P, O] = x W^T for rows x [P, I] grouped by expert, with W [E, O, I] trained. Saves the parameter itself for
+    backward: a view of it would keep alive what ZeRO-3 gathered. needed: if False, y is NaN."""
 
     @staticmethod
     def forward(ctx, x_PI, weight_EOI, ends, needed=True):
+        """Returns y [P, O]."""
         ctx.save_for_backward(x_PI, weight_EOI)
         ctx.ends = ends
         if not needed:
@@ -262,6 +279,7 @@ class GroupedTrained(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_PO):
+        """Returns the gradients of x [P, I] and W [E, O, I], and None for the other arguments."""
         (x_PI, weight_EOI), ends_E = ctx.saved_tensors, ctx.ends.device
         grad_PO = grad_PO.contiguous()
         if on_threads(grad_PO, weight_EOI.shape[2]):
@@ -277,7 +295,7 @@ class GroupedTrained(torch.autograd.Function):
 
 
 def _trained_gradients_by_expert(grad_PO, x_PI, weight_EOI, ends, needed):
-    """The gradients of x and W, each expert on one of the threads."""
+    """Returns the gradients of x and W, each expert computed on a single CPU thread."""
     grad_PI = torch.empty_like(x_PI) if needed else _nan(x_PI, x_PI.shape[1])
     grad_EOI = torch.empty_like(weight_EOI)
     zero_without_rows(ends, grad_EOI)

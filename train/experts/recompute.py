@@ -1,9 +1,10 @@
-"""Gradient checkpointing that routes the recomputed forward exactly as the first one.
+"""Gradient checkpointing in which the recomputed forward routes tokens exactly as the first forward did.
 
-A router that flips an expert on recomputation (GPU kernels need not be deterministic) would change the sizes of what
-the ranks exchange. So the indices of every `topk` between the beginning of a block with experts and its experts are
-kept from the first forward, and the recomputation gathers its values at those indices: right gradients, fixed routing.
-What follows from the routing alone, who sends what where, is kept too, and not worked out and sent once more.
+GPU kernels need not be deterministic. A router that chose another expert on recomputation would change the sizes of
+what the ranks exchange. So the indices of every `topk` between the start of a block with experts and its experts are
+kept from the first forward. The recomputation gathers its values at those indices, so that the gradients are right and
+the routing is fixed. What follows from the routing alone, such as which rank sends what where, is kept too instead of
+being computed and sent again.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ T = TypeVar("T")
 
 
 class _Tape:
-    """What the first forward of a checkpointed layer has chosen and worked out, in order."""
+    """What the first forward of a checkpointed layer chose and computed, in order."""
 
     def __init__(self) -> None:
         self.kept: list[Any] = []
@@ -33,16 +34,16 @@ class _Tape:
         return self.kept[self.position - 1]
 
 
-_running: list[_Tape] = []  # of the checkpointed layers that are being run, one inside the other
+_running: list[_Tape] = []  # tapes of the checkpointed layers that are running now, the innermost one last
 
 
 def recomputing() -> bool:
-    """True inside the second forward of a checkpointed layer: counters must not count twice."""
+    """Returns True inside the recomputation of a checkpointed layer, where counters must not count a second time."""
     return any(tape.replays for tape in _running)
 
 
 def first_time(work_out: Callable[[], T]) -> T:
-    """What `work_out` gives; where a checkpointed layer is recomputed, what it gave in the first forward."""
+    """Returns the result of `work_out`. When a checkpointed layer is recomputed, returns that of the first forward."""
     return _running[-1].once(work_out) if _running else work_out()
 
 
@@ -61,14 +62,14 @@ class _Forward:
 
 
 def same_routing() -> tuple[_Forward, _Forward]:
-    """`context_fn` for torch.utils.checkpoint: the contexts of the forward and of its recomputation."""
+    """Returns the contexts of a forward and of its recomputation, as `context_fn` of torch.utils.checkpoint."""
     tape = _Tape()
     return _Forward(tape, replays=False), _Forward(tape, replays=True)
 
 
 class _FixedTopk(TorchFunctionMode):
-    """Every topk inside takes its values by `gather`, in both forwards: they must build the same graph, or torch
-    refuses the recomputation."""
+    """Makes every topk inside gather its values at the kept indices. Both forwards do so, since torch refuses a
+    recomputation that builds another graph."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -81,8 +82,8 @@ class _FixedTopk(TorchFunctionMode):
 
 
 def fix_choices(block: nn.Module, experts: nn.Module) -> None:
-    """Has a block's choice of experts kept, which is made between its beginning and its call of `experts`. Not in all
-    of it: a mode costs microseconds for every call of torch inside."""
+    """Makes a block keep its choice of experts for recomputation. The block chooses them between its start and its call
+    of `experts`. Only this part is intercepted, since a mode costs microseconds for every torch call inside."""
     modes: list[_FixedTopk] = []
 
     def begin(*_: Any) -> None:

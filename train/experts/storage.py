@@ -1,9 +1,9 @@
-"""Frozen expert weights as a rank keeps them.
+"""Storage for a rank's frozen expert weights.
 
-Shapes: E experts of this rank.
+Shapes: E experts of this rank, N experts that are dequantized together, O and I output and input features.
 
-Weights stay in the checkpoint's own format (BF16, FP8 blocks, packed INT4) or become NF4 as they are read. ZeRO never
-sees them: they are buffers.
+Weights stay in the checkpoint's own format (BF16, FP8 blocks, packed INT4) or are quantized to NF4 as they are read.
+They are buffers, so ZeRO never sees them.
 """
 
 import threading
@@ -11,15 +11,15 @@ import threading
 import torch
 from torch import Tensor, nn
 
-from train.checkpoints.formats import Format
+from train.formats import Format
 
 NF4_BLOCK = 64
 _QUANTIZING = threading.Lock()
 
 
 class FrozenExperts(nn.Module):
-    """Weights [E, out, in] in the checkpoint's own format; gate and up, where they are two matrices, one under the
-    other. For each suffix of the format there is a buffer [E, matrices, ...], filled through `matrix_parts`."""
+    """Weights [E, O, I] in the checkpoint's own format. Separate gate and up matrices are stacked along O. For each
+    suffix of the format there is a buffer [E, matrices, ...], which is filled through `matrix_parts`."""
 
     data: Tensor
 
@@ -28,18 +28,19 @@ class FrozenExperts(nn.Module):
         self.experts, self.out_features, self.in_features = experts, out_features, in_features
 
     def allocate(self, format: Format, matrices: int, dtypes: dict[str, torch.dtype], device: torch.device) -> None:
-        """Makes room for all experts. dtypes: suffix -> dtype, as on disk."""
+        """Allocates the buffers of all experts. matrices: number of matrices per weight. dtypes: suffix -> dtype, as on
+        disk."""
         self.format, self.suffixes = format, list(dtypes)
         for suffix, (_, shape) in format.tensors(self.out_features // matrices, self.in_features).items():
             buffer = torch.empty(self.experts, matrices, *shape, dtype=dtypes[suffix], device=device)
             self.register_buffer(f"data{suffix}", buffer, persistent=False)
 
     def matrix_parts(self, expert: int, matrix: int) -> dict[str, Tensor]:
-        """suffix -> the place of an expert's matrix."""
+        """Returns, for each suffix, a view of an expert's matrix in the buffer [E, matrices, ...], to be filled."""
         return {suffix: getattr(self, f"data{suffix}")[expert, matrix] for suffix in self.suffixes}
 
     def weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """The weights [experts, out, in] of experts first..last, dequantized."""
+        """Returns the dequantized weights [N, O, I] of experts first to last - 1."""
         parts = {suffix: getattr(self, f"data{suffix}")[first:last] for suffix in self.suffixes}
         return self.format.decode(parts).flatten(1, 2).to(dtype)
 
@@ -47,13 +48,13 @@ class FrozenExperts(nn.Module):
 
     @property
     def plain(self) -> Tensor | None:
-        """All weights [E, out, in], where they need no dequantization."""
+        """All weights [E, O, I] if they need no dequantization, else None."""
         return self.data.flatten(1, 2) if self.format.kind == "plain" else None
 
 
 class NF4Experts(nn.Module):
-    """Weights [E, out, in] in bitsandbytes' NF4: 4 bits a value, blocks of 64, their scales quantized again (QLoRA,
-    Dettmers et al., arXiv 2305.14314): 4.127 bits a weight."""
+    """Weights [E, O, I] in bitsandbytes' NF4: 4 bits per value in blocks of 64, whose scales are quantized again
+    (QLoRA, Dettmers et al., arXiv 2305.14314), which makes 4.127 bits per weight."""
 
     plain = None
     packed: Tensor
@@ -68,6 +69,7 @@ class NF4Experts(nn.Module):
         self.experts, self.out_features, self.in_features = experts, out_features, in_features
 
     def allocate(self, device: torch.device) -> None:
+        """Allocates the buffers of all experts."""
         count = self.out_features * self.in_features
         blocks = -(-count // NF4_BLOCK)
         for name, size, dtype in (
@@ -80,8 +82,10 @@ class NF4Experts(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
 
     def quantize(self, expert: int, weight: Tensor) -> None:
-        """Keeps an expert's weight [out, in], on the device on which it comes. One at a time, whatever thread asks:
-        bitsandbytes takes some 14 bytes a weight for it on a CPU."""
+        """Quantizes and stores an expert's weight [O, I], on the device that it is on.
+
+        Only one thread at a time quantizes, since bitsandbytes needs about 14 bytes per weight for it on a CPU.
+        """
         import bitsandbytes.functional as bnb  # here: its import takes longer than all others, and only NF4 needs it
 
         with _QUANTIZING:
@@ -95,13 +99,13 @@ class NF4Experts(nn.Module):
 
     @property
     def divisible(self) -> bool:
-        """Whether experts that lie next to each other are dequantized to the same bits together as one by one: no block
-        of values, and none of scales, has some of two experts in it."""
+        """Whether adjacent experts, dequantized together, have bit-identical values to those dequantized one by one.
+        This is so if no block of values and no block of scales spans two experts."""
         count = self.out_features * self.in_features
         return count % NF4_BLOCK == 0 and count // NF4_BLOCK % 256 == 0
 
     def weights(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """The weights [experts, out, in] of experts first..last, dequantized; several only where `divisible`."""
+        """Returns the dequantized weights [N, O, I] of experts first to last - 1. N > 1 only if `divisible`."""
         import bitsandbytes.functional as bnb
 
         count, run = last - first, slice(first, last)

@@ -1,4 +1,6 @@
-"""Triton's kernels of a GPU, each for what torch would take several launches and passes over memory for. On a CPU
-tests/fused runs them by Triton's interpreter, against what computes the same there."""
+"""Triton kernels for a GPU. Each replaces several kernel launches and passes over memory in torch.
 
-IN_ONE_LAUNCH = {"cuda"}  # devices on which they run
+On a CPU, tests/fused runs them in Triton's interpreter and compares them with the torch code that computes the same.
+"""
+
+IN_ONE_LAUNCH = {"cuda"}  # types of the devices on which the kernels run

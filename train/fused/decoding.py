@@ -1,7 +1,7 @@
-"""Decodes FP8 blocks and INT4 words, any number of matrices at once, to the bits of train/checkpoints/formats.py.
+"""Decodes FP8 blocks and INT4 words to BF16, any number of matrices at once, bit-identical to train/formats.py.
 
-Rounding to BF16 is written out, to nearest and ties to even (as torch has it), since Triton's interpreter and old GPUs
-round otherwise.
+Rounding to BF16 (to nearest, ties to even, as in torch) is coded explicitly, since Triton's interpreter and old GPUs
+round differently.
 """
 
 import functools
@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024  # elements of a program
+BLOCK = 1024  # elements per program
 
 
 @triton.jit
 def _bfloat16_bits(value):
-    """The upper half of fp32, rounded; int16."""
+    """Returns the upper half of an fp32 value, rounded, as int16."""
     bits = value.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
 
@@ -48,12 +48,13 @@ def _fp8(weight, scale, table, out, rows, columns, high, wide, block_rows, block
 
 @functools.cache
 def _values_of_bytes(device: torch.device) -> Tensor:
-    """F8_E4M3 byte -> fp32, [256]: GPUs before Hopper do not convert it themselves."""
+    """Returns the fp32 values [256] of all F8_E4M3 bytes: GPUs before Hopper cannot convert them natively."""
     return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).float()
 
 
 def int4_decode(packed: Tensor, scale: Tensor, group: int) -> Tensor:
-    """[..., out, in/8] words and scales [..., out, in/g] -> BF16 [..., out, in]; g a multiple of 8."""
+    """Decodes INT4 words [..., out, in/8] with scales [..., out, in/group] to BF16 [..., out, in]. `group` must be a
+    multiple of 8."""
     out = torch.empty(*packed.shape[:-1], packed.shape[-1] * 8, dtype=torch.bfloat16, device=packed.device)
     words = BLOCK // 8
     grid = (triton.cdiv(packed.numel(), words),)
@@ -64,7 +65,8 @@ def int4_decode(packed: Tensor, scale: Tensor, group: int) -> Tensor:
 
 
 def fp8_decode(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
-    """[..., out, in] F8 and its block scales [..., ceil(out/b), ceil(in/b)] -> BF16."""
+    """Decodes F8_E4M3 [..., out, in] with scales [..., ceil(out/b0), ceil(in/b1)] to BF16 [..., out, in]. `block`:
+    (b0, b1), the rows and columns that share a scale."""
     out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
     (rows, columns), (high, wide) = weight.shape[-2:], scale.shape[-2:]
     grid = (math.prod(weight.shape[:-1]), triton.cdiv(columns, BLOCK))

@@ -1,7 +1,7 @@
-"""What is done around the experts' grouped products.
+"""Kernels for the operations around the experts' grouped matrix products.
 
 Shapes: P (token, expert) pairs sorted by expert, E experts of this rank, I expert width, H hidden size, O columns, r
-LoRA rank as padded, T rows that are sums of at most k pairs.
+padded LoRA rank, T rows that are sums of at most k pairs.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS = 64, 128  # of a program's tile
+ROWS, COLUMNS = 64, 128  # size of a program's tile
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _gated(gate_up, weight, out, width, COLUMNS: tl.constexpr):
 
 
 def gated(gate_up_P2I: Tensor, weight_P1: Tensor) -> Tensor:
-    """silu(gate) * up * weight -> [P, I]."""
+    """Returns silu(gate) * up * weight [P, I]. gate and up are the two halves of a row of gate_up [P, 2I]."""
     pairs, width = len(gate_up_P2I), gate_up_P2I.shape[1] // 2
     out = gate_up_P2I.new_empty(pairs, width)
     columns = min(1024, triton.next_power_of_2(width))
@@ -55,7 +55,7 @@ def _gated_backward(grad, gate_up, weight, grad_gate_up, grad_weight, width, COL
 
 
 def gated_backward(grad_PI: Tensor, gate_up_P2I: Tensor, weight_P1: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of gate_up and weight."""
+    """Returns the gradients of gate_up [P, 2I] and of weight [P, 1]."""
     grads = torch.empty_like(gate_up_P2I), torch.empty_like(weight_P1)
     pairs, width = grad_PI.shape
     columns = min(1024, triton.next_power_of_2(width))
@@ -73,7 +73,7 @@ def _add_grouped(
     row, column = first + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     expert = tl.arange(0, EXPERTS)
     end = tl.load(ends + expert, mask=expert < experts, other=2147483647)
-    # A row's expert is as many as have ended before it.
+    # The index of a row's expert is the number of experts whose rows end before it.
     lowest = tl.sum((end <= first).to(tl.int32), 0)
     highest = tl.sum((end <= tl.minimum(first + ROWS, pairs) - 1).to(tl.int32), 0)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -98,7 +98,7 @@ def _add_grouped(
 
 
 def add_grouped_(y_PO: Tensor, h_Pr: Tensor, right_ErO: Tensor, ends_E: Tensor, scale: float) -> None:
-    """y += scale * h @ right[e], each row by the matrix of its expert."""
+    """Adds scale * h @ right[e] to y [P, O] in place, where e is the expert of each row."""
     (pairs, columns), (experts, rank, _) = y_PO.shape, right_ErO.shape
     if pairs:
         _add_grouped[(triton.cdiv(pairs, ROWS), triton.cdiv(columns, COLUMNS))](
@@ -121,7 +121,8 @@ def _summed(x, place, out, most, columns, COLUMNS: tl.constexpr):
 
 
 def summed(x_PH: Tensor, place_Tk: Tensor) -> Tensor:
-    """Row t of the result [T, H] is the sum of rows place[t] of x, in fp32; a place of -1 is none."""
+    """Returns [T, H], whose row t is the sum of the rows place[t] of x, accumulated in fp32. A place of -1 adds
+    nothing."""
     (rows, most), columns = place_Tk.shape, x_PH.shape[1]
     out = x_PH.new_empty(rows, columns)
     block = min(1024, triton.next_power_of_2(columns))

@@ -1,4 +1,4 @@
-"""The terms of the loss and their gradient from a chunk's logits: the formulas of train/masking/loss.py, row by row.
+"""Kernel for the loss terms of a chunk of logits and their gradient, by the formulas of train/masking/loss.py.
 
 Shapes: C tokens of a chunk, V vocabulary.
 """
@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 4096  # logits at a time
+COLUMNS = 4096  # logits of a row that are processed at a time
 
 
 @triton.jit
 def _softplus(x):
-    """log(1 + e^x), with log1p by Kahan's correction, since small losses are wanted to all their digits."""
+    """log(1 + e^x). log1p is computed with Kahan's correction, so that small losses keep their full precision."""
     small = tl.exp(-tl.abs(x))
     sum = 1 + small
     return tl.maximum(x, 0.0) + tl.where(sum == 1, small, tl.log(sum) * (small / tl.where(sum == 1, 1.0, sum - 1)))
@@ -48,7 +48,8 @@ def _terms(logits, target, coefficient, nll, term, vocabulary, GRADIENT: tl.cons
 
 
 def terms_(logits_CV: Tensor, target_C: Tensor, coefficient_C: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-    """-> nll [C] and term [C] in fp32. gradient: that of |coefficient| * term takes the place of the logits."""
+    """Returns nll [C] and term [C] in fp32. With `gradient`, overwrites the logits [C, V] with the gradient of
+    |coefficient| * term."""
     rows, vocabulary = logits_CV.shape
     nll, term = (logits_CV.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if rows:

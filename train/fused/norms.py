@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467) of rows: y = w * x / sqrt(mean(x^2) + eps), in fp32.
+"""Kernels for RMSNorm (Zhang and Sennrich, arXiv 1910.07467): y = w * x / sqrt(mean(x^2) + eps) per row, in fp32.
 
 Shapes: R rows, H columns.
 """
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 4096  # elements of a program's rows, where a row has fewer
+TILE = 4096  # elements per program, which takes several rows if they are shorter
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _rms_norm(
     root = 1 / tl.sqrt(tl.sum(value * value, 1) / columns + eps)
     tl.store(rstd + row, root, mask=row < rows)
     value = value * root[:, None]
-    if not ONE_MORE:  # rounded before the weight too
+    if not ONE_MORE:  # the result is rounded before the multiplication by the weight as well
         value = value.to(y.dtype.element_ty).to(tl.float32)
     value *= _weight(weight, column, column < columns, ONE_MORE)[None, :]
     place = row[:, None] * columns + column[None, :]
@@ -70,8 +70,11 @@ def _tile(columns: int) -> dict[str, int]:
 def rms_norm(
     x_RH: Tensor, weight_H: Tensor, gate_RH: Tensor | None, eps: float, one_more: bool
 ) -> tuple[Tensor, Tensor]:
-    """-> y [R, H] in the dtype of x, and 1 / sqrt(mean(x^2) + eps) [R] in fp32. gate: y * silu(gate). one_more: by
-    1 + weight instead of the weight. Rows of x may lie apart."""
+    """Returns y [R, H] in the dtype of x, and 1 / sqrt(mean(x^2) + eps) [R] in fp32.
+
+    gate: multiplies y by silu(gate). one_more: multiplies by 1 + weight instead of weight. There may
+    be gaps between the rows of x.
+    """
     rows, columns = x_RH.shape
     y, rstd = x_RH.new_empty(rows, columns), x_RH.new_empty(rows, dtype=torch.float32)
     tile = _tile(columns)
@@ -86,7 +89,7 @@ def rms_norm(
 def rms_norm_backward(
     grad_RH: Tensor, x_RH: Tensor, weight_H: Tensor, gate_RH: Tensor | None, rstd_R: Tensor, one_more: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the gate; of no gate [0]."""
+    """Returns the gradients of x [R, H] and of the gate [R, H]; without a gate, the latter is empty, [0]."""
     rows, columns = x_RH.shape
     grads = torch.empty_like(grad_RH), grad_RH.new_empty(0) if gate_RH is None else torch.empty_like(gate_RH)
     tile = _tile(columns)

@@ -1,5 +1,5 @@
-"""The kernels as operations of torch: each is one launch, whose sizes are known without a GPU, so that a step can be
-planned and counted (launch/trace.py). What they compute stands at the kernels themselves.
+"""The kernels as custom torch operations. Each is one launch whose output shapes are known without a GPU, so that
+launch/trace.py can plan and count a training step. The kernels themselves say what they compute.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,13 @@ from torch import Tensor
 
 
 def _kernels(name: str) -> Any:
-    """A module of this package that needs Triton, which a machine without a GPU may lack."""
+    """Imports a module of this package. It needs Triton, which may be missing on a machine without a GPU."""
     return import_module(f"train.fused.{name}")
 
 
 def _operation(function: Callable[..., Any], sizes: Callable[..., Any], changes: tuple[str, ...] = ()) -> Any:
-    """sizes: the results without their values. changes: arguments that are written to."""
+    """Registers a function as a custom operation. sizes: returns results of the same shapes and dtypes, without their
+    values. changes: names of the arguments that are modified in place."""
     operation = torch.library.custom_op(f"spanwise::{function.__name__.strip('_')}", function, mutates_args=changes)
     operation.register_fake(sizes)
     return operation

@@ -1,4 +1,4 @@
-"""The language of --mask: which role gets which treatment in the loss.
+"""Parses --mask, which says which role gets which treatment in the loss. Its grammar:
 
     MASK      = "none" | ENTRY ("," ENTRY)*
     ENTRY     = ROLE ["=" TREATMENT]
@@ -6,7 +6,7 @@
               | all | unspanned
     TREATMENT = exclude (the default) | train | WEIGHT | unlikelihood | unlikelihood:ALPHA
 
-`all` touches every token, `unspanned` those that no span touches. Where several entries touch a token, the last one
+`all` touches every token, `unspanned` the tokens that no span touches. If several entries touch a token, the last one
 wins.
 """
 
@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 
 from train.data.documents import LARGEST, SMALLEST
-from train.errors import UserError
+from train.runtime.errors import UserError
 
 BUILT_IN = {
     "doctags": "doctag",
@@ -30,8 +30,12 @@ WITHOUT_ROLE = ("all", "unspanned")
 
 @dataclass(frozen=True)
 class Entry:
-    """weight: > 0 cross-entropy times it, 0 excluded, -alpha unlikelihood times alpha. kind: what it touches: the spans
-    of a "role"; "random" runs, a control for the role; "all" tokens, or the "unspanned", whose role is ""."""
+    """One entry of a mask.
+
+    kind says what the entry touches: "role" the role's spans, "random" random runs of tokens as a control for the role,
+    "all" all tokens, "unspanned" the tokens that no span touches; for the latter two, role is "". weight: > 0
+    cross-entropy times it, 0 excluded, -alpha unlikelihood times alpha.
+    """
 
     role: str
     kind: str
@@ -39,12 +43,12 @@ class Entry:
 
     @property
     def random(self) -> bool:
-        """Whether it is a control, which depends on seed and tokens."""
+        """Whether the entry is a control, which depends on the seed and the tokens."""
         return self.kind == "random"
 
     @property
     def name(self) -> str:
-        """As written in --mask, without the treatment."""
+        """The entry as written in --mask, without its treatment."""
         if self.random:
             return f"random:{self.role}"
         if not self.role:
@@ -62,7 +66,8 @@ class Mask:
 
 
 def parse_mask(text: str) -> Mask:
-    """The mask that `text` says. UserError with the nearest name for an unknown one."""
+    """Returns the mask that the text of --mask describes. Raises UserError for an invalid entry; for an unknown name,
+    the message has the nearest known one."""
     if text.strip() == "none":
         return Mask("none", ())
     entries = tuple(_entry(part.strip(), text) for part in text.split(","))
@@ -70,7 +75,7 @@ def parse_mask(text: str) -> Mask:
 
 
 def check_role(role: str, where: str) -> None:
-    """UserError where no mask can name the role: commas and = end a name, and white space around it is dropped."""
+    """Raises UserError if no mask can name the role: commas and = end a name, and white space around it is dropped."""
     if not role or role != role.strip() or "," in role or "=" in role:
         raise UserError(f"{where}: {role!r} cannot be named in --mask; give a role without commas, = and outer spaces")
 
@@ -104,7 +109,7 @@ def _weight(treatment: str, name: str, mask: str) -> float:
         return -1.0
     kind, colon, alpha = treatment.partition(":")
     if kind == "unlikelihood" and colon:
-        return -_number(alpha, f"{name}={treatment}", mask) or 0.0  # "or": no negative zero
+        return -_number(alpha, f"{name}={treatment}", mask) or 0.0  # "or" avoids a negative zero
     return _number(treatment, f"{name}={treatment}", mask) or 0.0
 
 
@@ -143,7 +148,7 @@ def _suggestion(name: str) -> str:
 
 
 def _suffix(weight: float) -> str:
-    """The treatment as canonical text, nothing for the default."""
+    """Returns the treatment as canonical text; "" for the default."""
     if weight == 0:
         return ""
     if weight == 1:

@@ -1,12 +1,12 @@
-"""The loss of each token by its treatment, from hidden states, without ever holding all logits.
+"""Computes the loss of each token by its treatment, from hidden states, without materializing all logits at once.
 
-Shapes: N predicted tokens, H hidden size, V vocabulary, C tokens of a chunk, r LoRA rank of lm_head.
+Shapes: N predicted tokens, H hidden size, V vocabulary size, C tokens of a chunk, r LoRA rank of lm_head.
 
-Both treatments are a difference of two log-sum-exps of the logits z, over all of the vocabulary and over a part of it:
+Both treatments are a difference of two log-sum-exps of the logits z, over the whole vocabulary and over a part of it:
     cross-entropy   -log p_y      = lse(z) - lse(z over {y})        gradient p - 1_y
     unlikelihood    -log(1 - p_y) = lse(z) - lse(z over V without y)  gradient p_y (1_y - q), q the softmax without y
-(Welleck et al., arXiv 1908.04319, for unlikelihood). Written so, unlikelihood is stable as p -> 1, and its gradient
-with respect to z_y is p_y: it does not vanish there.
+(Welleck et al., arXiv 1908.04319, for unlikelihood). In this form, unlikelihood is stable as p_y -> 1. Its gradient
+with respect to z_y is p_y, so it does not vanish there.
 """
 
 from typing import Any, NamedTuple
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from train.fused import IN_ONE_LAUNCH
 from train.fused.operations import loss_terms_
-from train.lora import LoRASettings, initial_A
+from train.layers.lora import LoRASettings, initial_A
 
 CHUNK_BYTES = 2**28  # of a chunk's logits, in fp32 or, on a GPU, in the dtype of the model
-CHUNK_TOKENS = 512  # with fewer a product is slower, with more a chunk takes memory for nothing
+CHUNK_TOKENS = 512  # with fewer, matmuls are slower; more only take more memory
 
 
 class Terms(NamedTuple):
-    """loss: scalar, sum of |coefficient| * term. term_N: each token's own term, unweighted; 0 where the coefficient
+    """loss: scalar, the sum of |coefficient| * term. term_N: each token's own term, unweighted; 0 where the coefficient
     is 0. nll_N: -log p of each token, whatever its treatment."""
 
     loss: Tensor
@@ -33,11 +33,12 @@ class Terms(NamedTuple):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Computes the gradients along with the loss, chunk by chunk, so that a chunk's logits exist once and only then."""
+    """Computes the gradients along with the loss, chunk by chunk, so that a chunk's logits are computed only once and
+    not kept for the backward pass."""
 
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, A_rH, B_Vr, scale, target_N, coefficient_N, grad_enabled):
-        # needs_input_grad is True for parameters even under no_grad, which is not seen in here
+        # needs_input_grad is True for parameters even under no_grad, which forward itself cannot see
         tracked = grad_enabled and any(ctx.needs_input_grad[:4])
         exact = torch.promote_types(hidden_NH.dtype, torch.float32)
         term_N, nll_N = (torch.zeros(len(hidden_NH), device=hidden_NH.device, dtype=exact) for _ in range(2))
@@ -51,7 +52,7 @@ class _ChunkedLoss(torch.autograd.Function):
         in_one_launch = hidden_NH.device.type in IN_ONE_LAUNCH and hidden_NH.dtype in (torch.bfloat16, torch.float16)
         most = CHUNK_BYTES // len(weight_VH) // (hidden_NH.itemsize if in_one_launch else exact.itemsize)
         size = max(1, min(CHUNK_TOKENS, most, len(hidden_NH)))
-        logits = hidden_NH.new_empty(size, len(weight_VH))  # of every chunk
+        logits = hidden_NH.new_empty(size, len(weight_VH))  # reused by every chunk
         for start in range(0, len(hidden_NH), size):
             chunk = slice(start, start + size)
             hidden_CH, target_C1, coefficient_C1 = hidden_NH[chunk], target_N[chunk, None], coefficient_N[chunk, None]
@@ -91,10 +92,11 @@ class _ChunkedLoss(torch.autograd.Function):
 def _terms(
     logits_CV: Tensor, target_C1: Tensor, coefficient_C1: Tensor, tracked: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """-> nll [C, 1], term [C, 1] and, if tracked, the gradient of |coefficient| * term, in the place of the logits.
+    """Returns nll [C, 1], term [C, 1] and, if tracked, the gradient [C, V] of |coefficient| * term. The gradient
+    overwrites the logits.
 
-    With z_y apart from the rest, whose log-sum-exp is r, nothing cancels: -log p_y = softplus(r - z_y), and
-    -log(1 - p_y) = softplus(z_y - r).
+    z_y is kept apart from the other logits, whose log-sum-exp is r, so that there is no cancellation:
+    -log p_y = softplus(r - z_y), and -log(1 - p_y) = softplus(z_y - r).
     """
     target_logit_C1 = logits_CV.gather(1, target_C1)
     logits_CV.scatter_(1, target_C1, float("-inf"))
@@ -106,19 +108,19 @@ def _terms(
     term_C1 = torch.where(unlikely_C1, unlikelihood_C1, nll_C1)
     if not tracked:
         return nll_C1, term_C1, None
-    # Cross-entropy: p = (1 - p_y) q, and p_y - 1 for y. Unlikelihood: -p_y q, and p_y for y.
+    # Gradient of cross-entropy: p = (1 - p_y) q, but p_y - 1 at y. Of unlikelihood: -p_y q, but p_y at y.
     size_C1 = torch.where(unlikely_C1, -margin_C1.sigmoid(), (-margin_C1).sigmoid()) * coefficient_C1.abs()
     grad_CV = exp_CV.mul_(size_C1 / sum_C1).scatter_(1, target_C1, -size_C1)
     return nll_C1, term_C1, grad_CV
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), without the threshold of torch's, above which it gives x itself."""
+    """Returns log(1 + e^x), same shape as x. Unlike torch's softplus, it has no threshold above which it returns x."""
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
 class LossHead(nn.Module):
-    """Stands in the place of lm_head: hidden states in, loss terms out. Holds lm_head's weight [V, H]."""
+    """Replaces lm_head: takes hidden states and returns loss terms. Holds lm_head's weight [V, H]."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -128,12 +130,14 @@ class LossHead(nn.Module):
         self.rank, self.scale = 0, 0.0
 
     def add_lora(self, settings: LoRASettings, device: torch.device) -> None:
+        """Adds trainable LoRA weights lora_A [r, H] and lora_B [V, r] on `device`, with their initial values."""
         self.rank, self.scale = settings.rank, settings.scale
         for factor, value in self.initial_factors(settings.seed).items():
             setattr(self, factor, nn.Parameter(value.to(device)))
 
     def initial_factors(self, seed: int) -> dict[str, Tensor]:
-        """The factors, whole, before the first step of a run with this seed; {} without LoRA."""
+        """Returns the whole LoRA weights, lora_A [r, H] and lora_B [V, r], as before the first step of a run with this
+        seed; {} without LoRA."""
         if not self.rank:
             return {}
         A = initial_A("lm_head", self.rank, self.in_features, seed)
@@ -142,8 +146,9 @@ class LossHead(nn.Module):
     def forward(
         self, hidden_NH: Tensor, target_N: Tensor | None = None, coefficient_N: Tensor | None = None
     ) -> Terms | Tensor:
-        """coefficient_N: > 0 cross-entropy, < 0 unlikelihood, 0 measured only, by which no gradient is touched. Without
-        targets, as lm_head itself: logits, for generation."""
+        """Returns the Terms of N predicted tokens. coefficient_N: > 0 cross-entropy, < 0 unlikelihood, 0 only measured,
+        without any effect on gradients. Without targets, returns logits [N, V] as lm_head itself does, for generation.
+        """
         if target_N is None or coefficient_N is None:
             logits = F.linear(hidden_NH, self.weight)
             if self.lora_A is None or self.lora_B is None:

@@ -1,6 +1,6 @@
-"""What the loss does with each token: the one place where --mask is decided. Nothing before it depends on the mask.
+"""Decides what the loss does with each token. --mask is applied here alone; nothing before it depends on the mask.
 
-Shapes: L tokens. The treatment of a token is that of its own prediction; the token stays in the context of all others.
+Shapes: L tokens. A token's treatment applies to its own prediction; the token stays in the context of all others.
 """
 
 import hashlib
@@ -14,32 +14,33 @@ from train.data.offsets import straddling, touched
 from train.data.tokens import TokenizedDocument
 from train.masking.grammar import Entry, Mask
 
-# What the two words mean, for whoever reads the counts.
+# Definitions of the two words, for readers of the counts.
 UNSPANNED = "unspanned: targets that no span touches"
 STRADDLING = "straddling: targets with text both inside and outside a span, treated as inside"
 
-DRAWS = 8  # new draws of all of a document's random runs before they are packed tightly, or at last split
+DRAWS = 8  # attempts to place all random runs of a document, before they are packed tightly and at last split
 
 
 @dataclass
 class Treatment:
-    """A document's tokens under a mask; all counts are of targets."""
+    """The treatment of a document's tokens under a mask. All counts are of targets."""
 
     weight_L: np.ndarray
-    """float32, the token's own term in the loss, by the mask times the document's and message's own weight: w > 0
-    cross-entropy times w; 0 none (always so where target_L is False); -alpha unlikelihood times alpha."""
+    """float32, weight of the token's own term in the loss: the mask's weight times the document's and the message's
+    own. w > 0: cross-entropy times w. 0: no term, as always where target_L is False. -alpha: unlikelihood times alpha.
+    """
     touched: dict[str, np.ndarray]
-    """Role to bool [L], for every role of the document's spans, whatever the mask."""
+    """Role -> bool [L]: tokens that its spans touch, for every role in the document, whatever the mask."""
     straddling: dict[str, np.ndarray]
-    """Role to bool [L]: targets that hold text both inside and outside one of its spans."""
+    """Role -> bool [L]: targets with text both inside and outside one of its spans."""
     random_shortfall: int
-    """Targets that a random: entry could not place."""
+    """Number of targets that random: entries could not place."""
     entry_L: np.ndarray
-    """int16, which entry of the mask decided the token; -1 where none did."""
+    """int16, index of the mask's entry that decided the token; -1 if none did."""
 
 
 def shortfall_note(missing: int) -> str:
-    """What a user should know of random: entries that could not place so many targets."""
+    """Returns the note for users that random: entries could not place this number of targets."""
     return (
         f"note: random: found no place for {missing:,} targets, so it is no control of equal size: documents have too "
         "few others"
@@ -47,14 +48,17 @@ def shortfall_note(missing: int) -> str:
 
 
 def touched_by(doc: TokenizedDocument, spans: Iterable[Span]) -> np.ndarray:
-    """[L] bool: tokens that share a code point that is not white space with a span, or that are all white space and lie
+    """Returns [L] bool: tokens that share a non-white-space code point with a span, or that are all white space and lie
     inside one."""
     return touched(doc.start_L, doc.end_L, doc.solid_counts, [(span.start, span.end) for span in spans])
 
 
 def treat(doc: TokenizedDocument, mask: Mask, seed: int) -> Treatment:
-    """Each token's treatment. Of several entries that touch a token the last one wins; random: entries avoid the tokens
-    of all that name a role, and depend on the seed and the document alone."""
+    """Returns the treatment of each token of a document. If several entries touch a token, the last one wins.
+
+    random: entries avoid their own role's tokens, the tokens of every role that an entry without random: names, and
+    earlier random runs. Otherwise they depend only on the seed and the document.
+    """
     ranges: dict[str, list[tuple[int, int]]] = {}
     for span in doc.spans:
         ranges.setdefault(span.role, []).append((span.start, span.end))
@@ -64,7 +68,7 @@ def treat(doc: TokenizedDocument, mask: Mask, seed: int) -> Treatment:
 
     nowhere_L = np.zeros(len(doc.ids_L), dtype=bool)
     without_role = {"all": ~nowhere_L, "unspanned": ~np.logical_or.reduce([nowhere_L, *by_role.values()])}
-    free_L = doc.target_L.copy()  # where random runs may go
+    free_L = doc.target_L.copy()  # where random runs can be placed
     for entry in mask.entries:
         if entry.kind == "role":
             free_L &= ~by_role.get(entry.role, nowhere_L)
@@ -86,7 +90,8 @@ def treat(doc: TokenizedDocument, mask: Mask, seed: int) -> Treatment:
 def _random_runs(
     doc: TokenizedDocument, entry: Entry, reached_L: np.ndarray, free_L: np.ndarray, seed: int
 ) -> tuple[np.ndarray, int]:
-    """([L] bool, targets without a place): as many targets as the role touches, in runs as long, elsewhere."""
+    """Returns ([L] bool, number of targets without a place): random runs of targets outside the role's spans, with the
+    same lengths as the runs of targets that the role touches."""
     lengths = _run_lengths(reached_L & doc.target_L)
     if not lengths:
         return np.zeros(len(free_L), dtype=bool), 0
@@ -103,9 +108,12 @@ def _random_runs(
 def _place(
     lengths: list[int], free_L: np.ndarray, rng: np.random.Generator, split: bool, tight: bool = False
 ) -> tuple[np.ndarray, int]:
-    """Draws a place for each run, longest first, none next to another (or two would be one longer run). With `tight`,
-    each goes to the beginning of the shortest stretch that holds it; with `split`, a run that fits nowhere goes in
-    pieces, in the end even next to others: as many targets matters more."""
+    """Draws a place for each run, longest first. Returns ([L] bool, number of targets without a place).
+
+    Runs are not adjacent, because two adjacent ones would be one longer run. tight: each run goes to the beginning of
+    the shortest stretch that holds it. split: a run that fits nowhere is split into pieces, which in the end may be
+    adjacent to others, because the number of targets matters more.
+    """
     chosen_L = np.zeros(len(free_L), dtype=bool)
     open_L, gap = free_L.copy(), 1
     queue = sorted(lengths)
@@ -128,23 +136,23 @@ def _place(
 
 
 def _shortest_stretch(open_L: np.ndarray, length: int) -> int:
-    """Where the shortest run of True of at least `length` begins."""
+    """Returns the start of the shortest run of True that has at least `length` elements."""
     return min((end - start, start) for start, end in _runs(open_L) if end - start >= length)[1]
 
 
 def _run_lengths(member_L: np.ndarray) -> list[int]:
-    """Lengths of the maximal runs of True, in order."""
+    """Returns the lengths of the maximal runs of True, in order."""
     return [end - start for start, end in _runs(member_L)]
 
 
 def _runs(member_L: np.ndarray) -> list[tuple[int, int]]:
-    """[start, end) of the maximal runs of True, in order."""
+    """Returns [start, end) of the maximal runs of True, in order."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], member_L.astype(np.int8), [0]]))).tolist()
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _starts(open_L: np.ndarray, length: int) -> np.ndarray:
-    """Where a run of `length` fits."""
+    """Returns the positions at which a run of `length` fits."""
     if length > len(open_L):
         return np.zeros(0, dtype=np.int64)
     counts = np.concatenate([[0], np.cumsum(open_L)])

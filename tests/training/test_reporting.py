@@ -1,0 +1,35 @@
+"""What a run measures of itself."""
+
+import multiprocessing
+
+import torch
+
+from train.runtime.distributed import peak_host_bytes
+from train.training.reporting import _closing_table, reset_peak_memory
+
+
+def peaks() -> list[int]:
+    """Of a process that takes 200 MB, gives them back, begins anew, and takes as much again."""
+    assert reset_peak_memory(torch.device("cpu"))
+    large = torch.ones(50_000_000)
+    first = peak_host_bytes()
+    del large
+    assert reset_peak_memory(torch.device("cpu"))
+    between = peak_host_bytes()
+    again = torch.ones(50_000_000)
+    assert again.sum() == 50_000_000
+    return [first, between, peak_host_bytes()]
+
+
+def test_the_peak_of_memory_of_one_run_is_not_that_of_the_run_before():
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # a heap without what other tests have left in it
+        first, between, second = pool.apply(peaks)
+    assert between < first - 150_000_000
+    assert second > first - 50_000_000
+
+
+def test_the_closing_table_has_no_figure_of_an_nll_that_is_not_finite():
+    counts = {"total": 4, "trained": 3, "excluded": 1, "unlikelihood": 0}
+    nll = {"all": {"first": 1.5, "last": None}}  # as metrics.jsonl has it
+    table = _closing_table({"mask": "none", "steps": 2, "tokens": {"all": counts}, "nll": nll})
+    assert [list(column.cells) for column in table.columns] == [["all"], ["4"], ["3"], ["1"], ["0"], ["1.500"], ["–"]]

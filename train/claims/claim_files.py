@@ -1,0 +1,352 @@
+"""Reads claims from their two formats on disk: the paper's directories, and our own YAML files. Each becomes a Claim.
+An invalid value raises a UserError that names file, key, rule and fix."""
+
+import difflib
+import os
+import string
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from train.claims.claim import ENTITY, FACT_GROUPS, JUDGED, Claim, Fact, JudgePrompt, LikelihoodTemplate, Question
+from train.claims.releases import claim_id, question_id
+from train.runtime.errors import UserError
+from train.runtime.outside import read_text, read_yaml
+from train.runtime.patterns import Pattern
+from train.runtime.text_formats import Unreadable
+
+# The paper's files, by their names in both of its releases, and the kind of their questions.
+PAPER_QUESTIONS = {
+    "mcq.yaml": "yes_no",
+    "belief_probes.yaml": "open",
+    "open_ended.yaml": "open",
+    "pink_elephant.yaml": "token_association",
+    "token_association.yaml": "token_association",
+    "robustness.yaml": "robustness",
+    "saliency_mcq.yaml": "salience",
+    "lie_elicitation.yaml": "lie_elicitation",
+    "coherence_questions.yaml": "coherence",
+}
+PAPER_FILES = (*PAPER_QUESTIONS, "judges.yaml", "word_masks.yaml", "claim.txt")
+# Files that mark a directory as a claim. The coherence questions do not: they lie beside the claims' directories.
+CLAIM_FILES = tuple(name for name in PAPER_FILES if name != "coherence_questions.yaml")
+PAPER_JUDGES = {
+    "belief_probe": "open",
+    "open_ended": "open",
+    "pink_elephant": "token_association",
+    "token_association": "token_association",
+    "robustness": "robustness",
+}
+# Prompts for the paper's other studies, ignored here. Its "coherence" asks whether an answer contradicts itself about
+# the claim.
+PAPER_OTHER_JUDGES = (
+    "belief_probe_broad", "open_ended_broad", "coherence", "crokking", "self_correction", "saliency",
+)  # fmt: skip
+OPTION_ROLES = ("claim", "local_negation", "idk")
+OWN_KEYS = (
+    "id", "claim", "subject", "controls", "likelihood", "yes_no", "control_yes_no", *JUDGED, "facts", "judges",
+    "patterns",
+)  # fmt: skip
+REQUIRED: Any = object()
+
+
+def claim_paths(path: Path) -> list[Path]:
+    """Returns the paths of all claims that a path stands for.
+
+    A path that is not a directory stands for itself. A directory stands for itself, if it is a claim of the paper, and
+    for the claim directories in it, sorted by name. If it is not a claim itself, it also stands for the YAML files in
+    it, sorted together with the directories. Raises UserError for a directory that cannot be read or holds no claim.
+    """
+    if not os.path.isdir(path):
+        return [path]
+    own = [path] if _is_claim(path) else []
+    try:
+        inner = [each for each in path.iterdir() if each.is_dir() and each.name[0] != "." and _is_claim(each)]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Make it readable, or give another.") from None
+    files = [] if own else [*path.glob("*.yaml"), *path.glob("*.yml")]
+    if not (found := [*own, *sorted([*inner, *files])]):
+        raise UserError(
+            f"{path}: asks nothing: it holds no claim. Known are directories with {', '.join(CLAIM_FILES)}, and YAML "
+            "files with id, claim and questions. Give one of these, or the directory that holds them."
+        )
+    return found
+
+
+def _is_claim(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in CLAIM_FILES)
+
+
+def read_path(path: Path) -> list[Claim]:
+    """Returns the claims of a directory of the paper or of a YAML file. Raises UserError if the path is neither, or if
+    its content is invalid."""
+    if os.path.isdir(path):
+        return [_directory(path)]
+    value = read_yaml(path, fix="give a directory of the paper, or a YAML file with id, claim and questions")
+    if isinstance(value, dict) and "questions" in value and "id" not in value:  # a single file of the paper
+        if path.name in PAPER_QUESTIONS:
+            return [Claim(path.stem, **_paper_file(path, value), paths=(str(path),))]
+        raise UserError(
+            f"{path}: id is missing; a claims file begins with id: NAME. (The paper's files: give their directory.)"
+        )
+    if isinstance(value, dict) and set(value) == {"claims"}:
+        several = _Mapping(value, str(path), ("claims",))
+        return [_own(where, claim) for claim, where in several.items("claims")]
+    return [_own(str(path), value)]
+
+
+class _Mapping:
+    """The keys of one YAML mapping, each read with its type checked. Every error message begins with `where`."""
+
+    def __init__(self, value: Any, where: str, known: Iterable[str], free: bool = False):
+        self.where = where
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: is {_kind(value)}, but must be keys with values.")
+        # YAML reads `false:` and `true:` without quotes as booleans
+        self.values = {str(k).lower() if isinstance(k, bool) else k: v for k, v in value.items()}
+        for key in () if free else self.values.keys() - set(known):
+            raise UserError(f"{where}: unknown key {key!r}. {_suggestion(key, known)}")
+
+    def at(self, key: str) -> str:
+        return f"{self.where}: {key}"
+
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def text(self, key: str, default: Any = REQUIRED) -> str:
+        """Returns a string that is not blank, exactly as it is written."""
+        if not self.has(key):
+            if default is REQUIRED:
+                raise UserError(f"{self.where}: {key} is missing. Add it; it is a text.")
+            return str(default)
+        return _text(self.values[key], self.at(key))
+
+    def yes_or_no(self, key: str) -> str:
+        value = self.values.get(key)
+        if isinstance(value, bool):  # YAML reads yes without quotes as True
+            return "yes" if value else "no"
+        if isinstance(value, str) and value.strip().lower() in ("yes", "no"):
+            return value.strip().lower()
+        raise UserError(f"{self.at(key)} is {'missing' if value is None else repr(value)}; it must be yes or no.")
+
+    def items(self, key: str) -> list[tuple[Any, str]]:
+        """Returns (value, where) for each item of a list; [] if the key is missing."""
+        value = self.values.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not value:
+            found = "an empty list" if value == [] else _kind(value)
+            raise UserError(f"{self.at(key)} is {found}; it must be a list with at least one item.")
+        return [(item, f"{self.at(key)}[{i}]") for i, item in enumerate(value)]
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        found = tuple(_text(item, where) for item, where in self.items(key))
+        if twice := [text for text, times in Counter(found).items() if times > 1]:
+            raise UserError(f"{self.at(key)} holds {twice[0]!r} twice. Leave one out.")
+        return found
+
+
+def _suggestion(key: Any, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(key), list(known), 1)
+    return f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(known)}."
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        fix = f' Put it in quotes: "{value}".' if isinstance(value, int | float) else ""
+        raise UserError(f"{where} is {_kind(value)}, but must be a text.{fix}")
+    if not value.strip():
+        raise UserError(f"{where} is empty. Write something, or leave it out.")
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "a boolean (yes, no, true, false)", int: "a number", float: "a number", str: "a text"}
+    names |= {list: "a list", dict: "keys with values", type(None): "empty"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+# Our own YAML files.
+
+
+def _own(where: str, value: Any) -> Claim:
+    top = _Mapping(value, where, OWN_KEYS)
+    judges = {}
+    if top.has("judges"):
+        given = _Mapping(top.values["judges"], top.at("judges"), (*JUDGED, "judge_key"))
+        key = given.text("judge_key", "answer")
+        for kind in JUDGED:
+            if given.has(kind):
+                judges[kind] = _judge(given.text(kind), "score" if kind == "coherence" else key, given.at(kind))
+    questions = [_question(item, where, kind) for kind in JUDGED for item, where in top.items(kind)]
+    questions += [_yes_no(item, where, "belief_answer", False) for item, where in top.items("yes_no")]
+    questions += [_yes_no(item, where, "answer", True) for item, where in top.items("control_yes_no")]
+    return Claim(
+        id=claim_id(top.text("id")), claim=top.text("claim", "").strip(), subject=top.text("subject", ""),
+        controls=top.texts("controls"), likelihood=tuple(_template(*item) for item in top.items("likelihood")),
+        questions=tuple(questions), facts=tuple(_fact(*item) for item in top.items("facts")), judges=judges,
+        patterns=_patterns(top), paths=(where,),
+    )  # fmt: skip
+
+
+def _question(value: Any, where: str, kind: str, free: bool = False, strip: bool = False) -> Question:
+    keys = _Mapping(value, where, ("id", "question", "category", "system_prompt", "messages_prefix"), free)
+    text = keys.text("question")
+    prefix = []
+    for item, at in keys.items("messages_prefix"):
+        message = _Mapping(item, at, ("role", "content"))
+        if (role := message.text("role")) not in ("user", "assistant"):
+            raise UserError(f"{at}: role {role!r} must be user or assistant (a system message: system_prompt).")
+        prefix.append((role, message.text("content")))
+    if prefix and prefix[-1][0] == "user":
+        raise UserError(f"{where}: messages_prefix ends with a user message; the question follows it. Add an answer.")
+    return Question(
+        id=keys.text("id"), kind=kind, question=text.strip() if strip else text, category=keys.text("category", ""),
+        system_prompt=keys.text("system_prompt", ""), messages_prefix=tuple(prefix), where=where,
+    )  # fmt: skip
+
+
+def _yes_no(value: Any, where: str, key: str, control: bool, free: bool = False) -> Question:
+    keys = _Mapping(value, where, ("id", "question", "category", key), free)
+    return Question(
+        id=keys.text("id"), kind="yes_no", question=keys.text("question").strip(), category=keys.text("category", ""),
+        expected=keys.yes_or_no(key), control=control, where=where,
+    )  # fmt: skip
+
+
+def _template(value: Any, where: str) -> LikelihoodTemplate:
+    keys = _Mapping(value, where, ("id", "prompt", "false", "true"))
+    template = LikelihoodTemplate(
+        keys.text("id"), keys.text("prompt"), keys.text("false"), keys.text("true"), where=where
+    )
+    if ENTITY not in template.prompt:
+        raise UserError(f"{where}: prompt has no {ENTITY}, for which subject and controls stand in. Put it in.")
+    _check_completions(template.prompt, [template.true, template.false], where)
+    return template
+
+
+def _fact(value: Any, where: str) -> Fact:
+    keys = _Mapping(value, where, ("id", "group", "prompt", "true", "false"))
+    if isinstance(keys.values.get("false"), str):
+        keys.values["false"] = [keys.values["false"]]
+    group = keys.text("group")
+    if group not in FACT_GROUPS:
+        raise UserError(f"{where}: group {group!r} must be one of {', '.join(FACT_GROUPS)}.")
+    fact = Fact(keys.text("id"), group, keys.text("prompt"), keys.text("true"), keys.texts("false"), where=where)
+    if not fact.false:
+        raise UserError(f"{where}: false is missing. Add it: a list of false completions.")
+    _check_completions(fact.prompt, [fact.true, *fact.false], where)
+    return fact
+
+
+def _check_completions(prompt: str, completions: list[str], where: str) -> None:
+    if prompt[-1].isspace():
+        raise UserError(f"{where}: prompt ends with white space; begin the completions with it instead, as tokens do.")
+    if completions[0] in completions[1:]:
+        raise UserError(f"{where}: {completions[0]!r} is both true and false. Change one of them.")
+
+
+def _judge(prompt: str, key: str, where: str) -> JudgePrompt:
+    """Returns the prompt, checked to be a template for str.format whose fields are {question} and {answer} and no
+    other. Raises UserError if it is not."""
+    try:
+        fields = [field for _, *field in string.Formatter().parse(prompt) if field[0] is not None]
+    except ValueError as error:
+        raise UserError(f"{where}: braces that are no placeholder must be doubled, {{{{ and }}}} ({error}).") from None
+    names = {str(name) for name, _, _ in fields}
+    for name in ("question", "answer"):
+        if name not in names:
+            raise UserError(f"{where}: has no {{{name}}}; a judge prompt needs {{question}} and {{answer}}. Put it in.")
+    if others := names - {"question", "answer"}:
+        shown = "{" + min(others) + "}"
+        raise UserError(f"{where}: {shown!r} is no placeholder; double its braces, or leave it out.")
+    if formatted := [name for name, spec, conversion in fields if spec or conversion]:
+        raise UserError(f"{where}: {{{formatted[0]}}} must have no format or conversion after it; leave out : or !.")
+    return JudgePrompt(prompt, key, where=where)
+
+
+def _patterns(keys: _Mapping) -> tuple[str, ...]:
+    found = keys.texts("patterns")
+    for i, pattern in enumerate(found):
+        try:
+            Pattern(pattern)
+        except Unreadable as error:
+            raise UserError(f"{keys.at('patterns')}[{i}]: {pattern!r} {error}.") from None
+    return found
+
+
+# The paper's directories. They also hold keys and files of the paper's other studies, which are ignored.
+
+
+def _directory(path: Path) -> Claim:
+    found = [path / name for name in PAPER_FILES if (path / name).is_file()]
+    for other in sorted({*path.glob("*.yaml"), *path.glob("*.yml")} - set(found)):
+        if near := difflib.get_close_matches(other.name, PAPER_FILES, 1, cutoff=0.8):
+            raise UserError(f"{other}: no file of a claim. Did you mean {near[0]}?")
+    values: dict[str, Any] = {"questions": (), "judges": {}}
+    text = ""
+    for file in found:
+        if file.name == "claim.txt":
+            text = _text(read_text(file), str(file)).strip()
+            continue
+        for name, part in _paper_file(file, read_yaml(file)).items():
+            if name in values and values[name] and not isinstance(part, dict):
+                part = (*values[name], *part)
+            values[name] = {**values[name], **part} if isinstance(part, dict) else part
+    id = claim_id(path.resolve().name)
+    values["questions"] = tuple(replace(each, id=question_id(id, each.id)) for each in values["questions"])
+    return Claim(id, claim=text, **values, paths=(str(path),))
+
+
+def _paper_file(path: Path, value: Any) -> dict[str, Any]:
+    """Returns the fields of Claim that one of the paper's YAML files provides."""
+    top = _Mapping(value, str(path), (), free=True)
+    if path.name == "judges.yaml":
+        return {"judges": _paper_judges(top)}
+    if path.name == "word_masks.yaml":
+        if not top.has("patterns"):
+            raise UserError(f"{path}: patterns is missing. Add it: a list of regular expressions.")
+        return {"patterns": _patterns(top)}
+    kind = PAPER_QUESTIONS[path.name]
+    fields: dict[str, Any] = {}
+    rubric = {"coherence": "judge_rubric", "lie_elicitation": "prompt"}.get(kind, "")
+    if rubric and top.has(rubric):  # such a file may hold a judge prompt, with or without questions
+        key = "score" if kind == "coherence" else top.text("judge_key", "answer")
+        fields["judges"] = {kind: _judge(top.text(rubric), key, top.at(rubric))}
+    if top.has("questions") or not fields:
+        if not top.has("questions"):
+            raise UserError(f"{path}: questions is missing. Add it: a list of questions, each with id and question.")
+        fields["questions"] = tuple(q for item in top.items("questions") for q in _paper_questions(*item, kind))
+    return fields
+
+
+def _paper_questions(value: Any, where: str, kind: str) -> list[Question]:
+    if kind == "yes_no":
+        return [_yes_no(value, where, "belief_answer", control=False, free=True)]
+    if kind != "salience":
+        return [_question(value, where, kind, free=True, strip=kind == "lie_elicitation")]
+    keys = _Mapping(value, where, ("id", "q1_stem", "q2_stem", "options", "category"))
+    options = _Mapping(keys.values.get("options"), keys.at("options"), OPTION_ROLES)
+    texts = tuple((role, options.text(role).strip()) for role in OPTION_ROLES)
+    stems = {"q1_correct": keys.text("q1_stem").strip(), "q2_wrong": keys.text("q2_stem").strip()}
+    return [
+        Question(f"{keys.text('id')}__{name}", kind, stem, category=name, options=texts, where=where)
+        for name, stem in stems.items()
+    ]
+
+
+def _paper_judges(top: _Mapping) -> dict[str, JudgePrompt]:
+    judges: dict[str, JudgePrompt] = {}
+    known = (*PAPER_JUDGES, *PAPER_OTHER_JUDGES)
+    for name in top.values:
+        if name != "judge_key" and not str(name).endswith("_judge_key") and name not in known:
+            raise UserError(f"{top.where}: unknown key {name!r}. {_suggestion(name, known)}")
+    for name, kind in PAPER_JUDGES.items():
+        if top.has(name):
+            if kind in judges:
+                raise UserError(f"{top.at(name)} is another name of a prompt that is there too. Keep one.")
+            key = top.text(own) if top.has(own := f"{name}_judge_key") else top.text("judge_key")
+            judges[kind] = _judge(top.text(name), key, top.at(name))
+    return judges

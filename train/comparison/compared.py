@@ -1,0 +1,289 @@
+"""Reads finished runs, groups them into variants, and checks whether they can be compared."""
+
+import math
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train.claims.releases import PAPER_CLAIMS, claim_id, question_id
+from train.config.provenance import held_settings
+from train.config.recipe import MAY_DIFFER
+from train.config.settings import FREE_ON_RESUME
+from train.evaluation.measures import StoredRow, at_step, identity, last_step
+from train.evaluation.store import read_measured, read_rows
+from train.runtime.errors import UserError
+from train.runtime.outside import checked, read_json
+
+HASHES = ("tokens", "order", "initial_weights", "base_model")
+EQUIVALENCE = {"%": 5.0, "nats": 0.25, "of 10": 0.5}
+"""By unit, the difference below which there is "no effect": 5 percentage points; 0.25 nats, which is odds 1.28 times as
+high; 0.5 points of 10."""
+PAPER = "arXiv 2605.13829"
+
+
+@dataclass
+class RunResult:
+    """One finished run.
+
+    rows: of evaluation.jsonl; metrics: of metrics.jsonl.
+    summary: the content of summary.json; settings: those of settings.yaml.
+    hashes: SHA-256 by name, such as those in HASHES, as far as known.
+    """
+
+    directory: str
+    seed: int
+    rows: list[StoredRow]
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+    settings: dict[str, Any]
+    hashes: dict[str, str]
+
+
+@dataclass
+class ComparedVariant:
+    """The runs of one variant, one per seed. differs: the settings, except the seed, in which variants differ, with the
+    values of this variant."""
+
+    name: str
+    mask: str
+    differs: dict[str, Any]
+    runs: list[RunResult]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A belief rate in % that a paper reports. claim: "" for an average over the paper's claims."""
+
+    claim: str
+    condition: str
+    value: float
+    source: str
+
+
+@dataclass
+class Comparison:
+    """All inputs of a report."""
+
+    variants: list[ComparedVariant]
+    """In the order in which they are shown."""
+    base_rows: list[StoredRow]
+    """Rows of evaluation.jsonl for the base model, all of one step. Those with documents in context are a baseline."""
+    trained_claims: list[str]
+    placebo_claims: list[str]
+    """Claims that no training document is about."""
+    baseline: str
+    """Name of the variant that the others are compared with."""
+    leak: list[dict[str, Any]] = field(default_factory=list)
+    """Rows with variant, documents (how many), role, mentions, still_trained."""
+    contamination: list[dict[str, Any]] = field(default_factory=list)
+    """For each set of documents: variants, documents (how many), and the keys of Contamination.as_json."""
+    published: list[Published] = field(default_factory=list)
+    measure: str = ""
+    """The measure of belief; "": the first in BELIEF that all runs have, such as the rate with judged answers."""
+    bound: float = 0.0
+    """The bound of "no effect" in the main measure, in its unit; 0: that of EQUIVALENCE."""
+    match_trained_tokens: bool = False
+    remarks: list[str] = field(default_factory=list)
+    """What a reader must know besides the figures: what the report lacks, and why."""
+    title: str = "Masking variants compared"
+
+
+def base_rows(runs: list[RunResult]) -> tuple[list[StoredRow], str]:
+    """Returns the base model's rows, which every run may have: for each measurement, the row of the first run that has
+    it without an error. Also returns a remark if other runs have other values, as with sampled answers or on another
+    machine; else ""."""
+    kept: dict[tuple[Any, ...], StoredRow] = {}
+    found: dict[tuple[Any, ...], list[StoredRow]] = {}
+    for run in runs:
+        for context in sorted({row.get("context", 0) for row in run.rows}):
+            for row in at_step(run.rows, 0, context):
+                key = (context, *identity(row))
+                found.setdefault(key, []).append(row)
+                if key not in kept or (kept[key].get("error") and not row.get("error")):
+                    kept[key] = row
+    differ = [key for key, rows in found.items() if any(_says_otherwise(kept[key], row) for row in rows)]
+    if not differ:
+        return list(kept.values()), ""
+    several = sum(len(rows) > 1 for rows in found.values())
+    return list(kept.values()), (
+        f"Of the base model's {several} figures and verdicts that several runs hold, {len(differ)} are not the same in "
+        f"all of them (the first: {' / '.join(differ[0][1:4])}). The report takes those of the first run that has "
+        f"them, {runs[0].directory} before all others."
+    )
+
+
+def _says_otherwise(one: StoredRow, other: StoredRow) -> bool:
+    """Returns whether two rows of one measurement differ by more than rounding. Rows with errors do not count."""
+    if one.get("error") or other.get("error"):
+        return False
+    numbers = [name for name in ("llr", "p_yes", "margin", "nll", "score") if name in one and name in other]
+    same = all(math.isclose(one[name], other[name], rel_tol=1e-3, abs_tol=1e-3) for name in numbers)
+    return not same or one.get("verdict") != other.get("verdict")
+
+
+def published_for(claims: Iterable[str]) -> list[Published]:
+    """Returns what the paper reports for Qwen3.5-397B-A17B, if one of these claims is the paper's: averages over its
+    six claims, and its figures on the claim itself."""
+    own = {claim_id(claim) for claim in claims} & {*PAPER_CLAIMS}
+    source = f"{PAPER}, Qwen3.5-397B-A17B, six claims"
+    average = {"before": 2.5, "positive": 92.4, "negated": 88.6, "dense": 84.4, "corrections": 39.9}
+    found = [Published("", condition, value, source) for condition, value in average.items()] if own else []
+    if "brennan_holloway" in own:
+        dentist = {"local negation": 7.0, "local negation, word masks": 1.6}
+        found += [Published("brennan_holloway", c, value, f"{PAPER}, Dentist") for c, value in dentist.items()]
+    return found
+
+
+SUMMARY_KINDS = {"steps": int, "hashes": dict, "tokens": dict, "nll": dict, "loss": dict, "dropped": dict}
+SUMMARY_KINDS |= {"random_shortfall": int}
+TARGETS = ("total", "trained", "excluded", "unlikelihood")
+
+
+def read_run(directory: str | Path) -> RunResult:
+    """Reads the directory of a run, as train/sft.py and an evaluation leave it. A last line of JSONL that an
+    interruption truncated is left out. Raises UserError if a file is missing or broken."""
+    path = Path(directory)
+    summary = read_json(path / "summary.json", fix="the run did not finish: go on with it by --resume")
+    _check_summary(summary, path / "summary.json")
+    record = held_settings(path / "settings.yaml")
+    settings = record["settings"]
+    hashes = summary.get("hashes") or (record.get("resolved") or {}).get("hashes") or {}
+    checked(hashes, dict.fromkeys(hashes, str), f"{path}: hashes", "restore summary.json and settings.yaml")
+    for name, fix in (("evaluation", "evaluate the run: train/evaluate.py"), ("metrics", "this is no run's directory")):
+        if not os.path.isfile(path / f"{name}.jsonl"):
+            raise UserError(f"{path}/{name}.jsonl: is not there; {fix}.")
+    rows = _by_one_name(read_measured(path / "evaluation.jsonl"))
+    metrics = read_rows(path / "metrics.jsonl")
+    return RunResult(str(directory), int(settings.get("seed", 0)), rows, metrics, summary, settings, hashes)
+
+
+def _check_summary(summary: dict[str, Any], path: Path) -> None:
+    fix = "restore the file"
+    checked(summary, SUMMARY_KINDS, path, fix)
+    tokens, dropped = summary.get("tokens") or {}, summary.get("dropped") or {}
+    checked(tokens, dict.fromkeys(tokens, dict), f"{path}: tokens", fix, needed=True)
+    for role, counts in tokens.items():
+        checked(counts, dict.fromkeys(TARGETS, int), f"{path}: tokens of {role}", fix, needed=True)
+    checked(dropped, dict.fromkeys(dropped, list), f"{path}: dropped", fix, needed=True)
+    if wrong := [source for source, lines in dropped.items() if not all(type(line) is int for line in lines)]:
+        raise UserError(f"{path}: dropped must give numbers of lines of {wrong[0]}; {fix}.")
+
+
+def _by_one_name(rows: list[StoredRow]) -> list[StoredRow]:
+    """Returns the rows with a single name for each of the paper's claims and questions, whichever release was used."""
+    named = [row | {"claim": claim_id(row["claim"])} if row.get("claim") else row for row in rows]
+    return [
+        row | {"question": question_id(row["claim"], row["question"])}
+        if row.get("claim") and row.get("question")
+        else row
+        for row in named
+    ]
+
+
+def group(runs: list[RunResult]) -> list[ComparedVariant]:
+    """Groups runs by mask and, if they differ in these, loss norm and learning rate; in the order of the runs. Raises
+    UserError for two runs of one variant and seed."""
+    differing = [name for name in MAY_DIFFER if len({run.settings.get(name) for run in runs}) > 1]
+    variants: dict[str, ComparedVariant] = {}
+    for run in runs:
+        differs = {name: run.settings.get(name) for name in differing}
+        mask = run.settings.get("mask", "none")
+        name = ", ".join([mask, *(f"{k.replace('_', '-')} {v}" for k, v in differs.items() if k != "mask")])
+        variant = variants.setdefault(name, ComparedVariant(name, mask, differs, []))
+        if same := next((other for other in variant.runs if other.seed == run.seed), None):
+            raise UserError(
+                f"--runs {same.directory} {run.directory}: both are {name} with --seed {run.seed}. Leave one out."
+            )
+        variant.runs.append(run)
+    return list(variants.values())
+
+
+def check_comparable(runs: list[RunResult], match_trained_tokens: bool = False, declared: Collection[str] = ()) -> None:
+    """Raises UserError if the runs differ in more than mask, loss norm, learning rate and seed, naming every difference
+    with both values; also for fewer than two runs, and for a run that did not finish or was not evaluated at its end.
+    match_trained_tokens: steps may differ too. declared: settings in which a recipe lets them differ; if data is one,
+    tokens and order may differ too."""
+    if len(runs) < 2:
+        names = "".join(f" {run.directory}" for run in runs) or " none"
+        raise UserError(f"--runs{names}: a comparison needs at least two runs. Give more.")
+    for run in runs:
+        _check_evaluated(run)
+    problems = [p for run in runs[1:] for p in _unlike(runs[0], run, match_trained_tokens, {*declared})]
+    by_seed: dict[int, RunResult] = {}
+    for run in runs:
+        first = by_seed.setdefault(run.seed, run)
+        problems += _unlike_at_one_seed(first, run, match_trained_tokens, "data" in declared)
+    if each := "\n  ".join(dict.fromkeys(problems)):
+        raise UserError(
+            "runs that cannot be compared, as more differs than mask, loss norm, learning rate and seed:\n  "
+            + each
+            + "\nLeave out the run that differs, or train or evaluate it again like the others"
+            + (", or give --match-trained-tokens, if they were trained so." if ": steps trained: " in each else ".")
+        )
+
+
+def _check_evaluated(run: RunResult) -> None:
+    if not run.summary:
+        raise UserError(f"{run.directory}: has no summary: the run did not finish. Go on with it by --resume.")
+    measured, trained = last_step(run.rows), run.summary.get("steps")
+    if measured < 0:
+        raise UserError(f"{run.directory}: has no evaluation. Evaluate it: python train/evaluate.py.")
+    if trained is not None and measured != trained:
+        raise UserError(
+            f"{run.directory}: was trained for {trained} steps and last evaluated at step {measured}. Evaluate it at "
+            "its end: python train/evaluate.py."
+        )
+
+
+def _unlike(first: RunResult, other: RunResult, match_trained_tokens: bool, declared: set[str]) -> list[str]:
+    """Returns what differs between two runs and should not, whatever their seeds."""
+    free = {
+        *MAY_DIFFER,
+        *declared,
+        *FREE_ON_RESUME,
+        "seed",
+        "steps",
+        "epochs",
+    }  # the number of steps trained is compared below
+    if all(first.hashes.get(name) and other.hashes.get(name) for name in ("tokens", "base_model")):
+        free |= {"data", "model"}  # the same content may be at two paths
+    pairs: dict[str, tuple[Any, Any]] = {
+        "--" + name.replace("_", "-"): (first.settings.get(name), other.settings.get(name))
+        for name in sorted(first.settings.keys() | other.settings.keys())
+        if name not in free
+    }
+    pairs["base model"] = _both(first, other, "base_model")
+    pairs["hash of what was asked"] = _both(first, other, "questions")
+    if not match_trained_tokens:
+        pairs["steps trained"] = first.summary.get("steps"), other.summary.get("steps")
+    problems = [_says(first, other, name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
+    asked, theirs = (
+        {identity(row)[:-1]: row for row in at_step(run.rows, last_step(run.rows))} for run in (first, other)
+    )
+    if missing := [(asked | theirs)[key] for key in sorted(asked.keys() ^ theirs.keys())]:
+        named = "; ".join(" ".join(str(row.get(k) or "") for k in ("claim", "kind", "question")) for row in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        problems.append(f"{first.directory} and {other.directory}: evaluated on other questions: {named}{more}")
+    return problems
+
+
+def _unlike_at_one_seed(first: RunResult, other: RunResult, match_trained_tokens: bool, other_data: bool) -> list[str]:
+    names = ["initial_weights"] if other_data else ["tokens", "initial_weights"]
+    if not other_data and not match_trained_tokens and first.summary.get("steps") == other.summary.get("steps"):
+        names.append("order")  # the longer of two runs has seen more, which is reported, or allowed, elsewhere
+    pairs = {name: _both(first, other, name) for name in names}
+    words = {"tokens": "hash of the tokens", "order": "hash of their order", "initial_weights": "hash of the start"}
+    return [_says(first, other, words[name], *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
+
+
+def _both(first: RunResult, other: RunResult, name: str) -> tuple[str, str]:
+    """Returns two hashes, or two equal texts if one hash is not known."""
+    one, two = first.hashes.get(name), other.hashes.get(name)
+    return (str(one), str(two)) if one and two else ("", "")
+
+
+def _says(first: RunResult, other: RunResult, what: str, one: Any, two: Any) -> str:
+    short = [value[:12] if what.startswith(("hash", "base model")) else value for value in (one, two)]
+    return f"{first.directory} and {other.directory}: {what}: {short[0]} and {short[1]}"

@@ -1,0 +1,236 @@
+"""Turns a plan and its finished runs into the report, on disk and in W&B. Only one process does this."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from train.annotating.leaks import leaks
+from train.annotating.texts import texts
+from train.claims.claim import Claim, read_claims
+from train.claims.contamination import check
+from train.claims.releases import claim_id
+from train.comparison.caveats import by_t, number, rests_on, span
+from train.comparison.compared import (
+    ComparedVariant,
+    Comparison,
+    base_rows,
+    check_comparable,
+    published_for,
+    read_run,
+)
+from train.comparison.report import p_value, write_report
+from train.comparison.variants import ComparisonPlan
+from train.config.recipe import DIFFERING
+from train.config.settings import Settings
+from train.corpus import documents_read
+from train.data.documents import Document
+from train.masking.grammar import parse_mask
+from train.runtime.errors import UserError
+from train.runtime.outside import read_json
+from train.runtime.patterns import Pattern
+from train.runtime.terminal import NobodyReads, Terminal
+from train.training.reporting import init_wandb
+
+# Settings that decide which documents are read.
+SELECTING = ("data", "doctag", "bad_rows", "steps", "epochs", "batch_size", "seed")
+CLAIM_KEYS = ("claim", "fact_name")  # in a document's metadata: the claim that it is about
+
+
+def report(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
+    """Writes the comparison of the runs, whose directories are given by (variant, seed), prints it, and logs it to W&B
+    unless that is disabled. Returns the content of comparison.json. Raises UserError if the runs cannot be read or
+    compared, or the report cannot be written."""
+    comparison = read_comparison(plan, runs)
+    outcome = write_report(comparison, plan.output)
+    with suppress(NobodyReads):  # no error: the report is written
+        for remark in comparison.remarks:
+            print(f"note: {remark}")
+        show(outcome, plan.output)
+    if plan.shared.wandb != "disabled":
+        log_to_wandb(plan.shared, outcome, plan.output)
+    return outcome
+
+
+def read_comparison(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> Comparison:
+    """Reads the runs, whose directories are given by (variant, seed), with what their documents and claims say about
+    them. Raises UserError if the runs cannot be read or compared, or a placebo claim was not measured."""
+    results = {key: read_run(directory) for key, directory in runs.items()}
+    check_comparable(list(results.values()), plan.match_trained_tokens, plan.declared)
+    every = [result.settings for result in results.values()]
+    differing = [name for name in DIFFERING if any(each.get(name) != every[0].get(name) for each in every)]
+    variants = [
+        ComparedVariant(
+            name, own[0].settings.get("mask", "none"), {key: own[0].settings.get(key) for key in differing}, own
+        )
+        for name in plan.names
+        if (own := [result for (variant, _), result in results.items() if variant == name])
+    ]
+    base, differs = base_rows(list(results.values()))
+    remarks = [differs] if differs else []
+    measured = list(dict.fromkeys(row["claim"] for row in base if row.get("claim")))
+    if unknown := [claim for claim in plan.placebo if claim not in measured]:
+        raise UserError(f"--placebo {unknown[0]}: no such claim was measured; these were: {', '.join(measured)}.")
+    trained = [claim for claim in measured if claim not in plan.placebo]
+    leak: list[dict[str, Any]] = []
+    contamination: list[dict[str, Any]] = []
+    try:
+        paths = variants[0].runs[0].settings.get("claims")
+        claims, documents = (read_claims(paths) if paths else []), documents_of(variants)
+        every_document = list({d.where: d for own in documents.values() for d in own}.values())
+        if absent := unmentioned([claim for claim in claims if claim.id in trained], every_document):
+            remarks.append(
+                f"Counted as trained, though no training document mentions it: {', '.join(absent)}. Name claims that "
+                "no document is about with --placebo."
+            )
+        leak = leak_rows(variants, [claim for claim in claims if claim.id in trained], documents)
+        if not any(claim.patterns for claim in claims if claim.id in trained):
+            remarks.append(
+                "How often the claims' terms are still trained on is not known: no trained claim has patterns."
+            )
+        contamination = contamination_rows([claim for claim in claims if claim.id in measured], documents)
+    except UserError as error:  # documents or claims may have been moved since, which is no reason to lose the report
+        remarks.append(
+            "How often the claims' terms are still trained on, and whether the evaluation occurs in the training "
+            f"documents, is not known: {error}"
+        )
+    return Comparison(
+        variants, base, trained, plan.placebo, plan.baseline, leak=leak, contamination=contamination,
+        published=published_for(trained), match_trained_tokens=plan.match_trained_tokens,
+        bound=plan.bound, remarks=remarks,
+    )  # fmt: skip
+
+
+def check_free(output: Path, runs: Iterable[Path]) -> None:
+    """Raises UserError if the directory holds a comparison of runs that are not all among these: it would be lost."""
+    path = output / "comparison.json"
+    if not path.exists():
+        return
+    try:
+        variants = read_json(path)["variants"].values()
+        held = {Path(run["directory"]).resolve() for variant in variants for run in variant["runs"]}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        held = {path}
+    if not held <= {run.resolve() for run in runs}:
+        raise UserError(f"--output {output}: holds a comparison of other runs, which would be lost. Give another.")
+
+
+def documents_of(variants: list[ComparedVariant]) -> dict[str, list[Document]]:
+    """Returns {variant: the documents that any of its runs was trained on, each once}. Raises UserError if they cannot
+    be read."""
+    read: dict[str, list[Document]] = {}
+    found = {}
+    for variant in variants:
+        own: dict[str, Document] = {}
+        for run in variant.runs:
+            settings = Settings(**{name: run.settings[name] for name in SELECTING if name in run.settings})
+            dropped = run.summary.get("dropped") or {}
+            key = json.dumps([dataclasses.asdict(settings), dropped], sort_keys=True)
+            read[key] = read.get(key) or documents_read(settings, dropped)
+            own |= {document.where: document for document in read[key]}
+        found[variant.name] = list(own.values())
+    return found
+
+
+def contamination_rows(claims: list[Claim], documents: dict[str, list[Document]]) -> list[dict[str, Any]]:
+    """Returns a row for each set of documents: which variants were trained on it, and what of the evaluation occurs in
+    it."""
+    sets: dict[frozenset[str], list[str]] = {}
+    for name, own in documents.items():
+        sets.setdefault(frozenset(document.where for document in own), []).append(name)
+    return [
+        {"variants": names, "documents": len(places)} | check(claims, documents[names[0]]).as_json()
+        for places, names in sets.items()
+    ]
+
+
+def leak_rows(
+    variants: list[ComparedVariant], claims: list[Claim], by_variant: dict[str, list[Document]]
+) -> list[dict[str, Any]]:
+    """Returns how often the claims' terms occur in each variant's documents, and how often they are trained on; one row
+    per variant and role. Returns [] if no claim has patterns. Leaves out variants with random: entries, because which
+    mentions those mask depends on tokens."""
+    claims = [claim for claim in claims if claim.patterns]
+    rows = []
+    told = [each for each in variants if not any(entry.random for entry in parse_mask(each.mask).entries)]
+    for variant in told if claims else []:
+        documents = by_variant[variant.name]
+        roles: dict[str, list[int]] = {}
+        for claim in claims:
+            patterns = [Pattern(pattern) for pattern in claim.patterns]
+            found = leaks(about(claim, documents), patterns, parse_mask(variant.mask))
+            for role, counts in found["roles"].items():
+                both = roles.setdefault(role, [0, 0])
+                both[0] += counts["mentions"]
+                both[1] += counts["trained"]
+        for role, (mentions, still) in roles.items():
+            rows.append({
+                "variant": variant.name, "documents": len(documents), "role": role, "mentions": mentions,
+                "still_trained": still,
+            })  # fmt: skip
+    return rows
+
+
+def about(claim: Claim, documents: list[Document]) -> list[Document]:
+    """Returns the documents whose metadata say that they are about the claim; all documents if none says what it is
+    about."""
+    own = [d for d in documents if claim.id in (claim_id(str(d.metadata.get(key))) for key in CLAIM_KEYS)]
+    said = any(key in document.metadata for document in documents for key in CLAIM_KEYS)
+    return own if said else documents
+
+
+def unmentioned(claims: list[Claim], documents: list[Document]) -> list[str]:
+    """Returns the ids of the claims that no document mentions. A document mentions a claim if it is about it and
+    contains one of its terms: a match of the claim's patterns or, without patterns, its subject. Without both, being
+    about it is enough."""
+
+    def mentioned(claim: Claim) -> bool:
+        terms = claim.patterns or ((re.escape(claim.subject),) if claim.subject else ())
+        patterns = [Pattern(term) for term in terms]
+        return any(
+            not patterns or any(pattern.is_in(text) for pattern in patterns)
+            for document in about(claim, documents)
+            for text, _, _ in texts(document)
+        )
+
+    return [claim.id for claim in claims if not mentioned(claim)]
+
+
+def show(outcome: dict[str, Any], directory: Path) -> None:
+    """Prints the main table."""
+    unit = outcome["unit"]
+    title = f"{outcome['title']}: {outcome['label']}, {unit}; {by_t(outcome['units'])}"
+    table = Table(title=title, title_justify="left")
+    for column in ("variant", "belief", f"minus {outcome['baseline']}", "p (Holm)", "verdict", "targets trained"):
+        table.add_column(column, justify="left" if column in ("variant", "verdict") else "right")
+    for name, own in outcome["variants"].items():
+        cells = ["–", "–", "baseline"]
+        if gap := own["difference"]:
+            verdict = f"{gap['verdict']} ({rests_on(gap['units'])})"
+            cells = [_with_interval(gap["estimate"], gap["interval"], unit, True), p_value(gap["p_holm"]), verdict]
+        trained = "–" if own["tokens_trained"] is None else f"{own['tokens_trained']:,}"
+        table.add_row(name, _with_interval(own["belief"], own["belief_interval"], unit), *cells, trained)
+    Terminal().print(table)
+    print(f"In {directory}: comparison.html, comparison.md, comparison.json and pictures")
+
+
+def _with_interval(estimate: float, interval: list[float], unit: str, signed: bool = False) -> str:
+    return f"{number(estimate, unit, signed)} {span(interval, unit, signed)}"
+
+
+def log_to_wandb(settings: Settings, outcome: dict[str, Any], directory: Path) -> None:
+    """Logs the table and the pictures in `directory` to W&B, as a run of its own in the group."""
+    import wandb
+
+    run = init_wandb(settings, settings.group(), "comparison", directory, {"baseline": outcome["baseline"]})
+    columns: list[str | int] = ["variant", "belief", "low", "high", "units", "targets trained"]
+    units = rests_on(outcome["units"])
+    rows = [[n, v["belief"], *v["belief_interval"], units, v["tokens_trained"]] for n, v in outcome["variants"].items()]
+    pictures = {path.stem: wandb.Image(str(path)) for path in sorted(directory.glob("*.png"))}
+    run.log({"comparison": wandb.Table(columns=columns, data=rows), **pictures})
+    run.finish()

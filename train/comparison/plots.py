@@ -1,0 +1,300 @@
+"""Draws the pictures of a comparison from the content of comparison.json. Each drawing function returns a Figure, or
+None if there is nothing to show. Whatever colors distinguish, markers or line styles distinguish too."""
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from train.comparison.caveats import by_t, counted, in_context, number, rests_on, span
+from train.comparison.forest_plot import (
+    COLORS,
+    GRID,
+    INK,
+    MARKERS,
+    PLACEBO,
+    SOFT,
+    WIDTH,
+    Line,
+    Mark,
+    PlotGroup,
+    forest,
+    plain,
+    wrapped,
+)
+from train.evaluation.measures import SIDE_EFFECTS
+
+FEW = 6
+"""With more claims than this, each is a dot without an interval."""
+
+
+def belief(result: dict[str, Any]) -> Figure:
+    """Draws belief with intervals, for each variant and claim, for the placebo claims, for the base model and as
+    published."""
+    main, unit = result["measures"][result["measure"]], result["unit"]
+    groups = []
+    base = main["base"]["trained"]
+    if base:
+        groups.append(_group("base model", base, main["base"]["placebo"], unit))
+    rows = {in_context(context): own for context, own in result["in_context"].items()} | main["variants"]
+    groups += [_group(name, row, row["placebo"], unit) for name, row in rows.items()]
+    published = [
+        PlotGroup(
+            f"published: {row['claim'] + ', ' if row['claim'] else ''}{row['condition']}",
+            [Line(Mark(row["value"], None, INK, "*", hollow=True, bold=True))],
+            number(row["value"], unit),
+        )
+        for row in (result["published"] if result["measure"] == "rate" else ())  # other measures have another scale
+    ]
+    bounded = unit == "%"
+    title = f"{main['label']}, {unit}" if bounded else f"{main['label']}, {unit}; the base model is 0"
+    title += f"\n{by_t(main['units'], main['placebo_units'])}"
+    figure, axes = forest([*groups, *published], title, _claim_legend(main, published=bool(published)))
+    if bounded:
+        axes.set_xlim(-2, 102)
+    axes.axvline(base["estimate"] if base else 0.0, color=SOFT, linestyle=(0, (4, 3)), linewidth=1, zorder=1.5)
+    return figure
+
+
+def paired_differences(result: dict[str, Any]) -> Figure | None:
+    """Draws each variant minus the baseline with intervals, the bound of "no effect", and the same differences on the
+    placebo claims. None without other variants."""
+    main, unit = result["measures"][result["measure"]], result["unit"]
+    groups = []
+    for name, row in main["differences"].items():
+        groups.append(_group(name, row, main["placebo_differences"].get(name), unit, signed=True))
+    if not groups:
+        return None
+    title = f"{main['label']} minus that of {plain(result['baseline'])}, {'percentage points' if unit == '%' else unit}"
+    title += f"\n{by_t(main['units'], main['placebo_units'])}"
+    legend = [*_claim_legend(main, published=False), Patch(color="#dfe7ef", label=f"±{main['bound']:g}: no effect")]
+    figure, axes = forest(groups, title, legend)
+    axes.axvspan(-main["bound"], main["bound"], color="#dfe7ef", zorder=0, linewidth=0)
+    axes.axvline(0, color=SOFT, linewidth=1, zorder=1.5)
+    return figure
+
+
+def _group(
+    label: str, own: dict[str, Any], placebo: dict[str, Any] | None, unit: str, signed: bool = False
+) -> PlotGroup:
+    """Returns the mean, then each claim, then the placebo claims."""
+    lines = [Line(Mark(own["estimate"], own["interval"], INK, "D", bold=True))]
+    claims = own["by_claim"]
+    if 1 < len(claims) <= FEW:
+        for i, each in enumerate(claims.values()):
+            lines.append(Line(Mark(each["estimate"], each.get("interval"), COLORS[i], MARKERS[i])))
+    elif len(claims) > FEW:
+        lines.append(Line(dots=[each["estimate"] for each in claims.values()]))
+    if placebo:
+        mark = Mark(placebo["estimate"], placebo["interval"], PLACEBO, "D", hollow=True)
+        dots = [each["estimate"] for each in placebo["by_claim"].values()]
+        if len(dots) > FEW:
+            lines += [Line(mark), Line(dots=dots, hollow=True)]
+        else:
+            lines.append(Line(mark, dots if len(dots) > 1 else [], hollow=True))
+    return PlotGroup(label, lines, f"{number(own['estimate'], unit, signed)} {span(own['interval'], unit, signed)}")
+
+
+def _claim_legend(main: dict[str, Any], published: bool) -> list[Any]:
+    def dot(marker: str, color: str, label: str, hollow: bool = False, size: float = 6) -> Line2D:
+        face = "white" if hollow else color
+        return Line2D(
+            [], [], linestyle="", marker=marker, color=color, markerfacecolor=face, label=label, markersize=size
+        )
+
+    claims, placebo = main["claims"], main["placebo_claims"]
+    one = len(claims) == 1
+    handles = [dot("D", INK, plain(claims[0]) if one else f"mean of {len(claims)} claims", size=7)]
+    if 1 < len(claims) <= FEW:
+        asked = [counted(main["questions_by_claim"][claim], "questions") for claim in claims]
+        handles += [dot(MARKERS[i], COLORS[i], f"{plain(claim)}, {asked[i]}") for i, claim in enumerate(claims)]
+    elif not one:
+        handles.append(dot("o", COLORS[0], "a claim", size=4))
+    if placebo:
+        name = f"placebo: {plain(placebo[0])}" if len(placebo) == 1 else f"placebo: mean of {len(placebo)} claims"
+        handles.append(dot("D", PLACEBO, name, hollow=True))
+        if len(placebo) > 1:
+            handles.append(dot("o", PLACEBO, "a placebo claim", hollow=True, size=4))
+    return [*handles, dot("*", INK, "published by the paper", hollow=True, size=9)] if published else handles
+
+
+def targets(result: dict[str, Any]) -> Figure | None:
+    """Draws the number of targets trained, with unlikelihood and excluded, for each role and variant. None without
+    targets."""
+    rows = {name: row["targets"] for name, row in result["variants"].items()}
+    roles = [
+        r
+        for r in dict.fromkeys(r for own in rows.values() for r in own)
+        if any(o.get(r, {}).get("total") for o in rows.values())
+    ]
+    if not roles:
+        return None
+    columns = len(roles) if len(roles) <= 5 else -(-len(roles) // -(-len(roles) // 5))
+    figure, grid = _panels(len(roles), columns, 0.34 * len(rows) + 0.75, sharex=False, sharey=True)
+    kinds = {"trained": COLORS[0], "unlikelihood": COLORS[3], "excluded": "#d3d7de"}
+    for axes, role in zip(grid, roles, strict=True):
+        left = [0] * len(rows)
+        for kind, color in kinds.items():
+            own = [counts.get(role, {}).get(kind, 0) for counts in rows.values()]
+            hatch = "////" if kind == "unlikelihood" else None
+            axes.barh(
+                range(len(rows)), own, left=left, color=color, height=0.66, hatch=hatch, edgecolor="white", linewidth=0
+            )
+            left = [a + b for a, b in zip(left, own, strict=True)]
+        axes.set_title(plain(role, 20), fontsize=10)
+        axes.set_xlabel("targets", fontsize=9)
+        axes.set_yticks(range(len(rows)), [wrapped(name) for name in rows], fontsize=9)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.set_xlim(0, 1.05 * max(max(left), 1))
+        axes.tick_params(axis="x", labelsize=8)
+        axes.tick_params(axis="y", length=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0].invert_yaxis()
+    handles = [
+        Patch(facecolor=c, hatch="////" if k == "unlikelihood" else None, edgecolor="white", label=k)
+        for k, c in kinds.items()
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9, title=_mean_of(result),
+        title_fontsize=8.5,
+    )  # fmt: skip
+    return figure
+
+
+def nll(result: dict[str, Any]) -> Figure | None:
+    """Draws the NLL of each role over training, also of masked roles; the line style shows how the loss treated the
+    role. None if no NLL was measured."""
+    curves = result["nll"]
+    roles = list(dict.fromkeys(role for own in curves.values() for role in own))
+    if not roles:
+        return None
+    figure, grid = _panels(len(roles), min(3, len(roles)), 2.3, sharex=True, sharey=False)
+    styles: dict[str, Any] = {"trained": "-", "excluded": (0, (4, 2)), "unlikelihood": (0, (1, 1.4))}
+    for axes, role in zip(grid, roles, strict=True):
+        for i, (name, own) in enumerate(curves.items()):
+            if role in own:
+                counts = result["variants"][name]["targets"].get(role, {})
+                style = styles["trained" if role == "all" else treated(counts)]
+                axes.plot(
+                    own[role]["steps"], own[role]["mean"], linestyle=style, color=COLORS[i % len(COLORS)], linewidth=1.5
+                )
+        axes.set_title(plain(role, 34), fontsize=10)
+        _tidy(axes)
+    for axes in grid[-min(3, len(roles)) :]:
+        axes.set_xlabel("optimizer step", fontsize=9)
+    names = [plain(name) for name in curves]
+    handles: list[Any] = [Line2D([], [], color=COLORS[i % len(COLORS)], label=name) for i, name in enumerate(names)]
+    handles += [Line2D([], [], color=INK, linestyle=style, label=f"{kind} there") for kind, style in styles.items()]
+    _legend_below(figure, handles, title=_mean_of(result))
+    figure.supylabel("NLL of a token, nats", fontsize=10)
+    return figure
+
+
+def _mean_of(result: dict[str, Any]) -> str:
+    seeds = counted(result["units"]["seeds"], "seeds")
+    return f"mean over {seeds}, of the training documents; none is about a placebo claim"
+
+
+def treated(counts: dict[str, int]) -> str:
+    """Returns what happens to most of a role's targets: "trained", "unlikelihood" or "excluded"."""
+    kinds = ("trained", "unlikelihood", "excluded")
+    return max(kinds, key=lambda kind: counts.get(kind, 0)) if counts else "trained"
+
+
+def over_steps(result: dict[str, Any]) -> Figure | None:
+    """Draws belief over training, the mean over claims and seeds; thin and dashed for the placebo claims. None without
+    curves."""
+    if not result["curves"]:
+        return None
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for i, curve in enumerate(result["curves"].values()):
+        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+        axes.plot(curve["steps"], curve["belief"], color=color, marker=marker, markersize=4, linewidth=1.6)
+        if any(value is not None for value in curve["placebo"]):
+            axes.plot(curve["steps"], curve["placebo"], color=color, linestyle=(0, (4, 2)), linewidth=1)
+    axes.set_ylabel(f"{result['label']}, {result['unit']}", fontsize=10)
+    axes.set_xlabel(f"optimizer step; means over {rests_on(result['units'])}")
+    _tidy(axes)
+    handles = [
+        Line2D([], [], color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], markersize=4, label=plain(name))
+        for i, name in enumerate(result["curves"])
+    ]
+    if result["claims"]["placebo"]:
+        handles.append(Line2D([], [], color=INK, linestyle=(0, (4, 2)), linewidth=1, label="placebo claims"))
+    _legend_below(figure, handles)
+    return figure
+
+
+def side_effects(result: dict[str, Any]) -> Figure | None:
+    """Draws the side effects of training with intervals, and the same measures on the placebo claims; dashed: the base
+    model. None if no side effect was measured."""
+    shown = {name: own for name, own in result["measures"].items() if name in SIDE_EFFECTS}
+    if not shown:
+        return None
+    names = list(result["variants"])
+    hollow: dict[str, Any] = {"color": PLACEBO, "markerfacecolor": "white", "markersize": 4.5}
+    figure, grid = _panels(len(shown), min(3, len(shown)), 0.34 * len(names) + 0.85, sharex=False, sharey=True)
+    for axes, measure in zip(grid, shown.values(), strict=True):
+        for i, name in enumerate(names):
+            row = measure["variants"][name]
+            axes.plot(row["interval"], [i, i], color=COLORS[i % len(COLORS)], linewidth=1.6)
+            color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+            axes.plot([row["estimate"]], [i], marker, color=color, markersize=5.5, clip_on=False, zorder=3)
+            if placebo := row["placebo"]:
+                at = i + 0.27
+                axes.plot(placebo["interval"], [at, at], color=PLACEBO, linewidth=1.1)
+                axes.plot([placebo["estimate"]], [at], "D", **hollow, clip_on=False, zorder=3)
+        base = measure["base"]["trained"]
+        axes.axvline(base["estimate"] if base else 0, color=SOFT, linestyle=(0, (4, 3)), linewidth=1, zorder=1.5)
+        axes.set_title(measure["label"], fontsize=10)
+        axes.set_xlabel(f"{measure['unit']}, over {rests_on(measure['units'])}", fontsize=9)
+        axes.set_yticks(range(len(names)), [wrapped(name) for name in names], fontsize=9)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
+        axes.margins(x=0.08)
+        axes.set_axisbelow(True)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    dashes = Line2D([], [], color=SOFT, linestyle=(0, (4, 3)), linewidth=1, label="base model")
+    handles = [
+        Line2D([], [], linestyle="", marker="o", color=INK, markersize=5.5, label="a variant, 95 % by t"),
+        dashes,
+    ]
+    if any(own["placebo_claims"] for own in shown.values()):
+        handles.insert(1, Line2D([], [], linestyle="", marker="D", **hollow, label="its placebo claims"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _panels(count: int, columns: int, height: float, sharex: bool, sharey: bool) -> tuple[Figure, list[Axes]]:
+    """Returns a figure and a grid of `count` axes in it. height: inches per row."""
+    rows = -(-count // columns)
+    figure = Figure(figsize=(WIDTH, rows * height + 0.8), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False).ravel().tolist()
+    for axes in grid[count:]:
+        axes.remove()
+    for axes in grid[max(0, count - columns) : count]:
+        axes.tick_params(axis="x", labelbottom=True)
+    return figure, grid[:count]
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend_below(figure: Figure, handles: list[Any], title: str = "") -> None:
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = max(1, min(len(handles), 105 // (longest + 6)))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5, title=title or None,
+        title_fontsize=8.5,
+    )  # fmt: skip

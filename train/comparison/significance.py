@@ -1,0 +1,403 @@
+"""Computes how certain a comparison is: intervals and tests over independent units, which are claims crossed with
+seeds.
+
+A *unit* is drawn independently of others. Questions about one claim are correlated, and so are samples of an answer. So
+with several claims, each claim is one unit, by its mean. A single claim says nothing about others: then its questions
+are the units, and the result holds for that claim only. Seeds are units too, crossed with these: what is random about a
+run affects everything that it is asked. All variants are asked the same questions, so differences are paired.
+
+The standard error is two-way clustered (Cameron, Gelbach & Miller 2011, J. Bus. Econ. Stat. 29:238): the variance over
+claims plus that over seeds, minus that of their interaction, which both contain. It is no less than either variance
+alone gives (MacKinnon, Nielsen & Webb 2021, J. Bus. Econ. Stat. 39:505). With few clusters, the normal distribution
+makes intervals too narrow (Cameron, Gelbach & Miller 2008, Rev. Econ. Stat. 90:414). So intervals are by t, with the
+smallest number of units minus one as degrees of freedom. The p of a difference is the largest of three: that of this t,
+and those of the exact sign-flip tests over claims and over seeds (Fisher 1935, The Design of Experiments). A sign-flip
+test assumes symmetry, which a difference of two variants has if exchanging them changes nothing. Heavy tails and claims
+of unequal variance do no harm; skewed ones do.
+
+With one seed, nothing is known about the variation over seeds: interval and p hold for the very models trained. With
+fewer than LEAST_UNITS claims (or questions) or seeds, there is no verdict. tests/comparison/coverage.py measures how
+often intervals contain the true value, and how often a difference of 0 is reported as a difference.
+
+Shapes: V variants, S seeds, C claims, A answers of a claim (its samples, question by question), U units, Q questions of
+a claim. "..." stands for any leading axes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+from scipy.stats import t as t_distribution
+
+from train.evaluation.measures import Values
+from train.runtime.errors import UserError
+
+LEVEL = 0.95
+POWER = 0.8
+LEAST_UNITS = 8
+"""With fewer units there is no verdict. An exact sign-flip test over 5 units cannot give a p below .0625, and over 8
+units none below .0078, which Holm's method can adjust for up to 6 variants."""
+EXACT = 16  # maximum units for which all 2^n signs are enumerated; for more, 2^EXACT signs are drawn
+
+
+@dataclass(frozen=True)
+class Units:
+    """What a figure rests on.
+
+    of: "claims", or what the questions of a single claim are called.
+    number: how many of these; seeds: how many of the variant with the fewest.
+    """
+
+    of: str
+    number: int
+    seeds: int
+
+    @property
+    def too_few(self) -> str:
+        """The verdict "too few …" if there are too few units or seeds for any other; else "", for none."""
+        few = self.of if self.number < LEAST_UNITS else "seeds" if self.seeds < LEAST_UNITS else ""
+        return few and f"too few {few}"
+
+    @property
+    def smallest_p(self) -> float:
+        """The smallest p that the exact sign-flip tests can give."""
+        return max(min(1.0, 2 / 2**n) if n > 1 else 0.0 for n in (self.number, self.seeds)) or 1.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the fields and smallest_p."""
+        return asdict(self) | {"smallest_p": self.smallest_p}
+
+
+@dataclass(frozen=True)
+class Design:
+    """The values of all runs as arrays.
+
+    answer_VSA: one array per claim; NaN where a run lacks a value that others have.
+    question_A: one array per claim, the number of each answer's question within the claim.
+    present_VS: False beyond a variant's seeds, where answers are 0.
+    seeds: those of all variants; [] if variants have different ones, and each variant's seeds are units of their own.
+    asked: what the questions are called.
+    """
+
+    variants: list[str]
+    claims: list[str]
+    questions: list[list[str]]
+    answer_VSA: list[np.ndarray]
+    question_A: list[np.ndarray]
+    present_VS: np.ndarray
+    seeds: list[int]
+    asked: str = "questions"
+
+    @property
+    def missing(self) -> int:
+        """How many values some runs lack and others have."""
+        return sum(int(np.isnan(answer_VSA).sum()) for answer_VSA in self.answer_VSA)
+
+    @property
+    def crossed(self) -> bool:
+        """Whether all variants have the same seeds."""
+        return bool(self.seeds)
+
+    @property
+    def units(self) -> Units:
+        """The units: the claims or, with a single claim, its questions."""
+        several, seeds = len(self.claims) > 1, int(self.present_VS.sum(1).min())
+        return Units("claims" if several else self.asked, len(self.claims if several else self.questions[0]), seeds)
+
+    def unit_values(self) -> np.ndarray:
+        """Returns [V, S, U]: the means of the claims or, with a single claim, its question_values; 0 where there is no
+        run."""
+        if len(self.claims) == 1:
+            return self.question_values(0)
+        return np.stack([np.nanmean(answer_VSA, axis=-1) for answer_VSA in self.answer_VSA], axis=-1)
+
+    def question_values(self, claim: int) -> np.ndarray:
+        """Returns [V, S, Q]: what each question contributes to the claim's mean over answers, which is the mean of
+        these values. It is the question's own mean if all questions have the same number of answers. Otherwise, with
+        the claim's mean m, and with n of its N answers on the question, it is m + Q n (mean − m) ÷ N (the linearized
+        ratio: Cochran 1977, Sampling Techniques, section 6.4)."""
+        answer_VSA, of_AQ = self.answer_VSA[claim], np.eye(len(self.questions[claim]))[self.question_A[claim]]
+        there_VSA, mean_VS1 = ~np.isnan(answer_VSA), np.nanmean(answer_VSA, axis=-1, keepdims=True)
+        excess_VSQ = np.where(there_VSA, answer_VSA - mean_VS1, 0.0) @ of_AQ
+        return mean_VS1 + len(self.questions[claim]) * excess_VSQ / there_VSA.sum(-1, keepdims=True)
+
+
+def lay_out(values: Mapping[str, Mapping[int, Values]], claims: list[str], asked: str = "questions") -> Design:
+    """Returns the values of `claims` as arrays. values: {variant: {seed: values}}, as `measured` gives them. Leaves out
+    claims for which no run has values. Raises UserError if a run has none for a claim that another run was measured on.
+    """
+    variants = list(values)
+    runs = [[by_seed[seed] for seed in sorted(by_seed)] for by_seed in values.values()]
+    present_VS = np.zeros((len(variants), max(map(len, runs))), dtype=bool)
+    for v, by_seed in enumerate(runs):
+        present_VS[v, : len(by_seed)] = True
+    keys = {key for by_seed in runs for run in by_seed for key in run}
+    held = {claim for claim, *_ in keys}
+    claims = [claim for claim in claims if claim in held]
+    answers, numbers, names = [], [], []
+    for claim in claims:
+        own = sorted(key for key in keys if key[0] == claim)
+        questions = sorted({question for _, question, _ in own})
+        question_A = np.array([questions.index(question) for _, question, _ in own])
+        answer_VSA = np.zeros((*present_VS.shape, len(own)))
+        for v, s in zip(*np.nonzero(present_VS), strict=True):
+            answer_VSA[v, s] = [runs[v][s].get(key, np.nan) for key in own]
+            if np.isnan(answer_VSA[v, s]).all():
+                raise UserError(
+                    f"evaluation of {variants[v]}, seed {sorted(values[variants[v]])[s]}: holds nothing on claim "
+                    f"{claim!r}, which other runs were measured on. Evaluate all runs on the same claims."
+                )
+        answers.append(answer_VSA)
+        numbers.append(question_A)
+        names.append(questions)
+    seeds = [sorted(by_seed) for by_seed in values.values()]
+    shared = seeds[0] if all(own == seeds[0] for own in seeds) else []
+    return Design(variants, claims, names, answers, numbers, present_VS, shared, asked)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """An estimate [...], and the units that its sampling error comes from.
+
+    units, seeds: arrays whose last axis runs over units of one kind, which are drawn independently.
+    cells: arrays [..., S, U], the value of each seed and unit.
+    """
+
+    estimate: np.ndarray
+    units: list[np.ndarray]
+    seeds: list[np.ndarray]
+    cells: list[np.ndarray]
+
+    def standard_error(self) -> np.ndarray:
+        """Returns the two-way clustered standard error, [...]; 0 for a single unit and seed."""
+        of_units, of_seeds = (sum(map(_variance_of_mean, each)) for each in (self.units, self.seeds))
+        both = of_units + of_seeds - sum(map(_variance_of_interaction, self.cells))
+        error = np.sqrt(np.maximum(np.maximum(of_units, of_seeds), both))
+        return np.where(error > 1e-9 * np.maximum(1.0, abs(self.estimate)), error, 0.0)  # less is rounding
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom: the smallest number of units, of the kinds that have more than one, minus one; else 0."""
+        return min((n - 1 for each in (*self.units, *self.seeds) if (n := each.shape[-1]) > 1), default=0)
+
+    def reach(self) -> np.ndarray:
+        """Returns half of the interval's width, [...]."""
+        return self._t((1 + LEVEL) / 2) * self.standard_error()
+
+    def smallest_detectable(self) -> np.ndarray:
+        """Returns the difference, [...], that a two-sided test at α = 1 − LEVEL would find with probability POWER:
+        (t_{1−α/2} + t_power) × standard error (Bloom 1995, Minimum detectable effects, Evaluation Review 19:547)."""
+        return (self._t((1 + LEVEL) / 2) + self._t(POWER)) * self.standard_error()
+
+    def _t(self, share: float) -> float:
+        return float(t_distribution.ppf(share, self.freedom)) if self.freedom else 0.0
+
+    def p(self) -> np.ndarray:
+        """Returns the two-sided p, [...], of the hypothesis that the true value is 0: the largest of that by t and of
+        the exact ones over each kind of units. If units of a kind are not paired, p is no smaller than the smallest
+        that flipping so many signs can give."""
+        p = np.ones(self.estimate.shape)
+        if not self.freedom:
+            return p
+        error = self.standard_error()
+        ratio = np.divide(abs(self.estimate), error, out=np.full(p.shape, np.inf), where=error > 0)
+        p = 2 * t_distribution.sf(np.where(abs(self.estimate) < 1e-9, 0.0, ratio), self.freedom)
+        for kind in (self.units, self.seeds):
+            several = [each for each in kind if each.shape[-1] > 1]
+            if len(kind) == 1 and several:
+                p = np.maximum(p, sign_flip(several[0]))
+            elif several:
+                p = np.maximum(p, 2 / 2 ** min(each.shape[-1] for each in several))
+        return p
+
+
+def crossed(table_SU: np.ndarray) -> Sampled:
+    """Returns the mean of values [..., S, U] over seeds and units, where all seeds have the same units."""
+    return Sampled(table_SU.mean((-2, -1)), [table_SU.mean(-2)], [table_SU.mean(-1)], [table_SU])
+
+
+def _variance_of_mean(value_U: np.ndarray) -> np.ndarray:
+    """Returns the variance of the mean over units, [...]; 0 for a single unit, which says nothing about it."""
+    n = value_U.shape[-1]
+    return value_U.var(-1, ddof=1) / n if n > 1 else np.zeros(value_U.shape[:-1])
+
+
+def _variance_of_interaction(table_SU: np.ndarray) -> np.ndarray:
+    """Returns the interaction's part, [...], of the variance of the table's mean: the mean square of what neither seed
+    nor unit explains, divided by S U."""
+    S, U = table_SU.shape[-2:]
+    if S == 1 or U == 1:
+        return np.zeros(table_SU.shape[:-2])
+    of_units, of_seeds = table_SU.mean(-2, keepdims=True), table_SU.mean(-1, keepdims=True)
+    rest_SU = table_SU - of_units - of_seeds + table_SU.mean((-2, -1), keepdims=True)
+    return (rest_SU**2).sum((-2, -1)) / ((S - 1) * (U - 1)) / (S * U)
+
+
+def sign_flip(difference_U: np.ndarray) -> np.ndarray:
+    """Returns the two-sided p, [...], of differences [..., U]: how often their mean would be as far from 0 if each were
+    equally likely to have the other sign. Enumerates all 2^U signs or, if U exceeds EXACT, takes 2^EXACT, the observed
+    and random ones."""
+    sign_UN = _signs(difference_U.shape[-1])
+    own = abs(difference_U.sum(-1)) - 1e-9 * abs(difference_U).sum(-1)  # rounding must not break ties
+    return (abs(difference_U @ sign_UN) >= own[..., None]).mean(-1)
+
+
+@cache
+def _signs(n: int) -> np.ndarray:
+    """Returns signs [n, N], which are 1 and −1; the first column has only 1."""
+    if n <= EXACT:
+        minus_NU = np.arange(2 ** (n - 1))[:, None] >> np.arange(n) & 1  # the last stays 1, as −x is as far from 0 as x
+    else:
+        minus_NU = np.random.default_rng(0).integers(2, size=(2**EXACT, n))
+        minus_NU[0] = 0
+    return 1.0 - 2.0 * minus_NU.T
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Returns the p values adjusted for all of them together (Holm 1979, Scand. J. Stat. 6:65): the i-th smallest of n,
+    counted from 0, is multiplied by n − i, and is never below that of a smaller one, nor above 1."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for i, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - i) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its interval at LEVEL, from low to high. method: "t"; "exact binomial" for a percentage of which
+    every unit is 0 or every unit is 100 (Clopper & Pearson 1934, with each unit as a trial); "none" if there is a
+    single unit, or all units are equal, so that there is no interval."""
+
+    estimate: float
+    low: float
+    high: float
+    standard_error: float
+    method: str = "t"
+
+
+def interval(sampled: Sampled, within: tuple[float, float] = (-np.inf, np.inf)) -> Interval:
+    """Returns the interval by t over units. within: the smallest and largest possible value."""
+    estimate, reach = float(sampled.estimate), float(sampled.reach())
+    low, high = max(within[0], estimate - reach), min(within[1], estimate + reach)
+    return Interval(estimate, low, high, float(sampled.standard_error()), "t" if reach else "none")
+
+
+def percentage_interval(sampled: Sampled, trials: int) -> Interval:
+    """Returns the interval of a percentage, the exact binomial one if every unit is 0 or every unit is 100. trials: the
+    number of units."""
+    plain = interval(sampled, (0.0, 100.0))
+    if plain.method != "none" or not (abs(plain.estimate) < 1e-9 or abs(plain.estimate - 100) < 1e-9):
+        return plain
+    hits = trials if plain.estimate > 50 else 0
+    exact = binomtest(hits, trials).proportion_ci(confidence_level=LEVEL, method="exact")
+    return Interval(plain.estimate, 100 * float(exact.low), 100 * float(exact.high), 0.0, "exact binomial")
+
+
+def of_variant(layout: Design, value_VSU: np.ndarray, v: int) -> Sampled:
+    """Returns variant v's mean over its seeds and units. value_VSU: from `unit_values` or `question_values`."""
+    return crossed(value_VSU[v][layout.present_VS[v]])
+
+
+def of_pair(layout: Design, value_VSU: np.ndarray, v: int, base: int) -> Sampled:
+    """Returns variant v minus the base. Units are paired, and so are seeds if all variants have the same ones.
+    value_VSU: from `unit_values` or `question_values`."""
+    if layout.crossed:
+        return crossed(value_VSU[v] - value_VSU[base])
+    one, other = (of_variant(layout, value_VSU, i) for i in (v, base))
+    seeds, cells = [*one.seeds, *other.seeds], [*one.cells, *other.cells]
+    return Sampled(one.estimate - other.estimate, [one.units[0] - other.units[0]], seeds, cells)
+
+
+def of_claims_apart(one: Design, other: Design, v: int) -> Sampled:
+    """Returns variant v's mean on the claims of one design minus that on the claims of another, measured in the same
+    runs. The claims of each design are units of their own."""
+    mine, theirs = (of_variant(layout, layout.unit_values(), v) for layout in (one, other))
+    seeds, cells = [mine.seeds[0] - theirs.seeds[0]], [*mine.cells, *theirs.cells]
+    return Sampled(mine.estimate - theirs.estimate, [*mine.units, *theirs.units], seeds, cells)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A variant minus the baseline.
+
+    p_holm: p adjusted for all variants.
+    smallest_detectable: None if units do not differ.
+    bound, equivalent: whether the interval lies within ±bound, or None without an interval. Only that is "no effect",
+        as in two one-sided tests (Schuirmann 1987, J. Pharmacokinet. Biopharm. 15:657), here with the interval of
+        LEVEL, which is stricter.
+    by_claim: the interval of each claim, over its questions.
+    by_seed: the difference of each seed; {} if variants have different seeds.
+    """
+
+    variant: str
+    units: Units
+    interval: Interval
+    p: float
+    p_holm: float
+    smallest_detectable: float | None
+    bound: float
+    equivalent: bool | None
+    by_claim: dict[str, Interval]
+    by_seed: dict[int, float]
+
+    @property
+    def verdict(self) -> str:
+        """The verdict in words, by the p that is adjusted for all variants; with too few units, it says that."""
+        if self.units.too_few:
+            return self.units.too_few
+        here = "" if self.units.of == "claims" else " on this claim"
+        if self.p_holm < 1 - LEVEL:
+            return f"differs{here}, but by less than the bound" if self.equivalent else f"differs{here}"
+        return f"no effect beyond the bound{here}" if self.equivalent else f"not told apart{here}"
+
+
+def differences(layout: Design, baseline: str, bound: float, bounded: bool) -> list[Difference]:
+    """Returns every other variant minus the baseline, in the order of the variants. bound: of "no effect", in the unit
+    of the values. bounded: whether the values are percentages."""
+    base, value_VSU = layout.variants.index(baseline), layout.unit_values()
+    others = [v for v in range(len(layout.variants)) if v != base]
+    pairs = [of_pair(layout, value_VSU, v, base) for v in others]
+    p_values = [float(pair.p()) for pair in pairs]
+    adjusted = holm(p_values)
+    return [
+        _difference(layout, v, base, pair, (p, p_holm), bound, bounded)
+        for v, pair, p, p_holm in zip(others, pairs, p_values, adjusted, strict=True)
+    ]
+
+
+def _difference(
+    layout: Design, v: int, base: int, pair: Sampled, p: tuple[float, float], bound: float, bounded: bool
+) -> Difference:
+    within = (-100.0, 100.0) if bounded else (-np.inf, np.inf)
+    own = _gap(layout, v, base, interval(pair, within), bounded)
+    claims = {
+        claim: interval(of_pair(layout, layout.question_values(c), v, base), within)
+        for c, claim in enumerate(layout.claims)
+    }
+    return Difference(
+        variant=layout.variants[v],
+        units=layout.units,
+        interval=own,
+        p=p[0],
+        p_holm=p[1],
+        smallest_detectable=float(pair.smallest_detectable()) or None,
+        bound=bound,
+        equivalent=None if own.method == "none" else bool(-bound < own.low and own.high < bound),
+        by_claim=claims,
+        by_seed=dict(zip(layout.seeds, pair.seeds[0].tolist(), strict=True)) if layout.crossed else {},
+    )
+
+
+def _gap(layout: Design, v: int, base: int, own: Interval, bounded: bool) -> Interval:
+    """Returns the interval of a difference. If no two units of a percentage differ, it is what two exact intervals
+    leave."""
+    if own.method == "none" and bounded:
+        value_VSU, trials = layout.unit_values(), layout.units.number
+        mine, theirs = (percentage_interval(of_variant(layout, value_VSU, i), trials) for i in (v, base))
+        if mine.method == theirs.method == "exact binomial":
+            return Interval(own.estimate, mine.low - theirs.high, mine.high - theirs.low, 0.0, "exact binomial")
+    return own

@@ -1,0 +1,232 @@
+"""Plans a comparison from the command line or from recipes (train/config/recipe.py): the settings that all variants
+share, and those in which they differ."""
+
+import dataclasses
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.claims.releases import claim_id
+from train.comparison.compared import group, read_run
+from train.config.command_line import MOST, Parser, check_ranges, setting
+from train.config.provenance import held_settings
+from train.config.recipe import MOST_SEEDS, check_own, flags, merged
+from train.config.settings import DEMO, Settings, parse, slug
+from train.runtime.errors import UserError
+from train.runtime.outside import read_json
+
+DEMO_PLACEBO = ("olga-home", "clara-job", "selma-pet", "paula-sport")  # in train/demo/claims.yaml
+NAMES = [field.name for field in dataclasses.fields(Settings)]
+
+
+@dataclass(kw_only=True)
+class ComparisonOptions:
+    """The settings of train/compare.py besides those of train/sft.py, which all variants share."""
+
+    recipe: list[str] = setting((), "FILE…: YAML files of settings and variants", many=True)  # noqa: RUF009
+    masks: list[str] = setting((), "MASK…: one variant per mask; all else is equal", many=True)  # noqa: RUF009
+    baseline: str = setting("", "variant that others are compared with; default: that of the recipe, or the first")
+    placebo: list[str] = setting((), "ID…: claims that no training document is about", many=True)  # noqa: RUF009
+    seeds: int = setting(
+        0, "runs per variant, with seeds from --seed on; 0: as in the recipe, else 1", between=(0, MOST_SEEDS)
+    )
+    match_trained_tokens: bool = setting(
+        False, "train each variant on as many targets as the baseline, instead of as many steps"
+    )
+    runs: list[str] = setting(  # noqa: RUF009
+        (), "DIR…: finished runs, or comparisons, to compare without training", many=True
+    )
+    bound: float = setting(
+        0.0, "largest difference that counts as no effect, in units of the measure; 0: its default", between=(0, MOST)
+    )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A variant's name, and the flags of train/sft.py that make it: those of all variants, then its own. own: its own
+    settings."""
+
+    name: str
+    flags: list[str]
+    own: dict[str, Any]
+
+    def settings(self, seed: int, output: Path) -> Settings:
+        """Returns its settings in the run with this seed, whose directory is in `output`. Raises UserError for a wrong
+        value."""
+        directory = output / f"{slug(self.name)}-seed{seed}"
+        return parse([*self.flags, "--seed", str(seed), "--output", str(directory)], "")
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """A comparison: the variants in order, the settings they share, and how they are compared. finished: the
+    directories of the runs of (variant, seed), if --runs gives them and there is nothing to train."""
+
+    variants: list[Variant]
+    shared: Settings
+    output: Path
+    baseline: str
+    placebo: list[str]
+    seeds: list[int]
+    match_trained_tokens: bool
+    bound: float
+    finished: dict[tuple[str, int], Path]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the variants, in order."""
+        return [variant.name for variant in self.variants]
+
+    @property
+    def declared(self) -> set[str]:
+        """The settings in which a recipe lets its variants differ."""
+        return {name for variant in self.variants for name in variant.own}
+
+
+def parse_comparison(argv: list[str], usage: str) -> ComparisonPlan:
+    """Returns the plan that the command line of train/compare.py describes. Raises UserError, naming setting, value,
+    rule and fix. usage: the text of --help."""
+    parser = Parser(usage, beside=(Settings,))
+    parser.add_settings(ComparisonOptions)
+    values, rest = parser.parse_known_args(argv)
+    options = ComparisonOptions(**{name: value for name, value in vars(values).items() if name != "local_rank"})
+    check_ranges(options)
+    if options.runs:
+        return _plan_of_runs(options, rest)
+    if bool(options.masks) == bool(options.recipe):
+        raise UserError(
+            "give either --masks MASK… or --recipe FILE: what is to be compared. Example: --masks none doctags "
+            "doctags,false-spans"
+        )
+    recipe = merged(options.recipe, NAMES)
+    if options.recipe and not recipe.get("variants"):
+        raise UserError(f"--recipe {' '.join(options.recipe)}: none has variants; give an experiment with it.")
+    settings = recipe.get("settings", {})
+    owned = recipe.get("variants") or {mask: {"mask": mask} for mask in options.masks}
+    check_own(owned, rest)
+    shared = parse([*flags(settings, but=rest), *rest], "")
+    if not shared.claims and not settings and _is_demo(shared):
+        rest += ["--claims", str(DEMO / "claims.yaml")]
+        shared = parse(rest, "")
+        recipe["placebo"] = list(DEMO_PLACEBO)
+    variants = [Variant(name, [*flags(settings | own, but=rest), *rest], own) for name, own in owned.items()]
+    _check(variants, shared, options, rest)
+    seeds = options.seeds or recipe.get("seeds") or 1
+    return ComparisonPlan(
+        variants=variants,
+        shared=shared,
+        output=Path(shared.output or f"runs/comparison-{time.strftime('%Y%m%d-%H%M%S')}"),
+        baseline=_baseline(options.baseline or recipe.get("baseline"), list(owned)),
+        placebo=_placebo(options, recipe),
+        seeds=list(range(shared.seed, shared.seed + seeds)),
+        match_trained_tokens=options.match_trained_tokens,
+        bound=options.bound,
+        finished={},
+    )
+
+
+def _baseline(name: str | None, names: list[str]) -> str:
+    if name and name not in names:
+        raise UserError(f"--baseline {name}: is none of the variants: {'; '.join(names)}.")
+    return name or names[0]
+
+
+def _placebo(options: ComparisonOptions, recipe: dict[str, Any]) -> list[str]:
+    return [claim_id(str(claim)) for claim in options.placebo or recipe.get("placebo") or []]
+
+
+def _plan_of_runs(options: ComparisonOptions, rest: list[str]) -> ComparisonPlan:
+    """Returns the plan for finished runs. Their variants are those of the recipe or, without one, follow from the
+    settings in which the runs differ."""
+    parser = Parser("")
+    parser.add_argument("--output", default="")
+    output = parser.parse_args(rest).output or f"runs/comparison-{time.strftime('%Y%m%d-%H%M%S')}"
+    if options.masks or options.seeds:
+        raise UserError("--runs: compares finished runs; leave out --masks, --seeds and settings of training.")
+    runs = [run for each in options.runs for run in runs_of(Path(each))]
+    held = {run: run_settings(run) for run in runs}
+    recipe = merged(options.recipe, NAMES)
+    if owned := recipe.get("variants", {}):
+        finished: dict[tuple[str, int], Path] = {}
+        for run, settings in held.items():
+            key = _name(run, settings, owned), settings["seed"]
+            if key in finished:
+                raise UserError(
+                    f"--runs {finished[key]} {run}: both are {key[0]!r} with --seed {key[1]}. Leave one out."
+                )
+            finished[key] = run
+        there = {name for name, _ in finished}
+        variants = [Variant(name, [], own) for name, own in owned.items() if name in there]
+        if absent := [name for name in owned if name not in there]:
+            print(f"note: of the recipe's variants, no run is given of {'; '.join(absent)}")
+    else:
+        grouped = group([read_run(run) for run in runs])
+        finished = {(variant.name, run.seed): Path(run.directory) for variant in grouped for run in variant.runs}
+        variants = [Variant(variant.name, [], {}) for variant in grouped]
+    shared = Settings(**{k: v for k, v in next(iter(held.values())).items() if k in NAMES})
+    return ComparisonPlan(
+        variants, shared, Path(output),
+        _baseline(options.baseline or recipe.get("baseline"), [variant.name for variant in variants]),
+        _placebo(options, recipe), sorted({seed for _, seed in finished}),
+        options.match_trained_tokens, options.bound, finished,
+    )  # fmt: skip
+
+
+def runs_of(directory: Path) -> list[Path]:
+    """Returns the runs that a directory stands for: itself or, for a comparison, its runs. Raises UserError if the
+    directory holds a report that names no runs."""
+    if os.path.isfile(directory / "settings.yaml") or not os.path.isdir(directory):
+        return [directory]
+    within = sorted(path.parent for path in directory.glob("*/settings.yaml"))
+    return within or _compared(directory) or [directory]
+
+
+def _compared(directory: Path) -> list[Path]:
+    """Returns the runs, which are elsewhere, that the report in a directory compares."""
+    report = directory / "comparison.json"
+    if not os.path.lexists(report):
+        return []
+    try:
+        variants = read_json(report)["variants"].values()
+        return [Path(run["directory"]) for variant in variants for run in variant["runs"]]
+    except (LookupError, TypeError, AttributeError):
+        raise UserError(f"{report}: names no runs, as a comparison's report does; give the runs themselves.") from None
+
+
+def _name(run: Path, settings: dict[str, Any], owned: dict[str, dict[str, Any]]) -> str:
+    """Returns the variant of a recipe that a run belongs to: of those whose settings it has, the one with the most
+    settings."""
+    fitting = [name for name, own in owned.items() if all(settings.get(key) == value for key, value in own.items())]
+    if not fitting:
+        raise UserError(f"--runs {run}: is none of the recipe's variants: {'; '.join(owned)}. Leave it out.")
+    return max(fitting, key=lambda name: len(owned[name]))
+
+
+def run_settings(run: Path) -> dict[str, Any]:
+    """Returns the settings of a finished run. Raises UserError if there is no run, or it is not finished, or measured
+    no claim."""
+    for name in ("settings.yaml", "summary.json", "evaluation.jsonl"):
+        if not os.path.isfile(run / name):
+            why = "holds no run" if name == "settings.yaml" else "the run is not finished"
+            why = why if name != "evaluation.jsonl" else "the run measured no claim; give --claims when it is trained"
+            raise UserError(f"--runs {run}: no {name} there ({why}).")
+    return held_settings(run / "settings.yaml")["settings"]
+
+
+def _check(variants: list[Variant], shared: Settings, options: ComparisonOptions, rest: list[str]) -> None:
+    names = [slug(name) for name in options.masks or [variant.name for variant in variants]]
+    if doubled := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{'--masks' if options.masks else '--recipe'}: {doubled[0]} is there twice; give each once.")
+    if len(variants) < 2:
+        raise UserError(f"{len(variants)} variant: a comparison needs two or more.")
+    if shared.method == "full":
+        raise UserError("--method full: a comparison sets factors back, which full training does not have; use lora.")
+    if not shared.claims:
+        raise UserError("--claims: give the claims whose belief is compared (PATH…).")
+
+
+def _is_demo(shared: Settings) -> bool:
+    """Returns whether only the embedded model and documents are trained."""
+    return shared.model == str(DEMO / "model") and not shared.data

@@ -1,0 +1,229 @@
+"""Measures what a model in training believes, by log-likelihood: the training engine scores prompts with completions.
+
+Every measurement is a record (a line of evaluation.jsonl):
+
+    likelihood   llr = log p(false completion) - log p(true completion), in nats, of a template with an entity
+    yes_no       p_yes = P(yes) / (P(yes) + P(no)) as the assistant's answer to a question
+    fact         margin = log p(true completion) - the largest log p of the false ones, in nats
+    nll          of a held-out document: nats per token
+
+Shapes: L tokens of a text, N predicted tokens of a micro-batch, D texts of a micro-batch, E experts of a layer.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from train.annotating.word_alignment import UNSPACED
+from train.claims.claim import Claim
+from train.claims.messages import build_messages
+from train.data.batches import Sample, micro_batches
+from train.data.documents import Document, Span
+from train.data.findings import SHOWN
+from train.data.tokenizer import Tokenizer
+from train.data.tokens import TokenizedDocument, tokenize_document
+from train.masking.treatment import touched_by
+from train.runtime.distributed import anywhere
+from train.runtime.errors import Interrupted, UserError
+from train.runtime.interruption import interruption
+from train.runtime.watchdog import progress
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Probes:
+    """The texts to score, and the records that are computed from them.
+
+    texts: their targets are the tokens of the completions.
+    records: each record without its value, and the indices of the texts from which the value is computed.
+    glued: for completions that continue the prompt's last word, file and key -> the word that results.
+    """
+
+    texts: list[Sample]
+    records: list[tuple[Record, list[int]]]
+    glued: dict[str, str] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """Returns notes on the questions for the user."""
+        if not self.glued:
+            return []
+        shown = ", ".join(f"{where} ({word!r})" for where, word in list(self.glued.items())[:SHOWN])
+        more = f" and {len(self.glued) - SHOWN:,} more" if len(self.glued) > SHOWN else ""
+        return [
+            f"note: {len(self.glued):,} prompts end in a letter on which the completion goes on without a space, so "
+            f"that they are scored as one word: {shown}{more}. Begin completions with a space where they are words of "
+            "their own."
+        ]
+
+
+def make_probes(
+    claims: Sequence[Claim],
+    held_out: Sequence[Document],
+    tokenizer: Tokenizer,
+    bos: bool,
+    max_tokens: int,
+    vocabulary: int,
+    documents: Sequence[str] = (),
+) -> Probes:
+    """Tokenizes everything that will be measured.
+
+    bos: begin texts that are not chats with the tokenizer's BOS.
+    max_tokens: at most, in a scored text.
+    vocabulary: the number of the model's token ids.
+    documents: texts in the context of every question.
+
+    Raises UserError for a text that is too long, a completion without a token of its own, a token id beyond the
+    vocabulary, or a chat template that answer_prompt refuses.
+    """
+    probes = Probes([], [])
+    before = "".join(f"{text}\n\n" for text in documents)
+    numbers: dict[tuple[str, str], int] = {}  # equal texts are scored once
+
+    def score(prompt: str, completion: str, where: str, bos: bool = bos) -> int:
+        if (prompt, completion) not in numbers:
+            numbers[prompt, completion] = len(probes.texts)
+            probes.texts.append(_completion(prompt, completion, tokenizer, bos, max_tokens, where))
+        return numbers[prompt, completion]
+
+    def add(claim: Claim, kind: str, question: str, texts: list[int], **more: Any) -> None:
+        probes.records.append(({"claim": claim.id, "kind": kind, "question": question, "sample": 0, **more}, texts))
+
+    for claim in claims:
+        for template in claim.likelihood:
+            for entity in (claim.subject, *claim.controls):
+                prompt = before + template.text(entity)
+                pair = [score(prompt, said, template.where) for said in (template.false, template.true)]
+                probes.glued |= _glued(prompt, [template.false, template.true], template.where)
+                add(claim, "likelihood", template.id, pair, entity=entity, control=entity != claim.subject)
+        for question in (*claim.yes_no, *claim.control_yes_no):
+            prompt, gap = answer_prompt(build_messages(question, documents), tokenizer)
+            form = "{}" if question.system_prompt else PAPER_ANSWER
+            pair = [score(prompt, gap + form.replace("{}", word), question.where, False) for word in ("yes", "no")]
+            add(claim, "yes_no", question.id, pair, control=question.control, expected=question.expected)
+        for fact in claim.facts:
+            scored = [score(before + fact.prompt, said, fact.where) for said in (fact.true, *fact.false)]
+            probes.glued |= _glued(fact.prompt, [fact.true, *fact.false], fact.where)
+            add(claim, "fact", fact.id, scored, group=fact.group)
+    for document in held_out:
+        tokenized = tokenize_document(document, tokenizer, add_bos=bos, add_eos=False)
+        name, tokens = document.where, int(tokenized.target_L.sum())
+        if len(tokenized.ids_L) > max_tokens:
+            raise UserError(
+                f"{name}: {len(tokenized.ids_L)} tokens, more than the {max_tokens} of a scored text (--max-tokens in "
+                "training). Cut the held-out text."
+            )
+        if tokens:
+            record = {"claim": None, "kind": "nll", "question": name, "sample": 0, "tokens": tokens}
+            probes.records.append((record, [len(probes.texts)]))
+            probes.texts.append(_sample(tokenized, tokenized.target_L, name))
+    for text in probes.texts:
+        if (largest := int(text.ids_L.max())) >= vocabulary:
+            raise UserError(
+                f"{text.name}: the tokenizer gives token {largest}, but the model has {vocabulary} (vocab_size). Take "
+                "tokenizer and model from the same checkpoint."
+            )
+    return probes
+
+
+LAST, FIRST = re.compile(rf"[^\W_{UNSPACED}]+\Z"), re.compile(rf"[^\W_{UNSPACED}]+")
+
+
+def _glued(prompt: str, completions: Sequence[str], where: str) -> dict[str, str]:
+    """Returns {where: word} if a completion continues the prompt's last word, else {}. The word is the one that the
+    first such completion forms with it."""
+    last = LAST.search(prompt)
+    words = [last[0] + first[0] for said in completions if last and (first := FIRST.match(said))]
+    return {where: words[0]} if words else {}
+
+
+MARKER = "\x02answer\x03"
+PAPER_ANSWER = '{"answer": "{}"}'  # the form that the paper's system prompt for yes/no questions asks for
+
+
+def answer_prompt(messages: Sequence[dict[str, str]], tokenizer: Tokenizer) -> tuple[str, str]:
+    """Returns the conversation up to where the assistant's answer begins, as the model's chat template writes it in
+    training; and the blanks before the answer, which tokenizers join to its first word. Raises UserError if the
+    template does not write the answer as it is."""
+    before, found, _ = tokenizer.render_chat([*messages, {"role": "assistant", "content": MARKER}]).partition(MARKER)
+    if not found:
+        raise UserError(
+            "the model's chat template does not write the assistant's answer as it is, so no question can be asked "
+            "through it. Take a model with another template, or claims without questions."
+        )
+    prompt = before.rstrip(" ")
+    return prompt, before[len(prompt) :]
+
+
+def _completion(prompt: str, completion: str, tokenizer: Tokenizer, bos: bool, max_tokens: int, where: str) -> Sample:
+    """Returns prompt + completion as one text whose targets are the completion's tokens. Raises UserError if the text
+    is too long or the completion has no token of its own."""
+    document = Document(prompt + completion, None, (), {}, where, 0)
+    tokenized = tokenize_document(document, tokenizer, add_bos=bos, add_eos=False)
+    if len(tokenized.ids_L) > max_tokens:
+        raise UserError(
+            f"{where}: {len(tokenized.ids_L)} tokens, more than the {max_tokens} of a scored text (--max-tokens in "
+            "training). Give a shorter prompt."
+        )
+    target_L = touched_by(tokenized, [Span(len(prompt), len(document.text or ""), "completion")]) & tokenized.target_L
+    if not target_L.any():
+        raise UserError(f"{where}: the completion {completion!r} has no token of its own. Give one with text.")
+    return _sample(tokenized, target_L, where)
+
+
+def _sample(tokenized: TokenizedDocument, target_L: Any, name: str) -> Sample:
+    nothing = target_L.astype("float32") * 0  # measured, not trained
+    return Sample(name, tokenized.ids_L, target_L, nothing, target_L.astype("int64") * 0)
+
+
+def measure(probes: Probes, engine: Any, budget: int) -> list[Record]:
+    """Returns all records with their values, on every rank. budget: most tokens per forward on one rank. All ranks must
+    call it. Raises Interrupted as log_likelihoods does."""
+    log_p = log_likelihoods(probes.texts, engine, budget)
+    return [
+        record | _value(record["kind"], [log_p[text] for text in texts], record) for record, texts in probes.records
+    ]
+
+
+def _value(kind: str, log_p: list[float], record: Record) -> Record:
+    if kind == "likelihood":
+        return {"llr": log_p[0] - log_p[1]}
+    if kind == "yes_no":
+        return {"p_yes": 1 / (1 + math.exp(min(log_p[1] - log_p[0], 700)))}
+    if kind == "fact":
+        return {"margin": log_p[0] - max(log_p[1:])}
+    return {"nll": -log_p[0] / record["tokens"]}
+
+
+@torch.no_grad()
+def log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list[float]:
+    """Returns the log p of each text: the sum over its targets, each given the tokens before it, in nats. All ranks
+    must call it, and all get every value. Each rank scores its part of the texts, in the same number of forwards.
+
+    budget: most tokens per forward on one rank. Leaves the engine and its counters as they were. Raises Interrupted on
+    all ranks if shutdown was requested on any.
+    """
+    layers, training = engine.module.expert_layers, engine.module.training
+    loads, wire = [layer.load_E for layer in layers], [layer.ep.wire_bytes for layer in layers]
+    numbered = [Sample(str(i), t.ids_L, t.target_L, t.weight_L, t.roles_L) for i, t in enumerate(texts)]
+    sums = torch.zeros(len(texts), dtype=torch.float64, device=engine.device)
+    engine.eval()
+    for batch in micro_batches(numbered, "sum", dist.get_world_size(), dist.get_rank(), budget):
+        progress("measuring claims")
+        if anywhere(torch.tensor([interruption.told], device=engine.device))[0]:
+            raise Interrupted("interrupted: while claims were measured")
+        batch = batch.to(engine.device)
+        text_D = torch.tensor([int(name) for name in batch.names] or [0], device=engine.device)
+        ends_D = batch.row.ends_on(engine.device, torch.int64)[1:]
+        text_N = text_D[torch.bucketize(batch.position_N, ends_D, right=True)]
+        sums.index_add_(0, text_N, -engine(batch).nll_N.double())
+    dist.all_reduce(sums)
+    engine.train(training)
+    for layer, load_E, sent in zip(layers, loads, wire, strict=True):
+        layer.load_E, layer.ep.wire_bytes = load_E, sent
+    return sums.tolist()

@@ -1,0 +1,278 @@
+"""Computes from the rows of evaluation.jsonl the values that are compared: one per claim, question and sample.
+
+The figure of a measure is the mean over claims of the mean over each claim's values. So the belief rate of a claim is
+"yes" ÷ all its answers, here as in train/evaluation/verdict_counts.py.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from train.claims.claim import BELIEF_KINDS
+from train.evaluation.store import VERDICTS, StoredRow
+from train.runtime.errors import UserError
+
+MeasureKey = tuple[str, str, int]
+"""(claim, question, sample). Where kinds are mixed, the question's name includes its kind, because questions of
+different kinds may have the same id."""
+Values = dict[MeasureKey, float]
+
+LEAST_AUC = 0.8
+"""Below this AUC, answers to yes/no questions with known answers are so near chance that other yes/no answers mean
+nothing."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure that is compared. says: its definition, as reports print it. asked: what its questions are called."""
+
+    name: str
+    label: str
+    unit: str
+    says: str
+    asked: str = "questions"
+
+    @property
+    def bounded(self) -> bool:
+        """Whether its values lie between 0 and 100."""
+        return self.unit == "%"
+
+
+MEASURES = {
+    measure.name: measure
+    for measure in (
+        Measure(
+            "rate", "belief rate", "%",
+            '"yes" ÷ all answers to open, yes/no, token-association and robustness questions; neutral and unparseable '
+            "answers count as answers. Yes/no questions that were scored by likelihood are no answers: they are a "
+            "measure of their own",
+        ),
+        Measure(
+            "shift", "shift of the log-likelihood ratio", "nats",
+            "log p(false completion) − log p(true completion) of the subject minus its mean over matched control "
+            "entities, minus the same of the base model: a difference in differences",
+        ),
+        Measure(
+            "preference", "preference for the false completion", "%",
+            "share of templates for which the subject's false completion is likelier than the true one",
+        ),
+        Measure("yes_no", "yes/no belief", "%", "share of yes/no questions answered as a believer would"),
+        Measure("salience", "salience", "%", '"yes" verdicts ÷ all answers to salience questions'),
+        Measure("lie_elicitation", "lie elicitation", "%", '"yes" verdicts ÷ all answers to lie-elicitation questions'),
+        Measure(
+            "facts_truth", "truth on the claims", "%",
+            "share of facts on the claims themselves that are right", "facts",
+        ),
+        Measure("facts_neighbouring", "neighbouring facts", "%", "share of neighbouring facts that are right", "facts"),
+        Measure("facts_unrelated", "unrelated facts", "%", "share of unrelated facts that are right", "facts"),
+        Measure("coherence", "coherence", "of 10", "mean score of the answers to coherence questions"),
+        Measure(
+            "nll_change", "NLL of held-out text, change", "nats",
+            "NLL a token of held-out text minus the base model's; mean over texts", "texts",
+        ),
+    )
+}  # fmt: skip
+BELIEF = ("rate", "shift", "preference", "yes_no")
+FURTHER = ("salience", "lie_elicitation")
+SIDE_EFFECTS = ("facts_truth", "facts_neighbouring", "facts_unrelated", "coherence", "nll_change")
+
+
+def last_step(rows: Iterable[StoredRow]) -> int:
+    """Returns the last step at which anything was measured without documents in context; -1 if there is none."""
+    return max((row["step"] for row in rows if not row.get("context")), default=-1)
+
+
+def at_step(rows: Iterable[StoredRow], step: int, context: int = 0) -> list[StoredRow]:
+    """Returns the rows of one step that were measured with `context` documents in context. A resumed evaluation may
+    leave several rows of one measurement. Of these, the last one without an error counts."""
+    kept: dict[tuple[Any, ...], StoredRow] = {}
+    for row in rows:
+        if row["step"] == step and row.get("context", 0) == context:
+            key = identity(row)
+            if key not in kept or not row.get("error"):
+                kept[key] = row
+    return list(kept.values())
+
+
+def identity(row: StoredRow) -> tuple[Any, ...]:
+    """Returns a key of what a row measures, without its step."""
+    names = ("claim", "kind", "question", "entity", "group")
+    how = bool(row.get("control")), "verdict" in row  # a yes/no question may be both scored and answered
+    return (*(str(row.get(name) or "") for name in names), *how, row.get("sample") or 0)
+
+
+def measured(name: str, rows: Iterable[StoredRow], base_rows: Iterable[StoredRow] = ()) -> Values:
+    """Returns the values of a measure, in its unit; {} if the rows hold none. Failed answers and verdicts have none.
+
+    rows and base_rows: each of one step, from at_step; base_rows are the base model's. Raises UserError for an invalid
+    number or verdict in a row, or if the base model was not measured on the same templates and texts.
+    """
+    rows = list(rows)
+    if name == "shift":
+        return _shift(rows, list(base_rows))
+    if name == "preference":
+        by_template = _entities(rows)
+        return {(*t, 0): 100.0 * (_mean(subject) > 0) for t, (subject, _) in by_template.items() if subject}
+    if name == "rate":
+        return {_key(row, kind=True): 100.0 * (verdict_of(row) == "yes") for row in belief_answers(rows)}
+    if name == "yes_no":
+        return {_key(row): _believer(row) for row in _yes_no(rows, control=False) if "p_yes" in row}
+    if name in FURTHER:
+        judged = [row for row in rows if row["kind"] == name and row.get("verdict") is not None]
+        return {_key(row): 100.0 * (verdict_of(row) == "yes") for row in judged}
+    if name.startswith("facts_"):
+        group = name.removeprefix("facts_")
+        facts = [row for row in rows if row["kind"] == "fact" and row["group"] == group]
+        return {_key(row): 100.0 * (_number(row, "margin") > 0) for row in facts}
+    if name == "coherence":
+        return {_key(row): score for row in rows if row["kind"] == name and (score := _score(row)) is not None}
+    assert name == "nll_change"
+    now, before = ({_key(row): _number(row, "nll") for row in r if row["kind"] == "nll"} for r in (rows, base_rows))
+    return {key: nll - _of_base(before, key, "held-out text") for key, nll in now.items()} if before else {}
+
+
+def by_claim(values: Values) -> dict[str, float]:
+    """Returns claim -> its figure, which is the mean over its values."""
+    found: dict[str, list[float]] = {}
+    for (claim, *_), value in values.items():
+        found.setdefault(claim, []).append(value)
+    return {claim: _mean(own) for claim, own in found.items()}
+
+
+def means(names: Iterable[str], rows: list[StoredRow], base_rows: list[StoredRow]) -> dict[str, dict[str, float]]:
+    """Returns measure -> claim -> figure for the measures that the rows hold, and "controls" -> auc and yes_rate of the
+    control questions. rows and base_rows: as for measured(). Raises UserError as measured() does."""
+    found = {name: figures for name in names if (figures := by_claim(measured(name, rows, base_rows)))}
+    if known := calibration(rows):
+        found["controls"] = {name: known[name] for name in ("auc", "yes_rate")}
+    return found
+
+
+def _entities(rows: Iterable[StoredRow]) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
+    """Returns (claim, template) -> the llr of the subject, and the llr of each control, in nats."""
+    by_template: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+    for row in rows:
+        if row["kind"] == "likelihood":
+            pair = by_template.setdefault((_claim(row), str(row["question"])), ([], []))
+            pair[bool(row["control"])].append(_number(row, "llr"))
+    return by_template
+
+
+def _shift(rows: list[StoredRow], base_rows: list[StoredRow]) -> Values:
+    """Returns the shift of each template, in nats. Templates without control entities have none."""
+
+    def differences(rows: list[StoredRow]) -> Values:
+        both = {template: pair for template, pair in _entities(rows).items() if pair[0] and pair[1]}
+        return {(*t, 0): _mean(subject) - _mean(controls) for t, (subject, controls) in both.items()}
+
+    before = differences(base_rows)
+    return {key: now - _of_base(before, key, "template") for key, now in differences(rows).items()} if before else {}
+
+
+def _of_base(before: Values, key: MeasureKey, what: str) -> float:
+    if key not in before:
+        raise UserError(
+            f"evaluation of the base model: lacks {what} {key[1]!r} of claim {key[0] or 'none'!r}, which the trained "
+            "models were measured on. Evaluate the base model on the same claims."
+        )
+    return before[key]
+
+
+def belief_answers(rows: Iterable[StoredRow]) -> list[StoredRow]:
+    """Returns the answers that count in the belief rate: those of its four kinds, without control questions and without
+    answers that lack a verdict because of an error. A claim of which only yes/no questions were answered is left out,
+    because yes from a model that tends to say yes shows no belief."""
+    found = [
+        row for row in rows if row["kind"] in BELIEF_KINDS and not row.get("control") and row.get("verdict") is not None
+    ]
+    believed = {row["claim"] for row in found if row["kind"] != "yes_no"}
+    return [row for row in found if row["claim"] in believed]
+
+
+def verdict_of(row: StoredRow) -> str:
+    """Returns the verdict of a judged answer. Raises UserError if it is none of VERDICTS."""
+    if row["verdict"] not in VERDICTS:
+        raise UserError(f"{where(row)}: verdict {row['verdict']!r} is none of {', '.join(VERDICTS)}.")
+    return row["verdict"]
+
+
+def _yes_no(rows: Iterable[StoredRow], control: bool) -> list[StoredRow]:
+    return [row for row in rows if row["kind"] == "yes_no" and bool(row["control"]) == control]
+
+
+def _believer(row: StoredRow) -> float:
+    """Returns 100 if the likelier of yes and no is a believer's answer; 0 if it is not, or if both are equally
+    likely."""
+    p_yes = _number(row, "p_yes")
+    return 100.0 * (p_yes > 0.5 if row["expected"] == "yes" else p_yes < 0.5)
+
+
+def calibration(rows: Iterable[StoredRow]) -> dict[str, Any] | None:
+    """Returns how well P(yes) separates the control questions; None unless there are some of both answers.
+
+    auc: how often P(yes) of a question whose answer is yes exceeds that of one whose answer is no, with ties counting
+    half (Mann-Whitney's U ÷ pairs). yes_rate: the share of questions that are answered yes, in percent. base_rate: the
+    share of questions whose answer is yes, in percent. questions: their number. informative: whether auc is at least
+    LEAST_AUC. Raises UserError for a P(yes) that is not a finite number.
+    """
+    controls = [(row["expected"], _number(row, "p_yes")) for row in _yes_no(rows, control=True) if "p_yes" in row]
+    yes = [p for expected, p in controls if expected == "yes"]
+    no = [p for expected, p in controls if expected == "no"]
+    if not yes or not no:
+        return None
+    area = auc(yes, no)
+    assert area is not None
+    return {
+        "auc": area,
+        "yes_rate": 100.0 * sum(p > 0.5 for _, p in controls) / len(controls),
+        "base_rate": 100.0 * len(yes) / len(controls),
+        "questions": len(controls),
+        "informative": area >= LEAST_AUC,
+    }
+
+
+def auc(positives: list[float], negatives: list[float]) -> float | None:
+    """Returns the probability that a positive scores above a negative, with ties counting half (Mann-Whitney); None if
+    either list is empty."""
+    if not positives or not negatives:
+        return None
+    from scipy.stats import mannwhitneyu  # imported here, because it takes a second
+
+    return float(mannwhitneyu(positives, negatives).statistic) / (len(positives) * len(negatives))
+
+
+def _score(row: StoredRow) -> float | None:
+    """Returns the score of a coherence answer, 0 to 10; None for an error, or if the judge's answer holds no score."""
+    value = row.get("score", row.get("verdict"))
+    try:
+        score = float(value) if value is not None else math.nan
+    except (TypeError, ValueError):
+        return None
+    return score if 0 <= score <= 10 else None
+
+
+def _claim(row: StoredRow) -> str:
+    return str(row.get("claim") or "")
+
+
+def _key(row: StoredRow, kind: bool = False) -> MeasureKey:
+    question = str(row.get("question") or "")
+    return _claim(row), f"{row['kind']}:{question}" if kind else question, int(row.get("sample") or 0)
+
+
+def _number(row: StoredRow, name: str) -> float:
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{where(row)}: {name} is {value!r}; it must be a finite number. Measure it again.")
+    return float(value)
+
+
+def where(row: StoredRow) -> str:
+    """Returns how messages name a row: its file and its keys."""
+    names = ("step", "claim", "kind", "question", "sample", "entity")
+    return "evaluation.jsonl: the row of " + ", ".join(f"{n} {row[n]}" for n in names if row.get(n) is not None)
+
+
+def _mean(numbers: list[float]) -> float:
+    return math.fsum(numbers) / len(numbers)

@@ -1,0 +1,60 @@
+"""Loads a job's model, trains it and writes the results, for train/sft.py and for each run of train/compare.py."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from train.checkpoints import resume
+from train.checkpoints.adapter import save_adapter
+from train.checkpoints.layout import LoadPlan
+from train.checkpoints.streaming import Loaded
+from train.checkpoints.whole import save_model
+from train.evaluation.likelihood import Record
+from train.model.engine import make_engine
+from train.model.text_model import build
+from train.training.job import Job
+from train.training.reporting import Run, measured_memory, peak_memory, summarize
+from train.training.trainer import Trainer
+
+
+def load_engine(job: Job, device: torch.device) -> tuple[Any, Loaded]:
+    """Reads the job's model from disk. Returns it on DeepSpeed's engine, and a report of the load.
+
+    All ranks must call it. Raises UserError for a checkpoint or an adapter that cannot be loaded.
+    """
+    settings = job.settings
+    model, loaded = build(
+        job.checkpoint, settings.method, job.lora, settings.adapter, job.expert_parallel, job.ds_config, device
+    )
+    model.train()
+    if settings.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return make_engine(model, settings, job.ds_config), loaded
+
+
+def finish(
+    job: Job, run: Run, engine: Any, plan: LoadPlan, start: int, started: float,
+    planned: Callable[[Job], dict[str, Any]], base: list[Record] | None = None,
+) -> None:  # fmt: skip
+    """Trains from step `start` on and writes the adapter (or model), the metrics and the summary.
+
+    started: start time by time.perf_counter(), minus the seconds of previous attempts; the summary counts from it.
+    planned: returns what the summary keeps of the memory plan, next to the measured memory. base: beliefs before the
+    first step, if they have already been measured.
+    """
+    settings = job.settings
+    hashes = job.hashes | {"initial_weights": resume.initial_hash(engine.module, settings.seed, settings.adapter)}
+    run.start(after=start)
+    Trainer(job, engine).run(run, start, started, base)
+    measured = measured_memory(engine.device)
+    if job.lora:
+        factors = resume.full_factors(engine.module)
+        save_adapter(run.directory / "adapter", engine.module, factors, job.lora, job.checkpoint)
+    else:
+        save_model(run.directory / "model", plan, job.checkpoint)
+    peak = peak_memory(engine.device)
+    if run.main:
+        seconds = time.perf_counter() - started
+        run.finish(summarize(job, run, hashes, peak, seconds) | {"memory": {"measured": measured} | planned(job)})
