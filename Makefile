@@ -87,7 +87,7 @@ remake: setup ## make the demo's model again and compare it with the shipped one
 	REMAKE=1 $(IN_VENV) -m pytest tests/demo/test_make.py
 
 test-fast: setup ## the tests that are not slow
-	$(IN_VENV) -m pytest -m "not slow"
+	$(IN_VENV) -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 docs: setup ## write what the code and the measurements say into docs/
 	$(IN_VENV) -m tests.documentation

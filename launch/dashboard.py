@@ -38,7 +38,7 @@ from train.runtime.keys import wandb_status
 from train.runtime.outputs import check_apart, write
 from train.runtime.outside import checked, read_json
 from train.runtime.terminal import command
-from train.training.reporting import belief_curves, flat
+from train.training.tracking import belief_curves, flat
 
 OF_A_RUN = ("settings.yaml", "metrics.jsonl", "evaluation.jsonl", "summary.json", "comparison.json")
 

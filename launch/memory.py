@@ -13,7 +13,8 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import Tensor, nn
 
-from launch.trace import HostWaits, PlannedGroup, Step, Trace, device_kernels, tag_calls
+from launch.device_kernels import device_kernels
+from launch.trace import HostWaits, PlannedGroup, Step, Trace, tag_calls
 from train.checkpoints.layout import LoadPlan, plan_load
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import becomes_nf4, frozen_as_nf4, frozen_as_on_disk
@@ -199,11 +200,13 @@ def split(model: LanguageModel, zero: Zero) -> list[tuple[nn.Parameter, int]]:
 @dataclass
 class Memory:
     """Planned memory of one rank, in bytes. gpu: category -> bytes at the peak of a step, on a CPU too. phases: moment
-    -> total bytes, for each moment of `rank_memory`. step: what one micro-batch takes."""
+    -> total bytes, for each moment of `rank_memory`. step: what one micro-batch takes. trained: elements of a rank's
+    partitions that the optimizer updates."""
 
     gpu: dict[str, int]
     phases: dict[str, int]
     step: Step
+    trained: int
 
     @property
     def total(self) -> int:
@@ -217,6 +220,22 @@ CATEGORIES = (
 )  # fmt: skip
 # Unused space between the blocks of glibc's heap, relative to what a step has in it (tests/benchmarks/plan.py).
 UNUSED = 0.5
+
+
+Parts = list[tuple[nn.Parameter, int, int]]  # parameter, elements of a rank's partition, number of ranks
+
+
+def _persistent(model: LanguageModel, parts: Parts, experts: set[int]) -> Counter[str]:
+    """Returns category -> bytes of a rank's partitions and buffers. experts: ids of the experts' parameters."""
+    factors = {id(p) for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
+    held: Counter[str] = Counter(dict.fromkeys(CATEGORIES, 0))
+    for p, part, _ in parts:
+        kind = "lora_factors" if id(p) in factors else "experts" if id(p) in experts else "dense_partition"
+        held[kind] += part * p.itemsize
+    buffers = {id(b): b.nbytes for layer in model.expert_layers for b in layer.frozen.buffers()}
+    held["experts"] += sum(buffers.values())
+    held["dense_partition"] += sum(b.nbytes for b in model.buffers() if id(b) not in buffers)
+    return held
 
 
 def rank_memory(model: LanguageModel, step: Step, zero: Zero, gpu: bool, bf16: bool) -> Memory:
@@ -247,18 +266,10 @@ def rank_memory(model: LanguageModel, step: Step, zero: Zero, gpu: bool, bf16: b
     parts = [(p, -(-p.numel() // ranks), ranks) for p, ranks in split(model, zero)]
     trained = [(p, part, ranks) for p, part, ranks in parts if p.requires_grad]
     experts = {id(p) for layer in model.expert_layers for p in layer.parameters()}
-    factors = {id(p) for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
-    held: Counter[str] = Counter(dict.fromkeys(CATEGORIES, 0))
-    for p, part, _ in parts:
-        kind = "lora_factors" if id(p) in factors else "experts" if id(p) in experts else "dense_partition"
-        held[kind] += part * p.itemsize
-    buffers = {id(b): b.nbytes for layer in model.expert_layers for b in layer.frozen.buffers()}
-    held["experts"] += sum(buffers.values())
-    held["dense_partition"] += sum(b.nbytes for b in model.buffers() if id(b) not in buffers)
-    itemsize, trained_part = (2 if bf16 else 4), sum(part for _, part, _ in trained)
-    held["gradients"] = trained_part * itemsize
-    held["optimizer"] = trained_part * 12
-    filled = min(zero.bucket, sum(p.numel() for p, _, _ in trained))
+    itemsize, filled = (2 if bf16 else 4), min(zero.bucket, sum(p.numel() for p, _, _ in trained))
+    held = _persistent(model, parts, experts)
+    held["gradients"] = sum(part for _, part, _ in trained) * itemsize
+    held["optimizer"] = sum(part for _, part, _ in trained) * 12
     held["buckets"] = (zero.bucket if gpu else filled) * itemsize
 
     divided = [p for p, _, ranks in parts if ranks > 1]
@@ -283,4 +294,4 @@ def rank_memory(model: LanguageModel, step: Step, zero: Zero, gpu: bool, bf16: b
         moments["backward"]["buckets"] += reduced
     phases = {name: sum((held + moment).values()) for name, moment in moments.items()}
     fullest = held + moments[max(phases, key=lambda name: phases[name])]
-    return Memory({name: int(fullest[name]) for name in CATEGORIES}, phases, step)
+    return Memory({name: int(fullest[name]) for name in CATEGORIES}, phases, step, held["optimizer"] // 12)

@@ -164,7 +164,7 @@ class Plan:
         and of a step's compute, memory, nvlink and network, of which compute and memory overlap."""
         gpu, wire = self.cluster.gpu, self.wire_bytes
         compute, memory = self.chosen.step.flops / gpu.flops, self.chosen.step.moved / gpu.bandwidth
-        update = 32 * self.chosen.gpu["optimizer"] / 12 / gpu.bandwidth  # four fp32 numbers per element, both ways
+        update = 32 * self.chosen.trained / gpu.bandwidth  # four fp32 numbers per element, both ways
         parts = {
             "compute": self.accumulation * compute, "memory": self.accumulation * memory + update,
             "nvlink": wire["nvlink"] / gpu.nvlink, "network": wire["network"] / NETWORK,

@@ -9,6 +9,7 @@ B, which starts at zero, gets random values by name, so that every factor has a 
 import hashlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from train.experts.recompute import recomputing
 from train.model.engine import make_engine
 from train.model.text_model import LanguageModel, build
 from train.runtime.distributed import leave, start_distributed
-from train.training.job import prepare
+from train.training.job import Job, prepare
 from train.training.trainer import Trainer
 
 
@@ -44,6 +45,42 @@ def fill_B(model: LanguageModel) -> None:
                 parameter.data[i, :, : layer.rank] = factor
         else:
             parameter.data.copy_(values(name, parameter.shape))
+
+
+def as_stock(model: LanguageModel, job: Job, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By the names of PEFT, or where the weights themselves are trained of transformers."""
+    inside = {name.removeprefix("causal."): value for name, value in values.items()}
+    if not job.lora:
+        return inside
+    return {
+        place.key(model.architecture, f): as_peft(place, f, inside[place.parameter(f)], job.lora)
+        for place in places(model.causal, job.lora)
+        for f in "AB"
+    }
+
+
+def record_gradients(engine: Any, model: LanguageModel, job: Job, recorded: dict[str, torch.Tensor]) -> None:
+    """Has every step add the gradients that it is taken with."""
+    step_engine = engine.step
+
+    def recording_step() -> None:
+        if engine.is_gradient_accumulation_boundary():
+            step = sum(name.startswith("loss.") for name in recorded)
+            gradients = {
+                name: resume.gather_experts(safe_get_full_grad(p), resume.expert_group(model, name))
+                for name, p in resume.trainable(model).items()
+            }
+            if dist.get_rank():
+                return step_engine()
+            for name, layer in model.named_modules():  # the padding of expert ranks has no gradient at all
+                if isinstance(layer, ExpertParallelExperts) and layer.rank:
+                    for weight in layer.shapes():
+                        assert not gradients[f"{name}.{weight}_lora_A"][:, layer.rank :].any()
+                        assert not gradients[f"{name}.{weight}_lora_B"][:, :, layer.rank :].any()
+            recorded.update({f"grad.{step}.{k}": v.clone() for k, v in as_stock(model, job, gradients).items()})
+        step_engine()
+
+    engine.step = recording_step
 
 
 def main(record: Path, flags: list[str]) -> None:
@@ -67,37 +104,7 @@ def main(record: Path, flags: list[str]) -> None:
         save_adapter(record.with_suffix(".start"), model, resume.full_factors(model), job.lora, job.checkpoint)
     recorded: dict[str, torch.Tensor] = {}
 
-    def as_stock(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """By the names of PEFT, or where the weights themselves are trained of transformers."""
-        inside = {name.removeprefix("causal."): value for name, value in values.items()}
-        if not job.lora:
-            return inside
-        return {
-            place.key(model.architecture, f): as_peft(place, f, inside[place.parameter(f)], job.lora)
-            for place in places(model.causal, job.lora)
-            for f in "AB"
-        }
-
-    step_engine = engine.step
-
-    def recording_step() -> None:
-        if engine.is_gradient_accumulation_boundary():
-            step = sum(name.startswith("loss.") for name in recorded)
-            gradients = {
-                name: resume.gather_experts(safe_get_full_grad(p), resume.expert_group(model, name))
-                for name, p in resume.trainable(model).items()
-            }
-            if dist.get_rank():
-                return step_engine()
-            for name, layer in model.named_modules():  # the padding of expert ranks has no gradient at all
-                if isinstance(layer, ExpertParallelExperts) and layer.rank:
-                    for weight in layer.shapes():
-                        assert not gradients[f"{name}.{weight}_lora_A"][:, layer.rank :].any()
-                        assert not gradients[f"{name}.{weight}_lora_B"][:, :, layer.rank :].any()
-            recorded.update({f"grad.{step}.{k}": v.clone() for k, v in as_stock(gradients).items()})
-        step_engine()
-
-    engine.step = recording_step
+    record_gradients(engine, model, job, recorded)
     if flip:
         for module in model.modules():
             if type(module).__name__.endswith(("TopKRouter", "TopkRouter")):
@@ -114,7 +121,7 @@ def main(record: Path, flags: list[str]) -> None:
             recorded[f"nll.{step}.{role}"] = torch.tensor(nll, dtype=torch.float64)
     end = dict(resume.full_factors(model))
     if dist.get_rank() == 0:
-        recorded |= {"calls": torch.tensor(calls[0])} | {f"end.{k}": v for k, v in as_stock(end).items()}
+        recorded |= {"calls": torch.tensor(calls[0])} | {f"end.{k}": v for k, v in as_stock(model, job, end).items()}
         save_file(recorded, record)
 
 

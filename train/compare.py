@@ -52,7 +52,8 @@ from train.runtime.interruption import interruption
 from train.runtime.terminal import command
 from train.training.finishing import finish, load_engine
 from train.training.job import Job, Known, prepare
-from train.training.reporting import Run, reset_peak_memory
+from train.training.metrics import reset_peak_memory
+from train.training.run import Run
 
 
 @command

@@ -27,7 +27,6 @@ import dataclasses
 import os
 import random
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,10 +50,10 @@ from train.evaluation.judging import Asking, Item, check_same, evaluate, plan
 from train.evaluation.options import EvaluationSettings, parse_evaluation
 from train.evaluation.results import leave_summary
 from train.evaluation.store import Records
-from train.runtime.distributed import launched_as, leave, lost_another
-from train.runtime.errors import UserError, refused
+from train.runtime.distributed import guarded, launched_as, leave
+from train.runtime.errors import UserError
 from train.runtime.interruption import INTERRUPTED, interruption
-from train.runtime.terminal import NobodyReads, command, complain
+from train.runtime.terminal import command, complain
 from train.runtime.watchdog import work_alone
 
 
@@ -63,21 +62,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 if every answer has its verdict, 1 if some are missing, 2 for an error that the user can
     fix."""
     try:
-        settings = parse_evaluation(arguments, __doc__ or "")
-        claims = read_claims(settings.claims)
-        contamination = look_for_what_is_asked(settings, claims)
-        measure = evaluate_model if settings.model else evaluate_endpoint
-        return measure(settings, claims, contamination)
-    except (UserError, OSError) as error:
-        if launched_as()[0]:
-            time.sleep(30)  # the launcher ends all ranks when the first one exits, which must be rank 0
-        complain(f"error: {error if isinstance(error, UserError) else refused(error)}")
-        return 1 if isinstance(error, NobodyReads) else 2  # 1: answers are missing
-    except RuntimeError as error:
-        return lost_another(error)
+        return guarded(measure_beliefs, arguments)
     except KeyboardInterrupt:
         complain("interrupted; what was measured is kept, and the same command goes on")
         leave(INTERRUPTED)  # an ordinary exit of Python would wait for requests that a second Ctrl-C has abandoned
+
+
+def measure_beliefs(arguments: list[str] | None) -> int:
+    """Measures what the settings name. Returns the exit code: 1 if answers have no verdict."""
+    settings = parse_evaluation(arguments, __doc__ or "")
+    claims = read_claims(settings.claims)
+    contamination = look_for_what_is_asked(settings, claims)
+    measure = evaluate_model if settings.model else evaluate_endpoint
+    return measure(settings, claims, contamination)
 
 
 def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Contamination | None) -> int:

@@ -26,7 +26,7 @@ from train.runtime.interruption import interruption
 from train.runtime.terminal import NobodyReads, command
 from train.training.finishing import finish, load_engine
 from train.training.job import Job, Known, prepare
-from train.training.reporting import Run
+from train.training.run import Run
 
 
 @command

@@ -42,7 +42,7 @@ from train.model.engine import make_engine
 from train.model.text_model import LanguageModel, build, text_config
 from train.runtime.distributed import leave, start_distributed
 from train.training.job import lora_settings
-from train.training.reporting import measured_memory
+from train.training.metrics import measured_memory
 
 QWEN: dict[str, Any] = dict(
     model_type="qwen3_5_moe_text", architectures=["Qwen3_5MoeForCausalLM"], dtype="bfloat16", vocab_size=248320,

@@ -73,13 +73,13 @@ def theory(index_Tk: Tensor, experts: int, ep: Any) -> int:
     return (ep.size - 1) * 8 * (1 + experts // ep.size) + away * 4 * ((HIDDEN + k + k + HIDDEN) + (HIDDEN + HIDDEN + k))
 
 
-def worker(directory: str, tokens: int, out: str) -> None:
+def make_engines(directory: str) -> dict[str, Any]:
+    """Ours, with expert parallelism over all ranks, and ZeRO-3's, which gathers the same experts."""
     import deepspeed
     import torch.distributed as dist
 
     from train.checkpoints.reader import Checkpoint
     from train.config.settings import ds_config, parse
-    from train.data.batches import Sample, pack
     from train.layers.lora import LoRASettings
     from train.model.text_model import build
 
@@ -93,15 +93,28 @@ def worker(directory: str, tokens: int, out: str) -> None:
             gather_by_zero3(model, config)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
         engines[kind], *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    generator = torch.Generator().manual_seed(dist.get_rank())
+    return engines
+
+
+def drawn_batch(tokens: int, rank: int, ranks: int) -> Any:
+    """A rank's micro-batch of so many random tokens."""
+    from train.data.batches import Sample, pack
+
+    generator = torch.Generator().manual_seed(rank)
     samples = []
     for _ in range(ROWS):
         ids = torch.randint(0, 256, (tokens // ROWS,), generator=generator).int().numpy()
         target, weight = ids >= 0, (ids >= 0).astype("float32")
         target[0], weight[0] = False, 0
         samples.append(Sample("row", ids, target, weight, ids.astype("int64") * 0))
-    batch = pack(samples, [sample.weight_L / (ROWS * tokens * ranks) for sample in samples])
+    return pack(samples, [sample.weight_L / (ROWS * tokens * ranks) for sample in samples])
 
+
+def worker(directory: str, tokens: int, out: str) -> None:
+    import torch.distributed as dist
+
+    engines, ranks = make_engines(directory), dist.get_world_size()
+    batch = drawn_batch(tokens, dist.get_rank(), ranks)
     expected = [0]
     for layer in engines["ours"].module.expert_layers:
         layer.register_forward_pre_hook(

@@ -22,7 +22,7 @@ from train.evaluation import in_engine
 from train.runtime.distributed import leave
 from train.runtime.interruption import interruption
 from train.training import trainer
-from train.training.reporting import Run
+from train.training.run import Run
 from train.training.trainer import Trainer
 
 plain_check, plain_log, plain_evaluate = Trainer._check, Run.log, Trainer.evaluate

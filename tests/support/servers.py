@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from train.runtime.local import free_port
 
 Response = tuple[int, dict[str, str], bytes]
 
@@ -87,12 +88,6 @@ class ScriptedServer:
     def questions(self) -> list[str]:
         """The last message of each chat that was asked."""
         return [request["messages"][-1]["content"] for request in self.asked]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class TransformersServe:

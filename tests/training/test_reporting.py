@@ -5,7 +5,8 @@ import multiprocessing
 import torch
 
 from train.runtime.distributed import peak_host_bytes
-from train.training.reporting import _closing_table, reset_peak_memory
+from train.training.metrics import reset_peak_memory
+from train.training.tables import closing_table
 
 
 def peaks() -> list[int]:
@@ -28,8 +29,8 @@ def test_the_peak_of_memory_of_one_run_is_not_that_of_the_run_before():
     assert second > first - 50_000_000
 
 
-def test_the_closing_table_has_no_figure_of_an_nll_that_is_not_finite():
+def test_theclosing_table_has_no_figure_of_an_nll_that_is_not_finite():
     counts = {"total": 4, "trained": 3, "excluded": 1, "unlikelihood": 0}
     nll = {"all": {"first": 1.5, "last": None}}  # as metrics.jsonl has it
-    table = _closing_table({"mask": "none", "steps": 2, "tokens": {"all": counts}, "nll": nll})
+    table = closing_table({"mask": "none", "steps": 2, "tokens": {"all": counts}, "nll": nll})
     assert [list(column.cells) for column in table.columns] == [["all"], ["4"], ["3"], ["1"], ["0"], ["1.500"], ["–"]]

@@ -22,7 +22,7 @@ from tests.support.runs import ENVIRONMENT, SFT, documents, flags, kill
 from tests.support.wandb_files import history, records
 from train.evaluation.store import read_rows
 from train.runtime.local import deepspeed_command, run
-from train.training.reporting import flat
+from train.training.tracking import flat
 
 pytestmark = pytest.mark.slow
 

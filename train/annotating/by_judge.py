@@ -152,9 +152,9 @@ def judge(
         raise
     for document, job in zip(documents, jobs, strict=True):
         done, found, rejected, reason = job.result()
-        result.found += found
         result.rejected += [(document.where, quote) for quote in rejected]
         if done:
+            result.found += found
             result.documents.append(done)
         else:
             result.left_out.append((document.where, reason))

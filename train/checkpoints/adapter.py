@@ -11,6 +11,7 @@ Shapes: E experts, r LoRA rank, I and O input and output features.
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -272,16 +273,15 @@ def check_adapter(
 
 def check_finite(directory: Path) -> None:
     """Raises UserError if an adapter tensor has NaN or infinite values. Reads all tensors, one at a time."""
-    file = TensorFile(directory / "adapter_model.safetensors")
-    for name, info in file.tensors.items():
-        values = torch.empty(info.shape, dtype=info.dtype)
-        file.read(name, 0, values)
-        if not values.isfinite().all():
-            raise UserError(
-                f"--adapter {directory}: tensor {name} has values that are not finite; the training that made it went "
-                "wrong. Give another adapter."
-            )
-    file.close()
+    with closing(TensorFile(directory / "adapter_model.safetensors")) as file:
+        for name, info in file.tensors.items():
+            values = torch.empty(info.shape, dtype=info.dtype)
+            file.read(name, 0, values)
+            if not values.isfinite().all():
+                raise UserError(
+                    f"--adapter {directory}: tensor {name} has values that are not finite; the training that made it "
+                    "went wrong. Give another adapter."
+                )
 
 
 def load_adapter(directory: Path, model: Any, lora: LoRASettings) -> None:

@@ -35,7 +35,7 @@ from train.runtime.errors import UserError
 from train.runtime.outside import read_json
 from train.runtime.patterns import Pattern
 from train.runtime.terminal import NobodyReads, Terminal
-from train.training.reporting import init_wandb
+from train.training.tracking import init_wandb
 
 # Settings that decide which documents are read.
 SELECTING = ("data", "doctag", "bad_rows", "steps", "epochs", "batch_size", "seed")

@@ -90,6 +90,7 @@ def _zstandard_lines(path: str | Path, file: BinaryIO) -> Iterator[bytes]:
             first, *others = frame.decompress(packed).split(b"\n")
             line += first
             for other in others:
+                _check_length(path, len(line))
                 yield bytes(line)
                 line = bytearray(other)
             _check_length(path, len(line))

@@ -18,11 +18,13 @@ Shapes: N questions, L tokens, V words.
 import argparse
 import json
 import random
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, Qwen3_5MoeForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from train.demo import world as toy
 
@@ -34,11 +36,14 @@ BATCH = 128
 
 def load(adapter: str | Path | None = None, model: Path = HERE / "model") -> torch.nn.Module:
     """The demo's model by stock transformers, with the adapter by stock PEFT."""
+    disable_progress_bar()
     loaded: torch.nn.Module = Qwen3_5MoeForCausalLM.from_pretrained(model)
     if adapter:
         from peft import PeftModel
 
-        loaded = PeftModel.from_pretrained(loaded, str(adapter))
+        with warnings.catch_warnings():  # it looks for the experts' rank_pattern among modules, and finds parameters
+            warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+            loaded = PeftModel.from_pretrained(loaded, str(adapter))
     return loaded.eval()
 
 

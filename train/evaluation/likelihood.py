@@ -111,17 +111,7 @@ def make_probes(
             probes.glued |= _glued(fact.prompt, [fact.true, *fact.false], fact.where)
             add(claim, "fact", fact.id, scored, group=fact.group)
     for document in held_out:
-        tokenized = tokenize_document(document, tokenizer, add_bos=bos, add_eos=False)
-        name, tokens = document.where, int(tokenized.target_L.sum())
-        if len(tokenized.ids_L) > max_tokens:
-            raise UserError(
-                f"{name}: {len(tokenized.ids_L)} tokens, more than the {max_tokens} of a scored text (--max-tokens in "
-                "training). Cut the held-out text."
-            )
-        if tokens:
-            record = {"claim": None, "kind": "nll", "question": name, "sample": 0, "tokens": tokens}
-            probes.records.append((record, [len(probes.texts)]))
-            probes.texts.append(_sample(tokenized, tokenized.target_L, name))
+        _add_held_out(probes, document, tokenizer, bos, max_tokens)
     for text in probes.texts:
         if (largest := int(text.ids_L.max())) >= vocabulary:
             raise UserError(
@@ -129,6 +119,20 @@ def make_probes(
                 "tokenizer and model from the same checkpoint."
             )
     return probes
+
+
+def _add_held_out(probes: Probes, document: Document, tokenizer: Tokenizer, bos: bool, max_tokens: int) -> None:
+    tokenized = tokenize_document(document, tokenizer, add_bos=bos, add_eos=False)
+    name, tokens = document.where, int(tokenized.target_L.sum())
+    if len(tokenized.ids_L) > max_tokens:
+        raise UserError(
+            f"{name}: {len(tokenized.ids_L)} tokens, more than the {max_tokens} of a scored text (--max-tokens in "
+            "training). Cut the held-out text."
+        )
+    if tokens:
+        record = {"claim": None, "kind": "nll", "question": name, "sample": 0, "tokens": tokens}
+        probes.records.append((record, [len(probes.texts)]))
+        probes.texts.append(_sample(tokenized, tokenized.target_L, name))
 
 
 LAST, FIRST = re.compile(rf"[^\W_{UNSPACED}]+\Z"), re.compile(rf"[^\W_{UNSPACED}]+")

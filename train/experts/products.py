@@ -213,50 +213,49 @@ def _weight(storage: Storage, dtype: torch.dtype) -> Callable[[int], Tensor]:
 def _by_expert(x_PI, A_ErI, B_EOr, storage, scale, ends, needed):
     """Does what `_grouped` does, each expert on a single CPU thread."""
     y_PO = x_PI.new_empty(len(x_PI), storage.out_features) if needed else _nan(x_PI, storage.out_features)
-    weight, experts = _weight(storage, x_PI.dtype), range(storage.experts)
+    weight = _weight(storage, x_PI.dtype)
 
-    def frozen(x, y, expert):
+    def products(expert, x, y, h=None, A=None, B=None):
         if needed:
             torch.mm(x, weight(expert).T, out=y)
-
-    def with_lora(x, y, expert, h, A, B):
-        torch.mm(x, A, out=h)
-        if needed:
-            torch.mm(x, weight(expert).T, out=y).addmm_(h, B, alpha=scale)
+        if A is not None:
+            torch.mm(x, A, out=h)
+        if needed and A is not None:
+            y.addmm_(h, B, alpha=scale)
 
     if A_ErI is None:
-        each_expert(ends, frozen, x_PI, y_PO, experts)
+        each_expert(ends, products, range(storage.experts), x_PI, y_PO)
         return y_PO, None
     h_Pr = x_PI.new_empty(len(x_PI), A_ErI.shape[1])
-    A_EIr, B_ErO = (factor.to(x_PI.dtype).transpose(1, 2) for factor in (A_ErI, B_EOr))
-    each_expert(ends, with_lora, x_PI, y_PO, experts, h_Pr, A_EIr.unbind(), B_ErO.unbind())
+    transposed = (factor.to(x_PI.dtype).transpose(1, 2).unbind() for factor in (A_ErI, B_EOr))
+    each_expert(ends, products, range(storage.experts), x_PI, y_PO, h_Pr, *transposed)
     return y_PO, h_Pr
 
 
 def _gradients_by_expert(grad_PO, x_PI, h_Pr, A_ErI, B_EOr, storage, scale, ends, needed):
     """Does what `_grouped_gradients` does, each expert on a single CPU thread."""
     grad_PI = grad_PO.new_empty(len(grad_PO), storage.in_features) if needed else _nan(grad_PO, storage.in_features)
-    weight, experts = _weight(storage, grad_PO.dtype), range(storage.experts)
+    weight = _weight(storage, grad_PO.dtype)
 
-    def frozen(grad, grad_x, expert):
+    def products(expert, grad, grad_x, x=None, h=None, A=None, B=None, grad_A=None, grad_B=None):
         if needed:
             torch.mm(grad, weight(expert), out=grad_x)
-
-    def with_lora(grad, grad_x, expert, x, h, A, B, grad_A, grad_B):
+        if A is None:
+            return
         scaled = torch.mm(grad, B).mul_(scale)
-        if needed:
-            torch.mm(grad, weight(expert), out=grad_x).addmm_(scaled, A)
         torch.mm(grad.T, h, out=grad_B).mul_(scale)
         torch.mm(scaled.T, x, out=grad_A)
+        if needed:
+            grad_x.addmm_(scaled, A)
 
     if A_ErI is None:
-        each_expert(ends, frozen, grad_PO, grad_PI, experts)
+        each_expert(ends, products, range(storage.experts), grad_PO, grad_PI)
         return grad_PI if needed else None, None, None
     A, B = A_ErI.to(x_PI.dtype), B_EOr.to(x_PI.dtype)
     grad_A, grad_B = torch.empty_like(A), torch.empty_like(B)
     zero_without_rows(ends, grad_A, grad_B)
     factors = (part.unbind() for part in (A, B, grad_A, grad_B))
-    each_expert(ends, with_lora, grad_PO, grad_PI, experts, x_PI, h_Pr, *factors)
+    each_expert(ends, products, range(storage.experts), grad_PO, grad_PI, x_PI, h_Pr, *factors)
     return grad_PI if needed else None, grad_A.to(A_ErI.dtype), grad_B.to(B_EOr.dtype)
 
 
@@ -283,11 +282,8 @@ class GroupedTrained(torch.autograd.Function):
         (x_PI, weight_EOI), ends_E = ctx.saved_tensors, ctx.ends.device
         grad_PO = grad_PO.contiguous()
         if on_threads(grad_PO, weight_EOI.shape[2]):
-            return (
-                *_trained_gradients_by_expert(grad_PO, x_PI, weight_EOI, ctx.ends, ctx.needs_input_grad[0]),
-                None,
-                None,
-            )
+            needed = ctx.needs_input_grad[0]
+            return *_trained_gradients_by_expert(grad_PO, x_PI, weight_EOI, ctx.ends, needed), None, None
         grad_PI = F.grouped_mm(grad_PO, weight_EOI, offs=ends_E) if ctx.needs_input_grad[0] else None
         grad_EOI = F.grouped_mm(grad_PO.T, x_PI, offs=ends_E)
         zero_without_rows(ctx.ends, grad_EOI)

@@ -163,12 +163,12 @@ def from_first_rank(value: Any) -> Any:
     return shared[0]
 
 
-def guarded(script: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Runs a script on all ranks and returns its exit code: 0 for success, 2 for an error that the user must fix, 1 for
-    an error that may pass by itself, or INTERRUPTED if the run has saved a training checkpoint and --resume can
-    continue it. Other exceptions pass through."""
+def guarded(script: Callable[[Any], int | None], argv: list[str] | None) -> int:
+    """Runs a script on all ranks and returns its exit code: the script's own, or 0 for success; 2 for an error that the
+    user must fix, 1 for an error that may pass by itself, or INTERRUPTED if the run has saved a training checkpoint and
+    --resume can continue it. Other exceptions pass through."""
     try:
-        script(argv)
+        return script(argv) or 0
     except (UserError, OSError) as error:
         told, (rank, _) = error if isinstance(error, UserError) else refused(error), launched_as()
         if rank:  # the launcher ends all ranks when the first one exits: let rank 0 report first if it failed too
@@ -181,4 +181,3 @@ def guarded(script: Callable[[list[str]], None], argv: list[str]) -> int:
         return INTERRUPTED
     except RuntimeError as error:
         return lost_another(error)
-    return 0

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -51,7 +51,8 @@ def replacing(path: Path, suffix: str = "partial") -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
         raise
     partial.replace(path)
-    flush(path.parent)
+    with suppress(PermissionError):  # a directory that may be written to, but not read
+        flush(path.parent)
 
 
 def write_whole(path: Path, text: str) -> None:

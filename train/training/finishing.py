@@ -15,7 +15,8 @@ from train.evaluation.likelihood import Record
 from train.model.engine import make_engine
 from train.model.text_model import build
 from train.training.job import Job
-from train.training.reporting import Run, measured_memory, peak_memory, summarize
+from train.training.metrics import measured_memory, peak_memory
+from train.training.run import Run, summarize
 from train.training.trainer import Trainer
 
 

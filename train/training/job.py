@@ -32,7 +32,7 @@ from train.runtime.errors import UserError
 from train.runtime.gpu import check_kernels
 from train.runtime.terminal import Terminal
 from train.training.inputs import check_inputs, inputs, otherwise_notes
-from train.training.reporting import token_table
+from train.training.tables import token_table
 
 
 @dataclass

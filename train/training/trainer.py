@@ -18,7 +18,8 @@ from train.runtime.errors import Interrupted, NonFiniteLoss, writing
 from train.runtime.interruption import INTERRUPTED, interruption
 from train.runtime.watchdog import progress
 from train.training.job import Job
-from train.training.reporting import Meter, Run, expert_metrics, peak_memory
+from train.training.metrics import Meter, expert_metrics, peak_memory
+from train.training.run import Run
 
 SAVE_SECONDS = 15 * 60  # between training checkpoints without --save-every
 

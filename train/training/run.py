@@ -1,9 +1,8 @@
-"""Writes and shows a run's results: metrics.jsonl, evaluation.jsonl, summary.json, W&B and the closing table."""
+"""A run's directory and terminal: metrics.jsonl, evaluation.jsonl, summary.json, and what is shown at the end."""
 
 import dataclasses
 import itertools
 import os
-import shlex
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,136 +11,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.table import Table
-from torch import Tensor
 
 from train.checkpoints.streaming import Loaded
-from train.config.provenance import check_output, held_wandb_id, record
+from train.config.provenance import check_output, record
 from train.config.settings import Settings, slug
-from train.data.batches import Batch
 from train.evaluation.likelihood import Probes
-from train.evaluation.measures import BELIEF, SIDE_EFFECTS, at_step, identity, means
+from train.evaluation.measures import at_step, identity
 from train.evaluation.store import read_measured, read_metrics
-from train.experts.dispatch import ExpertGroup
-from train.experts.module import ExpertParallelExperts
-from train.masking.loss import Terms
-from train.masking.treatment import STRADDLING, UNSPANNED
-from train.runtime.distributed import (
-    allocated_since_start,
-    failing_together,
-    from_first_rank,
-    peak_host_bytes,
-    reset_peak_host_bytes,
-)
+from train.runtime.distributed import failing_together, from_first_rank
 from train.runtime.errors import writing
 from train.runtime.interruption import INTERRUPTED
-from train.runtime.keys import key_of, wandb_status
+from train.runtime.keys import wandb_status
 from train.runtime.locks import MAKE_ROOM, lock_for_training
 from train.runtime.outputs import write_whole
 from train.runtime.terminal import NobodyReads, Terminal
 from train.runtime.text_formats import json_line
 from train.runtime.watchdog import progress
-
-
-class Meter:
-    """Sums the loss, its two parts and the NLL of every role over a step's micro-batches and, at the end, over all
-    ranks. The NLL of a role is over all of its targets, including masked ones."""
-
-    def __init__(self, roles: list[str], device: torch.device):
-        self.roles = ["all", "unspanned", *roles]
-        self.parts = torch.zeros(3, dtype=torch.float64, device=device)  # cross-entropy, unlikelihood, tokens
-        self.nll = torch.zeros(len(self.roles), 2, dtype=torch.float64, device=device)  # sum, count
-
-    def add(self, batch: Batch, terms: Terms, measured: bool) -> None:
-        """Adds a micro-batch and its loss terms [N]. If measured, adds the NLL of every role, for which all targets
-        must be in the batch."""
-        share_N = (batch.coefficient_N.abs() * terms.term_N).double()
-        unlikely_N = batch.coefficient_N < 0
-        self.parts += torch.stack([
-            share_N[~unlikely_N].sum(), share_N[unlikely_N].sum(), share_N.new_tensor(batch.tokens),
-        ])  # fmt: skip
-        for i in range(len(self.roles)) if measured else ():
-            member_N = self._members(batch.roles_N, i)
-            self.nll[i] += torch.stack([terms.nll_N.double()[member_N].sum(), member_N.sum()])
-
-    @staticmethod
-    def _members(roles_N: Tensor, i: int) -> Tensor:
-        if i == 0:
-            return torch.ones_like(roles_N, dtype=torch.bool)
-        return roles_N == 0 if i == 1 else (roles_N >> (i - 2)) & 1 == 1
-
-    def result(self, measured: bool) -> dict[str, Any]:
-        """Returns loss, cross_entropy, unlikelihood, tokens and, if measured, nll and targets per role, over all ranks.
-        The NLL is in nats per target. All ranks must call it."""
-        dist.all_reduce(self.parts)
-        cross_entropy, unlikelihood, tokens = self.parts.tolist()
-        values = {"loss": cross_entropy + unlikelihood, "cross_entropy": cross_entropy, "unlikelihood": unlikelihood}
-        values["tokens"] = int(tokens)
-        if measured:
-            dist.all_reduce(self.nll)
-            sums = {role: pair for role, pair in zip(self.roles, self.nll.tolist(), strict=True) if pair[1]}
-            values["nll"] = {role: total / count for role, (total, count) in sums.items()}
-            values["targets"] = {role: int(count) for role, (_, count) in sums.items()}
-        return values
-
-
-def expert_metrics(layers: list[ExpertParallelExperts], device: torch.device) -> dict[str, Any]:
-    """Returns the load since the last call, over all ranks, and resets it. {} for a dense model.
-
-    The load is the number of tokens of each expert by layer and of each rank of an expert-parallel group; the tokens of
-    the busiest expert over the mean, in the layer where this ratio is largest, and the same for ranks; and the bytes
-    sent between ranks by expert parallelism. All ranks must call it.
-    """
-    if not layers:
-        return {}
-    ep: ExpertGroup = layers[0].ep
-    load_LE = torch.stack([
-        torch.zeros(layer.experts, dtype=torch.int64, device=device) if layer.load_E is None else layer.load_E
-        for layer in layers
-    ])  # fmt: skip
-    wire = torch.tensor(ep.wire_bytes, dtype=torch.int64, device=device)
-    dist.all_reduce(load_LE)
-    dist.all_reduce(wire)
-    for layer in layers:
-        layer.load_E = None
-    ep.wire_bytes = 0
-    loads = {layer.name: load_E for layer, load_E in zip(layers, load_LE.tolist(), strict=True)}
-    rank_load = load_LE.view(len(layers), ep.size, -1).sum((0, 2)).tolist()
-    load_LE = load_LE.double().clamp(min=1e-9)
-    load_LD = load_LE.view(len(layers), ep.size, -1).sum(-1)
-    return {
-        "expert_load_max_over_mean": (load_LE.amax(1) / load_LE.mean(1)).max().item(),
-        "rank_load_max_over_mean": (load_LD.amax(1) / load_LD.mean(1)).max().item(),
-        "experts_without_tokens": int((load_LE < 1).sum().item()),
-        "wire_bytes": int(wire.item()),
-        "rank_load": {str(rank): load for rank, load in enumerate(rank_load)},
-        "expert_load": loads,
-    }
-
-
-def peak_memory(device: torch.device) -> int:
-    """Returns the highest peak of any rank so far, in bytes: allocated on the GPU, or resident on a CPU."""
-    return _most(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_bytes(), device)
-
-
-def measured_memory(device: torch.device) -> int:
-    """Returns the memory that launch.plan predicts, in bytes, measured on the rank that took most: allocated on the GPU
-    or, on a CPU, since the start."""
-    return _most(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else allocated_since_start(), device)
-
-
-def _most(own: int, device: torch.device) -> int:
-    value = torch.tensor(own, dtype=torch.int64, device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return int(value.item())
-
-
-def reset_peak_memory(device: torch.device) -> bool:
-    """Resets the peak that peak_memory returns. Returns False if the system does not allow it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    return reset_peak_host_bytes()
+from train.training.tables import closing_table
+from train.training.tracking import belief_curves, flat, init_wandb, with_histograms
 
 
 class Run:
@@ -222,7 +109,7 @@ class Run:
         measured = {record["step"] for record in records}
         for step in sorted(rows.keys() | measured):
             if step in rows:
-                self.wandb.log(_with_histograms(rows[step]), step=step)
+                self.wandb.log(with_histograms(rows[step]), step=step)
             if step in measured:
                 self.wandb.log(belief_curves(records, step), step=step)
 
@@ -232,7 +119,7 @@ class Run:
             return
         with writing(self.metrics), self.metrics.open("a") as file:
             file.write(json_line(values) + "\n")
-        self._tell_wandb(lambda run: run.log(_with_histograms(values), step=values["step"]))
+        self._tell_wandb(lambda run: run.log(with_histograms(values), step=values["step"]))
 
     def lacks(self, step: int, probes: Probes) -> bool:
         """Returns whether evaluation.jsonl lacks a part of the measurement after `step` steps. All ranks must call it.
@@ -292,7 +179,7 @@ class Run:
             self._show(summary)
 
     def _show(self, summary: dict[str, Any]) -> None:
-        Terminal().print(_closing_table(summary))
+        Terminal().print(closing_table(summary))
         if planned := summary["memory"].get("planned"):
             measured = summary["memory"]["measured"]
             told = f"memory of a rank: {planned / 1e9:.2f} GB planned (python -m launch.plan), {measured / 1e9:.2f} GB "
@@ -308,43 +195,6 @@ class Run:
         )
 
 
-def init_wandb(settings: Settings, group: str, name: str, directory: Path, config: dict[str, Any]) -> Any:
-    """Starts and returns the W&B run of a directory, the same one for all attempts. Falls back to offline mode if
-    there is no key or W&B cannot be reached."""
-    import wandb
-
-    def start(mode: Any) -> Any:
-        return wandb.init(
-            project=settings.wandb_project, group=group, name=name, mode=mode, dir=directory, config=config,
-            id=_wandb_id(directory), resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(
-                silent=True, console="off", init_timeout=30, x_transaction_log_flush_interval=0.05
-            ),  # in seconds; with W&B's default of 15, a killed run would lose its last rows
-        )  # fmt: skip
-
-    mode, why = settings.wandb, "as asked"
-    if mode == "online" and not key_of(["WANDB_API_KEY"])[1]:
-        mode, why = "offline", "no WANDB_API_KEY"
-    try:
-        run = start(mode)
-    except wandb.Error as error:  # no network, as on many compute nodes, or a wrong key
-        mode, why = "offline", f"W&B cannot be reached: {wandb_status(error)}"
-        wandb.teardown()  # its service still holds the run's id and would refuse to start it again
-        run = start(mode)
-    if mode == "offline":
-        place = Path(run.dir).resolve().parent
-        attempts = sorted(place.parent.glob(f"offline-run-*-{run.id}"))  # of one run, to be sent in order of time
-        leet, sync = shlex.quote(str(place)), " ".join(shlex.quote(str(path)) for path in attempts)
-        print(f"W&B is offline ({why}). Look at the run: wandb leet {leet}    send it later: wandb sync {sync}")
-    return run
-
-
-def belief_curves(records: list[dict[str, Any]], step: int) -> dict[str, float]:
-    """Returns the mean of every belief measure of each claim after `step` steps, by the names of W&B's curves."""
-    found = means((*BELIEF, *SIDE_EFFECTS), at_step(records, step), at_step(records, 0))
-    return {f"belief/{name}/{claim or 'all'}": value for name, own in found.items() for claim, value in own.items()}
-
-
 def _new_directory(mask: str) -> Path:
     """Creates and returns runs/MASK-TIME, or runs/MASK-TIME-N if another run started in the same second."""
     stem = f"runs/{slug(mask)}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -356,28 +206,6 @@ def _new_directory(mask: str) -> Path:
         except FileExistsError:
             continue
     raise AssertionError
-
-
-def _wandb_id(directory: Path) -> str:
-    """Returns the id of the directory's W&B run, which all its attempts share. Creates it on the first attempt."""
-    if not (held := held_wandb_id(directory)):
-        held = os.urandom(6).hex()
-        write_whole(directory / "wandb_id", held)
-    return held
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the values by their names in W&B: {"nll": {"false": 1.0}} -> {"nll/false": 1.0}."""
-    named: dict[str, Any] = {}
-    for key, value in values.items():
-        named |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return named
-
-
-def _with_histograms(values: dict[str, Any]) -> dict[str, Any]:
-    import wandb
-
-    return {k: wandb.Histogram(v) if isinstance(v, list) else v for k, v in flat(values).items()}
 
 
 def summarize(job: Any, run: Run, hashes: dict[str, str], peak: int, seconds: float) -> dict[str, Any]:
@@ -399,29 +227,3 @@ def summarize(job: Any, run: Run, hashes: dict[str, str], peak: int, seconds: fl
         "tokens_per_second": tokens / spent if spent else 0.0,
         "peak_memory_bytes": peak, "wall_seconds": seconds, "load": run.loads,
     }  # fmt: skip
-
-
-def token_table(tokens: dict[str, dict[str, int]], title: str) -> Table:
-    """Returns a table of the number of targets per role and treatment."""
-    table = Table(title=title, title_justify="left", caption=f"{UNSPANNED}; {STRADDLING}", caption_justify="left")
-    table.add_column("role")
-    for kind in ("total", "trained", "excluded", "unlikelihood", "straddling"):
-        table.add_column(kind, justify="right")
-    for role, counts in tokens.items():
-        table.add_row(role, *(f"{counts[kind]:,}" for kind in counts))
-    return table
-
-
-def _closing_table(summary: dict[str, Any]) -> Table:
-    """Returns a table of the targets per role and treatment, and of the NLL per role at the first and last step."""
-    title = f"--mask {summary['mask']}: {summary['steps']} steps"
-    table = Table(title=title, title_justify="left", caption=UNSPANNED, caption_justify="left")
-    for column in ("role", "targets", "trained", "excluded", "unlikelihood", "NLL first", "NLL last"):
-        table.add_column(column, justify="left" if column == "role" else "right")
-    for role, counts in summary["tokens"].items():
-        if counts["total"]:
-            nll = summary["nll"].get(role, {})
-            shown = [f"{nll[key]:.3f}" if nll.get(key) is not None else "–" for key in ("first", "last")]
-            kinds = [f"{counts[kind]:,}" for kind in ("total", "trained", "excluded", "unlikelihood")]
-            table.add_row(role, *kinds, *shown)
-    return table
