@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from train.checkpoints.adapter import adapter_settings, check_adapter, check_finite
+from train.checkpoints.adapter_files import adapter_settings, check_adapter, check_finite
 from train.checkpoints.layout import plan_load
 from train.checkpoints.merging import Merger, merge
 from train.checkpoints.reader import Checkpoint
@@ -53,9 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--to", choices=("bf16", "same"), default="bf16", help="quantized matrices become (default: bf16)"
     )
+    parser.add_argument(
+        "--other-base", action="store_true", help="merge into a --model of the same shapes that it was not trained on"
+    )
     try:
         args = parser.parse_args(arguments)
-        run(args.model, args.adapter, args.output, args.to == "bf16")
+        run(args.model, args.adapter, args.output, args.to == "bf16", args.other_base)
     except OSError as error:  # for example a full disk, a read-only file system, or a file that cannot be read
         where = error.filename or f"--output {args.output}"
         print(f"error: {where}: {error.strerror}. Mend it and start again: complete shards are kept.", file=sys.stderr)
@@ -63,12 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(source: Path, adapter: Path | None, output: Path, bf16: bool) -> None:
+def run(source: Path, adapter: Path | None, output: Path, bf16: bool, other_base: bool = False) -> None:
     """Merges a model and an adapter, verifies what was written, and prints what survived rounding.
 
     source: the base model. adapter: None to change only the format. bf16: quantized matrices become BF16, else they
-    keep their format. Raises UserError if model and adapter are damaged or do not fit together, if there is nothing to
-    do, or if `output` is the model itself, is in use or holds something else.
+    keep their format. other_base: whether the adapter may be of another base. Raises UserError if model and adapter are
+    damaged or do not fit together, if there is nothing to do, or if `output` is the model itself, is in use or holds
+    something else.
     """
     checkpoint = Checkpoint(source)
     quantized = quantized_format(checkpoint.config, f"--model {source}").kind != "plain"
@@ -76,13 +80,15 @@ def run(source: Path, adapter: Path | None, output: Path, bf16: bool) -> None:
         raise UserError(
             f"--output {output}: is --model itself, whose files would be overwritten. Give another directory."
         )
+    if other_base and adapter is None:
+        raise UserError("--other-base: counts for nothing without --adapter; give both or neither.")
     if adapter is None and not (quantized and bf16):
         raise UserError("--adapter: none given, and nothing is to be converted: the output would be a copy of --model.")
     model = skeleton(text_config(checkpoint), ExpertGroup())
     plan = plan_load(model, checkpoint)
     lora = adapter_settings(adapter) if adapter else None
     if adapter and lora:
-        check_adapter(adapter, model, lora, architecture(checkpoint), checkpoint)
+        check_adapter(adapter, model, lora, architecture(checkpoint), checkpoint, other_base)
         check_finite(adapter)
 
     merger = Merger(checkpoint, model, plan, adapter, lora, architecture(checkpoint), quantized and bf16)

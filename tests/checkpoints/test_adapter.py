@@ -13,7 +13,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests.support.models import write_model
-from train.checkpoints.adapter import check_adapter, load_adapter, save_adapter
+from train.checkpoints.adapter import save_adapter
+from train.checkpoints.adapter_files import check_adapter, load_adapter
 from train.checkpoints.reader import Checkpoint, TensorFile
 from train.experts.dispatch import ExpertGroup
 from train.layers.lora import LoRASettings
@@ -116,6 +117,11 @@ def test_an_adapter_is_of_its_base_and_not_of_another_of_the_same_shapes(tmp_pat
     check_adapter(*given, Checkpoint(tmp_path / "moved"))
     with pytest.raises(UserError, match=f"was trained on another base model than --model {other.directory}: on "):
         check_adapter(*given, other)
+    assert capsys.readouterr().out == ""
+    check_adapter(*given, other, other_base=True)
+    assert f"--other-base: {tmp_path / 'adapter'} was trained on {first.directory}, not on" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--other-base: --model .* is what .* was trained on; leave it out"):
+        check_adapter(*given, first, other_base=True)
     (tmp_path / "adapter" / "base_model.json").unlink()
     assert capsys.readouterr().out == ""
     check_adapter(*given, other)

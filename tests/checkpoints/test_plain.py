@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.load_worker import IDS, every_log_probability
 from tests.support.models import write_model
 from train import evaluate, merge, sft
-from train.checkpoints.adapter import adapter_settings, check_adapter, load_adapter
+from train.checkpoints.adapter_files import adapter_settings, check_adapter, load_adapter
 from train.checkpoints.layout import plan_load
 from train.checkpoints.plain import INERT, UNSET
 from train.checkpoints.reader import Checkpoint
@@ -174,24 +174,3 @@ def test_every_setting_of_peft_is_known_to_be_inert_or_is_refused_unless_it_is_u
     for field in dataclasses.fields(LoraConfig):
         if field.name not in INERT:
             assert field.default in UNSET or field.default_factory is dict, field.name
-
-
-def test_factors_for_each_expert_by_itself_are_refused_with_the_name_of_the_form(tmp_path, capsys):
-    base = write_model(tmp_path / "base", "qwen")
-    key = "base_model.model.model.layers.0.mlp.experts.3.gate_proj.lora_{}.weight"
-    (tmp_path / "adapter").mkdir()
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["gate_proj"], "bias": "none"}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    tensors = {key.format("A"): torch.zeros(4, 32), key.format("B"): torch.zeros(16, 4)}
-    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
-    message = refused_everywhere(base, tmp_path / "adapter", tmp_path, capsys)
-    assert "has factors of its own for each expert's matrix (" in message and "as Tinker's export writes" in message
-    assert "build_hf_model" in message
-
-
-def test_the_shared_adapter_in_tinkers_form_is_refused_by_name():
-    directory = Path(__file__).parents[3] / "shared" / "cases" / "adapters" / "tinker_form"
-    if not directory.is_dir():
-        pytest.skip("../shared/cases is absent")
-    with pytest.raises(UserError, match=r"layers\.0\.mlp\.experts\.0\.down_proj\.lora_A\.weight.*Tinker's export"):
-        adapter_settings(directory)

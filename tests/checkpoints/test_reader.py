@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import edit_header, rename, shard_of
 from tests.support.layouts import LAYOUTS, write_kimi, write_qwen3, write_qwen35
+from tests.support.models import write_model
 from train.checkpoints.layout import plan_load
 from train.checkpoints.reader import Checkpoint
 from train.experts.dispatch import ExpertGroup
@@ -241,3 +243,28 @@ def test_more_experts_a_token_than_there_are_is_told(tmp_path, top):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": top}))
     assert f"num_experts_per_tok is {top} in config.json; must be from 1 to the 8 experts" in message(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["linear_attn.norm", "experts.7.down_proj", "A_log", "lm_head"])
+def test_a_base_with_one_tensor_scaled_by_a_hundredth_has_another_fingerprint(tmp_path, name):
+    before = Checkpoint(write_model(tmp_path / "base", "qwen")).fingerprint()
+    assert Checkpoint(write_model(tmp_path / "same", "qwen")).fingerprint() == before
+    tensors = load_file(tmp_path / "same" / "model.safetensors")
+    key = next(key for key in tensors if name in key)
+    save_file(tensors | {key: tensors[key] * 1.01}, tmp_path / "same" / "model.safetensors")
+    assert Checkpoint(tmp_path / "same").fingerprint() != before
+
+
+def test_each_of_stacked_experts_counts_in_the_fingerprint(tmp_path):
+    tensors = {"experts.gate_up_proj": torch.arange(6 * 64 * 32.0).view(6, 64, 32)}
+    prints = set()
+    for changed in (None, 0, 3, 5):
+        directory = tmp_path / str(changed)
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+        values = tensors["experts.gate_up_proj"].clone()
+        if changed is not None:
+            values[changed] *= 1.01
+        save_file({"experts.gate_up_proj": values}, directory / "model.safetensors")
+        prints.add(Checkpoint(directory).fingerprint())
+    assert len(prints) == 4

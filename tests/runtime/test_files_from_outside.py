@@ -21,7 +21,7 @@ from train.annotating.by_judge import Remembered
 from train.annotating.by_rule import read_patterns
 from train.annotating.imported import add_spans
 from train.checkpoints import resume
-from train.checkpoints.adapter import adapter_settings, check_base, check_finite
+from train.checkpoints.adapter_files import adapter_settings, check_base, check_finite
 from train.checkpoints.reader import Checkpoint, read_config
 from train.checkpoints.whole import copy_other_files
 from train.claims.claim import read_claims

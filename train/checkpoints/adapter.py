@@ -1,5 +1,5 @@
-"""Saves and loads the trained LoRA weights in PEFT's own layout, so that stock peft can apply them to the stock
-transformers model.
+"""Defines where a model has LoRA weights, and saves them in PEFT's own layout, so that stock peft can apply them to the
+stock transformers model. (adapter_files.py reads adapters.)
 
 Expert weights are PEFT `target_parameters`. For a weight [E, out, in], PEFT stores lora_A as [E*r, in] (expert-major)
 and lora_B as [out, r*E] (rank-major). It nests one wrapper per weight; gate_up_proj is the inner one and has
@@ -9,25 +9,20 @@ Shapes: E experts, r LoRA rank, I and O input and output features.
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.checkpoints.plain import check_form, check_plain
-from train.checkpoints.reader import Checkpoint, TensorFile
+from train.checkpoints.reader import Checkpoint
 from train.checkpoints.writer import SafetensorsWriter, publish_directory
 from train.experts.module import ExpertParallelExperts
 from train.layers.lora import LoRALinear, LoRASettings, lora_linears
-from train.runtime.errors import UserError
 from train.runtime.outputs import write_whole
-from train.runtime.outside import checked, read_json
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -181,133 +176,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, set | list | tuple):
         return [_plain(v) for v in (sorted(value) if isinstance(value, set) else value)]
     return value.value if hasattr(value, "value") else value
-
-
-LARGEST_RANK = 2**20
-ADAPTER_KINDS = {"r": int, "lora_alpha": float, "use_rslora": bool, "rank_pattern": dict, "alpha_pattern": dict}
-
-
-def adapter_settings(directory: Path) -> LoRASettings:
-    """Returns the ranks and scales of the adapter in `directory`.
-
-    Raises UserError if a file is missing or invalid, or if the adapter is not of a kind that this trainer writes:
-    something other than a plain update, LoRA weights named per expert, a dtype other than floats of at least 16 bits,
-    or a rank or alpha out of range.
-    """
-    where = f"--adapter {directory}"
-    config_path, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
-    for path in (config_path, weights):
-        if not os.path.isfile(path):
-            fix = f"--adapter {directory / 'adapter'}" if os.path.isfile(directory / "adapter" / path.name) else ""
-            raise UserError(
-                f"{where}: no {path.name} there; give {fix or 'the directory of a PEFT adapter in safetensors'}."
-            )
-    config, factors = read_json(config_path), TensorFile(weights).tensors
-    checked(config, ADAPTER_KINDS, config_path)
-    check_plain(config, config_path)
-    check_form(factors, where)
-    if wrong := [name for name, info in factors.items() if not info.dtype.is_floating_point or info.dtype.itemsize < 2]:
-        raise UserError(
-            f"{weights}: tensor {wrong[0]} is {factors[wrong[0]].dtype}, but factors must be floats of 16 bits "
-            "or more; save the adapter again in one of these."
-        )
-    patterns = dict(config.get("rank_pattern") or {})
-    expert_rank = patterns.pop(RANK_PATTERN, config.get("r"))
-    rank, alpha = config.get("r", 0), config.get("lora_alpha", 0)
-    numbers = (rank, expert_rank, alpha)
-    if patterns or not all(
-        isinstance(n, int | float) and not isinstance(n, bool) and 0 < n <= LARGEST_RANK for n in numbers
-    ):
-        raise UserError(f"{config_path}: r, lora_alpha or rank_pattern are not those of an adapter of train/sft.py.")
-    lm_head = any(".lm_head." in name for name in factors)
-    return LoRASettings(int(rank), float(alpha), int(expert_rank), 0, lm_head, bool(config.get("use_rslora")))
-
-
-def check_base(directory: Path, base: Checkpoint) -> None:
-    """Raises UserError if the adapter was trained on weights other than the base's.
-
-    Adapters of other trainers do not record their base weights. They are accepted, and rank 0 prints a note.
-    """
-    path = directory / BASE_MODEL
-    if not os.path.lexists(path):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"note: --adapter {directory}: does not say which weights it was trained on ({BASE_MODEL} is absent)")
-        return
-    trained_on = read_json(path)
-    if trained_on.get("fingerprint") != base.fingerprint():
-        raise UserError(
-            f"--adapter {directory}: was trained on another base model than --model {base.directory}: on "
-            f"{trained_on.get('directory')}, whose weights had the fingerprint "
-            f"{str(trained_on.get('fingerprint'))[:12]}, not {base.fingerprint()[:12]}. Give that model (where these "
-            f"are the same weights in other files, remove {path})."
-        )
-
-
-def check_adapter(
-    directory: Path, skeleton: nn.Module, lora: LoRASettings, architecture: str, base: Checkpoint
-) -> None:
-    """Checks that an adapter fits the model and the settings.
-
-    Raises UserError unless it was trained on this base, has exactly the LoRA weights that `lora` gives the model, and
-    uses the same ranks and scale.
-    """
-    where, theirs = f"--adapter {directory}", adapter_settings(directory)
-    check_base(directory, base)
-    flags = {"rank": "--lora-rank", "alpha": "--lora-alpha", "rslora": "--rslora", "expert_rank": "--expert-lora-rank"}
-    experts = any(place.weight for place in places(skeleton, lora))
-    for field, flag in flags.items():
-        here, there = getattr(lora, field), getattr(theirs, field)
-        if here != there and (experts or field != "expert_rank"):
-            fix = f"give {flag} {there}" if field != "rslora" else f"{'give' if there else 'leave out'} {flag}"
-            raise UserError(f"{where}: was trained with {flag} {there}, not {here}; {fix}.")
-    wanted = {p.key(architecture, f): p.shape(lora, f) for p in places(skeleton, lora) for f in "AB"}
-    found = {name: info.shape for name, info in TensorFile(directory / "adapter_model.safetensors").tensors.items()}
-    if differing := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
-        name = differing[0]
-        raise UserError(
-            f"{where}: {len(differing)} tensors differ from the factors that this model takes, among them {name}: "
-            f"{found.get(name, 'absent')} there, {wanted.get(name, 'absent')} here. Use the adapter's own base model, "
-            "and, in train/sft.py, --lora-lm-head if it has factors there."
-        )
-
-
-def check_finite(directory: Path) -> None:
-    """Raises UserError if an adapter tensor has NaN or infinite values. Reads all tensors, one at a time."""
-    with closing(TensorFile(directory / "adapter_model.safetensors")) as file:
-        for name, info in file.tensors.items():
-            values = torch.empty(info.shape, dtype=info.dtype)
-            file.read(name, 0, values)
-            if not values.isfinite().all():
-                raise UserError(
-                    f"--adapter {directory}: tensor {name} has values that are not finite; the training that made it "
-                    "went wrong. Give another adapter."
-                )
-
-
-def load_adapter(directory: Path, model: Any, lora: LoRASettings) -> None:
-    """Copies a checked adapter's LoRA weights into the model, which must not be partitioned by ZeRO-3 yet.
-
-    For experts, each rank copies only those of its own. In lora_A they are contiguous, so only they are read. In lora_B
-    they are not, so each layer's lora_B is read completely, one layer at a time.
-    """
-    file = TensorFile(directory / "adapter_model.safetensors")
-
-    def read(key: str, start: int, *shape: int) -> Tensor:
-        out = torch.empty(shape, dtype=file.tensors[key].dtype)
-        file.read(key, start, out)
-        return out
-
-    for place in places(model.causal, lora):
-        (experts, out_features, in_features), module = place.sizes, cast(Any, place.module)
-        key_A, key_B = (place.key(model.architecture, f) for f in "AB")
-        with torch.no_grad():
-            if place.weight is None:
-                module.lora_A.copy_(read(key_A, 0, lora.rank, in_features))
-                module.lora_B.copy_(read(key_B, 0, out_features, lora.rank))
-                continue
-            rank, owned = lora.expert_rank, module.ep.owned(experts)
-            A_ErI = read(key_A, owned.start * rank * in_features, len(owned), rank, in_features)
-            getattr(module, f"{place.weight}_lora_A")[:, :rank] = A_ErI
-            B_OrE = read(key_B, 0, out_features, rank, experts)[..., owned.start : owned.stop]
-            getattr(module, f"{place.weight}_lora_B")[:, :, :rank] = B_OrE.permute(2, 0, 1)
-    file.close()

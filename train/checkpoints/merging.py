@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.checkpoints.adapter import Place, places
+from train.checkpoints.adapter_files import AdapterFile
 from train.checkpoints.layout import LoadPlan, head_name
 from train.checkpoints.reader import Checkpoint, TensorFile
 from train.checkpoints.whole import (
@@ -85,7 +86,7 @@ class Merger:
     ):  # fmt: skip
         self.checkpoint, self.lora, self.architecture, self.bf16 = checkpoint, lora, architecture, bf16
         self.untied = bool(lora and lora.lm_head) and says_tied(checkpoint.config)
-        self.factors = TensorFile(adapter / "adapter_model.safetensors") if adapter else None
+        self.factors = AdapterFile(adapter, architecture, lora) if adapter and lora else None
         self.made: dict[str, tuple[Matrix, str]] = {}  # computed tensor -> its matrix and suffix
         self.gone: set[str] = set()  # tensors that are replaced by others
         self.beside: dict[str, list[str]] = {}  # tensor of the checkpoint -> new tensors in its shard
@@ -182,16 +183,13 @@ class Merger:
         return out
 
     def _factor(self, place: Place, factor: str) -> Tensor:
-        """Returns lora_A or lora_B in fp32 in PEFT's layout. The last four are cached. factor: "A" or "B"."""
-        key = place.key(self.architecture, factor)
+        """Returns lora_A or lora_B in fp32, in the shapes of `AdapterFile.read`. The last four are cached."""
+        key = place.parameter(factor)
         if key not in self._remembered:
             assert self.factors is not None
             while len(self._remembered) >= 4:
                 self._remembered.pop(next(iter(self._remembered)))
-            info = self.factors.tensors[key]
-            whole = torch.empty(info.shape, dtype=info.dtype)
-            self.factors.read(key, 0, whole)
-            self._remembered[key] = whole.float()
+            self._remembered[key] = self.factors.read(place, factor).float()
         return self._remembered[key]
 
     def _update(self, matrix: Matrix, index: int, rows: slice) -> Tensor:
@@ -199,13 +197,9 @@ class Merger:
         place, expert = matrix.place, matrix.experts[index]
         assert place is not None and self.lora is not None
         A, B = (self._factor(place, f) for f in "AB")
-        B = B[matrix.rows][rows]
         if place.weight is None:
-            return (self.lora.scale * B) @ A
-        experts, rank = place.sizes[0], self.lora.expert_rank
-        # as_peft: A is expert-major [E*r, in], B rank-major [out, r*E]
-        A_e, B_e = A[expert * rank : (expert + 1) * rank], B.unflatten(1, (rank, experts))[..., expert]
-        return (self.lora.expert_scale * B_e) @ A_e
+            return (self.lora.scale * B[matrix.rows][rows]) @ A
+        return (self.lora.expert_scale * B[expert][matrix.rows][rows]) @ A[expert]
 
     def changed(self, matrix: Matrix, index: int, rows: slice, measure: bool) -> dict[str, Tensor]:
         """Returns the new rows [R, in] of a matrix in its format, by suffix; only suffix "" if it becomes BF16.

@@ -5,7 +5,6 @@ error and give different logits.
 """
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ WHY = {
     "layer_replication": "it is for a model with repeated layers",
 }
 OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the name of a LoRA weight that belongs to one expert, as trainers that keep experts as modules write it."""
 
 
 def check_plain(config: dict[str, Any], path: Path) -> None:
@@ -56,17 +56,3 @@ def check_plain(config: dict[str, Any], path: Path) -> None:
 def _fix(key: str) -> str:
     merging = "" if key == "alora_invocation_tokens" else " (merge_and_unload gives weights to be a --model)"
     return f"Use it by peft itself{merging}, or give an adapter without {key}."
-
-
-def check_form(names: Iterable[str], where: str) -> None:
-    """Raises UserError if the LoRA weights are named per expert, as in Tinker's export.
-
-    names: the names of the adapter's tensors. where: the start of the message.
-    """
-    if own := next((name for name in names if OF_ONE_EXPERT.search(name)), None):
-        raise UserError(
-            f"{where}: has factors of its own for each expert's matrix ({own}), as Tinker's export writes them, and "
-            "peft for models whose experts are modules. That form is not read: the experts of a layer must be one "
-            "weight, in peft's target_parameters. Merge it into the base by what made it (of Tinker: build_hf_model of "
-            "tinker_cookbook.weights) and give the result as --model."
-        )

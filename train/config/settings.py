@@ -95,6 +95,9 @@ class Settings:
         choices=("lora", "qlora", "full"),
     )
     adapter: str = setting("", "directory of a PEFT adapter to continue from, with the same LoRA ranks and layers")
+    other_base: bool = setting(
+        False, "put --adapter on a --model of the same shapes that it was not trained on; recorded in every report"
+    )
     lora_rank: int = setting(32, "LoRA rank on linear layers", between=(1, 2**14))
     lora_alpha: float = setting(32.0, "LoRA alpha; LoRA updates are scaled by alpha / rank", between=(0, MOST))
     expert_lora_rank: int = setting(
@@ -278,6 +281,8 @@ def check_numbers(s: Settings) -> None:
             if getattr(s, name):
                 flag = flag_of(name)
                 raise UserError(f"{flag}: --method full trains the weights, not factors; leave out {flag}.")
+    if s.other_base and not s.adapter:
+        raise UserError("--other-base: counts for nothing without --adapter; give both or neither.")
     if s.resume and not s.output:
         raise UserError("--resume: needs --output DIR, the directory of the run to go on with.")
 

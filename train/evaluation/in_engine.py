@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from train.checkpoints.adapter import adapter_settings, check_adapter
+from train.checkpoints.adapter_files import adapter_settings, check_adapter
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.resume import initial_partitions, start_over
 from train.claims.claim import Claim
@@ -69,7 +69,8 @@ def prepare_measuring(
     lora = LoRASettings(1, 1.0, 1, 0)  # without an adapter: LoRA weights with B = 0 add exactly nothing
     if settings.adapter:
         lora = adapter_settings(Path(settings.adapter))
-        check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint), checkpoint)
+        directory = Path(settings.adapter)
+        check_adapter(directory, model, lora, architecture(checkpoint), checkpoint, settings.other_base)
     tokenizer = load_tokenizer(settings.model, template_time(settings.template_time))
     check_template_time(settings.adapter, tokenizer)
     held_out = read_documents(settings.held_out) if settings.held_out else []

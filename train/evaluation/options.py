@@ -16,8 +16,8 @@ from train.runtime.text_formats import Unreadable, parse_json
 
 # Turns thinking off, as in the paper's main results, for models whose chat template has this switch.
 NO_THINKING = '{"chat_template_kwargs": {"enable_thinking": false}}'
-OF_THE_ENGINE = ("model", "adapter", "method", "expert_parallel", "micro_batch_tokens", "bos", "held_out", "timeout",
-                 "template_time")  # fmt: skip
+OF_THE_ENGINE = ("model", "adapter", "other_base", "method", "expert_parallel", "micro_batch_tokens", "bos",
+                 "held_out", "timeout", "template_time")  # fmt: skip
 OF_THE_ENDPOINT = ("endpoint_model", "endpoint_concurrency", "endpoint_timeout", "endpoint_body")
 DECIDED_ELSEWHERE = {"model", "messages", "max_tokens", "temperature", "top_p", "seed", "n", "stream"}
 
@@ -28,6 +28,7 @@ class EvaluationSettings:
 
     model: str = setting("", "DIR: base model, to be measured in the training engine")
     adapter: str = setting("", "DIR: adapter of a run, or a comparison, for the adapters of all its runs")
+    other_base: bool = setting(False, "measure --adapter on a --model of the same shapes that it was not trained on")
     method: str = setting("lora", "keep experts as stored (lora) or in NF4 (qlora)", choices=("lora", "qlora"))
     expert_parallel: int = setting(0, "ranks that share the experts of a layer; 0: as in training", between=(0, 10**6))
     micro_batch_tokens: int = setting(10_000, "most tokens per forward of one rank", between=(1, MOST))
@@ -133,6 +134,8 @@ def parse_evaluation(argv: list[str] | None, usage: str) -> EvaluationSettings:
         raise UserError(
             "give --model DIR, to measure in the training engine, or --endpoint URL, a server that has the model."
         )
+    if settings.other_base and not settings.adapter:
+        raise UserError("--other-base: counts for nothing without --adapter; give both or neither.")
     other, needed = (OF_THE_ENDPOINT, "--endpoint") if settings.model else (OF_THE_ENGINE, "--model")
     for name in other:
         if (value := getattr(settings, name)) != getattr(EvaluationSettings, name):

@@ -16,7 +16,7 @@ from deepspeed.utils import groups
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config
 
-from train.checkpoints.adapter import load_adapter
+from train.checkpoints.adapter_files import load_adapter
 from train.checkpoints.layout import has_own_head, plan_load
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import Loaded, load

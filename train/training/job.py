@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from train.checkpoints import resume
-from train.checkpoints.adapter import check_adapter
+from train.checkpoints.adapter_files import check_adapter
 from train.checkpoints.layout import LoadPlan, plan_load
 from train.checkpoints.reader import Checkpoint
 from train.claims.claim import read_claims
@@ -130,7 +130,7 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     if lora is None:
         config |= full_precision(settings, plan)
     elif settings.adapter and first:
-        check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint), checkpoint)
+        check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint), checkpoint, settings.other_base)
     corpus = read_corpus(settings, tokenizer, show, known.documents)
     _check_vocabulary(settings, corpus, text.vocab_size)
     if settings.resume:
