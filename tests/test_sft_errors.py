@@ -236,7 +236,7 @@ def test_a_tokenizer_an_adapter_or_weights_that_changed_since_a_run_began_are_to
     data = write_documents(tmp_path / "d.jsonl", [GOOD])
     checkpoint = Checkpoint(model)
     bare, lora = skeleton(text_config(checkpoint), ExpertGroup()), LoRASettings(32, 32.0, 16, 0)
-    peft_config(bare, lora, architecture(checkpoint), str(model)).save_pretrained(adapter)
+    peft_config(list(places(bare, lora)), lora, architecture(checkpoint), str(model)).save_pretrained(adapter)
     factors = {
         place.key(architecture(checkpoint), f): torch.ones(place.shape(lora, f))
         for place in places(bare, lora)

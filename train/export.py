@@ -1,5 +1,13 @@
-"""Writes documents in OpenAI's fine-tuning format, for models that only their makers can train, with as much of a mask
-as that format can say:
+"""Writes what other programs take.
+
+An adapter, in the form of the server that is to answer with it, with serve.json, which has the command that starts it:
+
+    python train/export.py --adapter runs/masked/adapter --model DIR --to vllm --output served/masked
+
+What that server would not apply is an error, unless --drop names it. LoRA weights are written in BF16.
+
+Documents, in OpenAI's fine-tuning format, for models that only their makers can train, with as much of a mask as that
+format can say:
 
     python train/export.py --data documents.jsonl --mask doctags --output openai.jsonl
 
@@ -15,7 +23,9 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
     interruption.listen("interrupted")
 
+import shlex
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +35,7 @@ from train.data.findings import Findings
 from train.masking.grammar import Entry, Mask, parse_mask
 from train.runtime.errors import UserError
 from train.runtime.outputs import check_apart, check_new, write
+from train.runtime.outside import read_json
 from train.runtime.terminal import command
 from train.runtime.text_formats import json_line
 
@@ -35,13 +46,24 @@ WITHIN = "OpenAI's format weighs whole messages, and this span is a part of one"
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for an error that the user can fix."""
     parser = Parser(__doc__ or "")
-    parser.add_argument("--data", required=True, metavar="FILE", help="JSONL documents")
+    adapters = parser.add_argument_group("an adapter for a server")
+    adapters.add_argument("--adapter", type=Path, metavar="DIR", help="a run's adapter/")
+    adapters.add_argument("--model", type=Path, metavar="DIR", help="its base model; only the headers are read")
+    adapters.add_argument("--to", choices=("vllm", "sglang", "peft"), help="the program that takes it")
+    adapters.add_argument("--drop", nargs="+", default=[], metavar="NAME", help="modules that may be left out")
+    adapters.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: bfloat16)")
+    adapters.add_argument("--other-base", action="store_true", help="--model may be another than it was trained on")
+    parser.add_argument("--data", metavar="FILE", help="JSONL documents")
     parser.add_argument("--mask", default="none", help="what the loss leaves out, as in training (default: none)")
     parser.add_argument("--doctag", default=DOCTAG, metavar="MARKER", help=f"{DOCTAG_HELP} (default: {DOCTAG})")
     parser.add_argument("--bad-rows", choices=("error", "skip"), default="error", help=f"{BAD_ROWS} (default: error)")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the chats, whole or not at all")
+    parser.add_argument("--output", required=True, metavar="PATH", help="a new directory (--adapter) or file (--data)")
     parser.add_argument("--overwrite", action="store_true", help="replace an --output that exists")
     args = parser.parse_args(arguments)
+    if bool(args.adapter) == bool(args.data):
+        raise UserError("give --adapter DIR, to write it for a server, or --data FILE, to write it in OpenAI's format.")
+    if args.adapter:
+        return adapter_for_server(args)
     check_apart({"--output": args.output}, {"--data": [args.data]})
     check_new("--output", args.output, args.overwrite)
     mask = parse_mask(args.mask)
@@ -52,6 +74,41 @@ def main(arguments: list[str] | None = None) -> int:
     write("--output", Path(args.output), (json_line(row) for row in rows))
     findings.show()
     print(f"{args.output}: {len(rows)} chats")
+    return 0
+
+
+def adapter_for_server(args: Namespace) -> int:
+    """Writes --adapter for the server --to. Returns the exit code.
+
+    Raises UserError if the adapter does not fit --model, or if the server would not apply all of it.
+    """
+    import torch
+
+    from train.checkpoints.adapter_files import CONFIG, adapter_settings, check_adapter, check_finite
+    from train.checkpoints.reader import Checkpoint
+    from train.checkpoints.served import SERVE, SERVERS, largest_rank, served, write_served
+    from train.experts.dispatch import ExpertGroup
+    from train.model.text_model import architecture, skeleton, text_config
+
+    for flag in ("model", "to"):
+        if getattr(args, flag) is None:
+            raise UserError(f"--{flag} is missing: --adapter needs it.")
+    adapter, output, base = args.adapter, Path(args.output), Checkpoint(args.model)
+    check_apart({"--output": args.output}, {"--adapter": [str(adapter)], "--model": [str(args.model)]})
+    if output.exists() and not (args.overwrite and (output / CONFIG).is_file()):
+        raise UserError(f"--output {output}: is there already; give a new directory, or --overwrite for an adapter.")
+    lora, model, of = adapter_settings(adapter), skeleton(text_config(base), ExpertGroup()), architecture(base)
+    form = served(args.to, model, lora, of, base, args.drop)
+    largest_rank(form)
+    check_adapter(adapter, model, lora, of, base, args.other_base)
+    check_finite(adapter)
+    write_served(form, adapter, lora, of, base, output, getattr(torch, args.dtype))
+    print(f"{output}: {len(form.tensors)} tensors for {args.to} {SERVERS[args.to]}")
+    if args.to != "peft":
+        serve = read_json(output / SERVE)
+        for how, size in serve["bytes_of_a_slot_per_gpu"].items():
+            print(f"  memory for it on each GPU, {how}: {size / 1e9:.2f} GB")
+        print(f"  {shlex.join(serve['command'])}")
     return 0
 
 

@@ -31,7 +31,7 @@ def write_adapter(
         tensors[sorted(tensors)[3]][1, 2] = float("nan")
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
-    peft_config(bare, lora, architecture(checkpoint), str(model)).save_pretrained(directory)
+    peft_config(list(places(bare, lora)), lora, architecture(checkpoint), str(model)).save_pretrained(directory)
     return directory
 
 

@@ -9,7 +9,7 @@ Shapes: E experts, r LoRA rank, I and O input and output features.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,12 +102,11 @@ def as_peft(place: Place, factor: str, value: Tensor, lora: LoRASettings) -> Ten
     return value.contiguous()
 
 
-def peft_config(model: nn.Module, lora: LoRASettings, architecture: str, base: str) -> "LoraConfig":
-    """Returns the configuration with which stock peft loads all LoRA weights of the model. base: the base model."""
+def peft_config(found: Collection[Place], lora: LoRASettings, architecture: str, base: str) -> "LoraConfig":
+    """Returns the configuration with which stock peft loads the LoRA weights of these places. base: the base model."""
     from peft import LoraConfig  # here: the import takes seconds, and only rank 0 needs it, at the end
 
     modules, parameters = [], []
-    found = list(places(model, lora))
     experts = any(place.weight for place in found)
     for place in found:
         name = stock_name(place.name, architecture)
@@ -162,17 +161,17 @@ def save_adapter(
     writer.check_whole()
     writer.close()
     writer.publish()
-    config = _plain(peft_config(model.causal, lora, model.architecture, str(base.directory)).to_dict())
+    config = plain_values(peft_config(found, lora, model.architecture, str(base.directory)).to_dict())
     write_whole(partial / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     trained_on = {"directory": str(base.directory), "fingerprint": base.fingerprint()}
     write_whole(partial / BASE_MODEL, json.dumps(trained_on, indent=2) + "\n")
     publish_directory(partial, directory)
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """Converts PEFT's sets and enums to JSON types."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain_values(v) for k, v in value.items()}
     if isinstance(value, set | list | tuple):
-        return [_plain(v) for v in (sorted(value) if isinstance(value, set) else value)]
+        return [plain_values(v) for v in (sorted(value) if isinstance(value, set) else value)]
     return value.value if hasattr(value, "value") else value
