@@ -23,6 +23,7 @@ import torch
 
 from launch.cluster import USABLE, Cluster
 from launch.plan import Plan, loop_note
+from train.checkpoints.adapter_files import is_adapter
 from train.checkpoints.layout import Range
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.resume import saved_shape
@@ -191,8 +192,8 @@ def checked_settings(settings: Settings) -> Finding:
         read_claims(settings.claims)
     if settings.held_out:
         read_documents(settings.held_out)
-    if settings.adapter and not (Path(settings.adapter) / "adapter_config.json").is_file():
-        raise UserError(f"--adapter {settings.adapter}: no adapter_config.json there; give a PEFT adapter's directory.")
+    if settings.adapter and not is_adapter(Path(settings.adapter)):
+        raise UserError(f"--adapter {settings.adapter}: holds no adapter; give the directory of one.")
     return Finding("settings", PASSED, f"--mask {settings.mask}")
 
 

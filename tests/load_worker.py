@@ -80,7 +80,7 @@ def main(record: Path, expert_parallel: int, method: str, directories: list[str]
         size = model.causal.config.vocab_size
         values = {"adapted": every_log_probability(engine, size).contiguous()}
         name = f"{Path(directory).name}-{ranks}-{expert_parallel}"
-        save_adapter(record / f"{name}.adapter", model, full_factors(model), lora, checkpoint)
+        save_adapter(record / f"{name}.adapter", model, full_factors(model), lora, checkpoint, 7)
         for module in model.modules():
             if isinstance(module, LoRALinear | ExpertParallelExperts):
                 module.scale = 0.0

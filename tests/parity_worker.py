@@ -101,7 +101,7 @@ def main(record: Path, flags: list[str]) -> None:
         layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     engine = make_engine(model, settings, job.ds_config)
     if job.lora:
-        save_adapter(record.with_suffix(".start"), model, resume.full_factors(model), job.lora, job.checkpoint)
+        save_adapter(record.with_suffix(".start"), model, resume.full_factors(model), job.lora, job.checkpoint, 7)
     recorded: dict[str, torch.Tensor] = {}
 
     record_gradients(engine, model, job, recorded)

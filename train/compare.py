@@ -49,6 +49,7 @@ from train.evaluation.store import read_measured
 from train.runtime.distributed import from_first_rank, guarded, launched_as, leave, start_distributed
 from train.runtime.errors import UserError
 from train.runtime.interruption import interruption
+from train.runtime.outside import read_json
 from train.runtime.terminal import command
 from train.training.finishing import finish, load_engine
 from train.training.job import Job, Known, prepare
@@ -177,7 +178,7 @@ def train_all(runs: list[Settings], ranks: int, device: torch.device, known: Kno
     """Trains the runs that are not finished, one after the other on one engine. The results of each run are the same as
     from train/sft.py alone. Runs on every rank."""
     rank = launched_as()[0]
-    waiting = from_first_rank([s for s in runs if not (Path(s.output) / "summary.json").exists()])
+    waiting = from_first_rank([settings for settings in runs if not _finished(settings)])
     base = from_first_rank(next((found for settings in runs if (found := _base_records(settings))), None))
     engine: Any = None
     given: dict[str, Tensor] | None = None  # LoRA weights of --adapter
@@ -209,6 +210,16 @@ def train_all(runs: list[Settings], ranks: int, device: torch.device, known: Kno
             finish(job, run, engine, loaded.plan, start, started - spent, planned_memory, base)
         dist.barrier()
         base = base or from_first_rank(_base_records(settings))
+
+
+def _finished(settings: Settings) -> bool:
+    """Whether a run has a summary of as many steps as it is to have: all of its schedule, or --stop-after."""
+    path = Path(settings.output) / "summary.json"
+    if not path.exists():
+        return False
+    summary = read_json(path)
+    done, whole = summary.get("steps", 0), summary.get("steps_of_schedule", 0)
+    return bool(done >= min(settings.stop_after or whole, whole))
 
 
 def _base_records(settings: Settings) -> list[dict[str, Any]] | None:

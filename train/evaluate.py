@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.planning import expert_parallel
+from train.checkpoints.adapter_files import is_adapter
 from train.claims.claim import KINDS, Claim, read_claims
 from train.claims.contamination import Contamination
 from train.claims.contamination import check as check_contamination
@@ -113,7 +114,7 @@ def of_each_run(s: EvaluationSettings) -> list[EvaluationSettings]:
             print(f"note: --output {output}: is a comparison's; what the base model says goes into {within[0]}")
         return [dataclasses.replace(s, output=str(within[0]))]
     adapter = Path(s.adapter)
-    runs = [] if os.path.isfile(adapter / "adapter_config.json") else runs_of(adapter)
+    runs = [] if is_adapter(adapter) else runs_of(adapter)
     if not runs or runs == [adapter]:
         if within[0] == output:
             return [s]

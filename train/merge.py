@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from train.checkpoints.adapter_files import adapter_settings, check_adapter, check_finite
+from train.checkpoints.adapter_files import adapter_settings, check_adapter, check_finite, files_of
 from train.checkpoints.layout import plan_load
 from train.checkpoints.merging import Merger, merge
 from train.checkpoints.reader import Checkpoint
@@ -130,9 +130,9 @@ def _identity(checkpoint: Checkpoint, adapter: Path | None, bf16: bool) -> dict[
     identity["weights of the model"] = checkpoint.fingerprint()
     if adapter:
         identity["adapter"] = str(adapter.resolve())
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            with (adapter / name).open("rb") as file:
-                identity[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        for path in files_of(adapter):
+            with path.open("rb") as file:
+                identity[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return identity
 
 

@@ -55,7 +55,7 @@ def test_each_rank_gets_its_experts_factors_back_and_reads_no_others_where_they_
         value.normal_(generator=generator)
         if ".experts." in name:  # rank 2, padded to 4
             (value[:, 2:] if name.endswith("A") else value[:, :, 2:]).zero_()
-    save_adapter(tmp_path / "adapter", whole, factors_of(whole), LORA, Checkpoint(tmp_path / "base"))
+    save_adapter(tmp_path / "adapter", whole, factors_of(whole), LORA, Checkpoint(tmp_path / "base"), 7)
     assert [path.name for path in tmp_path.iterdir() if "adapter" in path.name] == ["adapter"]
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     # by PEFT's own layout: A [E r, in], an expert's rows together; B [out, r E], an expert's columns E apart
@@ -87,7 +87,7 @@ def test_each_rank_gets_its_experts_factors_back_and_reads_no_others_where_they_
 def test_an_earlier_adapter_stays_until_the_new_one_is_whole(tmp_path):
     first, other = (Checkpoint(write_model(tmp_path / name, "qwen", seed)) for seed, name in enumerate(("one", "two")))
     model = factored(first.directory, ExpertGroup())
-    save_adapter(tmp_path / "adapter", model, factors_of(model), LORA, first)
+    save_adapter(tmp_path / "adapter", model, factors_of(model), LORA, first, 7)
     before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
 
     def breaking() -> Iterator[tuple[str, torch.Tensor]]:
@@ -97,11 +97,11 @@ def test_an_earlier_adapter_stays_until_the_new_one_is_whole(tmp_path):
             yield name, value + 1
 
     with pytest.raises(OSError, match="a rank is gone"):
-        save_adapter(tmp_path / "adapter", model, breaking(), LORA, other)
+        save_adapter(tmp_path / "adapter", model, breaking(), LORA, other, 7)
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
     with pytest.raises(AssertionError, match="elements written"):
-        save_adapter(tmp_path / "adapter", model, list(factors_of(model))[1:], LORA, other)
-    save_adapter(tmp_path / "adapter", model, factors_of(model), LORA, other)
+        save_adapter(tmp_path / "adapter", model, list(factors_of(model))[1:], LORA, other, 7)
+    save_adapter(tmp_path / "adapter", model, factors_of(model), LORA, other, 7)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(other.directory)
 
@@ -110,7 +110,7 @@ def test_an_earlier_adapter_stays_until_the_new_one_is_whole(tmp_path):
 def test_an_adapter_is_of_its_base_and_not_of_another_of_the_same_shapes(tmp_path, capsys):
     first, other = (Checkpoint(write_model(tmp_path / name, "qwen", seed)) for seed, name in enumerate(("one", "two")))
     model = factored(first.directory, ExpertGroup())
-    save_adapter(tmp_path / "adapter", model, factors_of(model), LORA, first)
+    save_adapter(tmp_path / "adapter", model, factors_of(model), LORA, first, 7)
     given = tmp_path / "adapter", skeleton(text_config(first), ExpertGroup()), LORA, model.architecture
     check_adapter(*given, first)
     shutil.copytree(first.directory, tmp_path / "moved")

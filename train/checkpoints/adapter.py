@@ -131,19 +131,20 @@ def peft_config(found: Collection[Place], lora: LoRASettings, architecture: str,
 
 
 BASE_MODEL = "base_model.json"
-"""File beside the LoRA weights that identifies the base model's weights. Shapes alone cannot distinguish two models of
-the same architecture."""
+"""File beside the LoRA weights that identifies the base model's weights, and says for how many steps they were trained.
+Shapes alone cannot distinguish two models of the same architecture."""
 RANK_PATTERN = r"experts\.(gate_up_proj|down_proj)"
 
 
 def save_adapter(
-    directory: Path, model: Any, factors: Iterable[tuple[str, Tensor | None]], lora: LoRASettings, base: Checkpoint
-) -> None:
+    directory: Path, model: Any, factors: Iterable[tuple[str, Tensor | None]], lora: LoRASettings, base: Checkpoint,
+    step: int,
+) -> None:  # fmt: skip
     """Writes adapter_model.safetensors (fp32), adapter_config.json and base_model.json into `directory`.
 
     The directory has a temporary name until all files are complete. factors: (parameter name, full tensor), one at a
     time, as from `resume.full_factors`: A [r, I] or [E, r, I], B [O, r] or [E, O, r]. All ranks must call this; only
-    rank 0 writes, and only it needs the tensors.
+    rank 0 writes, and only it needs the tensors. step: optimizer steps that the weights were trained for.
     """
     if dist.get_rank():
         for _ in factors:
@@ -163,7 +164,7 @@ def save_adapter(
     writer.publish()
     config = plain_values(peft_config(found, lora, model.architecture, str(base.directory)).to_dict())
     write_whole(partial / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    trained_on = {"directory": str(base.directory), "fingerprint": base.fingerprint()}
+    trained_on = {"directory": str(base.directory), "fingerprint": base.fingerprint(), "step": step}
     write_whole(partial / BASE_MODEL, json.dumps(trained_on, indent=2) + "\n")
     publish_directory(partial, directory)
 

@@ -1,16 +1,21 @@
 """Reads adapters: checks that one fits the model, and returns its LoRA weights by their place in the model.
 
-Two forms are read. In PEFT's own form for transformers 5 (adapter.py), the experts of a layer are one target parameter.
-In the per-expert form, as Tinker, ms-swift and older versions of PEFT write it, each expert's gate_proj, up_proj and
+Three forms are read. In PEFT's own form for transformers 5 (adapter.py), the experts of a layer are one parameter. In
+the per-expert form, as Tinker, ms-swift and older versions of PEFT write it, each expert's gate_proj, up_proj and
 down_proj has an A and a B of its own: `….experts.3.gate_proj.lora_A.weight` [r, I].
 
 Two updates s B_g A_g of the gate and s B_u A_u of the up projection are one update of the fused weight, of rank 2r:
 A = [A_g; A_u], and B has B_g and B_u on its diagonal. So an adapter of the per-expert form has expert rank 2r here.
 down_proj is padded to that rank with zeros, which change nothing.
 
+The third form is a training checkpoint, RUN/saves/step-N (resume.py): the run's settings.yaml has its ranks and scale.
+
 Shapes: E experts, r LoRA rank, I and O input and output features, n experts of one rank.
 """
 
+import dataclasses
+import hashlib
+import math
 import os
 from contextlib import closing
 from pathlib import Path
@@ -23,28 +28,53 @@ from train.checkpoints.adapter import BASE_MODEL, RANK_PATTERN, Place, places, s
 from train.checkpoints.layout import MATRICES
 from train.checkpoints.plain import OF_ONE_EXPERT, check_plain
 from train.checkpoints.reader import Checkpoint, TensorFile
+from train.config.provenance import held_settings
+from train.config.settings import Settings
 from train.layers.lora import LoRASettings
 from train.runtime.errors import UserError
-from train.runtime.outside import checked, read_json
+from train.runtime.outside import checked, opened, read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+SAVED, STATE = "state.safetensors", "state.json"  # of a training checkpoint
 LARGEST_RANK = 2**20
+MOMENTS = ("exp_avg", "exp_avg_sq")  # ends of the names of what a training checkpoint holds beside the weights
 ADAPTER_KINDS = {"r": int, "lora_alpha": float, "use_rslora": bool, "rank_pattern": dict, "alpha_pattern": dict}
 
 
+def files_of(directory: Path) -> list[Path]:
+    """Returns the files that an adapter consists of: its configuration, if it has one of its own, and its weights."""
+    if os.path.isfile(directory / SAVED):
+        return [directory / SAVED]
+    return [directory / CONFIG, directory / WEIGHTS]
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter, in any form, and not a run or a comparison."""
+    return all(os.path.isfile(path) for path in files_of(directory))
+
+
+def weights_hash(directory: Path) -> str:
+    """Returns the SHA-256 of an adapter's weight file. Raises UserError if it cannot be read."""
+    with opened(files_of(directory)[-1]) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class AdapterFile:
-    """The tensors of an adapter's directory, in either form, read by place.
+    """The tensors of an adapter's directory, in any form, read by place.
 
     architecture: the class that the base's config.json names, which decides how modules are named. lora: the settings
     that `adapter_settings` returned for the directory. Raises UserError if the file cannot be read.
     """
 
     def __init__(self, directory: Path, architecture: str, lora: LoRASettings):
-        self.file, self.architecture, self.lora = TensorFile(directory / WEIGHTS), architecture, lora
+        self.file, self.architecture, self.lora = TensorFile(files_of(directory)[-1]), architecture, lora
+        self.saved = os.path.isfile(directory / SAVED)
         self.per_expert = any(OF_ONE_EXPERT.search(name) for name in self.file.tensors)
 
     def tensors(self, place: Place) -> dict[str, tuple[int, ...]]:
         """Returns name and shape of every tensor that the form has for a place."""
+        if self.saved:
+            return {self._name(place, f): self._saved_shape(place, f) for f in "AB"}
         if not (self.per_expert and place.weight):
             return {place.key(self.architecture, f): place.shape(self.lora, f) for f in "AB"}
         experts, out_features, in_features = place.sizes
@@ -57,6 +87,16 @@ class AdapterFile:
             for f in "AB"
         }
 
+    def _name(self, place: Place, factor: str) -> str:
+        """Returns the name of the tensor of all experts, or of the linear layer."""
+        return f"causal.{place.parameter(factor)}" if self.saved else place.key(self.architecture, factor)
+
+    def _saved_shape(self, place: Place, factor: str) -> tuple[int, ...]:
+        experts, out_features, in_features = place.sizes
+        rank = self.lora.expert_rank if place.weight else self.lora.rank
+        shape = (rank, in_features) if factor == "A" else (out_features, rank)
+        return (experts, *shape) if place.weight else shape
+
     def _key(self, place: Place, expert: int, matrix: str, factor: str) -> str:
         module = stock_name(place.name, self.architecture)
         return f"base_model.model.{module}.{expert}.{matrix}.lora_{factor}.weight"
@@ -66,18 +106,19 @@ class AdapterFile:
 
         For a linear layer A [r, I] or B [O, r], for an expert weight A [n, r, I] or B [n, O, r] of `experts` (None: all
         of them), where r is the expert LoRA rank. In PEFT's form, A of some experts is one range of the file, and only
-        that is read; B is read completely.
+        that is read; B is read completely. In a training checkpoint both are.
         """
         if place.weight is None:
-            return self._whole(place.key(self.architecture, factor))
+            return self._whole(self._name(place, factor))
         count, out_features, in_features = place.sizes
         experts = range(count) if experts is None else experts
         if self.per_expert:
             return torch.stack([self._fused(place, expert, factor) for expert in experts])
-        key, rank = place.key(self.architecture, factor), self.lora.expert_rank
-        if factor == "A":
-            out = torch.empty(len(experts), rank, in_features, dtype=self.file.tensors[key].dtype)
-            self.file.read(key, experts.start * rank * in_features, out)
+        key, rank = self._name(place, factor), self.lora.expert_rank
+        if factor == "A" or self.saved:
+            shape = (rank, in_features) if factor == "A" else (out_features, rank)
+            out = torch.empty(len(experts), *shape, dtype=self.file.tensors[key].dtype)
+            self.file.read(key, experts.start * math.prod(shape), out)
             return out
         B_OrE = self._whole(key).view(out_features, rank, count)
         return B_OrE[..., experts.start : experts.stop].permute(2, 0, 1)
@@ -110,6 +151,8 @@ def adapter_settings(directory: Path) -> LoRASettings:
     dtype other than floats of at least 16 bits, or a rank or alpha out of range.
     """
     where = f"--adapter {directory}"
+    if os.path.isfile(directory / SAVED):
+        return _saved_settings(directory)
     config_path, weights = directory / CONFIG, directory / WEIGHTS
     for path in (config_path, weights):
         if not os.path.isfile(path):
@@ -141,13 +184,51 @@ def adapter_settings(directory: Path) -> LoRASettings:
     return LoRASettings(int(rank), float(alpha), expert_rank, 0, lm_head, bool(config.get("use_rslora")))
 
 
-def trained_on(directory: Path, base: Checkpoint) -> bool | None:
-    """Whether the adapter was trained on these very weights; None if it does not say, as those of other trainers.
+def _run_of(saved: Path) -> dict[str, Any]:
+    """Returns the content of the settings.yaml of the run whose training checkpoint `saved` is.
 
-    Raises UserError if base_model.json is damaged.
+    Raises UserError if there is none, or if the run trained all weights.
     """
+    path = Path(os.path.abspath(saved)).parents[1] / "settings.yaml"
+    if not os.path.isfile(path):
+        raise UserError(f"--adapter {saved}: is a training checkpoint, and {path}, the settings of its run, is absent.")
+    held = held_settings(path)
+    if held["settings"].get("method") == "full":
+        raise UserError(f"--adapter {saved}: its run trained all weights (--method full): it has no LoRA weights.")
+    return held
+
+
+def _saved_settings(directory: Path) -> LoRASettings:
+    held = _run_of(directory)
+    own = dataclasses.asdict(Settings()) | held["settings"]
+    expert_rank = (held.get("resolved") or {}).get("expert_lora_rank") or own["lora_rank"]
+    return LoRASettings(own["lora_rank"], own["lora_alpha"], int(expert_rank), 0, own["lora_lm_head"], own["rslora"])
+
+
+def _trained(directory: Path) -> dict[str, Any] | None:
+    """Returns what an adapter says of its training: `directory` and `fingerprint` of its base, and `step`, if known.
+
+    None if it says nothing, as adapters of other trainers. Raises UserError if the file that says it is damaged.
+    """
+    if os.path.isfile(directory / SAVED):
+        held, state = _run_of(directory), read_json(directory / STATE)
+        checked(state, {"step": int}, directory / STATE)
+        hashes = (held.get("resolved") or {}).get("hashes") or {}
+        base = {"directory": held["settings"].get("model"), "fingerprint": hashes.get("base_model")}
+        return base | {"step": state["step"]} if "step" in state else base
     path = directory / BASE_MODEL
-    return read_json(path).get("fingerprint") == base.fingerprint() if os.path.lexists(path) else None
+    if not os.path.lexists(path):
+        return None
+    trained = read_json(path)
+    checked(trained, {"step": int}, path)
+    return trained
+
+
+def trained_steps(directory: Path) -> int | None:
+    """Returns for how many optimizer steps an adapter was trained; None if it does not say. Raises UserError if the
+    file that says it is damaged."""
+    step = (_trained(directory) or {}).get("step")
+    return None if step is None else int(step)
 
 
 def check_base(directory: Path, base: Checkpoint, other_base: bool = False) -> None:
@@ -156,14 +237,15 @@ def check_base(directory: Path, base: Checkpoint, other_base: bool = False) -> N
     Adapters of other trainers do not record their base weights. They are accepted, and rank 0 prints a note, as it does
     for another base on purpose.
     """
-    known, first = trained_on(directory, base), os.environ.get("RANK", "0") == "0"
-    if known is None and first:
-        print(f"note: --adapter {directory}: does not say which weights it was trained on ({BASE_MODEL} is absent)")
-    if known is None or known:
-        if known and other_base:
+    held, first = _trained(directory), os.environ.get("RANK", "0") == "0"
+    if held is None:
+        if first:
+            print(f"note: --adapter {directory}: does not say which weights it was trained on ({BASE_MODEL} is absent)")
+        return
+    if held.get("fingerprint") == base.fingerprint():
+        if other_base:
             raise UserError(f"--other-base: --model {base.directory} is what {directory} was trained on; leave it out.")
         return
-    held = read_json(directory / BASE_MODEL)
     if other_base:
         if first:
             print(f"note: --other-base: {directory} was trained on {held.get('directory')}, not on {base.directory}")
@@ -196,7 +278,7 @@ def check_adapter(
             raise UserError(f"{where}: was trained with {flag} {there}, not {here}; {fix}.")
     with closing(AdapterFile(directory, architecture, lora)) as file:
         wanted = {key: shape for place in places(skeleton, lora) for key, shape in file.tensors(place).items()}
-        found = {name: info.shape for name, info in file.file.tensors.items()}
+        found = {name: info.shape for name, info in file.file.tensors.items() if not name.endswith(MOMENTS)}
     if differing := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         name = differing[0]
         raise UserError(
@@ -208,7 +290,7 @@ def check_adapter(
 
 def check_finite(directory: Path) -> None:
     """Raises UserError if an adapter tensor has NaN or infinite values. Reads all tensors, one at a time."""
-    with closing(TensorFile(directory / WEIGHTS)) as file:
+    with closing(TensorFile(files_of(directory)[-1])) as file:
         for name, info in file.tensors.items():
             values = torch.empty(info.shape, dtype=info.dtype)
             file.read(name, 0, values)

@@ -29,6 +29,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from train.checkpoints.adapter_files import MOMENTS, weights_hash
 from train.checkpoints.reader import TensorFile
 from train.checkpoints.writer import SafetensorsWriter, flush, publish_directory, remove
 from train.experts.dispatch import ExpertGroup
@@ -37,7 +38,6 @@ from train.runtime.errors import UserError
 from train.runtime.outside import checked, read_json
 from train.runtime.watchdog import progress
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SUFFIXES = ("", *(f".{moment}" for moment in MOMENTS))
 NAME = re.compile(r"^step-(\d+)$")
 
@@ -278,7 +278,7 @@ def initial_hash(model: nn.Module, seed: int, adapter: str) -> str:
     each expert's separately. It is "" if the model has no LoRA weights. All ranks must call this.
     """
     if adapter:
-        return hashlib.sha256((Path(adapter) / "adapter_model.safetensors").read_bytes()).hexdigest()
+        return weights_hash(Path(adapter))
     own: dict[str, str] = {}
     for name, module in model.named_modules():
         factors = module.initial_factors(seed) if hasattr(module, "initial_factors") else {}

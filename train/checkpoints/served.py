@@ -14,7 +14,6 @@ What each server does with an adapter was read in, and run on, the loaders of th
 Shapes: E experts, r LoRA rank, I and O input and output features.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from train.checkpoints.adapter import Place, as_peft, peft_config, places, plain_values, stock_name
-from train.checkpoints.adapter_files import CONFIG, WEIGHTS, AdapterFile
+from train.checkpoints.adapter_files import CONFIG, WEIGHTS, AdapterFile, weights_hash
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.writer import SafetensorsWriter, publish_directory
 from train.layers.lora import LoRASettings
@@ -255,8 +254,6 @@ def _serve(
     form: Served, adapter: Path, lora: LoRASettings, base: Checkpoint, output: Path, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Returns the content of serve.json, which docs/checkpoints.md lists."""
-    with (adapter / WEIGHTS).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     rank, name = largest_rank(form), adapter_name(adapter)
     slots = {
         f"TP {tp}{how}": slot_bytes(form, rank, tp, bool("EP" in how), bool("sharded" in how), dtype)
@@ -271,13 +268,15 @@ def _serve(
         "max_lora_rank": rank, "ranks": {"linear": lora.rank, "experts": lora.expert_rank},
         "dtype": str(dtype).removeprefix("torch."), "bytes_of_a_slot_per_gpu": slots, "not_served": list(form.dropped),
         "base": {"directory": str(base.directory), "fingerprint": base.fingerprint()},
-        "adapter": {"directory": str(adapter), "sha256": digest},
+        "adapter": {"directory": str(adapter), "sha256": weights_hash(adapter)},
     }  # fmt: skip
 
 
 def adapter_name(adapter: Path) -> str:
-    """Returns the name under which a server has an adapter: that of its run, if it lies in a run's directory."""
+    """Returns the name under which a server has an adapter: that of its run, with the step for one of several."""
     directory = Path(os.path.abspath(adapter))
+    if directory.parent.name in ("adapters", "saves"):
+        return f"{directory.parents[1].name}-{directory.name}"
     return directory.parent.name if directory.name == "adapter" else directory.name
 
 

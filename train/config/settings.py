@@ -128,6 +128,13 @@ class Settings:
     evaluate_every: int = setting(
         0, "steps between measurements of the claims; 0: only before and after training", between=(0, MOST)
     )
+    evaluate_at: str = setting("", "further steps after which the claims are measured: 1,2,4,8 or log:15")
+    adapters_at: str = setting(
+        "", "steps after which the adapter is kept in adapters/step-N: 1,2,4,8 or log:15 (15, evenly spaced by ratio)"
+    )
+    stop_after: int = setting(
+        0, "end after this many steps of the whole schedule; --resume goes on; 0: do not", between=(0, MOST)
+    )
 
     log_every: int = setting(
         10, "steps between measurements of NLL by role; the first and last step are always measured", between=(1, MOST)
@@ -188,8 +195,33 @@ class Recipe:
 # Settings that may differ when a run is resumed: none of them changes a loss by more than rounding.
 FREE_ON_RESUME = frozenset({
     "output", "resume", "dry_run", "micro_batch_tokens", "expert_parallel", "gradient_checkpointing", "log_every",
-    "save_every", "keep", "evaluate_every", "timeout", "wandb", "wandb_project", "wandb_group",
+    "save_every", "keep", "evaluate_every", "evaluate_at", "adapters_at", "stop_after", "timeout", "wandb",
+    "wandb_project", "wandb_group",
 })  # fmt: skip
+
+
+def steps_at(flag: str, text: str, steps: int) -> frozenset[int]:
+    """Returns the steps that --evaluate-at or --adapters-at names, of a run of `steps` steps.
+
+    text: step numbers with commas between them, or log:K for K numbers from 1 to `steps` of which each is about the
+    same multiple of the one before; near the beginning, where these are less than one step apart, there are fewer.
+    Raises UserError if it is neither, or for a number below 1 or above `steps`.
+    """
+    kind, _, number = text.partition(":")
+    if kind == "log" and number.isdecimal() and 2 <= int(number) <= MOST_AT:
+        last = int(number) - 1
+        return frozenset(round(steps ** (index / last)) for index in range(last + 1))
+    numbers = [part.strip() for part in text.split(",")] if text else []
+    for part in numbers:
+        if not part.isdecimal() or not 1 <= int(part) <= steps:
+            raise UserError(
+                f"{flag} {text}: {part!r} is no step from 1 to {steps}; give steps with commas between them, or log:K "
+                f"for K of them (2 to {MOST_AT})."
+            )
+    return frozenset(map(int, numbers))
+
+
+MOST_AT = 10_000  # steps that log:K may ask for
 
 
 def _source(value: str) -> Source:
@@ -277,7 +309,7 @@ def check_numbers(s: Settings) -> None:
     if s.learning_rate == 0 or s.lora_alpha == 0:
         raise UserError("--learning-rate and --lora-alpha must be > 0: with 0 nothing is trained.")
     if s.method == "full":
-        for name in ("adapter", "lora_lm_head", "rslora"):
+        for name in ("adapter", "lora_lm_head", "rslora", "adapters_at"):
             if getattr(s, name):
                 flag = flag_of(name)
                 raise UserError(f"{flag}: --method full trains the weights, not factors; leave out {flag}.")

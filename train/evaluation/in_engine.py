@@ -3,7 +3,6 @@ ranks and any expert parallelism, and keeps experts as they are stored.
 """
 
 import functools
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from train.checkpoints.adapter_files import adapter_settings, check_adapter
+from train.checkpoints.adapter_files import adapter_settings, check_adapter, trained_steps, weights_hash
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.resume import initial_partitions, start_over
 from train.claims.claim import Claim
@@ -81,8 +80,9 @@ def prepare_measuring(
 def check_template_time(adapter: str, tokenizer: Tokenizer) -> None:
     """Raises UserError if the chat template asks for the time, and the adapter's training run gave it another time.
     adapter: its directory, or "" without one."""
-    held = Path(adapter).resolve().parent / "settings.yaml"
-    if not (adapter and tokenizer.clock and held.is_file()):
+    directories = Path(adapter).resolve().parents[:2]  # of RUN/adapter and of RUN/adapters/step-8
+    held = next((path for d in directories if (path := d / "settings.yaml").is_file()), None)
+    if not (adapter and tokenizer.clock and held):
         return
     then = held_settings(held)["settings"].get("template_time")
     if then and template_time(then) != tokenizer.clock:
@@ -159,8 +159,7 @@ def identify(settings: Settings, checkpoint: Checkpoint) -> tuple[str, str]:
     base = f"{settings.model}@{checkpoint.fingerprint()[:12]}"
     if not settings.adapter:
         return base, base
-    weights = (Path(settings.adapter) / "adapter_model.safetensors").read_bytes()
-    return base, f"{settings.adapter}@{hashlib.sha256(weights).hexdigest()[:12]} on {base}"
+    return base, f"{settings.adapter}@{weights_hash(Path(settings.adapter))[:12]} on {base}"
 
 
 def steps_of(adapter: str, given: int) -> int:
@@ -171,6 +170,8 @@ def steps_of(adapter: str, given: int) -> int:
         raise UserError(f"--step 0: is the base model; give the steps that --adapter {adapter} was trained for.")
     if given >= 0 or not adapter:
         return max(given, 0)
+    if (trained := trained_steps(Path(adapter))) is not None:
+        return trained
     summary = Path(adapter).resolve().parent / "summary.json"
     if not summary.is_file():
         raise UserError(

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from train.checkpoints import resume
-from train.checkpoints.adapter import save_adapter
 from train.checkpoints.layout import LoadPlan
 from train.checkpoints.streaming import Loaded
 from train.checkpoints.whole import save_model
@@ -48,11 +47,11 @@ def finish(
     settings = job.settings
     hashes = job.hashes | {"initial_weights": resume.initial_hash(engine.module, settings.seed, settings.adapter)}
     run.start(after=start)
-    Trainer(job, engine).run(run, start, started, base)
+    trainer = Trainer(job, engine)
+    trainer.run(run, start, started, base)
     measured = measured_memory(engine.device)
     if job.lora:
-        factors = resume.full_factors(engine.module)
-        save_adapter(run.directory / "adapter", engine.module, factors, job.lora, job.checkpoint)
+        trainer.keep_adapter(run, run.directory / "adapter")
     else:
         save_model(run.directory / "model", plan, job.checkpoint)
     peak = peak_memory(engine.device)

@@ -16,7 +16,7 @@ from train.checkpoints.layout import LoadPlan, plan_load
 from train.checkpoints.reader import Checkpoint
 from train.claims.claim import read_claims
 from train.config.provenance import check_output
-from train.config.settings import Settings, ds_config
+from train.config.settings import Settings, ds_config, steps_at
 from train.corpus import Corpus, TokenizedFile, documents_taken, read_corpus
 from train.data.batches import Sample, deal
 from train.data.documents import read_documents
@@ -39,7 +39,9 @@ from train.training.tables import token_table
 class Job:
     """What a run will do.
 
-    documents: how many documents the run takes from the corpus's endless stream. probes: what is measured for --claims
+    steps: of the whole schedule. stop: the step after which this attempt ends. documents: how many documents the whole
+    schedule takes from the corpus's endless stream. evaluate_at, adapters_at: steps after which beliefs are measured
+    and adapters kept. probes: what is measured for --claims
     and --held-out. resolved: what settings.yaml and --dry-run show next to the settings.
     """
 
@@ -49,7 +51,10 @@ class Job:
     lora: LoRASettings | None
     expert_parallel: int
     steps: int
+    stop: int
     documents: int
+    evaluate_at: frozenset[int]
+    adapters_at: frozenset[int]
     probes: Probes | None
     ds_config: dict[str, Any]
     resolved: dict[str, Any]
@@ -63,13 +68,17 @@ class Job:
 
     @property
     def tokens(self) -> dict[str, dict[str, int]]:
-        """role -> number of targets by treatment, over all steps."""
-        return self.corpus.tokens(0, self.documents)
+        """role -> number of targets by treatment, up to the last step of this attempt."""
+        return self.corpus.tokens(0, self.documents_until(self.stop))
+
+    def documents_until(self, step: int) -> int:
+        """Returns how many documents the first `step` steps take."""
+        return min(step * self.settings.batch_size, self.documents)
 
     @property
     def random_shortfall(self) -> int:
-        """The number of targets that `random:` mask entries could not place, over all steps."""
-        numbers = self.corpus.order.documents(0, self.documents)
+        """The number of targets that `random:` mask entries could not place, up to the last step of this attempt."""
+        numbers = self.corpus.order.documents(0, self.documents_until(self.stop))
         return sum(self.corpus.counts[number]["all", "random_shortfall"] for number in numbers)
 
     def notes(self) -> list[str]:
@@ -93,7 +102,7 @@ class Job:
                 f"--expert-lora-rank not given: {self.lora.expert_rank}, that is max(1, lora-rank / experts per token)"
             )
         print(*(f"{note}\n" for note in self.notes()), sep="", end="")
-        terminal.print(token_table(self.tokens, f"targets over {self.steps} steps, --mask {self.settings.mask}"))
+        terminal.print(token_table(self.tokens, f"targets over {self.stop} steps, --mask {self.settings.mask}"))
 
 
 @dataclass
@@ -138,6 +147,14 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
 
     documents = documents_taken(settings, corpus.order)
     steps = math.ceil(documents / settings.batch_size)
+    evaluate_at = steps_at("--evaluate-at", settings.evaluate_at, steps)
+    adapters_at = steps_at("--adapters-at", settings.adapters_at, steps)
+    if settings.evaluate_at and not probes:
+        raise UserError("--evaluate-at: measures nothing without --claims or --held-out; give one of them.")
+    if settings.stop_after > steps:
+        raise UserError(
+            f"--stop-after {settings.stop_after}: the whole schedule has {steps} steps; give at most these."
+        )
     rows = rows_of_first_steps(settings, corpus, ranks, documents)
     resolved: dict[str, Any] = {
         "ranks": ranks, "expert_parallel": expert_parallel, "steps": steps,
@@ -155,7 +172,8 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     }  # fmt: skip
     check_inputs(settings, resolved)
     return Job(
-        settings, corpus, checkpoint, lora, expert_parallel, steps, documents, probes, config, resolved
+        settings, corpus, checkpoint, lora, expert_parallel, steps, settings.stop_after or steps, documents,
+        evaluate_at, adapters_at, probes, config, resolved,
     )  # fmt: skip
 
 

@@ -219,7 +219,7 @@ def summarize(job: Any, run: Run, hashes: dict[str, str], peak: int, seconds: fl
     tokens = sum(values["tokens"] for values in metrics)
     spent = sum(values["tokens"] / values["tokens_per_second"] for values in metrics if values["tokens_per_second"])
     return {
-        "mask": job.settings.mask, "steps": job.steps, "tokens": job.tokens, "nll": nll,
+        "mask": job.settings.mask, "steps": job.stop, "steps_of_schedule": job.steps, "tokens": job.tokens, "nll": nll,
         "loss": {"first": metrics[0]["loss"], "last": metrics[-1]["loss"]},
         "documents": job.corpus.documents, "dropped": job.corpus.dropped,
         "findings": job.corpus.findings.summary(), "hashes": hashes,

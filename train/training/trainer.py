@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from train.checkpoints import resume
+from train.checkpoints.adapter import save_adapter
 from train.config.settings import Settings
 from train.data.batches import Batch, micro_batches
 from train.evaluation.likelihood import Probes, Record, measure
@@ -78,7 +80,7 @@ class Trainer:
             raise NonFiniteLoss(f"the gradient of step {step + 1} is not finite, and was applied.")
         values["tokens_per_second"] = values["tokens"] / (time.perf_counter() - started)
         if measure:
-            done = self.corpus.tokens(0, min((step + 1) * self.settings.batch_size, self.job.documents))
+            done = self.corpus.tokens(0, self.job.documents_until(step + 1))
             values["trained"] = {role: counts["trained"] for role, counts in done.items() if counts["total"]}
             values["peak_memory_bytes"] = peak_memory(self.device)
             values |= expert_metrics(self.model.expert_layers, self.device)
@@ -104,8 +106,8 @@ class Trainer:
         )
 
     def run(self, run: Run, start: int, started: float, base: list[Record] | None = None) -> None:
-        """Trains to the end. Logs every step, measures beliefs every --evaluate-every steps and writes a training
-        checkpoint every --save-every steps.
+        """Trains to the end, or to --stop-after. Logs every step, measures beliefs every --evaluate-every steps and at
+        --evaluate-at, keeps adapters at --adapters-at, and writes a training checkpoint every --save-every steps.
 
         started: start time by time.perf_counter(), from which the run's seconds count. base: beliefs before the first
         step, if they have already been measured.
@@ -117,10 +119,11 @@ class Trainer:
         self.started, self.saved_at = started, time.monotonic()
         if self.measures_after(start) and run.lacks(start, self.probes):
             self.evaluate(run, start, None if start else base)
+        self._note_adapters_not_kept(run, start)
         interruption.hold()
-        with tqdm(total=self.job.steps, initial=start, desc="training", unit="step", disable=self.rank != 0) as bar:
+        with tqdm(total=self.job.stop, initial=start, desc="training", unit="step", disable=self.rank != 0) as bar:
             try:
-                for step in range(start, self.job.steps):
+                for step in range(start, self.job.stop):
                     self._step_and_show(run, step, bar)
                     self._save_or_stop(run)
                     if self.measures_after(self.done):
@@ -130,7 +133,7 @@ class Trainer:
                 raise self._made_room(run) from None
 
     def _step_and_show(self, run: Run, step: int, bar: Any) -> None:
-        last = step + 1 == self.job.steps
+        last = step + 1 == self.job.stop
         try:
             values = self.step(step, measure=step == 0 or last or (step + 1) % self.settings.log_every == 0)
         except NonFiniteLoss as error:  # on every rank
@@ -138,6 +141,8 @@ class Trainer:
             raise NonFiniteLoss(f"{error} {_advice(run)}") from None
         self.done = step + 1
         run.log(values)
+        if self.done in self.job.adapters_at:
+            self.keep_adapter(run, kept_adapter(run.directory, self.done))
         bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s", refresh=False)
         bar.update()
 
@@ -150,7 +155,7 @@ class Trainer:
         due, stop = anywhere(torch.tensor([late, told], device=self.device))
         if stop:
             raise Interrupted(f"interrupted: after step {self.done}")
-        if due or self.done == self.job.steps or (every and self.done % every == 0):
+        if due or self.done == self.job.stop or (every and self.done % every == 0):
             self.save(run)
 
     def _made_room(self, run: Run) -> Interrupted:
@@ -171,12 +176,29 @@ class Trainer:
     def measures_after(self, step: int) -> bool:
         """Returns whether beliefs are to be measured after `step` steps."""
         every = self.settings.evaluate_every
-        return bool(self.probes.records) and (step in (0, self.job.steps) or (every > 0 and step % every == 0))
+        due = step in {0, self.job.stop, *self.job.evaluate_at} or (every > 0 and step % every == 0)
+        return due and bool(self.probes.records)
+
+    def keep_adapter(self, run: Run, directory: Path) -> None:
+        """Writes the adapter as it is after the last step into `directory`. All ranks must call it."""
+        assert self.job.lora
+        factors = resume.full_factors(self.model)
+        save_adapter(directory, self.model, factors, self.job.lora, self.job.checkpoint, self.done)
+
+    def _note_adapters_not_kept(self, run: Run, start: int) -> None:
+        lost = [s for s in sorted(self.job.adapters_at) if s <= start and not kept_adapter(run.directory, s).is_dir()]
+        if lost and self.rank == 0:
+            print(f"note: --adapters-at: the run is past step {', '.join(map(str, lost))}, whose adapter was not kept")
 
     def evaluate(self, run: Run, step: int, known: list[Record] | None = None) -> None:
         """Measures the claims of --claims and the NLL of --held-out after `step` steps, and logs them. `known` replaces
         the measurement. All ranks must call it."""
         run.log_evaluation(step, known or measure(self.probes, self.engine, self.settings.row_tokens))
+
+
+def kept_adapter(run: Path, step: int) -> Path:
+    """Returns the directory of the adapter that --adapters-at keeps after `step` steps."""
+    return run / "adapters" / f"step-{step}"
 
 
 def _advice(run: Run) -> str:
