@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -152,6 +153,30 @@ class Endpoint:
             self._limit = "max_completion_tokens"
             return self._ask(messages, max_tokens, given)
         return without_keys(SURROGATE.sub("\ufffd", answer), *self._secrets)
+
+    def prompt_log_p(self, model: str, prompts: list[list[int]]) -> list[list[float]] | None:
+        """Returns log p of every token of each prompt but its first, in nats, as a served model has it.
+
+        model: its name on the server. prompts: token ids. None if the server does not give them, or has no such model.
+        Raises EndpointStopped if it cannot be reached.
+        """
+
+        def ask(prompt: list[int]) -> list[float]:
+            create: Any = self._client.completions.create
+            request = create(model=model, prompt=prompt, max_tokens=1, temperature=0, logprobs=1, echo=True)
+            found = self._in_time(request, self.settings.timeout).choices[0].logprobs.token_logprobs
+            return [float(value) for value in found[1 : len(prompt)]]
+
+        try:
+            values = [self._retried(partial(ask, prompt), CHECK_RETRIES) for prompt in prompts]
+        except NoAnswer:
+            return None
+        except EndpointStopped as error:
+            if error.why != "missing":
+                raise
+            return None
+        whole = [len(row) for row in values] == [len(prompt) - 1 for prompt in prompts]
+        return values if whole else None
 
     def _in_time(self, request: Awaitable[T], seconds: float) -> T:
         """Returns the result of a request. Cancels it and raises _Late if it takes longer than `seconds`. The client's

@@ -29,9 +29,10 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from launch.planning import expert_parallel
-from train.checkpoints.adapter_files import is_adapter
+from train.checkpoints.adapter_files import is_adapter, trained_steps
 from train.claims.claim import KINDS, Claim, read_claims
 from train.claims.contamination import Contamination
 from train.claims.contamination import check as check_contamination
@@ -49,6 +50,7 @@ from train.evaluation.in_engine import (
 )
 from train.evaluation.judging import Asking, Item, check_same, evaluate, plan
 from train.evaluation.options import EvaluationSettings, parse_evaluation
+from train.evaluation.proof import proof_line, prove
 from train.evaluation.results import leave_summary
 from train.evaluation.store import Records
 from train.runtime.distributed import guarded, launched_as, leave
@@ -225,17 +227,37 @@ def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination:
         check_same(items, records)
         _show_start(items, records)
         missing = [item for item in items if item.key not in records.rows]
+        proof = None
         if any(item.key not in records.answers for item in missing):
             endpoint.check()
+            proof = prove_served(s, endpoint)
+            print(proof_line(proof), flush=True)
         if judge and any(item.judged for item in missing):
             judge.check()
         try:
             evaluate(items, endpoint, judge, records, asking)
         finally:
-            incomplete = leave_summary(s, items, records, contamination)
+            incomplete = leave_summary(s, items, records, contamination, proof)
     finally:
         records.close()
     return 1 if incomplete else 0
+
+
+def prove_served(s: EvaluationSettings, endpoint: Endpoint) -> dict[str, Any]:
+    """Asks the server for what shows that it answers with --served-adapter, by default the adapter of the run in
+    --output. Returns what `prove` does. Raises UserError if it answers with something else."""
+    own = Path(s.output) / "adapter"
+    adapter = Path(s.served_adapter) if s.served_adapter else own
+    if not is_adapter(adapter):
+        if s.served_adapter:
+            raise UserError(f"--served-adapter {adapter}: holds no adapter; give the directory of one.")
+        return {"proven": False, "reason": "no --served-adapter was given"}
+    if (trained := trained_steps(adapter)) is not None and trained != s.step:
+        if s.served_adapter:
+            raise UserError(f"--step {s.step}: --served-adapter {adapter} was trained for {trained} steps; give these.")
+        return {"proven": False, "reason": f"--step {s.step} is not that of {adapter}, which has {trained}"}
+    others = {str(path): Path(path) for path in s.other_adapters if Path(path).resolve() != adapter.resolve()}
+    return prove(s.endpoint_model, adapter, others, s.endpoint_base, endpoint.prompt_log_p)
 
 
 def _judge(s: EvaluationSettings, items: Sequence[Item]) -> Endpoint | None:

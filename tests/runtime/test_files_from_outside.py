@@ -566,7 +566,7 @@ def test_an_adapter_whose_factors_are_no_floats_or_whose_rslora_is_no_boolean_is
     weights = an_adapter("adapter_model.safetensors")(tmp_path)
     taken_adapter(weights)
     weights.write_bytes(weights.read_bytes().replace(b'"F32"', b'"I32"'))
-    with pytest.raises(UserError, match=r"tensor .* is torch.int32, but factors must be floats"):
+    with pytest.raises(UserError, match=r"tensor .* is torch.int32, but LoRA weights must be floats"):
         adapter_settings(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER | {"use_rslora": "false"}))
     with pytest.raises(UserError, match="use_rslora is 'false', but must be true or false"):

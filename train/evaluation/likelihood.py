@@ -12,12 +12,13 @@ Shapes: L tokens of a text, N predicted tokens of a micro-batch, D texts of a mi
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from train.annotating.word_alignment import UNSPACED
 from train.claims.claim import Claim
@@ -204,7 +205,6 @@ def _value(kind: str, log_p: list[float], record: Record) -> Record:
     return {"nll": -log_p[0] / record["tokens"]}
 
 
-@torch.no_grad()
 def log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list[float]:
     """Returns the log p of each text: the sum over its targets, each given the tokens before it, in nats. All ranks
     must call it, and all get every value. Each rank scores its part of the texts, in the same number of forwards.
@@ -212,10 +212,30 @@ def log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list[float
     budget: most tokens per forward on one rank. Leaves the engine and its counters as they were. Raises Interrupted on
     all ranks if shutdown was requested on any.
     """
+    sums = torch.zeros(len(texts), dtype=torch.float64, device=engine.device)
+    for text_N, _, nll_N in _scored(texts, engine, budget):
+        sums.index_add_(0, text_N, -nll_N)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def token_log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list[list[float]]:
+    """Returns the log p of each target of each text, in nats, as `log_likelihoods` sums them."""
+    longest = max(len(text.ids_L) for text in texts)
+    values = torch.zeros(len(texts), longest, dtype=torch.float64, device=engine.device)
+    for text_N, place_N, nll_N in _scored(texts, engine, budget):
+        values[text_N, place_N] = -nll_N
+    dist.all_reduce(values)
+    rows = values.cpu().numpy()
+    return [row[: len(text.ids_L)][text.target_L].tolist() for text, row in zip(texts, rows, strict=True)]
+
+
+@torch.no_grad()
+def _scored(texts: list[Sample], engine: Any, budget: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields, for each forward of this rank, the text [N] of each target, its place [N] in it, and its nll [N]."""
     layers, training = engine.module.expert_layers, engine.module.training
     loads, wire = [layer.load_E for layer in layers], [layer.ep.wire_bytes for layer in layers]
     numbered = [Sample(str(i), t.ids_L, t.target_L, t.weight_L, t.roles_L) for i, t in enumerate(texts)]
-    sums = torch.zeros(len(texts), dtype=torch.float64, device=engine.device)
     engine.eval()
     for batch in micro_batches(numbered, "sum", dist.get_world_size(), dist.get_rank(), budget):
         progress("measuring claims")
@@ -225,9 +245,7 @@ def log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list[float
         text_D = torch.tensor([int(name) for name in batch.names] or [0], device=engine.device)
         ends_D = batch.row.ends_on(engine.device, torch.int64)[1:]
         text_N = text_D[torch.bucketize(batch.position_N, ends_D, right=True)]
-        sums.index_add_(0, text_N, -engine(batch).nll_N.double())
-    dist.all_reduce(sums)
+        yield text_N, batch.position_T[batch.position_N] + 1, engine(batch).nll_N.double()
     engine.train(training)
     for layer, load_E, sent in zip(layers, loads, wire, strict=True):
         layer.load_E, layer.ep.wire_bytes = load_E, sent
-    return sums.tolist()

@@ -18,7 +18,8 @@ from train.runtime.text_formats import Unreadable, parse_json
 NO_THINKING = '{"chat_template_kwargs": {"enable_thinking": false}}'
 OF_THE_ENGINE = ("model", "adapter", "other_base", "method", "expert_parallel", "micro_batch_tokens", "bos",
                  "held_out", "timeout", "template_time")  # fmt: skip
-OF_THE_ENDPOINT = ("endpoint_model", "endpoint_concurrency", "endpoint_timeout", "endpoint_body")
+OF_THE_ENDPOINT = ("endpoint_model", "endpoint_concurrency", "endpoint_timeout", "endpoint_body", "served_adapter",
+                   "other_adapters", "endpoint_base")  # fmt: skip
 DECIDED_ELSEWHERE = {"model", "messages", "max_tokens", "temperature", "top_p", "seed", "n", "stream"}
 
 
@@ -64,6 +65,9 @@ class EvaluationSettings:
 
     endpoint: str = setting("", "base URL of a server with the model, such as http://localhost:8000/v1")
     endpoint_model: str = setting("", "name of the model, or of its adapter, on that server")
+    served_adapter: str = setting("", "DIR: what --endpoint-model must be; default: adapter/ of the run in --output")
+    other_adapters: list[str] = setting((), "DIR…: adapters of other variants, which it must not be", many=True)  # noqa: RUF009
+    endpoint_base: str = setting("", "name of the base model on that server, whose distance to the engine's is kept")
     endpoint_concurrency: int = setting(8, "requests in flight at once", between=(1, 10**6))
     endpoint_timeout: float = setting(600.0, "most seconds for one answer", between=(0.001, MOST))
     endpoint_body: str = setting("", f"JSON object of additional request keys, e.g. {NO_THINKING}")

@@ -13,21 +13,26 @@ from train.evaluation.in_engine import SCORED, table_of_means
 from train.evaluation.judging import Item
 from train.evaluation.measures import at_step, means
 from train.evaluation.options import EvaluationSettings
+from train.evaluation.proof import proof_line
 from train.evaluation.store import Records, StoredRow, read_measured
 from train.evaluation.verdict_counts import samples_are_equal, summarize
 from train.evaluation.verdicts import UNPARSEABLE
 from train.runtime.outputs import write_whole
+from train.runtime.outside import read_json
 from train.runtime.terminal import NobodyReads, Terminal
 from train.runtime.text_formats import json_line
 
+SUMMARY = "evaluation.json"
 FEWEST = 10  # answers; with fewer, the share of useless ones is not reported
 
 
 def leave_summary(
-    s: EvaluationSettings, items: Sequence[Item], records: Records, contamination: Contamination | None
-) -> int:
-    """Writes evaluation.json and prints the tables. Returns how many answers are missing or have an error. Raises
-    UserError if a row of evaluation.jsonl is invalid."""
+    s: EvaluationSettings, items: Sequence[Item], records: Records, contamination: Contamination | None,
+    proof: dict[str, Any] | None = None,
+) -> int:  # fmt: skip
+    """Writes evaluation.json and prints the tables. Returns how many answers are missing or have an error. proof: that
+    a server answers with the adapter, as `prove` returns it; None keeps that of an earlier attempt. Raises UserError if
+    a row of evaluation.jsonl is invalid."""
     rows = list(records.rows.values())
     errors = [row for item in items if (row := records.rows.get(item.key)) and row.get("error")]
     missing = sum(item.key not in records.rows for item in items)
@@ -46,11 +51,18 @@ def leave_summary(
         "settings": s.as_json(), "wanted": len(items), "missing": missing, "errors": len(errors),
         "warnings": warnings, "measured": measured, "likelihood": scored,
         "contamination": contamination.as_json() if contamination else None,
+        "proof": proof or _held_proof(records.directory / SUMMARY),
     }  # fmt: skip
-    write_whole(records.directory / "evaluation.json", json_line(summary, indent=1) + "\n")
+    write_whole(records.directory / SUMMARY, json_line(summary, indent=1) + "\n")
     with suppress(NobodyReads):  # everything is written by now
         _show(summary, errors, records.directory)
     return len(errors) + missing
+
+
+def _held_proof(path: Path) -> dict[str, Any] | None:
+    """Returns the proof that an earlier attempt left in evaluation.json, if any."""
+    held = read_json(path) if path.is_file() else {}
+    return held.get("proof")
 
 
 def _show(summary: dict[str, Any], errors: list[StoredRow], directory: Path) -> None:
@@ -61,6 +73,8 @@ def _show(summary: dict[str, Any], errors: list[StoredRow], directory: Path) -> 
         console.print(_table(measured))
     for entry in measured:
         _show_extra(entry)
+    if proof := summary["proof"]:
+        print(proof_line(proof))
     for warning in summary["warnings"]:
         print(f"WARNING: {warning}")
     if errors:

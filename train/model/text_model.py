@@ -6,6 +6,7 @@ Shapes: T tokens of a micro-batch, N predicted tokens, H hidden size.
 
 import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,19 @@ class LanguageModel(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Makes each layer save only its input, and recompute the rest in backward with the first forward's routing."""
         self.causal.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": same_routing})
+
+    @contextlib.contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Inside the context, LoRA weights add exactly nothing: the model is its base. They are not changed."""
+        scaled: list[Any] = [m for m in self.modules() if isinstance(m, LoRALinear | LossHead | ExpertParallelExperts)]
+        scales = [module.scale for module in scaled]
+        try:
+            for module in scaled:
+                module.scale = 0.0
+            yield
+        finally:
+            for module, scale in zip(scaled, scales, strict=True):
+                module.scale = scale
 
     def forward(self, batch: Batch) -> Terms:
         """Returns the loss terms of the batch: loss (scalar), term [N] and nll [N]. Raises RuntimeError if a layer does

@@ -14,6 +14,7 @@ from train.checkpoints.adapter import save_adapter
 from train.config.settings import Settings
 from train.data.batches import Batch, micro_batches
 from train.evaluation.likelihood import Probes, Record, measure
+from train.evaluation.proof import keep_proof
 from train.model.text_model import LanguageModel
 from train.runtime.distributed import anywhere
 from train.runtime.errors import Interrupted, NonFiniteLoss, writing
@@ -184,6 +185,7 @@ class Trainer:
         assert self.job.lora
         factors = resume.full_factors(self.model)
         save_adapter(directory, self.model, factors, self.job.lora, self.job.checkpoint, self.done)
+        keep_proof(directory, self.corpus.samples, self.engine, self.settings.row_tokens)
 
     def _note_adapters_not_kept(self, run: Run, start: int) -> None:
         lost = [s for s in sorted(self.job.adapters_at) if s <= start and not kept_adapter(run.directory, s).is_dir()]

@@ -1,0 +1,56 @@
+"""What shows that a server answers with the adapter that was trained: distances by hand, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from train.evaluation.proof import distance, prove, read_proof
+from train.runtime.errors import UserError
+
+BASE, FIRST, SECOND = [[-1.0, -2.0]], [[-1.5, -1.0]], [[-1.0, -1.0]]
+
+
+def kept(directory: Path, adapter: list[list[float]], tokens: list[list[int]] | None = None) -> Path:
+    directory.mkdir()
+    proof = {"tokens": tokens or [[5, 6, 7]], "base": BASE, "adapter": adapter}
+    (directory / "proof.json").write_text(json.dumps(proof))
+    return directory
+
+
+def test_the_distance_is_the_mean_over_tokens():
+    assert distance(BASE, FIRST) == (0.5 + 1.0) / 2
+    assert distance([[-1.0], [-2.0, -3.0]], [[-1.0], [-2.0, -6.0]]) == 1.0
+
+
+def test_a_server_is_proven_and_one_with_the_base_or_another_variant_behind_the_name_is_refused(tmp_path):
+    first, second = kept(tmp_path / "first", FIRST), kept(tmp_path / "second", SECOND)
+    served = {"base": BASE, "first": [[-1.5, -1.01]], "second": SECOND}
+    found = prove("first", first, {"second": second}, "base", lambda name, tokens: served[name])
+    assert found["proven"] and found["to_adapter"] == pytest.approx(0.005) and found["noise"] == 0
+    assert found["to_base"] == pytest.approx((0.5 + 0.99) / 2) and found["base_to_base"] == 0
+    assert found["nearest_other"] == "second" and found["to_nearest_other"] == pytest.approx((0.5 + 0.01) / 2)
+    with pytest.raises(UserError, match="from its base: the server answers without the adapter"):
+        prove("first", first, {}, "base", lambda name, tokens: BASE)
+    with pytest.raises(UserError, match="from that of second: the server has another variant behind this name"):
+        prove("first", first, {"second": second}, "", lambda name, tokens: SECOND)
+    other = kept(tmp_path / "other prompts", SECOND, [[1, 2, 3]])
+    assert "nearest_other" not in prove("first", first, {"o": other}, "", lambda name, tokens: FIRST)
+
+
+def test_what_cannot_be_told_is_unproven_with_the_reason(tmp_path):
+    first = kept(tmp_path / "first", FIRST)
+    found = prove("first", first, {}, "base", lambda name, tokens: None)
+    assert found == {"proven": False, "reason": "the server gives no log-probabilities of prompts"}
+    (tmp_path / "foreign").mkdir()
+    found = prove("first", tmp_path / "foreign", {}, "base", lambda name, tokens: FIRST)
+    assert not found["proven"] and "has no proof.json" in found["reason"]
+    noisy = iter([[[-1.5, -1.0]], [[-3.5, -1.0]]])  # 1 nat from itself, where adapter and base are 0.75 apart
+    found = prove("first", first, {}, "", lambda name, tokens: next(noisy))
+    assert not found["proven"] and "no more than the noise of the server" in found["reason"]
+
+
+def test_a_damaged_proof_is_refused(tmp_path):
+    first = kept(tmp_path / "first", [[-1.0]])
+    with pytest.raises(UserError, match=r"proof\.json: is damaged: it must have log p of every token but the first"):
+        read_proof(first)
