@@ -23,9 +23,9 @@ from train.config.command_line import Parser
 from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, Document, Message, Span, marker, read_documents
 from train.data.findings import Findings
 from train.masking.grammar import Entry, Mask, parse_mask
+from train.runtime.command import command
 from train.runtime.errors import UserError
 from train.runtime.outputs import check_apart, check_new, write
-from train.runtime.terminal import command
 from train.runtime.text_formats import json_line
 
 WITHIN = "OpenAI's format weighs whole messages, and this span is a part of one"

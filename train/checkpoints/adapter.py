@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from train.checkpoints.plain import check_form, check_plain
+from train.checkpoints.present import adapter_files
 from train.checkpoints.reader import Checkpoint, TensorFile
 from train.checkpoints.writer import SafetensorsWriter, publish_directory
 from train.experts.module import ExpertParallelExperts
@@ -195,13 +196,7 @@ def adapter_settings(directory: Path) -> LoRASettings:
     or a rank or alpha out of range.
     """
     where = f"--adapter {directory}"
-    config_path, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
-    for path in (config_path, weights):
-        if not os.path.isfile(path):
-            fix = f"--adapter {directory / 'adapter'}" if os.path.isfile(directory / "adapter" / path.name) else ""
-            raise UserError(
-                f"{where}: no {path.name} there; give {fix or 'the directory of a PEFT adapter in safetensors'}."
-            )
+    config_path, weights = adapter_files(directory)
     config, factors = read_json(config_path), TensorFile(weights).tensors
     checked(config, ADAPTER_KINDS, config_path)
     check_plain(config, config_path)

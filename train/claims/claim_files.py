@@ -13,7 +13,7 @@ from typing import Any
 from train.claims.claim import ENTITY, FACT_GROUPS, JUDGED, Claim, Fact, JudgePrompt, LikelihoodTemplate, Question
 from train.claims.releases import claim_id, question_id
 from train.runtime.errors import UserError
-from train.runtime.outside import read_text, read_yaml
+from train.runtime.outside import opened, read_text, read_yaml
 from train.runtime.patterns import Pattern
 from train.runtime.text_formats import Unreadable
 
@@ -49,6 +49,7 @@ OWN_KEYS = (
     "id", "claim", "subject", "controls", "likelihood", "yes_no", "control_yes_no", *JUDGED, "facts", "judges",
     "patterns",
 )  # fmt: skip
+FIX = "give a directory of the paper, or a YAML file with id, claim and questions"
 REQUIRED: Any = object()
 
 
@@ -75,6 +76,13 @@ def claim_paths(path: Path) -> list[Path]:
     return found
 
 
+def check_there(paths: Iterable[str]) -> None:
+    """Raises UserError if a path of claims does not exist or holds no claim. Does not read the claims."""
+    for each in (each for path in paths for each in claim_paths(Path(path))):
+        if not os.path.isdir(each):
+            opened(each, fix=FIX).close()
+
+
 def _is_claim(directory: Path) -> bool:
     return any((directory / name).is_file() for name in CLAIM_FILES)
 
@@ -84,7 +92,7 @@ def read_path(path: Path) -> list[Claim]:
     its content is invalid."""
     if os.path.isdir(path):
         return [_directory(path)]
-    value = read_yaml(path, fix="give a directory of the paper, or a YAML file with id, claim and questions")
+    value = read_yaml(path, fix=FIX)
     if isinstance(value, dict) and "questions" in value and "id" not in value:  # a single file of the paper
         if path.name in PAPER_QUESTIONS:
             return [Claim(path.stem, **_paper_file(path, value), paths=(str(path),))]

@@ -20,7 +20,8 @@ from train.config.settings import Settings, ds_config
 from train.corpus import Corpus, TokenizedFile, documents_taken, read_corpus
 from train.data.batches import Sample, deal
 from train.data.documents import read_documents
-from train.data.tokenizer import Tokenizer, clock_note, load_tokenizer, template_time
+from train.data.template import template_time
+from train.data.tokenizer import Tokenizer, clock_note, load_tokenizer
 from train.evaluation.likelihood import Probes, make_probes
 from train.evaluation.store import read_measured, read_metrics
 from train.experts.dispatch import ExpertGroup
