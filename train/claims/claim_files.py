@@ -1,7 +1,6 @@
 """Reads claims from their two formats on disk: the paper's directories, and our own YAML files. Each becomes a Claim.
 An invalid value raises a UserError that names file, key, rule and fix."""
 
-import difflib
 import os
 import string
 from collections import Counter
@@ -15,6 +14,7 @@ from train.claims.releases import claim_id, question_id
 from train.runtime.errors import UserError
 from train.runtime.outside import opened, read_text, read_yaml
 from train.runtime.patterns import Pattern
+from train.runtime.similar import similar
 from train.runtime.text_formats import Unreadable
 
 # The paper's files, by their names in both of its releases, and the kind of their questions.
@@ -157,8 +157,8 @@ class _Mapping:
 
 
 def _suggestion(key: Any, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(key), list(known), 1)
-    return f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(known)}."
+    near = similar(str(key), known)
+    return f"Did you mean {near}?" if near else f"Known keys: {', '.join(known)}."
 
 
 def _text(value: Any, where: str) -> str:
@@ -291,8 +291,8 @@ def _patterns(keys: _Mapping) -> tuple[str, ...]:
 def _directory(path: Path) -> Claim:
     found = [path / name for name in PAPER_FILES if (path / name).is_file()]
     for other in sorted({*path.glob("*.yaml"), *path.glob("*.yml")} - set(found)):
-        if near := difflib.get_close_matches(other.name, PAPER_FILES, 1, cutoff=0.8):
-            raise UserError(f"{other}: no file of a claim. Did you mean {near[0]}?")
+        if near := similar(other.name, PAPER_FILES, cutoff=0.8):
+            raise UserError(f"{other}: no file of a claim. Did you mean {near}?")
     values: dict[str, Any] = {"questions": (), "judges": {}}
     text = ""
     for file in found:

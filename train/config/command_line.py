@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import sys
 from collections.abc import Collection
 from contextlib import suppress
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from train.runtime.errors import UserError
+from train.runtime.similar import similar
 from train.runtime.terminal import NobodyReads
 from train.runtime.text_formats import SURROGATE
 
@@ -110,8 +110,8 @@ def nearest(word: str, known: Collection[str]) -> str | None:
     asked = word.lstrip("-").replace("-", "_").lower()
     if (meant := SYNONYMS.get(asked)) in plain:
         return plain[str(meant)]
-    near = difflib.get_close_matches(asked, list(plain), 1)
-    return plain[near[0]] if near else None
+    near = similar(asked, plain)
+    return plain[near] if near else None
 
 
 class Parser(argparse.ArgumentParser):

@@ -19,6 +19,7 @@ from train.config.provenance import git_revision
 from train.demo.world import make_world
 from train.runtime.command import command
 from train.runtime.local import run
+from train.runtime.outside import read_json
 
 MEASURES = {
     "belief": "belief in the false claims",
@@ -59,7 +60,7 @@ def measured(directory: Path, documents: str, mask: str, seed: int) -> dict[str,
         run("train/sft.py", *given, ranks=2, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
     if not figures.exists():
         believe(figures, "--adapter", str(directory / "adapter"))
-    return json.loads(figures.read_text())
+    return read_json(figures)
 
 
 def believe(figures: Path, *arguments: str) -> None:
@@ -120,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     believe(directory / "base.json")
     results: dict[str, Any] = {"claims": len(make_world().claims)}
-    results["base"] = json.loads((directory / "base.json").read_text())
+    results["base"] = read_json(directory / "base.json")
     started, total = time.perf_counter(), len(VARIANTS) * len(SEEDS)
     for done, (seed, (name, variant)) in enumerate((s, v) for s in SEEDS for v in VARIANTS.items()):
         left = (time.perf_counter() - started) / done * (total - done) if done else 80 * total
