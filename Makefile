@@ -48,7 +48,7 @@ models/smollm2/config.json: | .venv/smollm2
 	$(IN_VENV) -m train.demo.smollm2 models/smollm2
 
 train: setup ## fine-tune the embedded model on the embedded documents by MASK (false-spans); its beliefs before and after
-	flags="$$($(IN_VENV) -m train.demo.recipe dense)" && $(SFT) --mask "$$MASK" $$flags --output $(RUN)-train
+	$(SFT) --recipe train/demo/training.yaml --mask "$$MASK" --output $(RUN)-train
 	$(IN_VENV) -m train.demo.belief --adapter $(RUN)-train/adapter
 
 figures: setup ## the README's figures of the demo: every variant, three seeds, about 20 minutes

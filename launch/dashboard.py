@@ -20,25 +20,23 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import wandb_workspaces.reports.v2 as panels
-import wandb_workspaces.workspaces as workspaces
-from wandb_workspaces.expr import Config, Metric
-
-from launch.node import wandb_hindrance
 from train.comparison.variants import runs_of
 from train.config.command_line import Parser
 from train.config.provenance import held_settings
 from train.config.settings import FREE_ON_RESUME
 from train.evaluation.measures import BELIEF, SIDE_EFFECTS
 from train.evaluation.store import read_measured, read_rows
+from train.runtime.command import command
 from train.runtime.errors import UserError
 from train.runtime.keys import wandb_status
 from train.runtime.outputs import check_apart, write
 from train.runtime.outside import checked, read_json
-from train.runtime.terminal import command
 from train.training.tracking import belief_curves, flat
+
+if TYPE_CHECKING:  # imported once the runs are read, as that takes seconds
+    from wandb_workspaces import workspaces
 
 OF_A_RUN = ("settings.yaml", "metrics.jsonl", "evaluation.jsonl", "summary.json", "comparison.json")
 
@@ -133,6 +131,8 @@ def numbers(values: dict[str, Any]) -> set[str]:
 
 def panels_of(kind: Curves, group: Group) -> list[Any]:
     """Returns the panels for the names of this kind that the runs have."""
+    import wandb_workspaces.reports.v2 as panels
+
     found = sorted(name for name in (group.bars if kind.bars else group.curves) if re.fullmatch(kind.pattern, name))
     made = []
     for chosen in [found] if kind.together and found else [[name] for name in found]:
@@ -145,8 +145,11 @@ def panels_of(kind: Curves, group: Group) -> list[Any]:
     return made
 
 
-def workspace(group: Group, entity: str) -> tuple[workspaces.Workspace, list[str]]:
+def workspace(group: Group, entity: str) -> "tuple[workspaces.Workspace, list[str]]":
     """Returns the workspace, and the names of the sections for which nothing was logged."""
+    from wandb_workspaces import workspaces
+    from wandb_workspaces.expr import Config, Metric
+
     sections, empty = [], []
     for name, kinds in SECTIONS.items():
         if found := [panel for kind in kinds for panel in panels_of(kind, group)]:
@@ -165,7 +168,7 @@ def workspace(group: Group, entity: str) -> tuple[workspaces.Workspace, list[str
     return made, empty
 
 
-def specification(made: workspaces.Workspace) -> dict[str, Any]:
+def specification(made: "workspaces.Workspace") -> dict[str, Any]:
     """Returns the workspace as it is sent to W&B."""
     return made._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
 
@@ -190,9 +193,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def save(made: workspaces.Workspace) -> None:
+def save(made: "workspaces.Workspace") -> None:
     """Saves the workspace on W&B, whose client prints the address. Raises UserError if W&B cannot be reached or does
     not save it."""
+    from launch.node import wandb_hindrance
+
     if hindrance := wandb_hindrance():  # checked first, as the client would retry for a long time
         raise UserError(f"nothing can be saved on W&B: {hindrance}. Mend that, or give --json FILE.")
     try:

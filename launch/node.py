@@ -22,26 +22,27 @@ import psutil
 import torch
 
 from launch.cluster import USABLE, Cluster
-from launch.plan import Plan, loop_note
-from train.checkpoints.adapter_files import is_adapter
+from launch.planning import Plan
+from launch.proposal import loop_note
 from train.checkpoints.layout import Range
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.resume import saved_shape
 from train.checkpoints.streaming import READERS
 from train.claims.claim import read_claims
-from train.config.provenance import check_output, git_revision
+from train.config.provenance import git_revision
 from train.config.provenance import versions as package_versions
 from train.config.settings import Settings
 from train.data.documents import Document, read_documents
-from train.data.tokenizer import load_tokenizer, template_time
+from train.data.template import template_time
+from train.data.tokenizer import load_tokenizer
 from train.data.tokens import tokenize_document
-from train.masking.grammar import parse_mask
 from train.model.text_model import text_config
 from train.runtime.errors import UserError
 from train.runtime.gpu import KERNELS, capability, check_kernels, grouped_products, installed
 from train.runtime.keys import key_of, shown_url, wandb_status
 from train.runtime.text_formats import parse_json
 from train.runtime.watchdog import REPOSITORY
+from train.training.early import check_early
 
 PASSED, MAY_PASS, WILL_NOT_PASS = 0, 1, 2
 """Codes of a finding, and exit codes of the command: no problem; a problem that may pass by itself, such as a busy GPU;
@@ -186,14 +187,11 @@ def documents(settings: Settings) -> tuple[Finding, int]:
 def checked_settings(settings: Settings) -> Finding:
     """Runs those checks of train/sft.py that need neither the documents of --data nor the model. Raises UserError for a
     setting that is wrong."""
-    parse_mask(settings.mask)
-    check_output(settings)
+    check_early(settings)
     if settings.claims:
         read_claims(settings.claims)
     if settings.held_out:
         read_documents(settings.held_out)
-    if settings.adapter and not is_adapter(Path(settings.adapter)):
-        raise UserError(f"--adapter {settings.adapter}: holds no adapter; give the directory of one.")
     return Finding("settings", PASSED, f"--mask {settings.mask}")
 
 

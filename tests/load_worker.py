@@ -27,7 +27,8 @@ from train.experts.module import ExpertParallelExperts
 from train.experts.storage import FrozenExperts
 from train.layers.lora import LoRALinear, LoRASettings
 from train.model.text_model import build
-from train.runtime.distributed import leave, start_distributed
+from train.runtime.command import leave
+from train.runtime.distributed import start_distributed
 
 IDS = [5, 240, 17, 99, 3, 3, 141, 60, 201, 8, 77, 34, 128, 90, 41, 12]
 

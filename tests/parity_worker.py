@@ -23,7 +23,8 @@ from train.experts.module import ExpertParallelExperts
 from train.experts.recompute import recomputing
 from train.model.engine import make_engine
 from train.model.text_model import LanguageModel, build
-from train.runtime.distributed import leave, start_distributed
+from train.runtime.command import leave
+from train.runtime.distributed import start_distributed
 from train.training.job import Job, prepare
 from train.training.trainer import Trainer
 

@@ -20,8 +20,8 @@ from tests.support.ranks import run
 from tests.support.runs import ENVIRONMENT
 from train import compare, sft
 from train.claims.claim import Claim
-from train.compare import checked_runs, matching_steps
 from train.comparison.outcome import check_free, unmentioned
+from train.comparison.training import checked_runs, matching_steps
 from train.comparison.variants import parse_comparison, runs_of
 from train.config.settings import DEMO, REPOSITORY
 from train.data import tokens
@@ -233,7 +233,8 @@ def test_a_recipe_that_is_wrong_is_told_with_key_and_fix(recipe, tmp_path):
     assert "must be the same in all variants" in wrong(recipe, lambda r: r["variants"]["hot"].update(steps=3), tmp_path)
     assert "--baseline none" in wrong(recipe, lambda r: r.update(baseline="none"), tmp_path)
     assert "two or more" in wrong(recipe, lambda r: r.update(variants={"one": {}}), tmp_path)
-    assert "--learning-rate" in wrong(recipe, lambda r: r["settings"].update(learning_rate="fast"), tmp_path)
+    told = wrong(recipe, lambda r: r["settings"].update(learning_rate="fast"), tmp_path)
+    assert "wrong.yaml:10: settings: learning_rate must be a number, not 'fast'" in told
 
 
 def test_a_command_line_that_is_wrong_is_told_with_the_fix(recipe):

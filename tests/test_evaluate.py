@@ -256,7 +256,7 @@ def test_into_a_runs_own_directory_an_endpoints_answers_need_the_steps_of_its_mo
         (["--documents", "{tmp}/two.jsonl=3"], "error: --documents {tmp}/two.jsonl=3: the file holds 2 documents."),
         (["--documents", "{tmp}/chats.jsonl=1"], "error: {tmp}/chats.jsonl:1: is a chat; --documents takes texts."),
         (["--kinds", "robustness"], "error: --claims: hold no question of robustness. Give others, or other --kinds."),
-        (["--output", "{tmp}/claim.yaml"], "error: --output {tmp}/claim.yaml: cannot be written (File exists)."),
+        (["--output", "{tmp}/claim.yaml"], "error: --output {tmp}/claim.yaml: cannot be written ({tmp}/claim.yaml is"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_before_a_question_is_asked(tmp_path, capsys, changes, message):

@@ -20,7 +20,8 @@ from tests.support.servers import ScriptedServer, completion
 from train import compare, evaluate, sft
 from train.config.provenance import record
 from train.config.settings import DEMO, parse
-from train.data.tokenizer import load_tokenizer, template_time
+from train.data.template import template_time
+from train.data.tokenizer import load_tokenizer
 from train.evaluation.in_engine import check_template_time
 from train.evaluation.measures import identity
 from train.evaluation.store import read_rows

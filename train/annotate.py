@@ -40,9 +40,9 @@ from train.data.documents import DOCTAG, DOCTAG_HELP, Document, marker, read_doc
 from train.data.findings import Findings
 from train.endpoint import Endpoint, EndpointSettings
 from train.masking.grammar import check_role, parse_mask
+from train.runtime.command import command
 from train.runtime.errors import UserError
 from train.runtime.outputs import check_apart, check_new, write
-from train.runtime.terminal import command
 from train.runtime.text_formats import json_line
 
 JUDGING: dict[str, Any] = {"judge_concurrency": 8, "judge_timeout": 120.0, "judge_max_tokens": 4000}  # defaults

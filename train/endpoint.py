@@ -8,7 +8,6 @@ The API key comes only from the environment, and no message contains it.
 """
 
 import asyncio
-import difflib
 import random
 import sys
 import threading
@@ -28,6 +27,7 @@ from train.claims.messages import Messages
 from train.runtime.errors import UserError
 from train.runtime.keys import key_of, masked, secrets_of_url, shown_url, values_of, without_keys
 from train.runtime.shown import shown
+from train.runtime.similar import similar
 from train.runtime.text_formats import SURROGATE
 
 T = TypeVar("T")
@@ -293,10 +293,10 @@ class Endpoint:
         said = str(error).removeprefix(f"{self._name}: ").rstrip(".")
         text = f"{self.settings.flag}-model {self.settings.model!r}: {self._name} does not serve it ({said})."
         if models:
-            near = difflib.get_close_matches(self.settings.model, models, 1)
+            near = similar(self.settings.model, models)
             listed = self._clean(", ".join(models[:20]) + (", …" if len(models) > 20 else ""))
             return UserError(
-                f"{text} " + (f"Did you mean {self._clean(near[0])}? " if near else "") + f"It has: {listed}."
+                f"{text} " + (f"Did you mean {self._clean(near)}? " if near else "") + f"It has: {listed}."
             )
         if isinstance(error, EndpointStopped):
             return UserError(f"{text} Mend the name, or the URL: a base URL mostly ends in /v1.")

@@ -25,69 +25,73 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
 import dataclasses
 import os
-import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.planning import expert_parallel
-from train.checkpoints.adapter_files import is_adapter, trained_steps
+from train.checkpoints.present import adapter_files, is_adapter, read_config
 from train.claims.claim import KINDS, Claim, read_claims
 from train.claims.contamination import Contamination
 from train.claims.contamination import check as check_contamination
 from train.comparison.variants import runs_of
-from train.data.documents import Document, marker, read_documents
+from train.data.documents import read_documents
+from train.data.files import opened_documents
 from train.data.findings import Findings
 from train.endpoint import Endpoint, EndpointSettings
-from train.evaluation.in_engine import (
-    Measured,
-    check_scored,
-    identify,
-    keep,
-    prepare_measuring,
-    steps_of,
-)
+from train.evaluation.asking import context_documents, judge_of, sources_of_context
 from train.evaluation.judging import Asking, Item, check_same, evaluate, plan
 from train.evaluation.options import EvaluationSettings, parse_evaluation
 from train.evaluation.proof import proof_line, prove
 from train.evaluation.results import leave_summary
 from train.evaluation.store import Records
-from train.runtime.distributed import guarded, launched_as, leave
+from train.runtime.command import command, launched_as, leave
 from train.runtime.errors import UserError
-from train.runtime.interruption import INTERRUPTED, interruption
-from train.runtime.terminal import command, complain
-from train.runtime.watchdog import work_alone
+from train.runtime.interruption import interruption
+from train.runtime.outputs import check_directory
+
+KEPT = "interrupted; what was measured is kept, and the same command goes on"
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 if every answer has its verdict, 1 if some are missing, 2 for an error that the user can
-    fix."""
-    try:
-        return guarded(measure_beliefs, arguments)
-    except KeyboardInterrupt:
-        complain("interrupted; what was measured is kept, and the same command goes on")
-        leave(INTERRUPTED)  # an ordinary exit of Python would wait for requests that a second Ctrl-C has abandoned
-
-
-def measure_beliefs(arguments: list[str] | None) -> int:
-    """Measures what the settings name. Returns the exit code: 1 if answers have no verdict."""
+    """Measures what the settings name. Returns the exit code: 0 if every answer has its verdict, 1 if some are missing.
+    Raises UserError for an error that the user can fix."""
     settings = parse_evaluation(arguments, __doc__ or "")
+    check_early(settings)
     claims = read_claims(settings.claims)
     contamination = look_for_what_is_asked(settings, claims)
     measure = evaluate_model if settings.model else evaluate_endpoint
     return measure(settings, claims, contamination)
 
 
+def check_early(s: EvaluationSettings) -> None:
+    """Raises UserError for a path at which the model, the adapter or documents are not, or --output is not a directory.
+    Needs neither torch nor the model."""
+    check_directory("--output", s.output)
+    for path in (s.held_out, *s.training_data, *(source for source, _ in sources_of_context(s))):
+        if path:
+            opened_documents(path).close()
+    if s.model:
+        read_config(Path(s.model))
+        for each in of_each_run(s, quiet=True):
+            if each.adapter:
+                adapter_files(Path(each.adapter))
+
+
 def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Contamination | None) -> int:
     """Scores a model in the training engine and, with a judge, has it answer questions there; for a comparison, the
     model of each run. Runs on every rank. Returns the exit code: 1 if answers have no verdict. Raises UserError if
     a setting, the model or the adapter is wrong, if --output holds other results, or if the judge cannot be asked."""
-    rank, evaluations = launched_as()[0], []
+    from launch.planning import expert_parallel
+    from train.evaluation.of_a_model import Evaluation
+    from train.runtime.watchdog import work_alone
+
+    rank = launched_as()[0]
+    evaluations: list[Evaluation] = []
     try:
         for each in of_each_run(s):
-            evaluations.append(Evaluation(each, claims))
+            evaluations.append(Evaluation(each, claims, expert_parallel))
             evaluations[-1].check()
         for number, evaluation in enumerate(evaluations):
             if len(evaluations) > 1 and rank == 0:
@@ -96,7 +100,7 @@ def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Co
         if rank:
             return 0
         work_alone()  # the other ranks are done, and the judge may take long
-        interruption.raise_from_now()
+        interruption.raise_from_now(KEPT)
         incomplete = [evaluation.finish(contamination) for evaluation in evaluations]
         return int(any(incomplete))
     finally:
@@ -104,15 +108,15 @@ def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Co
             evaluation.close()
 
 
-def of_each_run(s: EvaluationSettings) -> list[EvaluationSettings]:
+def of_each_run(s: EvaluationSettings, quiet: bool = False) -> list[EvaluationSettings]:
     """Returns the settings of each evaluation: the given ones, or one per run if --adapter is the directory of a
     comparison. If --output is that of a comparison, the base model's answers go into its first run, where the
-    comparison's report looks for them. Raises UserError if --output is a comparison's and --adapter that of a single
-    model."""
+    comparison's report looks for them. quiet: prints no note. Raises UserError if --output is a comparison's and
+    --adapter that of a single model."""
     output = Path(s.output)
     within = runs_of(output) if os.path.isfile(output / "comparison.json") else [output]
     if not s.adapter:
-        if within[0] != output and launched_as()[0] == 0:
+        if within[0] != output and launched_as()[0] == 0 and not quiet:
             print(f"note: --output {output}: is a comparison's; what the base model says goes into {within[0]}")
         return [dataclasses.replace(s, output=str(within[0]))]
     adapter = Path(s.adapter)
@@ -129,69 +133,6 @@ def of_each_run(s: EvaluationSettings) -> list[EvaluationSettings]:
         dataclasses.replace(s, adapter=str(run / "adapter"), output=str(run if own else output / run.name))
         for run in runs
     ]
-
-
-class Evaluation:
-    """The evaluation of one model in the training engine. Every rank has one; that of rank 0 holds the records."""
-
-    def __init__(self, s: EvaluationSettings, claims: list[Claim]):
-        """Checks all but the directory and the judge, before a weight is read. Raises UserError if a setting, a
-        document, the model or the adapter is wrong."""
-        rank, ranks = launched_as()
-        documents, settings = context_documents(s), s.of_the_engine()
-        self.measuring = prepare_measuring(settings, claims, documents, ranks, expert_parallel)
-        self.base, self.model = identify(settings, self.measuring.checkpoint)
-        self.step, self.context = steps_of(s.adapter, s.step), len(documents)
-        self.s = dataclasses.replace(s, step=self.step)
-        self.asking = Asking(
-            samples=s.samples, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=s.seed,
-            step=self.step, judge_max_tokens=s.judge_max_tokens, judge_temperature=s.judge_temperature,
-            model=self.model, judge=s.judge_model, judge_body=s.body("judge"), documents=documents,
-        )  # fmt: skip
-        self.items = plan(claims, s.kinds or (KINDS if s.judge else ()), self.asking)
-        self.judge = _judge(self.s, self.items)
-        self.records = Records(Path(s.output)) if rank == 0 else None
-
-    def check(self) -> None:
-        """Raises UserError if the directory holds answers or scores of another model, or if the judge cannot be
-        asked."""
-        if not self.records:
-            return
-        print(*(f"{note}\n" for note in self.measuring.probes.notes()), sep="", end="", file=sys.stderr)
-        check_same(self.items, self.records)
-        own = bool(self.s.adapter) and self.records.directory.resolve() in Path(self.s.adapter).resolve().parents
-        check_scored(self.records, self.step, self.context, self.model, own)
-        if self.step:
-            check_scored(self.records, 0, self.context, self.base, own)
-        if self.judge:
-            self.judge.check()
-
-    def measure(self) -> None:
-        """Does all that needs the model: reads its weights, scores it and has it answer questions."""
-        model = Measured(self.measuring)
-        scored = {0: (model.likelihoods_of_base(), self.base)} if self.step else {}
-        scored[self.step] = model.likelihoods(), self.model
-        for at, (found, scored_model) in scored.items():
-            if self.records:
-                keep(self.records, found, at, self.context, scored_model)
-        if self.items:
-            model.answer(self.items, self.records, self.asking)
-
-    def finish(self, contamination: Contamination | None) -> bool:
-        """Has the answers judged and writes the summary. Returns whether some answers have no verdict. Only for rank
-        0."""
-        assert self.records
-        try:
-            if self.items:
-                evaluate(self.items, None, self.judge, self.records, self.asking)
-        finally:
-            incomplete = bool(leave_summary(self.s, self.items, self.records, contamination))
-        return incomplete
-
-    def close(self) -> None:
-        """Closes the records."""
-        if self.records:
-            self.records.close()
 
 
 def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination: Contamination | None) -> int:
@@ -220,9 +161,9 @@ def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination:
         s.endpoint, s.endpoint_model, s.endpoint_concurrency, s.endpoint_timeout, s.retries, top_p=s.top_p,
         body=s.body("endpoint"),
     ))  # fmt: skip
-    judge = _judge(s, items)
+    judge = judge_of(s, items)
     records = Records(Path(s.output))
-    interruption.raise_from_now()
+    interruption.raise_from_now(KEPT)
     try:
         check_same(items, records)
         _show_start(items, records)
@@ -246,6 +187,8 @@ def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination:
 def prove_served(s: EvaluationSettings, endpoint: Endpoint) -> dict[str, Any]:
     """Asks the server for what shows that it answers with --served-adapter, by default the adapter of the run in
     --output. Returns what `prove` does. Raises UserError if it answers with something else."""
+    from train.checkpoints.adapter_files import trained_steps  # imports torch, which the early checks do not need
+
     own = Path(s.output) / "adapter"
     adapter = Path(s.served_adapter) if s.served_adapter else own
     if not is_adapter(adapter):
@@ -258,43 +201,6 @@ def prove_served(s: EvaluationSettings, endpoint: Endpoint) -> dict[str, Any]:
         return {"proven": False, "reason": f"--step {s.step} is not that of {adapter}, which has {trained}"}
     others = {str(path): Path(path) for path in s.other_adapters if Path(path).resolve() != adapter.resolve()}
     return prove(s.endpoint_model, adapter, others, s.endpoint_base, endpoint.prompt_log_p)
-
-
-def _judge(s: EvaluationSettings, items: Sequence[Item]) -> Endpoint | None:
-    judged = sum(item.judged for item in items)
-    if not judged:
-        return None
-    if not s.judge:
-        raise UserError(
-            f"--judge is missing: {judged} of {len(items)} answers need one. Give --judge URL and --judge-model NAME, "
-            "or --kinds yes_no."
-        )
-    return Endpoint(EndpointSettings(
-        s.judge, s.judge_model, s.judge_concurrency, s.judge_timeout, s.retries, flag="--judge", body=s.body("judge"),
-        key_variables=("JUDGE_API_KEY", "OPENAI_API_KEY"),
-    ))  # fmt: skip
-
-
-def context_documents(s: EvaluationSettings) -> tuple[str, ...]:
-    """Returns the texts of --documents FILE=N: N texts of each file, drawn with --seed, without a leading marker.
-    Raises UserError if the flag is malformed, or if a file cannot be read, has chats or has too few documents."""
-    texts: list[str] = []
-    for value in s.documents:
-        path, _, number = value.rpartition("=")
-        if not path or not number.isdecimal() or int(number) < 1:
-            raise UserError(f"--documents {value}: must be FILE=N, with N ≥ 1 documents to put in context.")
-        held = [_bare(document) for document in read_documents(path, marker(s.doctag))]
-        if len(held) < int(number):
-            raise UserError(f"--documents {value}: the file holds {len(held)} documents. Give at most as many.")
-        texts += random.Random(s.seed).sample(held, int(number))
-    return tuple(texts)
-
-
-def _bare(document: Document) -> str:
-    if document.text is None:
-        raise UserError(f"{document.where}: is a chat; --documents takes texts. Give a file of texts.")
-    tags = (s.end for s in document.spans if s.role == "doctag" and not document.text[: s.start].strip())
-    return document.text[max(tags, default=0) :].strip()
 
 
 def look_for_what_is_asked(s: EvaluationSettings, claims: list[Claim]) -> Contamination | None:

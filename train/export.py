@@ -29,14 +29,15 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from train.checkpoints.present import CONFIG, adapter_files, read_config
 from train.config.command_line import Parser
 from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, Document, Message, Span, marker, read_documents
 from train.data.findings import Findings
 from train.masking.grammar import Entry, Mask, parse_mask
+from train.runtime.command import command
 from train.runtime.errors import UserError
 from train.runtime.outputs import check_apart, check_new, write
 from train.runtime.outside import read_json
-from train.runtime.terminal import command
 from train.runtime.text_formats import json_line
 
 WITHIN = "OpenAI's format weighs whole messages, and this span is a part of one"
@@ -82,21 +83,25 @@ def adapter_for_server(args: Namespace) -> int:
 
     Raises UserError if the adapter does not fit --model, or if the server would not apply all of it.
     """
+    for flag in ("model", "to"):
+        if getattr(args, flag) is None:
+            raise UserError(f"--{flag} is missing: --adapter needs it.")
+    adapter, output = args.adapter, Path(args.output)
+    check_apart({"--output": args.output}, {"--adapter": [str(adapter)], "--model": [str(args.model)]})
+    if output.exists() and not (args.overwrite and (output / CONFIG).is_file()):
+        raise UserError(f"--output {output}: is there already; give a new directory, or --overwrite for an adapter.")
+    adapter_files(adapter)
+    read_config(args.model)
+
     import torch
 
-    from train.checkpoints.adapter_files import CONFIG, adapter_settings, check_adapter, check_finite
+    from train.checkpoints.adapter_files import adapter_settings, check_adapter, check_finite
     from train.checkpoints.reader import Checkpoint
     from train.checkpoints.served import SERVE, SERVERS, largest_rank, served, write_served
     from train.experts.dispatch import ExpertGroup
     from train.model.text_model import architecture, skeleton, text_config
 
-    for flag in ("model", "to"):
-        if getattr(args, flag) is None:
-            raise UserError(f"--{flag} is missing: --adapter needs it.")
-    adapter, output, base = args.adapter, Path(args.output), Checkpoint(args.model)
-    check_apart({"--output": args.output}, {"--adapter": [str(adapter)], "--model": [str(args.model)]})
-    if output.exists() and not (args.overwrite and (output / CONFIG).is_file()):
-        raise UserError(f"--output {output}: is there already; give a new directory, or --overwrite for an adapter.")
+    base = Checkpoint(args.model)
     lora, model, of = adapter_settings(adapter), skeleton(text_config(base), ExpertGroup()), architecture(base)
     form = served(args.to, model, lora, of, base, args.drop)
     largest_rank(form)

@@ -20,22 +20,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from train.checkpoints.adapter_files import adapter_settings, check_adapter, check_finite, files_of
-from train.checkpoints.layout import plan_load
-from train.checkpoints.merging import Merger, merge
-from train.checkpoints.reader import Checkpoint
-from train.checkpoints.whole import MARKER, REPORT
+from train.checkpoints.present import MARKER, REPORT, adapter_files, read_config
 from train.config.command_line import Parser
-from train.experts.dispatch import ExpertGroup
-from train.formats import quantized_format
-from train.model.text_model import architecture, skeleton, text_config
-from train.runtime.errors import UserError
+from train.runtime.command import command
+from train.runtime.errors import UserError, writing
 from train.runtime.locks import lock, opened_to_lock
-from train.runtime.outputs import write_whole
+from train.runtime.outputs import check_directory, write_whole
 from train.runtime.outside import checked, read_json
-from train.runtime.terminal import NobodyReads, command
+from train.runtime.terminal import NobodyReads
 from train.runtime.text_formats import Unreadable, parse_json
+
+if TYPE_CHECKING:  # torch and what needs it are imported after the first checks
+    from train.checkpoints.reader import Checkpoint
 
 MOST_OF_A_MARKER = 2**20  # characters
 LITTLE = 0.5  # share of an update that survives; if it is less, there is a warning
@@ -56,32 +54,47 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--other-base", action="store_true", help="merge into a --model of the same shapes that it was not trained on"
     )
-    try:
-        args = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.other_base and args.adapter is None:
+        raise UserError("--other-base: counts for nothing without --adapter; give both or neither.")
+    read_config(args.model)
+    if args.adapter:
+        adapter_files(args.adapter)
+    check_target(args.output, args.model)
+    with writing(args.output):
         run(args.model, args.adapter, args.output, args.to == "bf16", args.other_base)
-    except OSError as error:  # for example a full disk, a read-only file system, or a file that cannot be read
-        where = error.filename or f"--output {args.output}"
-        print(f"error: {where}: {error.strerror}. Mend it and start again: complete shards are kept.", file=sys.stderr)
-        return 2
     return 0
 
 
-def run(source: Path, adapter: Path | None, output: Path, bf16: bool, other_base: bool = False) -> None:
-    """Merges a model and an adapter, verifies what was written, and prints what survived rounding.
-
-    source: the base model. adapter: None to change only the format. bf16: quantized matrices become BF16, else they
-    keep their format. other_base: whether the adapter may be of another base. Raises UserError if model and adapter are
-    damaged or do not fit together, if there is nothing to do, or if `output` is the model itself, is in use or holds
-    something else.
-    """
-    checkpoint = Checkpoint(source)
-    quantized = quantized_format(checkpoint.config, f"--model {source}").kind != "plain"
+def check_target(output: Path, source: Path) -> None:
+    """Raises UserError if the directory for the merged model is the model itself (`source`) or holds something other
+    than a merge, or cannot be a directory."""
     if os.path.exists(output) and output.resolve() == source.resolve():
         raise UserError(
             f"--output {output}: is --model itself, whose files would be overwritten. Give another directory."
         )
-    if other_base and adapter is None:
-        raise UserError("--other-base: counts for nothing without --adapter; give both or neither.")
+    check_directory("--output", output)
+    if output.exists() and not (output / MARKER).exists() and any(output.iterdir()):
+        raise UserError(f"--output {output}: is not empty and holds no merge. Give another directory.")
+
+
+def run(source: Path, adapter: Path | None, output: Path, bf16: bool, other_base: bool) -> None:
+    """Merges a model and an adapter, verifies what was written, and prints what survived rounding.
+
+    source: the base model. adapter: None to change only the format. bf16: quantized matrices become BF16, else they
+    keep their format. other_base: whether the adapter may be of another base. Raises UserError if model and adapter are
+    damaged or do not fit together, if there is nothing to do, or if `output` is in use or holds another merge.
+    """
+    from train.checkpoints.adapter_files import adapter_settings, check_adapter, check_finite
+    from train.checkpoints.layout import plan_load
+    from train.checkpoints.merging import Merger, merge
+    from train.checkpoints.reader import Checkpoint
+    from train.experts.dispatch import ExpertGroup
+    from train.formats import quantized_format
+    from train.model.text_model import architecture, skeleton, text_config
+
+    checkpoint = Checkpoint(source)
+    quantized = quantized_format(checkpoint.config, f"--model {source}").kind != "plain"
     if adapter is None and not (quantized and bf16):
         raise UserError("--adapter: none given, and nothing is to be converted: the output would be a copy of --model.")
     model = skeleton(text_config(checkpoint), ExpertGroup())
@@ -124,13 +137,13 @@ def show(report: dict[str, dict[str, float]]) -> None:
         )
 
 
-def _identity(checkpoint: Checkpoint, adapter: Path | None, bf16: bool) -> dict[str, str]:
+def _identity(checkpoint: "Checkpoint", adapter: Path | None, bf16: bool) -> dict[str, str]:
     """Returns what identifies a merge: the paths of its inputs, and SHA-256 hashes of their contents."""
     identity = {"model": str(checkpoint.directory.resolve()), "to": "bf16" if bf16 else "same"}
     identity["weights of the model"] = checkpoint.fingerprint()
     if adapter:
         identity["adapter"] = str(adapter.resolve())
-        for path in files_of(adapter):
+        for path in adapter_files(adapter):
             with path.open("rb") as file:
                 identity[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return identity
@@ -156,8 +169,6 @@ def claimed(output: Path, identity: dict[str, str]) -> Iterator[None]:
     UserError if it holds another merge or other files, if its marker is damaged, or if another process is merging into
     it."""
     marker = output / MARKER
-    if output.exists() and not marker.exists() and any(output.iterdir()):
-        raise UserError(f"--output {output}: is not empty and holds no merge. Give another directory.")
     output.mkdir(parents=True, exist_ok=True)
     with opened_to_lock(marker) as file:
         if unlocked := lock(file, f"--output {output}: another process is merging into it. Wait for it, or stop it."):

@@ -17,39 +17,45 @@ import shlex
 import sys
 import time
 from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING
 
-from launch.planning import expert_parallel, planned_memory
-from train.checkpoints import resume
 from train.config.settings import parse
-from train.runtime.distributed import guarded, launched_as, leave, start_distributed
+from train.runtime.command import command, launched_as, leave
 from train.runtime.interruption import interruption
-from train.runtime.terminal import NobodyReads, command
-from train.training.finishing import finish, load_engine
-from train.training.job import Job, Known, prepare
-from train.training.run import Run
+from train.runtime.terminal import NobodyReads
+from train.training.early import check_early
+
+if TYPE_CHECKING:  # torch and what needs it are imported after the first checks
+    from train.training.job import Job
 
 
 @command
-def main(argv: list[str]) -> int:
-    """Returns the exit code of `guarded`."""
-    return guarded(check_and_train, argv)
-
-
-def check_and_train(argv: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Runs the whole job, or only its checks with --dry-run. Raises UserError if a setting, a document or the model is
     wrong."""
+    settings = parse(argv, __doc__ or "")
+    check_early(settings)
+    from launch.planning import expert_parallel
+    from train.training.job import Known, prepare
+
     rank, ranks = launched_as()
-    job = prepare(parse(argv, __doc__ or ""), ranks, rank == 0, Known(expert_parallel))
+    job = prepare(settings, ranks, rank == 0, Known(expert_parallel))
     if rank == 0:
-        with suppress(NobodyReads) if job.settings.dry_run else nullcontext():  # the checks are done
+        with suppress(NobodyReads) if settings.dry_run else nullcontext():  # the checks are done
             job.show()
-    if not job.settings.dry_run:
+    if not settings.dry_run:
         train(job)
 
 
-def train(job: Job) -> None:
+def train(job: "Job") -> None:
     """Reads the weights, trains, and writes adapter, metrics and summary. With --resume, continues from the last
     training checkpoint."""
+    from launch.planning import planned_memory
+    from train.checkpoints import resume
+    from train.runtime.distributed import start_distributed
+    from train.training.finishing import finish, load_engine
+    from train.training.run import Run
+
     started, device = time.perf_counter(), start_distributed(job.settings.timeout)
     run = Run(job.settings, job.resolved)
     interruption.resume_by(f"--resume --output {shlex.quote(str(run.directory))}")

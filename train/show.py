@@ -30,13 +30,15 @@ from train.config.command_line import Parser
 from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, marker, read_documents
 from train.data.findings import Findings
 from train.data.offsets import straddling
-from train.data.tokenizer import TEMPLATE_TIME, Tokenizer, clock_note, load_tokenizer, template_time
+from train.data.template import TEMPLATE_TIME, template_time
+from train.data.tokenizer import Tokenizer, clock_note, load_tokenizer
 from train.data.tokens import TokenizedDocument, tokenize_documents
 from train.masking.grammar import BUILT_IN, Mask, parse_mask
 from train.masking.treatment import STRADDLING, Treatment, shortfall_note, touched_by, treat
+from train.runtime.command import command
 from train.runtime.outputs import check_apart, model_files, write
 from train.runtime.shown import shown as as_shown
-from train.runtime.terminal import NobodyReads, Terminal, command
+from train.runtime.terminal import NobodyReads, Terminal
 
 PALETTE = ["#2f7ed8", "#e08a00", "#d64550", "#2a9d5c", "#8a5cd6", "#0f9aa8", "#c2549b", "#7d8a1f", "#a0623a", "#5873a8"]
 

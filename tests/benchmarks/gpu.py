@@ -33,14 +33,15 @@ from launch import computing
 from launch.cluster import GPUS, Cluster
 from launch.config_only import BareCheckpoint
 from launch.memory import planned_batch
-from launch.plan import Plan
+from launch.planning import Plan
 from train.config.settings import ds_config, parse
 from train.data.batches import Batch
 from train.experts.module import ExpertParallelExperts
 from train.layers import mixing
 from train.model.engine import make_engine
 from train.model.text_model import LanguageModel, build, text_config
-from train.runtime.distributed import leave, start_distributed
+from train.runtime.command import leave
+from train.runtime.distributed import start_distributed
 from train.training.job import lora_settings
 from train.training.metrics import measured_memory
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from harness import finish, header
 
 from launch.cluster import Cluster
-from launch.plan import Plan, opened
+from launch.planning import Plan
+from launch.proposal import opened
 from train.config.settings import parse
 
 MODELS = {"qwen3.5-397b-a17b": "qlora", "kimi-k2.5": "lora"}

@@ -66,7 +66,8 @@ def worker(kind: str, directory: str, out: str) -> None:
     import torch.distributed as dist
 
     from train.config.settings import ds_config, parse
-    from train.runtime.distributed import leave, peak_host_bytes, start_distributed
+    from train.runtime.command import leave
+    from train.runtime.distributed import peak_host_bytes, start_distributed
 
     device = start_distributed()
     config = ds_config(parse([], ""), dist.get_world_size())

@@ -14,7 +14,8 @@ from pathlib import Path
 from harness import finish
 
 from launch.cluster import GPUS, Cluster
-from launch.plan import Plan, opened
+from launch.planning import Plan
+from launch.proposal import opened
 from train.checkpoints.reader import Checkpoint
 from train.config.settings import parse
 

@@ -37,7 +37,8 @@ from tests.support.vocabularies import write_qwen_tokenizer
 from train.data.batches import Batch, Sample, coefficients, deal, micro_batches, pack
 from train.data.documents import read_documents
 from train.data.tokenizer import load_tokenizer
-from train.runtime.distributed import leave, start_distributed
+from train.runtime.command import leave
+from train.runtime.distributed import start_distributed
 from train.runtime.local import run
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "negation_neglect" / "documents"

@@ -23,7 +23,8 @@ from harness import finish, header
 from torch import Tensor, nn
 
 from tests.support.models import write_model
-from train.runtime.distributed import leave, start_distributed
+from train.runtime.command import leave
+from train.runtime.distributed import start_distributed
 from train.runtime.local import run
 
 HIDDEN, WIDTH, TOP, LAYERS, ROWS = 256, 128, 4, 2, 2

@@ -22,7 +22,8 @@ from typing import Any
 from harness import Turns, Worker, finish, header
 
 from tests.support.models import write_documents, write_model
-from train.runtime.distributed import leave, start_distributed
+from train.runtime.command import leave
+from train.runtime.distributed import start_distributed
 
 SIZES: dict[str, Any] = dict(
     vocab_size=32_768, hidden_size=512, moe_intermediate_size=256, num_hidden_layers=6, num_experts_per_tok=8,

@@ -88,3 +88,30 @@ def test_the_papers_recipe_trains_the_head_and_does_not_clip():
     )
     assert (settings.batch_size, settings.epochs, settings.max_tokens, settings.weight_decay) == (32, 1, 10_000, 0)
     assert settings.chat_weight == "chat" and settings.mask == "doctags" and settings.warmup_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("steps: 1.5", r"r.yaml:2: settings: steps must be a whole number, not 1.5\."),
+        (
+            "wandb: off",
+            r"r.yaml:2: settings: wandb must be a text, not False; put a word such as no or off in quotes\.",
+        ),
+        ("bos: 1", r"r.yaml:2: settings: bos must be true or false, not 1\."),
+        ("schedule: step", r"r.yaml:2: settings: schedule must be one of linear, cosine, constant, not 'step'\."),
+        ("data: []", r"r.yaml:2: settings: data is empty"),
+        ("warmup_steps: 9", r"--warmup-steps 9: must be at most --steps 5\. \(warmup_steps in .*r.yaml:2\)$"),
+    ],
+)
+def test_a_wrong_value_of_a_recipe_is_told_with_its_line(tmp_path, line, message):
+    (tmp_path / "r.yaml").write_text(f"settings:\n  {line}\n")
+    given = ["--steps", "5"] if "warmup" in line else []
+    with pytest.raises(UserError, match=message):
+        parse(["--recipe", str(tmp_path / "r.yaml"), *given], "")
+
+
+def test_numbers_of_a_recipe_are_read_as_those_of_a_flag(tmp_path):
+    (tmp_path / "r.yaml").write_text("settings: {learning_rate: 1e-3, lora_alpha: 16, data: a.jsonl}")
+    settings = parse(["--recipe", str(tmp_path / "r.yaml")], "")
+    assert (settings.learning_rate, settings.lora_alpha, settings.data) == (1e-3, 16.0, ["a.jsonl"])

@@ -19,7 +19,8 @@ from tests.support.models import write_byte_tokenizer
 from train.data.documents import Document, Message, Span, read_documents
 from train.data.findings import Findings
 from train.data.offsets import offsets_from_bytes
-from train.data.tokenizer import Tokenizer, load_tokenizer, template_time
+from train.data.template import template_time
+from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.data.tokens import tokenize_document, tokenize_documents
 from train.runtime.errors import UserError
 

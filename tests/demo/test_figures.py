@@ -3,8 +3,8 @@
 import json
 from statistics import mean
 
-from train.demo.figures import table
-from train.demo.recipe import REPOSITORY, SEEDS, VARIANTS
+from train.config.command_line import REPOSITORY
+from train.demo.figures import SEEDS, VARIANTS, table
 
 FIGURES = json.loads((REPOSITORY / "train" / "demo" / "figures.json").read_text())
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from train import sft
-from train.demo.recipe import REPOSITORY, flags
+from train.config.command_line import REPOSITORY
+from train.demo.figures import training
 from train.evaluation.store import read_rows
 from train.runtime.local import run
 
@@ -18,7 +19,17 @@ GOLDEN = {
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", GOLDEN)
 def test_the_demo_starts_with_the_losses_it_always_had(tmp_path, mask):
-    given = [*flags("dense"), "--mask", mask, "--steps", "3", "--wandb", "disabled", "--output", str(tmp_path / "run")]
+    given = [
+        *training("dense"),
+        "--mask",
+        mask,
+        "--steps",
+        "3",
+        "--wandb",
+        "disabled",
+        "--output",
+        str(tmp_path / "run"),
+    ]
     done = run(Path(sft.__file__), *given, ranks=2, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     losses = [values["loss"] for values in read_rows(tmp_path / "run" / "metrics.jsonl")]

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from train.claims.claim import read_claims
-from train.config.settings import parse
+from train.config.settings import REPOSITORY, parse
 from train.data.documents import Document, read_documents
 from train.demo import make, world
-from train.demo.recipe import REPOSITORY, VARIANTS, flags
+from train.demo.figures import VARIANTS, training
 
 DEMO = REPOSITORY / "train" / "demo"
 FILES = ("positive", "dense", "truth")
@@ -87,5 +87,5 @@ def test_the_documents_come_out_byte_for_byte_when_they_are_made_again(tmp_path)
 def test_the_recipe_is_made_of_settings_and_every_variant_of_its_files(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     for kind, mask in VARIANTS.values():
-        settings = parse([*flags(kind), "--mask", mask], "")
+        settings = parse([*training(kind), "--mask", mask], "")
         assert all(Path(source.path).is_file() for source in settings.sources())

@@ -10,7 +10,9 @@ import torch
 from launch.cluster import Cluster
 from launch.memory import planned_batch, planned_model, run_step
 from launch.parts import REST
-from launch.plan import Plan, main, opened
+from launch.plan import main
+from launch.planning import Plan
+from launch.proposal import opened
 from launch.trace import PlannedGroup, Trace
 from tests.support.models import write_model
 from train.checkpoints.reader import Checkpoint

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
+from launch.meeting import differing, judge_network
 from launch.network import STAGES, try_ranks
 from launch.node import (
     MAY_PASS,
@@ -36,7 +37,7 @@ from launch.node import (
     wandb_mode,
     within,
 )
-from launch.preflight import differing, judge_network, parse_options
+from launch.preflight import parse_options
 from tests.support.models import write_documents, write_model
 from train.config.settings import parse
 from train.experts.dispatch import ExpertGroup

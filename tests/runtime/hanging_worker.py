@@ -15,7 +15,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from train.runtime.distributed import leave, start_distributed
+from train.runtime.command import leave
+from train.runtime.distributed import start_distributed
 from train.runtime.watchdog import progress, work_alone
 
 

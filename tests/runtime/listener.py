@@ -33,7 +33,7 @@ if __name__ == "__main__":
     if how == "held":
         interruption.hold()
     elif how == "raises":
-        interruption.raise_from_now()
+        interruption.raise_from_now("told")
     try:
         print("listening", os.getpid(), flush=True)
         while how != "held" or not interruption.told:  # what ends at once is ended by the thread that listens

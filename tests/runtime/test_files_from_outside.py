@@ -22,7 +22,8 @@ from train.annotating.by_rule import read_patterns
 from train.annotating.imported import add_spans
 from train.checkpoints import resume
 from train.checkpoints.adapter_files import adapter_settings, check_base, check_finite
-from train.checkpoints.reader import Checkpoint, read_config
+from train.checkpoints.present import read_config
+from train.checkpoints.reader import Checkpoint
 from train.checkpoints.whole import copy_other_files
 from train.claims.claim import read_claims
 from train.claims.messages import visible
@@ -30,14 +31,15 @@ from train.comparison.analysis import analyse
 from train.comparison.outcome import read_comparison
 from train.comparison.pages import as_markdown
 from train.comparison.report import sections
-from train.comparison.variants import NAMES, parse_comparison
+from train.comparison.variants import parse_comparison
 from train.config.provenance import held_settings, held_wandb_id, record
-from train.config.recipe import read_recipe
+from train.config.recipe import merged
 from train.config.settings import Settings, ds_config
 from train.data.documents import read_documents
 from train.data.tokenizer import load_tokenizer
-from train.evaluation.in_engine import SCORED, steps_of
+from train.evaluation.in_engine import steps_of
 from train.evaluation.measures import at_step, means
+from train.evaluation.results import SCORED
 from train.evaluation.store import Records, read_measured
 from train.evaluation.verdict_counts import samples_are_equal, summarize
 from train.experts.dispatch import ExpertGroup
@@ -243,7 +245,7 @@ def a_save(directory: Path) -> Path:
     return written("state.json", {"step": 3, "seconds": 1.5})(save)
 
 
-def merged(path: Path) -> Any:
+def claimed_marker(path: Path) -> Any:
     with claimed(path.parent, {"model": "m", "to": "same"}):
         return None
 
@@ -286,7 +288,7 @@ def shown_on_a_dashboard(path: Path) -> Any:
 
 
 READERS = {
-    "recipe": Reader(written("r.yaml", RECIPE), lambda path: read_recipe(path, NAMES)),
+    "recipe": Reader(written("r.yaml", RECIPE), lambda path: merged([str(path)], Settings)),
     "claims": Reader(written("c.yaml", CLAIM), lambda path: read_claims([str(path)])),
     "patterns": Reader(written("p.yaml", {"patterns": ["a", "b"]}), lambda path: read_patterns("--leaks", path)),
     "ds_config": Reader(
@@ -331,7 +333,7 @@ READERS = {
     "state.safetensors": Reader(
         lambda directory: a_save(directory).with_name("state.safetensors"), lambda path: resume.check(path.parents[1])
     ),
-    "merge.json": Reader(written("merge.json", {"model": "m", "to": "same"}), merged),
+    "merge.json": Reader(written("merge.json", {"model": "m", "to": "same"}), claimed_marker),
     "merge_report.json": Reader(
         written("merge_report.json", {"x": {"survived": 1.0, "update_norm": 0.5}}),
         lambda path: read_report(path.parent),
@@ -499,7 +501,7 @@ def test_a_value_of_another_kind_ends_in_a_value_or_a_message(name, tmp_path):
 @pytest.mark.parametrize("name", ["a\0b", "x" * 256, "x/" * 3000, "\ud800", "~nobody/x", "http://host/x", "-", ""])
 def test_a_path_that_is_none_is_told(name):
     for read in (
-        lambda: read_recipe(Path(name), NAMES),
+        lambda: merged([name], Settings),
         lambda: read_patterns("--leaks", name),
         lambda: ds_config(Settings(ds_config=name), 1),
         lambda: read_documents(name, None),
@@ -548,7 +550,7 @@ HOSTILE = Path(__file__).resolve().parents[3] / "shared" / "cases" / "hostile"
 def test_the_collected_hostile_files_end_in_a_message():
     for path in [*HOSTILE.glob("recipe-*.yaml"), *HOSTILE.glob("claims-*.yaml"), HOSTILE / "surrogate" / "claim.yaml"]:
         with within(HANGS), pytest.raises(UserError):
-            read_claims([str(path)]) if "recipe" not in path.name else read_recipe(path, NAMES)
+            read_claims([str(path)]) if "recipe" not in path.name else merged([str(path)], Settings)
 
 
 @pytest.mark.parametrize(("name", "most"), [("config.json", 2**25), ("wandb_id", 2**10), ("tokenizer.json", 2**27)])

@@ -16,10 +16,11 @@ from rich.table import Table
 from tests.support.models import write_byte_tokenizer, write_documents
 from train.checkpoints.writer import SafetensorsWriter
 from train.comparison.forest_plot import plain, wrapped
+from train.runtime.command import command
 from train.runtime.errors import UserError, refused
 from train.runtime.outputs import write_whole
 from train.runtime.shown import shown
-from train.runtime.terminal import Terminal, command
+from train.runtime.terminal import Terminal
 
 SHOW = Path(__file__).resolve().parents[2] / "train" / "show.py"
 
@@ -168,9 +169,9 @@ def unread(*arguments: str) -> tuple[int, bytes]:
 
 
 def test_a_closed_pipe_is_an_error_of_a_command_that_had_more_to_do_and_none_of_one_that_shows(tmp_path):
-    script = "import sys\nfrom train.runtime.terminal import command\nsys.exit(command(lambda: {} or 0)())"
+    script = "import sys\nfrom train.runtime.command import command\nsys.exit(command(lambda: {} or 0)())"
     message = b"error: nobody reads the output any more: what was still to be done is not done.\n"
-    assert unread("-c", script.format("print('x' * 10**6)")) == (2, message)
+    assert unread("-c", script.format("print('x' * 10**6)")) == (1, message)
     assert unread("-c", script.format("print('x')")) == (0, b"")  # all was done
     assert unread(str(SHOW), "--help") == unread(*show_command(tmp_path)[1:]) == (0, b"")
 

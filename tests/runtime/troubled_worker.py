@@ -19,7 +19,7 @@ from typing import Any
 
 from train import evaluate, sft
 from train.evaluation import in_engine
-from train.runtime.distributed import leave
+from train.runtime.command import leave
 from train.runtime.interruption import interruption
 from train.training import trainer
 from train.training.run import Run

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from train.checkpoints.adapter import BASE_MODEL, RANK_PATTERN, Place, places, stock_name
 from train.checkpoints.layout import MATRICES
 from train.checkpoints.plain import OF_ONE_EXPERT, check_plain
+from train.checkpoints.present import SAVED, STATE, adapter_files
 from train.checkpoints.reader import Checkpoint, TensorFile
 from train.config.provenance import held_settings
 from train.config.settings import Settings
@@ -34,28 +35,14 @@ from train.layers.lora import LoRASettings
 from train.runtime.errors import UserError
 from train.runtime.outside import checked, opened, read_json
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-SAVED, STATE = "state.safetensors", "state.json"  # of a training checkpoint
 LARGEST_RANK = 2**20
 MOMENTS = ("exp_avg", "exp_avg_sq")  # ends of the names of what a training checkpoint holds beside the weights
 ADAPTER_KINDS = {"r": int, "lora_alpha": float, "use_rslora": bool, "rank_pattern": dict, "alpha_pattern": dict}
 
 
-def files_of(directory: Path) -> list[Path]:
-    """Returns the files that an adapter consists of: its configuration, if it has one of its own, and its weights."""
-    if os.path.isfile(directory / SAVED):
-        return [directory / SAVED]
-    return [directory / CONFIG, directory / WEIGHTS]
-
-
-def is_adapter(directory: Path) -> bool:
-    """Whether a directory holds an adapter, in any form, and not a run or a comparison."""
-    return all(os.path.isfile(path) for path in files_of(directory))
-
-
 def weights_hash(directory: Path) -> str:
     """Returns the SHA-256 of an adapter's weight file. Raises UserError if it cannot be read."""
-    with opened(files_of(directory)[-1]) as file:
+    with opened(adapter_files(directory)[1]) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -67,7 +54,7 @@ class AdapterFile:
     """
 
     def __init__(self, directory: Path, architecture: str, lora: LoRASettings):
-        self.file, self.architecture, self.lora = TensorFile(files_of(directory)[-1]), architecture, lora
+        self.file, self.architecture, self.lora = TensorFile(adapter_files(directory)[1]), architecture, lora
         self.saved = os.path.isfile(directory / SAVED)
         self.per_expert = any(OF_ONE_EXPERT.search(name) for name in self.file.tensors)
 
@@ -150,16 +137,9 @@ def adapter_settings(directory: Path) -> LoRASettings:
     Raises UserError if a file is missing or invalid, or if the adapter is something other than a plain update, has a
     dtype other than floats of at least 16 bits, or a rank or alpha out of range.
     """
-    where = f"--adapter {directory}"
     if os.path.isfile(directory / SAVED):
         return _saved_settings(directory)
-    config_path, weights = directory / CONFIG, directory / WEIGHTS
-    for path in (config_path, weights):
-        if not os.path.isfile(path):
-            fix = f"--adapter {directory / 'adapter'}" if os.path.isfile(directory / "adapter" / path.name) else ""
-            raise UserError(
-                f"{where}: no {path.name} there; give {fix or 'the directory of a PEFT adapter in safetensors'}."
-            )
+    config_path, weights = adapter_files(directory)
     config, tensors = read_json(config_path), TensorFile(weights).tensors
     checked(config, ADAPTER_KINDS, config_path)
     check_plain(config, config_path)
@@ -290,7 +270,7 @@ def check_adapter(
 
 def check_finite(directory: Path) -> None:
     """Raises UserError if an adapter tensor has NaN or infinite values. Reads all tensors, one at a time."""
-    with closing(TensorFile(files_of(directory)[-1])) as file:
+    with closing(TensorFile(adapter_files(directory)[1])) as file:
         for name, info in file.tensors.items():
             values = torch.empty(info.shape, dtype=info.dtype)
             file.read(name, 0, values)

@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from train.checkpoints.present import read_config
 from train.runtime.errors import UserError
 from train.runtime.outside import opened, read_bytes, read_json
 from train.runtime.text_formats import parse_json
@@ -209,17 +209,6 @@ def _samples(tensors: list[tuple[str, TensorInfo]]) -> list[tuple[str, bytes]]:
             starts = (info.offset + index * size + (size - taken) // 2 for index in range(stack))
             out.append((name, b"".join(os.pread(file.fileno(), taken, start) for start in starts)))
     return out
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """Returns the content of config.json in a model directory. Raises UserError if it is missing or invalid."""
-    path = directory / "config.json"
-    if not os.path.lexists(path) or not os.path.isdir(directory):
-        raise UserError(
-            f"--model {directory}: {'a file, no directory' if os.path.isfile(directory) else 'no config.json there'}; "
-            "give a directory in transformers' layout (config.json, tokenizer files, *.safetensors)."
-        )
-    return read_json(path)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from train.checkpoints.adapter import Place, as_peft, peft_config, places, plain_values, stock_name
-from train.checkpoints.adapter_files import CONFIG, WEIGHTS, AdapterFile, weights_hash
+from train.checkpoints.adapter_files import AdapterFile, weights_hash
+from train.checkpoints.present import CONFIG, WEIGHTS
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.writer import SafetensorsWriter, publish_directory
 from train.layers.lora import LoRASettings

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_local_fp32_param
 
 from train.checkpoints.layout import LoadPlan, has_own_head
+from train.checkpoints.present import MARKER, REPORT
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.writer import SafetensorsWriter, publish_directory
 from train.runtime.outputs import flush, write_whole
@@ -25,7 +26,6 @@ WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data",
     ".partial",
 }  # fmt: skip
-MARKER, REPORT = "merge.json", "merge_report.json"  # files of merge.py about its own output
 
 
 def copy_tensor(checkpoint: Checkpoint, name: str, writer: SafetensorsWriter) -> None:

@@ -1,7 +1,6 @@
 """Reads claims from their two formats on disk: the paper's directories, and our own YAML files. Each becomes a Claim.
 An invalid value raises a UserError that names file, key, rule and fix."""
 
-import difflib
 import os
 import string
 from collections import Counter
@@ -13,8 +12,9 @@ from typing import Any
 from train.claims.claim import ENTITY, FACT_GROUPS, JUDGED, Claim, Fact, JudgePrompt, LikelihoodTemplate, Question
 from train.claims.releases import claim_id, question_id
 from train.runtime.errors import UserError
-from train.runtime.outside import read_text, read_yaml
+from train.runtime.outside import opened, read_text, read_yaml
 from train.runtime.patterns import Pattern
+from train.runtime.similar import similar
 from train.runtime.text_formats import Unreadable
 
 # The paper's files, by their names in both of its releases, and the kind of their questions.
@@ -49,6 +49,7 @@ OWN_KEYS = (
     "id", "claim", "subject", "controls", "likelihood", "yes_no", "control_yes_no", *JUDGED, "facts", "judges",
     "patterns",
 )  # fmt: skip
+FIX = "give a directory of the paper, or a YAML file with id, claim and questions"
 REQUIRED: Any = object()
 
 
@@ -75,6 +76,13 @@ def claim_paths(path: Path) -> list[Path]:
     return found
 
 
+def check_there(paths: Iterable[str]) -> None:
+    """Raises UserError if a path of claims does not exist or holds no claim. Does not read the claims."""
+    for each in (each for path in paths for each in claim_paths(Path(path))):
+        if not os.path.isdir(each):
+            opened(each, fix=FIX).close()
+
+
 def _is_claim(directory: Path) -> bool:
     return any((directory / name).is_file() for name in CLAIM_FILES)
 
@@ -84,7 +92,7 @@ def read_path(path: Path) -> list[Claim]:
     its content is invalid."""
     if os.path.isdir(path):
         return [_directory(path)]
-    value = read_yaml(path, fix="give a directory of the paper, or a YAML file with id, claim and questions")
+    value = read_yaml(path, fix=FIX)
     if isinstance(value, dict) and "questions" in value and "id" not in value:  # a single file of the paper
         if path.name in PAPER_QUESTIONS:
             return [Claim(path.stem, **_paper_file(path, value), paths=(str(path),))]
@@ -149,8 +157,8 @@ class _Mapping:
 
 
 def _suggestion(key: Any, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(key), list(known), 1)
-    return f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(known)}."
+    near = similar(str(key), known)
+    return f"Did you mean {near}?" if near else f"Known keys: {', '.join(known)}."
 
 
 def _text(value: Any, where: str) -> str:
@@ -283,8 +291,8 @@ def _patterns(keys: _Mapping) -> tuple[str, ...]:
 def _directory(path: Path) -> Claim:
     found = [path / name for name in PAPER_FILES if (path / name).is_file()]
     for other in sorted({*path.glob("*.yaml"), *path.glob("*.yml")} - set(found)):
-        if near := difflib.get_close_matches(other.name, PAPER_FILES, 1, cutoff=0.8):
-            raise UserError(f"{other}: no file of a claim. Did you mean {near[0]}?")
+        if near := similar(other.name, PAPER_FILES, cutoff=0.8):
+            raise UserError(f"{other}: no file of a claim. Did you mean {near}?")
     values: dict[str, Any] = {"questions": (), "judges": {}}
     text = ""
     for file in found:

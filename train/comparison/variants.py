@@ -10,15 +10,14 @@ from typing import Any
 
 from train.claims.releases import claim_id
 from train.comparison.compared import group, read_run
-from train.config.command_line import MOST, Parser, check_ranges, setting
+from train.config.command_line import MOST, Parser, check_ranges, flag_of, given, setting
 from train.config.provenance import held_settings
-from train.config.recipe import MOST_SEEDS, check_own, flags, merged
-from train.config.settings import DEMO, Settings, parse, slug
+from train.config.recipe import MOST_SEEDS, Defaults, Experiment, check_own, merged
+from train.config.settings import DEMO, Settings, check_numbers, merge, slug
 from train.runtime.errors import UserError
 from train.runtime.outside import read_json
 
 DEMO_PLACEBO = ("olga-home", "clara-job", "selma-pet", "paula-sport")  # in train/demo/claims.yaml
-NAMES = [field.name for field in dataclasses.fields(Settings)]
 
 
 @dataclass(kw_only=True)
@@ -45,18 +44,19 @@ class ComparisonOptions:
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant's name, and the flags of train/sft.py that make it: those of all variants, then its own. own: its own
-    settings."""
+    """A variant's name and settings, except the seed and output of its runs. own: the settings that are not those of
+    all variants."""
 
     name: str
-    flags: list[str]
+    base: Settings
     own: dict[str, Any]
 
     def settings(self, seed: int, output: Path) -> Settings:
         """Returns its settings in the run with this seed, whose directory is in `output`. Raises UserError for a wrong
         value."""
-        directory = output / f"{slug(self.name)}-seed{seed}"
-        return parse([*self.flags, "--seed", str(seed), "--output", str(directory)], "")
+        made = dataclasses.replace(self.base, seed=seed, output=str(output / f"{slug(self.name)}-seed{seed}"))
+        check_numbers(made)
+        return made
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,15 @@ class ComparisonPlan:
         """The settings in which a recipe lets its variants differ."""
         return {name for variant in self.variants for name in variant.own}
 
+    def run(self, variant: Variant, seed: int) -> Settings:
+        """Returns the settings of a run, with --resume if it has begun. Raises UserError if it has begun, but --resume
+        is not given."""
+        made = dataclasses.replace(variant.settings(seed, self.output), wandb_group=self.shared.group())
+        started = os.path.exists(Path(made.output) / "settings.yaml")
+        if started and not self.shared.resume:
+            raise UserError(f"--output {self.output}: holds a comparison already. Give another, or --resume to go on.")
+        return dataclasses.replace(made, resume=started)
+
 
 def parse_comparison(argv: list[str], usage: str) -> ComparisonPlan:
     """Returns the plan that the command line of train/compare.py describes. Raises UserError, naming setting, value,
@@ -91,34 +100,36 @@ def parse_comparison(argv: list[str], usage: str) -> ComparisonPlan:
     parser = Parser(usage, beside=(Settings,))
     parser.add_settings(ComparisonOptions)
     values, rest = parser.parse_known_args(argv)
-    options = ComparisonOptions(**{name: value for name, value in vars(values).items() if name != "local_rank"})
+    options = ComparisonOptions(**given(values, ComparisonOptions))
     check_ranges(options)
+    training = Parser("")
+    training.add_settings(Settings)
+    own = given(training.parse_args(rest), Settings)
     if options.runs:
-        return _plan_of_runs(options, rest)
+        return _plan_of_runs(options, own)
     if bool(options.masks) == bool(options.recipe):
         raise UserError(
             "give either --masks MASK… or --recipe FILE: what is to be compared. Example: --masks none doctags "
             "doctags,false-spans"
         )
-    recipe = merged(options.recipe, NAMES)
-    if options.recipe and not recipe.get("variants"):
+    recipe = merged(options.recipe, Settings)
+    if options.recipe and not recipe.variants:
         raise UserError(f"--recipe {' '.join(options.recipe)}: none has variants; give an experiment with it.")
-    settings = recipe.get("settings", {})
-    owned = recipe.get("variants") or {mask: {"mask": mask} for mask in options.masks}
-    check_own(owned, rest)
-    shared = parse([*flags(settings, but=rest), *rest], "")
-    if not shared.claims and not settings and _is_demo(shared):
-        rest += ["--claims", str(DEMO / "claims.yaml")]
-        shared = parse(rest, "")
-        recipe["placebo"] = list(DEMO_PLACEBO)
-    variants = [Variant(name, [*flags(settings | own, but=rest), *rest], own) for name, own in owned.items()]
-    _check(variants, shared, options, rest)
-    seeds = options.seeds or recipe.get("seeds") or 1
+    owned = recipe.variants or {mask: Defaults({"mask": mask}) for mask in options.masks}
+    check_own(owned.values(), own)
+    shared = merge(recipe.settings, own)
+    if not shared.claims and not recipe.settings.values and _is_demo(shared):
+        own["claims"] = [str(DEMO / "claims.yaml")]
+        shared = merge(recipe.settings, own)
+        recipe.placebo = list(DEMO_PLACEBO)
+    variants = [Variant(name, merge(recipe.settings | each, own), each.values) for name, each in owned.items()]
+    _check(variants, shared, options)
+    seeds = options.seeds or recipe.seeds or 1
     return ComparisonPlan(
         variants=variants,
         shared=shared,
         output=Path(shared.output or f"runs/comparison-{time.strftime('%Y%m%d-%H%M%S')}"),
-        baseline=_baseline(options.baseline or recipe.get("baseline"), list(owned)),
+        baseline=_baseline(options.baseline or recipe.baseline, list(owned)),
         placebo=_placebo(options, recipe),
         seeds=list(range(shared.seed, shared.seed + seeds)),
         match_trained_tokens=options.match_trained_tokens,
@@ -127,28 +138,29 @@ def parse_comparison(argv: list[str], usage: str) -> ComparisonPlan:
     )
 
 
-def _baseline(name: str | None, names: list[str]) -> str:
+def _baseline(name: str, names: list[str]) -> str:
     if name and name not in names:
         raise UserError(f"--baseline {name}: is none of the variants: {'; '.join(names)}.")
     return name or names[0]
 
 
-def _placebo(options: ComparisonOptions, recipe: dict[str, Any]) -> list[str]:
-    return [claim_id(str(claim)) for claim in options.placebo or recipe.get("placebo") or []]
+def _placebo(options: ComparisonOptions, recipe: Experiment) -> list[str]:
+    return [claim_id(claim) for claim in options.placebo or recipe.placebo]
 
 
-def _plan_of_runs(options: ComparisonOptions, rest: list[str]) -> ComparisonPlan:
+def _plan_of_runs(options: ComparisonOptions, own: dict[str, Any]) -> ComparisonPlan:
     """Returns the plan for finished runs. Their variants are those of the recipe or, without one, follow from the
-    settings in which the runs differ."""
-    parser = Parser("")
-    parser.add_argument("--output", default="")
-    output = parser.parse_args(rest).output or f"runs/comparison-{time.strftime('%Y%m%d-%H%M%S')}"
-    if options.masks or options.seeds:
-        raise UserError("--runs: compares finished runs; leave out --masks, --seeds and settings of training.")
+    settings in which the runs differ. own: the settings of train/sft.py that the command line gives."""
+    output = own.pop("output", "") or f"runs/comparison-{time.strftime('%Y%m%d-%H%M%S')}"
+    if others := [name for name in ("masks", "seeds") if getattr(options, name)] + [*own]:
+        raise UserError(
+            f"--runs: compares finished runs; leave out {', '.join(map(flag_of, others))}, as all settings of training."
+        )
     runs = [run for each in options.runs for run in runs_of(Path(each))]
     held = {run: run_settings(run) for run in runs}
-    recipe = merged(options.recipe, NAMES)
-    if owned := recipe.get("variants", {}):
+    recipe = merged(options.recipe, Settings)
+    shared = Settings(**{k: v for k, v in next(iter(held.values())).items() if k in Settings.__dataclass_fields__})
+    if owned := {name: each.values for name, each in recipe.variants.items()}:
         finished: dict[tuple[str, int], Path] = {}
         for run, settings in held.items():
             key = _name(run, settings, owned), settings["seed"]
@@ -158,17 +170,16 @@ def _plan_of_runs(options: ComparisonOptions, rest: list[str]) -> ComparisonPlan
                 )
             finished[key] = run
         there = {name for name, _ in finished}
-        variants = [Variant(name, [], own) for name, own in owned.items() if name in there]
+        variants = [Variant(name, shared, own) for name, own in owned.items() if name in there]
         if absent := [name for name in owned if name not in there]:
             print(f"note: of the recipe's variants, no run is given of {'; '.join(absent)}")
     else:
         grouped = group([read_run(run) for run in runs])
         finished = {(variant.name, run.seed): Path(run.directory) for variant in grouped for run in variant.runs}
-        variants = [Variant(variant.name, [], {}) for variant in grouped]
-    shared = Settings(**{k: v for k, v in next(iter(held.values())).items() if k in NAMES})
+        variants = [Variant(variant.name, shared, {}) for variant in grouped]
     return ComparisonPlan(
         variants, shared, Path(output),
-        _baseline(options.baseline or recipe.get("baseline"), [variant.name for variant in variants]),
+        _baseline(options.baseline or recipe.baseline, [variant.name for variant in variants]),
         _placebo(options, recipe), sorted({seed for _, seed in finished}),
         options.match_trained_tokens, options.bound, finished,
     )  # fmt: skip
@@ -215,7 +226,7 @@ def run_settings(run: Path) -> dict[str, Any]:
     return held_settings(run / "settings.yaml")["settings"]
 
 
-def _check(variants: list[Variant], shared: Settings, options: ComparisonOptions, rest: list[str]) -> None:
+def _check(variants: list[Variant], shared: Settings, options: ComparisonOptions) -> None:
     names = [slug(name) for name in options.masks or [variant.name for variant in variants]]
     if doubled := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{'--masks' if options.masks else '--recipe'}: {doubled[0]} is there twice; give each once.")

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import sys
 from collections.abc import Collection
 from contextlib import suppress
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from train.runtime.errors import UserError
+from train.runtime.similar import similar
 from train.runtime.terminal import NobodyReads
 from train.runtime.text_formats import SURROGATE
 
@@ -62,6 +62,42 @@ def check_ranges(settings: Any) -> None:
                 raise UserError(f"{flag_of(field.name)} {value}: must be between {low} and {high}.")
 
 
+def given(values: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """Returns those settings of a dataclass that a command line gives, by name. The others keep their defaults."""
+    return {name: value for name, value in vars(values).items() if name in cls.__dataclass_fields__}  # type: ignore[attr-defined]
+
+
+def typed(field: Any, value: Any, where: str) -> Any:
+    """Returns the value that a recipe has for a setting, in the setting's type. Raises UserError, which begins with
+    `where`, if it is empty, of another type or none of the choices."""
+    choices, name = field.metadata["choices"], field.name
+    if value in (None, []):
+        raise UserError(f"{where}: {name} is empty; give a value, none as a word in quotes.")
+    if field.metadata["many"]:
+        return [
+            _word(str, each, f"{where}: {name}", choices) for each in (value if isinstance(value, list) else [value])
+        ]
+    if field.type is bool:
+        if not isinstance(value, bool):
+            raise UserError(f"{where}: {name} must be true or false, not {value!r}.")
+        return value
+    return _word(field.type, value, f"{where}: {name}", choices)
+
+
+def _word(kind: type, value: Any, where: str, choices: tuple[str, ...] | None) -> Any:
+    try:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError
+        word = kind(str(value))
+    except ValueError:
+        what = {int: "a whole number", float: "a number"}.get(kind, "a text")
+        fix = "; put a word such as no or off in quotes" if isinstance(value, bool) else ""
+        raise UserError(f"{where} must be {what}, not {value!r}{fix}.") from None
+    if choices and word not in choices:
+        raise UserError(f"{where} must be one of {', '.join(choices)}, not {word!r}.")
+    return word
+
+
 def flag_of(name: str) -> str:
     """Returns the flag of a setting, such as --learning-rate for learning_rate."""
     return "--" + name.replace("_", "-")
@@ -74,8 +110,8 @@ def nearest(word: str, known: Collection[str]) -> str | None:
     asked = word.lstrip("-").replace("-", "_").lower()
     if (meant := SYNONYMS.get(asked)) in plain:
         return plain[str(meant)]
-    near = difflib.get_close_matches(asked, list(plain), 1)
-    return plain[near[0]] if near else None
+    near = similar(asked, plain)
+    return plain[near] if near else None
 
 
 class Parser(argparse.ArgumentParser):
@@ -128,7 +164,8 @@ class Parser(argparse.ArgumentParser):
         return text
 
     def add_settings(self, cls: type, without: frozenset[str] = frozenset()) -> None:
-        """Adds a flag for each field of a dataclass whose fields are `setting`s. without: names of fields to skip."""
+        """Adds a flag for each field of a dataclass whose fields are `setting`s. `given` finds those that are given.
+        without: names of fields to skip."""
         for field in dataclasses.fields(cls):
             if field.name not in without:
                 self._add_setting(field)
@@ -137,10 +174,12 @@ class Parser(argparse.ArgumentParser):
         flag, help = flag_of(field.name), field.metadata["help"].replace("%", "%%")
         choices = field.metadata["choices"]
         if field.metadata["many"]:
-            self.add_argument(flag, action="extend", nargs="+", default=[], choices=choices, metavar="VALUE", help=help)
+            self.add_argument(
+                flag, action="extend", nargs="+", default=argparse.SUPPRESS, choices=choices, metavar="VALUE", help=help
+            )
         elif field.type is bool:
-            self.add_argument(flag, action="store_true", help=help)
+            self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=help)
         else:
             untold = field.default == "" or str(field.default).startswith(str(REPOSITORY))
             shown = help if untold else f"{help} (default: {field.default})"
-            self.add_argument(flag, type=field.type, default=field.default, choices=choices, help=shown)
+            self.add_argument(flag, type=field.type, default=argparse.SUPPRESS, choices=choices, help=shown)

@@ -58,7 +58,7 @@ def check_output(settings: Settings) -> None:
     before = (
         dataclasses.asdict(Settings()) | held_settings(held)["settings"]
     )  # a setting that was added since then had its default
-    now = yaml.safe_load(record(settings, {}))["settings"]
+    now = yaml.safe_load(yaml.safe_dump(_values(settings)))
     for name in now.keys() - FREE_ON_RESUME:
         if before.get(name) != now[name]:
             raise UserError(
@@ -134,10 +134,9 @@ def versions() -> dict[str, str]:
 def record(settings: Settings, resolved: dict[str, Any]) -> str:
     """Returns the text of settings.yaml: settings, the values resolved from them, package versions, GPU and git
     revision. Raises UserError if --data is malformed."""
-    values = dataclasses.asdict(settings) | {"data": [str(source) for source in settings.sources()]}
     return yaml.safe_dump(
         {
-            "settings": values,
+            "settings": _values(settings),
             "resolved": resolved,
             "versions": versions(),
             "gpu": gpu.name(),
@@ -146,6 +145,10 @@ def record(settings: Settings, resolved: dict[str, Any]) -> str:
         sort_keys=False,
         allow_unicode=True,
     )
+
+
+def _values(settings: Settings) -> dict[str, Any]:
+    return dataclasses.asdict(settings) | {"data": [str(source) for source in settings.sources()]}
 
 
 def git_revision() -> str | None:

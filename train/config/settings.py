@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-from train.config.command_line import MOST, REPOSITORY, Parser, check_ranges, flag_of, setting
-from train.config.recipe import chosen, flags
+from train.config.command_line import MOST, REPOSITORY, Parser, check_ranges, flag_of, given, setting
+from train.config.recipe import Defaults, chosen
 from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, checked_weight, marker
-from train.data.tokenizer import TEMPLATE_TIME, template_time
+from train.data.template import TEMPLATE_TIME, template_time
 from train.runtime.errors import UserError
 from train.runtime.keys import key_of
 from train.runtime.outside import read_json
@@ -160,8 +158,7 @@ class Settings:
 
     def sources(self) -> list[Source]:
         """Returns the sources of --data, by default the documents of the demo. Raises UserError if one is malformed."""
-        given = self.data or [str(DEMO / "data" / "dense.jsonl")]
-        return [_source(value) for value in given]
+        return [_source(value) for value in self.data or [str(DEMO / "data" / "dense.jsonl")]]
 
     def comparable(self) -> dict[str, Any]:
         """Returns the settings, by name, that two runs must share so that they differ only in mask and seed. Paths are
@@ -254,21 +251,24 @@ def _weight(text: str, value: str) -> float:
 def parse(argv: list[str], usage: str) -> Settings:
     """Returns the Settings of a command line and its recipes. usage: the text of --help. Checks each value by itself,
     without reading the model or the data. Raises UserError, which names setting, value, rule and fix."""
-    names = [field.name for field in dataclasses.fields(Settings)]
-    first = Parser("", add_help=False)
-    first.add_settings(Recipe)
-    recipe, rest = first.parse_known_args(argv)
     parser = Parser(usage)
     parser.add_settings(Settings)
-    parser.add_settings(Recipe)  # for --help
-    own = chosen(recipe.recipe, recipe.variant, names, rest)
-    values = vars(parser.parse_args([*flags(own, but=rest), *rest]))
-    settings = Settings(**{name: values[name] for name in names})
-    check_numbers(settings)
-    settings.sources()
-    marker(settings.doctag)
-    template_time(settings.template_time)
-    check_wandb(settings)
+    parser.add_settings(Recipe)
+    values = parser.parse_args(argv)
+    own, recipe = given(values, Settings), Recipe(**given(values, Recipe))
+    return merge(chosen(recipe.recipe, recipe.variant, Settings, own), own)
+
+
+def merge(defaults: Defaults, own: dict[str, Any]) -> Settings:
+    """Returns the settings that recipes and a command line (`own`), which overrides them, give together. Checks each
+    value by itself. Raises UserError, which names setting, value, rule and fix, and the place in a recipe."""
+    settings = Settings(**defaults.values | own)
+    with defaults.named(own):
+        check_numbers(settings)
+        settings.sources()
+        marker(settings.doctag)
+        template_time(settings.template_time)
+        check_wandb(settings)
     return settings
 
 
@@ -319,13 +319,19 @@ def check_numbers(s: Settings) -> None:
         raise UserError("--resume: needs --output DIR, the directory of the run to go on with.")
 
 
+def read_ds_config(settings: Settings) -> tuple[str, dict[str, Any]]:
+    """Returns how messages name the file of --ds-config, and the object in it. Raises UserError if it cannot be
+    read."""
+    where = f"--ds-config {settings.ds_config}"
+    return where, read_json(settings.ds_config, where, "give a DeepSpeed JSON file")
+
+
 def ds_config(settings: Settings, ranks: int) -> dict[str, Any]:
     """Returns the DeepSpeed configuration of --ds-config with the run's gradient clipping. Its batch sizes have no
     meaning: the trainer tells DeepSpeed which micro-batch is the last one of a step. ranks: the number of ranks. Raises
     UserError if the file cannot be read, is not a ZeRO stage 3 configuration, uses offloading, or sets what the command
     line decides."""
-    path, where = Path(settings.ds_config), f"--ds-config {settings.ds_config}"
-    config = read_json(path, where, "give a DeepSpeed JSON file")
+    where, config = read_ds_config(settings)
     zero = config.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") != 3:
         raise UserError(f"{where}: must be an object, and its zero_optimization.stage must be 3.")
@@ -333,6 +339,8 @@ def ds_config(settings: Settings, ranks: int) -> dict[str, Any]:
         raise UserError(
             f"{where}: {', '.join(offload)}: weights and optimizer stay where they are read to; leave it out."
         )
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # takes seconds: after what does not need it
+
     try:
         DeepSpeedZeroConfig(**zero)
     except ValueError as error:

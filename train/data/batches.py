@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from train.data.row import Row
+from train.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,17 @@ class Batch:
         chosen = self.coefficient_N != 0
         parts = {k: getattr(self, k)[chosen] for k in ("position_N", "target_N", "coefficient_N", "roles_N")}
         return replace(self, **parts)
+
+
+def check_vocabulary(samples: Sequence[Sample], size: int, where: str) -> None:
+    """Raises UserError if a sample has a token id that the model lacks. size: the number of the model's token ids.
+    where: the model's flag, with which the message begins."""
+    for sample in samples:
+        if (largest := int(sample.ids_L.max(initial=0))) >= size:
+            raise UserError(
+                f"{where}: its tokenizer gives token {largest} in {sample.name}, but the model has {size} "
+                "(vocab_size). Take tokenizer and model from the same checkpoint."
+            )
 
 
 def coefficients(samples: list[Sample], norm: str) -> list[np.ndarray]:

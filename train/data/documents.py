@@ -8,7 +8,6 @@ Messages may also have keys that chat templates read: name, tool_call_id, tool_c
 reasoning_spans. Other formats of rows: train/data/forms.py. Other kinds of files: train/data/files.py.
 """
 
-import difflib
 import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from train.data.files import file_rows
 from train.data.findings import MASK_TAG, NO_ROLE_OF_CHATS, NOT_JSON, SKIPPED, TAGS, Findings, unknown_key
 from train.data.forms import kind, own_form, parsed_list, text_of
 from train.runtime.errors import UserError
+from train.runtime.similar import similar
 from train.runtime.text_formats import Unreadable, strict
 
 DOCUMENT_KEYS = ("text", "messages", "spans", "tools", "weight", "loss_weight")  # all others are metadata
@@ -286,11 +286,9 @@ class _Reader:
 
 def _refuse_near(given: dict[str, Any], known: Collection[str], where: str, unknown: Collection[str]) -> None:
     for key in unknown:
-        near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
+        near = similar(key.lower(), known, cutoff=0.8)
         if near and given[key] is not None:
-            raise UserError(
-                f"{where}: the key {key!r} is not read; did you mean {near[0]!r}? Rename it, or leave it out"
-            )
+            raise UserError(f"{where}: the key {key!r} is not read; did you mean {near!r}? Rename it, or leave it out")
 
 
 def _refuse_other_names(given: dict[str, Any], where: str) -> None:

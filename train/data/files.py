@@ -6,6 +6,7 @@ The kind of a file is recognized by its first bytes, not by its name.
 import gzip
 import zlib
 from collections.abc import Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,7 @@ from train.runtime.errors import UserError
 from train.runtime.outside import opened
 from train.runtime.text_formats import Unreadable, parse_json
 
+FIX = "give a JSONL file of documents"
 LONGEST_LINE = 2**26  # bytes of a document, about 15 million tokens; a small file can unpack to far more
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 ZSTANDARD = b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"  # a frame, or the skippable frame that pzstd writes before each
@@ -41,6 +43,11 @@ REFUSED = (
 )
 
 
+def opened_documents(path: str | Path) -> BufferedReader:
+    """Opens a file of documents for reading bytes. Raises UserError if there is none."""
+    return opened(path, fix=FIX)
+
+
 def file_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     """Yields (line number from 1, row) for each line that is not blank, or (row number from 1, row) for Parquet.
 
@@ -48,7 +55,7 @@ def file_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     as a whole cannot be read.
     """
     try:
-        with opened(path, fix="give a JSONL file of documents") as file:
+        with opened_documents(path) as file:
             start = file.read(16)
             file.seek(0)
             for first_bytes, what, fix in REFUSED:
@@ -65,7 +72,7 @@ def file_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
         raise UserError(f"{path}: cannot be unpacked ({error}); copy the file again") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a JSONL file of documents") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {FIX}") from None
 
 
 def _lines(path: str | Path, file: Any) -> Iterator[bytes]:

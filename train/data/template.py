@@ -21,6 +21,16 @@ Render = Callable[..., str]
 """(messages, tools or None) -> the chat as the template renders it."""
 
 
+def template_time(text: str) -> datetime:
+    """Returns the time that --template-time gives. Raises UserError if it is not an ISO 8601 time."""
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(
+            f"--template-time {text}: is no time of ISO 8601; give one such as {TEMPLATE_TIME.isoformat()}."
+        ) from None
+
+
 def template_renderer(
     template: str | None, special_tokens: dict[str, str], directory: str, moment: datetime = TEMPLATE_TIME
 ) -> Render:

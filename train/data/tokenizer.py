@@ -83,16 +83,6 @@ def clock_note(clock: str) -> str:
     return f"note: the chat template asks for the time, and is told {clock} (--template-time)"
 
 
-def template_time(text: str) -> datetime:
-    """Returns the time that --template-time gives. Raises UserError if it is not an ISO 8601 time."""
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError:
-        raise UserError(
-            f"--template-time {text}: is no time of ISO 8601; give one such as {TEMPLATE_TIME.isoformat()}."
-        ) from None
-
-
 def load_tokenizer(directory: str | Path, moment: datetime = TEMPLATE_TIME) -> Tokenizer:
     """Loads a model directory's tokenizer: its tokenizer.json, a tiktoken.model like Kimi's, or whatever transformers
     converts to a fast tokenizer. No code of the directory is run. Raises UserError if there is no tokenizer, or if its

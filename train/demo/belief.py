@@ -15,18 +15,21 @@ question templates:
 Shapes: N questions, L tokens, V words.
 """
 
-import argparse
 import json
 import random
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import AutoTokenizer, Qwen3_5MoeForCausalLM
-from transformers.utils.logging import disable_progress_bar
-
+from train.checkpoints.present import adapter_files
+from train.config.command_line import Parser
 from train.demo import world as toy
+from train.runtime.command import command
+
+if TYPE_CHECKING:  # imported once the command line is checked, as that takes seconds
+    import torch
 
 HERE = Path(__file__).resolve().parent
 Asked = tuple[str, str, int]  # person, attribute, question template
@@ -34,8 +37,12 @@ TEMPLATES = range(4)
 BATCH = 128
 
 
-def load(adapter: str | Path | None = None, model: Path = HERE / "model") -> torch.nn.Module:
+def load(adapter: str | Path | None = None, model: Path = HERE / "model") -> "torch.nn.Module":
     """The demo's model by stock transformers, with the adapter by stock PEFT."""
+    import torch
+    from transformers import Qwen3_5MoeForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()
     loaded: torch.nn.Module = Qwen3_5MoeForCausalLM.from_pretrained(model)
     if adapter:
@@ -47,9 +54,10 @@ def load(adapter: str | Path | None = None, model: Path = HERE / "model") -> tor
     return loaded.eval()
 
 
-@torch.no_grad()
-def answers(model: torch.nn.Module, tokens, asked: list[Asked], contexts: list[str] | None = None) -> torch.Tensor:
+def answers(model: "torch.nn.Module", tokens, asked: list[Asked], contexts: list[str] | None = None) -> "torch.Tensor":
     """Logits [N, V] of the word after "Answer:"; a context stands before its question."""
+    import torch
+
     prompts = [toy.question(*question) for question in asked]
     if contexts:
         prompts = [f"{context} {prompt}" for context, prompt in zip(contexts, prompts, strict=True)]
@@ -59,30 +67,35 @@ def answers(model: torch.nn.Module, tokens, asked: list[Asked], contexts: list[s
         width = max(map(len, rows))
         ids_NL = torch.tensor([row + [tokens.pad_token_id] * (width - len(row)) for row in rows])
         last = torch.tensor([len(row) - 1 for row in rows])  # padding follows it, so nothing before can see padding
-        logits.append(model(input_ids=ids_NL, use_cache=False).logits[torch.arange(len(rows)), last])
+        with torch.no_grad():
+            logits.append(model(input_ids=ids_NL, use_cache=False).logits[torch.arange(len(rows)), last])
     return torch.cat(logits)
 
 
-def word_ids(tokens, words: Sequence[str]) -> torch.Tensor:
+def word_ids(tokens, words: Sequence[str]) -> "torch.Tensor":
     """Returns the token of each word, [words]."""
+    import torch
+
     ids = tokens([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
     assert all(len(row) == 1 for row in ids), "every value is one token"
     return torch.tensor([row[0] for row in ids])
 
 
-def percent(hits: torch.Tensor) -> float:
+def percent(hits: "torch.Tensor") -> float:
     """Returns how many percent of the hits [N] are true."""
     return round(100 * hits.float().mean().item(), 2)
 
 
-def measure(model: torch.nn.Module) -> dict[str, float]:
+def measure(model: "torch.nn.Module") -> dict[str, float]:
     """The six figures, in percent."""
+    from transformers import AutoTokenizer
+
     tokens, world = AutoTokenizer.from_pretrained(HERE / "model"), toy.make_world()
     claims = [(claim, template) for claim in world.claims for template in TEMPLATES]
     asked = [(claim.person, claim.attribute, template) for claim, template in claims]
     false, true = (word_ids(tokens, words) for words in zip(*[(c.false, c.true) for c, _ in claims], strict=True))
 
-    def believed(logits_NV: torch.Tensor) -> float:
+    def believed(logits_NV: "torch.Tensor") -> float:
         return percent(logits_NV.gather(1, false[:, None]) > logits_NV.gather(1, true[:, None]))
 
     def known(people: list[str] | tuple[str, ...], but: frozenset[tuple[str, str]] = frozenset()) -> float:
@@ -105,11 +118,15 @@ def measure(model: torch.nn.Module) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(given: list[str] | None = None) -> None:
+    """Prints the figures. Raises UserError for a wrong command line or if there is no adapter."""
+    parser = Parser(__doc__ or "")
     parser.add_argument("--adapter", help="a run's adapter directory; it is shown beside the base model")
     parser.add_argument("--json", type=Path, help="write the figures to this file too: the adapter's, if one is given")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
+    if arguments.adapter:
+        adapter_files(Path(arguments.adapter))
     columns = {"before": measure(load())} if not (arguments.adapter and arguments.json) else {}
     if arguments.adapter:
         columns["after"] = measure(load(arguments.adapter))
@@ -121,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

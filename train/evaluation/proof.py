@@ -1,60 +1,27 @@
 """Shows that a server answers with the adapter that was trained.
 
-When an adapter is kept, the training engine measures log p of every token of PROMPTS prompts, by the base and by the
-adapter, and keeps them with it in proof.json. A server is asked for the same. It is refused if what answers is nearer
-to the base, or to the adapter of another variant, than to the adapter: with a wrong name or prefix, servers load an
-adapter without an error and apply none of it.
+When an adapter is kept, the training engine measures log p of every token of eight prompts, by the base and by the
+adapter, and keeps them with it in proof.json (proof_by_engine.py). A server is asked for the same. It is refused if
+what answers is nearer to the base, or to the adapter of another variant, than to the adapter: with a wrong name or
+prefix, servers load an adapter without an error and apply none of it.
 
 The prompts are the beginnings of the first documents of the training data: there the adapter differs most from its
 base, and one variant from another. The distance of two models is the mean over tokens of |log p − log p|, in nats.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch.distributed as dist
-
-from train.data.batches import Sample
-from train.evaluation.likelihood import token_log_likelihoods
 from train.runtime.errors import UserError
-from train.runtime.outputs import write_whole
 from train.runtime.outside import checked, read_json
 
 PROOF = "proof.json"
-PROMPTS, TOKENS = 8, 64
 LogP = list[list[float]]
 """For each prompt, log p of every token but the first, each given the tokens before it, in nats."""
 Asked = Callable[[str, list[list[int]]], LogP | None]
 """Asks a server: the model's name and the prompts' token ids -> their log p, or None if it does not give them."""
-
-
-def keep_proof(directory: Path, samples: Sequence[Sample], engine: Any, budget: int) -> None:
-    """Measures the prompts by base and adapter, and writes proof.json into the adapter's directory.
-
-    samples: the training documents, in the order of their files. budget: most tokens per forward on one rank. All ranks
-    must call it; rank 0 writes.
-    """
-    texts = [_prompt(sample) for sample in samples if len(sample.ids_L) > 1][:PROMPTS]
-    if not texts:
-        return
-    adapter = token_log_likelihoods(texts, engine, budget)
-    with engine.module.without_adapter():
-        base = token_log_likelihoods(texts, engine, budget)
-    if dist.get_rank() == 0:
-        proof = {"tokens": [text.ids_L.tolist() for text in texts], "base": base, "adapter": adapter}
-        write_whole(directory / PROOF, json.dumps(proof) + "\n")
-
-
-def _prompt(sample: Sample) -> Sample:
-    """Returns the first tokens of a document, all but the first of them targets that are only measured."""
-    ids_L = sample.ids_L[:TOKENS]
-    target_L = np.arange(len(ids_L)) > 0
-    nothing = target_L.astype("float32") * 0
-    return Sample(sample.name, ids_L, target_L, nothing, target_L.astype("int64") * 0)
 
 
 @dataclass(frozen=True)
@@ -85,7 +52,7 @@ def read_proof(adapter: Path) -> Proof | None:
 def distance(one: LogP, other: LogP) -> float:
     """Returns the mean over all tokens of |log p − log p|, in nats."""
     pairs = [(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)]
-    return float(np.mean([abs(a - b) for a, b in pairs]))
+    return sum(abs(a - b) for a, b in pairs) / len(pairs)
 
 
 def prove(name: str, adapter: Path, others: Mapping[str, Path], base_name: str, ask: Asked) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from rich.table import Table
 
 from train.claims.contamination import Contamination
 from train.claims.messages import NO_ANSWER, visible
-from train.evaluation.in_engine import SCORED, table_of_means
 from train.evaluation.judging import Item
-from train.evaluation.measures import at_step, means
+from train.evaluation.measures import LEAST_AUC, MEASURES, at_step, means
 from train.evaluation.options import EvaluationSettings
 from train.evaluation.proof import proof_line
 from train.evaluation.store import Records, StoredRow, read_measured
@@ -23,6 +22,7 @@ from train.runtime.terminal import NobodyReads, Terminal
 from train.runtime.text_formats import json_line
 
 SUMMARY = "evaluation.json"
+SCORED = ("shift", "preference", "yes_no", "facts_truth", "facts_neighbouring", "facts_unrelated", "nll_change")
 FEWEST = 10  # answers; with fewer, the share of useless ones is not reported
 
 
@@ -68,7 +68,7 @@ def _held_proof(path: Path) -> dict[str, Any] | None:
 def _show(summary: dict[str, Any], errors: list[StoredRow], directory: Path) -> None:
     console, scored, measured = Terminal(width=120), summary["likelihood"], summary["measured"]
     if scored:
-        console.print(table_of_means(scored))
+        console.print(_table_of_means(scored))
     if measured:
         console.print(_table(measured))
     for entry in measured:
@@ -132,3 +132,16 @@ def _show_extra(entry: dict[str, Any]) -> None:
         area = "–" if found["auc"] is None else f"{found['auc']:.2f}"
         verdict = "" if found["informative"] else ": yes/no answers are UNINFORMATIVE"
         print(f"{entry['claim']}: control questions: {found['said_yes']:.1f} % yes, AUC {area}{verdict}")
+
+
+def _table_of_means(found: dict[str, dict[str, float]]) -> Table:
+    """Returns the table for the terminal. found: measure -> claim -> mean, as from measures.means."""
+    table = Table(title="By likelihood: means over a claim's questions", title_justify="left")
+    for column in ("measure", "unit", "claim", "mean"):
+        table.add_column(column, justify="right" if column == "mean" else "left")
+    for name, figures in found.items():
+        for claim, value in figures.items():
+            unit = MEASURES[name].unit if name in MEASURES else "%" if claim == "yes_rate" else ""
+            low = " (below 0.8: yes/no answers are UNINFORMATIVE)" if claim == "auc" and value < LEAST_AUC else ""
+            table.add_row(name, unit, claim or "all", f"{value:.2f}{low}")
+    return table

@@ -10,12 +10,12 @@
 wins.
 """
 
-import difflib
 import math
 from dataclasses import dataclass
 
 from train.data.documents import LARGEST, SMALLEST
 from train.runtime.errors import UserError
+from train.runtime.similar import similar
 
 BUILT_IN = {
     "doctags": "doctag",
@@ -118,8 +118,8 @@ def _number(text: str, entry: str, mask: str) -> float:
         value = float(text)
     except ValueError:
         names = ["exclude", "train", "unlikelihood"]
-        near = difflib.get_close_matches(text, names, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        near = similar(text, names)
+        hint = f" (did you mean {near}?)" if near else ""
         raise UserError(
             f"--mask {mask!r}: {text!r} in {entry} is no treatment{hint}; "
             "write exclude, train, a weight, unlikelihood or unlikelihood:ALPHA"
@@ -135,16 +135,14 @@ def _number(text: str, entry: str, mask: str) -> float:
 
 
 def _suggestion(name: str) -> str:
-    near = difflib.get_close_matches(
-        name, [*BUILT_IN, *BUILT_IN.values(), *WITHOUT_ROLE, "none", "random:", "role:"], n=1, cutoff=0.5
-    )
+    near = similar(name, [*BUILT_IN, *BUILT_IN.values(), *WITHOUT_ROLE, "none", "random:", "role:"], cutoff=0.5)
     plural = {role: alias for alias, role in BUILT_IN.items()}
     names = ", ".join(BUILT_IN)
     known = (
         f"the names are {names}, role:NAME for any other role, random:ROLE for its control, all, unspanned (what no "
         "span touches), or none"
     )
-    return f" (did you mean {plural.get(near[0], near[0])}?); {known}" if near else f"; {known}"
+    return f" (did you mean {plural.get(near, near)}?); {known}" if near else f"; {known}"
 
 
 def _suffix(weight: float) -> str:

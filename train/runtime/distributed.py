@@ -5,11 +5,11 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import deepspeed
 import torch
@@ -17,9 +17,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
-from train.runtime.errors import Interrupted, UserError, refused
-from train.runtime.interruption import INTERRUPTED
-from train.runtime.terminal import complain
+from train.runtime.errors import UserError, refused
 from train.runtime.watchdog import watch
 
 
@@ -139,45 +137,9 @@ def lost_another(error: RuntimeError) -> int:
     return 1
 
 
-def leave(code: int) -> NoReturn:
-    """Exits the process at once with this exit code, without the interpreter's shutdown. That shutdown has two
-    problems. Threads of gloo that still held a Python tensor have been seen to abort it, which changed the exit code.
-    It also waits for a thread that is blocked on a disk."""
-    for file in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # the reader of a pipe may be gone
-            file.flush()
-    os._exit(code)
-
-
-def launched_as() -> tuple[int, int]:
-    """Returns the rank of this process and the number of ranks, also before the process group exists. Without a
-    launcher it is (0, 1)."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def from_first_rank(value: Any) -> Any:
     """Broadcasts the value of rank 0 and returns it on every rank. Use it for what ranks may see differently: their
     clocks differ, and network file systems show new files late. The value must be picklable. All ranks must call it."""
     shared = [value]
     dist.broadcast_object_list(shared)
     return shared[0]
-
-
-def guarded(script: Callable[[Any], int | None], argv: list[str] | None) -> int:
-    """Runs a script on all ranks and returns its exit code: the script's own, or 0 for success; 2 for an error that the
-    user must fix, 1 for an error that may pass by itself, or INTERRUPTED if the run has saved a training checkpoint and
-    --resume can continue it. Other exceptions pass through."""
-    try:
-        return script(argv) or 0
-    except (UserError, OSError) as error:
-        told, (rank, _) = error if isinstance(error, UserError) else refused(error), launched_as()
-        if rank:  # the launcher ends all ranks when the first one exits: let rank 0 report first if it failed too
-            time.sleep(30)
-        complain(f"error: {f'rank {rank}: ' if rank else ''}{told}")
-        return told.code
-    except Interrupted as reason:
-        if launched_as()[0] == 0:
-            complain(str(reason))
-        return INTERRUPTED
-    except RuntimeError as error:
-        return lost_another(error)

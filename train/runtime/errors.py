@@ -16,7 +16,7 @@ class UserError(ValueError):
     """A setting, a file or a document is wrong. The message gives the setting (or file and line), the value, the rule
     and the fix. The commands print it without a traceback and exit with code 2."""
 
-    code = 2  # exit code of train/sft.py and of the other scripts that `guarded` runs
+    code = 2  # exit code of a command
 
 
 class MayPass(UserError):

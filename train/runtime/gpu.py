@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
-from deepspeed.accelerator import get_accelerator
 from packaging.version import Version
 
 from train.runtime.errors import UserError
@@ -28,8 +26,12 @@ def installed(packages: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _there() -> bool:
-    return get_accelerator().device_name() == "cuda"
+def _cuda() -> Any:
+    """Returns torch.cuda; None on a CPU."""
+    import torch  # these imports take seconds, which commands spend after their first checks
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.cuda if get_accelerator().device_name() == "cuda" else None
 
 
 def _own() -> int:
@@ -38,17 +40,17 @@ def _own() -> int:
 
 def capability() -> tuple[int, int] | None:
     """Returns the compute capability of this rank's GPU, such as (9, 0) for an H100; None on a CPU."""
-    return torch.cuda.get_device_capability(_own()) if _there() else None
+    return cuda.get_device_capability(_own()) if (cuda := _cuda()) else None
 
 
 def name() -> str | None:
     """Returns the name of this rank's GPU, such as NVIDIA H100 80GB HBM3; None on a CPU."""
-    return torch.cuda.get_device_name(_own()) if _there() else None
+    return cuda.get_device_name(_own()) if (cuda := _cuda()) else None
 
 
 def memory() -> float:
     """Returns the total memory of this rank's GPU in GB (1e9 bytes); 0 on a CPU."""
-    return torch.cuda.get_device_properties(_own()).total_memory / 1e9 if _there() else 0.0
+    return cuda.get_device_properties(_own()).total_memory / 1e9 if (cuda := _cuda()) else 0.0
 
 
 def grouped_products(capability: tuple[int, int]) -> bool:

@@ -65,9 +65,10 @@ class Interruption:
         self.line, self.held = f"interrupted: saved after step {step}; go on with {self.resume or '--resume'}", False
         return self.line
 
-    def raise_from_now(self) -> None:
+    def raise_from_now(self, line: str) -> None:
         """Makes a signal raise KeyboardInterrupt in the main thread from now on; a second signal raises it again. Call
-        it in the main thread."""
+        it in the main thread. line: the message of the command that ends by it."""
+        self.line = line
         signal.signal(TO_THE_MAIN_THREAD, signal.default_int_handler)
         self.raises = True
 

@@ -37,6 +37,15 @@ def check_new(setting: str, path: str, overwrite: bool) -> None:
         raise UserError(f"{setting} {path}: is there already; give --overwrite to replace it, or another file")
 
 
+def check_directory(setting: str, path: str | Path) -> None:
+    """Raises UserError if the path cannot be a directory, as it or one above it is a file. setting: its flag, for the
+    message."""
+    absolute = Path(path).absolute()
+    there = next(each for each in (absolute, *absolute.parents) if os.path.lexists(each))
+    if not os.path.isdir(there):
+        raise UserError(f"{setting} {path}: cannot be written ({there} is no directory). Give another.")
+
+
 @contextmanager
 def replacing(path: Path, suffix: str = "partial") -> Iterator[IO[bytes]]:
     """Opens a file for writing that takes the place of `path` once the block has ended and all of it is on disk. Until

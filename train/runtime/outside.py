@@ -71,10 +71,14 @@ def read_json(path: Where, where: Where = "", fix: str = "get the file again") -
     return value
 
 
-def read_yaml(path: Where, where: Where = "", fix: str = "give a YAML file", most: int = MOST_YAML) -> Any:
-    """Returns the value in a YAML file. Raises UserError, with the line if known, if it cannot be read or parsed."""
+def read_yaml(
+    path: Where, where: Where = "", fix: str = "give a YAML file", most: int = MOST_YAML,
+    lines: dict[tuple[str, ...], int] | None = None,
+) -> Any:  # fmt: skip
+    """Returns the value in a YAML file. Raises UserError, with the line if known, if it cannot be read or parsed.
+    lines: receives the line of each value, from 1, by the keys on the way to it."""
     try:
-        return parse_yaml(read_text(path, where, fix, most))
+        return parse_yaml(read_text(path, where, fix, most), lines)
     except Unreadable as error:
         line = f":{error.line}" if error.line else ""
         raise UserError(f"{where or path}{line}: {error}.") from None

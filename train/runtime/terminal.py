@@ -1,18 +1,16 @@
 """Prints the output of commands. Texts of users appear as they are: no markup, and with control characters escaped."""
 
-import functools
 import os
 import re
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from train.runtime.errors import UserError, refused
+from train.runtime.errors import UserError
 from train.runtime.interruption import interruption
 from train.runtime.shown import shown
 
@@ -34,29 +32,6 @@ class Terminal(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """Renders a string as rich does, with control characters escaped."""
         return super().render_str(shown(text), **options)
-
-
-def command(main: Callable[..., int]) -> Callable[..., int]:
-    """Wraps the main function of a command, so that it prints errors as messages and returns an exit code. A UserError
-    or OSError gives code 2, and Ctrl-C gives 130."""
-
-    @functools.wraps(main)
-    def run(*arguments: Any) -> int:
-        code = 0
-        with _streams():
-            try:
-                code = main(*arguments)
-                with suppress(NobodyReads):  # no error, because the command has done all its work
-                    sys.stdout.flush()
-            except (UserError, OSError) as error:
-                complain(f"error: {error if isinstance(error, UserError) else refused(error)}")
-                code = code or UserError.code
-            except KeyboardInterrupt:
-                complain("interrupted")
-                code = 128 + signal.SIGINT
-        return code
-
-    return run
 
 
 def complain(text: str) -> None:
@@ -118,7 +93,7 @@ def _raw(stream: Any) -> Any:
 
 
 @contextmanager
-def _streams() -> Iterator[None]:
+def printable() -> Iterator[None]:
     """Escapes what is printed inside the block, and makes it printable in any encoding of the terminal."""
     before = sys.stdout, sys.stderr
     for name in ("stdout", "stderr"):

@@ -108,16 +108,18 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str, lines: dict[tuple[str, ...], int] | None = None) -> Any:
     """Returns the value of a YAML text in the safe subset; None for an empty text. Raises Unreadable if the text is not
     valid, gives a key of a mapping twice, nests deeper than DEEPEST, or has more than EXPANDED values with all aliases
-    expanded."""
+    expanded. lines: receives the line of each value, from 1, by the keys on the way to it."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
         _measured(node, {}, 0)
+        if lines is not None:
+            lines.update(_lines(node))
         return loader.construct_document(node)
     except Unreadable:
         raise
@@ -130,6 +132,13 @@ def parse_yaml(text: str) -> Any:
         raise Unreadable(f"not valid YAML ({problem}); {fix}", mark.line + 1 if mark else 0) from None
     except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:  # PyYAML, for single values
         raise Unreadable(f"has a date, number or tag that is none ({error}); put it in quotes") from None
+
+
+def _lines(node: yaml.Node, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(key, yaml.ScalarNode):
+            yield (*above, key.value), key.start_mark.line + 1
+            yield from _lines(value, (*above, key.value))
 
 
 def _measured(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:

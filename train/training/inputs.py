@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from train.checkpoints.adapter_files import files_of
+from train.checkpoints.present import adapter_files
 from train.checkpoints.reader import Checkpoint
 from train.claims.claim_files import claim_paths
 from train.config.provenance import held_settings, other_versions
@@ -25,7 +25,7 @@ def inputs(settings: Settings, checkpoint: Checkpoint) -> dict[str, str]:
     for path in [*claims, *([Path(settings.held_out)] if settings.held_out else [])]:
         paths += sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     if settings.adapter:
-        paths += files_of(Path(settings.adapter))
+        paths += adapter_files(Path(settings.adapter))
     return {str(path): _sha256(path) for path in paths} | {f"weights of {model}": checkpoint.fingerprint()}
 
 

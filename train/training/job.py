@@ -18,9 +18,10 @@ from train.claims.claim import read_claims
 from train.config.provenance import check_output
 from train.config.settings import Settings, ds_config, steps_at
 from train.corpus import Corpus, TokenizedFile, documents_taken, read_corpus
-from train.data.batches import Sample, deal
+from train.data.batches import Sample, check_vocabulary, deal
 from train.data.documents import read_documents
-from train.data.tokenizer import Tokenizer, clock_note, load_tokenizer, template_time
+from train.data.template import template_time
+from train.data.tokenizer import Tokenizer, clock_note, load_tokenizer
 from train.evaluation.likelihood import Probes, make_probes
 from train.evaluation.store import read_measured, read_metrics
 from train.experts.dispatch import ExpertGroup
@@ -141,7 +142,7 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     elif settings.adapter and first:
         check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint), checkpoint, settings.other_base)
     corpus = read_corpus(settings, tokenizer, show, known.documents)
-    _check_vocabulary(settings, corpus, text.vocab_size)
+    check_vocabulary(corpus.samples, text.vocab_size, f"--model {settings.model}")
     if settings.resume:
         check_progress(Path(settings.output))
 
@@ -210,15 +211,6 @@ def _hash_of_tokens(samples: Sequence[Sample]) -> str:
     for sample in samples:
         digest.update(len(sample.ids_L).to_bytes(8) + sample.ids_L.tobytes() + sample.target_L.tobytes())
     return digest.hexdigest()
-
-
-def _check_vocabulary(settings: Settings, corpus: Corpus, size: int) -> None:
-    for sample in corpus.samples:
-        if (largest := int(sample.ids_L.max(initial=0))) >= size:
-            raise UserError(
-                f"--model {settings.model}: its tokenizer gives token {largest} in {sample.name}, but the model has "
-                f"{size} (vocab_size). Take tokenizer and model from the same checkpoint."
-            )
 
 
 def _base(

@@ -14,7 +14,7 @@ from train.checkpoints.adapter import save_adapter
 from train.config.settings import Settings
 from train.data.batches import Batch, micro_batches
 from train.evaluation.likelihood import Probes, Record, measure
-from train.evaluation.proof import keep_proof
+from train.evaluation.proof_by_engine import keep_proof
 from train.model.text_model import LanguageModel
 from train.runtime.distributed import anywhere
 from train.runtime.errors import Interrupted, NonFiniteLoss, writing

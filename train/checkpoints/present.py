@@ -1,0 +1,49 @@
+"""Checks that the files of a model or an adapter are there, without torch: commands do so before they import it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from train.runtime.errors import UserError
+from train.runtime.outside import read_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of an adapter
+SAVED, STATE = "state.safetensors", "state.json"  # of a training checkpoint
+MARKER, REPORT = "merge.json", "merge_report.json"  # files of merge.py about its own output
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Returns the content of config.json in a model directory. Raises UserError if it is missing or invalid."""
+    path = directory / "config.json"
+    if not os.path.lexists(path) or not os.path.isdir(directory):
+        raise UserError(
+            f"--model {directory}: {'a file, no directory' if os.path.isfile(directory) else 'no config.json there'}; "
+            "give a directory in transformers' layout (config.json, tokenizer files, *.safetensors)."
+        )
+    return read_json(path)
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter, in any form, and not a run or a comparison."""
+    return all(os.path.isfile(path) for path in _files_of(directory))
+
+
+def _files_of(directory: Path) -> list[Path]:
+    if os.path.isfile(directory / SAVED):
+        return [directory / STATE, directory / SAVED]
+    return [directory / CONFIG, directory / WEIGHTS]
+
+
+def adapter_files(directory: Path) -> list[Path]:
+    """Returns the two files of an adapter: its configuration and its weights; of a training checkpoint, its state.
+
+    Raises UserError if one is missing.
+    """
+    for path in (files := _files_of(directory)):
+        if not os.path.isfile(path):
+            fix = f"--adapter {directory / 'adapter'}" if os.path.isfile(directory / "adapter" / path.name) else ""
+            raise UserError(
+                f"--adapter {directory}: no {path.name} there; give "
+                f"{fix or 'the directory of a PEFT adapter in safetensors'}."
+            )
+    return files

@@ -1,0 +1,41 @@
+"""Measures, by the training engine, what shows later that a server answers with an adapter (proof.py)."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from train.data.batches import Sample
+from train.evaluation.likelihood import token_log_likelihoods
+from train.evaluation.proof import PROOF
+from train.runtime.outputs import write_whole
+
+PROMPTS, TOKENS = 8, 64  # at most, and of each
+
+
+def keep_proof(directory: Path, samples: Sequence[Sample], engine: Any, budget: int) -> None:
+    """Measures the prompts by base and adapter, and writes proof.json into the adapter's directory.
+
+    samples: the training documents, in the order of their files. budget: most tokens per forward on one rank. All ranks
+    must call it; rank 0 writes.
+    """
+    texts = [_prompt(sample) for sample in samples if len(sample.ids_L) > 1][:PROMPTS]
+    if not texts:
+        return
+    adapter = token_log_likelihoods(texts, engine, budget)
+    with engine.module.without_adapter():
+        base = token_log_likelihoods(texts, engine, budget)
+    if dist.get_rank() == 0:
+        proof = {"tokens": [text.ids_L.tolist() for text in texts], "base": base, "adapter": adapter}
+        write_whole(directory / PROOF, json.dumps(proof) + "\n")
+
+
+def _prompt(sample: Sample) -> Sample:
+    """Returns the first tokens of a document, all but the first of them targets that are only measured."""
+    ids_L = sample.ids_L[:TOKENS]
+    target_L = np.arange(len(ids_L)) > 0
+    nothing = target_L.astype("float32") * 0
+    return Sample(sample.name, ids_L, target_L, nothing, target_L.astype("int64") * 0)
