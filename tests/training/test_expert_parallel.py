@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 
 from launch.cluster import Cluster
-from launch.plan import main, opened
+from launch.plan import main
 from launch.planning import Plan, by_plan, expert_parallel
+from launch.proposal import opened
 from tests.support.models import write_documents, write_model
-from train import evaluate, sft
+from train import sft
 from train.checkpoints.reader import Checkpoint
 from train.claims.claim import read_claims
 from train.config.command_line import REPOSITORY
 from train.config.provenance import record
 from train.config.settings import parse
+from train.evaluation.of_a_model import Evaluation
 from train.evaluation.options import parse_evaluation
 from train.model.engine import checked_expert_parallel
 from train.runtime.errors import UserError
@@ -135,4 +137,5 @@ def test_the_commands_ask_the_plan(model, tmp_path, monkeypatch, capsys):
     claims = REPOSITORY / "train" / "demo" / "claims.yaml"
     given = ["--model", str(model), "--claims", str(claims), "--output", str(tmp_path / "out")]
     options = parse_evaluation(given, "")
-    assert evaluate.Evaluation(options, read_claims(options.claims)).measuring.expert_parallel == 2
+    evaluation = Evaluation(options, read_claims(options.claims), expert_parallel)
+    assert evaluation.measuring.expert_parallel == 2

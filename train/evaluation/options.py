@@ -138,9 +138,10 @@ def parse_evaluation(argv: list[str] | None, usage: str) -> EvaluationSettings:
         )
     if settings.other_base and not settings.adapter:
         raise UserError("--other-base: counts for nothing without --adapter; give both or neither.")
+    unset = EvaluationSettings()
     other, needed = (OF_THE_ENDPOINT, "--endpoint") if settings.model else (OF_THE_ENGINE, "--model")
     for name in other:
-        if (value := getattr(settings, name)) != getattr(EvaluationSettings, name):
+        if (value := getattr(settings, name)) != getattr(unset, name):
             shown = "" if value is True or name.endswith("_body") else f" {value}"  # a body may hold an API key
             raise UserError(f"--{name.replace('_', '-')}{shown}: needs {needed}, and counts for nothing without it.")
     return settings
