@@ -295,18 +295,27 @@ def largest_rank(form: Served) -> int:
     return next(rank for rank in VLLM_RANKS if rank >= form.rank)
 
 
+PROGRAMS = {
+    "vllm": ["python", "-m", "vllm.entrypoints.openai.api_server"],
+    "sglang": ["python", "-m", "sglang.launch_server"],
+}
+BASE = "base"
+"""The name under which a server has the base model."""
+
+
 def command(server: str, base: str, adapters: dict[str, str], rank: int, of: Family) -> list[str]:
     """Returns the command that serves a base model with adapters. adapters: name -> directory, as exported. rank: the
     largest, as `largest_rank` returns it."""
     if server == "sglang":
         return [
-            "python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora", "--max-lora-rank", str(rank),
-            "--max-loras-per-batch", str(len(adapters) + 1),
+            *PROGRAMS[server], "--model-path", base, "--served-model-name", BASE, "--enable-lora",
+            "--max-lora-rank", str(rank), "--max-loras-per-batch", str(len(adapters) + 1),
             "--lora-paths", *(f"{name}={path}" for name, path in adapters.items()),
         ]  # fmt: skip
     fused = {"is_3d_lora_weight": True} if of.mixed else {}
     return [
-        "vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(len(adapters)),
+        *PROGRAMS[server], "--model", base, "--served-model-name", BASE, "--enable-lora",
+        "--max-lora-rank", str(rank), "--max-loras", str(len(adapters)),
         *(["--enable-mixed-moe-lora-format"] if of.mixed else []),
         "--lora-modules",
         *(json.dumps({"name": name, "path": path} | fused) for name, path in adapters.items()),

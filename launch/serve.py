@@ -1,0 +1,193 @@
+"""Serves a base model and the adapters of several runs from one server, vLLM or SGLang:
+
+    python -m launch.serve --model DIR --adapters runs/a/adapter runs/b/adapter --output served [-- FLAG…]
+
+Checks ranks, names and memory before the server starts, and writes each adapter in its form (train/export.py) into a
+directory of --output. The base is named `base`, an adapter as its run. Flags after -- go to the server. --dry-run
+prints the command. The server runs in an environment of its own: --python is its interpreter.
+"""
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from train.runtime.interruption import interruption
+
+    interruption.listen("interrupted")
+
+import math
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train.checkpoints.present import adapter_files, read_config
+from train.config.command_line import Parser, check_ranges, setting
+from train.runtime.command import command
+from train.runtime.errors import UserError
+from train.runtime.outputs import check_directory
+from train.runtime.outside import read_json
+
+ENVIRONMENT = Path(".venv-vllm/bin/python")  # as `make vllm` makes it
+USABLE = 0.9  # share of a GPU's memory that servers take by default
+
+
+@dataclass(kw_only=True)
+class ServeOptions:
+    """The options of a server."""
+
+    model: str = setting("", "DIR: the base model")
+    adapters: list[str] = setting((), "DIR…: adapters of runs, or runs, of which the adapter is served", many=True)  # noqa: RUF009
+    output: str = setting("", "DIR for the adapters in the server's form")
+    to: str = setting("vllm", "the server", choices=("vllm", "sglang"))
+    python: str = setting("", f"interpreter of the server's environment; default: {ENVIRONMENT}, else python")
+    port: int = setting(8000, "port on which the server listens", between=(1, 65535))
+    tensor_parallel: int = setting(0, "GPUs that share each matrix; 0: all of this node", between=(0, 10**4))
+    expert_parallel: bool = setting(False, "divide the experts over these GPUs instead of each expert's matrices")
+    fully_sharded: bool = setting(False, "divide all LoRA weights over these GPUs (vLLM)")
+    drop: list[str] = setting((), "NAME…: modules whose LoRA weights may be left out", many=True)  # noqa: RUF009
+    dtype: str = setting("bfloat16", "of the adapters' weights", choices=("bfloat16", "float32"))
+    other_base: bool = setting(False, "serve adapters on a --model of the same shapes that they were not trained on")
+    dry_run: bool = setting(False, "check, and print the command")
+
+
+@dataclass
+class Serving:
+    """A server that is ready to start. names: adapter directory by its name on the server. command: starts it."""
+
+    options: ServeOptions
+    names: dict[str, Path] = field(default_factory=dict)
+    command: list[str] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        """The base URL of the server."""
+        return f"http://127.0.0.1:{self.options.port}/v1"
+
+
+@command
+def main(argv: list[str]) -> None:
+    """Prepares the adapters and becomes the server. Raises UserError if something would not be served as trained."""
+    given, more = split(argv)
+    parser = Parser(__doc__ or "")
+    parser.add_settings(ServeOptions)
+    options = parsed(vars(parser.parse_args(given)), ServeOptions)
+    check_early(options)
+    serving = prepare(options, more)
+    print(shlex.join(serving.command), flush=True)
+    if not options.dry_run:
+        os.execvp(serving.command[0], serving.command)
+
+
+def split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the arguments before and after the first --."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    return argv[:at], argv[at + 1 :]
+
+
+def parsed(values: dict[str, Any], cls: type) -> Any:
+    """Returns the dataclass of settings `cls` with the values that a command line gave. Raises UserError for a number
+    out of its range."""
+    options = cls(**{name: value for name, value in values.items() if name in cls.__dataclass_fields__})  # type: ignore[attr-defined]
+    check_ranges(options)
+    return options
+
+
+def check_early(options: ServeOptions) -> None:
+    """Raises UserError for what is missing, and for paths at which nothing is. Needs no torch."""
+    for name in ("model", "adapters", "output"):
+        if not getattr(options, name):
+            raise UserError(f"--{name} is missing; give it.")
+    read_config(Path(options.model))
+    check_directory("--output", options.output)
+    for adapter in options.adapters:
+        adapter_files(adapter_of(Path(adapter)))
+
+
+def adapter_of(path: Path) -> Path:
+    """Returns the adapter of a run's directory; an adapter's own directory as it is."""
+    return path / "adapter" if (path / "settings.yaml").is_file() else path
+
+
+def prepare(options: ServeOptions, more: list[str]) -> Serving:
+    """Writes the adapters in the server's form, unless they are there already, and returns the server's command.
+
+    more: further flags of the server. With --dry-run nothing is written. Raises UserError if an adapter does not fit
+    the model, if the server would not apply all of it, if two adapters have one name, or if memory does not suffice.
+    """
+    import torch
+
+    from train.checkpoints.adapter_files import adapter_settings, check_adapter, check_finite, weights_hash
+    from train.checkpoints.present import is_adapter
+    from train.checkpoints.reader import Checkpoint
+    from train.checkpoints.served import SERVE, adapter_name, largest_rank, served, write_served
+    from train.checkpoints.served import command as server_command
+    from train.experts.dispatch import ExpertGroup
+    from train.model.text_model import architecture, skeleton, text_config
+
+    base, serving = Checkpoint(options.model), Serving(options)
+    model, of, dtype = skeleton(text_config(base), ExpertGroup()), architecture(base), getattr(torch, options.dtype)
+    forms, written = [], {}
+    for adapter in map(adapter_of, map(Path, options.adapters)):
+        name, lora = adapter_name(adapter), adapter_settings(adapter)
+        if name in {*serving.names, "base"}:
+            raise UserError(f"--adapters {adapter}: the server has another {name}; rename the run's directory.")
+        form = served(options.to, model, lora, of, base, options.drop)
+        check_adapter(adapter, model, lora, of, base, options.other_base)
+        serving.names[name], target = adapter, Path(options.output) / name
+        written[name] = str(target.resolve())
+        forms.append(form)
+        if options.dry_run:
+            continue
+        held = read_json(target / SERVE) if (target / SERVE).is_file() else {}
+        wanted = {"server": options.to, "dtype": options.dtype, "not_served": sorted(options.drop)}
+        same = (held.get("adapter") or {}).get("sha256") == weights_hash(adapter)
+        if not (same and is_adapter(target) and all(held.get(key) == value for key, value in wanted.items())):
+            check_finite(adapter)
+            write_served(form, adapter, lora, of, base, target, dtype)
+    rank, gpus = max(map(largest_rank, forms)), options.tensor_parallel or max(1, torch.cuda.device_count())
+    check_memory(options, forms, rank, gpus, base, dtype)
+    own = server_command(options.to, options.model, written, rank, forms[0].family)
+    parallel = {"vllm": "--tensor-parallel-size", "sglang": "--tp-size"}[options.to]
+    own += ["--port", str(options.port), *([parallel, str(gpus)] if gpus > 1 else [])]
+    if options.expert_parallel:
+        own += ["--enable-expert-parallel"] if options.to == "vllm" else ["--ep-size", str(gpus)]
+    own += ["--fully-sharded-loras"] if options.fully_sharded else []
+    serving.command = [interpreter(options.python), *own[1:], *more]
+    return serving
+
+
+def interpreter(given: str) -> str:
+    """Returns the interpreter that runs the server. Raises UserError if there is no such file."""
+    if given and not os.access(given, os.X_OK):
+        raise UserError(f"--python {given}: is not an executable; give the interpreter of the server's environment.")
+    return given or (str(ENVIRONMENT.absolute()) if ENVIRONMENT.exists() else "python")
+
+
+def check_memory(options: ServeOptions, forms: list[Any], rank: int, gpus: int, base: Any, dtype: Any) -> None:
+    """Prints what weights and adapters take of each GPU. Raises UserError if that does not fit, or if the ranks do not
+    divide as --fully-sharded needs. Without a GPU it only prints."""
+    from launch.cluster import gpu_memory
+    from train.checkpoints.served import slot_bytes
+
+    ranks = {form.rank for form in forms}
+    if options.fully_sharded and any(each % gpus for each in ranks):
+        raise UserError(
+            f"--fully-sharded: the ranks must be multiples of {gpus}, the number of GPUs, and are "
+            f"{', '.join(map(str, sorted(ranks)))}; leave it out."
+        )
+    weights = sum(info.dtype.itemsize * math.prod(info.shape) for info in base.tensors.values()) / gpus
+    slots = sum(slot_bytes(form, rank, gpus, options.expert_parallel, options.fully_sharded, dtype) for form in forms)
+    memory, wanted = gpu_memory(), (weights + slots) / 1e9
+    print(
+        f"on each of {gpus} {'GPUs' if memory else 'processes'}: {weights / 1e9:.2f} GB of weights, "
+        f"{slots / 1e9:.2f} GB for {len(forms)} adapters of rank up to {rank}"
+    )
+    if memory and wanted > USABLE * memory:
+        raise UserError(
+            f"--adapters: {wanted:.1f} GB are needed on each GPU before any cache, and servers use {USABLE:.0%} of "
+            f"{memory:.0f} GB. Give --expert-parallel or --fully-sharded, fewer adapters at a time, or more GPUs."
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
