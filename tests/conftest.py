@@ -25,6 +25,7 @@ from tests.support.vocabularies import write_kimi_tokenizer, write_qwen_tokenize
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.layers.mixing import bind
 
+pytest_plugins = ["tests.support.processor_time"]
 MOST_MEMORY, MOST_SECONDS = 8e9, 1200  # of the process that runs the tests; of a test with its fixtures
 
 
