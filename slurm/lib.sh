@@ -46,25 +46,34 @@ newest_save() {
     echo "$newest"
 }
 
-# attempt FLAG…: train/sft.py with these flags, once, on all ranks; then the end of the job, or another attempt.
-attempt() {
-    local values output number=$((${SLURM_RESTART_COUNT:-0} + 1)) code=0 file first=
+# one_attempt FLAG…: begins an attempt: its `number`, the `job`, the `output` of the flags, its `log`, and `code`, and has
+# this shell told of the time limit.
+one_attempt() {
+    number=$((${SLURM_RESTART_COUNT:-0} + 1)) code=0
     job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # an array's own number means all of its tasks
     job=${job:-$SLURM_JOB_ID}
     output_of "$@"
-    local flags=("$@" --output "$output") log=$output/logs/attempt-$number.log
-    # A rank a GPU or, on nodes without any, as many as --ntasks-per-node says.
-    local ranks=${SLURM_GPUS_ON_NODE:-0}
-    ((ranks)) || ranks=${SLURM_NTASKS_PER_NODE:-1}
-    if ((number > 1)) && [[ -e $output/settings.yaml ]]; then flags+=(--resume); fi
+    log=$output/logs/attempt-$number.log
     if ! mkdir -p -- "$output/logs"; then
         echo "error: --output $output: cannot be made on $(hostname). Give another directory." >&2
         exit "$USER_ERROR"
     fi
-    echo "attempt $number, $ranks ranks on each of $SLURM_JOB_NODELIST: $log"
+    if ((number == 1)); then rm -f -- "$output/logs/failures"; fi # of a job before this one
     before_the_time_limit &
     # shellcheck disable=SC2064 # this one
     trap "kill $! 2>/dev/null || true" EXIT
+}
+
+# attempt FLAG…: train/sft.py with these flags, once, on all ranks; then the end of the job, or another attempt.
+attempt() {
+    local values output number log code file first=
+    one_attempt "$@"
+    local flags=("$@" --output "$output")
+    # A rank a GPU or, on nodes without any, as many as --ntasks-per-node says.
+    local ranks=${SLURM_GPUS_ON_NODE:-0}
+    ((ranks)) || ranks=${SLURM_NTASKS_PER_NODE:-1}
+    if ((number > 1)) && [[ -e $output/settings.yaml ]]; then flags+=(--resume); fi
+    echo "attempt $number, $ranks ranks on each of $SLURM_JOB_NODELIST: $log"
 
     MASTER_ADDR=$(hostname) MASTER_PORT=$((20000 + (SLURM_JOB_ID + 997 * number) % 10000)) LOCAL_SIZE=$ranks
     # Blocks of memory that grow, for micro-batches of many sizes; kernels that a node compiles stay on it.
@@ -74,7 +83,6 @@ attempt() {
     await_earlier_ranks
     rm -rf -- "$CODES"
     mkdir -p -- "$CODES"
-    if ((number == 1)); then rm -f -- "$output/logs/failures"; fi # of a job before this one
     # --wait: for longer than its nodes wait for each other.
     ((code)) || step on_every_node 1 --wait=$((4 * ${PREFLIGHT_TIME_LIMIT:-120} + 120)) python -m launch.preflight "${flags[@]}"
     if ((code == 0)); then
@@ -204,10 +212,10 @@ after() {
     if ((saved == before || code != INTERRUPTED)); then failures=$((failures + 1)); fi
     echo "$failures $saved" >"$output/logs/failures"
     if ((failures >= ${MAX_FAILURES:-3})); then
-        echo "$failures attempts in a row without a new save: not tried again (attempts that end before one want a longer --time)"
+        echo "$failures attempts in a row without ${wanted:-a new save}: not tried again (attempts that end before one want a longer --time)"
         exit "$code"
     fi
-    echo "requeued after code $code; the newest save is of step $saved"
+    echo "requeued after code $code; ${progress:-the newest save is of step} $saved"
     patiently scontrol requeue "$job"
     exit "$code"
 }

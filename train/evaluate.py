@@ -171,8 +171,8 @@ def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination:
         proof = None
         if any(item.key not in records.answers for item in missing):
             endpoint.check()
-            proof = prove_served(s, endpoint)
-            print(proof_line(proof), flush=True)
+            if proof := prove_served(s, endpoint):
+                print(proof_line(proof), flush=True)
         if judge and any(item.judged for item in missing):
             judge.check()
         try:
@@ -184,9 +184,11 @@ def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination:
     return 1 if incomplete else 0
 
 
-def prove_served(s: EvaluationSettings, endpoint: Endpoint) -> dict[str, Any]:
+def prove_served(s: EvaluationSettings, endpoint: Endpoint) -> dict[str, Any] | None:
     """Asks the server for what shows that it answers with --served-adapter, by default the adapter of the run in
-    --output. Returns what `prove` does. Raises UserError if it answers with something else."""
+    --output. Returns what `prove` does; None for a base model. Raises UserError if it answers with something else."""
+    if s.step < 1 and not s.served_adapter:
+        return None
     from train.checkpoints.adapter_files import trained_steps  # imports torch, which the early checks do not need
 
     own = Path(s.output) / "adapter"

@@ -15,9 +15,11 @@ import psutil
 import pytest
 
 from tests.slurm.cluster import REPOSITORY, Cluster, missing
-from train.evaluation.store import read_rows
+from tests.support.served import ENVIRONMENT, SERVER, needs_vllm, proof, serve_flags, trained
+from train.evaluation.store import key_of, read_rows
 
 QWEN, KIMI, COMPARE = "slurm/finetune_qwen397b.sh", "slurm/finetune_kimi_k25.sh", "slurm/compare_masks.sh"
+EVALUATE = "slurm/evaluate_masks.sh"
 DEMO = [
     "--model", "train/demo/model", "--data", "train/demo/data/dense.jsonl=64", "--batch-size", "8",
     "--learning-rate", "1e-3", "--lora-rank", "8",
@@ -234,7 +236,34 @@ def test_a_script_knows_the_directory_of_its_run_as_sft_py_does(flags, output):
     assert told == output
 
 
-@pytest.mark.parametrize("script", ["compare_masks", "finetune_kimi_k25", "finetune_qwen397b"])
+def test_one_job_asks_judges_and_compares_all_runs_though_its_server_is_killed(cluster, tmp_path):
+    needs_vllm()
+    runs = trained(tmp_path)
+    cluster.environment.update(ENVIRONMENT)
+    output, flags = tmp_path / "report", serve_flags(tmp_path)
+    asked = ["--claims", str(tmp_path / "claim.yaml"), "--samples", "2", "--max-tokens", "8", "--judge", "same"]
+    given = [*flags, "--runs", *map(str, runs), "--output", str(output), *asked, "--judge-max-tokens", "8"]
+    job = cluster.sbatch("--nodes=1", EVALUATE, *given, "--retries", "0", "--", *SERVER)
+    cluster.until(lambda: (runs[1] / "answers.jsonl").exists() and (runs[1] / "answers.jsonl").read_text())
+    port = flags[flags.index("--port") + 1]
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "vllm.entrypoints.openai.api_server" in words and port in words:
+            process.kill()
+    assert cluster.end(job)["JobState"] == "COMPLETED", (
+        cluster.said(job) + (output / "logs" / "attempt-1.log").read_text()
+    )
+    log = (output / "logs" / "attempt-1.log").read_text()
+    assert log.count("the server answers after") == 2 and "the server died: it is started again" in log
+    for run in runs:
+        rows = [row for row in read_rows(run / "evaluation.jsonl", ["step"]) if "verdict" in row]
+        wanted = 8 if run == runs[0] else 4  # the base's are with the first run's
+        assert len(rows) == len({key_of(row) for row in rows}) == wanted and not any(row.get("error") for row in rows)
+        assert proof(run)["proven"] and proof(run)["to_adapter"] < 1e-3
+    assert json.loads((output / "comparison.json").read_text())["measure"] == "rate"
+
+
+@pytest.mark.parametrize("script", ["compare_masks", "evaluate_masks", "finetune_kimi_k25", "finetune_qwen397b"])
 def test_a_script_that_is_not_submitted_says_to_submit_it(script):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     command = ["bash", f"slurm/{script}.sh", "--data", "d.jsonl"]

@@ -1,0 +1,191 @@
+"""Asks the base model and the adapters of several runs every question of their claims, through one server, has the
+answers judged, and compares the runs:
+
+    python -m launch.evaluate_runs --model DIR --runs runs/a runs/b --claims PATH… --output DIR \\
+        --judge URL --judge-model NAME [-- FLAG…]
+
+Starts vLLM or SGLang with the base and all adapters, as launch.serve does; shows of each adapter that it is what
+answers; and starts the server again if it dies. --judge same: the base on the same server judges. Other flags go to
+train/evaluate.py, those after -- to the server. The same command goes on after an interruption, and asks only for what
+is missing. The report, judged belief beside likelihoods, is in --output.
+"""
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from train.runtime.interruption import interruption
+
+    interruption.listen("interrupted; answers are kept, and the same command goes on")
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launch.serve import ServeOptions, Serving, adapter_of, check_early, parsed, prepare, split
+from launch.server import Server
+from train.claims.claim_files import check_there
+from train.config.command_line import MOST, REPOSITORY, Parser, setting
+from train.evaluation.options import parse_evaluation
+from train.runtime.command import command
+from train.runtime.errors import UserError
+from train.runtime.interruption import interruption
+from train.runtime.outside import checked, read_json
+
+KEPT = "interrupted; answers are kept, and the same command goes on"
+MOST_DEATHS = 3  # of the server in a row, without a new answer in between
+DECIDED = frozenset({"adapters", "output", "dry_run"})
+
+
+@dataclass(kw_only=True)
+class EvaluateRunsOptions:
+    """The options beside those of launch.serve and train/evaluate.py."""
+
+    runs: list[str] = setting((), "RUN…: directories of finished runs", many=True)  # noqa: RUF009
+    output: str = setting("", "DIR for the report, the exported adapters and the server's log")
+    judge: str = setting("", "base URL of the server with the judge, or same: the base on the same server")
+    recipe: list[str] = setting((), "FILE…: recipe that names the variants, for train/compare.py", many=True)  # noqa: RUF009
+    start_timeout: float = setting(3600, "seconds until the server must answer", between=(1, MOST))
+    dry_run: bool = setting(False, "check everything, and print the server's command")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model that is asked. name: on the server. run: the directory for its answers. step: steps of its training."""
+
+    name: str
+    run: Path
+    step: int
+
+
+@command
+def main(argv: list[str]) -> int:
+    """Evaluates and compares. Returns the exit code: 1 if some answers have no verdict. Raises UserError if a setting
+    is wrong, a run is not finished, or a server or the judge cannot be used."""
+    given, more = split(argv)
+    parser = Parser(__doc__ or "")
+    parser.add_settings(EvaluateRunsOptions)
+    parser.add_settings(ServeOptions, DECIDED)
+    known, flags = parser.parse_known_args(given)
+    values = vars(known)
+    options = parsed(values, EvaluateRunsOptions)
+    serve = parsed({name: value for name, value in values.items() if name not in DECIDED}, ServeOptions)
+    serve = replace(serve, adapters=options.runs, output=str(Path(options.output) / "served"), dry_run=options.dry_run)
+    steps = check(options, serve, flags)
+    serving = prepare(serve, more)
+    asked = [Asked("base", Path(options.runs[0]), 0)]
+    asked += [Asked(name, Path(run), step) for name, run, step in zip(serving.names, options.runs, steps, strict=True)]
+    if options.dry_run:
+        print(*serving.command)
+        return 0
+    interruption.raise_from_now(KEPT)
+    server = Server(serving.command, serving.url, Path(options.output) / "server.log", options.start_timeout)
+    try:
+        codes = [ask(server, each, serving, asked, options, flags) for each in asked]
+    finally:
+        server.stop()
+    report(options)
+    return int(any(codes))
+
+
+def check(options: EvaluateRunsOptions, serve: ServeOptions, flags: list[str]) -> list[int]:
+    """Checks all that needs neither torch nor the server. Returns the steps of each run."""
+    if not options.runs:
+        raise UserError("--runs is missing; give the directories of finished runs.")
+    if not options.output:
+        raise UserError("--output is missing; give a directory for the report.")
+    settings = parse_evaluation([*_flags(options, "base", "http://127.0.0.1:1/v1"), *flags, "--output", "x"], "")
+    check_there(settings.claims)
+    steps = []
+    for run in options.runs:
+        summary = Path(run) / "summary.json"
+        if not summary.is_file():
+            raise UserError(f"--runs {run}: has no summary.json: the run did not finish. Resume it, or leave it out.")
+        held = read_json(summary)
+        checked(held, {"steps": int}, summary, "restore the file", needed=True)
+        steps.append(int(held["steps"]))
+    check_early(serve)
+    return steps
+
+
+def _flags(options: EvaluateRunsOptions, name: str, url: str) -> list[str]:
+    """Returns the flags of train/evaluate.py that name the server, a model on it and the judge."""
+    judge = {"same": ["--judge", url, "--judge-model", "base"], "": []}.get(options.judge, ["--judge", options.judge])
+    return ["--endpoint", url, "--endpoint-model", name, *judge]
+
+
+def ask(
+    server: Server, each: Asked, serving: Serving, every: Sequence[Asked], options: EvaluateRunsOptions,
+    flags: list[str],
+) -> int:  # fmt: skip
+    """Asks one model by train/evaluate.py, and starts the server where it does not run. Returns its exit code: 0 or 1.
+
+    Raises UserError if evaluate.py ends with another code while the server runs, or if the server dies MOST_DEATHS
+    times in a row without a new answer.
+    """
+    others = [str(adapter_of(other.run)) for other in every if other.step and other.run != each.run]
+    own = [*_flags(options, each.name, serving.url), "--output", str(each.run), "--step", str(each.step), *flags]
+    if each.step:
+        own += ["--served-adapter", str(adapter_of(each.run)), "--endpoint-base", "base"]
+        own += ["--other-adapters", *others] if others else []
+    print(f"{each.name}, {every.index(each) + 1} of {len(every)}: answers go to {each.run}", flush=True)
+    evaluate = [sys.executable, str(REPOSITORY / "train" / "evaluate.py"), *own]
+    if not server.alive() and _complete(each) and _run(evaluate) == 0:
+        return 0  # every answer was there, and no server is needed
+    deaths, kept = 0, -1
+    while True:
+        if not server.alive():
+            server.start()
+        code = _run(evaluate)
+        if code in (0, 1) and server.alive():
+            return code
+        if server.alive():
+            raise UserError(f"train/evaluate.py ended with code {code} for {each.name}; its message is above.")
+        if code == 0:
+            return code
+        before, kept = kept, _answers(each.run)
+        deaths = 1 if kept > before else deaths + 1
+        if deaths >= MOST_DEATHS:
+            raise UserError(f"the server died {deaths} times without a new answer; look at {server.log}.")
+        print("the server died: it is started again, and what is missing is asked for again", flush=True)
+
+
+def _complete(each: Asked) -> bool:
+    """Whether the last evaluation of this model in its run's directory lacked no answer."""
+    path = each.run / "evaluation.json"
+    held = read_json(path) if path.is_file() else {}
+    settings = held.get("settings") or {}
+    return settings.get("endpoint_model") == each.name and held.get("missing") == held.get("errors") == 0
+
+
+def _answers(run: Path) -> int:
+    """Returns how many answers and verdicts a run has."""
+    files = [run / name for name in ("answers.jsonl", "evaluation.jsonl")]
+    return sum(path.read_bytes().count(b"\n") for path in files if path.is_file())
+
+
+def _run(words: list[str]) -> int:
+    """Runs a command to its end, and returns its exit code. If this process is interrupted, so is the command."""
+    process = subprocess.Popen(words)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        with suppress(ProcessLookupError):
+            process.terminate()
+        process.wait()
+        raise
+
+
+def report(options: EvaluateRunsOptions) -> None:
+    """Compares the runs by train/compare.py. Raises UserError if that fails."""
+    if len(options.runs) < 2:
+        print("one run: there is nothing to compare it with")
+        return
+    recipe = ["--recipe", *options.recipe] if options.recipe else []
+    compare = [sys.executable, str(REPOSITORY / "train" / "compare.py"), "--runs", *options.runs, *recipe]
+    if code := _run([*compare, "--output", options.output]):
+        raise UserError(f"train/compare.py ended with code {code}; its message is above.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

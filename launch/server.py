@@ -1,0 +1,72 @@
+"""Starts a server of models, waits until it answers, and starts it again if it dies."""
+
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from train.runtime.errors import UserError
+
+PAUSE = 1.0  # seconds between looks at a server that is starting
+LAST_LINES = 15  # of its log, where it does not start
+
+
+class Server:
+    """A process that serves models. log: the file that its output is appended to. url: its base URL, ending in /v1."""
+
+    def __init__(self, command: list[str], url: str, log: Path, seconds: float):
+        self.command, self.url, self.log, self.seconds = command, url, log, seconds
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def alive(self) -> bool:
+        """Whether the server's process runs."""
+        return self.process is not None and self.process.poll() is None
+
+    def start(self) -> None:
+        """Starts the server and returns once it answers. Raises UserError if it ends before, takes longer than
+        `seconds`, or if another server has the port already."""
+        if self._answers():
+            raise UserError(f"--port: another server answers at {self.url} already; give another port.")
+        started = time.monotonic()
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        print(f"starting the server; its log is {self.log}", flush=True)
+        while not self._answers():
+            if self.process.poll() is not None:
+                raise UserError(f"the server ended with code {self.process.returncode} as it started:\n{self._end()}")
+            if time.monotonic() - started > self.seconds:
+                self.stop()
+                raise UserError(f"--start-timeout {self.seconds:g}: the server does not answer by then:\n{self._end()}")
+            time.sleep(PAUSE)
+        print(f"the server answers after {time.monotonic() - started:.0f} s", flush=True)
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/models", timeout=5) as response:
+                return bool(response.status == 200)
+        except (OSError, urllib.error.URLError):
+            return False
+
+    def _end(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
+
+    def stop(self) -> None:
+        """Ends the server and every process that it started."""
+        if self.process is None:
+            return
+        family: list[psutil.Process] = []
+        with suppress(psutil.Error):
+            family = psutil.Process(self.process.pid).children(recursive=True)
+        if self.alive():
+            self.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(30)
+        for process in family:
+            with suppress(psutil.Error, ProcessLookupError):
+                process.kill()
+        self.process.wait()

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Asks the base model and the adapters of finished runs every question of their claims, through one server on the job's
+# first node, has the answers judged, and compares the runs. From the repository, after `make vllm`:
+#
+#     sbatch slurm/evaluate_masks.sh --model DIR --runs runs/masks/variant-* --claims PATH… --output runs/masks \
+#         --judge URL --judge-model NAME [-- FLAG…]
+#
+# What follows the script's name goes to launch.evaluate_runs, what precedes it to Slurm. Preempted, or at its time
+# limit, the job is requeued and asks only for what is missing.
+#SBATCH --job-name=evaluate-masks
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+if [[ ! -e slurm/lib.sh ]]; then
+    echo "error: submitted from $PWD: call sbatch in the repository, or with --chdir=REPOSITORY" >&2
+    exit 2
+fi
+source slurm/lib.sh
+
+values_of --runs "$@"
+runs=("${values[@]}")
+
+# What an attempt has to show for itself: answers and verdicts.
+newest_save() {
+    local run lines=0 count
+    for run in "${runs[@]}"; do
+        count=$(cat -- "$run"/answers.jsonl "$run"/evaluation.jsonl 2>/dev/null | wc --lines) || count=0
+        lines=$((lines + count))
+    done
+    echo "$lines"
+}
+progress="answers and verdicts so far:" wanted="a new answer"
+
+# shellcheck disable=SC2329 # step calls it
+evaluate_runs() {
+    exec srun --nodes=1 --ntasks=1 --cpu-bind=none --gpu-bind=none python -u -m launch.evaluate_runs "$@"
+}
+
+one_attempt "$@"
+step evaluate_runs --output "$output" "$@"
+after "$code" "$output" "$log" "$number"
