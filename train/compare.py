@@ -40,7 +40,7 @@ from torch import Tensor
 from launch.planning import expert_parallel, planned_memory
 from train.checkpoints import resume
 from train.comparison.outcome import check_free, report
-from train.comparison.significance import LEAST_UNITS
+from train.comparison.units import LEAST_UNITS
 from train.comparison.variants import ComparisonPlan, parse_comparison
 from train.config.provenance import held_wandb_id
 from train.config.settings import Settings, check_numbers

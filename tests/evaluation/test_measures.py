@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.comparison.significance import lay_out
+from train.comparison.units import lay_out
 from train.evaluation.measures import at_step, belief_answers, calibration, last_step, means, measured
 from train.evaluation.verdict_counts import Counts, belief, count_by_kind
 from train.runtime.errors import UserError

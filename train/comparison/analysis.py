@@ -10,16 +10,15 @@ from train.comparison.caveats import notes
 from train.comparison.compared import EQUIVALENCE, HASHES, TARGETS, ComparedVariant, Comparison, RunResult
 from train.comparison.significance import (
     LEVEL,
-    Design,
     Difference,
     Interval,
     differences,
     interval,
-    lay_out,
     of_claims_apart,
     of_variant,
     percentage_interval,
 )
+from train.comparison.units import Design, lay_out
 from train.evaluation.measures import (
     BELIEF,
     FURTHER,

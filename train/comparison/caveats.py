@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from train.comparison.significance import LEAST_UNITS, LEVEL
+from train.comparison.significance import LEVEL
+from train.comparison.units import LEAST_UNITS
 from train.evaluation.measures import LEAST_AUC
 
 

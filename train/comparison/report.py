@@ -9,7 +9,7 @@ from train.comparison.analysis import analyse
 from train.comparison.caveats import by_t, in_context, number, rests_on, span
 from train.comparison.compared import Comparison
 from train.comparison.pages import Bullets, Picture, Section, Table, Text, as_html, as_markdown
-from train.comparison.significance import LEAST_UNITS
+from train.comparison.units import LEAST_UNITS
 from train.evaluation.measures import LEAST_AUC, SIDE_EFFECTS
 from train.evaluation.store import VERDICTS
 from train.runtime.errors import UserError
