@@ -5,7 +5,6 @@ import html
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,15 @@ class Picture:
     alt: str
 
 
+Block = Text | Bullets | Table | Picture
+
+
 @dataclass(frozen=True)
 class Section:
-    """A heading with its blocks, each a Text, Bullets, Table or Picture."""
+    """A heading with its blocks."""
 
     title: str
-    blocks: list[Any]
+    blocks: list[Block]
 
 
 def as_markdown(title: str, sections: list[Section]) -> str:
@@ -60,14 +62,13 @@ def as_markdown(title: str, sections: list[Section]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _block_markdown(block: Any) -> str:
+def _block_markdown(block: Block) -> str:
     if isinstance(block, Text):
         return _escaped(block.text)
     if isinstance(block, Bullets):
         return "\n".join(f"- {_escaped(item)}" for item in block.items)
     if isinstance(block, Picture):
         return f"![{_escaped(block.alt)}]({block.file})"
-    assert isinstance(block, Table)
     align = ["---:" if figures else "---" for figures in block.of_figures()]
     lines = [f"| {' | '.join(_escaped(cell) for cell in row)} |" for row in [block.head, align, *block.rows]]
     lines[1] = f"|{'|'.join(align)}|"
@@ -126,7 +127,7 @@ def _cell(text: str) -> str:
     return "<wbr>".join(map(html.escape, parts))
 
 
-def _block_html(block: Any, directory: Path) -> str:
+def _block_html(block: Block, directory: Path) -> str:
     if isinstance(block, Text):
         return f"<p>{html.escape(block.text)}</p>"
     if isinstance(block, Bullets):
@@ -134,8 +135,6 @@ def _block_html(block: Any, directory: Path) -> str:
     if isinstance(block, Picture):
         data = base64.b64encode((directory / block.file).read_bytes()).decode()
         return f'<img src="data:image/png;base64,{data}" alt="{html.escape(block.alt)}">'
-    assert isinstance(block, Table)
-
     classes = ["" if figures else ' class="l"' for figures in block.of_figures()]
 
     def cells(row: list[str], tag: str) -> str:

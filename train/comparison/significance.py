@@ -209,6 +209,7 @@ class Difference:
         LEVEL, which is stricter.
     by_claim: the interval of each claim, over its questions.
     by_seed: the difference of each seed; {} if variants have different seeds.
+    informative: False if the answers are known to mean nothing, so that there is no verdict.
     """
 
     variant: str
@@ -221,10 +222,13 @@ class Difference:
     equivalent: bool | None
     by_claim: dict[str, Interval]
     by_seed: dict[int, float]
+    informative: bool = True
 
     @property
     def verdict(self) -> str:
         """The verdict in words, by the p that is adjusted for all variants; with too few units, it says that."""
+        if not self.informative:
+            return "uninformative"
         if self.units.too_few:
             return self.units.too_few
         here = "" if self.units.of == "claims" else " on this claim"
