@@ -340,7 +340,11 @@ def test_the_page_is_whole_in_itself_and_escaped(report):
     assert page.open == []
     assert not page.tags & {"script", "link", "iframe", "b"}
     assert "url(" not in text and "@import" not in text
-    pngs = [base64.b64decode(address.removeprefix("data:image/png;base64,")) for address in page.addresses]
+    parts = [address for address in page.addresses if address.startswith("#")]
+    assert parts == [f"#section-{n + 1}" for n in range(text.count("<section"))]
+    assert all(f'id="{part[1:]}"' in text for part in parts)
+    pictures = [address for address in page.addresses if address not in parts]
+    pngs = [base64.b64decode(address.removeprefix("data:image/png;base64,")) for address in pictures]
     files = ["belief", "differences", "curves", "targets", "nll", "side_effects"]
     assert pngs == [(report / f"{name}.png").read_bytes() for name in files]
     for name in [*NAMES, *CLAIMS, *PLACEBO, "t" * 64, "1" * 64, "92.4", "185", "arXiv 2605.13829"]:
