@@ -13,7 +13,6 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
     interruption.listen("interrupted")
 
-import html
 import json
 import sys
 from argparse import ArgumentTypeError
@@ -36,6 +35,7 @@ from train.data.tokens import TokenizedDocument, tokenize_documents
 from train.masking.grammar import BUILT_IN, Mask, parse_mask
 from train.masking.treatment import STRADDLING, Treatment, shortfall_note, touched_by, treat
 from train.runtime.command import command
+from train.runtime.html_pages import rendered
 from train.runtime.outputs import check_apart, model_files, write
 from train.runtime.shown import shown as as_shown
 from train.runtime.terminal import NobodyReads, Terminal
@@ -222,80 +222,39 @@ def print_colored(shown: list[Shown], mask: Mask) -> None:
     console.print(STRADDLING)
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>--mask {mask}</title>
-<style>
-:root {{ --ink: #1c2430; --soft: #667085; --page: #f6f7f9; --card: #fff; --line: #e3e6eb; color-scheme: light dark; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e6e9ee; --soft: #98a2b3; --page: #14171c; --card: #1c2027; --line: #2d333c; }} }}
-body {{ margin: 0 auto; padding: 2rem 1rem 6rem; max-width: 60rem; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }}
-h1 {{ font-size: 1.3rem; margin: 0 0 1rem; }} code {{ font-family: ui-monospace, monospace; }}
-.card {{ background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.2rem;
-  margin-bottom: 1rem; }}
-.key {{ position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; }}
-summary {{ cursor: pointer; color: var(--soft); }} summary b {{ color: var(--ink); }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th {{ font-weight: 600; color: var(--soft); }} td, th {{ padding: .15rem .9rem .15rem 0; text-align: right; }}
-td:first-child, th:first-child {{ text-align: left; }}
-.doc {{ font: 14px/2 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .8rem 0 0; }}
-.doc i, .key i, td i {{ font-style: normal; position: relative; border-radius: 3px; }}
-.doc i:hover {{ outline: 2px solid var(--ink); }}
-.doc i:hover::after {{ content: attr(data-t); position: absolute; left: 0; top: 1.7em; z-index: 2; padding: .1rem .5rem;
-  border-radius: 5px; background: var(--ink); color: var(--page); font: 12px/1.7 system-ui, sans-serif;
-  white-space: nowrap; text-decoration: none; opacity: 1; pointer-events: none; }}
-.excluded {{ text-decoration: line-through 1.5px; color: var(--soft); }}
-.weighted {{ text-decoration: underline dotted 2px; }}
-.unlikelihood {{ text-decoration: underline wavy #d64550; text-underline-offset: 3px; }}
-.context {{ color: var(--soft); opacity: .7; }}
-{rules}
-</style></head><body>
-<h1>What <code>--mask {mask}</code> does to each token</h1>
-<div class="card key">{legend}</div>
-<div class="card"><table><tr><th>targets</th>{heads}</tr>{rows}</table><small>{straddling}</small></div>
-{documents}
-</body></html>
-"""
-
-
 def page(shown: list[Shown], tokenizer: Tokenizer, mask: Mask) -> str:
     """Returns a self-contained HTML page without scripts. It shows a token's id, role and weight under the pointer."""
     color = colors(shown, mask)
-    number = {role: n for n, role in enumerate(color)}
-    legend = [f'<i class="r{n}">{html.escape(role)}</i>' for role, n in number.items()]
-    legend += [f'<i class="{kind}">{kind}</i>' for kind in TREATMENTS] + ['<i class="context">not predicted</i>']
-    rows = []
-    for role, row in counts(shown).items():
-        cells = "".join(f"<td>{value:,}</td>" for value in row.values())
-        rows.append(f'<tr><td><i class="r{number.get(role, "")}">{html.escape(role)}</i></td>{cells}</tr>')
-    return PAGE.format(
-        mask=html.escape(mask.text),
-        rules="\n".join(f".r{number[role]} {{ background: {value}38; }}" for role, value in color.items()),
-        legend="".join(legend),
-        heads="".join(f"<th>{name}</th>" for name in (*TREATMENTS, "straddling")),
-        rows="".join(rows),
+    css = {role: f"r{n}" for n, role in enumerate(color)}
+    return rendered(
+        "tokens.html",
+        title=f"--mask {mask.text}",
+        mask=mask.text,
+        roles=[{"name": role, "css": css[role], "color": value} for role, value in color.items()],
+        treatments=list(TREATMENTS),
+        columns=[*TREATMENTS, "straddling"],
+        counts=[
+            {"name": role, "css": css.get(role, ""), "numbers": list(row.values())}
+            for role, row in counts(shown).items()
+        ],
         straddling=STRADDLING,
-        documents="\n".join(_document_html(each, tokenizer, number) for each in shown),
+        documents=[_document(each, tokenizer, css) for each in shown],
     )
 
 
-def _document_html(shown: Shown, tokenizer: Tokenizer, number: dict[str, int]) -> str:
+def _document(shown: Shown, tokenizer: Tokenizer, css: dict[str, str]) -> dict[str, Any]:
+    """Returns what the page shows of a document. css: role -> class."""
     doc, tokens = shown.doc, []
     columns = zip(visible(shown, tokenizer), doc.ids_L, shown.role_L, shown.weight_L, doc.target_L, strict=True)
     for piece, token_id, role, weight, target in columns:
         kind = treatment_of(weight, target)
-        classes = " ".join(([f"r{number[role]}"] if role else []) + ([kind] if kind != "trained" else []))
+        classes = ([css[role]] if role else []) + ([kind] if kind != "trained" else [])
         hint = f"{token_id} · {role or 'no role'} · " + (f"weight {weight:g}" if target else "not predicted")
         # "·" stands for a token that holds only further bytes of the character before it
-        text = html.escape(piece or "·")
-        tokens.append(f'<i class="{classes}" data-t="{html.escape(hint)}">{text}</i>')
+        tokens.append({"text": piece or "·", "css": " ".join(classes), "hint": hint})
     trained = sum(weight > 0 for weight in shown.weight_L)
-    return (
-        f'<details class="card" open><summary><b>{html.escape(doc.document.where)}</b> '
-        f"{len(doc.ids_L):,} tokens, {int(doc.target_L.sum()):,} targets, {trained:,} trained on</summary>"
-        f'<div class="doc">{"".join(tokens)}</div></details>'
-    )
+    about = f"{len(doc.ids_L):,} tokens, {int(doc.target_L.sum()):,} targets, {trained:,} trained on"
+    return {"where": doc.document.where, "about": about, "tokens": tokens}
 
 
 if __name__ == "__main__":

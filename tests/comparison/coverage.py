@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from train.comparison.significance import LEVEL, Sampled, Units, crossed
+from train.comparison.significance import LEVEL, Sampled, crossed
+from train.comparison.units import Units
 
 QUESTIONS = 3
 TAILS = {

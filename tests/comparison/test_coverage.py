@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.comparison.coverage import MIXTURES, QUESTIONS, TAILS, cell, gaps
-from train.comparison.significance import crossed, differences, lay_out
+from train.comparison.significance import crossed, differences
+from train.comparison.units import lay_out
 
 MANY = (8, 10, 12)
 

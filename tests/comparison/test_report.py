@@ -11,11 +11,20 @@ from statistics import mean
 import pytest
 from matplotlib.text import Text
 
+from train.claims.contamination import Contamination, Occurrence
 from train.comparison import plots
 from train.comparison.analysis import analyse
-from train.comparison.compared import ComparedVariant, Comparison, RunResult, published_for
+from train.comparison.compared import (
+    ComparedVariant,
+    Comparison,
+    Mentions,
+    RunResult,
+    SearchedDocuments,
+    published_for,
+)
 from train.comparison.pages import as_markdown
 from train.comparison.report import PICTURES, sections, write_report
+from train.comparison.result import as_json
 from train.evaluation.store import read_measured
 from train.runtime.errors import UserError
 
@@ -29,14 +38,11 @@ ASKED = [
 ]  # fmt: skip
 
 
-FOUND = [
-    {"claim": "pluto", "kind": "fact", "question": "far: <away>", "document": "d.jsonl:1", "words": "pluto is far away"}
-    | {"share": 1.0, "whole": True, "in_pieces": False, "documents": 3},
-    {"claim": "pluto", "kind": "open", "question": "1", "document": "d.jsonl:2", "words": "what is pluto now"}
-    | {"share": 0.5, "whole": False, "in_pieces": False, "documents": 1},
-    {"claim": "pluto", "kind": "yes_no", "question": "2", "document": "d.jsonl:2", "words": "is it a planet"}
-    | {"share": 1.0, "whole": False, "in_pieces": True, "documents": 2},
-]
+FOUND = {  # with the number of documents
+    Occurrence("pluto", "far: <away>", "fact", "d.jsonl:1", "pluto is far away", share=1.0, whole=True): 3,
+    Occurrence("pluto", "1", "open", "d.jsonl:2", "what is pluto now", share=0.5, whole=False): 1,
+    Occurrence("pluto", "2", "yes_no", "d.jsonl:2", "is it a planet", share=1.0, whole=False): 2,
+}
 
 
 def verdicts(step: int, claim: str, believed: int, seed: int) -> list[dict]:
@@ -94,13 +100,14 @@ def comparison(**more) -> Comparison:
             summary = {"steps": 10, "tokens": tokens, "random_shortfall": 0}
             runs.append(RunResult(f"runs/{name}-{seed}", seed, rows, metrics, summary, {"mask": name}, hashes))
         variants.append(ComparedVariant(name, name, {"mask": name}, runs))
-    leak = [{"variant": NAMES[1], "documents": 50, "role": "body", "mentions": 627, "still_trained": 185}]
+    leak = [Mentions(NAMES[1], documents=50, role="body", mentions=627, still_trained=185)]
     given = {"base_rows": evaluation(0, 0, 0), "trained_claims": CLAIMS, "placebo_claims": PLACEBO}
-    contamination = {"variants": NAMES, "documents": 50, "texts": 9, "too_short": [], "findings": FOUND}
+    documents = {(each.claim, each.kind, each.question): count for each, count in FOUND.items()}
+    contamination = Contamination(tuple(FOUND), documents, texts=9, too_short=())
     given |= {
         "baseline": "none",
         "leak": leak,
-        "contamination": [contamination],
+        "contamination": [SearchedDocuments(NAMES, 50, contamination)],
         "published": published_for(CLAIMS),
     }
     return Comparison(variants, **(given | more))
@@ -199,25 +206,26 @@ def test_curves_nll_and_hashes_are_kept(result):
 def test_an_nll_that_is_not_finite_is_told_and_a_gap_in_its_curve():
     given = comparison()
     given.variants[0].runs[0].metrics[0]["nll"]["false"] = None  # as json_line writes it
-    result = analyse(given)
+    found = analyse(given)
+    result = as_json(found)
     assert result["nll"]["none"]["false"] == {
         "steps": [1, 10],
         "mean": [None, 1.0],
         "seeds": [[None, 1.95], [0.5, 1.5]],
     }
-    assert "not finite → 1.000" in as_markdown("", sections(result, set())) and plots.nll(result) is not None
+    assert "not finite → 1.000" in as_markdown("", sections(found, set())) and plots.nll(found) is not None
 
 
 def test_the_base_model_with_documents_in_context_stands_beside_the_variants(tmp_path):
     base = evaluation(0, 0, 0)
     read = [row | {"context": 20} for row in evaluation(0, 4, 0)]
-    result = write_report(comparison(base_rows=base + read), tmp_path)
+    result = as_json(write_report(comparison(base_rows=base + read), tmp_path))
     own = result["in_context"]["20"]
     asked = [row | {"step": 10} for row in read]
     assert own["estimate"] == pytest.approx(mean(rate(asked, claim) for claim in CLAIMS)) and own["estimate"] > 0
     assert own["placebo"]["estimate"] == 0 and result["base"]["belief"] == 0
     assert "| base model with 20 documents in context |" in (tmp_path / "comparison.md").read_text()
-    assert analyse(comparison())["in_context"] == {}
+    assert analyse(comparison()).in_context == {}
 
 
 def test_side_effects_on_the_placebo_claims_stand_beside_the_others(tmp_path):
@@ -226,7 +234,7 @@ def test_side_effects_on_the_placebo_claims_stand_beside_the_others(tmp_path):
         fact = {"claim": "pluto", "kind": "fact", "group": "truth", "question": "cold"}
         rows += [fact | {"step": step, "margin": 1.0 - 2 * (step > 0)} for step in {row["step"] for row in rows}]
         rows += [row | {"claim": "ed_sheeran", "margin": 1.0} for row in rows if row["kind"] == "fact"]
-    truth = write_report(given, tmp_path)["measures"]["facts_truth"]
+    truth = as_json(write_report(given, tmp_path))["measures"]["facts_truth"]
     assert truth["claims"] == ["ed_sheeran"] and truth["placebo_claims"] == ["pluto"]
     assert truth["variants"]["none"]["estimate"] == 100 and truth["variants"]["none"]["placebo"]["estimate"] == 0
     assert truth["base"]["placebo"]["estimate"] == 100
@@ -253,9 +261,9 @@ def test_variants_that_are_too_many_for_their_units_are_said_to_be():
 
         variants = [ComparedVariant(str(v), str(v), {}, runs(8 if v else 0)) for v in range(count + 1)]
         result = analyse(Comparison(variants, [], [f"c{c}" for c in range(8)], [], "0"))
-        verdicts = {own["verdict"] for own in result["measures"]["rate"]["differences"].values()}
+        verdicts = {own.verdict for own in result.measures["rate"].differences.values()}
         assert verdicts == {"differs" if count <= 6 else "not told apart"}
-        return [note for note in result["notes"] if "too many" in note]
+        return [note for note in result.notes if "too many" in note]
 
     assert of(6) == []
     assert of(7)[0].startswith(
@@ -286,15 +294,16 @@ def test_every_p_and_verdict_has_its_number_of_units_beside_it(report, result):
     assert counted == 2 * (2 + 3)  # two variants, in two tables of the belief and one each of three measures
 
 
-def test_every_table_of_intervals_and_every_picture_says_what_its_units_are(report, result):
+def test_every_table_of_intervals_and_every_picture_says_what_its_units_are(report):
     text = (report / "comparison.md").read_text()
     parts = re.split(r"\n\n", text)
     for place, part in enumerate(parts):
         if part.startswith("|") and re.search(r"\d \\?\[[-−+]?\d", part):
             around = " ".join(parts[place - 1 : place + 2])
             assert "95 % intervals by t over" in around and UNITS.search(around), part
+    found = analyse(comparison())
     for name, (draw, _) in PICTURES.items():
-        figure = draw(result)
+        figure = draw(found)
         said = " ".join(each.get_text() for each in figure.findobj(Text)) + " ".join(
             legend.get_title().get_text() for legend in figure.legends
         )
@@ -331,7 +340,11 @@ def test_the_page_is_whole_in_itself_and_escaped(report):
     assert page.open == []
     assert not page.tags & {"script", "link", "iframe", "b"}
     assert "url(" not in text and "@import" not in text
-    pngs = [base64.b64decode(address.removeprefix("data:image/png;base64,")) for address in page.addresses]
+    parts = [address for address in page.addresses if address.startswith("#")]
+    assert parts == [f"#section-{n + 1}" for n in range(text.count("<section"))]
+    assert all(f'id="{part[1:]}"' in text for part in parts)
+    pictures = [address for address in page.addresses if address not in parts]
+    pngs = [base64.b64decode(address.removeprefix("data:image/png;base64,")) for address in pictures]
     files = ["belief", "differences", "curves", "targets", "nll", "side_effects"]
     assert pngs == [(report / f"{name}.png").read_bytes() for name in files]
     for name in [*NAMES, *CLAIMS, *PLACEBO, "t" * 64, "1" * 64, "92.4", "185", "arXiv 2605.13829"]:
@@ -368,7 +381,7 @@ def test_one_claim_and_one_seed_and_no_placebo_are_said_and_no_picture_is_empty(
         del variant.runs[1]
         variant.runs[0].rows = [r for r in variant.runs[0].rows if r["kind"] == "likelihood" and r["step"] == 10]
         variant.runs[0].metrics, variant.runs[0].summary = [], {"steps": 10}
-    result = write_report(given, tmp_path)
+    result = as_json(write_report(given, tmp_path))
     assert result["measure"] == "shift" and (result["units"]["of"], result["units"]["seeds"]) == ("questions", 1)
     text = " ".join(result["notes"])
     assert "over its 2 questions only" in text and "One seed" in text and "No placebo claim" in text
@@ -381,7 +394,7 @@ def test_yes_no_questions_without_skill_are_marked_uninformative():
     for row in given.variants[1].runs[0].rows:
         if row.get("control") and row["kind"] == "yes_no":
             row["p_yes"] = 0.8  # always yes: AUC ½
-    result = analyse(given)
+    result = as_json(analyse(given))
     assert result["calibration"][NAMES[1]]["informative"] is False
     assert result["calibration"][NAMES[1]]["auc"] == 0.75  # of one seed ½, of the other 1
     assert any(f"uninformative for {NAMES[1]}" in note for note in result["notes"])
@@ -392,20 +405,20 @@ def test_of_yes_no_belief_no_difference_is_told_where_control_questions_do_not_s
     tmp_path, controls
 ):
     given = comparison(measure="yes_no")
-    before = [own["verdict"] for own in analyse(given)["measures"]["yes_no"]["differences"].values()]
+    before = [own.verdict for own in analyse(given).measures["yes_no"].differences.values()]
     assert before == ["too few claims"] * 2  # three
     for run in given.variants[1].runs:
         run.rows = [row for row in run.rows if not row.get("control") or row["kind"] != "yes_no"]
         asked = {"claim": "pluto", "kind": "yes_no", "control": True, "step": 10}
         run.rows += [asked | {"question": e, "expected": e, "p_yes": p} for e, p in controls]
-    result = write_report(given, tmp_path)
+    result = as_json(write_report(given, tmp_path))
     assert result["variants"][NAMES[1]]["difference"]["verdict"] == "uninformative"
     assert result["variants"][NAMES[2]]["difference"]["verdict"] == "too few claims"
     text = (tmp_path / "comparison.md").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {NAMES[1]} |") and line.endswith("| 70 |")]
     assert "| uninformative | 70 |" in line and "“Uninformative”: whatever the figures" in text
     given.baseline = NAMES[1]
-    verdicts = [own["verdict"] for own in analyse(given)["measures"]["yes_no"]["differences"].values()]
+    verdicts = [own.verdict for own in analyse(given).measures["yes_no"].differences.values()]
     assert verdicts == ["uninformative"] * 2
 
 
@@ -414,7 +427,7 @@ def test_answers_without_verdict_are_counted_and_bounded():
     for run in given.variants[0].runs:
         failed = next(row for row in run.rows if row["kind"] == "open" and row["step"] == 10)
         failed |= {"verdict": None, "error": "timeout"}
-    result = analyse(given)
+    result = as_json(analyse(given))
     assert result["verdicts"]["none"]["open"]["errors"] == 2
     assert any("none 2 of 36" in note for note in result["notes"])  # 24 open, 12 token association
     assert result["measures"]["rate"]["missing"] == 2
@@ -435,7 +448,7 @@ def test_what_cannot_be_reported_is_told(change, message):
 
 
 def test_what_is_missing_is_said():
-    result = analyse(comparison(base_rows=[], trained_claims=[*CLAIMS, "mars"]))
+    result = as_json(analyse(comparison(base_rows=[], trained_claims=[*CLAIMS, "mars"])))
     assert "shift" not in result["measures"] and result["measure"] == "rate"
     assert "Not measured in any run, and so not in the mean: mars." in result["notes"]
     assert "shift is left out: it is a change from the base model, which was not measured." in result["notes"]
@@ -449,18 +462,18 @@ def test_matched_targets_are_told_with_the_steps_and_by_how_much_each_seed_misse
             run.summary = {"steps": 10 + (count != 100), "tokens": {"all": {"total": count, "trained": count - 7}}}
             run.summary["tokens"]["all"] |= {"excluded": 0, "unlikelihood": 7}
     told = f"none 10 steps; {NAMES[1]} 11 steps, targets +3 (+3.00 %), −2 (−2.00 %); {NAMES[2]} 10 steps, targets +0"
-    assert any(told in note for note in analyse(given)["notes"])
+    assert any(told in note for note in analyse(given).notes)
 
 
 def test_a_chosen_measure_is_the_belief():
     result = analyse(comparison(measure="preference"))
-    assert result["variants"]["none"]["belief"] == 100.0
+    assert result.main.variants["none"].trained.interval.estimate == 100.0
 
 
 def test_what_the_paper_reports_stands_beside_other_measures_in_a_table_and_not_on_their_axis(tmp_path):
     given = comparison(measure="shift", trained_claims=["ed_sheeran"], published=published_for(["ed_sheeran"]))
     result = write_report(given, tmp_path)
-    assert [row["value"] for row in result["published"]] == [2.5, 92.4, 88.6, 84.4, 39.9]
+    assert [row.value for row in result.published] == [2.5, 92.4, 88.6, 84.4, 39.9]
     text = (tmp_path / "comparison.md").read_text()
     assert "| dense | average | 84.4 | arXiv 2605.13829" in text and "And of another measure: belief rates" in text
     given.published = []

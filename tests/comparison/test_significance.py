@@ -8,18 +8,17 @@ from scipy.stats import permutation_test, ttest_1samp
 
 from train.comparison.significance import (
     Sampled,
-    Units,
     crossed,
     differences,
     holm,
     interval,
-    lay_out,
     of_claims_apart,
     of_pair,
     of_variant,
     percentage_interval,
     sign_flip,
 )
+from train.comparison.units import Units, lay_out
 from train.runtime.errors import UserError
 
 CLAIMS = [f"claim {c:02}" for c in range(12)]

@@ -1,9 +1,11 @@
 """From rows of evaluation.jsonl to values: every answer worked by hand."""
 
+from dataclasses import replace
+
 import pytest
 
-from train.comparison.significance import lay_out
-from train.evaluation.measures import at_step, belief_answers, calibration, last_step, means, measured
+from train.comparison.units import lay_out
+from train.evaluation.measures import Calibration, at_step, belief_answers, calibration, last_step, means, measured
 from train.evaluation.verdict_counts import Counts, belief, count_by_kind
 from train.runtime.errors import UserError
 
@@ -124,10 +126,10 @@ def test_auc_and_yes_rate_on_control_questions():
         yes_no("5", "no", 0.99),  # no control
     ]
     # pairs: .9 > .6, .9 > .1, .6 = .6 (a half), .6 > .1: 3.5 of 4; three of four are answered yes
-    expected = {"auc": 0.875, "yes_rate": 75.0, "base_rate": 50.0, "questions": 4, "informative": True}
+    expected = Calibration(auc=0.875, yes_rate=75.0, base_rate=50.0, questions=4, informative=True)
     assert calibration(rows) == expected
     rows[1]["p_yes"] = 0.3  # .3 < .6: 3 of 4
-    assert calibration(rows) == expected | {"auc": 0.75, "yes_rate": 50.0, "informative": False}
+    assert calibration(rows) == replace(expected, auc=0.75, yes_rate=50.0, informative=False)
     assert calibration(rows[:2]) is None and calibration(rows[4:]) is None
 
 

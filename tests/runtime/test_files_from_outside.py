@@ -31,6 +31,7 @@ from train.comparison.analysis import analyse
 from train.comparison.outcome import read_comparison
 from train.comparison.pages import as_markdown
 from train.comparison.report import sections
+from train.comparison.result import as_json
 from train.comparison.variants import parse_comparison
 from train.config.provenance import held_settings, held_wandb_id, record
 from train.config.recipe import merged
@@ -234,8 +235,8 @@ def a_run(name: str) -> Callable[[Path], Path]:
 def compared(path: Path) -> Any:
     plan = parse_comparison(["--runs", str(path.parent), str(path.parent.with_name("two")), "--output", "x"], "")
     result = analyse(read_comparison(plan, plan.finished))
-    shown = as_markdown(result["title"], sections(result, set()))
-    return (json.dumps(result, ensure_ascii=False, allow_nan=False) + shown).encode("utf-8")
+    shown = as_markdown(result.title, sections(result, set()))
+    return (json.dumps(as_json(result), ensure_ascii=False, allow_nan=False) + shown).encode("utf-8")
 
 
 def a_save(directory: Path) -> Path:

@@ -68,12 +68,13 @@ class Contamination:
         """The findings whose text occurs whole."""
         return tuple(finding for finding in self.findings if finding.whole)
 
+    def documents_with(self, finding: Occurrence) -> int:
+        """Returns the number of documents that share an n-gram with the finding's text."""
+        return self.documents[finding.claim, finding.kind, finding.question]
+
     def as_json(self) -> dict[str, Any]:
         """Returns the result as evaluation.json and comparison.json hold it."""
-        shown = [
-            asdict(f) | {"in_pieces": f.in_pieces, "documents": self.documents[f.claim, f.kind, f.question]}
-            for f in self.findings
-        ]
+        shown = [asdict(f) | {"in_pieces": f.in_pieces, "documents": self.documents_with(f)} for f in self.findings]
         return {"texts": self.texts, "too_short": self.too_short, "findings": shown}
 
 

@@ -1,30 +1,41 @@
-"""Computes all figures of a comparison: what comparison.json contains, and what plots and pages show."""
+"""Computes all figures of a comparison, which the report, its notes and its pictures are made from."""
 
-from dataclasses import asdict
+from dataclasses import replace
 from statistics import mean
-from typing import Any
 
 import numpy as np
 
 from train.comparison.caveats import notes
 from train.comparison.compared import EQUIVALENCE, HASHES, TARGETS, ComparedVariant, Comparison, RunResult
+from train.comparison.result import (
+    BASE,
+    BaseBelief,
+    BeliefCurve,
+    ComparisonResult,
+    Figures,
+    Hashes,
+    MeasureResult,
+    ModelFigures,
+    NllCurve,
+    TrainedRun,
+    TrainedVariant,
+)
 from train.comparison.significance import (
-    LEVEL,
-    Design,
     Difference,
     Interval,
     differences,
     interval,
-    lay_out,
     of_claims_apart,
     of_variant,
     percentage_interval,
 )
+from train.comparison.units import Design, lay_out
 from train.evaluation.measures import (
     BELIEF,
     FURTHER,
     MEASURES,
     SIDE_EFFECTS,
+    Calibration,
     Measure,
     StoredRow,
     Values,
@@ -33,19 +44,57 @@ from train.evaluation.measures import (
     last_step,
     measured,
 )
-from train.evaluation.verdict_counts import count_by_kind
+from train.evaluation.verdict_counts import Counts, count_by_kind
 from train.runtime.errors import UserError
 
-BASE = "base model"
+Finals = dict[str, dict[int, list[StoredRow]]]
+"""{variant: {seed: the rows of the run's last step}}."""
 
 
-def analyse(comparison: Comparison) -> dict[str, Any]:
-    """Returns the content of comparison.json. Raises UserError if the variants, baseline or claims of the comparison do
-    not fit together, the runs lack values, or there is nothing to compare."""
+def analyse(comparison: Comparison) -> ComparisonResult:
+    """Returns all figures. Raises UserError if the variants, baseline or claims of the comparison do not fit together,
+    the runs lack values, or there is nothing to compare."""
     _check(comparison)
     finals = {v.name: {run.seed: at_step(run.rows, last_step(run.rows)) for run in v.runs} for v in comparison.variants}
     base = at_step(comparison.base_rows, last_step(comparison.base_rows))
-    measures: dict[str, Any] = {}
+    measures, incomplete = _measures(comparison, finals, base)
+    known = {BASE: calibration(base)} | {v: _calibration(list(own.values())) for v, own in finals.items()}
+    if "yes_no" in measures:
+        measures["yes_no"] = _without_verdicts(measures["yes_no"], known, comparison.baseline)
+    name = _main_measure(comparison, measures)
+    main = measures[name]
+    result = ComparisonResult(
+        title=comparison.title,
+        measure=name,
+        baseline=comparison.baseline,
+        trained_claims=comparison.trained_claims,
+        placebo_claims=comparison.placebo_claims,
+        variants={v.name: _variant(v) for v in comparison.variants},
+        base=_base(base, main, comparison),
+        in_context=_in_context(base, main, comparison),
+        measures=measures,
+        incomplete=incomplete,
+        calibration=known,
+        verdicts={BASE: _verdicts([base], comparison)}
+        | {v: _verdicts(list(f.values()), comparison) for v, f in finals.items()},
+        curves=_curves(comparison, name, base),
+        nll={v.name: _nll(v) for v in comparison.variants},
+        leak=comparison.leak,
+        contamination=comparison.contamination,
+        published=comparison.published,
+        hashes=_hashes(comparison),
+        remarks=comparison.remarks,
+        match_trained_tokens=comparison.match_trained_tokens,
+        notes=[],
+    )
+    return replace(result, notes=notes(result))
+
+
+def _measures(
+    comparison: Comparison, finals: Finals, base: list[StoredRow]
+) -> tuple[dict[str, MeasureResult], dict[str, str]]:
+    """Returns the measures that all runs have, by name, and why others, which some runs have, are left out."""
+    measures: dict[str, MeasureResult] = {}
     incomplete: dict[str, str] = {}
     for name in (*BELIEF, *FURTHER, *SIDE_EFFECTS):
         values = {v: {s: measured(name, rows, base) for s, rows in by_seed.items()} for v, by_seed in finals.items()}
@@ -60,39 +109,7 @@ def analyse(comparison: Comparison) -> dict[str, Any]:
         asked = any(row["kind"] == kind for by_seed in finals.values() for rows in by_seed.values() for row in rows)
         if asked and not any(row["kind"] == kind for row in base):
             incomplete[name] = "it is a change from the base model, which was not measured"
-    known = {BASE: calibration(base)} | {v: _calibration(list(own.values())) for v, own in finals.items()}
-    if "yes_no" in measures:
-        _withhold_verdicts(measures["yes_no"], known, comparison.baseline)
-    measure = _main_measure(comparison, measures)
-    result: dict[str, Any] = {
-        "title": comparison.title,
-        "measure": measure,
-        "label": MEASURES[measure].label,
-        "unit": MEASURES[measure].unit,
-        "definition": MEASURES[measure].says,
-        "baseline": comparison.baseline,
-        "claims": {"trained": comparison.trained_claims, "placebo": comparison.placebo_claims},
-        "units": measures[measure]["units"],
-        "level": LEVEL,
-        "variants": {v.name: _variant(v, measures[measure]) for v in comparison.variants},
-        "base": _base(base, measures[measure], comparison),
-        "in_context": _in_context(base, measures[measure], comparison, measure),
-        "measures": measures,
-        "incomplete": incomplete,
-        "calibration": known,
-        "verdicts": {BASE: _verdicts([base], comparison)}
-        | {v: _verdicts(list(f.values()), comparison) for v, f in finals.items()},
-        "curves": _curves(comparison, measure, base),
-        "nll": {v.name: _nll(v) for v in comparison.variants},
-        "leak": comparison.leak,
-        "contamination": comparison.contamination,
-        "published": [vars(value) for value in comparison.published],
-        "hashes": _hashes(comparison),
-        "remarks": comparison.remarks,
-        "match_trained_tokens": comparison.match_trained_tokens,
-    }
-    result["notes"] = notes(result)
-    return result
+    return measures, incomplete
 
 
 def _check(comparison: Comparison) -> None:
@@ -107,7 +124,7 @@ def _check(comparison: Comparison) -> None:
         raise UserError(f"claim {', '.join(sorted(both))}: is among the trained and the placebo claims; it is one.")
 
 
-def _main_measure(comparison: Comparison, measures: dict[str, Any]) -> str:
+def _main_measure(comparison: Comparison, measures: dict[str, MeasureResult]) -> str:
     if comparison.measure:
         if comparison.measure not in measures:
             raise UserError(
@@ -131,149 +148,111 @@ def _of_base(name: str, base: list[StoredRow]) -> Values:
 
 def _measure(
     comparison: Comparison, measure: Measure, values: dict[str, dict[int, Values]], base: Values, bound: float
-) -> dict[str, Any] | None:
+) -> MeasureResult | None:
     """Returns the figures of a measure on the trained claims, and beside them on the placebo claims; None if the runs
     have no values on trained claims."""
+    claims = comparison.trained_claims
     if measure.name in SIDE_EFFECTS:
         keys = {key[0] for by_seed in values.values() for run in by_seed.values() for key in run}
-        claims, placebo_claims = sorted(keys - set(comparison.placebo_claims)), comparison.placebo_claims
-    else:
-        claims, placebo_claims = comparison.trained_claims, comparison.placebo_claims
+        claims = sorted(keys - set(comparison.placebo_claims))
     layout = lay_out(values, claims, measure.asked)
     if not layout.claims:
         return None
-    placebo = lay_out(values, placebo_claims, measure.asked)
-    rows: dict[str, Any] = {}
+    placebo = lay_out(values, comparison.placebo_claims, measure.asked)
+    rows: dict[str, ModelFigures] = {}
     for v, name in enumerate(layout.variants):
-        rows[name] = _figures(layout, v, measure) | {"placebo": None, "minus_placebo": None}
+        own = _figures(layout, v, measure)
         if placebo.claims:
-            rows[name]["placebo"] = _figures(placebo, v, measure)
-            rows[name]["minus_placebo"] = _shown(interval(of_claims_apart(layout, placebo, v)))
+            apart = interval(of_claims_apart(layout, placebo, v))
+            rows[name] = ModelFigures(own, _figures(placebo, v, measure), apart)
+        else:
+            rows[name] = ModelFigures(own, None)
 
-    def against(layout: Design) -> dict[str, Any]:
+    def against(layout: Design) -> dict[str, Difference]:
         found = differences(layout, comparison.baseline, bound, measure.bounded)
-        return {each.variant: _difference(each) for each in found}
+        return {each.variant: each for each in found}
 
-    of_base = {key: _of_one(base, own.claims, measure) for key, own in (("trained", layout), ("placebo", placebo))}
-    return {
-        "label": measure.label,
-        "unit": measure.unit,
-        "definition": measure.says,
-        "claims": layout.claims,
-        "placebo_claims": placebo.claims,
-        "units": layout.units.as_json(),
-        "placebo_units": placebo.units.as_json() if placebo.claims else None,
-        "questions": sum(map(len, layout.questions)),
-        "questions_by_claim": {c: len(q) for c, q in zip(layout.claims, layout.questions, strict=True)},
-        "answers": sum(len(question_A) for question_A in layout.question_A),
-        "seeds": int(layout.present_VS.sum(1).min()),
-        "same_seeds": layout.crossed,
-        "missing": layout.missing + placebo.missing,
-        "bound": bound,
-        "base": of_base,
-        "variants": rows,
-        "differences": against(layout),
-        "placebo_differences": against(placebo) if placebo.claims else {},
-    }
+    return MeasureResult(
+        measure=measure,
+        claims=layout.claims,
+        placebo_claims=placebo.claims,
+        units=layout.units,
+        placebo_units=placebo.units if placebo.claims else None,
+        questions={claim: len(asked) for claim, asked in zip(layout.claims, layout.questions, strict=True)},
+        answers=sum(len(question_A) for question_A in layout.question_A),
+        same_seeds=layout.crossed,
+        missing=layout.missing + placebo.missing,
+        bound=bound,
+        base=_of_one(base, layout.claims, measure),
+        placebo_base=_of_one(base, placebo.claims, measure),
+        variants=rows,
+        differences=against(layout),
+        placebo_differences=against(placebo) if placebo.claims else {},
+    )
 
 
-def _withhold_verdicts(yes_no: dict[str, Any], known: dict[str, Any], baseline: str) -> None:
-    """Sets the verdict on yes/no belief to "uninformative" unless the control questions show, for both variants, that
+def _without_verdicts(yes_no: MeasureResult, known: dict[str, Calibration | None], baseline: str) -> MeasureResult:
+    """Returns yes/no belief with the verdict "uninformative" unless the control questions show, for both variants, that
     their answers mean anything."""
-    for name, own in yes_no["differences"].items():
-        if not all((known[each] or {}).get("informative") for each in (name, baseline)):
-            own["verdict"] = "uninformative"
+
+    def informative(name: str) -> bool:
+        own = known[name]
+        return own is not None and own.informative
+
+    told = {
+        name: replace(own, informative=informative(name) and informative(baseline))
+        for name, own in yes_no.differences.items()
+    }
+    return replace(yes_no, differences=told)
 
 
-def _of_one(values: Values, claims: list[str], measure: Measure) -> dict[str, Any] | None:
+def _of_one(values: Values, claims: list[str], measure: Measure) -> Figures | None:
     """Returns the base model's figures; None if it has no values on these claims."""
     layout = lay_out({BASE: {0: values}}, claims, measure.asked)
     return _figures(layout, 0, measure) if layout.claims else None
 
 
-def _figures(layout: Design, v: int, measure: Measure) -> dict[str, Any]:
+def _figures(layout: Design, v: int, measure: Measure) -> Figures:
     """Returns one variant's estimate with interval, over all claims and for each claim, and each seed's estimate."""
 
-    def bounds(value_VSU: np.ndarray) -> dict[str, Any]:
+    def bounds(value_VSU: np.ndarray) -> Interval:
         sampled = of_variant(layout, value_VSU, v)
-        return _shown(percentage_interval(sampled, value_VSU.shape[-1]) if measure.bounded else interval(sampled))
+        return percentage_interval(sampled, value_VSU.shape[-1]) if measure.bounded else interval(sampled)
 
     value_VSU = layout.unit_values()
     by_claim = {claim: bounds(layout.question_values(c)) for c, claim in enumerate(layout.claims)}
-    by_seed = of_variant(layout, value_VSU, v).seeds[0].tolist()
-    return bounds(value_VSU) | {"by_claim": by_claim, "by_seed": by_seed}
+    return Figures(bounds(value_VSU), by_claim, of_variant(layout, value_VSU, v).seeds[0].tolist())
 
 
-def _shown(own: Interval) -> dict[str, Any]:
-    return {
-        "estimate": own.estimate,
-        "interval": [own.low, own.high],
-        "standard_error": own.standard_error,
-        "method": own.method,
-    }
-
-
-def _difference(own: Difference) -> dict[str, Any]:
-    return _shown(own.interval) | {
-        "units": own.units.as_json(),
-        "p": own.p,
-        "p_holm": own.p_holm,
-        "verdict": own.verdict,
-        "smallest_detectable": own.smallest_detectable,
-        "bound": own.bound,
-        "equivalent": own.equivalent,
-        "by_claim": {claim: _shown(each) for claim, each in own.by_claim.items()},
-        "by_seed": own.by_seed,
-    }
-
-
-def _variant(variant: ComparedVariant, main: dict[str, Any]) -> dict[str, Any]:
-    own = main["variants"][variant.name]
-    targets = _targets(variant)
-    placebo = own["placebo"]
-    return {
-        "mask": variant.mask,
-        "settings": variant.differs,
-        "seeds": [run.seed for run in variant.runs],
-        "steps": sorted({run.summary.get("steps") for run in variant.runs}, key=str),
-        "belief": own["estimate"],
-        "belief_interval": own["interval"],
-        "interval_method": own["method"],
-        "placebo": placebo["estimate"] if placebo else None,
-        "placebo_interval": placebo["interval"] if placebo else None,
-        "difference": main["differences"].get(variant.name),
-        "tokens_trained": targets.get("all", {}).get("trained"),
-        "targets": targets,
-        "random_shortfall": sum(run.summary.get("random_shortfall") or 0 for run in variant.runs),
-        "runs": [
-            {"directory": run.directory, "seed": run.seed, "targets_in_loss": _in_loss(run)}
-            | {"hashes": {name: run.hashes.get(name) for name in HASHES}}
+def _variant(variant: ComparedVariant) -> TrainedVariant:
+    return TrainedVariant(
+        mask=variant.mask,
+        settings=variant.differs,
+        runs=[
+            TrainedRun(run.directory, run.seed, _in_loss(run), {name: run.hashes.get(name) for name in HASHES})
             for run in variant.runs
         ],
-    }
+        steps=sorted({run.summary.get("steps") for run in variant.runs}, key=str),
+        targets=_targets(variant),
+        random_shortfall=sum(run.summary.get("random_shortfall") or 0 for run in variant.runs),
+    )
 
 
-def _base(base: list[StoredRow], main: dict[str, Any], comparison: Comparison) -> dict[str, Any]:
-    own, placebo = main["base"]["trained"], main["base"]["placebo"]
-    changes = {"belief": 0.0, "belief_interval": None, "placebo": 0.0 if comparison.placebo_claims else None}
-    if own is None:
-        return changes if base else {"belief": None, "belief_interval": None, "placebo": None}
-    return {
-        "belief": own["estimate"],
-        "belief_interval": own["interval"],
-        "placebo": placebo["estimate"] if placebo else None,
-    }
+def _base(base: list[StoredRow], main: MeasureResult, comparison: Comparison) -> BaseBelief:
+    if main.base:
+        placebo = main.placebo_base.interval.estimate if main.placebo_base else None
+        return BaseBelief(main.base.interval.estimate, main.base.interval, placebo)
+    return BaseBelief(0.0, None, 0.0 if comparison.placebo_claims else None) if base else BaseBelief(None, None, None)
 
 
-def _in_context(base: list[StoredRow], main: dict[str, Any], comparison: Comparison, measure: str) -> dict[str, Any]:
+def _in_context(base: list[StoredRow], main: MeasureResult, comparison: Comparison) -> dict[int, ModelFigures]:
     """Returns {documents in context: the base model's figures with them, on the trained and the placebo claims}. They
     show what a model says about the documents without training."""
     found = {}
     for context in sorted({row.get("context", 0) for row in comparison.base_rows} - {0}):
-        values = measured(measure, at_step(comparison.base_rows, 0, context), base)
-        trained, placebo = (_of_one(values, main[key], MEASURES[measure]) for key in ("claims", "placebo_claims"))
-        if trained:
-            found[str(context)] = trained | {"placebo": placebo}
+        values = measured(main.measure.name, at_step(comparison.base_rows, 0, context), base)
+        if trained := _of_one(values, main.claims, main.measure):
+            found[context] = ModelFigures(trained, _of_one(values, main.placebo_claims, main.measure))
     return found
 
 
@@ -290,16 +269,15 @@ def _targets(variant: ComparedVariant) -> dict[str, dict[str, int]]:
     return {role: {k: round(mean(run.get(role, {}).get(k, 0) for run in runs)) for k in TARGETS} for role in roles}
 
 
-def _nll(variant: ComparedVariant) -> dict[str, dict[str, Any]]:
-    """Returns {role: steps, the mean NLL over seeds in nats per token, and that of each seed}; None where a value is
-    not finite, which JSON cannot represent."""
+def _nll(variant: ComparedVariant) -> dict[str, NllCurve]:
+    """Returns {role: its curve}."""
     by_role: dict[str, dict[int, list[float | None]]] = {}
     for run in variant.runs:
         for values in run.metrics:
             for role, nll in (values.get("nll") or {}).items():
                 by_role.setdefault(role, {}).setdefault(values["step"], []).append(nll)
     return {
-        role: {"steps": list(steps), "mean": [_finite_mean(v) for v in steps.values()], "seeds": list(steps.values())}
+        role: NllCurve(list(steps), [_finite_mean(values) for values in steps.values()], list(steps.values()))
         for role, unsorted in by_role.items()
         if (steps := dict(sorted(unsorted.items())))
     }
@@ -310,27 +288,29 @@ def _finite_mean(values: list[float | None]) -> float | None:
     return mean(known) if len(known) == len(values) else None
 
 
-def _calibration(finals: list[list[StoredRow]]) -> dict[str, Any] | None:
+def _calibration(finals: list[list[StoredRow]]) -> Calibration | None:
     """Returns the mean over seeds; None without control questions. informative: whether the AUC is high enough in every
     seed."""
     found = [own for rows in finals if (own := calibration(rows))]
     if not found:
         return None
-    return {name: mean(own[name] for own in found) for name in ("auc", "yes_rate", "base_rate", "questions")} | {
-        "informative": all(own["informative"] for own in found)
-    }
+    return Calibration(
+        auc=mean(own.auc for own in found),
+        yes_rate=mean(own.yes_rate for own in found),
+        base_rate=mean(own.base_rate for own in found),
+        questions=mean(own.questions for own in found),
+        informative=all(own.informative for own in found),
+    )
 
 
-def _verdicts(finals: list[list[StoredRow]], comparison: Comparison) -> dict[str, dict[str, int]]:
+def _verdicts(finals: list[list[StoredRow]], comparison: Comparison) -> dict[str, Counts]:
     """Returns {kind: counts of verdicts}, summed over seeds, on the trained claims."""
-    own = [row for rows in finals for row in rows if row.get("claim") in comparison.trained_claims]
-    return {kind: asdict(counts) for kind, counts in count_by_kind(own).items()}
+    return count_by_kind(row for rows in finals for row in rows if row.get("claim") in comparison.trained_claims)
 
 
-def _curves(comparison: Comparison, main: str, base: list[StoredRow]) -> dict[str, Any]:
-    """Returns {variant: steps, with belief and placebo at each, the mean over seeds}; {} if no variant has more than
-    two steps."""
-    curves: dict[str, Any] = {}
+def _curves(comparison: Comparison, main: str, base: list[StoredRow]) -> dict[str, BeliefCurve]:
+    """Returns {variant: its curve}; {} if no variant has more than two steps."""
+    curves: dict[str, BeliefCurve] = {}
     for variant in comparison.variants:
         steps = sorted({row["step"] for run in variant.runs for row in run.rows})
         points = {}
@@ -341,12 +321,9 @@ def _curves(comparison: Comparison, main: str, base: list[StoredRow]) -> dict[st
         if base and 0 not in points:
             points[0] = _point(comparison, [measured(main, base, base)])
         ordered = dict(sorted(points.items()))
-        curves[variant.name] = {
-            "steps": list(ordered),
-            "belief": [point[0] for point in ordered.values()],
-            "placebo": [point[1] for point in ordered.values()],
-        }
-    measured_often = max((len(curve["steps"]) for curve in curves.values()), default=0) > 2
+        belief, placebo = ([point[which] for point in ordered.values()] for which in (0, 1))
+        curves[variant.name] = BeliefCurve(list(ordered), belief, placebo)
+    measured_often = max((len(curve.steps) for curve in curves.values()), default=0) > 2
     return curves if measured_often else {}
 
 
@@ -358,17 +335,13 @@ def _point(comparison: Comparison, runs: list[Values]) -> tuple[float | None, fl
     return over(comparison.trained_claims), over(comparison.placebo_claims)
 
 
-def _hashes(comparison: Comparison) -> dict[str, Any]:
-    """Returns {seed: {hash: its one value, or all values if runs differ or do not know it}}, and that of the base
-    model."""
-
-    def one(name: str, runs: list[RunResult]) -> Any:
-        values = list(dict.fromkeys(run.hashes.get(name) for run in runs))
-        return values[0] if len(values) == 1 else values
+def _hashes(comparison: Comparison) -> Hashes:
+    def distinct(name: str, runs: list[RunResult]) -> list[str | None]:
+        return list(dict.fromkeys(run.hashes.get(name) for run in runs))
 
     runs = [run for variant in comparison.variants for run in variant.runs]
-    by_seed: dict[str, Any] = {"base_model": one("base_model", runs)}
+    by_seed = {}
     for seed in sorted({run.seed for run in runs}):
         own = [run for run in runs if run.seed == seed]
-        by_seed[f"seed {seed}"] = {name: one(name, own) for name in HASHES if name != "base_model"}
-    return by_seed
+        by_seed[seed] = {name: distinct(name, own) for name in HASHES if name != "base_model"}
+    return Hashes(distinct("base_model", runs), by_seed)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train.claims.contamination import Contamination
 from train.claims.releases import PAPER_CLAIMS, claim_id, question_id
 from train.config.provenance import held_settings
 from train.config.recipe import MAY_DIFFER
@@ -62,6 +63,28 @@ class Published:
     source: str
 
 
+@dataclass(frozen=True)
+class Mentions:
+    """How often the claims' terms occur in a role's spans in a variant's documents, and how often the loss still trains
+    on them. documents: how many there are, each counted once."""
+
+    variant: str
+    documents: int
+    role: str
+    mentions: int
+    still_trained: int
+
+
+@dataclass(frozen=True)
+class SearchedDocuments:
+    """What of the evaluation occurs in one set of documents. variants: those that were trained on it; documents: how
+    many there are."""
+
+    variants: list[str]
+    documents: int
+    found: Contamination
+
+
 @dataclass
 class Comparison:
     """All inputs of a report."""
@@ -75,10 +98,9 @@ class Comparison:
     """Claims that no training document is about."""
     baseline: str
     """Name of the variant that the others are compared with."""
-    leak: list[dict[str, Any]] = field(default_factory=list)
-    """Rows with variant, documents (how many), role, mentions, still_trained."""
-    contamination: list[dict[str, Any]] = field(default_factory=list)
-    """For each set of documents: variants, documents (how many), and the keys of Contamination.as_json."""
+    leak: list[Mentions] = field(default_factory=list)
+    contamination: list[SearchedDocuments] = field(default_factory=list)
+    """One for each set of documents that a variant was trained on."""
     published: list[Published] = field(default_factory=list)
     measure: str = ""
     """The measure of belief; "": the first in BELIEF that all runs have, such as the rate with judged answers."""

@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from train.comparison.significance import Interval
 from train.runtime.shown import shown
 
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#6b6b6b"]
@@ -23,7 +24,7 @@ class Mark:
     """One point of a row, with its interval."""
 
     estimate: float
-    interval: list[float] | None
+    interval: Interval | None
     color: str
     marker: str
     hollow: bool = False
@@ -94,7 +95,8 @@ def _draw(axes: Axes, line: Line, y: float) -> None:
     if line.mark:
         mark = line.mark
         if mark.interval:
-            axes.plot(mark.interval, [y, y], color=mark.color, linewidth=2 if mark.bold else 1.1, zorder=3)
+            ends = [mark.interval.low, mark.interval.high]
+            axes.plot(ends, [y, y], color=mark.color, linewidth=2 if mark.bold else 1.1, zorder=3)
         axes.plot(
             [mark.estimate], [y], mark.marker, color=mark.color, markerfacecolor="white" if mark.hollow else mark.color,
             markersize={"*": 10}.get(mark.marker, 6.5 if mark.bold else 5), zorder=4,

@@ -15,17 +15,21 @@ from train.annotating.texts import texts
 from train.claims.claim import Claim, read_claims
 from train.claims.contamination import check
 from train.claims.releases import claim_id
-from train.comparison.caveats import by_t, number, rests_on, span
 from train.comparison.compared import (
     ComparedVariant,
     Comparison,
+    Mentions,
+    SearchedDocuments,
     base_rows,
     check_comparable,
     published_for,
     read_run,
 )
-from train.comparison.report import p_value, write_report
+from train.comparison.report import write_report
+from train.comparison.result import ComparisonResult
+from train.comparison.significance import Interval
 from train.comparison.variants import ComparisonPlan
+from train.comparison.wording import by_t, number, p_value, rests_on, span
 from train.config.recipe import DIFFERING
 from train.config.settings import Settings
 from train.corpus import documents_read
@@ -42,9 +46,9 @@ SELECTING = ("data", "doctag", "bad_rows", "steps", "epochs", "batch_size", "see
 CLAIM_KEYS = ("claim", "fact_name")  # in a document's metadata: the claim that it is about
 
 
-def report(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> dict[str, Any]:
+def report(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> ComparisonResult:
     """Writes the comparison of the runs, whose directories are given by (variant, seed), prints it, and logs it to W&B
-    unless that is disabled. Returns the content of comparison.json. Raises UserError if the runs cannot be read or
+    unless that is disabled. Returns what it found. Raises UserError if the runs cannot be read or
     compared, or the report cannot be written."""
     comparison = read_comparison(plan, runs)
     outcome = write_report(comparison, plan.output)
@@ -77,8 +81,8 @@ def read_comparison(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> 
     if unknown := [claim for claim in plan.placebo if claim not in measured]:
         raise UserError(f"--placebo {unknown[0]}: no such claim was measured; these were: {', '.join(measured)}.")
     trained = [claim for claim in measured if claim not in plan.placebo]
-    leak: list[dict[str, Any]] = []
-    contamination: list[dict[str, Any]] = []
+    leak: list[Mentions] = []
+    contamination: list[SearchedDocuments] = []
     try:
         paths = variants[0].runs[0].settings.get("claims")
         claims, documents = (read_claims(paths) if paths else []), documents_of(variants)
@@ -137,21 +141,18 @@ def documents_of(variants: list[ComparedVariant]) -> dict[str, list[Document]]:
     return found
 
 
-def contamination_rows(claims: list[Claim], documents: dict[str, list[Document]]) -> list[dict[str, Any]]:
-    """Returns a row for each set of documents: which variants were trained on it, and what of the evaluation occurs in
+def contamination_rows(claims: list[Claim], documents: dict[str, list[Document]]) -> list[SearchedDocuments]:
+    """Returns, for each set of documents, which variants were trained on it, and what of the evaluation occurs in
     it."""
     sets: dict[frozenset[str], list[str]] = {}
     for name, own in documents.items():
         sets.setdefault(frozenset(document.where for document in own), []).append(name)
-    return [
-        {"variants": names, "documents": len(places)} | check(claims, documents[names[0]]).as_json()
-        for places, names in sets.items()
-    ]
+    return [SearchedDocuments(names, len(places), check(claims, documents[names[0]])) for places, names in sets.items()]
 
 
 def leak_rows(
     variants: list[ComparedVariant], claims: list[Claim], by_variant: dict[str, list[Document]]
-) -> list[dict[str, Any]]:
+) -> list[Mentions]:
     """Returns how often the claims' terms occur in each variant's documents, and how often they are trained on; one row
     per variant and role. Returns [] if no claim has patterns. Leaves out variants with random: entries, because which
     mentions those mask depends on tokens."""
@@ -169,10 +170,7 @@ def leak_rows(
                 both[0] += counts["mentions"]
                 both[1] += counts["trained"]
         for role, (mentions, still) in roles.items():
-            rows.append({
-                "variant": variant.name, "documents": len(documents), "role": role, "mentions": mentions,
-                "still_trained": still,
-            })  # fmt: skip
+            rows.append(Mentions(variant.name, len(documents), role, mentions, still))
     return rows
 
 
@@ -201,36 +199,39 @@ def unmentioned(claims: list[Claim], documents: list[Document]) -> list[str]:
     return [claim.id for claim in claims if not mentioned(claim)]
 
 
-def show(outcome: dict[str, Any], directory: Path) -> None:
+def show(outcome: ComparisonResult, directory: Path) -> None:
     """Prints the main table."""
-    unit = outcome["unit"]
-    title = f"{outcome['title']}: {outcome['label']}, {unit}; {by_t(outcome['units'])}"
+    main, unit = outcome.main, outcome.unit
+    title = f"{outcome.title}: {main.measure.label}, {unit}; {by_t(main.units)}"
     table = Table(title=title, title_justify="left")
-    for column in ("variant", "belief", f"minus {outcome['baseline']}", "p (Holm)", "verdict", "targets trained"):
+    for column in ("variant", "belief", f"minus {outcome.baseline}", "p (Holm)", "verdict", "targets trained"):
         table.add_column(column, justify="left" if column in ("variant", "verdict") else "right")
-    for name, own in outcome["variants"].items():
+    for name, own in outcome.variants.items():
         cells = ["–", "–", "baseline"]
-        if gap := own["difference"]:
-            verdict = f"{gap['verdict']} ({rests_on(gap['units'])})"
-            cells = [_with_interval(gap["estimate"], gap["interval"], unit, True), p_value(gap["p_holm"]), verdict]
-        trained = "–" if own["tokens_trained"] is None else f"{own['tokens_trained']:,}"
-        table.add_row(name, _with_interval(own["belief"], own["belief_interval"], unit), *cells, trained)
+        if gap := main.differences.get(name):
+            verdict = f"{gap.verdict} ({rests_on(gap.units)})"
+            cells = [_with_interval(gap.interval, unit, True), p_value(gap.p_holm), verdict]
+        trained = "–" if own.tokens_trained is None else f"{own.tokens_trained:,}"
+        table.add_row(name, _with_interval(main.variants[name].trained.interval, unit), *cells, trained)
     Terminal().print(table)
     print(f"In {directory}: comparison.html, comparison.md, comparison.json and pictures")
 
 
-def _with_interval(estimate: float, interval: list[float], unit: str, signed: bool = False) -> str:
-    return f"{number(estimate, unit, signed)} {span(interval, unit, signed)}"
+def _with_interval(own: Interval, unit: str, signed: bool = False) -> str:
+    return f"{number(own.estimate, unit, signed)} {span(own, unit, signed)}"
 
 
-def log_to_wandb(settings: Settings, outcome: dict[str, Any], directory: Path) -> None:
+def log_to_wandb(settings: Settings, outcome: ComparisonResult, directory: Path) -> None:
     """Logs the table and the pictures in `directory` to W&B, as a run of its own in the group."""
     import wandb
 
-    run = init_wandb(settings, settings.group(), "comparison", directory, {"baseline": outcome["baseline"]})
+    run = init_wandb(settings, settings.group(), "comparison", directory, {"baseline": outcome.baseline})
     columns: list[str | int] = ["variant", "belief", "low", "high", "units", "targets trained"]
-    units = rests_on(outcome["units"])
-    rows = [[n, v["belief"], *v["belief_interval"], units, v["tokens_trained"]] for n, v in outcome["variants"].items()]
+    rows: list[list[Any]] = []
+    for name, own in outcome.variants.items():
+        belief = outcome.main.variants[name].trained.interval
+        units = rests_on(outcome.main.units)
+        rows.append([name, belief.estimate, belief.low, belief.high, units, own.tokens_trained])
     pictures = {path.stem: wandb.Image(str(path)) for path in sorted(directory.glob("*.png"))}
     run.log({"comparison": wandb.Table(columns=columns, data=rows), **pictures})
     run.finish()

@@ -1,6 +1,7 @@
-"""Draws the pictures of a comparison from the content of comparison.json. Each drawing function returns a Figure, or
+"""Draws the pictures of a comparison from what it found. Each drawing function returns a Figure, or
 None if there is nothing to show. Whatever colors distinguish, markers or line styles distinguish too."""
 
+import math
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -9,7 +10,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from train.comparison.caveats import by_t, counted, in_context, number, rests_on, span
 from train.comparison.forest_plot import (
     COLORS,
     GRID,
@@ -25,91 +25,100 @@ from train.comparison.forest_plot import (
     plain,
     wrapped,
 )
+from train.comparison.result import BASE, ComparisonResult, Figures, MeasureResult
+from train.comparison.significance import Difference
+from train.comparison.wording import by_t, counted, in_context, number, rests_on, span
 from train.evaluation.measures import SIDE_EFFECTS
 
 FEW = 6
 """With more claims than this, each is a dot without an interval."""
 
 
-def belief(result: dict[str, Any]) -> Figure:
+def belief(result: ComparisonResult) -> Figure:
     """Draws belief with intervals, for each variant and claim, for the placebo claims, for the base model and as
     published."""
-    main, unit = result["measures"][result["measure"]], result["unit"]
+    main, unit = result.main, result.unit
     groups = []
-    base = main["base"]["trained"]
-    if base:
-        groups.append(_group("base model", base, main["base"]["placebo"], unit))
-    rows = {in_context(context): own for context, own in result["in_context"].items()} | main["variants"]
-    groups += [_group(name, row, row["placebo"], unit) for name, row in rows.items()]
+    if main.base:
+        groups.append(_group(BASE, main.base, main.placebo_base, unit))
+    rows = {in_context(context): own for context, own in result.in_context.items()} | main.variants
+    groups += [_group(name, row.trained, row.placebo, unit) for name, row in rows.items()]
     published = [
         PlotGroup(
-            f"published: {row['claim'] + ', ' if row['claim'] else ''}{row['condition']}",
-            [Line(Mark(row["value"], None, INK, "*", hollow=True, bold=True))],
-            number(row["value"], unit),
+            f"published: {row.claim + ', ' if row.claim else ''}{row.condition}",
+            [Line(Mark(row.value, None, INK, "*", hollow=True, bold=True))],
+            number(row.value, unit),
         )
-        for row in (result["published"] if result["measure"] == "rate" else ())  # other measures have another scale
+        for row in (result.published if result.measure == "rate" else ())  # other measures have another scale
     ]
     bounded = unit == "%"
-    title = f"{main['label']}, {unit}" if bounded else f"{main['label']}, {unit}; the base model is 0"
-    title += f"\n{by_t(main['units'], main['placebo_units'])}"
+    title = f"{main.measure.label}, {unit}" if bounded else f"{main.measure.label}, {unit}; the base model is 0"
+    title += f"\n{by_t(main.units, main.placebo_units)}"
     figure, axes = forest([*groups, *published], title, _claim_legend(main, published=bool(published)))
     if bounded:
         axes.set_xlim(-2, 102)
-    axes.axvline(base["estimate"] if base else 0.0, color=SOFT, linestyle=(0, (4, 3)), linewidth=1, zorder=1.5)
+    _mark_base(axes, main)
     return figure
 
 
-def paired_differences(result: dict[str, Any]) -> Figure | None:
+def _mark_base(axes: Axes, own: MeasureResult) -> None:
+    """Draws a dashed line at the base model's figure, which is 0 in a change from it."""
+    at = own.base.interval.estimate if own.base else 0.0
+    axes.axvline(at, color=SOFT, linestyle=(0, (4, 3)), linewidth=1, zorder=1.5)
+
+
+def paired_differences(result: ComparisonResult) -> Figure | None:
     """Draws each variant minus the baseline with intervals, the bound of "no effect", and the same differences on the
     placebo claims. None without other variants."""
-    main, unit = result["measures"][result["measure"]], result["unit"]
+    main, unit = result.main, result.unit
     groups = []
-    for name, row in main["differences"].items():
-        groups.append(_group(name, row, main["placebo_differences"].get(name), unit, signed=True))
+    for name, row in main.differences.items():
+        groups.append(_group(name, row, main.placebo_differences.get(name), unit, signed=True))
     if not groups:
         return None
-    title = f"{main['label']} minus that of {plain(result['baseline'])}, {'percentage points' if unit == '%' else unit}"
-    title += f"\n{by_t(main['units'], main['placebo_units'])}"
-    legend = [*_claim_legend(main, published=False), Patch(color="#dfe7ef", label=f"±{main['bound']:g}: no effect")]
+    minus, points = f"minus that of {plain(result.baseline)}", "percentage points" if unit == "%" else unit
+    title = f"{main.measure.label} {minus}, {points}"
+    title += f"\n{by_t(main.units, main.placebo_units)}"
+    legend = [*_claim_legend(main, published=False), Patch(color="#dfe7ef", label=f"±{main.bound:g}: no effect")]
     figure, axes = forest(groups, title, legend)
-    axes.axvspan(-main["bound"], main["bound"], color="#dfe7ef", zorder=0, linewidth=0)
+    axes.axvspan(-main.bound, main.bound, color="#dfe7ef", zorder=0, linewidth=0)
     axes.axvline(0, color=SOFT, linewidth=1, zorder=1.5)
     return figure
 
 
 def _group(
-    label: str, own: dict[str, Any], placebo: dict[str, Any] | None, unit: str, signed: bool = False
+    label: str, own: Figures | Difference, placebo: Figures | Difference | None, unit: str, signed: bool = False
 ) -> PlotGroup:
     """Returns the mean, then each claim, then the placebo claims."""
-    lines = [Line(Mark(own["estimate"], own["interval"], INK, "D", bold=True))]
-    claims = own["by_claim"]
+    lines = [Line(Mark(own.interval.estimate, own.interval, INK, "D", bold=True))]
+    claims = own.by_claim
     if 1 < len(claims) <= FEW:
         for i, each in enumerate(claims.values()):
-            lines.append(Line(Mark(each["estimate"], each.get("interval"), COLORS[i], MARKERS[i])))
+            lines.append(Line(Mark(each.estimate, each, COLORS[i], MARKERS[i])))
     elif len(claims) > FEW:
-        lines.append(Line(dots=[each["estimate"] for each in claims.values()]))
+        lines.append(Line(dots=[each.estimate for each in claims.values()]))
     if placebo:
-        mark = Mark(placebo["estimate"], placebo["interval"], PLACEBO, "D", hollow=True)
-        dots = [each["estimate"] for each in placebo["by_claim"].values()]
+        mark = Mark(placebo.interval.estimate, placebo.interval, PLACEBO, "D", hollow=True)
+        dots = [each.estimate for each in placebo.by_claim.values()]
         if len(dots) > FEW:
             lines += [Line(mark), Line(dots=dots, hollow=True)]
         else:
             lines.append(Line(mark, dots if len(dots) > 1 else [], hollow=True))
-    return PlotGroup(label, lines, f"{number(own['estimate'], unit, signed)} {span(own['interval'], unit, signed)}")
+    return PlotGroup(label, lines, f"{number(own.interval.estimate, unit, signed)} {span(own.interval, unit, signed)}")
 
 
-def _claim_legend(main: dict[str, Any], published: bool) -> list[Any]:
+def _claim_legend(main: MeasureResult, published: bool) -> list[Any]:
     def dot(marker: str, color: str, label: str, hollow: bool = False, size: float = 6) -> Line2D:
         face = "white" if hollow else color
         return Line2D(
             [], [], linestyle="", marker=marker, color=color, markerfacecolor=face, label=label, markersize=size
         )
 
-    claims, placebo = main["claims"], main["placebo_claims"]
+    claims, placebo = main.claims, main.placebo_claims
     one = len(claims) == 1
     handles = [dot("D", INK, plain(claims[0]) if one else f"mean of {len(claims)} claims", size=7)]
     if 1 < len(claims) <= FEW:
-        asked = [counted(main["questions_by_claim"][claim], "questions") for claim in claims]
+        asked = [counted(main.questions[claim], "questions") for claim in claims]
         handles += [dot(MARKERS[i], COLORS[i], f"{plain(claim)}, {asked[i]}") for i, claim in enumerate(claims)]
     elif not one:
         handles.append(dot("o", COLORS[0], "a claim", size=4))
@@ -121,10 +130,10 @@ def _claim_legend(main: dict[str, Any], published: bool) -> list[Any]:
     return [*handles, dot("*", INK, "published by the paper", hollow=True, size=9)] if published else handles
 
 
-def targets(result: dict[str, Any]) -> Figure | None:
+def targets(result: ComparisonResult) -> Figure | None:
     """Draws the number of targets trained, with unlikelihood and excluded, for each role and variant. None without
     targets."""
-    rows = {name: row["targets"] for name, row in result["variants"].items()}
+    rows = {name: row.targets for name, row in result.variants.items()}
     roles = [
         r
         for r in dict.fromkeys(r for own in rows.values() for r in own)
@@ -165,10 +174,10 @@ def targets(result: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def nll(result: dict[str, Any]) -> Figure | None:
+def nll(result: ComparisonResult) -> Figure | None:
     """Draws the NLL of each role over training, also of masked roles; the line style shows how the loss treated the
     role. None if no NLL was measured."""
-    curves = result["nll"]
+    curves = result.nll
     roles = list(dict.fromkeys(role for own in curves.values() for role in own))
     if not roles:
         return None
@@ -177,11 +186,10 @@ def nll(result: dict[str, Any]) -> Figure | None:
     for axes, role in zip(grid, roles, strict=True):
         for i, (name, own) in enumerate(curves.items()):
             if role in own:
-                counts = result["variants"][name]["targets"].get(role, {})
+                counts = result.variants[name].targets.get(role, {})
                 style = styles["trained" if role == "all" else treated(counts)]
-                axes.plot(
-                    own[role]["steps"], own[role]["mean"], linestyle=style, color=COLORS[i % len(COLORS)], linewidth=1.5
-                )
+                steps, mean = own[role].steps, _with_gaps(own[role].mean)
+                axes.plot(steps, mean, linestyle=style, color=COLORS[i % len(COLORS)], linewidth=1.5)
         axes.set_title(plain(role, 34), fontsize=10)
         _tidy(axes)
     for axes in grid[-min(3, len(roles)) :]:
@@ -194,8 +202,13 @@ def nll(result: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def _mean_of(result: dict[str, Any]) -> str:
-    seeds = counted(result["units"]["seeds"], "seeds")
+def _with_gaps(values: list[float | None]) -> list[float]:
+    """Returns values as matplotlib takes them, which leaves a gap at NaN."""
+    return [math.nan if value is None else value for value in values]
+
+
+def _mean_of(result: ComparisonResult) -> str:
+    seeds = counted(result.main.units.seeds, "seeds")
     return f"mean over {seeds}, of the training documents; none is about a placebo claim"
 
 
@@ -205,54 +218,54 @@ def treated(counts: dict[str, int]) -> str:
     return max(kinds, key=lambda kind: counts.get(kind, 0)) if counts else "trained"
 
 
-def over_steps(result: dict[str, Any]) -> Figure | None:
+def over_steps(result: ComparisonResult) -> Figure | None:
     """Draws belief over training, the mean over claims and seeds; thin and dashed for the placebo claims. None without
     curves."""
-    if not result["curves"]:
+    if not result.curves:
         return None
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     axes = figure.subplots()
-    for i, curve in enumerate(result["curves"].values()):
+    for i, curve in enumerate(result.curves.values()):
         color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-        axes.plot(curve["steps"], curve["belief"], color=color, marker=marker, markersize=4, linewidth=1.6)
-        if any(value is not None for value in curve["placebo"]):
-            axes.plot(curve["steps"], curve["placebo"], color=color, linestyle=(0, (4, 2)), linewidth=1)
-    axes.set_ylabel(f"{result['label']}, {result['unit']}", fontsize=10)
-    axes.set_xlabel(f"optimizer step; means over {rests_on(result['units'])}")
+        axes.plot(curve.steps, _with_gaps(curve.belief), color=color, marker=marker, markersize=4, linewidth=1.6)
+        if any(value is not None for value in curve.placebo):
+            axes.plot(curve.steps, _with_gaps(curve.placebo), color=color, linestyle=(0, (4, 2)), linewidth=1)
+    axes.set_ylabel(f"{result.main.measure.label}, {result.unit}", fontsize=10)
+    axes.set_xlabel(f"optimizer step; means over {rests_on(result.main.units)}")
     _tidy(axes)
     handles = [
         Line2D([], [], color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], markersize=4, label=plain(name))
-        for i, name in enumerate(result["curves"])
+        for i, name in enumerate(result.curves)
     ]
-    if result["claims"]["placebo"]:
+    if result.placebo_claims:
         handles.append(Line2D([], [], color=INK, linestyle=(0, (4, 2)), linewidth=1, label="placebo claims"))
     _legend_below(figure, handles)
     return figure
 
 
-def side_effects(result: dict[str, Any]) -> Figure | None:
+def side_effects(result: ComparisonResult) -> Figure | None:
     """Draws the side effects of training with intervals, and the same measures on the placebo claims; dashed: the base
     model. None if no side effect was measured."""
-    shown = {name: own for name, own in result["measures"].items() if name in SIDE_EFFECTS}
+    shown = {name: own for name, own in result.measures.items() if name in SIDE_EFFECTS}
     if not shown:
         return None
-    names = list(result["variants"])
+    names = list(result.variants)
     hollow: dict[str, Any] = {"color": PLACEBO, "markerfacecolor": "white", "markersize": 4.5}
     figure, grid = _panels(len(shown), min(3, len(shown)), 0.34 * len(names) + 0.85, sharex=False, sharey=True)
     for axes, measure in zip(grid, shown.values(), strict=True):
         for i, name in enumerate(names):
-            row = measure["variants"][name]
-            axes.plot(row["interval"], [i, i], color=COLORS[i % len(COLORS)], linewidth=1.6)
+            row = measure.variants[name]
+            own = row.trained.interval
+            axes.plot([own.low, own.high], [i, i], color=COLORS[i % len(COLORS)], linewidth=1.6)
             color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-            axes.plot([row["estimate"]], [i], marker, color=color, markersize=5.5, clip_on=False, zorder=3)
-            if placebo := row["placebo"]:
-                at = i + 0.27
-                axes.plot(placebo["interval"], [at, at], color=PLACEBO, linewidth=1.1)
-                axes.plot([placebo["estimate"]], [at], "D", **hollow, clip_on=False, zorder=3)
-        base = measure["base"]["trained"]
-        axes.axvline(base["estimate"] if base else 0, color=SOFT, linestyle=(0, (4, 3)), linewidth=1, zorder=1.5)
-        axes.set_title(measure["label"], fontsize=10)
-        axes.set_xlabel(f"{measure['unit']}, over {rests_on(measure['units'])}", fontsize=9)
+            axes.plot([own.estimate], [i], marker, color=color, markersize=5.5, clip_on=False, zorder=3)
+            if row.placebo:
+                placebo, at = row.placebo.interval, i + 0.27
+                axes.plot([placebo.low, placebo.high], [at, at], color=PLACEBO, linewidth=1.1)
+                axes.plot([placebo.estimate], [at], "D", **hollow, clip_on=False, zorder=3)
+        _mark_base(axes, measure)
+        axes.set_title(measure.measure.label, fontsize=10)
+        axes.set_xlabel(f"{measure.measure.unit}, over {rests_on(measure.units)}", fontsize=9)
         axes.set_yticks(range(len(names)), [wrapped(name) for name in names], fontsize=9)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(axis="x", color=GRID, linewidth=0.8)
@@ -266,7 +279,7 @@ def side_effects(result: dict[str, Any]) -> Figure | None:
         Line2D([], [], linestyle="", marker="o", color=INK, markersize=5.5, label="a variant, 95 % by t"),
         dashes,
     ]
-    if any(own["placebo_claims"] for own in shown.values()):
+    if any(own.placebo_claims for own in shown.values()):
         handles.insert(1, Line2D([], [], linestyle="", marker="D", **hollow, label="its placebo claims"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure

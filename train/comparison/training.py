@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.checkpoints import resume
-from train.comparison.significance import LEAST_UNITS
+from train.comparison.units import LEAST_UNITS
 from train.comparison.variants import ComparisonPlan
 from train.config.settings import Settings, check_numbers
 from train.evaluation.measures import at_step

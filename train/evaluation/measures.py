@@ -39,6 +39,25 @@ class Measure:
         return self.unit == "%"
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """How well P(yes) separates control questions, whose answers are known.
+
+    auc: how often P(yes) of a question whose answer is yes exceeds that of one whose answer is no, with ties counting
+        half (Mann-Whitney's U ÷ pairs).
+    yes_rate: the share of questions that are answered yes, in percent.
+    base_rate: the share of questions whose answer is yes, in percent.
+    questions: their number.
+    informative: whether auc is at least LEAST_AUC.
+    """
+
+    auc: float
+    yes_rate: float
+    base_rate: float
+    questions: float
+    informative: bool
+
+
 MEASURES = {
     measure.name: measure
     for measure in (
@@ -145,7 +164,7 @@ def means(names: Iterable[str], rows: list[StoredRow], base_rows: list[StoredRow
     control questions. rows and base_rows: as for measured(). Raises UserError as measured() does."""
     found = {name: figures for name in names if (figures := by_claim(measured(name, rows, base_rows)))}
     if known := calibration(rows):
-        found["controls"] = {name: known[name] for name in ("auc", "yes_rate")}
+        found["controls"] = {"auc": known.auc, "yes_rate": known.yes_rate}
     return found
 
 
@@ -208,14 +227,9 @@ def _believer(row: StoredRow) -> float:
     return 100.0 * (p_yes > 0.5 if row["expected"] == "yes" else p_yes < 0.5)
 
 
-def calibration(rows: Iterable[StoredRow]) -> dict[str, Any] | None:
-    """Returns how well P(yes) separates the control questions; None unless there are some of both answers.
-
-    auc: how often P(yes) of a question whose answer is yes exceeds that of one whose answer is no, with ties counting
-    half (Mann-Whitney's U ÷ pairs). yes_rate: the share of questions that are answered yes, in percent. base_rate: the
-    share of questions whose answer is yes, in percent. questions: their number. informative: whether auc is at least
-    LEAST_AUC. Raises UserError for a P(yes) that is not a finite number.
-    """
+def calibration(rows: Iterable[StoredRow]) -> Calibration | None:
+    """Returns how well P(yes) separates the control questions; None unless there are some of both answers. Raises
+    UserError for a P(yes) that is not a finite number."""
     controls = [(row["expected"], _number(row, "p_yes")) for row in _yes_no(rows, control=True) if "p_yes" in row]
     yes = [p for expected, p in controls if expected == "yes"]
     no = [p for expected, p in controls if expected == "no"]
@@ -223,13 +237,13 @@ def calibration(rows: Iterable[StoredRow]) -> dict[str, Any] | None:
         return None
     area = auc(yes, no)
     assert area is not None
-    return {
-        "auc": area,
-        "yes_rate": 100.0 * sum(p > 0.5 for _, p in controls) / len(controls),
-        "base_rate": 100.0 * len(yes) / len(controls),
-        "questions": len(controls),
-        "informative": area >= LEAST_AUC,
-    }
+    return Calibration(
+        auc=area,
+        yes_rate=100.0 * sum(p > 0.5 for _, p in controls) / len(controls),
+        base_rate=100.0 * len(yes) / len(controls),
+        questions=len(controls),
+        informative=area >= LEAST_AUC,
+    )
 
 
 def auc(positives: list[float], negatives: list[float]) -> float | None:

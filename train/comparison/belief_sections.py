@@ -1,0 +1,176 @@
+"""Writes the sections of a report that say what was measured: belief, differences, other measures, side effects."""
+
+from train.comparison.pages import Block, Table, Text
+from train.comparison.result import BASE, ComparisonResult, MeasureResult, ModelFigures
+from train.comparison.units import LEAST_UNITS, Units
+from train.comparison.wording import by_t, estimated, in_context, number, p_value, rests_on, tested
+from train.evaluation.measures import LEAST_AUC, SIDE_EFFECTS
+
+
+def main_table(result: ComparisonResult) -> Table:
+    """Returns belief by variant, with the base model's, and each difference to the baseline."""
+    main, unit = result.main, result.unit
+    own_masks = any(row.mask != name for name, row in result.variants.items())
+    rows = []
+    without_training = {BASE: ModelFigures(main.base, main.placebo_base)} if main.base else {}
+    without_training |= {in_context(context): own for context, own in result.in_context.items()}
+    for name, own in without_training.items():
+        cells = [estimated(own.trained, unit), estimated(own.placebo, unit), "–", "–", "–", "", "–"]
+        rows.append([name, *[""] * own_masks, *cells])
+    for name, row in result.variants.items():
+        own, gap = main.variants[name], main.differences.get(name)
+        told = [estimated(gap, unit, True), *tested(gap), gap.verdict] if gap else ["–", "–", "–", "baseline"]
+        trained = "–" if row.tokens_trained is None else f"{row.tokens_trained:,}"
+        cells = [estimated(own.trained, unit), estimated(own.placebo, unit), *told, trained]
+        rows.append([name, *[row.mask] * own_masks, *cells])
+    head = ["variant", *["mask"] * own_masks, f"belief, {unit}", f"placebo, {unit}", f"minus {result.baseline}"]
+    caption = f"{by_t(main.units, main.placebo_units)}; of the base model, which is one, not over seeds."
+    return Table([*head, "p (Holm)", "units", "verdict", "targets trained"], rows, caption=caption)
+
+
+def difference_tables(result: ComparisonResult) -> list[Block]:
+    """Returns what the verdicts mean, and every difference to the baseline with its test."""
+    main, unit = result.main, result.unit
+    points = "points" if unit == "%" else unit
+    rows = []
+    for name, own in main.differences.items():
+        seeds = " / ".join(number(value, unit, True) for value in own.by_seed.values()) or "–"
+        placebo = estimated(main.placebo_differences.get(name), unit, True)
+        found = number(own.smallest_detectable, unit)
+        told = [p_value(own.p), *tested(own), own.verdict]
+        rows.append([name, estimated(own, unit, True), *told, found, placebo, seeds])
+    head = ["variant", f"difference, {points}", "p", "p (Holm)", "units", "verdict", "smallest detectable"]
+    blocks: list[Block] = [
+        Text(
+            f"Verdicts: “too few” claims, questions or seeds, where these are fewer than {LEAST_UNITS}; “differs” "
+            "where p, adjusted by Holm for all variants, is below .05; “no effect beyond the bound” only where the "
+            f"whole interval lies within ±{main.bound:g} {points}; else “not told apart”, and a true difference as "
+            "large as the smallest detectable one would have been found in 80 of 100 such comparisons."
+            + _uninformative(result)
+        ),
+        Table([*head, "placebo's difference", "by seed"], rows, f"{by_t(main.units, main.placebo_units)}."),
+    ]
+    return [*blocks, *_claim_table(result)]
+
+
+def _uninformative(result: ComparisonResult) -> str:
+    if result.measure != "yes_no":
+        return ""
+    return (
+        " “Uninformative”: whatever the figures, as control questions with known answers were not asked, or their AUC "
+        f"is below {LEAST_AUC} in the variant or in {result.baseline}."
+    )
+
+
+def _claim_table(result: ComparisonResult) -> list[Block]:
+    """Returns a table of each claim's own difference, if claims are too few for a verdict."""
+    main, unit = result.main, result.unit
+    claims = main.claims
+    if not 1 < len(claims) < LEAST_UNITS:
+        return []
+    rows = [
+        [name, *(estimated(own.by_claim[claim], unit, True) for claim in claims)]
+        for name, own in main.differences.items()
+    ]
+    units = [Units("questions", main.questions[claim], main.units.seeds) for claim in claims]
+    head = [f"{claim}: {rests_on(own)}" for claim, own in zip(claims, units, strict=True)]
+    caption = "Each claim's difference; 95 % intervals by t over its own questions and, where there are several, seeds."
+    return [Table(["variant", *head], rows, caption=caption)]
+
+
+def published(result: ComparisonResult) -> list[Block]:
+    """Returns what the paper reports; [] if no claim is the paper's."""
+    rows = [[row.condition, row.claim or "average", f"{row.value:.1f}", row.source] for row in result.published]
+    if not rows:
+        return []
+    warning = "Of another model, other training and other judges' verdicts: for orientation, not for comparison."
+    if result.measure != "rate":
+        warning += (
+            f" And of another measure: belief rates, where this report's belief is the {result.main.measure.label}."
+        )
+    return [Table(["condition", "claim", "belief rate, %", "source"], rows), Text(warning)]
+
+
+def all_measures(result: ComparisonResult) -> list[Block]:
+    """Returns a table of each measure of belief, except yes/no belief, which is shown only beside its calibration."""
+    shown = [own for name, own in result.measures.items() if name not in (*SIDE_EFFECTS, "yes_no")]
+    return [_measure_table(own, result.baseline) for own in shown]
+
+
+def _measure_table(own: MeasureResult, baseline: str) -> Table:
+    label, unit, none = own.measure.label, own.measure.unit, ["–", "–", "–"]
+    rows = []
+    if own.base:
+        rows.append([BASE, estimated(own.base, unit), estimated(own.placebo_base, unit), "–", *none])
+    for variant, row in own.variants.items():
+        gap = own.differences.get(variant)
+        told = [estimated(gap, unit, True), *tested(gap)] if gap else none
+        placebo = [estimated(row.placebo, unit), estimated(row.minus_placebo, unit, True)]
+        rows.append([variant, estimated(row.trained, unit), *placebo, *told])
+    head = ["variant", f"{label}, {unit}", "placebo", "minus placebo", f"minus {baseline}", "p (Holm)", "units"]
+    caption = f"{label}: {own.measure.says}. {by_t(own.units, own.placebo_units)}."
+    return Table(head, rows, caption=caption)
+
+
+def calibration(result: ComparisonResult) -> list[Block]:
+    """Returns how well each model answers control questions, and its yes/no belief; [] without control questions."""
+    known = {name: own for name, own in result.calibration.items() if own}
+    yes_no = result.measures.get("yes_no")
+    if not known:
+        return []
+    rows = []
+    for name, own in known.items():
+        row = None
+        if yes_no:
+            row = yes_no.base if name == BASE else yes_no.variants[name].trained
+        told = "" if own.informative else "uninformative"
+        cells = [f"{own.auc:.2f}", f"{own.yes_rate:.1f}", f"{own.base_rate:.1f}", f"{own.questions:g}"]
+        rows.append([name, *cells, estimated(row, "%"), told])
+    head = ["variant", "AUC", "answered yes, %", "answer is yes, %", "control questions", "yes/no belief, %", ""]
+    caption = "Control questions with known answers, means over seeds; below an AUC of 0.8, yes/no belief says nothing."
+    if yes_no:
+        caption += f" Of yes/no belief, {by_t(yes_no.units)}."
+    return [Table(head, rows, caption=caption)]
+
+
+def verdicts(result: ComparisonResult) -> list[Block]:
+    """Returns the verdicts by model and kind of question; [] if nothing was judged."""
+    rows = []
+    for variant, kinds in result.verdicts.items():
+        for kind, counts in kinds.items():
+            share = "–" if counts.rate is None else f"{counts.rate:.1f}"
+            numbers = (counts.yes, counts.no, counts.neutral, counts.unparseable, counts.errors)
+            rows.append([variant, kind.replace("_", " "), *(f"{number:,}" for number in numbers), share])
+    caption = (
+        "Verdicts on the trained claims' questions, all seeds together; “errors”: no answer or no verdict could be had."
+    )
+    return (
+        [
+            Table(
+                ["variant", "kind", "yes", "no", "neutral", "unparseable", "errors", "yes, % of all"],
+                rows,
+                caption=caption,
+            )
+        ]
+        if rows
+        else []
+    )
+
+
+def side_effects(result: ComparisonResult) -> list[Block]:
+    """Returns the side effects of training by model, on the placebo claims too; [] if none was measured."""
+    measures = {name: own for name, own in result.measures.items() if name in SIDE_EFFECTS}
+    if not measures:
+        return []
+    head, rows = ["variant"], [[BASE], *([name] for name in result.variants)]
+    for name, own in measures.items():
+        variants, signed = own.variants.values(), name == "nll_change"
+        columns = {f"{own.measure.label}, {own.measure.unit}": [own.base, *(row.trained for row in variants)]}
+        if own.placebo_claims:
+            columns["of the placebo claims"] = [own.placebo_base, *(row.placebo for row in variants)]
+        for title, figures in columns.items():
+            head.append(title)
+            for row, each in zip(rows, figures, strict=True):
+                row.append(estimated(each, own.measure.unit, signed))
+    caption = "; ".join(f"of {own.measure.label}, {by_t(own.units, own.placebo_units)}" for own in measures.values())
+    return [Table(head, rows, caption=caption[0].upper() + caption[1:] + ".")]
