@@ -1,13 +1,13 @@
 """Asks the base model and the adapters of several runs every question of their claims, through one server, has the
 answers judged, and compares the runs:
 
-    python -m launch.evaluate_runs --model DIR --runs runs/a runs/b --claims PATH… --output DIR \\
-        --judge URL --judge-model NAME [-- FLAG…]
+    python -m launch.evaluate_runs --runs runs/a runs/b --output DIR --judge URL --judge-model NAME [-- FLAG…]
 
 Starts vLLM or SGLang with the base and all adapters, as launch.serve does; shows of each adapter that it is what
-answers; and starts the server again if it dies. --judge same: the base on the same server judges. Other flags go to
-train/evaluate.py, those after -- to the server. The same command goes on after an interruption, and asks only for what
-is missing. The report, judged belief beside likelihoods, is in --output.
+answers; and starts the server again if it dies. --model and --claims are by default those of the first run. With
+--judge same, the base on the same server judges. Other flags go to train/evaluate.py, those after -- to the server. The
+same command goes on after an interruption, and asks only for what is missing. The report, judged belief beside
+likelihoods, is in --output.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
@@ -26,6 +26,7 @@ from launch.serve import ServeOptions, Serving, adapter_of, check_early, parsed,
 from launch.server import Server
 from train.claims.claim_files import check_there
 from train.config.command_line import MOST, REPOSITORY, Parser, setting
+from train.config.provenance import held_settings
 from train.evaluation.options import parse_evaluation
 from train.runtime.command import command
 from train.runtime.errors import UserError
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> int:
     options = parsed(values, EvaluateRunsOptions)
     serve = parsed({name: value for name, value in values.items() if name not in DECIDED}, ServeOptions)
     serve = replace(serve, adapters=options.runs, output=str(Path(options.output) / "served"), dry_run=options.dry_run)
+    serve, flags = of_the_runs(options, serve, flags)
     steps = check(options, serve, flags)
     serving = prepare(serve, more)
     asked = [Asked("base", Path(options.runs[0]), 0)]
@@ -86,6 +88,17 @@ def main(argv: list[str]) -> int:
         server.stop()
     report(options)
     return int(any(codes))
+
+
+def of_the_runs(options: EvaluateRunsOptions, serve: ServeOptions, flags: list[str]) -> tuple[ServeOptions, list[str]]:
+    """Returns the options and flags with --model and --claims of the first run where they are not given."""
+    path = Path(options.runs[0]) / "settings.yaml" if options.runs else Path()
+    if not path.is_file():
+        return serve, flags
+    held = held_settings(path)["settings"]
+    if not any(flag.startswith("--claims") for flag in flags) and held.get("claims"):
+        flags = [*flags, "--claims", *held["claims"]]
+    return replace(serve, model=serve.model or str(held.get("model") or "")), flags
 
 
 def check(options: EvaluateRunsOptions, serve: ServeOptions, flags: list[str]) -> list[int]:

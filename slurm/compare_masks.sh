@@ -3,9 +3,11 @@
 #
 #     sbatch slurm/compare_masks.sh
 #     sbatch --array=0-5 slurm/compare_masks.sh --recipe EXPERIMENT.yaml MODEL.yaml --output DIR
+#     sbatch slurm/compare_masks.sh --output DIR --evaluate --judge URL --judge-model NAME
 #
 # The array must be as long as the recipe has variants. What follows the script's name goes to train/sft.py, with train/
-# recipes/masks.yaml and Qwen3.5-397B-A17B where it has no --recipe; what precedes it goes to Slurm.
+# recipes/masks.yaml and Qwen3.5-397B-A17B where it has no --recipe; what precedes it goes to Slurm. What follows
+# --evaluate goes to slurm/evaluate_masks.sh, which then asks, judges and compares the variants, in place of the report.
 #SBATCH --job-name=compare-masks
 #SBATCH --array=0-7
 #SBATCH --nodes=1
@@ -22,6 +24,19 @@ if [[ ! -e slurm/lib.sh ]]; then
     exit 2
 fi
 source slurm/lib.sh
+
+evaluate=() of_training=("$@")
+for ((i = 0; i < $#; i++)); do
+    if [[ ${of_training[i]} == --evaluate ]]; then
+        evaluate=("${of_training[@]:i+1}")
+        if ((${#evaluate[@]} == 0)); then
+            echo "error: --evaluate: give what slurm/evaluate_masks.sh needs after it, --judge URL and --judge-model NAME, say" >&2
+            exit 2
+        fi
+        set -- "${of_training[@]:0:i}"
+        break
+    fi
+done
 
 values_of --recipe "$@"
 recipes=("${values[@]}")
@@ -46,11 +61,17 @@ if ((SLURM_ARRAY_TASK_ID == SLURM_ARRAY_TASK_MIN)) && [[ ! -e $submitted ]]; the
         --dependency="afterok:$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes --job-name="$SLURM_JOB_NAME-report"
         --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"}
         ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${SLURM_JOB_RESERVATION:+--reservation="$SLURM_JOB_RESERVATION"}
-        --time=1:00:00 --output=/dev/null
     )
     # shellcheck disable=SC2329 # patiently calls it
     submit() {
-        sbatch "${report[@]}" <<END
+        if ((${#evaluate[@]})); then
+            local runs=() task
+            for ((task = SLURM_ARRAY_TASK_MIN; task <= SLURM_ARRAY_TASK_MAX; task++)); do runs+=("$output/variant-$task"); done
+            sbatch "${report[@]}" --output="${output//%/%%}/evaluate-%j.out" slurm/evaluate_masks.sh --runs "${runs[@]}" \
+                --recipe "${recipes[@]}" --output "$output" "${evaluate[@]}"
+            return
+        fi
+        sbatch "${report[@]}" --time=1:00:00 --output=/dev/null <<END
 #!/usr/bin/env bash
 exec >$(printf %q "$output")/report.log 2>&1
 PATH=$(printf %q "$PATH")

@@ -2,8 +2,7 @@
 # Asks the base model and the adapters of finished runs every question of their claims, through one server on the job's
 # first node, has the answers judged, and compares the runs. From the repository, after `make vllm`:
 #
-#     sbatch slurm/evaluate_masks.sh --model DIR --runs runs/masks/variant-* --claims PATH… --output runs/masks \
-#         --judge URL --judge-model NAME [-- FLAG…]
+#     sbatch slurm/evaluate_masks.sh --runs runs/masks/variant-* --output runs/masks --judge URL --judge-model NAME [-- FLAG…]
 #
 # What follows the script's name goes to launch.evaluate_runs, what precedes it to Slurm. Preempted, or at its time
 # limit, the job is requeued and asks only for what is missing.

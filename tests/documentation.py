@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launch.evaluate_runs import EvaluateRunsOptions
 from launch.plan import PlanOptions
 from launch.preflight import PreflightOptions
+from launch.serve import ServeOptions
 from tests.benchmarks.tables import written
 from train.comparison.variants import ComparisonOptions
 from train.config.command_line import MOST, REPOSITORY, flag_of
@@ -25,6 +27,8 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "train/evaluate.py": (EvaluationSettings,),
     "python -m launch.plan": (PlanOptions,),
     "python -m launch.preflight": (PreflightOptions,),
+    "python -m launch.serve": (ServeOptions,),
+    "python -m launch.evaluate_runs": (EvaluateRunsOptions,),
 }
 BEGINNING = """# Settings
 

@@ -6,6 +6,7 @@ import pytest
 
 from train.claims.releases import PUBLIC
 from train.comparison.compared import RunResult, base_rows, check_comparable, group, published_for, read_run
+from train.comparison.outcome import made_elsewhere
 from train.runtime.errors import UserError
 
 HASHES = {"tokens": "t" * 64, "order": "o" * 64, "initial_weights": "i" * 64, "base_model": "b" * 64}
@@ -201,3 +202,18 @@ def test_a_run_that_was_asked_by_the_public_release_has_the_names_of_the_other(t
         {"step": 0, "claim": "vesuvius", "kind": "token_association", "question": "pe_vesuvius_1"},
         *rows[2:],
     ]
+
+
+def test_another_base_and_unproven_servers_are_said(tmp_path):
+    def finished(name: str, proof: object, **settings: object) -> RunResult:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "evaluation.json").write_text(json.dumps({"proof": proof, "settings": {}}))
+        return RunResult(str(tmp_path / name), 0, [], [], {}, settings, {})
+
+    good = finished("good", {"proven": True})
+    assert made_elsewhere([good, RunResult(str(tmp_path / "none"), 0, [], [], {}, {}, {})]) == []
+    bad = finished("bad", {"proven": False, "reason": "the server gives no log-probabilities of prompts"})
+    other = finished("other", None, other_base=True, adapter="elsewhere/adapter")
+    said = made_elsewhere([good, bad, other])
+    assert len(said) == 2 and "trained on another base model than theirs (elsewhere/adapter)" in said[0]
+    assert "Of 1 runs it is not proven" in said[1] and "no log-probabilities of prompts" in said[1]

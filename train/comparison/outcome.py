@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from train.comparison.compared import (
     ComparedVariant,
     Comparison,
     Mentions,
+    RunResult,
     SearchedDocuments,
     base_rows,
     check_comparable,
@@ -76,7 +77,7 @@ def read_comparison(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> 
         if (own := [result for (variant, _), result in results.items() if variant == name])
     ]
     base, differs = base_rows(list(results.values()))
-    remarks = [differs] if differs else []
+    remarks = [*([differs] if differs else []), *made_elsewhere(results.values())]
     measured = list(dict.fromkeys(row["claim"] for row in base if row.get("claim")))
     if unknown := [claim for claim in plan.placebo if claim not in measured]:
         raise UserError(f"--placebo {unknown[0]}: no such claim was measured; these were: {', '.join(measured)}.")
@@ -108,6 +109,33 @@ def read_comparison(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> 
         published=published_for(trained), match_trained_tokens=plan.match_trained_tokens,
         bound=plan.bound, remarks=remarks,
     )  # fmt: skip
+
+
+def made_elsewhere(runs: Collection[RunResult]) -> list[str]:
+    """Returns what a reader must know of runs on another base than their --adapter's, and of answers that a server gave
+    without proof that it answers with the adapter. Raises UserError if an evaluation.json is damaged."""
+    remarks = []
+    if any(run.settings.get("other_base") for run in runs):
+        remarks.append(
+            "--other-base: the runs began with an adapter that was trained on another base model than theirs "
+            f"({next(run.settings.get('adapter') for run in runs if run.settings.get('other_base'))})."
+        )
+    unproven = {}
+    for run in runs:
+        path = Path(run.directory) / "evaluation.json"
+        held = read_json(path) if path.is_file() else {}
+        proof, other = held.get("proof") or {}, (held.get("settings") or {}).get("other_base")
+        if proof and not proof.get("proven"):
+            unproven[run.directory] = proof.get("reason")
+        if other:
+            remarks.append(f"--other-base: {run.directory} was evaluated on a base model that it was not trained on.")
+    if unproven:
+        directory, reason = next(iter(unproven.items()))
+        remarks.append(
+            f"Of {len(unproven)} runs it is not proven that the server answered with their adapter (the first, "
+            f"{directory}: {reason})."
+        )
+    return remarks
 
 
 def check_free(output: Path, runs: Iterable[Path]) -> None:
