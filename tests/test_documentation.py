@@ -14,7 +14,7 @@ README = REPOSITORY / "README.md"
 PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BY_NAME = {page.name: page for page in PAGES}
 OF_OTHERS = {  # flags of what is not ours
-    "--num_gpus", "--nodes", "--array", "--signal", "--shutdown-timeout", "--tag", "--constraint",
+    "--num_gpus", "--nodes", "--array", "--evaluate", "--signal", "--shutdown-timeout", "--tag", "--constraint",
     "--no-build-isolation", "--gpus", "--time", "--ntasks-per-node", "--help",
     "--kill-on-bad-exit", "--master_port", "--durations",
 }  # fmt: skip
