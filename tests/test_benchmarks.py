@@ -1,8 +1,6 @@
 """The benchmarks run, at small sizes, and print what their documentation names. Nothing here looks at a time."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.layouts import LAYOUTS
+from tests.support.ranks import run
 from train.checkpoints.layout import ExpertPiece, LoadPlan, Piece
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
@@ -17,8 +16,7 @@ BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 def rows(tmp_path: Path, name: str, *flags: str) -> list[dict[str, Any]]:
     out = tmp_path / "rows.json"
-    script = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--json", str(out), *flags]
-    done = subprocess.run(script, capture_output=True, text=True)
+    done = run(BENCHMARKS / f"{name}.py", "--json", str(out), *flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())["rows"]
 

@@ -1,4 +1,7 @@
-"""What the benchmarks share: contenders that take turns, the machine's name, the JSON file."""
+"""What the benchmarks share: starts of processes, contenders that take turns, the machine's name, the JSON file.
+
+A benchmark that is itself a fork of tests/support/ranks.py, as in tests/test_benchmarks.py, starts others by it too.
+"""
 
 import json
 import os
@@ -13,6 +16,25 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `tests` is no installed package
+
+from tests.support import ranks as forks
+from train.runtime import local
+
+FORKED = forks.SERVER in os.environ
+
+
+def run(*words: str, ranks: int = 0, env: dict[str, str] | None = None) -> str:
+    """What a script of these arguments prints to stdout, alone or by the launcher. Raises RuntimeError where it fails."""
+    options: dict[str, Any] = {"capture_output": True, "text": True}
+    if FORKED:
+        done = forks.run(*words, ranks=ranks, env=env, **options)
+    elif ranks:
+        done = local.run(*words, ranks=ranks, env=env or {}, **options)
+    else:
+        done = subprocess.run([sys.executable, *words], env=os.environ | (env or {}), **options)
+    if done.returncode:
+        raise RuntimeError(f"{words} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
+    return done.stdout
 
 
 class Turns:
@@ -41,22 +63,26 @@ class Worker:
 
     def __init__(self, script: str, arguments: list[str], log: Path, spin: bool = False):
         self.log = log
+        words, pipe = [script, "--worker", *arguments], subprocess.PIPE
         environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-        self.process = subprocess.Popen(
-            [sys.executable, script, "--worker", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=log.open("w"), text=True, env=environment | ({} if spin else {"OMP_WAIT_POLICY": "PASSIVE"}),
-        )  # fmt: skip
+        environment |= {} if spin else {"OMP_WAIT_POLICY": "PASSIVE"}
+        with log.open("w") as errors:
+            self.process: Any = (
+                forks.Forked(*words, stdin=pipe, stdout=pipe, stderr=errors)
+                if FORKED
+                else subprocess.Popen(
+                    [sys.executable, *words], stdin=pipe, stdout=pipe, stderr=errors, text=True, env=environment
+                )
+            )
         self.hear()
 
     def hear(self) -> dict[str, Any]:
-        assert self.process.stdout
         for line in self.process.stdout:
             if line.startswith("{"):  # else a library's
                 return json.loads(line)
         raise RuntimeError(f"{self.process.args} failed:\n{self.log.read_text()[-3000:]}")
 
     def step(self) -> dict[str, Any]:
-        assert self.process.stdin
         print(file=self.process.stdin, flush=True)
         return self.hear()
 

@@ -12,14 +12,13 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from harness import finish, header
+from harness import finish, header, run
 from load import generate
 
 MERGES = {"qwen3.5": ("bf16",), "kimi": ("bf16", "same")}
@@ -43,12 +42,9 @@ def worker(kind: str, base: str, adapter: str, output: str) -> None:
     print(json.dumps({"seconds": time.perf_counter() - started, "peak": peak_host_bytes()}))
 
 
-def run(kind: str, base: Path, adapter: Path, output: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--worker", kind, str(base), str(adapter), str(output)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{kind} on {base.name}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1]) | {"written": bytes_of(output)}
+def merged(kind: str, base: Path, adapter: Path, output: Path) -> dict[str, float]:
+    printed = run(__file__, "--worker", kind, str(base), str(adapter), str(output))
+    return json.loads(printed.splitlines()[-1]) | {"written": bytes_of(output)}
 
 
 def bytes_of(directory: Path) -> int:
@@ -59,7 +55,7 @@ def measure(layout: str, to: str, base: Path, adapter: Path, rounds: int) -> dic
     merges: dict[str, list[dict[str, float]]] = {to: []} | ({"peft": []} if layout == "qwen3.5" else {})
     for _ in range(rounds):
         for kind, done in merges.items():
-            done.append(run(kind, base, adapter, base.with_name("merged")))
+            done.append(merged(kind, base, adapter, base.with_name("merged")))
             shutil.rmtree(base.with_name("merged"))
     seconds = {kind: statistics.median(one["seconds"] for one in done) for kind, done in merges.items()}
     return {

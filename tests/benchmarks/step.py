@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import finish, header
+from harness import finish, header, run
 from torch import Tensor, nn
 
 from tests.support.models import write_model
 from train.runtime.command import leave
 from train.runtime.distributed import start_distributed
-from train.runtime.local import run
 
 HIDDEN, WIDTH, TOP, LAYERS, ROWS = 256, 128, 4, 2, 2
 ROUNDS = 7
@@ -155,12 +154,7 @@ def worker(directory: str, tokens: int, out: str) -> None:
 
 def measure(ranks: int, experts: int, tokens: int, directory: Path) -> dict[str, Any]:
     out = directory.with_name("out.json")
-    done = run(
-        __file__, "--worker", str(directory), str(tokens), str(out), ranks=ranks, capture_output=True, text=True,
-        env={"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
+    run(__file__, "--worker", str(directory), str(tokens), str(out), ranks=ranks, env={"OMP_NUM_THREADS": "1"})
     found = json.loads(out.read_text())
     median = {kind: statistics.median(values) for kind, values in found["seconds"].items()}
     return {

@@ -45,7 +45,7 @@ def flags(directory: Path, steps: int) -> list[str]:
 
 def ours(directory: Path, steps: int) -> None:
     from train.config.settings import parse
-    from train.sft import load_engine
+    from train.training.finishing import load_engine
     from train.training.job import prepare
     from train.training.trainer import Trainer
 
