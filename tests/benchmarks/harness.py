@@ -24,7 +24,7 @@ FORKED = forks.SERVER in os.environ
 
 
 def run(*words: str, ranks: int = 0, env: dict[str, str] | None = None) -> str:
-    """What a script of these arguments prints to stdout, alone or by the launcher. Raises RuntimeError where it fails."""
+    """What a script with these arguments prints, alone or by the launcher. Raises RuntimeError if it fails."""
     options: dict[str, Any] = {"capture_output": True, "text": True}
     if FORKED:
         done = forks.run(*words, ranks=ranks, env=env, **options)

@@ -219,8 +219,8 @@ def _tell_ends(clients: dict[int, socket.socket]) -> None:
 
 
 def _begin(request: dict[str, Any]) -> None:
-    """Without ranks, becomes the process itself. Else in the place of deepspeed/launcher/launch.py: returns in the ranks
-    alone, whose parent ends as soon as they have, or as one of them has failed and the others are ended."""
+    """Without ranks, becomes the process itself. Else in the place of deepspeed/launcher/launch.py: returns in the
+    ranks alone, whose parent ends as soon as they have, or as one of them has failed and the others are ended."""
     os.setsid()
     if not request["ranks"]:
         _become(request, [], {})
