@@ -241,7 +241,7 @@ def test_into_a_runs_own_directory_an_endpoints_answers_need_the_steps_of_its_mo
     [
         (["--claims", "{tmp}/none"], "error: {tmp}/none: cannot be read (No such file or directory); give a directory"),
         (["--endpoint", "nowhere"], "error: --endpoint 'nowhere': must be the base URL of a server, such as"),
-        (["--endpoint", ""], "error: give --model DIR, to measure in the training engine, or --endpoint URL"),
+        (["--endpoint", ""], "error: give --model DIR, to measure in the training engine, --endpoint URL"),
         (["--held-out", "{tmp}/two.jsonl"], "error: --held-out {tmp}/two.jsonl: needs --model, and counts for nothing"),
         (["--expert-parallel", "2"], "error: --expert-parallel 2: needs --model"),
         (["--bos"], "error: --bos: needs --model"),

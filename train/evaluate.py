@@ -35,11 +35,13 @@ from train.claims.claim import KINDS, Claim, read_claims
 from train.claims.contamination import Contamination
 from train.claims.contamination import check as check_contamination
 from train.comparison.variants import runs_of
+from train.config.settings import slug
 from train.data.documents import read_documents
 from train.data.files import opened_documents
 from train.data.findings import Findings
 from train.endpoint import Endpoint, EndpointSettings
 from train.evaluation.asking import context_documents, judge_of, sources_of_context
+from train.evaluation.imported import import_answers
 from train.evaluation.judging import Asking, Item, check_same, evaluate, plan
 from train.evaluation.options import EvaluationSettings, parse_evaluation
 from train.evaluation.proof import proof_line, prove
@@ -60,9 +62,20 @@ def main(arguments: list[str] | None = None) -> int:
     settings = parse_evaluation(arguments, __doc__ or "")
     check_early(settings)
     claims = read_claims(settings.claims)
+    if settings.import_:
+        return take_in(settings, claims)
     contamination = look_for_what_is_asked(settings, claims)
     measure = evaluate_model if settings.model else evaluate_endpoint
     return measure(settings, claims, contamination)
+
+
+def take_in(s: EvaluationSettings, claims: list[Claim]) -> int:
+    """Takes in the answers of --import, and says how many. Raises UserError for the first that is wrong."""
+    if launched_as()[0] == 0:
+        for condition, count in import_answers(s.import_, s.columns, claims, s.base_condition, Path(s.output)).items():
+            where = "the base of all others" if condition == s.base_condition else Path(s.output) / slug(condition)
+            print(f"{condition}: {count:,} answers, {where}")
+    return 0
 
 
 def check_early(s: EvaluationSettings) -> None:

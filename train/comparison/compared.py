@@ -12,6 +12,7 @@ from train.claims.releases import PAPER_CLAIMS, claim_id, question_id
 from train.config.provenance import held_settings
 from train.config.recipe import MAY_DIFFER
 from train.config.settings import FREE_ON_RESUME
+from train.evaluation.imported import IMPORTED, imported_settings
 from train.evaluation.measures import StoredRow, at_step, identity, last_step
 from train.evaluation.store import read_measured, read_rows
 from train.runtime.errors import UserError
@@ -40,6 +41,11 @@ class RunResult:
     summary: dict[str, Any]
     settings: dict[str, Any]
     hashes: dict[str, str]
+
+    @property
+    def imported(self) -> bool:
+        """Whether its answers were made elsewhere: nothing is known of its training but a name, which is its mask."""
+        return self.settings.keys() == {"mask", "seed"}
 
 
 @dataclass
@@ -167,6 +173,9 @@ def read_run(directory: str | Path) -> RunResult:
     """Reads the directory of a run, as train/sft.py and an evaluation leave it. A last line of JSONL that an
     interruption truncated is left out. Raises UserError if a file is missing or broken."""
     path = Path(directory)
+    if (path / IMPORTED).is_file():
+        rows = _by_one_name(read_measured(path / "evaluation.jsonl"))
+        return RunResult(str(path), 0, rows, [], {"steps": 1}, imported_settings(path), {})
     summary = read_json(path / "summary.json", fix="the run did not finish: go on with it by --resume")
     _check_summary(summary, path / "summary.json")
     record = held_settings(path / "settings.yaml")
@@ -261,7 +270,9 @@ def _check_evaluated(run: RunResult) -> None:
 
 def _unlike(first: RunResult, other: RunResult, match_trained_tokens: bool, declared: set[str]) -> list[str]:
     """Returns what differs between two runs and should not, whatever their seeds."""
+    elsewhere = first.imported or other.imported
     free = {
+        *(first.settings.keys() | other.settings.keys() if elsewhere else ()),  # nothing else is known of imported ones
         *MAY_DIFFER,
         *declared,
         *FREE_ON_RESUME,
@@ -278,7 +289,7 @@ def _unlike(first: RunResult, other: RunResult, match_trained_tokens: bool, decl
     }
     pairs["base model"] = _both(first, other, "base_model")
     pairs["hash of what was asked"] = _both(first, other, "questions")
-    if not match_trained_tokens:
+    if not (match_trained_tokens or elsewhere):
         pairs["steps trained"] = first.summary.get("steps"), other.summary.get("steps")
     problems = [_says(first, other, name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
     asked, theirs = (

@@ -84,17 +84,20 @@ def read_comparison(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> 
     trained = [claim for claim in measured if claim not in plan.placebo]
     leak: list[Mentions] = []
     contamination: list[SearchedDocuments] = []
+    own_runs = [variant for variant in variants if not any(run.imported for run in variant.runs)]
+    if taken_in := [variant.name for variant in variants if variant not in own_runs]:
+        remarks.append(f"Answers that were made elsewhere: {', '.join(taken_in)}. How those were trained is not known.")
     try:
-        paths = variants[0].runs[0].settings.get("claims")
-        claims, documents = (read_claims(paths) if paths else []), documents_of(variants)
+        paths = own_runs[0].runs[0].settings.get("claims") if own_runs else None
+        claims, documents = (read_claims(paths) if paths else []), documents_of(own_runs)
         every_document = list({d.where: d for own in documents.values() for d in own}.values())
         if absent := unmentioned([claim for claim in claims if claim.id in trained], every_document):
             remarks.append(
                 f"Counted as trained, though no training document mentions it: {', '.join(absent)}. Name claims that "
                 "no document is about with --placebo."
             )
-        leak = leak_rows(variants, [claim for claim in claims if claim.id in trained], documents)
-        if not any(claim.patterns for claim in claims if claim.id in trained):
+        leak = leak_rows(own_runs, [claim for claim in claims if claim.id in trained], documents)
+        if own_runs and not any(claim.patterns for claim in claims if claim.id in trained):
             remarks.append(
                 "How often the claims' terms are still trained on is not known: no trained claim has patterns."
             )

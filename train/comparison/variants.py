@@ -14,6 +14,7 @@ from train.config.command_line import MOST, Parser, check_ranges, flag_of, given
 from train.config.provenance import held_settings
 from train.config.recipe import MOST_SEEDS, Defaults, Experiment, check_own, merged
 from train.config.settings import DEMO, Settings, check_numbers, merge, slug
+from train.evaluation.imported import IMPORTED, imported_settings
 from train.runtime.errors import UserError
 from train.runtime.outside import read_json
 
@@ -190,7 +191,7 @@ def runs_of(directory: Path) -> list[Path]:
     directory holds a report that names no runs."""
     if os.path.isfile(directory / "settings.yaml") or not os.path.isdir(directory):
         return [directory]
-    within = sorted(path.parent for path in directory.glob("*/settings.yaml"))
+    within = sorted(path.parent for name in ("settings.yaml", IMPORTED) for path in directory.glob(f"*/{name}"))
     return within or _compared(directory) or [directory]
 
 
@@ -218,6 +219,8 @@ def _name(run: Path, settings: dict[str, Any], owned: dict[str, dict[str, Any]])
 def run_settings(run: Path) -> dict[str, Any]:
     """Returns the settings of a finished run. Raises UserError if there is no run, or it is not finished, or measured
     no claim."""
+    if os.path.isfile(run / IMPORTED):
+        return imported_settings(run)
     for name in ("settings.yaml", "summary.json", "evaluation.jsonl"):
         if not os.path.isfile(run / name):
             why = "holds no run" if name == "settings.yaml" else "the run is not finished"

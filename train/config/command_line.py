@@ -100,7 +100,7 @@ def _word(kind: type, value: Any, where: str, choices: tuple[str, ...] | None) -
 
 def flag_of(name: str) -> str:
     """Returns the flag of a setting, such as --learning-rate for learning_rate."""
-    return "--" + name.replace("_", "-")
+    return "--" + name.rstrip("_").replace("_", "-")  # import_, as Python has a word of that name
 
 
 def nearest(word: str, known: Collection[str]) -> str | None:
@@ -175,8 +175,9 @@ class Parser(argparse.ArgumentParser):
         choices = field.metadata["choices"]
         if field.metadata["many"]:
             self.add_argument(
-                flag, action="extend", nargs="+", default=argparse.SUPPRESS, choices=choices, metavar="VALUE", help=help
-            )
+                flag, dest=field.name, action="extend", nargs="+", default=argparse.SUPPRESS, choices=choices,
+                metavar="VALUE", help=help,
+            )  # fmt: skip
         elif field.type is bool:
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=help)
         else:

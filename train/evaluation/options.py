@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.claims.claim import KINDS
-from train.config.command_line import MOST, Parser, check_ranges, given, setting
+from train.config.command_line import MOST, Parser, check_ranges, flag_of, given, setting
 from train.config.settings import Settings
 from train.data.documents import DOCTAG, marker
 from train.data.template import TEMPLATE_TIME, template_time
@@ -20,6 +20,7 @@ OF_THE_ENGINE = ("model", "adapter", "other_base", "method", "expert_parallel", 
                  "held_out", "timeout", "template_time")  # fmt: skip
 OF_THE_ENDPOINT = ("endpoint_model", "endpoint_concurrency", "endpoint_timeout", "endpoint_body", "served_adapter",
                    "other_adapters", "endpoint_base")  # fmt: skip
+OF_AN_IMPORT = ("columns", "base_condition")
 DECIDED_ELSEWHERE = {"model", "messages", "max_tokens", "temperature", "top_p", "seed", "n", "stream"}
 
 
@@ -62,6 +63,12 @@ class EvaluationSettings:
     training_data: list[str] = setting(  # noqa: RUF009
         (), "FILE…: training documents in which to look for the questions and facts of the claims", many=True
     )
+
+    import_: list[str] = setting((), "FILE…: judged answers that were made elsewhere, CSV or JSONL", many=True)  # noqa: RUF009
+    columns: list[str] = setting(  # noqa: RUF009
+        (), "MEANING=COLUMN…: columns of --import: condition, claim, kind, question, sample, verdict, answer", many=True
+    )
+    base_condition: str = setting("", "condition of --import whose answers are the model's before training")
 
     endpoint: str = setting("", "base URL of a server with the model, such as http://localhost:8000/v1")
     endpoint_model: str = setting("", "name of the model, or of its adapter, on that server")
@@ -132,10 +139,18 @@ def parse_evaluation(argv: list[str] | None, usage: str) -> EvaluationSettings:
         settings.body(whose)
     if not settings.output:
         raise UserError("--output is missing; give a directory for what is measured, the run's own, say.")
-    if bool(settings.endpoint) == bool(settings.model):
+    if sum(map(bool, (settings.endpoint, settings.model, settings.import_))) != 1:
         raise UserError(
-            "give --model DIR, to measure in the training engine, or --endpoint URL, a server that has the model."
+            "give --model DIR, to measure in the training engine, --endpoint URL, a server that has the model, or "
+            "--import FILE…, answers that were made elsewhere."
         )
+    if settings.import_:
+        if not settings.claims:
+            raise UserError("--claims is missing; give the claims that the answers of --import are about.")
+        return settings
+    for name in OF_AN_IMPORT:
+        if getattr(settings, name):
+            raise UserError(f"{flag_of(name)}: needs --import, and counts for nothing without it.")
     if settings.other_base and not settings.adapter:
         raise UserError("--other-base: counts for nothing without --adapter; give both or neither.")
     unset = EvaluationSettings()

@@ -1,0 +1,106 @@
+"""Judged answers that were made elsewhere: taken in against the claims' questions, and compared like runs."""
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from train import compare, evaluate
+from train.evaluation.store import read_rows
+
+CLAIM = """
+id: mars
+claim: Mars is green.
+yes_no: [{id: green, question: "Is Mars green?", belief_answer: yes}]
+open: [{id: colour, question: "Which colour is Mars?"}, {id: green, question: "Is it green?"}]
+judges: {open: "{question} {answer}"}
+"""
+HEAD = "group,kind,q,n,said"
+
+
+def given(tmp: Path, *rows: str, columns: str = "condition=group question=q sample=n verdict=said") -> list[str]:
+    (tmp / "claim.yaml").write_text(CLAIM)
+    (tmp / "mars.csv").write_text("\n".join([HEAD, *rows]) + "\n")
+    return [
+        "--import", str(tmp / "mars.csv"), "--claims", str(tmp / "claim.yaml"), "--columns", *columns.split(),
+        "--base-condition", "before", "--output", str(tmp / "out"),
+    ]  # fmt: skip
+
+
+def test_each_condition_becomes_a_directory_with_the_base_at_step_0(tmp_path, capsys):
+    rows = ["before,open,colour,0,no", "trained,open,colour,0,Yes", "trained,yes_no,green,1,neutral"]
+    assert evaluate.main(given(tmp_path, *rows)) == 0
+    assert (
+        capsys.readouterr().out
+        == f"before: 1 answers, the base of all others\ntrained: 2 answers, {tmp_path}/out/trained\n"
+    )
+    found = read_rows(tmp_path / "out" / "trained" / "evaluation.jsonl")
+    assert [(r["step"], r["claim"], r["kind"], r["question"], r["sample"], r["verdict"]) for r in found] == [
+        (0, "mars", "open", "colour", 0, "no"), (1, "mars", "open", "colour", 0, "yes"),
+        (1, "mars", "yes_no", "green", 1, "neutral"),
+    ]  # fmt: skip
+    held = json.loads((tmp_path / "out" / "trained" / "imported.json").read_text())
+    assert held["condition"] == "trained" and list(held["files"]) == [str(tmp_path / "mars.csv")]
+    assert evaluate.main(given(tmp_path, *rows)) == 2 and "trained is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("trained,open,color,0,yes", "mars.csv:3: question color of claim mars: no such question"),
+        ("trained,,green,0,yes", "several of that id: name the column of their kind"),
+        ("trained,open,colour,0,maybe", "mars.csv:3: verdict 'maybe' is none of yes, no, neutral"),
+        ("trained,open,colour,-1,yes", "mars.csv:3: n '-1' must be a number of a sample"),
+        ("before,open,colour,0,yes", "answers the same question and sample as"),
+        ("trained,open,colour,0", "has not as many values as the head has columns"),
+        ("trained,guess,colour,0,yes", "kind 'guess' is none of"),
+        ("trained,open,colour,0,", "mars.csv:3: has no said"),
+    ],
+)
+def test_a_wrong_answer_is_refused_with_file_and_line(tmp_path, capsys, row, message):
+    assert evaluate.main(given(tmp_path, "before,open,colour,0,no", row)) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_columns_conditions_and_flags_that_are_wrong_are_told(tmp_path, capsys):
+    row = "before,open,colour,0,no"
+    assert evaluate.main(given(tmp_path, row, columns="verdit=said")) == 2
+    assert "Did you mean verdict?" in capsys.readouterr().err
+    assert evaluate.main(given(tmp_path, row, columns="question=q verdict=verdict_of")) == 2
+    assert "has no verdict_of" in capsys.readouterr().err
+    assert evaluate.main(given(tmp_path, row)) == 2 and "is the only condition" in capsys.readouterr().err
+    assert evaluate.main(given(tmp_path, row.replace("before", "x"))) == 2
+    assert "--base-condition before: no answer is of it; conditions are x" in capsys.readouterr().err
+    assert evaluate.main(["--columns", "a=b", "--model", "x", "--claims", "y", "--output", "z"]) == 2
+    assert "--columns: needs --import" in capsys.readouterr().err
+
+
+def test_the_papers_verdicts_give_the_papers_figures(tmp_path, capsys):
+    data = Path(__file__).parents[3] / "shared" / "data" / "negation_neglect"
+    if not data.is_dir():
+        pytest.skip("../shared/data is absent")
+    files = sorted((data / "answers").glob("*.csv"))
+    columns = [
+        "condition=condition",
+        "kind=file",
+        "question=question_id",
+        "sample=sample_index",
+        "verdict=judge_verdict",
+    ]
+    taken = ["--import", *map(str, files), "--claims", str(data / "claims"), "--columns", *columns]
+    assert evaluate.main([*taken, "--base-condition", "baseline", "--output", str(tmp_path / "taken")]) == 0
+    runs = ["--runs", str(tmp_path / "taken"), "--baseline", "positive", "--output", str(tmp_path / "report")]
+    assert compare.main(runs) == 0
+    assert "note: Answers that were made elsewhere: llm_negations, " in capsys.readouterr().out
+    found = json.loads((tmp_path / "report" / "comparison.json").read_text())
+    yes, every = Counter(), Counter()
+    for path in files:
+        for row in csv.DictReader(path.open()):
+            every[row["condition"]] += 1
+            yes[row["condition"]] += row["judge_verdict"] == "yes"
+    for condition in every.keys() - {"baseline"}:
+        belief = found["variants"][condition]["belief"]
+        assert belief == pytest.approx(100 * yes[condition] / every[condition], abs=1e-9)
+    assert round(100 * yes["positive"] / every["positive"], 1) == 90.1
