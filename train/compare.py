@@ -47,7 +47,9 @@ def main(argv: list[str]) -> None:
     else:
         for variant in plan.variants:
             settings = plan.run(variant, plan.seeds[0])
-            check_early(settings if plan.shared.output else replace(settings, output=""))  # its default is rank 0's
+            # The default --output is rank 0's, and steps that match a budget are known only with the documents
+            known = plan.shared.output and not plan.match_trained_tokens
+            check_early(settings if known else replace(settings, output=""))
         train(plan)
 
 
