@@ -24,6 +24,7 @@ from train.checkpoints.present import adapter_files, read_config
 from train.config.command_line import Parser, check_ranges, setting
 from train.runtime.command import command
 from train.runtime.errors import UserError
+from train.runtime.interruption import unblock
 from train.runtime.outputs import check_directory
 from train.runtime.outside import read_json
 
@@ -75,6 +76,7 @@ def main(argv: list[str]) -> None:
     serving = prepare(options, more)
     print(shlex.join(serving.command), flush=True)
     if not options.dry_run:
+        unblock()
         os.execvp(serving.command[0], serving.command)
 
 
@@ -142,13 +144,18 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
         wanted = {"server": options.to, "dtype": options.dtype, "not_served": sorted(options.drop)}
         same = (held.get("adapter") or {}).get("sha256") == weights_hash(adapter)
         if not (same and is_adapter(target) and all(held.get(key) == value for key, value in wanted.items())):
+            if target.exists() and not (target / SERVE).is_file():
+                raise UserError(
+                    f"--output {options.output}: holds {name}, which is not an adapter written for a server and would "
+                    "be lost; give another directory."
+                )
             check_finite(adapter)
             write_served(form, adapter, lora, of, base, target, dtype)
     rank, gpus = max(map(largest_rank, forms)), options.tensor_parallel or max(1, torch.cuda.device_count())
     check_memory(options, forms, rank, gpus, base, dtype)
     own = server_command(options.to, options.model, written, rank, forms[0].family)
     parallel = {"vllm": "--tensor-parallel-size", "sglang": "--tp-size"}[options.to]
-    own += ["--port", str(options.port), *([parallel, str(gpus)] if gpus > 1 else [])]
+    own += ["--host", "127.0.0.1", "--port", str(options.port), *([parallel, str(gpus)] if gpus > 1 else [])]
     if options.expert_parallel:
         own += ["--enable-expert-parallel"] if options.to == "vllm" else ["--ep-size", str(gpus)]
     own += ["--fully-sharded-loras"] if options.fully_sharded else []

@@ -1,5 +1,7 @@
 """Starts a server of models, waits until it answers, and starts it again if it dies."""
 
+import os
+import signal
 import subprocess
 import time
 import urllib.error
@@ -7,9 +9,8 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
-from train.runtime.errors import UserError
+from train.runtime.errors import MayPass, UserError
+from train.runtime.interruption import unblock
 
 PAUSE = 1.0  # seconds between looks at a server that is starting
 LAST_LINES = 15  # of its log, where it does not start
@@ -27,20 +28,24 @@ class Server:
         return self.process is not None and self.process.poll() is None
 
     def start(self) -> None:
-        """Starts the server and returns once it answers. Raises UserError if it ends before, takes longer than
-        `seconds`, or if another server has the port already."""
+        """Starts the server and returns once it answers. Raises MayPass if it ends before or takes longer than
+        `seconds`, UserError if another server has the port already."""
         if self._answers():
             raise UserError(f"--port: another server answers at {self.url} already; give another port.")
+        self.stop()  # what a server that died has left
         started = time.monotonic()
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=unblock,
+            )  # fmt: skip
         print(f"starting the server; its log is {self.log}", flush=True)
         while not self._answers():
             if self.process.poll() is not None:
-                raise UserError(f"the server ended with code {self.process.returncode} as it started:\n{self._end()}")
+                raise MayPass(f"the server ended with code {self.process.returncode} as it started:\n{self._end()}")
             if time.monotonic() - started > self.seconds:
                 self.stop()
-                raise UserError(f"--start-timeout {self.seconds:g}: the server does not answer by then:\n{self._end()}")
+                raise MayPass(f"--start-timeout {self.seconds:g}: the server does not answer by then:\n{self._end()}")
             time.sleep(PAUSE)
         print(f"the server answers after {time.monotonic() - started:.0f} s", flush=True)
 
@@ -59,14 +64,10 @@ class Server:
         """Ends the server and every process that it started."""
         if self.process is None:
             return
-        family: list[psutil.Process] = []
-        with suppress(psutil.Error):
-            family = psutil.Process(self.process.pid).children(recursive=True)
-        if self.alive():
+        with suppress(ProcessLookupError):
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(30)
-        for process in family:
-            with suppress(psutil.Error, ProcessLookupError):
-                process.kill()
+        with suppress(ProcessLookupError):  # also of a server that died, whose workers may hold a GPU's memory
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -65,9 +65,7 @@ if ((SLURM_ARRAY_TASK_ID == SLURM_ARRAY_TASK_MIN)) && [[ ! -e $submitted ]]; the
     # shellcheck disable=SC2329 # patiently calls it
     submit() {
         if ((${#evaluate[@]})); then
-            local runs=() task
-            for ((task = SLURM_ARRAY_TASK_MIN; task <= SLURM_ARRAY_TASK_MAX; task++)); do runs+=("$output/variant-$task"); done
-            sbatch "${report[@]}" --output="${output//%/%%}/evaluate-%j.out" slurm/evaluate_masks.sh --runs "${runs[@]}" \
+            sbatch "${report[@]}" --output="${output//%/%%}/evaluate-%j.out" slurm/evaluate_masks.sh \
                 --recipe "${recipes[@]}" --output "$output" "${evaluate[@]}"
             return
         fi

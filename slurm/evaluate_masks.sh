@@ -24,6 +24,11 @@ source slurm/lib.sh
 
 values_of --runs "$@"
 runs=("${values[@]}")
+if ((${#runs[@]} == 0)); then # those of the array that trained them
+    output_of "$@"
+    runs=("$output"/variant-*)
+    set -- --runs "${runs[@]}" "$@"
+fi
 
 # What an attempt has to show for itself: answers and verdicts.
 newest_save() {

@@ -122,9 +122,9 @@ class Cluster:
         words = self.call("scontrol", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def end(self, job: str) -> dict[str, str]:
+    def end(self, job: str, seconds: float = 300) -> dict[str, str]:
         """Waits until a job is done with all of its attempts. -> what Slurm knows of it."""
-        self.until(lambda: self.state(job) not in ("PENDING", "RUNNING", "COMPLETING"))
+        self.until(lambda: self.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), seconds)
         return self.show(job)
 
     def state(self, job: str) -> str:
@@ -137,9 +137,9 @@ class Cluster:
                 self.call("scontrol", "update", f"jobid={job}", "starttime=now+3")
         return known["JobState"]
 
-    def until(self, true: Callable[[], Any]) -> None:
+    def until(self, true: Callable[[], Any], seconds: float = 300) -> None:
         """Waits until something is so, at most five minutes."""
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < deadline, (self.directory / "slurmctld.log").read_text()[-3000:]
             time.sleep(0.2)

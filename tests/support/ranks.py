@@ -274,7 +274,10 @@ def _become(request: dict[str, Any], flags: list[str], own: dict[str, str]) -> N
     elif first == "-m":
         runpy.run_module(others[0], run_name="__main__", alter_sys=True)
     else:
-        exec(compile(others[0], "<string>", "exec"), {"__name__": "__main__"})
+        with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+            script.write(others[0])
+            script.flush()
+            runpy.run_path(script.name, run_name="__main__")
     sys.exit()
 
 

@@ -232,15 +232,17 @@ def _scored(texts: list[Sample], engine: Any, budget: int) -> Iterator[tuple[Ten
     loads, wire = [layer.load_E for layer in layers], [layer.ep.wire_bytes for layer in layers]
     numbered = [Sample(str(i), t.ids_L, t.target_L, t.weight_L, t.roles_L) for i, t in enumerate(texts)]
     engine.eval()
-    for batch in micro_batches(numbered, "sum", dist.get_world_size(), dist.get_rank(), budget):
-        progress("measuring claims")
-        if anywhere(torch.tensor([interruption.told], device=engine.device))[0]:
-            raise Interrupted("interrupted: while claims were measured")
-        batch = batch.to(engine.device)
-        text_D = torch.tensor([int(name) for name in batch.names] or [0], device=engine.device)
-        ends_D = batch.row.ends_on(engine.device, torch.int64)[1:]
-        text_N = text_D[torch.bucketize(batch.position_N, ends_D, right=True)]
-        yield text_N, batch.position_T[batch.position_N] + 1, engine(batch).nll_N.double()
-    engine.train(training)
-    for layer, load_E, sent in zip(layers, loads, wire, strict=True):
-        layer.load_E, layer.ep.wire_bytes = load_E, sent
+    try:
+        for batch in micro_batches(numbered, "sum", dist.get_world_size(), dist.get_rank(), budget):
+            progress("measuring claims")
+            if anywhere(torch.tensor([interruption.told], device=engine.device))[0]:
+                raise Interrupted("interrupted: while claims were measured")
+            batch = batch.to(engine.device)
+            text_D = torch.tensor([int(name) for name in batch.names] or [0], device=engine.device)
+            ends_D = batch.row.ends_on(engine.device, torch.int64)[1:]
+            text_N = text_D[torch.bucketize(batch.position_N, ends_D, right=True)]
+            yield text_N, batch.position_T[batch.position_N] + 1, engine(batch).nll_N.double()
+    finally:
+        engine.train(training)
+        for layer, load_E, sent in zip(layers, loads, wire, strict=True):
+            layer.load_E, layer.ep.wire_bytes = load_E, sent

@@ -90,6 +90,10 @@ def prove(name: str, adapter: Path, others: Mapping[str, Path], base_name: str, 
             f"{where}, and {found['to_base']:.3g} from its base: the server answers without the adapter. Check that it "
             "was loaded under this name, in the form that the server takes (train/export.py --adapter … --to …)."
         )
+    noise = max(found["noise"], found["base_to_base"] or 0.0)
+    if apart and (between := distance(proof.adapter, rivals[nearest].adapter)) <= noise:
+        reason = f"the adapter is {between:.3g} nats a token from that of {nearest}, no more than the server's noise"
+        return found | {"proven": False, "reason": reason}
     if apart and apart[nearest] < found["to_adapter"]:
         raise UserError(
             f"{where}, and {apart[nearest]:.3g} from that of {nearest}: the server has another variant behind this "

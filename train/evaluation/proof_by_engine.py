@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from train.data.batches import Sample
 from train.evaluation.likelihood import token_log_likelihoods
@@ -16,21 +15,24 @@ from train.runtime.outputs import write_whole
 PROMPTS, TOKENS = 8, 64  # at most, and of each
 
 
-def keep_proof(directory: Path, samples: Sequence[Sample], engine: Any, budget: int) -> None:
-    """Measures the prompts by base and adapter, and writes proof.json into the adapter's directory.
+def measured_proof(samples: Sequence[Sample], engine: Any, budget: int) -> dict[str, Any]:
+    """Measures the prompts by base and adapter, and returns the content of proof.json; {} without any prompt.
 
     samples: the training documents, in the order of their files. budget: most tokens per forward on one rank. All ranks
-    must call it; rank 0 writes.
+    must call it.
     """
     texts = [_prompt(sample) for sample in samples if len(sample.ids_L) > 1][:PROMPTS]
     if not texts:
-        return
+        return {}
     adapter = token_log_likelihoods(texts, engine, budget)
     with engine.module.without_adapter():
         base = token_log_likelihoods(texts, engine, budget)
-    if dist.get_rank() == 0:
-        proof = {"tokens": [text.ids_L.tolist() for text in texts], "base": base, "adapter": adapter}
-        write_whole(directory / PROOF, json.dumps(proof) + "\n")
+    return {"tokens": [text.ids_L.tolist() for text in texts], "base": base, "adapter": adapter}
+
+
+def write_proof(directory: Path, proof: dict[str, Any]) -> None:
+    """Writes proof.json into an adapter's directory."""
+    write_whole(directory / PROOF, json.dumps(proof) + "\n")
 
 
 def _prompt(sample: Sample) -> Sample:

@@ -109,6 +109,11 @@ class Interruption:
         os._exit(code)
 
 
+def unblock() -> None:
+    """Unblocks the signals that `listen` blocks, in a process that is about to become another program."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 def _say(line: str) -> None:
     """Prints a line to the terminal, which belongs to rank 0; other ranks print nothing."""
     if os.environ.get("RANK", "0") == "0":

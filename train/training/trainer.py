@@ -14,10 +14,10 @@ from train.checkpoints.adapter import save_adapter
 from train.config.settings import Settings
 from train.data.batches import Batch, micro_batches
 from train.evaluation.likelihood import Probes, Record, measure
-from train.evaluation.proof_by_engine import keep_proof
+from train.evaluation.proof_by_engine import measured_proof, write_proof
 from train.model.text_model import LanguageModel
 from train.runtime.distributed import anywhere
-from train.runtime.errors import Interrupted, NonFiniteLoss, writing
+from train.runtime.errors import Interrupted, NonFiniteLoss, UserError, writing
 from train.runtime.interruption import INTERRUPTED, interruption
 from train.runtime.watchdog import progress
 from train.training.job import Job
@@ -120,6 +120,8 @@ class Trainer:
         self.started, self.saved_at = started, time.monotonic()
         if self.measures_after(start) and run.lacks(start, self.probes):
             self.evaluate(run, start, None if start else base)
+        if start > self.job.stop:
+            raise UserError(f"--stop-after {self.job.stop}: the run is past that, at step {start}; give more, or none.")
         self._note_adapters_not_kept(run, start)
         interruption.hold()
         with tqdm(total=self.job.stop, initial=start, desc="training", unit="step", disable=self.rank != 0) as bar:
@@ -183,9 +185,11 @@ class Trainer:
     def keep_adapter(self, run: Run, directory: Path) -> None:
         """Writes the adapter as it is after the last step into `directory`. All ranks must call it."""
         assert self.job.lora
+        proof = measured_proof(self.corpus.samples, self.engine, self.settings.row_tokens)
         factors = resume.full_factors(self.model)
         save_adapter(directory, self.model, factors, self.job.lora, self.job.checkpoint, self.done)
-        keep_proof(directory, self.corpus.samples, self.engine, self.settings.row_tokens)
+        if proof and self.rank == 0:
+            write_proof(directory, proof)
 
     def _note_adapters_not_kept(self, run: Run, start: int) -> None:
         lost = [s for s in sorted(self.job.adapters_at) if s <= start and not kept_adapter(run.directory, s).is_dir()]
