@@ -244,7 +244,7 @@ def test_one_job_asks_judges_and_compares_all_runs_though_its_server_is_killed(c
     asked = ["--claims", str(tmp_path / "claim.yaml"), "--samples", "2", "--max-tokens", "8", "--judge", "same"]
     given = [*flags, "--runs", *map(str, runs), "--output", str(output), *asked, "--judge-max-tokens", "8"]
     job = cluster.sbatch("--nodes=1", EVALUATE, *given, "--retries", "0", "--", *SERVER)
-    cluster.until(lambda: (runs[1] / "answers.jsonl").exists() and (runs[1] / "answers.jsonl").read_text())
+    cluster.until(lambda: (runs[1] / "answers.jsonl").exists() and (runs[1] / "answers.jsonl").read_text(), 900)
     port = flags[flags.index("--port") + 1]
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
