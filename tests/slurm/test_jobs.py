@@ -250,7 +250,7 @@ def test_one_job_asks_judges_and_compares_all_runs_though_its_server_is_killed(c
         words = process.info["cmdline"] or []
         if "vllm.entrypoints.openai.api_server" in words and port in words:
             process.kill()
-    assert cluster.end(job)["JobState"] == "COMPLETED", (
+    assert cluster.end(job, 900)["JobState"] == "COMPLETED", (
         cluster.said(job) + (output / "logs" / "attempt-1.log").read_text()
     )
     log = (output / "logs" / "attempt-1.log").read_text()
