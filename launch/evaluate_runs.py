@@ -22,12 +22,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.serve import ServeOptions, Serving, adapter_of, check_early, parsed, prepare, split
+from launch.serve import ServeOptions, Serving, check_early, prepare, split
 from launch.server import Server
+from train.checkpoints.present import BASE_NAME
 from train.claims.claim_files import check_there
-from train.config.command_line import MOST, REPOSITORY, Parser, setting
+from train.config.command_line import MOST, REPOSITORY, Parser, check_ranges, given, setting
 from train.config.provenance import held_settings
+from train.evaluation.measures import at_step
 from train.evaluation.options import parse_evaluation
+from train.evaluation.store import read_measured
 from train.runtime.command import command
 from train.runtime.errors import MayPass, UserError
 from train.runtime.interruption import interruption
@@ -35,8 +38,11 @@ from train.runtime.outside import checked, read_json
 
 KEPT = "interrupted; answers are kept, and the same command goes on"
 MOST_DEATHS = 3  # of the server in a row, without a new answer in between
-# --drop and --other-base would change what answers, and no report would say so yet.
-DECIDED = frozenset({"adapters", "output", "dry_run", "drop", "other_base"})
+DECIDED = frozenset({"adapters", "output", "dry_run"})
+OF_EVALUATE = (
+    "--endpoint", "--endpoint-model", "--endpoint-base", "--served-adapter", "--other-adapters", "--step", "--judge",
+)  # fmt: skip
+"""Flags of train/evaluate.py that are decided here."""
 
 
 @dataclass(kw_only=True)
@@ -64,19 +70,20 @@ class Asked:
 def main(argv: list[str]) -> int:
     """Evaluates and compares. Returns the exit code: 1 if some answers have no verdict. Raises UserError if a setting
     is wrong, a run is not finished, or a server or the judge cannot be used."""
-    given, more = split(argv)
+    before, more = split(argv)
     parser = Parser(__doc__ or "")
     parser.add_settings(EvaluateRunsOptions)
     parser.add_settings(ServeOptions, DECIDED)
-    known, flags = parser.parse_known_args(given)
-    values = vars(known)
-    options = parsed(values, EvaluateRunsOptions)
-    serve = parsed({name: value for name, value in values.items() if name not in DECIDED}, ServeOptions)
+    known, flags = parser.parse_known_args(before)
+    options = EvaluateRunsOptions(**given(known, EvaluateRunsOptions))
+    serve = ServeOptions(**{k: v for k, v in given(known, ServeOptions).items() if k not in DECIDED})
+    for each in (options, serve):
+        check_ranges(each)
     serve = replace(serve, adapters=options.runs, output=str(Path(options.output) / "served"), dry_run=options.dry_run)
     serve, flags = of_the_runs(options, serve, flags)
     steps = check(options, serve, flags)
     serving = prepare(serve, more)
-    asked = [Asked("base", Path(options.runs[0]), 0)]
+    asked = [Asked(BASE_NAME, Path(options.runs[0]), 0)]
     asked += [Asked(name, Path(run), step) for name, run, step in zip(serving.names, options.runs, steps, strict=True)]
     if options.dry_run:
         print(*serving.command)
@@ -108,7 +115,10 @@ def check(options: EvaluateRunsOptions, serve: ServeOptions, flags: list[str]) -
         raise UserError("--runs is missing; give the directories of finished runs.")
     if not options.output:
         raise UserError("--output is missing; give a directory for the report.")
-    settings = parse_evaluation([*_flags(options, "base", "http://127.0.0.1:1/v1"), *flags, "--output", "x"], "")
+    for flag in flags:
+        if flag.partition("=")[0] in OF_EVALUATE:
+            raise UserError(f"{flag}: is decided for each run by launch.evaluate_runs; leave it out.")
+    settings = parse_evaluation([*_flags(options, BASE_NAME, "http://127.0.0.1:1/v1"), *flags, "--output", "x"], "")
     check_there(settings.claims)
     steps = []
     for run in options.runs:
@@ -124,7 +134,9 @@ def check(options: EvaluateRunsOptions, serve: ServeOptions, flags: list[str]) -
 
 def _flags(options: EvaluateRunsOptions, name: str, url: str) -> list[str]:
     """Returns the flags of train/evaluate.py that name the server, a model on it and the judge."""
-    judge = {"same": ["--judge", url, "--judge-model", "base"], "": []}.get(options.judge, ["--judge", options.judge])
+    judge = {"same": ["--judge", url, "--judge-model", BASE_NAME], "": []}.get(
+        options.judge, ["--judge", options.judge]
+    )
     return ["--endpoint", url, "--endpoint-model", name, *judge]
 
 
@@ -137,10 +149,11 @@ def ask(
     Raises UserError if evaluate.py ends with another code while the server runs, MayPass if the server dies MOST_DEATHS
     times in a row without a new answer.
     """
-    others = [str(adapter_of(other.run)) for other in every if other.step and other.run != each.run]
+    served = {other.name: str(Path(serving.options.output) / other.name) for other in every if other.step}
+    others = [path for name, path in served.items() if name != each.name]
     own = [*_flags(options, each.name, serving.url), "--output", str(each.run), "--step", str(each.step), *flags]
     if each.step:
-        own += ["--served-adapter", str(adapter_of(each.run)), "--endpoint-base", "base"]
+        own += ["--served-adapter", served[each.name], "--endpoint-base", BASE_NAME]
         own += ["--other-adapters", *others] if others else []
     print(f"{each.name}, {every.index(each) + 1} of {len(every)}: answers go to {each.run}", flush=True)
     evaluate = [sys.executable, str(REPOSITORY / "train" / "evaluate.py"), *own]
@@ -165,11 +178,11 @@ def ask(
 
 
 def _complete(each: Asked) -> bool:
-    """Whether the last evaluation of this model in its run's directory lacked no answer."""
+    """Whether a run's directory seems to hold every answer of this model: as many as the last evaluation wanted."""
     path = each.run / "evaluation.json"
-    held = read_json(path) if path.is_file() else {}
-    settings = held.get("settings") or {}
-    return settings.get("endpoint_model") == each.name and held.get("missing") == held.get("errors") == 0
+    wanted = (read_json(path) if path.is_file() else {}).get("wanted")
+    rows = at_step(read_measured(each.run / "evaluation.jsonl"), each.step) if wanted else []
+    return bool(wanted) and sum("verdict" in row and not row.get("error") for row in rows) == wanted
 
 
 def _answers(run: Path) -> int:

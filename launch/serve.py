@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.checkpoints.present import adapter_files, read_config
-from train.config.command_line import Parser, check_ranges, setting
+from train.checkpoints.present import BASE_NAME, SERVE, adapter_files, read_config
+from train.config.command_line import Parser, check_ranges, given, setting
 from train.runtime.command import command
 from train.runtime.errors import UserError
 from train.runtime.interruption import unblock
@@ -68,10 +68,11 @@ class Serving:
 @command
 def main(argv: list[str]) -> None:
     """Prepares the adapters and becomes the server. Raises UserError if something would not be served as trained."""
-    given, more = split(argv)
+    own, more = split(argv)
     parser = Parser(__doc__ or "")
     parser.add_settings(ServeOptions)
-    options = parsed(vars(parser.parse_args(given)), ServeOptions)
+    options = ServeOptions(**given(parser.parse_args(own), ServeOptions))
+    check_ranges(options)
     check_early(options)
     serving = prepare(options, more)
     print(shlex.join(serving.command), flush=True)
@@ -84,14 +85,6 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
     """Returns the arguments before and after the first --."""
     at = argv.index("--") if "--" in argv else len(argv)
     return argv[:at], argv[at + 1 :]
-
-
-def parsed(values: dict[str, Any], cls: type) -> Any:
-    """Returns the dataclass of settings `cls` with the values that a command line gave. Raises UserError for a number
-    out of its range."""
-    options = cls(**{name: value for name, value in values.items() if name in cls.__dataclass_fields__})  # type: ignore[attr-defined]
-    check_ranges(options)
-    return options
 
 
 def check_early(options: ServeOptions) -> None:
@@ -121,7 +114,7 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
     from train.checkpoints.adapter_files import adapter_settings, check_adapter, check_finite, weights_hash
     from train.checkpoints.present import is_adapter
     from train.checkpoints.reader import Checkpoint
-    from train.checkpoints.served import SERVE, adapter_name, largest_rank, served, write_served
+    from train.checkpoints.served import SERVERS, adapter_name, largest_rank, served, write_served
     from train.checkpoints.served import command as server_command
     from train.experts.dispatch import ExpertGroup
     from train.model.text_model import architecture, skeleton, text_config
@@ -131,7 +124,7 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
     forms, written = [], {}
     for adapter in map(adapter_of, map(Path, options.adapters)):
         name, lora = adapter_name(adapter), adapter_settings(adapter)
-        if name in {*serving.names, "base"}:
+        if name in {*serving.names, BASE_NAME}:
             raise UserError(f"--adapters {adapter}: the server has another {name}; rename the run's directory.")
         form = served(options.to, model, lora, of, base, options.drop)
         check_adapter(adapter, model, lora, of, base, options.other_base)
@@ -141,7 +134,10 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
         if options.dry_run:
             continue
         held = read_json(target / SERVE) if (target / SERVE).is_file() else {}
-        wanted = {"server": options.to, "dtype": options.dtype, "not_served": sorted(options.drop)}
+        wanted = {
+            "server": options.to, "version": SERVERS[options.to], "dtype": options.dtype,
+            "not_served": sorted(options.drop), "other_base": options.other_base,
+        }  # fmt: skip
         same = (held.get("adapter") or {}).get("sha256") == weights_hash(adapter)
         if not (same and is_adapter(target) and all(held.get(key) == value for key, value in wanted.items())):
             if target.exists() and not (target / SERVE).is_file():
@@ -150,7 +146,7 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
                     "be lost; give another directory."
                 )
             check_finite(adapter)
-            write_served(form, adapter, lora, of, base, target, dtype)
+            write_served(form, adapter, lora, of, base, target, dtype, options.other_base)
     rank, gpus = max(map(largest_rank, forms)), options.tensor_parallel or max(1, torch.cuda.device_count())
     check_memory(options, forms, rank, gpus, base, dtype)
     own = server_command(options.to, options.model, written, rank, forms[0].family)
@@ -176,7 +172,7 @@ def check_memory(options: ServeOptions, forms: list[Any], rank: int, gpus: int, 
     from launch.cluster import gpu_memory
     from train.checkpoints.served import slot_bytes
 
-    ranks = {form.rank for form in forms}
+    ranks = {rank for form in forms for rank in form.ranks}
     if options.fully_sharded and any(each % gpus for each in ranks):
         raise UserError(
             f"--fully-sharded: the ranks must be multiples of {gpus}, the number of GPUs, and are "

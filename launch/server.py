@@ -24,15 +24,15 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def alive(self) -> bool:
-        """Whether the server's process runs."""
-        return self.process is not None and self.process.poll() is None
+        """Whether the server runs and answers. One whose engine has died may still be about to exit."""
+        return self.process is not None and self.process.poll() is None and self._answers()
 
     def start(self) -> None:
         """Starts the server and returns once it answers. Raises MayPass if it ends before or takes longer than
         `seconds`, UserError if another server has the port already."""
+        self.stop()  # what a server that died has left
         if self._answers():
             raise UserError(f"--port: another server answers at {self.url} already; give another port.")
-        self.stop()  # what a server that died has left
         started = time.monotonic()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

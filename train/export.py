@@ -29,7 +29,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from train.checkpoints.present import CONFIG, adapter_files, read_config
+from train.checkpoints.present import CONFIG, SERVE, adapter_files, read_config
 from train.config.command_line import Parser
 from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, Document, Message, Span, marker, read_documents
 from train.data.findings import Findings
@@ -97,7 +97,7 @@ def adapter_for_server(args: Namespace) -> int:
 
     from train.checkpoints.adapter_files import adapter_settings, check_adapter, check_finite
     from train.checkpoints.reader import Checkpoint
-    from train.checkpoints.served import SERVE, SERVERS, largest_rank, served, write_served
+    from train.checkpoints.served import SERVERS, largest_rank, served, write_served
     from train.experts.dispatch import ExpertGroup
     from train.model.text_model import architecture, skeleton, text_config
 
@@ -107,7 +107,7 @@ def adapter_for_server(args: Namespace) -> int:
     largest_rank(form)
     check_adapter(adapter, model, lora, of, base, args.other_base)
     check_finite(adapter)
-    write_served(form, adapter, lora, of, base, output, getattr(torch, args.dtype))
+    write_served(form, adapter, lora, of, base, output, getattr(torch, args.dtype), args.other_base)
     print(f"{output}: {len(form.tensors)} tensors for {args.to} {SERVERS[args.to]}")
     if args.to != "peft":
         serve = read_json(output / SERVE)

@@ -175,7 +175,7 @@ def test_weights_are_bf16_unless_asked_and_an_existing_directory_is_kept(tmp_pat
     adapter = write_adapter(tmp_path / "run" / "adapter", base, lora=lora(4, 4))
     given = ["--adapter", str(adapter), "--model", str(base), "--to", "vllm", "--output", str(tmp_path / "out")]
     assert export.main(given) == 0
-    assert "vllm serve" in capsys.readouterr().out
+    assert "vllm.entrypoints.openai.api_server" in capsys.readouterr().out
     ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "out"))
     for name, value in ours.items():
         assert torch.equal(theirs[name], value.bfloat16()), name

@@ -1,6 +1,7 @@
 """What can be compared, and what is said where it cannot."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -204,16 +205,28 @@ def test_a_run_that_was_asked_by_the_public_release_has_the_names_of_the_other(t
     ]
 
 
-def test_another_base_and_unproven_servers_are_said(tmp_path):
-    def finished(name: str, proof: object, **settings: object) -> RunResult:
+def test_another_base_what_was_left_out_and_unproven_servers_are_said(tmp_path):
+    def finished(name: str, proof: dict[str, Any], asked: dict[str, Any], **settings: Any) -> RunResult:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "evaluation.json").write_text(json.dumps({"proof": proof, "settings": {}}))
+        (tmp_path / name / "evaluation.json").write_text(json.dumps({"proof": proof, "settings": asked}))
         return RunResult(str(tmp_path / name), 0, [], [], {}, settings, {})
 
-    good = finished("good", {"proven": True})
+    served = {"endpoint": "http://host/v1", "step": 6}
+    good = finished("good", {"6": {"proven": True}}, served)
     assert made_elsewhere([good, RunResult(str(tmp_path / "none"), 0, [], [], {}, {}, {})]) == []
-    bad = finished("bad", {"proven": False, "reason": "the server gives no log-probabilities of prompts"})
-    other = finished("other", None, other_base=True, adapter="elsewhere/adapter")
-    said = made_elsewhere([good, bad, other])
-    assert len(said) == 2 and "trained on another base model than theirs (elsewhere/adapter)" in said[0]
-    assert "Of 1 runs it is not proven" in said[1] and "no log-probabilities of prompts" in said[1]
+    runs = [
+        finished("bad", {"4": {"proven": False, "reason": "no log-probabilities"}, "6": {"proven": True}}, served),
+        finished("unasked", {}, served),
+        finished("cut", {"6": {"proven": True, "not_served": ["kv_b_proj"]}}, served),
+        finished("moved", {"6": {"proven": False, "reason": "another base", "other_base": True}}, served),
+        finished("other", {}, {}, other_base=True, adapter="elsewhere/adapter"),
+    ]
+    said = made_elsewhere([good, *runs])
+    assert "trained on another base model than theirs (elsewhere/adapter)" in said[0]
+    assert said[1] == f"The server of {tmp_path}/cut left out the LoRA weights of kv_b_proj."
+    assert said[2] == f"--other-base: {tmp_path}/moved was evaluated on a base model that it was not trained on."
+    assert said[3] == (
+        "For 3 evaluations it is not proven that the server answered with the adapter (the first, "
+        f"{tmp_path}/bad, step 4: no log-probabilities)."
+    )
+    assert len(said) == 4

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ranks import run
 from train import sft
 from train.config.command_line import REPOSITORY
 from train.demo.figures import training
 from train.evaluation.store import read_rows
-from train.runtime.local import run
 
 GOLDEN = {
     "none": [0.5838723, 0.5884584, 0.5832013],

@@ -71,6 +71,19 @@ def test_columns_conditions_and_flags_that_are_wrong_are_told(tmp_path, capsys):
     assert evaluate.main(given(tmp_path, row, columns="question=q verdict=verdict_of")) == 2
     assert "has no verdict_of" in capsys.readouterr().err
     assert evaluate.main(given(tmp_path, row)) == 2 and "is the only condition" in capsys.readouterr().err
+    (tmp_path / "mars.csv").write_text("q,kind,said\ncolour,open,yes\n")
+    bare = [
+        "--import",
+        str(tmp_path / "mars.csv"),
+        "--claims",
+        str(tmp_path / "claim.yaml"),
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert evaluate.main([*bare, "--columns", "question=q", "verdict=said"]) == 0
+    assert [r["step"] for r in read_rows(tmp_path / "o" / "answers" / "evaluation.jsonl")] == [1]
+    assert evaluate.main(given(tmp_path, row.replace("before", "a/b"), row.replace("before", "a b"), row)) == 2
+    assert "two conditions would have the directory a-b" in capsys.readouterr().err
     assert evaluate.main(given(tmp_path, row.replace("before", "x"))) == 2
     assert "--base-condition before: no answer is of it; conditions are x" in capsys.readouterr().err
     assert evaluate.main(["--columns", "a=b", "--model", "x", "--claims", "y", "--output", "z"]) == 2

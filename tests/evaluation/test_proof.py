@@ -50,6 +50,23 @@ def test_what_cannot_be_told_is_unproven_with_the_reason(tmp_path):
     assert not found["proven"] and "no more than the noise of the server" in found["reason"]
 
 
+def test_what_the_server_leaves_out_and_another_base_are_kept_with_the_proof(tmp_path):
+    first = kept(tmp_path / "first", FIRST)
+    (first / "serve.json").write_text(json.dumps({"not_served": ["kv_b_proj"], "other_base": False}))
+    found = prove("first", first, {}, "", lambda name, tokens: FIRST)
+    assert found["proven"] and found["not_served"] == ["kv_b_proj"]
+    (first / "serve.json").write_text(json.dumps({"not_served": [], "other_base": True}))
+    found = prove("first", first, {}, "", lambda name, tokens: FIRST)
+    assert not found["proven"] and found["other_base"] and "another base" in found["reason"]
+
+
+def test_variants_no_further_apart_than_the_noise_are_unproven(tmp_path):
+    first, twin = kept(tmp_path / "first", FIRST), kept(tmp_path / "twin", [[-1.5, -1.01]])
+    answers = iter([[[-1.5, -1.02]], [[-1.5, -0.98]]])  # 0.02 a token from itself; the adapters are 0.005 apart
+    found = prove("first", first, {"twin": twin}, "", lambda name, tokens: next(answers))
+    assert not found["proven"] and "from that of twin, no more than the server's noise" in found["reason"]
+
+
 def test_a_damaged_proof_is_refused(tmp_path):
     first = kept(tmp_path / "first", [[-1.0]])
     with pytest.raises(UserError, match=r"proof\.json: is damaged: it must have log p of every token but the first"):

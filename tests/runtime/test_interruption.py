@@ -16,12 +16,13 @@ import pytest
 import yaml
 
 from tests.support.claims import CLAIM
+from tests.support.ranks import run
 from tests.support.runs import ENVIRONMENT, SFT, flags, losses
 from tests.support.wandb_files import history
 from train.config.settings import REPOSITORY
 from train.evaluation.store import read_rows
 from train.runtime.interruption import INTERRUPTED
-from train.runtime.local import deepspeed_command, free_port, run
+from train.runtime.local import deepspeed_command, free_port
 
 WORKER = Path(__file__).with_name("troubled_worker.py")
 LISTENS = """if __name__ == '__main__':

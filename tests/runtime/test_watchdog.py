@@ -1,29 +1,29 @@
 """The watchdog on real ranks, of which one hangs, is stopped, or never starts."""
 
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.ranks import Forked, run
 from train.runtime.local import free_port
 from train.runtime.watchdog import ranks_behind
 
 WORKER = Path(__file__).with_name("hanging_worker.py")
 
 
-def ranks(directory: Path, *arguments: str) -> list[subprocess.Popen]:
+def ranks(directory: Path, *arguments: str) -> list[Forked]:
     """The two ranks of the worker, started."""
     directory.mkdir()
-    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(directory), *arguments],
+        Forked(
+            WORKER,
+            str(directory),
+            *arguments,
             env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
-            text=True,
         )
         for rank in range(2)
     ]
@@ -94,6 +94,6 @@ create_expert_group(1)
 for group in distributed_c10d._world.pg_map:
     print("limit", group._get_backend(device("cpu")).options._timeout)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = run("-c", code, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     limits = [line for line in done.stdout.splitlines() if line.startswith("limit")]
     assert len(limits) > 1 and set(limits) == {"limit 7 days, 0:00:00"}, done.stderr

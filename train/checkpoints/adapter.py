@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from train.checkpoints.present import BASE_MODEL
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.writer import SafetensorsWriter, publish_directory
 from train.experts.module import ExpertParallelExperts
@@ -130,9 +131,6 @@ def peft_config(found: Collection[Place], lora: LoRASettings, architecture: str,
     )
 
 
-BASE_MODEL = "base_model.json"
-"""File beside the LoRA weights that identifies the base model's weights, and says for how many steps they were trained.
-Shapes alone cannot distinguish two models of the same architecture."""
 RANK_PATTERN = r"experts\.(gate_up_proj|down_proj)"
 
 

@@ -24,10 +24,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from train.checkpoints.adapter import BASE_MODEL, RANK_PATTERN, Place, places, stock_name
+from train.checkpoints.adapter import RANK_PATTERN, Place, places, stock_name
 from train.checkpoints.layout import MATRICES
 from train.checkpoints.plain import OF_ONE_EXPERT, check_plain
-from train.checkpoints.present import SAVED, STATE, adapter_files
+from train.checkpoints.present import BASE_MODEL, SAVED, STATE, adapter_files
 from train.checkpoints.reader import Checkpoint, TensorFile
 from train.config.provenance import held_settings
 from train.config.settings import Settings
@@ -185,7 +185,7 @@ def _saved_settings(directory: Path) -> LoRASettings:
     return LoRASettings(own["lora_rank"], own["lora_alpha"], int(expert_rank), 0, own["lora_lm_head"], own["rslora"])
 
 
-def _trained(directory: Path) -> dict[str, Any] | None:
+def training_of(directory: Path) -> dict[str, Any] | None:
     """Returns what an adapter says of its training: `directory` and `fingerprint` of its base, and `step`, if known.
 
     None if it says nothing, as adapters of other trainers. Raises UserError if the file that says it is damaged.
@@ -207,7 +207,7 @@ def _trained(directory: Path) -> dict[str, Any] | None:
 def trained_steps(directory: Path) -> int | None:
     """Returns for how many optimizer steps an adapter was trained; None if it does not say. Raises UserError if the
     file that says it is damaged."""
-    step = (_trained(directory) or {}).get("step")
+    step = (training_of(directory) or {}).get("step")
     return None if step is None else int(step)
 
 
@@ -217,7 +217,7 @@ def check_base(directory: Path, base: Checkpoint, other_base: bool = False) -> N
     Adapters of other trainers do not record their base weights. They are accepted, and rank 0 prints a note, as it does
     for another base on purpose.
     """
-    held, first = _trained(directory), os.environ.get("RANK", "0") == "0"
+    held, first = training_of(directory), os.environ.get("RANK", "0") == "0"
     if held is None:
         if first:
             print(f"note: --adapter {directory}: does not say which weights it was trained on ({BASE_MODEL} is absent)")

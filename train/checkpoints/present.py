@@ -8,6 +8,11 @@ from train.runtime.errors import UserError
 from train.runtime.outside import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of an adapter
+BASE_MODEL = "base_model.json"
+"""File beside the LoRA weights that identifies the base model's weights, and says for how many steps they were trained.
+Shapes alone cannot distinguish two models of the same architecture."""
+PROOF = "proof.json"  # beside them, too: what shows that a server answers with them
+SERVE, BASE_NAME = "serve.json", "base"  # of an adapter written for a server, and the base's name on a server
 SAVED, STATE = "state.safetensors", "state.json"  # of a training checkpoint
 MARKER, REPORT = "merge.json", "merge_report.json"  # files of merge.py about its own output
 

@@ -28,17 +28,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from train.checkpoints.adapter import Place, as_peft, peft_config, places, plain_values, stock_name
-from train.checkpoints.adapter_files import AdapterFile, weights_hash
-from train.checkpoints.present import CONFIG, WEIGHTS
+from train.checkpoints.adapter_files import AdapterFile, training_of, weights_hash
+from train.checkpoints.present import BASE_MODEL, BASE_NAME, CONFIG, PROOF, SERVE, WEIGHTS
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.writer import SafetensorsWriter, publish_directory
 from train.layers.lora import LoRASettings
 from train.runtime.errors import UserError
 from train.runtime.outputs import write_whole
+from train.runtime.outside import read_text
 
 SERVERS = {"vllm": "0.33.0", "sglang": "0.5.23", "peft": "0.21.2"}
 """The versions that the forms were checked for."""
-SERVE = "serve.json"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's --max-lora-rank may have."""
 ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")
@@ -112,12 +112,14 @@ class Written:
 class Served:
     """An adapter in the form of a server, before it is written.
 
-    rank: the largest rank in it. config: its adapter_config.json. dropped: the modules that are left out.
+    rank: the largest rank in it. ranks: of linear layers and of experts. config: its adapter_config.json. dropped: the
+    modules that are left out.
     """
 
     server: str
     family: Family
     rank: int
+    ranks: tuple[int, ...]
     config: dict[str, Any]
     tensors: list[Written]
     found: list[Place]
@@ -148,7 +150,8 @@ def served(
         raise UserError(f"--drop {' '.join(drop)}: nothing of the adapter would be left.")
     make = _for_sglang if server == "sglang" else _for_peft
     rank, config, tensors = make(found, lora, architecture, base)
-    return Served(server, of, rank, config, tensors, found, tuple(sorted(drop)))
+    ranks = tuple(sorted({lora.expert_rank if place.weight else lora.rank for place in found}))
+    return Served(server, of, rank, ranks, config, tensors, found, tuple(sorted(drop)))
 
 
 def _for_peft(
@@ -229,11 +232,13 @@ def _parts(name: str, out_features: int, base: Checkpoint) -> dict[str, slice]:
 
 def write_served(
     form: Served, adapter: Path, lora: LoRASettings, architecture: str, base: Checkpoint, output: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype, other_base: bool = False,
 ) -> None:  # fmt: skip
     """Writes adapter_model.safetensors and adapter_config.json, and for a server serve.json, into a new directory.
 
-    The directory has a temporary name until all files are complete. One lora_A or lora_B is in memory at a time.
+    What the adapter says of its training, and its proof.json, are carried over. other_base: whether `base` is not what
+    it was trained on. The directory has a temporary name until all files are complete, and one lora_A or lora_B is in
+    memory at a time.
     """
     partial = output.with_name(output.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -246,8 +251,12 @@ def write_served(
     writer.publish()
     write_whole(partial / CONFIG, json.dumps(form.config, indent=2, sort_keys=True) + "\n")
     if form.server != "peft":
-        text = json.dumps(_serve(form, adapter, lora, base, output, dtype), indent=2) + "\n"
-        write_whole(partial / SERVE, text)
+        serve = _serve(form, adapter, lora, base, output, dtype) | {"other_base": other_base}
+        write_whole(partial / SERVE, json.dumps(serve, indent=2) + "\n")
+    if trained := training_of(adapter):
+        write_whole(partial / BASE_MODEL, json.dumps(trained, indent=2) + "\n")
+    if (proof := adapter / PROOF).is_file():
+        write_whole(partial / PROOF, read_text(proof))
     publish_directory(partial, output)
 
 
@@ -261,7 +270,7 @@ def _serve(
         for tp in (1, 8)
         for how in ("", ", EP", ", fully sharded")
         if (tp > 1 or not how) and (form.server == "vllm" or "sharded" not in how)
-        if "sharded" not in how or not min(lora.rank, lora.expert_rank) % tp
+        if "sharded" not in how or not any(each % tp for each in form.ranks)
     }
     return {
         "server": form.server, "version": SERVERS[form.server], "name": name,
@@ -299,8 +308,6 @@ PROGRAMS = {
     "vllm": ["python", "-m", "vllm.entrypoints.openai.api_server"],
     "sglang": ["python", "-m", "sglang.launch_server"],
 }
-BASE = "base"
-"""The name under which a server has the base model."""
 
 
 def command(server: str, base: str, adapters: dict[str, str], rank: int, of: Family) -> list[str]:
@@ -308,13 +315,13 @@ def command(server: str, base: str, adapters: dict[str, str], rank: int, of: Fam
     largest, as `largest_rank` returns it."""
     if server == "sglang":
         return [
-            *PROGRAMS[server], "--model-path", base, "--served-model-name", BASE, "--enable-lora",
+            *PROGRAMS[server], "--model-path", base, "--served-model-name", BASE_NAME, "--enable-lora",
             "--max-lora-rank", str(rank), "--max-loras-per-batch", str(len(adapters) + 1),
             "--lora-paths", *(f"{name}={path}" for name, path in adapters.items()),
         ]  # fmt: skip
     fused = {"is_3d_lora_weight": True} if of.mixed else {}
     return [
-        *PROGRAMS[server], "--model", base, "--served-model-name", BASE, "--enable-lora",
+        *PROGRAMS[server], "--model", base, "--served-model-name", BASE_NAME, "--enable-lora",
         "--max-lora-rank", str(rank), "--max-loras", str(len(adapters)),
         *(["--enable-mixed-moe-lora-format"] if of.mixed else []),
         "--lora-modules",

@@ -123,20 +123,28 @@ def made_elsewhere(runs: Collection[RunResult]) -> list[str]:
             "--other-base: the runs began with an adapter that was trained on another base model than theirs "
             f"({next(run.settings.get('adapter') for run in runs if run.settings.get('other_base'))})."
         )
-    unproven = {}
+    unproven: dict[str, str] = {}
     for run in runs:
         path = Path(run.directory) / "evaluation.json"
         held = read_json(path) if path.is_file() else {}
-        proof, other = held.get("proof") or {}, (held.get("settings") or {}).get("other_base")
-        if proof and not proof.get("proven"):
-            unproven[run.directory] = proof.get("reason")
-        if other:
+        asked, proofs = held.get("settings") or {}, held.get("proof") or {}
+        step = str(asked.get("step") or 0)
+        if asked.get("endpoint") and step != "0" and step not in proofs:
+            unproven[f"{run.directory}, step {step}"] = "it was not asked for"
+        for step, proof in proofs.items():
+            if not proof.get("proven"):
+                unproven[f"{run.directory}, step {step}"] = proof.get("reason")
+            if left_out := proof.get("not_served"):
+                remarks.append(f"The server of {run.directory} left out the LoRA weights of {', '.join(left_out)}.")
+            if proof.get("other_base"):
+                asked = {"other_base": True}
+        if asked.get("other_base"):
             remarks.append(f"--other-base: {run.directory} was evaluated on a base model that it was not trained on.")
     if unproven:
-        directory, reason = next(iter(unproven.items()))
+        where, reason = next(iter(unproven.items()))
         remarks.append(
-            f"Of {len(unproven)} runs it is not proven that the server answered with their adapter (the first, "
-            f"{directory}: {reason})."
+            f"For {len(unproven)} evaluations it is not proven that the server answered with the adapter (the first, "
+            f"{where}: {reason})."
         )
     return remarks
 

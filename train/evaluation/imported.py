@@ -7,7 +7,7 @@
 Each condition becomes a directory of --output: evaluation.jsonl, with the condition's answers at step 1 and those of
 --base-condition, the model before training, at step 0; and imported.json, which says where they come from. Columns that
 are not named have the names in COLUMNS. Without a column of claims, a file's name is its claim; without one of
-conditions, --base-condition has none, and all answers are of one condition.
+conditions, all answers are of the condition "answers". Without --base-condition, nothing is at step 0.
 """
 
 import csv
@@ -68,8 +68,8 @@ def import_answers(
     """Writes one directory for each condition. Returns the number of answers by condition.
 
     Raises UserError, with file and line, for an answer to a question that no claim has, an unknown verdict, a sample
-    that is not a number, or an answer that is there twice; for a base condition without answers; and if a directory is
-    there already.
+    that is not a number, or an answer that is there twice; for a base condition without answers, or two conditions of
+    one directory; and if a directory is there already.
     """
     columns = column_names(given)
     answers = [answer for path in files for answer in _answers(Path(path), columns, given, claims)]
@@ -80,12 +80,14 @@ def import_answers(
             raise UserError(f"{answer.where}: answers the same question and sample as {seen[key]}; leave one out.")
         seen[key] = answer.where
     counts = Counter(answer.condition for answer in answers)
-    if base not in counts:
+    if base and base not in counts:
         raise UserError(f"--base-condition {base}: no answer is of it; conditions are {', '.join(counts)}.")
     conditions = [condition for condition in counts if condition != base]
     if not conditions:
         raise UserError(f"--base-condition {base}: is the only condition; give answers of a trained model too.")
     taken = [output / slug(condition) for condition in conditions]
+    if doubled := next((path for path in taken if taken.count(path) > 1), None):
+        raise UserError(f"--import: two conditions would have the directory {doubled.name}; rename one.")
     if there := next((path for path in taken if path.exists()), None):
         raise UserError(f"--output {output}: {there.name} is there already; give another directory.")
     digests = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
@@ -119,7 +121,7 @@ def _answers(path: Path, columns: dict[str, str], given: Sequence[str], claims: 
         if not sample.isdecimal():
             raise UserError(f"{where}: {columns['sample']} {sample!r} must be a number of a sample, from 0 on.")
         yield Answer(
-            str(row.get(columns["condition"]) or ""),
+            str(row.get(columns["condition"]) or "answers"),
             {
                 "step": 0, "context": 0, "claim": name, "kind": question.kind, "question": question.id,
                 "sample": int(sample), "category": question.category, "verdict": verdict,

@@ -215,10 +215,11 @@ def log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list[float
 
 
 def token_log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list[list[float]]:
-    """Returns the log p of each target of each text, in nats, as `log_likelihoods` sums them."""
+    """Returns the log p of each target of each text, in nats, as `log_likelihoods` sums them. It goes on to the end if
+    shutdown is requested: for few texts."""
     longest = max(len(text.ids_L) for text in texts)
     values = torch.zeros(len(texts), longest, dtype=torch.float64, device=engine.device)
-    for text_N, place_N, nll_N in _scored(texts, engine, budget):
+    for text_N, place_N, nll_N in _scored(texts, engine, budget, to_the_end=True):
         values[text_N, place_N] = -nll_N
     dist.all_reduce(values)
     rows = values.cpu().numpy()
@@ -226,8 +227,13 @@ def token_log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list
 
 
 @torch.no_grad()
-def _scored(texts: list[Sample], engine: Any, budget: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields, for each forward of this rank, the text [N] of each target, its place [N] in it, and its nll [N]."""
+def _scored(
+    texts: list[Sample], engine: Any, budget: int, to_the_end: bool = False
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields, for each forward of this rank, the text [N] of each target, its place [N] in it, and its nll [N].
+
+    to_the_end: does not stop if shutdown is requested.
+    """
     layers, training = engine.module.expert_layers, engine.module.training
     loads, wire = [layer.load_E for layer in layers], [layer.ep.wire_bytes for layer in layers]
     numbered = [Sample(str(i), t.ids_L, t.target_L, t.weight_L, t.roles_L) for i, t in enumerate(texts)]
@@ -235,7 +241,7 @@ def _scored(texts: list[Sample], engine: Any, budget: int) -> Iterator[tuple[Ten
     try:
         for batch in micro_batches(numbered, "sum", dist.get_world_size(), dist.get_rank(), budget):
             progress("measuring claims")
-            if anywhere(torch.tensor([interruption.told], device=engine.device))[0]:
+            if not to_the_end and anywhere(torch.tensor([interruption.told], device=engine.device))[0]:
                 raise Interrupted("interrupted: while claims were measured")
             batch = batch.to(engine.device)
             text_D = torch.tensor([int(name) for name in batch.names] or [0], device=engine.device)

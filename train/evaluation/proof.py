@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.checkpoints.present import PROOF, SERVE
 from train.runtime.errors import UserError
 from train.runtime.outside import checked, read_json
 
-PROOF = "proof.json"
 LogP = list[list[float]]
 """For each prompt, log p of every token but the first, each given the tokens before it, in nats."""
 Asked = Callable[[str, list[list[int]]], LogP | None]
@@ -58,14 +58,20 @@ def distance(one: LogP, other: LogP) -> float:
 def prove(name: str, adapter: Path, others: Mapping[str, Path], base_name: str, ask: Asked) -> dict[str, Any]:
     """Asks a server for the prompts of an adapter, and returns what evaluation.json keeps of it.
 
-    name: under which the server has the adapter. others: name -> adapter of the other variants. base_name: under which
-    it has the base, "" if that is not known.
+    name: under which the server has the adapter. adapter: its directory, or that of the adapter as it was written for
+    the server, whose serve.json says what is not served. others: name -> adapter of the other variants. base_name:
+    under which it has the base, "" if that is not known.
 
     The result has `proven`, or a `reason` why it is unproven, and the distances in nats: `to_adapter`, `to_base`,
     `to_nearest_other` and its name, `noise` (the server against itself) and `base_to_base` (the server's base against
-    the engine's). Raises UserError if what answers is nearer to the base or to another variant than to the adapter.
+    the engine's); also `not_served`, modules that were left out on purpose, and `other_base`, if there are any.
+
+    Raises UserError if what answers is nearer to the base or to another variant than to the adapter.
     """
     proof = read_proof(adapter)
+    serve = read_json(adapter / SERVE) if (adapter / SERVE).is_file() else {}
+    if serve.get("other_base"):
+        return {"proven": False, "reason": "it is served on another base than it was trained on", "other_base": True}
     if proof is None:
         return {"proven": False, "reason": f"{adapter} has no {PROOF}: it was not made by train/sft.py"}
     first, second = (ask(name, proof.tokens) for _ in range(2))
@@ -76,12 +82,15 @@ def prove(name: str, adapter: Path, others: Mapping[str, Path], base_name: str, 
         "proven": True, "to_adapter": distance(first, proof.adapter), "to_base": distance(first, proof.base),
         "noise": distance(first, second), "base_to_base": distance(base, proof.base) if base else None,
     }  # fmt: skip
+    if serve.get("not_served"):
+        found["not_served"] = serve["not_served"]
     rivals = {other: held for other, path in others.items() if (held := read_proof(path))}
     apart = {other: distance(first, held.adapter) for other, held in rivals.items() if held.tokens == proof.tokens}
     if apart:
         nearest = min(apart, key=lambda other: apart[other])
         found |= {"nearest_other": nearest, "to_nearest_other": apart[nearest]}
-    if (effect := distance(proof.base, proof.adapter)) <= max(found["noise"], found["base_to_base"] or 0.0):
+    noise = max(found["noise"], found["base_to_base"] or 0.0)
+    if (effect := distance(proof.base, proof.adapter)) <= noise:
         reason = f"adapter and base are {effect:.3g} nats a token apart, no more than the noise of the server"
         return found | {"proven": False, "reason": reason}
     where = f"--endpoint-model {name}: what answers is {found['to_adapter']:.3g} nats a token from {adapter}"
@@ -90,7 +99,6 @@ def prove(name: str, adapter: Path, others: Mapping[str, Path], base_name: str, 
             f"{where}, and {found['to_base']:.3g} from its base: the server answers without the adapter. Check that it "
             "was loaded under this name, in the form that the server takes (train/export.py --adapter … --to …)."
         )
-    noise = max(found["noise"], found["base_to_base"] or 0.0)
     if apart and (between := distance(proof.adapter, rivals[nearest].adapter)) <= noise:
         reason = f"the adapter is {between:.3g} nats a token from that of {nearest}, no more than the server's noise"
         return found | {"proven": False, "reason": reason}

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from train.checkpoints.present import PROOF
 from train.data.batches import Sample
 from train.evaluation.likelihood import token_log_likelihoods
-from train.evaluation.proof import PROOF
 from train.runtime.outputs import write_whole
 
 PROMPTS, TOKENS = 8, 64  # at most, and of each

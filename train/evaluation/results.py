@@ -12,7 +12,6 @@ from train.claims.messages import NO_ANSWER, visible
 from train.evaluation.judging import Item
 from train.evaluation.measures import LEAST_AUC, MEASURES, at_step, means
 from train.evaluation.options import EvaluationSettings
-from train.evaluation.proof import proof_line
 from train.evaluation.store import Records, StoredRow, read_measured
 from train.evaluation.verdict_counts import samples_are_equal, summarize
 from train.evaluation.verdicts import UNPARSEABLE
@@ -31,8 +30,8 @@ def leave_summary(
     proof: dict[str, Any] | None = None,
 ) -> int:  # fmt: skip
     """Writes evaluation.json and prints the tables. Returns how many answers are missing or have an error. proof: that
-    a server answers with the adapter, as `prove` returns it; None keeps that of an earlier attempt. Raises UserError if
-    a row of evaluation.jsonl is invalid."""
+    a server answers with the adapter, as `prove` returns it; None if it was not asked. Raises UserError if a row of
+    evaluation.jsonl is invalid."""
     rows = list(records.rows.values())
     errors = [row for item in items if (row := records.rows.get(item.key)) and row.get("error")]
     missing = sum(item.key not in records.rows for item in items)
@@ -51,7 +50,7 @@ def leave_summary(
         "settings": s.as_json(), "wanted": len(items), "missing": missing, "errors": len(errors),
         "warnings": warnings, "measured": measured, "likelihood": scored,
         "contamination": contamination.as_json() if contamination else None,
-        "proof": proof or _held_proof(records.directory / SUMMARY),
+        "proof": _proofs(records.directory / SUMMARY, s.step, proof),
     }  # fmt: skip
     write_whole(records.directory / SUMMARY, json_line(summary, indent=1) + "\n")
     with suppress(NobodyReads):  # everything is written by now
@@ -59,10 +58,13 @@ def leave_summary(
     return len(errors) + missing
 
 
-def _held_proof(path: Path) -> dict[str, Any] | None:
-    """Returns the proof that an earlier attempt left in evaluation.json, if any."""
-    held = read_json(path) if path.is_file() else {}
-    return held.get("proof")
+def _proofs(path: Path, step: int, proof: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns the proofs by step: those in evaluation.json, and that of this attempt. What is unproven stays so, since
+    some answers were given without proof."""
+    held = (read_json(path) if path.is_file() else {}).get("proof") or {}
+    if proof and held.get(str(step), proof).get("proven"):
+        held[str(step)] = proof
+    return held
 
 
 def _show(summary: dict[str, Any], errors: list[StoredRow], directory: Path) -> None:
@@ -73,8 +75,6 @@ def _show(summary: dict[str, Any], errors: list[StoredRow], directory: Path) -> 
         console.print(_table(measured))
     for entry in measured:
         _show_extra(entry)
-    if proof := summary["proof"]:
-        print(proof_line(proof))
     for warning in summary["warnings"]:
         print(f"WARNING: {warning}")
     if errors:

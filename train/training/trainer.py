@@ -122,7 +122,7 @@ class Trainer:
             self.evaluate(run, start, None if start else base)
         if start > self.job.stop:
             raise UserError(f"--stop-after {self.job.stop}: the run is past that, at step {start}; give more, or none.")
-        self._note_adapters_not_kept(run, start)
+        self._note_what_is_past(run, start)
         interruption.hold()
         with tqdm(total=self.job.stop, initial=start, desc="training", unit="step", disable=self.rank != 0) as bar:
             try:
@@ -191,10 +191,16 @@ class Trainer:
         if proof and self.rank == 0:
             write_proof(directory, proof)
 
-    def _note_adapters_not_kept(self, run: Run, start: int) -> None:
-        lost = [s for s in sorted(self.job.adapters_at) if s <= start and not kept_adapter(run.directory, s).is_dir()]
-        if lost and self.rank == 0:
-            print(f"note: --adapters-at: the run is past step {', '.join(map(str, lost))}, whose adapter was not kept")
+    def _note_what_is_past(self, run: Run, start: int) -> None:
+        """Prints a note on steps of --adapters-at and --evaluate-at that the run is past without their results."""
+        lost = [s for s in self.job.adapters_at if s <= start and not kept_adapter(run.directory, s).is_dir()]
+        unmeasured = [s for s in sorted(self.job.evaluate_at) if s < start and run.lacks(s, self.probes)]
+        for flag, steps, what in (
+            ("--adapters-at", lost, "whose adapter was not kept"),
+            ("--evaluate-at", unmeasured, "after which nothing was measured"),
+        ):
+            if steps and self.rank == 0:
+                print(f"note: {flag}: the run is past step {', '.join(map(str, sorted(steps)))}, {what}")
 
     def evaluate(self, run: Run, step: int, known: list[Record] | None = None) -> None:
         """Measures the claims of --claims and the NLL of --held-out after `step` steps, and logs them. `known` replaces
