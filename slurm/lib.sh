@@ -59,6 +59,7 @@ one_attempt() {
         exit "$USER_ERROR"
     fi
     if ((number == 1)); then rm -f -- "$output/logs/failures"; fi # of a job before this one
+    : >>"$log" # it is there as soon as it is named
     before_the_time_limit &
     # shellcheck disable=SC2064 # this one
     trap "kill $! 2>/dev/null || true" EXIT
