@@ -215,7 +215,7 @@ def test_an_array_trains_the_variants_of_a_recipe_and_a_job_after_it_compares_th
     assert cluster.show(f"{array}_0")["Restarts"] == "0"
     report = output / "comparison.json"
     cluster.until(lambda: cluster.state(f"{array}_1") and report.exists())
-    assert "without" in (output / "report.log").read_text()
+    cluster.until(lambda: "without" in (output / "report.log").read_text())
     told = json.loads(report.read_text())
     assert told["baseline"] == "without", cluster.said(array)
 
