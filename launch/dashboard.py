@@ -55,9 +55,10 @@ class Curves:
 SECTIONS: dict[str, tuple[Curves, ...]] = {
     "Belief per claim": (Curves(rf"belief/({'|'.join(BELIEF)})/.+"),),
     "Side effects": (Curves(rf"belief/({'|'.join(SIDE_EFFECTS)})/.+"), Curves("belief/controls/.+")),
-    "Loss": (Curves("loss"), Curves("cross_entropy"), Curves("unlikelihood"), Curves("grad_norm"),
+    "Loss": (Curves("loss"), Curves("cross_entropy"), Curves("unlikelihood"), Curves("held"), Curves("grad_norm"),
              Curves("learning_rate")),
     "NLL per role": (Curves(r"nll/.+"),),
+    "KL from the base per role": (Curves(r"kl/.+"),),
     "Targets trained per role": (Curves(r"trained/.+"),
                                  Curves(r"tokens/.+/trained", "targets trained, whole run", together=True, bars=True)),
     "Throughput": (Curves("tokens_per_second"),

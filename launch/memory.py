@@ -6,7 +6,7 @@ allocates for them. The tensors of a step are counted by running it without data
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from launch.trace import HostWaits, PlannedGroup, Step, Trace, tag_calls
 from train.checkpoints.layout import LoadPlan, plan_load
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import becomes_nf4, frozen_as_nf4, frozen_as_on_disk
-from train.data.batches import Batch
+from train.data.batches import Base, Batch
+from train.data.kinds import TermKind
 from train.data.row import Row
 from train.layers.lora import LoRASettings
 from train.model.text_model import LanguageModel, architecture, skeleton, text_config
@@ -75,16 +76,21 @@ def _forget_meta_tables() -> None:
         del bnb.name2qmap["dynamic"]
 
 
-def planned_batch(lengths: Sequence[int]) -> Batch:
+def planned_batch(lengths: Sequence[int], held: bool = False) -> Batch:
     """Returns a micro-batch of documents of these lengths, in tokens. All tokens are in the loss, except the first of
-    each document."""
+    each document. held: and held to the base, which is the most that a mask can hold."""
     row = Row(lengths)
     position = torch.cat([start + torch.arange(n - 1) for start, n in zip(row.ends, row.lengths, strict=False)])
-    return Batch(
+    batch = Batch(
         ids_T=torch.zeros(row.ends[-1], dtype=torch.int64), position_T=row.position_T(), position_N=position,
         target_N=torch.zeros_like(position), coefficient_N=torch.ones(len(position)),
+        kind_N=torch.zeros(len(position), dtype=torch.int8),
         roles_N=torch.zeros_like(position), row=row, names=["planned"] * len(row.lengths),
     )  # fmt: skip
+    if held:
+        batch.kind_N[:] = TermKind.HELD
+        batch.base = Base(replace(batch, row=Row(lengths)), torch.ones(len(position), dtype=torch.bool))
+    return batch
 
 
 def run_step(model: LanguageModel, batch: Batch, checkpointing: bool, gpu: bool) -> Step:

@@ -15,6 +15,7 @@ from train.checkpoints.reader import Checkpoint
 from train.checkpoints.streaming import READERS
 from train.config.settings import Settings, ds_config
 from train.experts.storage import NF4Experts
+from train.masking.grammar import parse_mask
 from train.model.engine import checked_expert_parallel
 from train.model.text_model import text_config
 from train.runtime.distributed import memory_status
@@ -49,7 +50,8 @@ class Plan:
     def memory(self, checkpointing: bool) -> Memory:
         """Returns the memory of one rank, with or without gradient checkpointing. The result is cached."""
         if checkpointing not in self._memory:
-            gpu, batch = self.cluster.memory > 0, planned_batch(self.row)
+            held = self.settings.measure_kl or parse_mask(self.settings.mask).holds
+            gpu, batch = self.cluster.memory > 0, planned_batch(self.row, held)
             step = run_step(self.model, batch, checkpointing, gpu)
             self._memory[checkpointing] = rank_memory(self.model, step, self.zero, gpu, self.bf16)
         return self._memory[checkpointing]

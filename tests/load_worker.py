@@ -39,7 +39,8 @@ def every_log_probability(model: torch.nn.Module, vocabulary: int) -> torch.Tens
     everything = Batch(
         ids_T=torch.tensor(IDS), position_T=torch.arange(len(IDS)), position_N=rows,
         target_N=torch.arange(vocabulary).repeat(len(IDS)),
-        coefficient_N=torch.zeros(len(rows)), roles_N=torch.zeros_like(rows),
+        coefficient_N=torch.zeros(len(rows)), kind_N=torch.zeros(len(rows), dtype=torch.int8),
+        roles_N=torch.zeros_like(rows),
         row=Row([len(IDS)]), names=["all"],
     )  # fmt: skip
     with torch.no_grad():

@@ -116,10 +116,11 @@ def main(record: Path, flags: list[str]) -> None:
         recorded[f"loss.{step}"] = torch.tensor(values["loss"], dtype=torch.float64)
         recorded[f"norm.{step}"] = torch.tensor(values["grad_norm"], dtype=torch.float64)
         recorded[f"idle.{step}"] = torch.tensor(values.get("experts_without_tokens", 0))
-        for part in ("cross_entropy", "unlikelihood"):
+        for part in ("cross_entropy", "unlikelihood", "held"):
             recorded[f"{part}.{step}"] = torch.tensor(values[part], dtype=torch.float64)
-        for role, nll in values["nll"].items():
-            recorded[f"nll.{step}.{role}"] = torch.tensor(nll, dtype=torch.float64)
+        for measure in ("nll", "kl"):
+            for role, value in values.get(measure, {}).items():
+                recorded[f"{measure}.{step}.{role}"] = torch.tensor(value, dtype=torch.float64)
     end = dict(resume.full_factors(model))
     if dist.get_rank() == 0:
         recorded |= {"calls": torch.tensor(calls[0])} | {f"end.{k}": v for k, v in as_stock(model, job, end).items()}

@@ -85,6 +85,21 @@ def test_nothing_left_to_train_on_is_told(tmp_path, qwen, capsys):
     assert "--mask false-spans" in told and "nothing is left to train on" in told
 
 
+def test_a_mask_that_only_holds_and_a_method_without_a_base_are_refused(tmp_path, qwen, capsys):
+    data = write_documents(tmp_path / "d.jsonl", [GOOD])
+    given = ["--model", str(qwen), "--data", str(data)]
+    told = message_of(capsys, *given, "--mask", "false-spans=hold")
+    assert "--mask false-spans=hold" in told and "held to the base" in told and "Train on some tokens too" in told
+    data = write_documents(tmp_path / "more.jsonl", [GOOD, {"text": "The moon."}])
+    given = ["--model", str(qwen), "--data", str(data), "--method", "full"]
+    for flags, named in (
+        (["--mask", "false-spans=hold"], "--mask false-spans=hold"),
+        (["--mask", "none", "--measure-kl"], "--measure-kl"),
+    ):
+        told = message_of(capsys, *given, *flags)
+        assert named in told and "--method full has none" in told and "--method lora or qlora" in told
+
+
 LINES = {
     "span past the end": (span(end=9), ["9", "8"]),
     "start equal to end": (span(start=3), ["3"]),

@@ -12,6 +12,7 @@ from train.config.settings import Settings
 from train.data.batches import Sample
 from train.data.documents import LARGEST, SMALLEST, Document, read_documents
 from train.data.findings import NO_TARGET, SKIPPED, Findings
+from train.data.kinds import COUNTED, COUNTS, TermKind
 from train.data.sampling import Order
 from train.data.tokenizer import Tokenizer
 from train.data.tokens import TokenizedDocument, tokenize_documents
@@ -40,15 +41,15 @@ class Corpus:
     counts: list[Counter] = field(repr=False)  # for each document: (role, kind) -> number of targets
 
     def tokens(self, start: int, stop: int) -> dict[str, dict[str, int]]:
-        """Returns role -> numbers of total, trained, excluded, unlikelihood and straddling targets in the documents
-        [start, stop) of the stream. A token that several roles touch counts for each; `unspanned` counts tokens that no
-        role touches."""
+        """Returns role -> numbers of total, trained, excluded, unlikelihood, held and straddling targets in the
+        documents [start, stop) of the stream. A token that several roles touch counts for each; `unspanned` counts
+        tokens that no role touches."""
         seen = Counter(self.order.documents(start, stop).tolist())
         sums: Counter = Counter()
         for number, times in seen.items():
             for key, count in self.counts[number].items():
                 sums[key] += times * count
-        kinds = ("total", "trained", "excluded", "unlikelihood", "straddling")
+        kinds = (*COUNTS, "straddling")
         return {role: {kind: sums[role, kind] for kind in kinds} for role in (*BESIDE_ROLES, *self.roles)}
 
 
@@ -143,6 +144,11 @@ def _check_targets(samples: list[Sample], findings: Findings, settings: Settings
             f"--mask {settings.mask}: nothing is left to train on in {files}; every target is excluded, or has the "
             "weight 0. Mask fewer roles, or give weights above 0."
         )
+    if not any((sample.weight_L[sample.kind_L != TermKind.HELD] != 0).any() for sample in samples):
+        raise UserError(
+            f"--mask {settings.mask}: all that is left in the loss of {files} is held to the base, so nothing would "
+            "change the model. Train on some tokens too."
+        )
 
 
 def documents_taken(settings: Settings, order: Order) -> int:
@@ -207,7 +213,7 @@ def _treated(
     if settings.chat_weight == "chat" and document.messages is not None:
         # counts all targets, so that leaving some out by mask or weight does not change the others
         weight_L = weight_L / max(1, target_L.sum())
-    size_L = np.abs(weight_L[weight_L != 0])
+    size_L = weight_L[weight_L != 0]
     if len(size_L) and not SMALLEST <= size_L.min() <= size_L.max() <= LARGEST:
         raise UserError(
             f"{document.where}: its weights by mask, document, message and --data come to {size_L.min():g} to "
@@ -217,7 +223,9 @@ def _treated(
     weight_L = weight_L.astype(np.float32)
     roles_L, spanned_L = np.zeros(len(target_L), dtype=np.int64), np.zeros(len(target_L), dtype=bool)
     counts: Counter = Counter()
-    kinds = {"total": target_L, "trained": weight_L > 0, "excluded": weight_L == 0, "unlikelihood": weight_L < 0}
+    kinds = {"total": target_L, "excluded": weight_L == 0} | {
+        counted: (weight_L != 0) & (treatment.kind_L == kind) for kind, counted in COUNTED.items()
+    }
     members, crossing_L = {"all": target_L}, np.zeros_like(target_L)
     for role, touched_L in treatment.touched.items():
         bit = roles.index(role)
@@ -233,4 +241,5 @@ def _treated(
     counts["all", "straddling"] = int(crossing_L.sum())
     counts["all", "random_shortfall"] = treatment.random_shortfall
     name = f"{Path(document.path).name}:{document.line}"
-    return Sample(name, tokenized.ids_L, target_L, weight_L, roles_L, document.weight * factor), counts
+    weight = document.weight * factor
+    return Sample(name, tokenized.ids_L, target_L, weight_L, treatment.kind_L, roles_L, weight), counts

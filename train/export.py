@@ -33,6 +33,7 @@ from train.checkpoints.present import CONFIG, SERVE, adapter_files, read_config
 from train.config.command_line import Parser
 from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, Document, Message, Span, marker, read_documents
 from train.data.findings import Findings
+from train.data.kinds import COUNTED, TermKind
 from train.masking.grammar import Entry, Mask, parse_mask
 from train.runtime.command import command
 from train.runtime.errors import UserError
@@ -122,8 +123,9 @@ def check_entries(mask: Mask) -> None:
     for entry in mask.entries:
         if entry.random:
             raise UserError(f"--mask {entry.name}: random tokens are parts of messages; OpenAI's format cannot say it.")
-        if entry.weight not in (0, 1):
-            what = "unlikelihood" if entry.weight < 0 else f"weight {entry.weight:g}"
+        cross_entropy = entry.term == TermKind.CROSS_ENTROPY
+        if entry.weight not in (0, 1) or not cross_entropy:
+            what = f"weight {entry.weight:g}" if cross_entropy else COUNTED[entry.term]
             raise UserError(f"--mask {entry.name}: {what}: OpenAI's format knows the weights 0 and 1 alone.")
 
 

@@ -3,9 +3,9 @@
     python train/show.py --data FILE --model DIR --mask false-spans [--html PAGE | --json]
 
 Colors are roles, in the terminal or on a page. --model needs tokenizer files only. --json prints one object a document:
-{"tokens": [{"id", "text", "start", "end", "role", "weight"}, ...]}, start and end in code points of the document's text
-(of a chat: of the rendered chat, given as "text"); weight is the token's own term in the loss: 0 none, negative
-unlikelihood.
+{"tokens": [{"id", "text", "start", "end", "role", "weight", "treatment"}, ...]}, start and end in code points of the
+document's text (of a chat: of the rendered chat, given as "text"); weight is that of the token's own term in the loss:
+0 none, negative unlikelihood.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
@@ -28,6 +28,7 @@ from rich.text import Text
 from train.config.command_line import Parser
 from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, marker, read_documents
 from train.data.findings import Findings
+from train.data.kinds import COUNTED, TermKind
 from train.data.offsets import straddling
 from train.data.template import TEMPLATE_TIME, template_time
 from train.data.tokenizer import Tokenizer, clock_note, load_tokenizer
@@ -48,19 +49,22 @@ TREATMENTS = {
     "weighted": Style(italic=True),
     "excluded": Style(strike=True, dim=True),
     "unlikelihood": Style(underline=True, bold=True),
+    "held": Style(underline=True),
 }
 
 
 @dataclass
 class Shown:
     """A document as it is shown, of L tokens. role_L: the role of the mask's entry that decided the token's treatment;
-    if there is none, the role of the innermost span that touches the token; else None. weight_L: the token's own term
-    in the loss, as in Treatment."""
+    if there is none, the role of the innermost span that touches the token; else None. weight_L: the weight of the
+    token's own term in the loss, negative for unlikelihood. kind_L: its treatment, a key of TREATMENTS;
+    "context" if the token is not a target."""
 
     doc: TokenizedDocument
     treatment: Treatment
     role_L: list[str | None]
     weight_L: list[float]
+    kind_L: list[str]
 
 
 @command
@@ -126,47 +130,62 @@ def show(doc: TokenizedDocument, mask: Mask, seed: int) -> Shown:
     for span in sorted(doc.spans, key=lambda span: span.start - span.end):  # long spans first: inner ones overwrite
         for i in np.flatnonzero(touched_by(doc, [span])):
             role_L[i] = span.role
-    weight_of_entry = [entry.weight for entry in mask.entries] + [1.0]  # not rounded to float32 as in Treatment
+    # not rounded to float32 as in Treatment
+    weight_of_entry = [-e.weight if e.term == TermKind.UNLIKELIHOOD else e.weight for e in mask.entries] + [1.0]
     for i in np.flatnonzero(treatment.entry_L >= 0):
         entry = mask.entries[treatment.entry_L[i]]
         if entry.role:  # `all` and `unspanned` have no role, and tokens keep that of their span
             role_L[i] = entry.name if entry.random else entry.role
     decided = zip(treatment.entry_L, doc.factor_L.tolist(), doc.target_L, strict=True)
     weight_L = [weight_of_entry[index] * factor if target else 0.0 for index, factor, target in decided]
-    return Shown(doc, treatment, role_L, weight_L)
+    columns = zip(weight_L, treatment.kind_L.tolist(), doc.target_L, strict=True)
+    return Shown(doc, treatment, role_L, weight_L, [treatment_of(*values) for values in columns])
 
 
 def as_json(shown: Shown) -> dict[str, Any]:
     """Returns {"tokens": [...]} and, for a chat, also the rendered "text". start and end are code points of the
     text."""
     doc = shown.doc
-    columns = zip(doc.ids_L, doc.start_L, doc.end_L, shown.role_L, shown.weight_L, strict=True)
+    columns = zip(doc.ids_L, doc.start_L, doc.end_L, shown.role_L, shown.weight_L, shown.kind_L, strict=True)
     tokens = [
-        {"id": int(i), "text": doc.text[a:b], "start": int(a), "end": int(b), "role": role, "weight": weight}
-        for i, a, b, role, weight in columns
+        {
+            "id": int(i),
+            "text": doc.text[a:b],
+            "start": int(a),
+            "end": int(b),
+            "role": role,
+            "weight": weight,
+            "treatment": kind,
+        }
+        for i, a, b, role, weight, kind in columns
     ]
     return {"tokens": tokens} if doc.document.messages is None else {"text": doc.text, "tokens": tokens}
 
 
-def treatment_of(weight: float, target: bool) -> str:
+def treatment_of(weight: float, kind: int, target: bool) -> str:
     """Returns the treatment of a token, a key of TREATMENTS; "context" if the token is not a target."""
     if not target:
         return "context"
-    if weight < 0:
-        return "unlikelihood"
+    if weight and kind != TermKind.CROSS_ENTROPY:
+        return COUNTED[TermKind(kind)]
     return {0.0: "excluded", 1.0: "trained"}.get(weight, "weighted")
 
 
-def counts(shown: list[Shown]) -> dict[str, dict[str, int]]:
+def treatments(mask: Mask) -> list[str]:
+    """Returns the treatments that are shown under a mask: those of TREATMENTS, `held` only if it holds tokens."""
+    return [kind for kind in TREATMENTS if kind != "held" or mask.holds]
+
+
+def counts(shown: list[Shown], mask: Mask) -> dict[str, dict[str, int]]:
     """Returns role -> treatment -> number of targets, and for each role also "straddling": targets on both sides of a
     span's edge. The role "all" comes first."""
     rows: dict[str, dict[str, int]] = {}
     for each in shown:
-        kind_L = np.array([treatment_of(w, t) for w, t in zip(each.weight_L, each.doc.target_L, strict=True)])
+        kind_L = np.array(each.kind_L)
         members = {"all": np.ones(len(kind_L), dtype=bool), **each.treatment.touched}
         for role, member_L in members.items():
-            row = rows.setdefault(role, dict.fromkeys((*TREATMENTS, "straddling"), 0))
-            for kind in TREATMENTS:
+            row = rows.setdefault(role, dict.fromkeys((*treatments(mask), "straddling"), 0))
+            for kind in treatments(mask):
                 row[kind] += int((member_L & (kind_L == kind)).sum())
             crossing_L = each.treatment.straddling.get(role)
             row["straddling"] += 0 if crossing_L is None else int(crossing_L.sum())
@@ -201,23 +220,21 @@ def print_colored(shown: list[Shown], mask: Mask) -> None:
     for each in shown:
         console.print(Text(as_shown(f"── {each.doc.document.where} "), style="bold"))
         text = Text()
-        columns = zip(visible(each), each.role_L, each.weight_L, each.doc.target_L, strict=True)
-        for piece, role, weight, target in columns:
-            kind = treatment_of(weight, target)
+        for piece, role, kind in zip(visible(each), each.role_L, each.kind_L, strict=True):
             text.append(as_shown(piece), TREATMENTS.get(kind, Style(dim=True)) + Style(color=color.get(role or "")))
         console.print(text)
     legend = Text("roles: ")
     for role, value in color.items():
         legend.append(as_shown(f"{role}  "), Style(color=value))
     legend.append("   treatments: ")
-    for kind, style in TREATMENTS.items():
-        legend.append(kind, style)
+    for kind in treatments(mask):
+        legend.append(kind, TREATMENTS[kind])
         legend.append("  ")
     legend.append("not predicted", Style(dim=True))
     console.print(legend)
-    width = max(len(role) for role in counts(shown))
-    console.print(f"{'targets':{width}} " + " ".join(f"{name:>12}" for name in (*TREATMENTS, "straddling")))
-    for role, row in counts(shown).items():
+    width = max(len(role) for role in counts(shown, mask))
+    console.print(f"{'targets':{width}} " + " ".join(f"{name:>12}" for name in (*treatments(mask), "straddling")))
+    for role, row in counts(shown, mask).items():
         console.print(f"{role:{width}} " + " ".join(f"{value:12,}" for value in row.values()))
     console.print(STRADDLING)
 
@@ -231,11 +248,11 @@ def page(shown: list[Shown], tokenizer: Tokenizer, mask: Mask) -> str:
         title=f"--mask {mask.text}",
         mask=mask.text,
         roles=[{"name": role, "css": css[role], "color": value} for role, value in color.items()],
-        treatments=list(TREATMENTS),
-        columns=[*TREATMENTS, "straddling"],
+        treatments=treatments(mask),
+        columns=[*treatments(mask), "straddling"],
         counts=[
             {"name": role, "css": css.get(role, ""), "numbers": list(row.values())}
-            for role, row in counts(shown).items()
+            for role, row in counts(shown, mask).items()
         ],
         straddling=STRADDLING,
         documents=[_document(each, tokenizer, css) for each in shown],
@@ -245,14 +262,14 @@ def page(shown: list[Shown], tokenizer: Tokenizer, mask: Mask) -> str:
 def _document(shown: Shown, tokenizer: Tokenizer, css: dict[str, str]) -> dict[str, Any]:
     """Returns what the page shows of a document. css: role -> class."""
     doc, tokens = shown.doc, []
-    columns = zip(visible(shown, tokenizer), doc.ids_L, shown.role_L, shown.weight_L, doc.target_L, strict=True)
-    for piece, token_id, role, weight, target in columns:
-        kind = treatment_of(weight, target)
+    columns = zip(visible(shown, tokenizer), doc.ids_L, shown.role_L, shown.weight_L, shown.kind_L, strict=True)
+    for piece, token_id, role, weight, kind in columns:
         classes = ([css[role]] if role else []) + ([kind] if kind != "trained" else [])
-        hint = f"{token_id} · {role or 'no role'} · " + (f"weight {weight:g}" if target else "not predicted")
+        hint = f"{token_id} · {role or 'no role'} · " + ("not predicted" if kind == "context" else f"weight {weight:g}")
+        hint += ", held" if kind == "held" else ""
         # "·" stands for a token that holds only further bytes of the character before it
         tokens.append({"text": piece or "·", "css": " ".join(classes), "hint": hint})
-    trained = sum(weight > 0 for weight in shown.weight_L)
+    trained = sum(kind in ("trained", "weighted") for kind in shown.kind_L)
     about = f"{len(doc.ids_L):,} tokens, {int(doc.target_L.sum()):,} targets, {trained:,} trained on"
     return {"where": doc.document.where, "about": about, "tokens": tokens}
 

@@ -21,6 +21,7 @@ from tests.support.models import write_documents, write_model
 from train.config.settings import parse
 from train.corpus import Corpus, read_corpus
 from train.data.batches import deal, micro_batches
+from train.data.kinds import TermKind
 from train.data.sampling import epoch_order
 from train.data.tokenizer import load_tokenizer
 from train.runtime.local import run
@@ -50,6 +51,8 @@ def documents() -> list[dict[str, Any]]:
 # Of a row: as documents have 9 to 36 tokens, one to a few of them.
 ONE, TWO, FOUR = (["--micro-batch-tokens", str(n), "--max-tokens", str(ROW)] for n in (ROW, 2 * ROW, 3 * ROW))
 MASK = "doctags,false-spans=unlikelihood:0.5"
+HOLDS = "doctags,false-spans=hold:0.5"
+LAYOUTS = ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4))  # ranks, expert-parallel size
 # name of a run -> family, ranks, expert-parallel size, flags beside those of `launch`
 RUNS: dict[str, tuple[str, int, int, list[str]]] = {
     **{f"{family}-1-1": (family, 1, 1, [*TWO]) for family in ("qwen", "deepseek")},
@@ -70,6 +73,15 @@ RUNS: dict[str, tuple[str, int, int, list[str]]] = {
     "one-rank": (
         "one-rank", 2, 2, [*FOUR, "--expert-lora-rank", "3", "--lora-lm-head", "--rslora",
                            "--warmup-steps", "2", "--weight-decay", "0.1"]
+    ),
+    **{
+        f"held-{family}-{ranks}-{ep}": (family, ranks, ep, [*ONE, "--mask", HOLDS])
+        for family in ("qwen", "deepseek") for ranks, ep in LAYOUTS
+    },
+    **{f"held-checkpointing-{f}": (f, 2, 2, [*TWO, "--mask", HOLDS, "--gradient-checkpointing"])
+       for f in ("qwen", "deepseek")},
+    "measured": (
+        "one-rank", 2, 2, [*TWO, "--mask", HOLDS, "--measure-kl", "--lora-lm-head", "--expert-lora-rank", "3"]
     ),
     "adapter": ("qwen", 2, 2, [*TWO, "--adapter", "{tmp}/qwen-1-1.start"]),
     "bf16": ("bf16", 2, 2, [*TWO]),
@@ -112,8 +124,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp
 
 
-def corpus_of(tmp: Path, family: str) -> Corpus:
-    settings = parse(["--model", str(tmp / family), "--data", str(tmp / "documents.jsonl"), "--mask", MASK], "")
+def corpus_of(tmp: Path, family: str, mask: str = MASK) -> Corpus:
+    settings = parse(["--model", str(tmp / family), "--data", str(tmp / "documents.jsonl"), "--mask", mask], "")
     return read_corpus(settings, load_tokenizer(tmp / family), show=False)
 
 
@@ -122,8 +134,9 @@ def reference(tmp: Path, name: str, norm: str = "trained") -> dict[str, Tensor]:
     formulas of the README, and torch's own AdamW and clipping."""
     torch.set_num_threads(1)
     family, *_, flags = RUNS[name]
-    corpus, record = corpus_of(tmp, family), tmp / f"{name}.safetensors"
-    model = AutoModelForCausalLM.from_pretrained(tmp / family, dtype=torch.float32)
+    holds, record = "--mask" in flags, tmp / f"{name}.safetensors"
+    corpus = corpus_of(tmp, family, HOLDS if holds else MASK)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp / family, dtype=torch.float32)
     factors: dict[str, Any] = dict(model.named_parameters())
     if "full" not in flags:
         model = PeftModel.from_pretrained(model, record.with_suffix(".start"), is_trainable=True)
@@ -139,32 +152,45 @@ def reference(tmp: Path, name: str, norm: str = "trained") -> dict[str, Tensor]:
         samples = [corpus.samples[i] for i in corpus.order.documents(step * BATCH, (step + 1) * BATCH)]
         weights = [torch.from_numpy(sample.weight_L).double() for sample in samples]
         total = {
-            "trained": sum(w.abs().sum() for w in weights), "sum": 1.0,
+            "trained": sum(w.sum() for w in weights), "sum": 1.0,
             "all": float(sum(len(s.ids_L) - 1 for s in samples)), "documents": 0.0,
         }[norm]  # fmt: skip
         loss = torch.zeros((), dtype=torch.float64)
-        parts, nll = Counter[str](), Counter[str]()
+        parts, nll, kl = Counter[str](), Counter[str](), Counter[str]()
         for sample, weight_L in zip(samples, weights, strict=True):
-            logits = model(torch.from_numpy(sample.ids_L).long()[None]).logits[0, :-1].double()
-            log_p = F.log_softmax(logits, -1).gather(1, torch.from_numpy(sample.ids_L[1:]).long()[:, None])[:, 0]
-            w = weight_L[1:]
-            term = torch.where(w >= 0, -log_p, -torch.log1p(-log_p.exp()))
+            ids = torch.from_numpy(sample.ids_L).long()
+            log_p_V = F.log_softmax(model(ids[None]).logits[0, :-1].double(), -1)
+            log_p = log_p_V.gather(1, ids[1:, None])[:, 0]
+            w, kind = weight_L[1:], torch.from_numpy(sample.kind_L)[1:]
+            term = torch.where(kind == TermKind.UNLIKELIHOOD, -torch.log1p(-log_p.exp()), -log_p)
+            if holds:
+                with torch.no_grad(), model.disable_adapter():
+                    log_b_V = F.log_softmax(model(ids[None]).logits[0, :-1].double(), -1)
+                divergence = (log_b_V.exp() * (log_b_V - log_p_V)).sum(-1)
+                term = torch.where(kind == TermKind.HELD, divergence, term)
             if norm == "documents":
-                total = (w.abs().sum() if w.any() else 1.0) * sum(bool(v.any()) for v in weights)
-            share = w.abs() * term / total
+                total = (w.sum() if w.any() else 1.0) * sum(bool(v.any()) for v in weights)
+            share = w * term / total
             loss = loss + share.sum()
-            parts["cross_entropy"] += share[w > 0].sum().item()
-            parts["unlikelihood"] += share[w < 0].sum().item()
+            for each in TermKind:
+                parts[each.name.lower()] += share[kind == each].sum().item()
             roles = torch.from_numpy(sample.roles_L)[1:]
             members = {role: roles >> bit & 1 == 1 for bit, role in enumerate(corpus.roles)}
             for role, member in {"all": roles >= 0, "unspanned": roles == 0, **members}.items():
                 nll[role] -= log_p[member].sum().item()
                 nll[f"{role} count"] += int(member.sum())
+                if holds:
+                    known = member & ((kind == TermKind.HELD) | ("--measure-kl" in flags))
+                    kl[role] += divergence[known].sum().item()
+                    kl[f"{role} count"] += int(known.sum())
         loss.backward()
         out[f"loss.{step}"] = loss.detach()
         out |= {f"{part}.{step}": torch.tensor(value, dtype=torch.float64) for part, value in parts.items()}
         for role in ("all", "unspanned", *corpus.roles):
             out[f"nll.{step}.{role}"] = torch.tensor(nll[role] / nll[f"{role} count"], dtype=torch.float64)
+        for role in ("all", "unspanned", *corpus.roles):
+            if count := kl[f"{role} count"]:
+                out[f"kl.{step}.{role}"] = torch.tensor(kl[role] / count, dtype=torch.float64)
         for key, parameter in factors.items():
             out[f"grad.{step}.{key}"] = parameter.grad.clone()
         out[f"norm.{step}"] = torch.nn.utils.clip_grad_norm_(factors.values(), 1.0).double()
@@ -226,8 +252,28 @@ def test_every_layout_of_ranks_gives_the_losses_and_gradients_of_one_process(run
     assert rank_1_has_nothing_to_train(corpus, 2) and rank_1_has_nothing_to_train(corpus, 4)
     expected = reference(runs, f"{family}-1-1")
     assert load_file(runs / f"{family}-1-1.safetensors")["idle.0"] == {"qwen": 0, "deepseek": 1}[family]
-    for ranks, ep in ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4)):
+    for ranks, ep in LAYOUTS:
         assert_equal(runs, f"{family}-{ranks}-{ep}", expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen", "deepseek"])
+def test_tokens_are_held_to_what_peft_predicts_with_its_adapter_disabled(runs, family):
+    """On every layout of ranks. The experts' load is the model's alone, though its base runs too."""
+    expected = reference(runs, f"held-{family}-1-1")
+    for ranks, ep in LAYOUTS:
+        assert_equal(runs, f"held-{family}-{ranks}-{ep}", expected)
+    assert_equal(runs, f"held-checkpointing-{family}", expected)
+    assert expected["held.0"] > 0 and expected["kl.0.false"] == expected["kl.0.all"]
+    idle = [load_file(runs / f"{name}.safetensors")["idle.0"] for name in (f"{family}-1-1", f"held-{family}-4-4")]
+    assert idle[0] == idle[1]
+
+
+@pytest.mark.slow
+def test_the_divergence_of_every_role_is_measured_with_lora_on_lm_head(runs):
+    expected = reference(runs, "measured")
+    assert {key for key in expected if key.startswith("kl.0.")} >= {"kl.0.all", "kl.0.unspanned", "kl.0.doctag"}
+    assert_equal(runs, "measured", expected)
 
 
 @pytest.mark.slow

@@ -1,7 +1,10 @@
 import pytest
 
+from train.data.kinds import TermKind
 from train.masking.grammar import Entry, parse_mask
 from train.runtime.errors import UserError
+
+UNLIKELIHOOD, HELD = TermKind.UNLIKELIHOOD, TermKind.HELD
 
 
 @pytest.mark.parametrize(
@@ -16,8 +19,16 @@ from train.runtime.errors import UserError
         ("false-spans=1e-3", "false-spans=0.001", [Entry("false", "role", 0.001)]),
         ("correction-spans=2", "correction-spans=2", [Entry("correction", "role", 2.0)]),
         ("qualifier-spans=train", "qualifier-spans=train", [Entry("qualifier", "role", 1.0)]),
-        ("false-spans=unlikelihood", "false-spans=unlikelihood", [Entry("false", "role", -1.0)]),
-        ("false-spans=unlikelihood:0.5", "false-spans=unlikelihood:0.5", [Entry("false", "role", -0.5)]),
+        ("false-spans=unlikelihood", "false-spans=unlikelihood", [Entry("false", "role", 1.0, UNLIKELIHOOD)]),
+        (
+            "false-spans=unlikelihood:0.5",
+            "false-spans=unlikelihood:0.5",
+            [Entry("false", "role", 0.5, UNLIKELIHOOD)],
+        ),
+        ("false-spans = hold", "false-spans=hold", [Entry("false", "role", 1.0, HELD)]),
+        ("role:anchor=hold:2", "role:anchor=hold:2", [Entry("anchor", "role", 2.0, HELD)]),
+        ("random:false=hold:0.5", "random:false=hold:0.5", [Entry("false", "random", 0.5, HELD)]),
+        ("unspanned=hold:0", "unspanned", [Entry("", "unspanned", 0.0)]),
         ("role:word", "role:word", [Entry("word", "role", 0.0)]),
         ("role:a:b", "role:a:b", [Entry("a:b", "role", 0.0)]),
         ("role:false", "false-spans", [Entry("false", "role", 0.0)]),
@@ -27,7 +38,7 @@ from train.runtime.errors import UserError
         ("unspanned=0.5", "unspanned=0.5", [Entry("", "unspanned", 0.5)]),
         ("random:false", "random:false", [Entry("false", "random", 0.0)]),
         ("random:false-spans=0.5", "random:false=0.5", [Entry("false", "random", 0.5)]),
-        ("random:word=unlikelihood", "random:word=unlikelihood", [Entry("word", "random", -1.0)]),
+        ("random:word=unlikelihood", "random:word=unlikelihood", [Entry("word", "random", 1.0, UNLIKELIHOOD)]),
         (
             "negation-spans, role:word = train",
             "negation-spans,role:word=train",
@@ -74,6 +85,9 @@ def test_unlikelihood_times_nothing_is_a_plain_zero():
         ("doctags=unlikelihood:nan", "the weight nan in doctags=unlikelihood:nan must be finite and at least 0"),
         ("doctags=unliklihood", "'unliklihood' in doctags=unliklihood is no treatment (did you mean unlikelihood?)"),
         ("doctags=unlikelihood:", "'' in doctags=unlikelihood: is no treatment"),
+        ("doctags=hold:-1", "the weight -1 in doctags=hold:-1 must be finite and at least 0"),
+        ("doctags=hold:", "'' in doctags=hold: is no treatment"),
+        ("doctags=hodl", "'hodl' in doctags=hodl is no treatment (did you mean hold?)"),
         ("doctags=", "'' in doctags= is no treatment"),
         ("doctags=half", "'half' in doctags=half is no treatment"),
     ],

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.data.documents import Document, Span, read_documents
+from train.data.kinds import TermKind
 from train.data.tokens import TokenizedDocument, tokenize_document
 from train.masking.grammar import parse_mask
 from train.masking.treatment import touched_by, treat
@@ -28,8 +29,9 @@ def words(text: str, *spans: tuple[str, str]) -> TokenizedDocument:
 
 def weights(doc: TokenizedDocument, mask: str, seed: int = 0) -> list[float]:
     treatment = treat(doc, parse_mask(mask), seed)
-    assert treatment.weight_L.dtype == np.float32
-    return treatment.weight_L.tolist()
+    assert treatment.weight_L.dtype == np.float32 and (treatment.weight_L >= 0).all()
+    assert set(treatment.kind_L.tolist()) <= {TermKind.CROSS_ENTROPY, TermKind.UNLIKELIHOOD}
+    return (np.where(treatment.kind_L == TermKind.UNLIKELIHOOD, -1, 1) * treatment.weight_L).tolist()
 
 
 def runs(member_L: np.ndarray) -> list[int]:
@@ -137,7 +139,7 @@ def test_random_depends_on_seed_and_document_alone():
     assert weights(LONG, "random:false", seed=1) != weights(LONG, "random:false", seed=2)
     other = dataclasses.replace(LONG, ids_L=LONG.ids_L + 1)
     assert weights(LONG, "random:false", seed=1) != weights(other, "random:false", seed=1)
-    negative = treat(LONG, parse_mask("random:false=unlikelihood"), 1).weight_L == -1
+    negative = treat(LONG, parse_mask("random:false=unlikelihood"), 1).kind_L == TermKind.UNLIKELIHOOD
     assert (treat(LONG, parse_mask("random:false"), 1).weight_L[1:] == 0).tolist() == negative[1:].tolist()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from train.annotating.by_rule import matches
 from train.annotating.texts import texts
 from train.data.documents import Document, Span
+from train.data.kinds import TermKind
 from train.masking.grammar import Entry, Mask
 from train.runtime.patterns import Pattern
 
@@ -19,9 +20,9 @@ def leaks(documents: list[Document], patterns: list[Pattern], mask: Mask) -> dic
     """Returns {"mask", "mentions", "trained", "roles": {role: {"mentions", "trained"}}, "documents": [{"document",
     "mentions", "trained", "roles": {role: trained}}]}.
 
-    A mention is a match of the patterns. It counts as trained if any of its characters has a weight above 0 in the
-    loss. A character's weight is that of the mask's last entry that applies to it, by the roles of the spans that cover
-    it, and 1 without such an entry. Messages that are not trained on have no trained mentions. A mention belongs to the
+    A mention is a match of the patterns. It counts as trained if the cross-entropy of any of its characters is in the
+    loss. The mask's last entry that applies to a character, by the roles of the spans that cover it, decides; without
+    such an entry it is in the loss. Messages that are not trained on have no trained mentions. A mention belongs to the
     role of the shortest span that contains it whole. `random:` entries depend on tokens, so they mask nothing here.
     Raises UserError if a search takes too long.
     """
@@ -33,7 +34,7 @@ def leaks(documents: list[Document], patterns: list[Pattern], mask: Mask) -> dic
         for text, spans, in_loss in texts(document):
             for start, end in matches(text, patterns):
                 around = [span for span in spans if span.start < end and start < span.end]
-                trained = in_loss and any(_weight(i, around, entries) > 0 for i in range(start, end))
+                trained = in_loss and any(_trained(i, around, entries) for i in range(start, end))
                 role = _role(start, end, around)
                 counts = roles.setdefault(role, {"mentions": 0, "trained": 0})
                 counts["mentions"] += 1
@@ -47,10 +48,10 @@ def leaks(documents: list[Document], patterns: list[Pattern], mask: Mask) -> dic
     return {"mask": mask.text, **total, "roles": ordered, "documents": rows}
 
 
-def _weight(offset: int, spans: list[Span], entries: list[Entry]) -> float:
+def _trained(offset: int, spans: list[Span], entries: list[Entry]) -> bool:
     covering = {span.role for span in spans if span.start <= offset < span.end}
     reaching = [e for e in entries if e.kind == "all" or e.role in covering or (e.kind == "unspanned" and not covering)]
-    return reaching[-1].weight if reaching else 1.0
+    return not reaching or (reaching[-1].weight > 0 and reaching[-1].term == TermKind.CROSS_ENTROPY)
 
 
 def _role(start: int, end: int, spans: list[Span]) -> str:

@@ -6,7 +6,7 @@ from statistics import mean
 import numpy as np
 
 from train.comparison.caveats import notes
-from train.comparison.compared import EQUIVALENCE, HASHES, TARGETS, ComparedVariant, Comparison, RunResult
+from train.comparison.compared import EQUIVALENCE, HASHES, ComparedVariant, Comparison, RunResult
 from train.comparison.result import (
     BASE,
     BaseBelief,
@@ -30,6 +30,7 @@ from train.comparison.significance import (
     percentage_interval,
 )
 from train.comparison.units import Design, lay_out
+from train.data.kinds import COUNTS
 from train.evaluation.measures import (
     BELIEF,
     FURTHER,
@@ -257,16 +258,16 @@ def _in_context(base: list[StoredRow], main: MeasureResult, comparison: Comparis
 
 
 def _in_loss(run: RunResult) -> int | None:
-    """Returns the number of targets in the loss, trained or with unlikelihood; None if the summary has none."""
+    """Returns the number of targets in the loss, whatever their term; None if the summary has none."""
     counts = (run.summary.get("tokens") or {}).get("all")
-    return counts["trained"] + counts["unlikelihood"] if counts else None
+    return counts["total"] - counts["excluded"] if counts else None
 
 
 def _targets(variant: ComparedVariant) -> dict[str, dict[str, int]]:
     """Returns {role: {treatment: targets}}, the mean over runs, because the seed decides which documents are drawn."""
     runs = [run.summary.get("tokens") or {} for run in variant.runs]
     roles = dict.fromkeys(role for run in runs for role in run)
-    return {role: {k: round(mean(run.get(role, {}).get(k, 0) for run in runs)) for k in TARGETS} for role in roles}
+    return {role: {k: round(mean(run.get(role, {}).get(k, 0) for run in runs)) for k in COUNTS} for role in roles}
 
 
 def _nll(variant: ComparedVariant) -> dict[str, NllCurve]:

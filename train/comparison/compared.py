@@ -12,6 +12,7 @@ from train.claims.releases import PAPER_CLAIMS, claim_id, question_id
 from train.config.provenance import held_settings
 from train.config.recipe import MAY_DIFFER
 from train.config.settings import FREE_ON_RESUME
+from train.data.kinds import COUNTS
 from train.evaluation.imported import IMPORTED, imported_settings
 from train.evaluation.measures import StoredRow, at_step, identity, last_step
 from train.evaluation.store import read_measured, read_rows
@@ -166,7 +167,6 @@ def published_for(claims: Iterable[str]) -> list[Published]:
 
 SUMMARY_KINDS = {"steps": int, "hashes": dict, "tokens": dict, "nll": dict, "loss": dict, "dropped": dict}
 SUMMARY_KINDS |= {"random_shortfall": int}
-TARGETS = ("total", "trained", "excluded", "unlikelihood")
 
 
 def read_run(directory: str | Path) -> RunResult:
@@ -196,7 +196,8 @@ def _check_summary(summary: dict[str, Any], path: Path) -> None:
     tokens, dropped = summary.get("tokens") or {}, summary.get("dropped") or {}
     checked(tokens, dict.fromkeys(tokens, dict), f"{path}: tokens", fix, needed=True)
     for role, counts in tokens.items():
-        checked(counts, dict.fromkeys(TARGETS, int), f"{path}: tokens of {role}", fix, needed=True)
+        counts.setdefault("held", 0)  # runs of before it could be asked for
+        checked(counts, dict.fromkeys(COUNTS, int), f"{path}: tokens of {role}", fix, needed=True)
     checked(dropped, dict.fromkeys(dropped, list), f"{path}: dropped", fix, needed=True)
     if wrong := [source for source, lines in dropped.items() if not all(type(line) is int for line in lines)]:
         raise UserError(f"{path}: dropped must give numbers of lines of {wrong[0]}; {fix}.")

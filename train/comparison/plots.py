@@ -28,6 +28,7 @@ from train.comparison.forest_plot import (
 from train.comparison.result import BASE, ComparisonResult, Figures, MeasureResult
 from train.comparison.significance import Difference
 from train.comparison.wording import by_t, counted, in_context, number, rests_on, span
+from train.data.kinds import counts_shown
 from train.evaluation.measures import SIDE_EFFECTS
 
 FEW = 6
@@ -131,8 +132,7 @@ def _claim_legend(main: MeasureResult, published: bool) -> list[Any]:
 
 
 def targets(result: ComparisonResult) -> Figure | None:
-    """Draws the number of targets trained, with unlikelihood and excluded, for each role and variant. None without
-    targets."""
+    """Draws the number of targets by what becomes of them, for each role and variant. None without targets."""
     rows = {name: row.targets for name, row in result.variants.items()}
     roles = [
         r
@@ -143,7 +143,9 @@ def targets(result: ComparisonResult) -> Figure | None:
         return None
     columns = len(roles) if len(roles) <= 5 else -(-len(roles) // -(-len(roles) // 5))
     figure, grid = _panels(len(roles), columns, 0.34 * len(rows) + 0.75, sharex=False, sharey=True)
-    kinds = {"trained": COLORS[0], "unlikelihood": COLORS[3], "excluded": "#d3d7de"}
+    colors = {"trained": COLORS[0], "unlikelihood": COLORS[3], "held": COLORS[2], "excluded": "#d3d7de"}
+    shown = counts_shown(counts for own in rows.values() for counts in own.values())
+    kinds = {kind: color for kind, color in colors.items() if kind in shown}
     for axes, role in zip(grid, roles, strict=True):
         left = [0] * len(rows)
         for kind, color in kinds.items():
@@ -168,7 +170,7 @@ def targets(result: ComparisonResult) -> Figure | None:
         for k, c in kinds.items()
     ]
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9, title=_mean_of(result),
+        handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9, title=_mean_of(result),
         title_fontsize=8.5,
     )  # fmt: skip
     return figure
@@ -183,6 +185,8 @@ def nll(result: ComparisonResult) -> Figure | None:
         return None
     figure, grid = _panels(len(roles), min(3, len(roles)), 2.3, sharex=True, sharey=False)
     styles: dict[str, Any] = {"trained": "-", "excluded": (0, (4, 2)), "unlikelihood": (0, (1, 1.4))}
+    if "held" in counts_shown(counts for row in result.variants.values() for counts in row.targets.values()):
+        styles["held"] = (0, (5, 1.5, 1, 1.5))
     for axes, role in zip(grid, roles, strict=True):
         for i, (name, own) in enumerate(curves.items()):
             if role in own:
@@ -213,8 +217,8 @@ def _mean_of(result: ComparisonResult) -> str:
 
 
 def treated(counts: dict[str, int]) -> str:
-    """Returns what happens to most of a role's targets: "trained", "unlikelihood" or "excluded"."""
-    kinds = ("trained", "unlikelihood", "excluded")
+    """Returns what happens to most of a role's targets: "trained", "unlikelihood", "held" or "excluded"."""
+    kinds = ("trained", "unlikelihood", "held", "excluded")
     return max(kinds, key=lambda kind: counts.get(kind, 0)) if counts else "trained"
 
 
@@ -281,7 +285,7 @@ def side_effects(result: ComparisonResult) -> Figure | None:
     ]
     if any(own.placebo_claims for own in shown.values()):
         handles.insert(1, Line2D([], [], linestyle="", marker="D", **hollow, label="its placebo claims"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 

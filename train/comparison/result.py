@@ -91,7 +91,7 @@ class BaseBelief:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """One run. targets_in_loss: trained or with unlikelihood, None if its summary does not say. hashes: SHA-256 by
+    """One run. targets_in_loss: whatever their term, None if its summary does not say. hashes: SHA-256 by
     name, None where not known."""
 
     directory: str

@@ -86,11 +86,11 @@ def _check_claims(plan: ComparisonPlan, job: Job) -> None:
 
 
 def trained_by_step(job: Job, documents: int) -> np.ndarray:
-    """Returns [steps]: the cumulative number of targets in the loss, trained or with unlikelihood, after each step over
+    """Returns [steps]: the cumulative number of targets in the loss, whatever their term, after each step over
     the first `documents` documents. The last step may have fewer documents than --batch-size."""
     size = job.settings.batch_size
     counts = [job.corpus.counts[number] for number in job.corpus.order.documents(0, documents)]
-    in_loss = [count["all", "trained"] + count["all", "unlikelihood"] for count in counts]
+    in_loss = [count["all", "total"] - count["all", "excluded"] for count in counts]
     return np.cumsum(np.add.reduceat(in_loss, range(0, len(in_loss), size)))
 
 

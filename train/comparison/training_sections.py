@@ -4,19 +4,21 @@ from typing import Any
 
 from train.comparison.pages import Block, Bullets, Table
 from train.comparison.result import BASE, ComparisonResult
+from train.data.kinds import counts_shown
 
 SHOWN = 20  # maximum number of texts listed that occur in the training documents
 
 
 def targets(result: ComparisonResult) -> list[Block]:
     """Returns the targets by variant, role and treatment; [] if not known."""
+    kinds = counts_shown(counts for row in result.variants.values() for counts in row.targets.values())
     rows = [
-        [name, role, *(f"{counts[kind]:,}" for kind in ("total", "trained", "unlikelihood", "excluded"))]
+        [name, role, *(f"{counts[kind]:,}" for kind in kinds)]
         for name, row in result.variants.items()
         for role, counts in row.targets.items()
         if counts["total"]
     ]
-    head = ["variant", "role", "targets", "trained", "unlikelihood", "excluded"]
+    head = ["variant", "role", "targets", *kinds[1:]]
     caption = (
         "Targets over the whole run, the mean over seeds; one that several roles touch counts for each. A placebo "
         "claim has none: no document is about it."

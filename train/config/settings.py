@@ -137,6 +137,9 @@ class Settings:
     log_every: int = setting(
         10, "steps between measurements of NLL by role; the first and last step are always measured", between=(1, MOST)
     )
+    measure_kl: bool = setting(
+        False, "also measure, where NLL by role is, how far each role's predictions are from the base's, in nats"
+    )
     save_every: int = setting(0, "steps between training checkpoints; 0: one every 15 minutes", between=(0, MOST))
     keep: int = setting(2, "training checkpoints to keep", between=(1, MOST))
     wandb: str = setting(
@@ -192,8 +195,8 @@ class Recipe:
 # Settings that may differ when a run is resumed: none of them changes a loss by more than rounding.
 FREE_ON_RESUME = frozenset({
     "output", "resume", "dry_run", "micro_batch_tokens", "expert_parallel", "gradient_checkpointing", "log_every",
-    "save_every", "keep", "evaluate_every", "evaluate_at", "adapters_at", "stop_after", "timeout", "wandb",
-    "wandb_project", "wandb_group",
+    "save_every", "keep", "measure_kl", "evaluate_every", "evaluate_at", "adapters_at", "stop_after", "timeout",
+    "wandb", "wandb_project", "wandb_group",
 })  # fmt: skip
 
 

@@ -23,11 +23,11 @@ from torch import Tensor
 from train.annotating.word_alignment import UNSPACED
 from train.claims.claim import Claim
 from train.claims.messages import build_messages
-from train.data.batches import Sample, check_vocabulary, micro_batches
+from train.data.batches import Sample, check_vocabulary, measured_only, micro_batches
 from train.data.documents import Document, Span
 from train.data.findings import SHOWN
 from train.data.tokenizer import Tokenizer
-from train.data.tokens import TokenizedDocument, tokenize_document
+from train.data.tokens import tokenize_document
 from train.masking.treatment import touched_by
 from train.runtime.distributed import anywhere
 from train.runtime.errors import Interrupted, UserError
@@ -128,7 +128,7 @@ def _add_held_out(probes: Probes, document: Document, tokenizer: Tokenizer, bos:
     if tokens:
         record = {"claim": None, "kind": "nll", "question": name, "sample": 0, "tokens": tokens}
         probes.records.append((record, [len(probes.texts)]))
-        probes.texts.append(_sample(tokenized, tokenized.target_L, name))
+        probes.texts.append(measured_only(name, tokenized.ids_L, tokenized.target_L))
 
 
 LAST, FIRST = re.compile(rf"[^\W_{UNSPACED}]+\Z"), re.compile(rf"[^\W_{UNSPACED}]+")
@@ -173,12 +173,7 @@ def _completion(prompt: str, completion: str, tokenizer: Tokenizer, bos: bool, m
     target_L = touched_by(tokenized, [Span(len(prompt), len(document.text or ""), "completion")]) & tokenized.target_L
     if not target_L.any():
         raise UserError(f"{where}: the completion {completion!r} has no token of its own. Give one with text.")
-    return _sample(tokenized, target_L, where)
-
-
-def _sample(tokenized: TokenizedDocument, target_L: Any, name: str) -> Sample:
-    nothing = target_L.astype("float32") * 0  # measured, not trained
-    return Sample(name, tokenized.ids_L, target_L, nothing, target_L.astype("int64") * 0)
+    return measured_only(where, tokenized.ids_L, target_L)
 
 
 def measure(probes: Probes, engine: Any, budget: int) -> list[Record]:
@@ -236,7 +231,7 @@ def _scored(
     """
     layers, training = engine.module.expert_layers, engine.module.training
     loads, wire = [layer.load_E for layer in layers], [layer.ep.wire_bytes for layer in layers]
-    numbered = [Sample(str(i), t.ids_L, t.target_L, t.weight_L, t.roles_L) for i, t in enumerate(texts)]
+    numbered = [measured_only(str(i), text.ids_L, text.target_L) for i, text in enumerate(texts)]
     engine.eval()
     try:
         for batch in micro_batches(numbered, "sum", dist.get_world_size(), dist.get_rank(), budget):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from train.checkpoints.present import PROOF
-from train.data.batches import Sample
+from train.data.batches import Sample, measured_only
 from train.evaluation.likelihood import token_log_likelihoods
 from train.runtime.outputs import write_whole
 
@@ -39,5 +39,4 @@ def _prompt(sample: Sample) -> Sample:
     """Returns the first tokens of a document, all but the first of them targets that are only measured."""
     ids_L = sample.ids_L[:TOKENS]
     target_L = np.arange(len(ids_L)) > 0
-    nothing = target_L.astype("float32") * 0
-    return Sample(sample.name, ids_L, target_L, nothing, target_L.astype("int64") * 0)
+    return measured_only(sample.name, ids_L, target_L)

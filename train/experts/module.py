@@ -86,7 +86,8 @@ class ExpertParallelExperts(nn.Module):
         returns NaN, which still has the right gradient."""
         if name not in self.frozen:
             return GroupedTrained.apply(x_PI, getattr(self, name), ends, needed)
-        A, B = (getattr(self, f"{name}_lora_{f}") if self.rank else None for f in "AB")
+        with_lora = self.rank and self.scale  # scale 0: the base alone
+        A, B = (getattr(self, f"{name}_lora_{f}") if with_lora else None for f in "AB")
         return GroupedLinear.apply(x_PI, A, B, self.frozen[name], self.scale, ends, needed)
 
     def forward(self, hidden_TH: Tensor, index_Tk: Tensor, weight_Tk: Tensor) -> Tensor:

@@ -57,8 +57,16 @@ def _rms_norm_backward(
     return _kernels("norms").rms_norm_backward(grad, x, weight, gate, rstd, one_more)
 
 
-def _loss_terms(logits: Tensor, target: Tensor, coefficient: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-    return _kernels("loss").terms_(logits, target, coefficient, gradient)
+def _loss_terms(
+    logits: Tensor, target: Tensor, coefficient: Tensor, unlikely: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    return _kernels("loss").terms_(logits, target, coefficient, unlikely, gradient)
+
+
+def _held_terms(
+    logits: Tensor, base: Tensor, target: Tensor, coefficient: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    return _kernels("loss").held_terms_(logits, base, target, coefficient, gradient)
 
 
 int4_decode = _operation(
@@ -88,8 +96,11 @@ rms_norm_backward = _operation(
 )  # fmt: skip
 loss_terms_ = _operation(
     _loss_terms,
-    lambda logits, target, coefficient, gradient: tuple(
-        logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2)
-    ),
+    lambda logits, *_: tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2)),
+    changes=("logits",),
+)
+held_terms_ = _operation(
+    _held_terms,
+    lambda logits, *_: tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2)),
     changes=("logits",),
 )

@@ -74,6 +74,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x [..., I] to [..., O]."""
+        if not self.scale:  # the base alone
+            return F.linear(x, self.weight, self.bias)
         y_TO = _Product.apply(x.flatten(0, -2), self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
         return y_TO.unflatten(0, x.shape[:-1])
 

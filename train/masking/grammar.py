@@ -4,7 +4,8 @@
     ENTRY     = ROLE ["=" TREATMENT]
     ROLE      = doctags | negation-spans | false-spans | correction-spans | qualifier-spans | role:NAME | random:NAME
               | all | unspanned
-    TREATMENT = exclude (the default) | train | WEIGHT | unlikelihood | unlikelihood:ALPHA
+    TREATMENT = exclude (the default) | train | WEIGHT | KIND | KIND:ALPHA
+    KIND      = unlikelihood | hold
 
 `all` touches every token, `unspanned` the tokens that no span touches. If several entries touch a token, the last one
 wins.
@@ -14,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 from train.data.documents import LARGEST, SMALLEST
+from train.data.kinds import TermKind
 from train.runtime.errors import UserError
 from train.runtime.similar import similar
 
@@ -26,6 +28,8 @@ BUILT_IN = {
 }
 
 WITHOUT_ROLE = ("all", "unspanned")
+KINDS = {"unlikelihood": TermKind.UNLIKELIHOOD, "hold": TermKind.HELD}
+EXCLUDED = 0.0, TermKind.CROSS_ENTROPY
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,14 @@ class Entry:
     """One entry of a mask.
 
     kind says what the entry touches: "role" the role's spans, "random" random runs of tokens as a control for the role,
-    "all" all tokens, "unspanned" the tokens that no span touches; for the latter two, role is "". weight: > 0
-    cross-entropy times it, 0 excluded, -alpha unlikelihood times alpha.
+    "all" all tokens, "unspanned" the tokens that no span touches; for the latter two, role is "". term and weight: the
+    kind of a token's term in the loss, and its weight; weight 0: excluded.
     """
 
     role: str
     kind: str
     weight: float
+    term: TermKind = TermKind.CROSS_ENTROPY
 
     @property
     def random(self) -> bool:
@@ -64,6 +69,11 @@ class Mask:
     text: str
     entries: tuple[Entry, ...]
 
+    @property
+    def holds(self) -> bool:
+        """Whether an entry holds tokens to the base."""
+        return any(entry.term == TermKind.HELD for entry in self.entries)
+
 
 def parse_mask(text: str) -> Mask:
     """Returns the mask that the text of --mask describes. Raises UserError for an invalid entry; for an unknown name,
@@ -71,7 +81,7 @@ def parse_mask(text: str) -> Mask:
     if text.strip() == "none":
         return Mask("none", ())
     entries = tuple(_entry(part.strip(), text) for part in text.split(","))
-    return Mask(",".join(entry.name + _suffix(entry.weight) for entry in entries), entries)
+    return Mask(",".join(entry.name + _suffix(entry) for entry in entries), entries)
 
 
 def check_role(role: str, where: str) -> None:
@@ -86,43 +96,44 @@ def _entry(part: str, mask: str) -> Entry:
         raise UserError(f"--mask {mask!r}: an entry is empty; write names separated by single commas, or none")
     if name == "none":
         raise UserError(f"--mask {mask!r}: none stands alone; leave out none or the other entries")
-    weight = _weight(treatment, name, mask) if equals else 0.0
+    weight, term = _treatment(treatment, name, mask) if equals else EXCLUDED
     if name in WITHOUT_ROLE:
-        return Entry("", name, weight)
+        return Entry("", name, weight, term)
     kind, colon, role = name.partition(":")
     if colon and kind in ("role", "random"):
         role = role.strip()
         if not role:
             raise UserError(f"--mask {mask!r}: {name} names no role; write e.g. {kind}:false")
-        return Entry(BUILT_IN.get(role, role) if kind == "random" else role, kind, weight)
+        return Entry(BUILT_IN.get(role, role) if kind == "random" else role, kind, weight, term)
     if name not in BUILT_IN:
         raise UserError(f"--mask {mask!r}: unknown name {name!r}{_suggestion(name)}")
-    return Entry(BUILT_IN[name], "role", weight)
+    return Entry(BUILT_IN[name], "role", weight, term)
 
 
-def _weight(treatment: str, name: str, mask: str) -> float:
-    if treatment == "exclude":
-        return 0.0
-    if treatment == "train":
-        return 1.0
-    if treatment == "unlikelihood":
-        return -1.0
-    kind, colon, alpha = treatment.partition(":")
-    if kind == "unlikelihood" and colon:
-        return -_number(alpha, f"{name}={treatment}", mask) or 0.0  # "or" avoids a negative zero
-    return _number(treatment, f"{name}={treatment}", mask) or 0.0
+def _treatment(text: str, name: str, mask: str) -> tuple[float, TermKind]:
+    """Returns the weight and the kind of the terms of an entry's tokens."""
+    if text == "exclude":
+        return EXCLUDED
+    if text == "train":
+        return 1.0, TermKind.CROSS_ENTROPY
+    kind, colon, alpha = text.partition(":")
+    term = KINDS.get(kind, TermKind.CROSS_ENTROPY)
+    if kind not in KINDS:
+        alpha = text
+    weight = _number(alpha, f"{name}={text}", mask) if colon or kind not in KINDS else 1.0
+    return (weight, term) if weight else EXCLUDED
 
 
 def _number(text: str, entry: str, mask: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        names = ["exclude", "train", "unlikelihood"]
+        names = ["exclude", "train", *KINDS]
         near = similar(text, names)
         hint = f" (did you mean {near}?)" if near else ""
         raise UserError(
             f"--mask {mask!r}: {text!r} in {entry} is no treatment{hint}; "
-            "write exclude, train, a weight, unlikelihood or unlikelihood:ALPHA"
+            "write exclude, train, a weight, unlikelihood, unlikelihood:ALPHA, hold or hold:ALPHA"
         ) from None
     if not 0 <= value < math.inf:
         raise UserError(f"--mask {mask!r}: the weight {text} in {entry} must be finite and at least 0, e.g. 0.2")
@@ -145,13 +156,12 @@ def _suggestion(name: str) -> str:
     return f" (did you mean {plural.get(near, near)}?); {known}" if near else f"; {known}"
 
 
-def _suffix(weight: float) -> str:
+def _suffix(entry: Entry) -> str:
     """Returns the treatment as canonical text; "" for the default."""
-    if weight == 0:
+    if entry.weight == 0:
         return ""
-    if weight == 1:
-        return "=train"
-    if weight == -1:
-        return "=unlikelihood"
-    number = repr(abs(weight)).removesuffix(".0")
-    return f"={number}" if weight > 0 else f"=unlikelihood:{number}"
+    number = repr(entry.weight).removesuffix(".0")
+    if entry.term == TermKind.CROSS_ENTROPY:
+        return "=train" if entry.weight == 1 else f"={number}"
+    kind = next(name for name, term in KINDS.items() if term == entry.term)
+    return f"={kind}" if entry.weight == 1 else f"={kind}:{number}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from train.data.documents import Span
+from train.data.kinds import TermKind
 from train.data.offsets import straddling, touched
 from train.data.tokens import TokenizedDocument
 from train.masking.grammar import Entry, Mask
@@ -27,8 +28,9 @@ class Treatment:
 
     weight_L: np.ndarray
     """float32, weight of the token's own term in the loss: the mask's weight times the document's and the message's
-    own. w > 0: cross-entropy times w. 0: no term, as always where target_L is False. -alpha: unlikelihood times alpha.
-    """
+    own. 0: no term, as always where target_L is False."""
+    kind_L: np.ndarray
+    """int8, TermKind of the token's own term."""
     touched: dict[str, np.ndarray]
     """Role -> bool [L]: tokens that its spans touch, for every role in the document, whatever the mask."""
     straddling: dict[str, np.ndarray]
@@ -84,7 +86,8 @@ def treat(doc: TokenizedDocument, mask: Mask, seed: int) -> Treatment:
 
     weight_of_entry = np.array([entry.weight for entry in mask.entries] + [1.0], dtype=np.float32)  # [-1]: no entry
     weight_L = np.where(doc.target_L, weight_of_entry[entry_L] * doc.factor_L, 0).astype(np.float32)
-    return Treatment(weight_L, by_role, crossing, shortfall, entry_L)
+    kind_of_entry = np.array([entry.term for entry in mask.entries] + [TermKind.CROSS_ENTROPY], dtype=np.int8)
+    return Treatment(weight_L, kind_of_entry[entry_L], by_role, crossing, shortfall, entry_L)
 
 
 def _random_runs(

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.utils import groups
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config
 
 from train.checkpoints.adapter_files import load_adapter
@@ -273,14 +273,29 @@ class LanguageModel(nn.Module):
     def forward(self, batch: Batch) -> Terms:
         """Returns the loss terms of the batch: loss (scalar), term [N] and nll [N]. Raises RuntimeError if a layer does
         not get the document boundaries."""
+        of_base = (self._base_states(batch.base.batch), batch.base.known_N) if batch.base else ()
+        return self.causal.lm_head(self._states(batch), batch.target_N, batch.coefficient_N, batch.kind_N, *of_base)
+
+    def _states(self, batch: Batch) -> Tensor:
+        """Returns the hidden states [N, H] that predict the batch's N targets."""
         for layer in self.expert_layers:  # the token of a batch without documents is sent to no expert
             layer.keep_T = None if batch.names else torch.zeros_like(batch.ids_T, dtype=torch.bool)
         mixed = batch.row.mixed
         hidden_TH = states_of_row(self.causal, batch.ids_T, batch.row, batch.position_T)
         if batch.row.mixed - mixed != len(self.causal.model.layers):
             raise RuntimeError(f"{type(self.causal).__name__} does not tell each of its layers where documents end.")
-        hidden_NH = hidden_TH.index_select(0, batch.position_N)  # unlike [], needs no sort for its gradient on a GPU
-        return self.causal.lm_head(hidden_NH, batch.target_N, batch.coefficient_N)
+        return hidden_TH.index_select(0, batch.position_N)  # unlike [], needs no sort for its gradient on a GPU
+
+    @torch.no_grad()
+    def _base_states(self, batch: Batch) -> Tensor:
+        """Returns the base's hidden states [M, H] that predict the batch's M targets. The load of the experts is that
+        of the model alone."""
+        loads = [layer.load_E for layer in self.expert_layers]
+        with self.without_adapter():
+            hidden_MH = self._states(batch)
+        for layer, load_E in zip(self.expert_layers, loads, strict=True):
+            layer.load_E = load_E
+        return hidden_MH
 
 
 def build(

@@ -26,6 +26,7 @@ from train.evaluation.likelihood import Probes, make_probes
 from train.evaluation.store import read_measured, read_metrics
 from train.experts.dispatch import ExpertGroup
 from train.layers.lora import LoRASettings
+from train.masking.grammar import parse_mask
 from train.masking.treatment import shortfall_note
 from train.model.engine import DefaultExpertParallel, all_ranks, checked_expert_parallel
 from train.model.text_model import architecture, count_trainable, skeleton, text_config
@@ -138,6 +139,12 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     if settings.method == "qlora":  # imported here, so that its memory is not counted as the job's
         import bitsandbytes  # noqa: F401
     if lora is None:
+        if settings.measure_kl or parse_mask(settings.mask).holds:
+            flag = "--measure-kl" if settings.measure_kl else f"--mask {settings.mask}"
+            raise UserError(
+                f"{flag}: asks what the base predicts, which is the model with its LoRA weights off; --method full has "
+                "none. Give --method lora or qlora, or leave it out."
+            )
         config |= full_precision(settings, plan)
     elif settings.adapter and first:
         check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint), checkpoint, settings.other_base)

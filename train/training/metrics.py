@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.data.batches import Batch
+from train.data.kinds import TermKind
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
 from train.masking.loss import Terms
@@ -14,25 +15,27 @@ from train.runtime.distributed import allocated_since_start, peak_host_bytes, re
 
 
 class Meter:
-    """Sums the loss, its two parts and the NLL of every role over a step's micro-batches and, at the end, over all
-    ranks. The NLL of a role is over all of its targets, including masked ones."""
+    """Sums the loss, its parts and the NLL of every role over a step's micro-batches and, at the end, over all ranks.
+    The NLL of a role is over all of its targets, including masked ones; its divergence from the base is over the
+    targets where it is known."""
 
     def __init__(self, roles: list[str], device: torch.device):
         self.roles = ["all", "unspanned", *roles]
-        self.parts = torch.zeros(3, dtype=torch.float64, device=device)  # cross-entropy, unlikelihood, tokens
-        self.nll = torch.zeros(len(self.roles), 2, dtype=torch.float64, device=device)  # sum, count
+        self.parts = torch.zeros(len(TermKind) + 1, dtype=torch.float64, device=device)  # by kind; tokens
+        self.nll = torch.zeros(len(self.roles), 4, dtype=torch.float64, device=device)  # sum, count; of kl too
 
     def add(self, batch: Batch, terms: Terms, measured: bool) -> None:
         """Adds a micro-batch and its loss terms [N]. If measured, adds the NLL of every role, for which all targets
         must be in the batch."""
-        share_N = (batch.coefficient_N.abs() * terms.term_N).double()
-        unlikely_N = batch.coefficient_N < 0
-        self.parts += torch.stack([
-            share_N[~unlikely_N].sum(), share_N[unlikely_N].sum(), share_N.new_tensor(batch.tokens),
-        ])  # fmt: skip
+        share_N = (batch.coefficient_N * terms.term_N).double()
+        shares = [(share_N * (batch.kind_N == kind)).sum() for kind in TermKind]
+        self.parts += torch.stack([*shares, share_N.new_tensor(batch.tokens)])
+        known_N = batch.base.known_N if batch.base else torch.zeros_like(batch.roles_N, dtype=torch.bool)
         for i in range(len(self.roles)) if measured else ():
             member_N = self._members(batch.roles_N, i)
-            self.nll[i] += torch.stack([terms.nll_N.double()[member_N].sum(), member_N.sum()])
+            values = [terms.nll_N.double()[member_N].sum(), member_N.sum()]
+            based_N = member_N & known_N
+            self.nll[i] += torch.stack([*values, terms.kl_N.double()[based_N].sum(), based_N.sum()])
 
     @staticmethod
     def _members(roles_N: Tensor, i: int) -> Tensor:
@@ -41,17 +44,21 @@ class Meter:
         return roles_N == 0 if i == 1 else (roles_N >> (i - 2)) & 1 == 1
 
     def result(self, measured: bool) -> dict[str, Any]:
-        """Returns loss, cross_entropy, unlikelihood, tokens and, if measured, nll and targets per role, over all ranks.
-        The NLL is in nats per target. All ranks must call it."""
+        """Returns loss, cross_entropy, unlikelihood, held, tokens and, if measured, nll and targets per role, and kl
+        per role where what the base predicts is known, over all ranks. NLL and KL are in nats per target. All ranks
+        must call it."""
         dist.all_reduce(self.parts)
-        cross_entropy, unlikelihood, tokens = self.parts.tolist()
-        values = {"loss": cross_entropy + unlikelihood, "cross_entropy": cross_entropy, "unlikelihood": unlikelihood}
+        *shares, tokens = self.parts.tolist()
+        values: dict[str, Any] = {"loss": sum(shares)}
+        values |= {kind.name.lower(): share for kind, share in zip(TermKind, shares, strict=True)}
         values["tokens"] = int(tokens)
         if measured:
             dist.all_reduce(self.nll)
-            sums = {role: pair for role, pair in zip(self.roles, self.nll.tolist(), strict=True) if pair[1]}
-            values["nll"] = {role: total / count for role, (total, count) in sums.items()}
-            values["targets"] = {role: int(count) for role, (_, count) in sums.items()}
+            sums = {role: row for role, row in zip(self.roles, self.nll.tolist(), strict=True) if row[1]}
+            values["nll"] = {role: total / count for role, (total, count, *_) in sums.items()}
+            values["targets"] = {role: int(count) for role, (_, count, *_) in sums.items()}
+            kl = {role: total / count for role, (*_, total, count) in sums.items() if count}
+            values |= {"kl": kl} if kl else {}
         return values
 
 

@@ -180,6 +180,11 @@ class Run:
 
     def _show(self, summary: dict[str, Any]) -> None:
         Terminal().print(closing_table(summary))
+        if (floor := summary["kl"].get("all", {}).get("first")) is not None and not self.settings.adapter:
+            print(
+                f"KL at the first step, where model and base are the same: {floor:.2g} nats per target. This is "
+                "rounding; a KL of that size is no drift."
+            )
         if planned := summary["memory"].get("planned"):
             measured = summary["memory"]["measured"]
             told = f"memory of a rank: {planned / 1e9:.2f} GB planned (python -m launch.plan), {measured / 1e9:.2f} GB "
@@ -212,14 +217,15 @@ def summarize(job: Any, run: Run, hashes: dict[str, str], peak: int, seconds: fl
     """Returns the content of a finished job's summary.json. peak: bytes, the highest of any rank. Raises UserError if
     metrics.jsonl is damaged."""
     metrics = read_metrics(run.metrics)
-    nll: dict[str, dict[str, float | None]] = {}
+    measured: dict[str, dict[str, dict[str, float | None]]] = {"nll": {}, "kl": {}}
     for values in metrics:
-        for role, value in (values.get("nll") or {}).items():
-            nll.setdefault(role, {"first": value})["last"] = value
+        for name, own in measured.items():
+            for role, value in (values.get(name) or {}).items():
+                own.setdefault(role, {"first": value})["last"] = value
     tokens = sum(values["tokens"] for values in metrics)
     spent = sum(values["tokens"] / values["tokens_per_second"] for values in metrics if values["tokens_per_second"])
     return {
-        "mask": job.settings.mask, "steps": job.stop, "steps_of_schedule": job.steps, "tokens": job.tokens, "nll": nll,
+        "mask": job.settings.mask, "steps": job.stop, "steps_of_schedule": job.steps, "tokens": job.tokens, **measured,
         "loss": {"first": metrics[0]["loss"], "last": metrics[-1]["loss"]},
         "documents": job.corpus.documents, "dropped": job.corpus.dropped,
         "findings": job.corpus.findings.summary(), "hashes": hashes,

@@ -46,15 +46,17 @@ class Trainer:
         self.model: LanguageModel = engine.module
         self.device, self.ranks, self.rank = engine.device, dist.get_world_size(), dist.get_rank()
 
-    def batches(self, step: int) -> list[Batch]:
-        """Returns this rank's micro-batches of a step. Every rank has the same number."""
+    def batches(self, step: int, measure: bool = False) -> list[Batch]:
+        """Returns this rank's micro-batches of a step, with what `measure` needs. Every rank has the same number."""
         size, norm = self.settings.batch_size, self.settings.loss_norm
         numbers = self.corpus.order.documents(step * size, min((step + 1) * size, self.job.documents))
         samples = [self.corpus.samples[number] for number in numbers]
-        return micro_batches(samples, norm, self.ranks, self.rank, self.settings.row_tokens)
+        kl = measure and self.settings.measure_kl
+        return micro_batches(samples, norm, self.ranks, self.rank, self.settings.row_tokens, measure_kl=kl)
 
     def step(self, step: int, measure: bool) -> dict[str, Any]:
-        """Runs one optimizer step and returns its metrics over all ranks, with the NLL of every role if `measure`.
+        """Runs one optimizer step and returns its metrics over all ranks, with the NLL of every role if `measure`, and
+        its divergence from the base where that is known.
 
         Raises Interrupted, before anything is updated, if a shutdown of any rank is requested before the last
         micro-batch is done. Raises NonFiniteLoss (a UserError) on every rank for a loss or gradient that is not finite.
@@ -63,7 +65,7 @@ class Trainer:
         rate = learning_rate(self.settings, step, self.job.steps)
         for group in self.engine.optimizer.optimizer.param_groups:
             group["lr"] = rate
-        batches = self.batches(step)
+        batches = self.batches(step, measure)
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number + 1 == len(batches))
             progress(f"micro-batch {number + 1} of step {step + 1}")
