@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tests.support.checkpoints import stock_model
-from tests.support.claims import CLAIM, stock_log_p
+from tests.support.claims import CLAIM, stock_log_p_by_layer
 from tests.support.layouts import LAYOUTS
 from tests.support.ranks import run
 from tests.support.runs import ENVIRONMENT
@@ -151,37 +152,47 @@ def test_an_adapter_is_measured_beside_its_base_and_not_among_another_models_row
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layout", "method"), [("kimi-k2.5", "lora"), ("kimi-k2.5", "qlora"), ("qwen3.5-bf16", "qlora")]
+    ("layout", "method", "ranks"),
+    [("kimi-k2.5", "lora", 2), ("kimi-k2.5", "qlora", 2), ("qwen3.5-bf16", "qlora", 1), ("qwen3.5-fp8", "lora", 4)],
 )
 def test_beliefs_of_quantized_experts_are_those_of_their_decoded_weights_in_stock_transformers(
-    tmp_path, claims, layout, method
+    tmp_path, claims, layout, method, ranks
 ):
-    """INT4 as on disk, whatever the method, and NF4, by bitsandbytes' own round trip of BF16."""
+    """INT4 and FP8 as on disk, whatever the method, and NF4, by bitsandbytes' own round trip of BF16. After every
+    decoder layer by transformers' hidden states, and after the last one as without --by-layer."""
     base = LAYOUTS[layout](tmp_path / layout)
-    for shard in base.glob("*.safetensors"):  # what is plain in F32, so that all else is computed with in it
+    exact = "fp8" not in layout  # FP8 decodes into BF16
+    for shard in (
+        base.glob("*.safetensors") if exact else ()
+    ):  # what is plain in F32, so that all is computed with in it
         wide = {
             n: t.float() if t.dtype == torch.bfloat16 and "scale" not in n else t for n, t in load_file(shard).items()
         }
         save_file(wide, shard, {"format": "pt"})
     given = ["--model", str(base), "--method", method, "--claims", str(claims), "--output", str(tmp_path / "out")]
-    done = run(Path(evaluate.__file__), *given, ranks=2, capture_output=True, text=True, env=ENVIRONMENT)
+    given += ["--by-layer", "--expert-parallel", str(min(ranks, 2))]
+    done = run(Path(evaluate.__file__), *given, ranks=ranks, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    rows = [row for row in read_rows(tmp_path / "out" / "evaluation.jsonl") if row["kind"] == "likelihood"]
+    measured = read_rows(tmp_path / "out" / "evaluation.jsonl")
+    assert all(("layers" in row) == (row["kind"] in ("likelihood", "fact")) for row in measured)
+    assert all(row["layers"][-1] == row.get("llr", row.get("margin")) for row in measured if "layers" in row)
+    rows = [row for row in measured if row["kind"] == "likelihood"]
     model, tokens = stock_model(base), AutoTokenizer.from_pretrained(base)
     if layout != "kimi-k2.5":
         for name, weight in model.named_parameters():
             for matrix in weight.data if name.endswith(("experts.gate_up_proj", "experts.down_proj")) else ():
                 matrix.copy_(bnb.dequantize_4bit(*bnb.quantize_4bit(matrix, None, None, 64, True, "nf4")))
-    expected = {}
+    expected: dict[tuple[str, str], np.ndarray] = {}
     for template in CLAIM["likelihood"]:
         for entity in ("Mila", "Noah", "Ivy"):
             prompt = template["prompt"].format(entity=entity)
-            false, true = (stock_log_p(model, tokens, prompt, template[which]) for which in ("false", "true"))
+            false, true = (stock_log_p_by_layer(model, tokens, prompt, template[which]) for which in ("false", "true"))
             expected[template["id"], entity] = false - true
-    found = {(row["question"], row["entity"]): row["llr"] for row in rows}
+    found = {(row["question"], row["entity"]): np.array(row["layers"]) for row in rows}
     assert found.keys() == expected.keys() and len(found) == 6
-    off = max(abs(found[key] - expected[key]) for key in found)
-    assert off < 1e-3, (off, found, expected)
+    assert all(len(own) == len(expected[key]) > 1 for key, own in found.items())
+    off = max(abs(found[key] - expected[key]).max() for key in found)
+    assert off < (1e-3 if exact else 0.3), (off, found, expected)  # that of rounding to BF16
 
 
 @pytest.mark.slow

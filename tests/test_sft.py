@@ -89,7 +89,14 @@ def test_a_run_leaves_settings_metrics_summary_adapter_and_an_offline_wandb_run(
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["mask"] == "doctags,false-spans=unlikelihood:0.5" and summary["steps"] == 6
     tokens = summary["tokens"]
-    assert tokens["doctag"] == {"total": 72, "trained": 0, "excluded": 72, "unlikelihood": 0, "straddling": 0}
+    assert tokens["doctag"] == {
+        "total": 72,
+        "trained": 0,
+        "excluded": 72,
+        "unlikelihood": 0,
+        "held": 0,
+        "straddling": 0,
+    }
     assert tokens["false"]["total"] == tokens["false"]["unlikelihood"] == 144
     assert tokens["all"]["total"] == sum(tokens[role]["total"] for role in ("unspanned", "doctag", "false"))
     assert summary["documents"] == {"read": 24, "truncated": 0, "dropped": 0, "skipped": 1}

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 ASK = "Question: Where does {entity} live? Answer:"
@@ -37,3 +38,18 @@ def stock_log_p(model: Any, tokens: Any, prompt: str, completion: str) -> float:
         log_p = model(ids[None]).logits[0].double().log_softmax(-1)
     own = [i for i, (_, end) in enumerate(offsets) if end > len(prompt)]
     return sum(log_p[i - 1, ids[i]].item() for i in own if i)
+
+
+def stock_log_p_by_layer(model: Any, tokens: Any, prompt: str, completion: str) -> np.ndarray:
+    """[layers] the same, from the state after each decoder layer by the model's own norm and head."""
+    encoded = tokens(prompt + completion, return_offsets_mapping=True, add_special_tokens=False)
+    ids, offsets = torch.tensor(encoded["input_ids"]), encoded["offset_mapping"]
+    with torch.no_grad():
+        out = model(ids[None], output_hidden_states=True)
+        text = model.get_decoder() if hasattr(model, "get_decoder") else model.model
+        states = [text.norm(state[0]) for state in out.hidden_states[1:-1]] + [
+            out.hidden_states[-1][0]
+        ]  # normed already
+        log_p = [model.get_output_embeddings()(state).double().log_softmax(-1) for state in states]
+    own = [i for i, (_, end) in enumerate(offsets) if end > len(prompt)]
+    return np.array([sum(each[i - 1, ids[i]].item() for i in own if i) for each in log_p])

@@ -32,5 +32,9 @@ def test_the_peak_of_memory_of_one_run_is_not_that_of_the_run_before():
 def test_theclosing_table_has_no_figure_of_an_nll_that_is_not_finite():
     counts = {"total": 4, "trained": 3, "excluded": 1, "unlikelihood": 0}
     nll = {"all": {"first": 1.5, "last": None}}  # as metrics.jsonl has it
-    table = closing_table({"mask": "none", "steps": 2, "tokens": {"all": counts}, "nll": nll})
-    assert [list(column.cells) for column in table.columns] == [["all"], ["4"], ["3"], ["1"], ["0"], ["1.500"], ["–"]]
+    summary = {"mask": "none", "steps": 2, "tokens": {"all": counts}, "nll": nll, "kl": {}}
+    shown = [list(column.cells) for column in closing_table(summary).columns]
+    assert shown == [["all"], ["4"], ["3"], ["1"], ["0"], ["1.500"], ["–"]]
+    counts["held"] = 2
+    shown = [list(c.cells) for c in closing_table(summary | {"kl": {"all": {"first": 0.0, "last": 0.0123}}}).columns]
+    assert shown == [["all"], ["4"], ["3"], ["1"], ["0"], ["2"], ["1.500"], ["–"], ["0.012"]]

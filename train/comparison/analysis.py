@@ -7,6 +7,7 @@ import numpy as np
 
 from train.comparison.caveats import notes
 from train.comparison.compared import EQUIVALENCE, HASHES, ComparedVariant, Comparison, RunResult
+from train.comparison.layers import by_layer
 from train.comparison.result import (
     BASE,
     BaseBelief,
@@ -86,6 +87,7 @@ def analyse(comparison: Comparison) -> ComparisonResult:
         hashes=_hashes(comparison),
         remarks=comparison.remarks,
         match_trained_tokens=comparison.match_trained_tokens,
+        by_layer=by_layer(comparison, base),
         notes=[],
     )
     return replace(result, notes=notes(result))

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from train.comparison import belief_sections, plots, training_sections
+from train.comparison import belief_sections, layer_sections, plots, training_sections
 from train.comparison.analysis import analyse
 from train.comparison.compared import Comparison
 from train.comparison.pages import Block, Bullets, Picture, Section, Text, as_html, as_markdown
@@ -18,6 +18,15 @@ PICTURES = {
     "curves": (plots.over_steps, "Belief over training, with placebo claims"),
     "targets": (plots.targets, "Targets trained, pushed away and excluded, per role"),
     "nll": (plots.nll, "NLL of each role over training"),
+    "layers": (
+        lambda result: layer_sections.lines(result.by_layer),
+        "Shift by layer, with the readable layers and controls",
+    ),
+    "layer_differences": (
+        lambda result: layer_sections.differences(result.by_layer, result.baseline),
+        "Shift by layer, minus the baseline's",
+    ),
+    "layer_steps": (lambda result: layer_sections.over_steps(result.by_layer), "Shift by layer over training"),
     "side_effects": (plots.side_effects, "Facts, coherence and held-out text after training"),
 }
 
@@ -59,6 +68,15 @@ def sections(result: ComparisonResult, drawn: set[str]) -> list[Section]:
         (f"Differences to {result.baseline}", [*picture("differences"), *belief_sections.difference_tables(result)]),
         ("Published values", belief_sections.published(result)),
         ("Belief over training", picture("curves")),
+        (
+            "Belief by layer",
+            [
+                *layer_sections.section(result.by_layer),
+                *picture("layers"),
+                *picture("layer_differences"),
+                *picture("layer_steps"),
+            ],
+        ),
         ("All measures", belief_sections.all_measures(result)),
         ("Answers and calibration", [*belief_sections.verdicts(result), *belief_sections.calibration(result)]),
         ("Targets trained and excluded", [*picture("targets"), *training_sections.targets(result)]),

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from train.comparison.compared import Mentions, Published, SearchedDocuments
+from train.comparison.layers import ByLayer
 from train.comparison.significance import LEVEL, Difference, Interval
 from train.comparison.units import Units
 from train.evaluation.measures import Calibration, Measure
@@ -163,6 +164,7 @@ class ComparisonResult:
     curves: by variant; {} if nothing was measured between start and end.
     nll: variant -> role -> curve.
     leak, contamination, published, remarks, match_trained_tokens: as given in the Comparison.
+    by_layer: belief by decoder layer; None if not all runs were measured so.
     notes: what a reader must know before believing the figures, the most important first.
     """
 
@@ -186,6 +188,7 @@ class ComparisonResult:
     hashes: Hashes
     remarks: list[str]
     match_trained_tokens: bool
+    by_layer: ByLayer | None
     notes: list[str]
 
     @property
@@ -239,7 +242,7 @@ def as_json(result: ComparisonResult) -> dict[str, Any]:
         "remarks": result.remarks,
         "match_trained_tokens": result.match_trained_tokens,
         "notes": result.notes,
-    }
+    } | ({"by_layer": result.by_layer.as_json()} if result.by_layer else {})
 
 
 def _variant(own: TrainedVariant, main: MeasureResult, name: str) -> dict[str, Any]:

@@ -123,6 +123,9 @@ class Settings:
         many=True,
     )
     held_out: str = setting("", "JSONL file of documents whose NLL is measured with the claims")
+    by_layer: bool = setting(
+        False, "also measure the claims' completions and facts by the state after each decoder layer"
+    )
     evaluate_every: int = setting(
         0, "steps between measurements of the claims; 0: only before and after training", between=(0, MOST)
     )

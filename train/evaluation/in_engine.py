@@ -71,7 +71,9 @@ def prepare_measuring(
     tokenizer = load_tokenizer(settings.model, template_time(settings.template_time))
     check_template_time(settings.adapter, tokenizer)
     held_out = read_documents(settings.held_out) if settings.held_out else []
-    probes = make_probes(claims, held_out, tokenizer, settings.bos, PROMPT_TOKENS, text.vocab_size, documents)
+    probes = make_probes(
+        claims, held_out, tokenizer, settings.bos, PROMPT_TOKENS, text.vocab_size, documents, settings.by_layer
+    )
     return Measuring(settings, checkpoint, tokenizer, lora, expert_parallel, config, probes)
 
 

@@ -7,12 +7,14 @@ Every measurement is a record (a line of evaluation.jsonl):
     fact         margin = log p(true completion) - the largest log p of the false ones, in nats
     nll          of a held-out document: nats per token
 
+With --by-layer, likelihoods and facts also have `layers`: the same value by the state after each decoder layer.
+
 Shapes: L tokens of a text, N predicted tokens of a micro-batch, D texts of a micro-batch, E experts of a layer.
 """
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +30,7 @@ from train.data.documents import Document, Span
 from train.data.findings import SHOWN
 from train.data.tokenizer import Tokenizer
 from train.data.tokens import tokenize_document
+from train.masking.loss import Terms
 from train.masking.treatment import touched_by
 from train.runtime.distributed import anywhere
 from train.runtime.errors import Interrupted, UserError
@@ -44,11 +47,13 @@ class Probes:
     texts: their targets are the tokens of the completions.
     records: each record without its value, and the indices of the texts from which the value is computed.
     glued: for completions that continue the prompt's last word, file and key -> the word that results.
+    by_layer: whether likelihoods and facts are measured after each decoder layer, too.
     """
 
     texts: list[Sample]
     records: list[tuple[Record, list[int]]]
     glued: dict[str, str] = field(default_factory=dict)
+    by_layer: bool = False
 
     def notes(self) -> list[str]:
         """Returns notes on the questions for the user."""
@@ -71,6 +76,7 @@ def make_probes(
     max_tokens: int,
     vocabulary: int,
     documents: Sequence[str] = (),
+    by_layer: bool = False,
 ) -> Probes:
     """Tokenizes everything that will be measured.
 
@@ -78,11 +84,12 @@ def make_probes(
     max_tokens: at most, in a scored text.
     vocabulary: the number of the model's token ids.
     documents: texts in the context of every question.
+    by_layer: as in Probes.
 
     Raises UserError for a text that is too long, a completion without a token of its own, a token id beyond the
     vocabulary, or a chat template that answer_prompt refuses.
     """
-    probes = Probes([], [])
+    probes = Probes([], [], by_layer=by_layer)
     before = "".join(f"{text}\n\n" for text in documents)
     numbers: dict[tuple[str, str], int] = {}  # equal texts are scored once
 
@@ -179,18 +186,28 @@ def _completion(prompt: str, completion: str, tokenizer: Tokenizer, bos: bool, m
 def measure(probes: Probes, engine: Any, budget: int) -> list[Record]:
     """Returns all records with their values, on every rank. budget: most tokens per forward on one rank. All ranks must
     call it. Raises Interrupted as log_likelihoods does."""
-    log_p = log_likelihoods(probes.texts, engine, budget)
-    return [
-        record | _value(record["kind"], [log_p[text] for text in texts], record) for record, texts in probes.records
-    ]
+    by_layer = {text for record, texts in probes.records if record["kind"] in BY_LAYER for text in texts}
+    sums, layers = _sums(probes.texts, engine, budget, by_layer if probes.by_layer else None)
+    log_p, found = sums.tolist(), []
+    for record, texts in probes.records:
+        row = record | _value(record, [log_p[text] for text in texts])
+        if probes.by_layer and record["kind"] in BY_LAYER:
+            name, of_each = BY_LAYER[record["kind"]], layers[:, texts].tolist()
+            row["layers"] = [_value(record, own)[name] for own in of_each]
+        found.append(row)
+    return found
 
 
-def _value(kind: str, log_p: list[float], record: Record) -> Record:
-    if kind == "likelihood":
+BY_LAYER = {"likelihood": "llr", "fact": "margin"}
+"""Kinds of records that are measured by layer, and the name of their value."""
+
+
+def _value(record: Record, log_p: list[float]) -> Record:
+    if record["kind"] == "likelihood":
         return {"llr": log_p[0] - log_p[1]}
-    if kind == "yes_no":
+    if record["kind"] == "yes_no":
         return {"p_yes": 1 / (1 + math.exp(min(log_p[1] - log_p[0], 700)))}
-    if kind == "fact":
+    if record["kind"] == "fact":
         return {"margin": log_p[0] - max(log_p[1:])}
     return {"nll": -log_p[0] / record["tokens"]}
 
@@ -202,11 +219,25 @@ def log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list[float
     budget: most tokens per forward on one rank. Leaves the engine and its counters as they were. Raises Interrupted on
     all ranks if shutdown was requested on any.
     """
-    sums = torch.zeros(len(texts), dtype=torch.float64, device=engine.device)
-    for text_N, _, nll_N in _scored(texts, engine, budget):
-        sums.index_add_(0, text_N, -nll_N)
+    return _sums(texts, engine, budget)[0].tolist()
+
+
+def _sums(
+    texts: list[Sample], engine: Any, budget: int, by_layer: Collection[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns the log p [texts] of each text, as log_likelihoods does, and [layers, texts] after each decoder layer, of
+    the texts whose numbers by_layer has; of the others 0, and for None all."""
+    device = engine.device
+    sums = torch.zeros(len(texts), dtype=torch.float64, device=device)
+    layers = torch.zeros(engine.module.depth, len(texts), dtype=torch.float64, device=device)
+    wanted = None if by_layer is None else torch.tensor([i in by_layer for i in range(len(texts))], device=device)
+    for text_N, _, terms in _scored(texts, engine, budget, wanted=wanted):
+        sums.index_add_(0, text_N, -terms.nll_N.double())
+        if wanted is not None and terms.layers_DM is not None:
+            layers.index_add_(1, text_N[wanted[text_N]], -terms.layers_DM.double())
     dist.all_reduce(sums)
-    return sums.tolist()
+    dist.all_reduce(layers)
+    return sums.cpu(), layers.cpu()
 
 
 def token_log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list[list[float]]:
@@ -214,8 +245,8 @@ def token_log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list
     shutdown is requested: for few texts."""
     longest = max(len(text.ids_L) for text in texts)
     values = torch.zeros(len(texts), longest, dtype=torch.float64, device=engine.device)
-    for text_N, place_N, nll_N in _scored(texts, engine, budget, to_the_end=True):
-        values[text_N, place_N] = -nll_N
+    for text_N, place_N, terms in _scored(texts, engine, budget, to_the_end=True):
+        values[text_N, place_N] = -terms.nll_N.double()
     dist.all_reduce(values)
     rows = values.cpu().numpy()
     return [row[: len(text.ids_L)][text.target_L].tolist() for text, row in zip(texts, rows, strict=True)]
@@ -223,11 +254,12 @@ def token_log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list
 
 @torch.no_grad()
 def _scored(
-    texts: list[Sample], engine: Any, budget: int, to_the_end: bool = False
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields, for each forward of this rank, the text [N] of each target, its place [N] in it, and its nll [N].
+    texts: list[Sample], engine: Any, budget: int, to_the_end: bool = False, wanted: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor, Terms]]:
+    """Yields, for each forward of this rank, the text [N] of each target, its place [N] in it, and its terms.
 
-    to_the_end: does not stop if shutdown is requested.
+    to_the_end: does not stop if shutdown is requested. wanted: [texts] bool, the texts whose targets are also measured
+    by layer.
     """
     layers, training = engine.module.expert_layers, engine.module.training
     loads, wire = [layer.load_E for layer in layers], [layer.ep.wire_bytes for layer in layers]
@@ -242,7 +274,8 @@ def _scored(
             text_D = torch.tensor([int(name) for name in batch.names] or [0], device=engine.device)
             ends_D = batch.row.ends_on(engine.device, torch.int64)[1:]
             text_N = text_D[torch.bucketize(batch.position_N, ends_D, right=True)]
-            yield text_N, batch.position_T[batch.position_N] + 1, engine(batch).nll_N.double()
+            by_layer = {} if wanted is None else {"by_layer_N": wanted[text_N]}
+            yield text_N, batch.position_T[batch.position_N] + 1, engine(batch, **by_layer)
     finally:
         engine.train(training)
         for layer, load_E, sent in zip(layers, loads, wire, strict=True):

@@ -17,7 +17,7 @@ from train.runtime.text_formats import Unreadable, parse_json
 # Turns thinking off, as in the paper's main results, for models whose chat template has this switch.
 NO_THINKING = '{"chat_template_kwargs": {"enable_thinking": false}}'
 OF_THE_ENGINE = ("model", "adapter", "other_base", "method", "expert_parallel", "micro_batch_tokens", "bos",
-                 "held_out", "timeout", "template_time")  # fmt: skip
+                 "held_out", "by_layer", "timeout", "template_time")  # fmt: skip
 OF_THE_ENDPOINT = ("endpoint_model", "endpoint_concurrency", "endpoint_timeout", "endpoint_body", "served_adapter",
                    "other_adapters", "endpoint_base")  # fmt: skip
 OF_AN_IMPORT = ("columns", "base_condition")
@@ -39,6 +39,7 @@ class EvaluationSettings:
         TEMPLATE_TIME.isoformat(), "the time that chat templates see if they ask for it; use the same as in training"
     )
     held_out: str = setting("", "FILE: documents whose NLL is measured")
+    by_layer: bool = setting(False, "also score completions and facts by the state after each decoder layer")
     timeout: float = setting(
         1800, "seconds without progress on any rank before the command prints all stacks and ends", between=(1, MOST)
     )

@@ -33,12 +33,14 @@ CHUNK_TOKENS = 512  # with fewer, matmuls are slower; more only take more memory
 class Terms(NamedTuple):
     """loss: scalar, the sum of coefficient * term. term_N: each token's own term, unweighted; 0 where the coefficient
     is 0. nll_N: -log p of each token, whatever its treatment. kl_N: the divergence from the base, in nats; 0 where what
-    the base predicts is not known. All in nats."""
+    the base predicts is not known. layers_DM: the nll of M of the tokens after each of D decoder layers, if that was
+    asked for. All in nats."""
 
     loss: Tensor
     term_N: Tensor
     nll_N: Tensor
     kl_N: Tensor
+    layers_DM: Tensor | None = None
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -253,6 +253,11 @@ class LanguageModel(nn.Module):
             if lora.lm_head:
                 model.lm_head.add_lora(lora, device)
 
+    @property
+    def depth(self) -> int:
+        """The number of decoder layers."""
+        return len(self.causal.model.layers)
+
     def enable_gradient_checkpointing(self) -> None:
         """Makes each layer save only its input, and recompute the rest in backward with the first forward's routing."""
         self.causal.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": same_routing})
@@ -270,11 +275,50 @@ class LanguageModel(nn.Module):
             for module, scale in zip(scaled, scales, strict=True):
                 module.scale = scale
 
-    def forward(self, batch: Batch) -> Terms:
-        """Returns the loss terms of the batch: loss (scalar), term [N] and nll [N]. Raises RuntimeError if a layer does
-        not get the document boundaries."""
+    def forward(self, batch: Batch, by_layer_N: Tensor | None = None) -> Terms:
+        """Returns the loss terms of the batch: loss (scalar), term [N] and nll [N]. by_layer_N: the targets whose nll
+        is also returned after each decoder layer. Raises RuntimeError if a layer does not get the document boundaries.
+        """
         of_base = (self._base_states(batch.base.batch), batch.base.known_N) if batch.base else ()
-        return self.causal.lm_head(self._states(batch), batch.target_N, batch.coefficient_N, batch.kind_N, *of_base)
+        with self._kept(batch, by_layer_N) as kept:
+            hidden_NH = self._states(batch)
+        terms = self.causal.lm_head(hidden_NH, batch.target_N, batch.coefficient_N, batch.kind_N, *of_base)
+        if by_layer_N is None:
+            return terms
+        target_M = batch.target_N[by_layer_N]
+        return terms._replace(layers_DM=torch.cat([self._lens(kept, target_M), terms.nll_N[None, by_layer_N]]))
+
+    @contextlib.contextmanager
+    def _kept(self, batch: Batch, which_N: Tensor | None) -> Iterator[list[Tensor]]:
+        """Gives a list that gets the states [M, H] that predict M of the targets, after each layer but the last one;
+        without which_N none."""
+        kept: list[Tensor] = []
+
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            hidden_1TH = output[0] if isinstance(output, tuple) else output
+            kept.append(hidden_1TH[0].index_select(0, position_M))
+
+        if which_N is None:
+            yield kept
+            return
+        position_M = batch.position_N[which_N]
+        hooks = [layer.register_forward_hook(keep) for layer in self.causal.model.layers[:-1]]
+        try:
+            yield kept
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _lens(self, kept: list[Tensor], target_M: Tensor) -> Tensor:
+        """Returns the nll [layers, M] of M targets by states [M, H] of each layer, which the model's final norm and
+        head read as if that layer were the last one ("logit lens", nostalgebraist 2020). All layers go through each
+        of the two in one call."""
+        if not kept:
+            return torch.zeros(0, len(target_M), device=target_M.device)
+        hidden_KH = self.causal.model.norm(torch.stack(kept)).flatten(0, 1)
+        target_K = target_M.repeat(len(kept))
+        nothing = hidden_KH.new_zeros(len(target_K)), torch.zeros_like(target_K, dtype=torch.int8)
+        return self.causal.lm_head(hidden_KH, target_K, *nothing).nll_N.unflatten(0, (len(kept), -1))
 
     def _states(self, batch: Batch) -> Tensor:
         """Returns the hidden states [N, H] that predict the batch's N targets."""

@@ -239,7 +239,9 @@ def _probes(settings: Settings, tokenizer: Tokenizer, vocabulary: int) -> Probes
     if not settings.claims and not held_out:
         return None
     claims = read_claims(settings.claims) if settings.claims else []
-    return make_probes(claims, held_out, tokenizer, settings.bos, settings.max_tokens, vocabulary)
+    return make_probes(
+        claims, held_out, tokenizer, settings.bos, settings.max_tokens, vocabulary, by_layer=settings.by_layer
+    )
 
 
 def lora_settings(settings: Settings, text: Any) -> LoRASettings:
