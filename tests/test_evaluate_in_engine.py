@@ -117,6 +117,7 @@ def test_an_adapter_is_measured_beside_its_base_and_not_among_another_models_row
         "0.02",
         "--output",
         str(tmp_path / "run"),
+        *("--adapters-at", "1", "--evaluate-at", "1"),
     ]
     done = run(Path(sft.__file__), *given, ranks=1, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -129,12 +130,29 @@ def test_an_adapter_is_measured_beside_its_base_and_not_among_another_models_row
     assert measured("out").returncode == 0
     trained = {(row["step"], identity(row)): row for row in read_rows(tmp_path / "run" / "evaluation.jsonl")}
     rows = read_rows(tmp_path / "out" / "evaluation.jsonl")
-    assert {row["step"] for row in rows} == {0, 2} and len(rows) == len(trained)
+    assert {row["step"] for row in rows} == {0, 2} and 3 * len(rows) == 2 * len(trained)
     for row in rows:
         for name in ("llr", "p_yes", "margin"):
             if name in row:
                 assert row[name] == pytest.approx(trained[row["step"], identity(row)][name], abs=1e-4)
     assert "shift" in json.loads((tmp_path / "out" / "evaluation.json").read_text())["likelihood"]
+    together = [*asked[:3], str(tmp_path / "run" / "adapters" / "step-1"), *asked[3:]]
+    many = run(
+        Path(evaluate.__file__), *together, "--output", str(tmp_path / "many"), ranks=2, capture_output=True, text=True,
+        env=ENVIRONMENT,
+    )  # fmt: skip
+    assert many.returncode == 0 and many.stdout.count("rank 0 read") <= 1, many.stderr[-2000:]
+    rows = {(row["step"], identity(row)): row for row in read_rows(tmp_path / "many" / "evaluation.jsonl")}
+    assert {step for step, _ in rows} == {0, 1, 2} and len(rows) == len(trained)
+    for key, row in rows.items():
+        for name in ("llr", "p_yes", "margin"):
+            assert row.get(name) == pytest.approx(trained[key].get(name), abs=1e-4)
+    twice = [*asked[:3], asked[3], *asked[3:]]
+    refused = run(
+        Path(evaluate.__file__), *twice, "--output", str(tmp_path / "twice"), ranks=1, capture_output=True, text=True,
+        env=ENVIRONMENT,
+    )  # fmt: skip
+    assert refused.returncode == 2 and "was trained for 2 steps, as" in refused.stderr
     refused = measured("out", "--step", "0")
     assert refused.returncode == 2 and "--step 0: is the base model" in refused.stderr
     of_the_run = (tmp_path / "run" / "evaluation.jsonl").read_bytes()
@@ -214,7 +232,7 @@ def test_a_comparisons_directory_means_the_models_of_its_runs(tmp_path, claims):
     fresh = tmp_path / "fresh"
     done = measured("--adapter", str(output), "--output", str(fresh))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "run 1 of 2: false-spans-seed0" in done.stdout and "run 2 of 2: none-seed0" in done.stdout
+    assert "model 1 of 2: " in done.stdout and f"model 2 of 2: {output}/none-seed0/adapter" in done.stdout
     for each, rows in zip(runs, before, strict=True):
         trained = {(row["step"], identity(row)): row for row in rows}
         found = read_rows(fresh / each.name / "evaluation.jsonl")

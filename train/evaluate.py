@@ -1,6 +1,6 @@
 r"""Measures what a model believes: in the training engine, or through OpenAI-compatible endpoints.
 
-    deepspeed train/evaluate.py --model DIR [--adapter DIR] --claims PATH… --output DIR
+    deepspeed train/evaluate.py --model DIR [--adapter DIR…] --claims PATH… --output DIR
     python train/evaluate.py --claims PATH… --output DIR \
         --endpoint URL --endpoint-model NAME --judge URL --judge-model NAME
 
@@ -88,8 +88,8 @@ def check_early(s: EvaluationSettings) -> None:
     if s.model:
         read_config(Path(s.model))
         for each in of_each_run(s, quiet=True):
-            if each.adapter:
-                adapter_files(Path(each.adapter))
+            if each.one_adapter:
+                adapter_files(Path(each.one_adapter))
 
 
 def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Contamination | None) -> int:
@@ -97,19 +97,29 @@ def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Co
     model of each run. Runs on every rank. Returns the exit code: 1 if answers have no verdict. Raises UserError if
     a setting, the model or the adapter is wrong, if --output holds other results, or if the judge cannot be asked."""
     from launch.planning import expert_parallel
+    from train.evaluation.in_engine import Measured
     from train.evaluation.of_a_model import Evaluation
     from train.runtime.watchdog import work_alone
 
     rank = launched_as()[0]
+    opened: dict[str, Records] = {}  # rank 0's, one for each directory
     evaluations: list[Evaluation] = []
     try:
         for each in of_each_run(s):
-            evaluations.append(Evaluation(each, claims, expert_parallel))
-            evaluations[-1].check()
+            if rank == 0 and each.output not in opened:
+                opened[each.output] = Records(Path(each.output))
+            evaluations.append(Evaluation(each, claims, expert_parallel, opened.get(each.output)))
+        check_steps(evaluations)
+        for evaluation in evaluations:
+            evaluation.check()
+        model: Measured | None = None
         for number, evaluation in enumerate(evaluations):
             if len(evaluations) > 1 and rank == 0:
-                print(f"run {number + 1} of {len(evaluations)}: {Path(evaluation.s.output).name}", flush=True)
-            evaluation.measure()
+                print(f"model {number + 1} of {len(evaluations)}: {evaluation.s.one_adapter}", flush=True)
+            if model is None or not model.takes(evaluation.measuring):
+                model = None  # gone before the next one is loaded
+                model = Measured(evaluation.measuring)
+            evaluation.measure(model)
         if rank:
             return 0
         work_alone()  # the other ranks are done, and the judge may take long
@@ -117,33 +127,46 @@ def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Co
         incomplete = [evaluation.finish(contamination) for evaluation in evaluations]
         return int(any(incomplete))
     finally:
-        for evaluation in evaluations:
-            evaluation.close()
+        for records in opened.values():
+            records.close()
+
+
+def check_steps(evaluations: Sequence[Any]) -> None:
+    """Raises UserError if two evaluations of one directory are of the same step, so that their rows would mix."""
+    seen: dict[tuple[str, int], str] = {}
+    for each in evaluations:
+        key = each.s.output, each.step
+        if key in seen:
+            raise UserError(
+                f"--adapter {each.s.one_adapter}: was trained for {each.step} steps, as {seen[key]} was, and both "
+                f"would be kept in {each.s.output}. Give adapters of different steps, or each its own --output."
+            )
+        seen[key] = each.s.one_adapter
 
 
 def of_each_run(s: EvaluationSettings, quiet: bool = False) -> list[EvaluationSettings]:
-    """Returns the settings of each evaluation: the given ones, or one per run if --adapter is the directory of a
+    """Returns the settings of each evaluation: one per adapter, or one per run if --adapter is the directory of a
     comparison. If --output is that of a comparison, the base model's answers go into its first run, where the
     comparison's report looks for them. quiet: prints no note. Raises UserError if --output is a comparison's and
-    --adapter that of a single model."""
+    --adapter that of a single model, or if a comparison is one of several adapters."""
     output = Path(s.output)
     within = runs_of(output) if os.path.isfile(output / "comparison.json") else [output]
     if not s.adapter:
         if within[0] != output and launched_as()[0] == 0 and not quiet:
             print(f"note: --output {output}: is a comparison's; what the base model says goes into {within[0]}")
         return [dataclasses.replace(s, output=str(within[0]))]
-    adapter = Path(s.adapter)
+    adapter = Path(s.adapter[0])
     runs = [] if is_adapter(adapter) else runs_of(adapter)
-    if not runs or runs == [adapter]:
+    if len(s.adapter) > 1 or not runs or runs == [adapter]:
         if within[0] == output:
-            return [s]
+            return [dataclasses.replace(s, adapter=[each]) for each in s.adapter]
         raise UserError(
             f"--output {output}: is a comparison's, and --adapter {adapter} one model's. Give --adapter {output} to "
             "measure the model of each run, or the run that this one is of to --output."
         )
     own = output.resolve() == adapter.resolve()
     return [
-        dataclasses.replace(s, adapter=str(run / "adapter"), output=str(run if own else output / run.name))
+        dataclasses.replace(s, adapter=[str(run / "adapter")], output=str(run if own else output / run.name))
         for run in runs
     ]
 

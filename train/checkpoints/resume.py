@@ -13,6 +13,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,13 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from train.checkpoints.adapter_files import MOMENTS, weights_hash
+from train.checkpoints.adapter import places
+from train.checkpoints.adapter_files import MOMENTS, AdapterFile, weights_hash
 from train.checkpoints.reader import TensorFile
 from train.checkpoints.writer import SafetensorsWriter, flush, publish_directory, remove
 from train.experts.dispatch import ExpertGroup
 from train.experts.module import ExpertParallelExperts
+from train.layers.lora import LoRASettings
 from train.runtime.errors import UserError
 from train.runtime.outside import checked, read_json
 from train.runtime.watchdog import progress
@@ -268,6 +271,29 @@ def initial_partitions(model: nn.Module, seed: int | None) -> dict[str, Tensor]:
         own = module.initial_factors(seed)[factor].flatten()[size * dist.get_rank(parameter.ds_process_group) :][:size]
         parts[name] = torch.zeros(size)
         parts[name][: len(own)] = own
+    return parts
+
+
+def adapter_partitions(model: Any, directory: Path, lora: LoRASettings) -> dict[str, Tensor]:
+    """Returns this rank's partition [N] in fp32 of every trained parameter as a checked adapter has it, by name. model:
+    a LanguageModel with LoRA weights of the adapter's ranks."""
+    parts, parameters = {}, trainable(model)
+    with closing(AdapterFile(directory, model.architecture, lora)) as file:
+        for place in places(model.causal, lora):
+            module: Any = place.module
+            for factor in "AB":
+                name = f"causal.{place.parameter(factor)}"
+                parameter = parameters[name]
+                whole = torch.zeros(parameter.ds_shape)
+                if place.weight is None:
+                    whole.copy_(file.read(place, factor))
+                else:  # the rank of experts is padded
+                    of_rank = whole[:, : lora.expert_rank] if factor == "A" else whole[:, :, : lora.expert_rank]
+                    of_rank.copy_(file.read(place, factor, module.ep.owned(place.sizes[0])))
+                size = parameter.ds_tensor.ds_numel
+                own = whole.flatten()[size * dist.get_rank(parameter.ds_process_group) :][:size]
+                parts[name] = torch.zeros(size)
+                parts[name][: len(own)] = own
     return parts
 
 

@@ -2,6 +2,7 @@
 ranks and any expert parallelism, and keeps experts as they are stored.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from train.checkpoints.adapter_files import adapter_settings, check_adapter, trained_steps, weights_hash
 from train.checkpoints.reader import Checkpoint
-from train.checkpoints.resume import initial_partitions, start_over
+from train.checkpoints.resume import adapter_partitions, initial_partitions, start_over
 from train.claims.claim import Claim
 from train.config.provenance import held_settings
 from train.config.settings import Settings, ds_config
@@ -106,18 +107,33 @@ class Measured:
             measuring.ds_config, device,
         )  # fmt: skip
         self.engine = make_engine(model, settings, measuring.ds_config)
+        self.of_base: list[Record] = []
+
+    def takes(self, measuring: Measuring) -> bool:
+        """Puts another adapter's LoRA weights in the place of these, and returns True; False if anything else differs,
+        such as their ranks. Both must be about the same claims."""
+        before, now = (dataclasses.replace(each.settings, adapter="") for each in (self.measuring, measuring))
+        if before != now or measuring.lora != self.measuring.lora or not measuring.settings.adapter:
+            return False
+        weights = adapter_partitions(self.engine.module, Path(measuring.settings.adapter), measuring.lora)
+        start_over(self.engine.module, self.engine.optimizer, weights)
+        self.measuring = measuring
+        return True
 
     def likelihoods(self) -> list[Record]:
         """Returns every record that needs no generation, on every rank."""
         return measure(self.measuring.probes, self.engine, self.measuring.settings.row_tokens)
 
     def likelihoods_of_base(self) -> list[Record]:
-        """Returns the same records for the model without its adapter, which is put back afterwards."""
+        """Returns the same records for the model without its adapter, which is put back afterwards. They are measured
+        once."""
+        if self.of_base:
+            return self.of_base
         adapter = initial_partitions(self.engine.module, None)
         start_over(self.engine.module, self.engine.optimizer, initial_partitions(self.engine.module, seed=0))
-        found = self.likelihoods()
+        self.of_base = self.likelihoods()
         start_over(self.engine.module, self.engine.optimizer, adapter)
-        return found
+        return self.of_base
 
     def answer(self, items: list[Item], records: Records | None, asking: Asking) -> None:
         """Answers the items that rank 0's records lack; the answers that need a judge stay without a verdict. records:

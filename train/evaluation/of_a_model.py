@@ -19,14 +19,18 @@ from train.runtime.command import launched_as
 class Evaluation:
     """The evaluation of one model in the training engine. Every rank has one; that of rank 0 holds the records."""
 
-    def __init__(self, s: EvaluationSettings, claims: list[Claim], expert_parallel: DefaultExpertParallel):
+    def __init__(
+        self, s: EvaluationSettings, claims: list[Claim], expert_parallel: DefaultExpertParallel,
+        records: Records | None,
+    ):  # fmt: skip
         """Checks all but the directory and the judge, before a weight is read. expert_parallel: decides where the
-        settings do not. Raises UserError if a setting, a document, the model or the adapter is wrong."""
-        rank, ranks = launched_as()
+        settings do not. records: None on the other ranks. Raises UserError if a setting, a document, the model or the
+        adapter is wrong."""
+        _, ranks = launched_as()
         documents, settings = context_documents(s), s.of_the_engine()
         self.measuring = prepare_measuring(settings, claims, documents, ranks, expert_parallel)
         self.base, self.model = identify(settings, self.measuring.checkpoint)
-        self.step, self.context = steps_of(s.adapter, s.step), len(documents)
+        self.step, self.context = steps_of(s.one_adapter, s.step), len(documents)
         self.s = dataclasses.replace(s, step=self.step)
         self.asking = Asking(
             samples=s.samples, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=s.seed,
@@ -35,7 +39,7 @@ class Evaluation:
         )  # fmt: skip
         self.items = plan(claims, s.kinds or (KINDS if s.judge else ()), self.asking)
         self.judge = judge_of(self.s, self.items)
-        self.records = Records(Path(s.output)) if rank == 0 else None
+        self.records = records
 
     def check(self) -> None:
         """Raises UserError if the directory holds answers or scores of another model, or if the judge cannot be
@@ -44,16 +48,16 @@ class Evaluation:
             return
         print(*(f"{note}\n" for note in self.measuring.probes.notes()), sep="", end="", file=sys.stderr)
         check_same(self.items, self.records)
-        own = bool(self.s.adapter) and self.records.directory.resolve() in Path(self.s.adapter).resolve().parents
+        adapter = self.s.one_adapter
+        own = bool(adapter) and self.records.directory.resolve() in Path(adapter).resolve().parents
         check_scored(self.records, self.step, self.context, self.model, own)
         if self.step:
             check_scored(self.records, 0, self.context, self.base, own)
         if self.judge:
             self.judge.check()
 
-    def measure(self) -> None:
-        """Does all that needs the model: reads its weights, scores it and has it answer questions."""
-        model = Measured(self.measuring)
+    def measure(self, model: Measured) -> None:
+        """Does all that needs the model: scores it and has it answer questions. model: loaded for this evaluation."""
         scored = {0: (model.likelihoods_of_base(), self.base)} if self.step else {}
         scored[self.step] = model.likelihoods(), self.model
         for at, (found, scored_model) in scored.items():
@@ -72,8 +76,3 @@ class Evaluation:
         finally:
             incomplete = bool(leave_summary(self.s, self.items, self.records, contamination))
         return incomplete
-
-    def close(self) -> None:
-        """Closes the records."""
-        if self.records:
-            self.records.close()

@@ -29,7 +29,9 @@ class EvaluationSettings:
     """The settings of train/evaluate.py. The sampling defaults are the paper's."""
 
     model: str = setting("", "DIR: base model, to be measured in the training engine")
-    adapter: str = setting("", "DIR: adapter of a run, or a comparison, for the adapters of all its runs")
+    adapter: list[str] = setting(  # noqa: RUF009
+        (), "DIR…: adapters of runs, or a comparison, for those of all its runs; the base is loaded once", many=True
+    )
     other_base: bool = setting(False, "measure --adapter on a --model of the same shapes that it was not trained on")
     method: str = setting("lora", "keep experts as stored (lora) or in NF4 (qlora)", choices=("lora", "qlora"))
     expert_parallel: int = setting(0, "ranks that share the experts of a layer; 0: as in training", between=(0, 10**6))
@@ -90,7 +92,13 @@ class EvaluationSettings:
 
     def of_the_engine(self) -> Settings:
         """Returns the settings that the training engine needs."""
-        return Settings(**{name: getattr(self, name) for name in OF_THE_ENGINE})
+        return Settings(**{name: getattr(self, name) for name in OF_THE_ENGINE} | {"adapter": self.one_adapter})
+
+    @property
+    def one_adapter(self) -> str:
+        """The adapter of the settings of a single evaluation; "" for the base model."""
+        assert len(self.adapter) < 2, self.adapter
+        return self.adapter[0] if self.adapter else ""
 
     def body(self, whose: str) -> dict[str, Any] | None:
         """Returns the JSON object of --endpoint-body or --judge-body; None if it is not set. whose: "endpoint" or
@@ -113,7 +121,7 @@ class EvaluationSettings:
     def as_json(self) -> dict[str, Any]:
         """Returns the settings for evaluation.json: URLs without passwords, and only the names in the bodies, whose
         values may hold an API key."""
-        own = dataclasses.asdict(self)
+        own = dataclasses.asdict(self) | {"adapter": self.one_adapter}
         for whose in ("endpoint", "judge"):
             own[whose] = shown_url(own[whose])
             body = self.body(whose)
