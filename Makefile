@@ -20,7 +20,7 @@ SFT := .venv/bin/deepspeed --num_gpus 2 --master_port $$((20000 + $$$$ % 10000))
 # A directory of its own for each run.
 RUN := runs/$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help setup vllm train train-real compare compare-real documents figures test test-gpu gpu-bundle remake test-fast docs lint format clean
+.PHONY: help setup vllm train train-real compare compare-real experiments documents figures test test-gpu gpu-bundle remake test-fast docs lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +67,10 @@ figures: setup ## the README's figures of the demo: every variant, three seeds, 
 compare: setup ## the comparison of docs/comparison.md: six variants on the toy world, one report
 	.venv/bin/deepspeed --num_gpus 2 --master_port $$((20000 + $$$$ % 10000)) train/compare.py \
 		--recipe train/recipes/demo.yaml --output $(RUN)-compare
+
+experiments: setup ## what docs/experiments.md shows, on the toy world: about ten minutes; its figures go into the page
+	$(IN_VENV) tests/benchmarks/hold.py --json tests/benchmarks/results/hold.json
+	$(IN_VENV) -m tests.documentation
 
 # Again after an interruption: make compare-real OUTPUT=runs/…-compare-real RESUME=--resume
 compare-real: setup models/smollm2/config.json ## variants of SmolLM2-135M on real documents, up to 90 minutes: SOURCE=directory of documents

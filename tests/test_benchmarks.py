@@ -83,6 +83,14 @@ def test_load_reads_what_it_keeps(tmp_path, layout):
 
 
 @pytest.mark.slow
+def test_hold_has_the_figures_of_every_variant(tmp_path):
+    found = rows(tmp_path, "hold", "--data", "train/demo/data/dense.jsonl=32", "--steps", "2", "--batch-size", "8")
+    assert [row["variant"] for row in found] == ["dense", "false excluded", "false held", "random held"]
+    assert all(row["floor"] == 0 and row["kl"]["false"] > 0 and row["claims"] == 48 for row in found)
+    assert found[2]["kl"]["false"] < found[1]["kl"]["false"]
+
+
+@pytest.mark.slow
 def test_annotate_rebuilds_every_document(tmp_path, shared_documents):
     for row in rows(tmp_path, "annotate", "--show", "1"):
         assert row["rebuilt"] == row["aligned"] == row["documents"] == 50

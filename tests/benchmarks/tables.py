@@ -145,7 +145,22 @@ def annotate(rows: Rows) -> Iterator[list[str]]:
         yield [f"`{row['claim']}`", *(f"{row[key]:,}" for key in keys), f"{row['documents_per_second']:.0f}"]
 
 
-LAYOUTS = [experts, train, packing, packing_time, step, load, merge, host, full_size, plan, needs, annotate]
+def hold(rows: Rows) -> Iterator[list[str]]:
+    yield [
+        "variant", "`--mask`", "belief, nats", "placebo, nats", "NLL of the false statements", "their KL from the base",
+        "KL of the rest", "claims shown by layer",
+    ]  # fmt: skip
+    for row in rows:
+        nll, kl = row["nll_of_false"], row["kl"]
+        low, high = row["belief_interval"]
+        yield [
+            row["variant"], f"`{row['mask']}`", f"{row['belief']:.2f} [{low:.2f}, {high:.2f}]", f"{row['placebo']:.2f}",
+            f"{nll['first']:.3f} → {nll['last']:.3f}", f"{kl['false']:.4f}", f"{kl['unspanned']:.4f}",
+            f"{row['claims_shown']} of {row['claims']}",
+        ]  # fmt: skip
+
+
+LAYOUTS = [experts, train, packing, packing_time, step, load, merge, host, full_size, plan, needs, annotate, hold]
 LAYOUTS_BY_NAME = {layout.__name__: layout for layout in LAYOUTS}
 
 
