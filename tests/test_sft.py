@@ -289,7 +289,7 @@ def dry(tmp: Path, cases: Path, zone: str, *more: str) -> str:
 
 def test_a_template_that_asks_for_the_time_gives_the_same_tokens_at_any_time(tmp_path, shared_cases):
     first = dry(tmp_path, shared_cases, "UTC+1:10")
-    assert "note: the chat template asks for the time, and is told 2026-01-01T00:00:00 (--template-time)" in first
+    assert "note: the chat template asks for the time and is given 2026-01-01T00:00:00 (--template-time)" in first
     assert "hashes: {'tokens': " in first and dry(tmp_path, shared_cases, "UTC+9:45") == first
     hashes = [
         prepare(parse(clock_flags(tmp_path, shared_cases, "--template-time", time), ""), 1, show=False).hashes

@@ -59,7 +59,7 @@ def parse_json(text: str, strictly: bool = False) -> Any:
     except ValueError as error:
         what = LONG_NUMBER if "integer string conversion" in str(error) else f"not valid JSON ({error})"
         raise Unreadable(
-            what if what == LONG_NUMBER else f"{what}; {'mend it' if strictly else 'give one object a line'}"
+            what if what == LONG_NUMBER else f"{what}; {'mend it' if strictly else 'give one object per line'}"
         ) from None
     if text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST:
         raise Unreadable(TOO_DEEP)
