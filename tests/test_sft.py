@@ -432,6 +432,6 @@ def test_a_full_disk_ends_a_run_with_the_file_and_how_to_go_on(tmp_path):
     done = subprocess.run(given, preexec_fn=small, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.endswith(
-        f"error: {tmp_path}/out/saves/partial-1/state.safetensors: File too large. Make room, and go on with --resume "
-        f"--output {tmp_path}/out.\n"
+        f"error: {tmp_path}/out/saves/partial-1/state.safetensors: File too large. Free disk space, and continue with "
+        f"--resume --output {tmp_path}/out.\n"
     )

@@ -202,7 +202,10 @@ WHOLE = {"start": 0, "end": 1, "role": "x"}
             {"messages": "[{'role': 'user', 'content': 'a', 'tool_calls': [{'function': {'name': {1}}}]}]"},
             "messages[0]: tool_calls[0] is not JSON that can be written as UTF-8 (Object of type set is not JSON",
         ),
-        ({"messages": [{"role": "user", "content": "a", "train": 1}]}, "messages[0]: train is a number; it must be true or"),
+        (
+            {"messages": [{"role": "user", "content": "a", "train": 1}]},
+            "messages[0]: train is a number; it must be true or",
+        ),
         (
             {"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]},
             'messages[0]: tool_calls[0] is not a tool call; write {"type": "function", "function": {"name": "…", '

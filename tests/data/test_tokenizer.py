@@ -240,7 +240,9 @@ def test_messages_after_which_nothing_is_trained_that_ends_a_turn_are_counted(tm
     findings = Findings()
     tokenize_documents([document, chat(*messages[:3])], bare, findings)
     (note,) = findings.lines()
-    assert note.startswith("note: 3 trained messages without a trained special token at their end, so the model does not")
+    assert note.startswith(
+        "note: 3 trained messages without a trained special token at their end, so the model does not"
+    )
     assert note.endswith("--eos: chat.jsonl:1")
 
 

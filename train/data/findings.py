@@ -26,7 +26,7 @@ MASK_TAG = re.compile(
 
 
 def unknown_key(of: str, key: str) -> str:
-    """Returns the finding that messages or spans (`of`) have a key that is not read."""
+    """Returns the finding that messages or spans (`of`) have an unknown key."""
     return f"{of} with the unknown key {key!r}, which is ignored"
 
 
