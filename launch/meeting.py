@@ -127,7 +127,7 @@ class Meeting:
             told = self.hear(f"time/{number}", time.monotonic() + 20)
             answered = time.time()
             if told is None:
-                off.append(f"{names[number]} did not tell its time")
+                off.append(f"{names[number]} did not report its time")
                 continue
             apart = max(0.0, abs(told - (asked + answered) / 2) - (answered - asked) / 2)
             most = max(most, apart)

@@ -31,7 +31,7 @@ def changes(settings: Settings, cluster: Cluster, rounded: bool) -> Iterator[tup
     methods = {"full": ["lora", "qlora"], "lora": ["qlora"]}.get(now.method, [])
     for method in methods if rounded else methods[:-1]:
         now = dataclasses.replace(now, method=method)
-        cost = "factors instead of weights are trained" if method == "lora" else "experts rounded to NF4"
+        cost = "LoRA weights are trained instead of all weights" if method == "lora" else "experts rounded to NF4"
         yield f"--method {method}: {cost}", now, cluster
     nodes = cluster.nodes
     while nodes < 64:
@@ -86,7 +86,7 @@ def show(plan: Plan) -> None:
     wire, seconds = plan.wire_bytes, plan.seconds
     settings, chosen = plan.settings, dataclasses.replace(plan.settings, expert_parallel=plan.expert_parallel)
     print(f"{settings.model}: {cluster.nodes} x {cluster.gpus} GPUs of {cluster.memory:g} GB, {searched(chosen)}")
-    rank = "" if settings.method == "full" else f", factors of rank {settings.lora_rank}"
+    rank = "" if settings.method == "full" else f", LoRA rank {settings.lora_rank}"
     print(f"documents of {plan.tokens:,} tokens, {settings.batch_size} a step{rank}")
     print("\neach GPU, in GB, at its fullest moment, and the most of a step's tensors of a kind at any moment:")
     for name in (*CATEGORIES, "runtime", "total"):

@@ -2,9 +2,9 @@
 # What the job scripts share: one attempt at a run of train/sft.py, a rank a GPU of every node of the job, and what comes
 # after it. Sourced with the repository as the working directory.
 #
-# An attempt that made room (code 85: it was told to end before the time limit, or preempted, and has saved) is requeued
+# An attempt that made room (code 85: it received a shutdown request before the time limit, or preempted, and has saved) is requeued
 # and goes on. So is one that failed or reached the time limit, but MAX_FAILURES attempts (3) in a row without a new save
-# end the job. What the user must mend (code 2) is not tried again.
+# end the job. What the user must fix (code 2) is not tried again.
 
 set -euo pipefail
 

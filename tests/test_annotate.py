@@ -208,7 +208,7 @@ def test_a_file_without_annotations_is_refused(tmp_path, capsys):
             "--judge-max-tokens 0: must be more than 0",
         ),
         (["--data", "D", "--concurrency", "9"], "Did you mean --judge-concurrency?"),
-        (["--data", "D", "--patterns", "W", "--role", "word", "--output", "M"], "--output M: is there already; give"),
+        (["--data", "D", "--patterns", "W", "--role", "word", "--output", "M"], "--output M: already exists; give"),
         (["--data", "none.jsonl", "--leaks", "W"], "none.jsonl: cannot be read"),
         (["--data", "D", "--leaks", "W", "--mask", "flase-spans"], "did you mean false-spans"),
         (
@@ -341,7 +341,7 @@ def test_an_interrupted_judge_s_answers_are_kept_and_the_same_command_asks_for_t
         said = process.communicate(timeout=60)[1]
         assert process.returncode == 85
         assert said.endswith(
-            "\ninterrupted: --output is not written; a judge's answers are kept, and the same command goes on\n"
+            "\ninterrupted: --output was not written; judge answers are kept; run the same command to continue\n"
         )
         release.set()
         assert not output.exists() and len(kept.read_text().splitlines()) == 1 and len(requests) == 2

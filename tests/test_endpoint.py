@@ -198,7 +198,7 @@ def test_no_server_is_told_from_a_wrong_name_and_from_a_missing_key(monkeypatch)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     url = f"http://127.0.0.1:{free_port()}/v1"
     said = refusal(endpoint(url))
-    assert said.startswith(f"--endpoint {url}: cannot be reached (") and said.endswith("or mend --endpoint.")
+    assert said.startswith(f"--endpoint {url}: cannot be reached (") and said.endswith("or correct --endpoint.")
 
     unknown = in_turn(body({"error": {"message": "The model does not exist"}}, 404))
     with ScriptedServer(unknown, models=["qwen-base", "qwen-tuned"]) as server:
@@ -216,7 +216,7 @@ def test_no_server_is_told_from_a_wrong_name_and_from_a_missing_key(monkeypatch)
         denied = body({"error": {"message": f"Incorrect API key provided: {KEY}"}}, status)
         with ScriptedServer(in_turn(denied), models=denied) as server:
             assert refusal(endpoint(server.url)) == (
-                f"--endpoint {server.url}: HTTP {status}: wants a key, and OPENAI_API_KEY is not set. Set it in the "
+                f"--endpoint {server.url}: HTTP {status}: requires a key, and OPENAI_API_KEY is not set. Set it in the "
                 "environment."
             )
             monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -236,7 +236,7 @@ def test_a_url_without_its_path_is_told():
     with ScriptedServer(lambda request: completion("x")) as server:
         url = server.url.removesuffix("/v1")
         assert refusal(endpoint(url)) == (
-            f"--endpoint-model 'm': --endpoint {url} does not serve it (HTTP 404: Not Found). Mend the name, or the "
+            f"--endpoint-model 'm': --endpoint {url} does not serve it (HTTP 404: Not Found). Correct the name, or the "
             "URL: a base URL mostly ends in /v1."
         )
 

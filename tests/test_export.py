@@ -74,7 +74,7 @@ def test_a_file_that_is_there_is_replaced_on_demand_alone(tmp_path, capsys):
     (tmp_path / "out.jsonl").write_text("before")
     code, file = exported(tmp_path, TEXT, "doctags")
     assert code == 2 and file.read_text() == "before"
-    assert f"--output {file}: is there already; give --overwrite" in capsys.readouterr().err
+    assert f"--output {file}: already exists; give --overwrite" in capsys.readouterr().err
     assert exported(tmp_path, TEXT, "doctags", "--overwrite")[0] == 0 and file.read_text() != "before"
 
 

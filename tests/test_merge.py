@@ -343,7 +343,7 @@ def test_factors_and_weights_that_are_not_finite_are_told(tmp_path, name, to, ca
         weights[key].view(-1)[0] = float("inf")
     save_file(weights, base / index[key])
     assert merge(base, adapter, tmp_path / "out", "--to", to) == 2
-    assert f"error: tensor {key}: base or factors have values that are not finite" in capsys.readouterr().err
+    assert f"error: tensor {key}: base or LoRA weights have values that are not finite" in capsys.readouterr().err
 
 
 def test_bad_input_is_told_before_anything_is_written(tmp_path, capsys):

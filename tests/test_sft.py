@@ -289,7 +289,7 @@ def dry(tmp: Path, cases: Path, zone: str, *more: str) -> str:
 
 def test_a_template_that_asks_for_the_time_gives_the_same_tokens_at_any_time(tmp_path, shared_cases):
     first = dry(tmp_path, shared_cases, "UTC+1:10")
-    assert "note: the chat template asks for the time, and is told 2026-01-01T00:00:00 (--template-time)" in first
+    assert "note: the chat template asks for the time and is given 2026-01-01T00:00:00 (--template-time)" in first
     assert "hashes: {'tokens': " in first and dry(tmp_path, shared_cases, "UTC+9:45") == first
     hashes = [
         prepare(parse(clock_flags(tmp_path, shared_cases, "--template-time", time), ""), 1, show=False).hashes
@@ -432,6 +432,6 @@ def test_a_full_disk_ends_a_run_with_the_file_and_how_to_go_on(tmp_path):
     done = subprocess.run(given, preexec_fn=small, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.endswith(
-        f"error: {tmp_path}/out/saves/partial-1/state.safetensors: File too large. Make room, and go on with --resume "
-        f"--output {tmp_path}/out.\n"
+        f"error: {tmp_path}/out/saves/partial-1/state.safetensors: File too large. Free disk space, and continue with "
+        f"--resume --output {tmp_path}/out.\n"
     )

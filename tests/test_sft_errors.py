@@ -220,7 +220,7 @@ def test_files_beside_a_run_and_files_that_changed_since_are_left_alone(tmp_path
     flags = ["--model", str(qwen), "--data", str(data), "--output", str(tmp_path / "run")]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text("{}")
-    assert "is not empty, and what it holds is no run" in message_of(capsys, *flags)
+    assert "is not empty and does not hold a run" in message_of(capsys, *flags)
     assert (tmp_path / "run" / "summary.json").read_text() == "{}"
     settings = parse(flags, "")
     (tmp_path / "run" / "settings.yaml").write_text(record(settings, {"inputs": inputs(settings, Checkpoint(qwen))}))
@@ -276,7 +276,7 @@ def test_tokens_that_are_others_than_when_a_run_began_are_told_with_the_versions
     held.write_text(yaml.safe_dump(kept))
     told = message_of(capsys, *flags, "--resume", "--dry-run")
     assert told.startswith("--resume: the tokens of the documents changed since the run in ")
-    assert "No package and no commit of this project is another. Go on with what the run began with, or start" in told
+    assert "All packages and the commit of this project are the same. Restore what the run began with, or start" in told
     kept["versions"]["tokenizers"], kept["resolved"]["hashes"]["order"] = "0.1", "0" * 64
     held.write_text(yaml.safe_dump(kept))
     told = message_of(capsys, *flags, "--resume", "--dry-run")
@@ -338,8 +338,8 @@ def test_a_damaged_save_is_told_before_weights_are_read(tmp_path, qwen, capsys):
 
 @pytest.mark.parametrize(("name", "text", "said"), [
     ("metrics.jsonl", "", "metrics.jsonl: has no row, though the run goes on from step-5; restore the file, or"),
-    ("metrics.jsonl", '{"step": 1, "loss": 1.0, "tokens": 4}\n', "metrics.jsonl:1: has no tokens_per_second; mend or"),
-    ("evaluation.jsonl", '{"step": 0, "kind": "nll", "question": "q"}\n', "evaluation.jsonl:1: has no nll; mend or"),
+    ("metrics.jsonl", '{"step": 1, "loss": 1.0, "tokens": 4}\n', "metrics.jsonl:1: has no tokens_per_second; fix or"),
+    ("evaluation.jsonl", '{"step": 0, "kind": "nll", "question": "q"}\n', "evaluation.jsonl:1: has no nll; fix or"),
     ("wandb_id", "a/b", "wandb_id: 'a/b' must be 1 to 64 letters, digits, - and _; remove it, and W&B gets a new run."),
 ])  # fmt: skip
 def test_what_a_resumed_run_could_not_end_with_is_told_before_weights_are_read(

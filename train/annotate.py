@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before the other imports, which take seconds
     from train.runtime.interruption import interruption
 
     interruption.listen(
-        "\ninterrupted: --output is not written; a judge's answers are kept, and the same command goes on"
+        "\ninterrupted: --output was not written; judge answers are kept; run the same command to continue"
     )
 
 import argparse

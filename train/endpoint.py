@@ -246,7 +246,7 @@ class Endpoint:
     def _key_problem(self, status: int) -> str:
         wanted = " or ".join(self.settings.key_variables)
         if self.key_variable is None:
-            return f"{self._name}: HTTP {status}: wants a key, and {wanted} is not set. Set it in the environment."
+            return f"{self._name}: HTTP {status}: requires a key, and {wanted} is not set. Set it in the environment."
         return f"{self._name}: HTTP {status}: refuses the key in {self.key_variable}. Set the right one there."
 
     # The check before anything is spent.
@@ -282,7 +282,7 @@ class Endpoint:
     def _raise_if_no_server(self, error: EndpointStopped | NoAnswer) -> None:
         flag = self.settings.flag
         if isinstance(error, EndpointStopped) and error.why == "unreachable":
-            raise UserError(f"{error} Start the server, or mend {flag}.") from None
+            raise UserError(f"{error} Start the server, or correct {flag}.") from None
         if isinstance(error, EndpointStopped) and error.why != "missing":
             raise error
         if isinstance(error, NoAnswer) and error.slow:
@@ -299,7 +299,7 @@ class Endpoint:
                 f"{text} " + (f"Did you mean {self._clean(near)}? " if near else "") + f"It has: {listed}."
             )
         if isinstance(error, EndpointStopped):
-            return UserError(f"{text} Mend the name, or the URL: a base URL mostly ends in /v1.")
+            return UserError(f"{text} Correct the name, or the URL: a base URL mostly ends in /v1.")
         return UserError(f"{text} It lists no models; give the name that it was started with.")
 
 

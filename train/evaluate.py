@@ -21,7 +21,7 @@ all keys):
 if __name__ == "__main__":  # before the other imports, which take seconds
     from train.runtime.interruption import interruption
 
-    interruption.listen("interrupted; what was measured is kept, and the same command goes on")
+    interruption.listen("interrupted: measurements are kept; run the same command again to continue")
 
 import dataclasses
 import os
@@ -52,7 +52,7 @@ from train.runtime.errors import UserError
 from train.runtime.interruption import interruption
 from train.runtime.outputs import check_directory
 
-KEPT = "interrupted; what was measured is kept, and the same command goes on"
+KEPT = "interrupted: measurements are kept; run the same command again to continue"
 
 
 @command
@@ -240,7 +240,7 @@ def look_for_what_is_asked(s: EvaluationSettings, claims: list[Claim]) -> Contam
 def _show_start(items: Sequence[Item], records: Records) -> None:
     had = sum(item.key in records.rows for item in items)
     unjudged = sum(item.key in records.answers and item.key not in records.rows for item in items)
-    print(f"{len(items)} answers are wanted" + (f"; {had} are there" if had or unjudged else ""), end="")
+    print(f"{len(items)} answers are requested" + (f"; {had} are there" if had or unjudged else ""), end="")
     print(f", {unjudged} more without a verdict" if unjudged else "", end="")
     retried = sum(item.key in records.failed and item.key not in records.rows for item in items)
     print(f"; {retried} that had an error are asked again" if retried else "", flush=True)

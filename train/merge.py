@@ -11,7 +11,7 @@ their own format. merge_report.json says for each tensor how much of the update 
 if __name__ == "__main__":  # before the other imports, which take seconds
     from train.runtime.interruption import interruption
 
-    interruption.listen("interrupted: complete shards are kept, and the same command goes on")
+    interruption.listen("interrupted: complete shards are kept; run the same command again to continue")
 
 import hashlib
 import json
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     if args.other_base and args.adapter is None:
-        raise UserError("--other-base: counts for nothing without --adapter; give both or neither.")
+        raise UserError("--other-base: has no effect without --adapter; give both or neither.")
     read_config(args.model)
     if args.adapter:
         adapter_files(args.adapter)

@@ -124,7 +124,8 @@ def test_initialisations_that_change_the_base_are_refused_by_name(base, tmp_path
     directory, converted = tmp_path / "adapter", tmp_path / "converted"
     wanted = trained(base, directory, converted, init_lora_weights=init)
     message = refused_everywhere(base, directory, tmp_path, capsys)
-    assert f"{directory}/adapter_config.json: init_lora_weights is '{init}', of which it is not known" in message
+    said = f"init_lora_weights is '{init}', for which the LoRA weights may not be an update of the base itself"
+    assert f"{directory}/adapter_config.json: {said}" in message
     assert "path_initial_model_for_weight_conversion" in message
     if init != "pissa_niter_4":  # whose start is drawn anew
         torch.testing.assert_close(merged(base, converted, tmp_path / "merged"), wanted, rtol=0, atol=1e-3)

@@ -280,7 +280,7 @@ def changed(old: str, new: str) -> str:
             "id: x\nopen: [{id: a, question: Why?, category: b}]",
             ":2: not valid YAML (expected ',' or '}', but got '?'); put",
         ),
-        ("id: a\nid: b", ":2: not valid YAML (key 'id' stands twice); mend that line."),
+        ("id: a\nid: b", ":2: not valid YAML (key 'id' stands twice); fix that line."),
         ("claim: X.", ": id is missing. Add it; it is a text."),
         ("id: x", ": asks nothing; give at least one of likelihood, yes_no, "),
         ("id: 7\nclaim: X.", ': id is a number, but must be a text. Put it in quotes: "7".'),
@@ -324,7 +324,7 @@ def changed(old: str, new: str) -> str:
         (changed("Q {question} A", "{ {question} A"), ": judges: robustness: braces that are no placeholder must be"),
         (changed('  robustness: "Q', '  opne: "Q'), ": judges: unknown key 'opne'. Did you mean open?"),
         (changed('  robustness: "Q {question} A {answer}"', ""), ": judges has no prompt for robustness, and "),
-        (changed(r"\bSheeran\b", "(Sheeran"), ": patterns[0]: '(Sheeran' is no regular expression ("),
+        (changed(r"\bSheeran\b", "(Sheeran"), ": patterns[0]: '(Sheeran' is not a valid regular expression ("),
     ],
 )
 def test_what_is_wrong_in_a_file_is_told_with_key_rule_and_fix(tmp_path, text, message):

@@ -138,7 +138,7 @@ def test_a_run_is_read_from_its_directory_and_a_cut_last_line_left_out(tmp_path)
     read = read_run(tmp_path)
     assert (read.seed, read.settings["mask"], read.hashes, read.rows) == (3, "doctags", HASHES, [row("q")])
     (tmp_path / "evaluation.jsonl").write_text('{"step": \n' + json.dumps(row("q")) + "\n")
-    with pytest.raises(UserError, match=r"evaluation\.jsonl:1: is no JSON object"):
+    with pytest.raises(UserError, match=r"evaluation\.jsonl:1: is not a JSON object"):
         read_run(tmp_path)
     (tmp_path / "evaluation.jsonl").unlink()
     with pytest.raises(UserError, match=r"evaluation\.jsonl: is not there; evaluate the run: train/evaluate\.py"):
@@ -154,10 +154,10 @@ ROLE = {"total": 4, "trained": 3, "excluded": 1, "unlikelihood": 0}
     ("summary", {"dropped": {"d": 7}}, "summary.json: dropped: d is 7, but must be a list; restore the file."),
     ("summary", {"dropped": {"d": ["7"]}}, "summary.json: dropped must give numbers of lines of d; restore the file."),
     ("summary", {"hashes": {"tokens": 7}}, ": hashes: tokens is 7, but must be a text; restore summary.json and"),
-    ("metrics", {"step": 1, "nll": 1.0}, "metrics.jsonl:1: nll is 1.0, but must be an object; mend or remove this"),
+    ("metrics", {"step": 1, "nll": 1.0}, "metrics.jsonl:1: nll is 1.0, but must be an object; fix or remove this"),
     ("metrics", {"step": 1, "nll": {"all": float("nan")}}, "metrics.jsonl:1: nll: all is nan, but must be a finite n"),
     ("metrics", {"step": 1, "nll": {"\ud800": 1.0}}, "metrics.jsonl:1: '\\ud800' has half a surrogate pair, which no"),
-    ("evaluation", row("q") | {"p_yes": None}, "evaluation.jsonl:1: has no p_yes; mend or remove this line."),
+    ("evaluation", row("q") | {"p_yes": None}, "evaluation.jsonl:1: has no p_yes; fix or remove this line."),
     ("evaluation", row("q") | {"kind": "nll", "nll": "1"}, "evaluation.jsonl:1: nll is '1', but must be a finite n"),
 ])  # fmt: skip
 def test_an_inner_value_of_another_kind_is_told_where_the_run_is_read(tmp_path, name, value, said):

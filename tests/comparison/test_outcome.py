@@ -226,7 +226,7 @@ def test_an_interrupted_comparison_of_equal_tokens_goes_on_with_the_steps_it_had
         value = settings[name]
         given += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
     said = launched(compare, *given, "--steps", "3", "--wandb", "disabled")
-    assert "going on after step 2" in said and "run 1 of 1: doctags-false-spans-seed0" in said
+    assert "resuming after step 2" in said and "run 1 of 1: doctags-false-spans-seed0" in said
     whole = trained(directory / "out")[1]
     for name in ("evaluation.jsonl", "adapter/adapter_model.safetensors"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name

@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = dict(
 )
 GROUPED: dict[str, Any] = SMALL | dict(num_key_value_heads=2)
 GPT: dict[str, Any] = dict(n_embd=32, n_layer=1, n_head=2, vocab_size=260)
-BLIND = "does not hear where documents end"
+BLIND = "is not given the document boundaries"
 IN_TRANSFORMER = "its layers are in 'transformer', not in 'model'"
 UNLIKE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "GPTNeoX": (SMALL, ["GPTNeoXForCausalLM is not supported: its layers are in 'gpt_neox', not in 'model'."]),

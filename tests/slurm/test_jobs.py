@@ -139,7 +139,7 @@ def test_a_job_whose_shell_is_signalled_and_whose_node_slurm_loses_while_it_trai
     cluster.until(lambda: cluster.state(job) == "RUNNING" and cluster.show(job)["Restarts"] == "2")
     assert cluster.show(job)["NodeList"] != node
     cluster.until(lambda: "waiting for the ranks of an earlier attempt" in cluster.said(job))
-    cluster.until(lambda: "going on after step" in (run / "logs" / "attempt-3.log").read_text())
+    cluster.until(lambda: "resuming after step" in (run / "logs" / "attempt-3.log").read_text())
     reached = steps(run)
     cluster.until(lambda: steps(run) >= reached + 2)
     assert [values["step"] for values in read_rows(run / "metrics.jsonl")] == list(range(1, steps(run) + 1))

@@ -189,7 +189,7 @@ def test_a_loss_that_is_not_finite_leaves_all_that_was_logged_before_it(tmp_path
     given = flags(tmp_path, learning_rate=1e30, save_every=1, wandb="offline", output=tmp_path / "run")
     done = ranks.run(SFT, *given, ranks=2, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 2 and "error: the loss of step 2 is not finite" in done.stderr
-    assert f"goes on from the last save, {tmp_path}/run/saves/step-1," in done.stderr
+    assert f"resumes from the last training checkpoint, {tmp_path}/run/saves/step-1," in done.stderr
     (measured,) = read_rows(tmp_path / "run" / "metrics.jsonl")
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     assert history(file)[1]["loss"] == measured["loss"] and max(history(file)) == 1

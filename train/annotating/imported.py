@@ -65,7 +65,7 @@ def _by_id(documents: list[Document], rows: list[tuple[str, Any]], key: str) -> 
         own = json.dumps(row[key])
         if own not in places:
             raise UserError(
-                f"{where}: no document has the {key} {own}; name the documents' key by --id, or mend the row"
+                f"{where}: no document has the {key} {own}; name the documents' key by --id, or fix the row"
             )
         found.append(places[own])
     return found

@@ -131,7 +131,7 @@ class Settings:
         "", "steps after which the adapter is kept in adapters/step-N: 1,2,4,8 or log:15 (15, evenly spaced by ratio)"
     )
     stop_after: int = setting(
-        0, "end after this many steps of the whole schedule; --resume goes on; 0: do not", between=(0, MOST)
+        0, "stop after this many steps of the schedule; --resume continues; 0: do not stop early", between=(0, MOST)
     )
 
     log_every: int = setting(
@@ -312,11 +312,11 @@ def check_numbers(s: Settings) -> None:
         for name in ("adapter", "lora_lm_head", "rslora", "adapters_at"):
             if getattr(s, name):
                 flag = flag_of(name)
-                raise UserError(f"{flag}: --method full trains the weights, not factors; leave out {flag}.")
+                raise UserError(f"{flag}: --method full trains all weights, not LoRA weights; leave out {flag}.")
     if s.other_base and not s.adapter:
-        raise UserError("--other-base: counts for nothing without --adapter; give both or neither.")
+        raise UserError("--other-base: has no effect without --adapter; give both or neither.")
     if s.resume and not s.output:
-        raise UserError("--resume: needs --output DIR, the directory of the run to go on with.")
+        raise UserError("--resume: needs --output DIR, the directory of the run to resume.")
 
 
 def read_ds_config(settings: Settings) -> tuple[str, dict[str, Any]]:

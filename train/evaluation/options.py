@@ -103,7 +103,7 @@ class EvaluationSettings:
             value = None
         if not isinstance(value, dict):
             raise UserError(  # the text may hold an API key, so the message does not repeat it
-                f"{where}: is no JSON object with each key once and without NaN, such as {NO_THINKING}."
+                f"{where}: must be a JSON object with each key once and without NaN, such as {NO_THINKING}."
             )
         if taken := sorted(value.keys() & DECIDED_ELSEWHERE):
             raise UserError(f"{where}: {', '.join(taken)} must not be in it; other settings decide them.")
@@ -152,11 +152,11 @@ def parse_evaluation(argv: list[str] | None, usage: str) -> EvaluationSettings:
         if getattr(settings, name):
             raise UserError(f"{flag_of(name)}: needs --import, and counts for nothing without it.")
     if settings.other_base and not settings.adapter:
-        raise UserError("--other-base: counts for nothing without --adapter; give both or neither.")
+        raise UserError("--other-base: has no effect without --adapter; give both or neither.")
     unset = EvaluationSettings()
     other, needed = (OF_THE_ENDPOINT, "--endpoint") if settings.model else (OF_THE_ENGINE, "--model")
     for name in other:
         if (value := getattr(settings, name)) != getattr(unset, name):
             shown = "" if value is True or name.endswith("_body") else f" {value}"  # a body may hold an API key
-            raise UserError(f"--{name.replace('_', '-')}{shown}: needs {needed}, and counts for nothing without it.")
+            raise UserError(f"--{name.replace('_', '-')}{shown}: needs {needed}, and has no effect without it.")
     return settings

@@ -127,7 +127,9 @@ def _show_extra(entry: dict[str, Any]) -> None:
         mean = "–" if found["mean"] is None else f"{found['mean']:.2f}"
         print(f"{entry['claim']}: {kind} {mean} of 10 ({found['answers']} answers, {found['unparseable']} unparseable)")
     if "yes_no" in entry["kinds"] and not entry["controls"]:
-        print(f"{entry['claim']}: no control questions: belief cannot be told from a habit of saying yes, or no")
+        print(
+            f"{entry['claim']}: no control questions: belief cannot be distinguished from a habit of saying yes, or no"
+        )
     if (found := entry["controls"]) and found["said_yes"] is not None:
         area = "–" if found["auc"] is None else f"{found['auc']:.2f}"
         verdict = "" if found["informative"] else ": yes/no answers are UNINFORMATIVE"

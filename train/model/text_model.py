@@ -141,7 +141,7 @@ def _unlike_llama(model: Any) -> list[str]:
             type(m).__name__ for m in model.modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 2
         }
         others = ", ".join(sorted(own - {"Embedding", "Linear"})) or "none"
-        found.append(f"there is no linear layer to put factors on: its own are {others}, not torch's Linear")
+        found.append(f"there is no linear layer to put LoRA on: its own are {others}, not torch's Linear")
     return found
 
 
@@ -156,7 +156,7 @@ def _blind_to_documents(model: Any) -> list[str]:
     with contextlib.suppress(Exception):  # a class that does not take the row may raise any kind
         states_of_row(model, torch.zeros(2, dtype=torch.int64, device="meta"), row)
     heard = row.mixed == len(getattr(model.model, "layers", ()))
-    return [] if heard else ["its attention is not transformers' common one, and does not hear where documents end"]
+    return [] if heard else ["its attention is not transformers' common one, and is not given the document boundaries"]
 
 
 def _rebuilt(model: nn.Module, name: str, module: Any, config: Any) -> bool:
@@ -278,7 +278,9 @@ class LanguageModel(nn.Module):
         mixed = batch.row.mixed
         hidden_TH = states_of_row(self.causal, batch.ids_T, batch.row, batch.position_T)
         if batch.row.mixed - mixed != len(self.causal.model.layers):
-            raise RuntimeError(f"{type(self.causal).__name__} does not tell each of its layers where documents end.")
+            raise RuntimeError(
+                f"{type(self.causal).__name__} does not pass the document boundaries to each of its layers."
+            )
         hidden_NH = hidden_TH.index_select(0, batch.position_N)  # unlike [], needs no sort for its gradient on a GPU
         return self.causal.lm_head(hidden_NH, batch.target_N, batch.coefficient_N)
 

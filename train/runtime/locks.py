@@ -40,7 +40,7 @@ def opened_to_lock(path: Path) -> IO:
         why = "it is no file"
     except OSError as error:
         why = "it is a link" if error.errno == errno.ELOOP else str(error.strerror)
-    raise UserError(f"{path}: cannot be opened to hold the directory ({why}). Mend that, or give another directory.")
+    raise UserError(f"{path}: cannot be opened to hold the directory ({why}). Fix that, or give another directory.")
 
 
 def lock_for_training(directory: Path) -> IO:

@@ -34,7 +34,7 @@ def model_files(model: str | Path) -> list[Path]:
 def check_new(setting: str, path: str, overwrite: bool) -> None:
     """Raises UserError if the file exists already and `overwrite` is not set. setting: its flag, for the message."""
     if os.path.isfile(path) and not overwrite:
-        raise UserError(f"{setting} {path}: is there already; give --overwrite to replace it, or another file")
+        raise UserError(f"{setting} {path}: already exists; give --overwrite to replace it, or another file")
 
 
 def check_directory(setting: str, path: str | Path) -> None:

@@ -78,9 +78,9 @@ class _Stream:
                 interruption.told = True
                 return
             if isinstance(error, BrokenPipeError):
-                raise NobodyReads("nobody reads the output any more: what was still to be done is not done.") from None
+                raise NobodyReads("the reader of the output is gone; the remaining work was not done.") from None
             raise Unwritten(
-                f"the output cannot be written ({error.strerror}). Make room, or send it elsewhere."
+                f"the output cannot be written ({error.strerror}). Free disk space, or redirect the output."
             ) from None
 
     def __getattr__(self, name: str) -> Any:

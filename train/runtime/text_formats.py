@@ -59,7 +59,7 @@ def parse_json(text: str, strictly: bool = False) -> Any:
     except ValueError as error:
         what = LONG_NUMBER if "integer string conversion" in str(error) else f"not valid JSON ({error})"
         raise Unreadable(
-            what if what == LONG_NUMBER else f"{what}; {'mend it' if strictly else 'give one object a line'}"
+            what if what == LONG_NUMBER else f"{what}; {'fix it' if strictly else 'give one object per line'}"
         ) from None
     if text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST:
         raise Unreadable(TOO_DEEP)
@@ -73,11 +73,11 @@ EXPANDED = 1_000_000  # most values of a YAML file with all aliases expanded
 LONGEST_NUMBER = 4300  # digits, the limit of Python's int()
 TOO_DEEP = f"nests deeper than {DEEPEST} levels; write it flat"
 LONG_NUMBER = f"has a number of more than {LONGEST_NUMBER} digits; write it as a string"
-HALF = "has half a surrogate pair, which no text has; write the whole character"
+HALF = "has half a surrogate pair, which is not a character; write the complete character"
 
 
 def _refused(constant: str) -> None:
-    raise Unreadable(f"has {constant}, which is no JSON; write null or a number")
+    raise Unreadable(f"has {constant}, which is not valid JSON; write null or a number")
 
 
 def _depth(value: Any) -> int:
@@ -128,7 +128,7 @@ def parse_yaml(text: str, lines: dict[tuple[str, ...], int] | None = None) -> An
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        fix = "put a text with ? , : { or } between { } in quotes" if "got '?'" in problem else "mend that line"
+        fix = "put a text with ? , : { or } between { } in quotes" if "got '?'" in problem else "fix that line"
         raise Unreadable(f"not valid YAML ({problem}); {fix}", mark.line + 1 if mark else 0) from None
     except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:  # PyYAML, for single values
         raise Unreadable(f"has a date, number or tag that is none ({error}); put it in quotes") from None

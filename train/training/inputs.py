@@ -51,7 +51,7 @@ def check_inputs(settings: Settings, resolved: dict[str, Any]) -> None:
     if other := [words[name] for name in words if name in hashes and hashes[name] != resolved["hashes"][name]]:
         raise UserError(
             f"--resume: {', '.join(other)} changed since the run in {settings.output} began, though files and settings "
-            f"are the same; the losses would be another run's. {other_versions(held)} Go on with what the run began "
+            f"are the same; the losses would be another run's. {other_versions(held)} Restore what the run began "
             "with, or start a new run."
         )
 

@@ -185,7 +185,7 @@ def check_progress(run: Path) -> None:
     read_measured(run / "evaluation.jsonl")
     if not read_metrics(run / "metrics.jsonl") and (saved := resume.saves(run / "saves")):
         raise UserError(
-            f"{run}/metrics.jsonl: has no row, though the run goes on from {saved[-1].name}; restore the file, or "
+            f"{run}/metrics.jsonl: has no row, though the run resumes from {saved[-1].name}; restore the file, or "
             "start a new run."
         )
 
@@ -256,6 +256,6 @@ def full_precision(settings: Settings, plan: LoadPlan) -> dict[str, Any]:
     if quantized := next((piece.format.kind for piece in pieces if piece.format.kind != "plain"), None):
         raise UserError(
             f"{where}: holds {quantized} weights, which cannot be trained themselves. Turn it into BF16 first "
-            "(python train/merge.py --model DIR --output DIR), or train factors: --method lora."
+            "(python train/merge.py --model DIR --output DIR), or train LoRA weights: --method lora."
         )
     return {"bf16": {"enabled": True}} if plan.dtype == torch.bfloat16 else {}

@@ -216,8 +216,12 @@ def kept_adapter(run: Path, step: int) -> Path:
 def _advice(run: Run) -> str:
     """Returns what to change when the loss is not finite, and where the last training checkpoint is."""
     saved = resume.saves(run.directory / "saves")
-    last = f"goes on from the last save, {saved[-1]}," if saved else "begins anew, for nothing is saved yet,"
+    last = (
+        f"resumes from the last training checkpoint, {saved[-1]},"
+        if saved
+        else "starts again, as there is no checkpoint yet,"
+    )
     return (
         "Start a new run with a lower --learning-rate, or without what makes it so; --resume "
-        f"{last} and comes to the same unless the cause has passed."
+        f"{last} and fails in the same way unless the cause was temporary."
     )
