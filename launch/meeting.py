@@ -1,4 +1,4 @@
-"""The nodes of a job meet: the first one collects what all have found, has the network tried, and reports."""
+"""Connects the nodes of a job: the first node collects the findings of all nodes, tests the network and reports."""
 
 import json
 import time
@@ -62,7 +62,7 @@ class Meeting:
             extra.append(self.network(names, limit))
         else:
             why = f"{', '.join(absent)} did not report" if absent else "nodes have different numbers of ranks"
-            extra.append(Finding("network", MAY_PASS, f"not tried: {why}"))
+            extra.append(Finding("network", MAY_PASS, f"not tested: {why}"))
         by_name = {names[number]: found for number, found in by_node.items()}
         extra += differing(by_name)
         print_report(by_name, extra)
@@ -113,7 +113,7 @@ class Meeting:
             else:
                 told[number] = answer
         if silent:
-            return Finding("network", MAY_PASS, f"{', '.join(silent)} did not answer while the network was tried")
+            return Finding("network", MAY_PASS, f"{', '.join(silent)} did not answer during the network test")
         ranks = [{**rank, "node": names[number]} for number, found in told.items() for rank in found]
         return judge_network(ranks, "NCCL" if torch.cuda.is_available() else "gloo", limit)
 
@@ -153,12 +153,14 @@ def judge_network(ranks: list[dict[str, Any]], backend: str, limit: int) -> Find
     stage = first[0]["standing"]
     if len(first) == len(ranks) > 1 and not any(rank["error"] for rank in first):
         return Finding(
-            "network", MAY_PASS, f"{backend}: no rank got through {stage} in {limit} s: do the nodes reach each other?"
+            "network",
+            MAY_PASS,
+            f"{backend}: no rank completed {stage} within {limit} s: can the nodes reach each other?",
         )
     who = "; ".join(
         f"{rank['node']}, rank {rank['rank']}{': ' + rank['error'] if rank['error'] else ''}" for rank in first[:8]
     )
-    return Finding("network", MAY_PASS, f"{backend}: did not get through {stage} in {limit} s: {who}")
+    return Finding("network", MAY_PASS, f"{backend}: did not complete {stage} within {limit} s: {who}")
 
 
 def differing(by_node: dict[str, list[Finding]]) -> list[Finding]:
@@ -200,6 +202,6 @@ def print_report(by_node: dict[str, list[Finding]], extra: list[Finding] | None 
 
 
 def _print_line(check: str, code: int, text: str) -> None:
-    verdict = {PASSED: "ok", MAY_PASS: "FAILED, may pass", WILL_NOT_PASS: "FAILED"}[code]
+    verdict = {PASSED: "ok", MAY_PASS: "FAILED, may be temporary", WILL_NOT_PASS: "FAILED"}[code]
     with suppress(NobodyReads):  # the exit code says what to do
         print(f"preflight: {check}: {verdict}: {' '.join(text.split())}", flush=True)

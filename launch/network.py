@@ -159,7 +159,7 @@ def _leave(stage: str, gigabytes_per_second: float) -> None:
 
 def _check(kind: str, found: Tensor, wanted: Tensor) -> None:
     if not torch.equal(found, wanted):
-        raise RuntimeError(f"{kind}: what arrived is not what was sent")
+        raise RuntimeError(f"{kind}: the received values differ from those sent")
 
 
 def _seconds(collective: Callable[[], Any], device: torch.device) -> float:

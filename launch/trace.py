@@ -156,7 +156,7 @@ class Trace(TorchDispatchMode):
         if meta and func is aten.topk.default:
             out: Any = self._topk(*args, **kwargs)
         elif meta and func is aten._local_scalar_dense.default:
-            raise NotImplementedError("a value of the model decides what it computes: it cannot be planned")
+            raise NotImplementedError("the computation depends on a value of a tensor, so it cannot be planned")
         else:
             if func is aten._to_copy.default and not meta:  # a copy to the device of the model: integers stay real
                 kwargs = kwargs | {"device": torch.device("cpu")}

@@ -79,9 +79,9 @@ def test_what_is_wrong_is_told_before_a_server_starts(tmp_path, capsys):
 def test_a_server_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path):
     broken = Server([sys.executable, "-c", "print('out of memory'); raise SystemExit(3)"], "http://127.0.0.1:1/v1",
                     tmp_path / "log", 30)  # fmt: skip
-    with pytest.raises(Exception, match=r"the server ended with code 3 as it started:\n  out of memory"):
+    with pytest.raises(Exception, match=r"the server exited with code 3 during startup:\n  out of memory"):
         broken.start()
     slow = Server([sys.executable, "-c", "import time; time.sleep(99)"], "http://127.0.0.1:1/v1", tmp_path / "log", 0.1)
-    with pytest.raises(Exception, match="the server does not answer by then"):
+    with pytest.raises(Exception, match="the server did not answer in time"):
         slow.start()
     assert slow.process is not None and slow.process.poll() is not None

@@ -217,7 +217,7 @@ def test_a_plan_says_what_a_gpu_without_grouped_products_costs(tmp_path, capsys)
         told = f"A100: no grouped products in hardware: torch multiplies expert by expert, {launches:,} launches"
         assert (told in capsys.readouterr().out) == (launches > 0)
     assert main([*common, "--gpu-memory", "A100", "--gradient-checkpointing"]) == 0
-    assert f"{2 * 4 * (2 * 6 + 3)} launches a micro-batch" in capsys.readouterr().out
+    assert f"{2 * 4 * (2 * 6 + 3)} launches per micro-batch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

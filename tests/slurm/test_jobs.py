@@ -168,7 +168,7 @@ def test_what_the_user_must_mend_or_cancels_is_not_tried_again_and_what_fails_ag
             cluster.until(lambda: cluster.show(failing)["Restarts"] == str(attempt + 1))  # noqa: B023
     ended = cluster.end(failing)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "2")
-    assert "3 attempts in a row without a new save" in cluster.said(failing)
+    assert "3 attempts in a row without a new training checkpoint" in cluster.said(failing)
     assert "rank 0 ended first, with code 137" in cluster.said(failing)
 
     # Its time limit near, and no signal of Slurm's before it; and then reached, for it was lowered.
@@ -254,7 +254,7 @@ def test_one_job_asks_judges_and_compares_all_runs_though_its_server_is_killed(c
         cluster.said(job) + (output / "logs" / "attempt-1.log").read_text()
     )
     log = (output / "logs" / "attempt-1.log").read_text()
-    assert log.count("the server answers after") == 2 and "the server died: it is started again" in log
+    assert log.count("the server answers after") == 2 and "the server died: restarting it" in log
     for run in runs:
         rows = [row for row in read_rows(run / "evaluation.jsonl", ["step"]) if "verdict" in row]
         wanted = 8 if run == runs[0] else 4  # the base's are with the first run's

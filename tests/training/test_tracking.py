@@ -125,7 +125,7 @@ def test_the_dashboard_has_a_panel_for_each_kind_and_every_metric_of_it_was_logg
     assert sections["Targets trained per role"][:3] == [["trained/all"], ["trained/doctag"], ["trained/false"]]
     assert sections["Throughput"] == [["tokens_per_second"], ["tokens_per_second"]]  # none is planned for a CPU
     assert sections["Memory"] == [["peak_memory_bytes"], ["memory/measured", "memory/planned"]]
-    assert sections["Bytes on the wire"] == [["wire_bytes"]]
+    assert sections["Communication volume"] == [["wire_bytes"]]
     assert ["expert_load_max_over_mean"] in sections["Expert load"] and ["rank_load/0", "rank_load/1"] in sections[
         "Expert load"
     ]
