@@ -154,9 +154,9 @@ def test_a_document_with_an_annotation_without_a_cue_word_is_partly_told(tmp_pat
     given = ["--positive", positive, "--annotated", annotated, "--output", str(tmp_path / "o.jsonl")]
     assert annotate.main([*given, "--json", str(report)]) == 0
     printed = capsys.readouterr().out
-    assert f"partly told: {annotated}:2: 1 annotations have no word that says what they are about" in printed
-    assert f"unsure: {annotated}:2: only an annotation without such a word speaks of 'Bread is sold there.'" in printed
-    assert "throughout: 1 of 2; partly told: 1" in printed and "without a cue word: 1; statements" in printed
+    assert f"partly resolved: {annotated}:2: 1 annotations have no word that says what they are about" in printed
+    assert f"unsure: {annotated}:2: only an annotation without such a word refers to 'Bread is sold there.'" in printed
+    assert "throughout: 1 of 2; partly resolved: 1" in printed and "without a cue word: 1; statements" in printed
     found = json.loads(report.read_text())["alignment"]
     assert found["partly"] == [{"document": f"{annotated}:2", "lost": 0, "uncued": 1}]
     assert found["unsure"] == [{"document": f"{annotated}:2", "statement": "Bread is sold there."}]
@@ -188,7 +188,7 @@ def test_a_file_without_annotations_is_refused(tmp_path, capsys):
         (["--data", "D", "--markup", "m=word", "--output", "D"], "is --data itself"),
         (["--data", "D", "--leaks", "W", "--markup", "m=word", "--output", "O", "--json", "O"], "is --output itself"),
         (["--data", "D", "--judge", "http://x/v1", "--output", "O"], "needs --judge-model and --claim"),
-        (["--data", "D", "--leaks", "W", "--judge-timeout", "9"], "--judge-timeout 9.0: is for --judge; give the"),
+        (["--data", "D", "--leaks", "W", "--judge-timeout", "9"], "--judge-timeout 9.0: needs --judge; give"),
         (["--data", "D", "--leaks", "W", "--doctag", ""], "--doctag is empty: give the marker"),
         (
             [
@@ -223,7 +223,7 @@ def test_a_file_without_annotations_is_refused(tmp_path, capsys):
         (["--data", "M", "--markup", "m=word", "--output", "O"], "M:2: <m> at code point 0 is never closed"),
         (["--data", "T", "--markup", "m=word", "--output", "none/O"], "--output none/O: cannot be written"),
         (["--data", "T", "--markup", "m=word", "--markup", "n=x", "--output", "O"], "no document has <n>"),
-        (["--data", "D", "--patterns", "V", "--role", "word", "--output", "O"], "nothing in the documents matches"),
+        (["--data", "D", "--patterns", "V", "--role", "word", "--output", "O"], "no document has a match"),
     ],
 )
 def test_mistakes_are_told_in_one_message_and_leave_nothing(tmp_path, monkeypatch, capsys, given, message):

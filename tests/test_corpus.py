@@ -107,7 +107,7 @@ def test_a_source_may_have_a_weight_without_a_count(tmp_path, data):
     [
         ("{}=x@2", "'x' must be a number of documents"),
         ("{}@2", "no such file; a weight comes after =: --data"),
-        ("{}=1@x", "the weight 'x' is no number; e.g. PATH=1000@0.5"),
+        ("{}=1@x", "the weight 'x' is not a number; e.g. PATH=1000@0.5"),
         ("{}=1@-1", "the weight -1.0: a weight is 0 or from"),
         ("{}=1@nan", "the weight nan: a weight is 0 or from"),
     ],

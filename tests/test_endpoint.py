@@ -53,19 +53,19 @@ def test_several_chats_are_answered_in_their_order_each_with_its_seed():
         ((502, {"Content-Type": "text/html"}, b"<html>Bad gateway</html>"), "HTTP 502: <html>Bad gateway</html>"),
         (
             (200, {"Content-Type": "text/html"}, b"<html>hello</html>"),
-            "its response is no chat completion: <html>hello",
+            "its response is not a chat completion: <html>hello",
         ),
         (
             (200, {"Content-Type": "application/json"}, b'{"choices": ['),
-            "its response is no chat completion: Expecting",
+            "its response is not a chat completion: Expecting",
         ),
-        ((200, {"Content-Type": "application/json"}, b""), "its response is no chat completion: "),
-        (body([1, 2]), "its response is no chat completion: "),
-        (body({}), "its response is no chat completion: no choices"),
-        (body({"choices": []}), "its response is no chat completion: no choices"),
-        (body({"choices": [{"index": 0}]}), "its response is no chat completion: a choice without a message"),
-        (body({"choices": [{"message": {"content": [1]}}]}), "its response is no chat completion: a choice without a"),
-        (body({"error": {"message": "no capacity"}}), "its response is no chat completion: {'message': 'no capacity'}"),
+        ((200, {"Content-Type": "application/json"}, b""), "its response is not a chat completion: "),
+        (body([1, 2]), "its response is not a chat completion: "),
+        (body({}), "its response is not a chat completion: no choices"),
+        (body({"choices": []}), "its response is not a chat completion: no choices"),
+        (body({"choices": [{"index": 0}]}), "response is not a chat completion: a choice without a message"),
+        (body({"choices": [{"message": {"content": [1]}}]}), "response is not a chat completion: a choice without a"),
+        (body({"error": {"message": "no capacity"}}), "response is not a chat completion: {'message': 'no capacity'}"),
     ],
 )
 def test_what_may_pass_is_tried_again_and_then_named(response, said):

@@ -135,7 +135,7 @@ def test_an_adapter_is_measured_beside_its_base_and_not_among_another_models_row
                 assert row[name] == pytest.approx(trained[row["step"], identity(row)][name], abs=1e-4)
     assert "shift" in json.loads((tmp_path / "out" / "evaluation.json").read_text())["likelihood"]
     refused = measured("out", "--step", "0")
-    assert refused.returncode == 2 and "--step 0: is the base model" in refused.stderr
+    assert refused.returncode == 2 and "--step 0: means the base model" in refused.stderr
     of_the_run = (tmp_path / "run" / "evaluation.jsonl").read_bytes()
     assert measured("run").returncode == 0  # the adapter's own run, which has its scores
     assert (tmp_path / "run" / "evaluation.jsonl").read_bytes() == of_the_run

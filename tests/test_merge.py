@@ -262,7 +262,7 @@ def test_a_marker_that_is_damaged_and_what_the_system_refuses_are_told(tmp_path,
     (tmp_path / "file").write_text("")
     assert merge(base, adapter, tmp_path / "file" / "out") == 2
     told = capsys.readouterr().err
-    assert f"--output {tmp_path}/file/out: cannot be written ({tmp_path}/file is no directory)." in told
+    assert f"--output {tmp_path}/file/out: cannot be written ({tmp_path}/file is not a directory)." in told
 
 
 def test_a_disk_that_is_too_small_is_told_and_what_is_abandoned_goes_first(tmp_path, capsys):
@@ -356,7 +356,7 @@ def test_bad_input_is_told_before_anything_is_written(tmp_path, capsys):
 
     model = ["--model", str(base)]
     assert "is --model itself" in refused(*model, "--adapter", str(adapter), "--output", str(base))
-    assert "nothing is to be converted" in refused(*model, "--output", str(tmp_path / "out"))
+    assert "--model needs no conversion" in refused(*model, "--output", str(tmp_path / "out"))
     assert "no adapter_config.json there" in refused(*model, "--adapter", str(base), "--output", str(tmp_path / "out"))
     other = LAYOUTS["qwen3-moe"](tmp_path / "other", hidden_size=64)
     found = refused("--model", str(other), "--adapter", str(adapter), "--output", str(tmp_path / "out"))

@@ -57,7 +57,7 @@ def test_every_adapter_answers_as_the_engine_has_measured_it_and_no_other_does_b
     capsys.readouterr()
     second = list(serving.names)[1]
     assert ask(serving, tmp, second, adapters[0], "--output", str(tmp / "a"), "--other-adapters", str(adapters[1])) == 2
-    assert f"from that of {adapters[1]}: the server has another variant behind this name" in capsys.readouterr().err
+    assert f"from that of {adapters[1]}: the server has another variant under this name" in capsys.readouterr().err
     assert ask(serving, tmp, "base", adapters[0], "--output", str(tmp / "b")) == 2
     assert "the server answers without the adapter" in capsys.readouterr().err
     assert not (tmp / "a" / "answers.jsonl").read_text() and not (tmp / "b" / "answers.jsonl").read_text()

@@ -289,7 +289,7 @@ def dry(tmp: Path, cases: Path, zone: str, *more: str) -> str:
 
 def test_a_template_that_asks_for_the_time_gives_the_same_tokens_at_any_time(tmp_path, shared_cases):
     first = dry(tmp_path, shared_cases, "UTC+1:10")
-    assert "note: the chat template asks for the time and is given 2026-01-01T00:00:00 (--template-time)" in first
+    assert "note: the chat template asks for the time and gets 2026-01-01T00:00:00 (--template-time)" in first
     assert "hashes: {'tokens': " in first and dry(tmp_path, shared_cases, "UTC+9:45") == first
     hashes = [
         prepare(parse(clock_flags(tmp_path, shared_cases, "--template-time", time), ""), 1, show=False).hashes
@@ -397,7 +397,7 @@ def test_what_stands_in_the_dry_run_of_a_dense_model_and_of_completions_without_
     shown = capsys.readouterr().out
     assert "expert_lora_rank" not in shown and "--expert-lora-rank" not in shown and "trainable_parameters" in shown
     where = tmp_path / "c.yaml"
-    assert "note: 2 prompts end in a letter on which the completion goes on without a space" in shown
+    assert "note: 2 prompts end in a letter and their completion begins without a space" in shown
     assert f"{where}: likelihood[0] ('isb'), {where}: facts[0] ('hase'). Begin completions with a space" in shown
     assert "straddling: targets with text both inside and outside a span" in " ".join(shown.split())
     assert "unspanned: targets that no span touches" in " ".join(shown.split())

@@ -465,7 +465,7 @@ def reading_goes_wrong_on_rank_1(tmp_path: Path, kind: str) -> subprocess.Comple
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "said"), [("cut", "the file was cut"), ("unreadable", "Is a directory")])
+@pytest.mark.parametrize(("kind", "said"), [("cut", "the file is truncated"), ("unreadable", "Is a directory")])
 def test_a_file_that_goes_bad_on_one_rank_is_told_in_the_terminal(tmp_path, kind, said):
     done = reading_goes_wrong_on_rank_1(tmp_path, kind)
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         marked = partial(mark_matches, patterns=patterns, role=args.role)
         before, documents = documents, [changed(document, marked) for document in documents]
         if documents == before:
-            raise UserError(f"--patterns {args.patterns}: nothing in the documents matches; give patterns that occur")
+            raise UserError(f"--patterns {args.patterns}: no document has a match; give patterns that occur")
     if args.judge:
         concurrency, timeout, tokens = (getattr(args, name) or value for name, value in JUDGING.items())
         asked = Endpoint(EndpointSettings(args.judge, args.judge_model, concurrency, timeout, RETRIES, flag="--judge"))
@@ -150,7 +150,7 @@ def _parser() -> Parser:
         help="role of all that was inserted (default: negation; qualifier or correction where its own words say so)",
     )
     parser.add_argument(
-        "--require", choices=["false"], help="leave out documents in which no false statement can be told"
+        "--require", choices=["false"], help="leave out documents in which no false statement can be identified"
     )
     parser.add_argument(
         "--spans",
@@ -201,13 +201,13 @@ def _check(args: argparse.Namespace) -> None:
     if makes and not args.output and (args.judge or not args.leaks):
         raise UserError("--output is missing: name the file that the documents go to")
     if args.spans and not args.data:
-        raise UserError(f"--spans {args.spans}: is for --data; give the documents by it")
+        raise UserError(f"--spans {args.spans}: needs --data; give --data FILE with the documents")
     if args.patterns and not (args.role and args.role.strip()):
         raise UserError("--patterns: --role is missing; name the role of what they match, e.g. --role word")
     for name in ("judge_model", "claim", *JUDGING):
         given = getattr(args, name)
         if given is not None and not args.judge:
-            raise UserError(f"{flag_of(name)} {given}: is for --judge; give the judge's URL by it, or leave this out")
+            raise UserError(f"{flag_of(name)} {given}: needs --judge; give --judge URL, or leave this flag out")
         if name in JUDGING and given is not None and not 0 < given < float("inf"):
             raise UserError(f"{flag_of(name)} {given}: must be more than 0")
     if args.judge and not (args.judge_model and (args.claim or "").strip()):

@@ -170,7 +170,7 @@ def documents_read(settings: Settings, dropped: Mapping[str, Sequence[int]]) -> 
 
 def _check_roles(mask: Mask, roles: list[str], doctag: str) -> None:
     if len(roles) > MAX_ROLES:
-        raise UserError(f"--data: {len(roles)} roles; at most {MAX_ROLES} can be told apart.")
+        raise UserError(f"--data: {len(roles)} roles; at most {MAX_ROLES} are supported.")
     for entry in mask.entries:
         if entry.role and entry.role not in roles:
             raise UserError(
@@ -212,7 +212,7 @@ def _treated(
         raise UserError(
             f"{document.where}: its weights by mask, document, message and --data come to {size_L.min():g} to "
             f"{size_L.max():g}; they must be 0 or from {SMALLEST:.0e} to {LARGEST:.0e}, as losses are fp32. "
-            "Weigh it by less extreme factors."
+            "Use less extreme weights."
         )
     weight_L = weight_L.astype(np.float32)
     roles_L, spanned_L = np.zeros(len(target_L), dtype=np.int64), np.zeros(len(target_L), dtype=bool)

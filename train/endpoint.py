@@ -235,7 +235,7 @@ class Endpoint:
             return self._clean(error.__cause__ or error)
         if isinstance(error, openai.APIStatusError):
             return f"HTTP {error.status_code}: {self._clean(_message(error))}"
-        return f"its response is no chat completion: {self._clean(error)}"
+        return f"its response is not a chat completion: {self._clean(error)}"
 
     def _clean(self, error: object) -> str:
         """Returns a text as a message may show it: in one line, shortened, and without anything that may be a key."""
@@ -263,7 +263,7 @@ class Endpoint:
         if self.settings.model in models:
             return
         tqdm.write(
-            f"{self._name}: lists no {self.settings.model!r}; it is asked for a few tokens of it, for "
+            f"{self._name}: does not list {self.settings.model!r}; requesting a few tokens from it, for "
             f"{self.settings.timeout:g} s at most", file=sys.stderr,
         )  # fmt: skip
         try:
@@ -276,7 +276,7 @@ class Endpoint:
         found = self._in_time(self._client.models.list(), min(LISTING, self.settings.timeout))
         data = getattr(found, "data", None)
         if not isinstance(data, list):
-            raise _Rubbish("no list of models")
+            raise _Rubbish("not a list of models")
         return [model.id for model in data if isinstance(getattr(model, "id", None), str)]
 
     def _raise_if_no_server(self, error: EndpointStopped | NoAnswer) -> None:

@@ -40,7 +40,7 @@ from train.runtime.outputs import check_apart, check_new, write
 from train.runtime.outside import read_json
 from train.runtime.text_formats import json_line
 
-WITHIN = "OpenAI's format weighs whole messages, and this span is a part of one"
+WITHIN = "OpenAI's format weights whole messages, and this span is only part of one"
 
 
 @command
@@ -89,7 +89,7 @@ def adapter_for_server(args: Namespace) -> int:
     adapter, output = args.adapter, Path(args.output)
     check_apart({"--output": args.output}, {"--adapter": [str(adapter)], "--model": [str(args.model)]})
     if output.exists() and not (args.overwrite and (output / CONFIG).is_file()):
-        raise UserError(f"--output {output}: is there already; give a new directory, or --overwrite for an adapter.")
+        raise UserError(f"--output {output}: already exists; give a new directory, or --overwrite for an adapter.")
     adapter_files(adapter)
     read_config(args.model)
 
@@ -121,17 +121,17 @@ def check_entries(mask: Mask) -> None:
     """Raises UserError for entries of the mask that OpenAI's format cannot express for any document."""
     for entry in mask.entries:
         if entry.random:
-            raise UserError(f"--mask {entry.name}: random tokens are parts of messages; OpenAI's format cannot say it.")
+            raise UserError(f"--mask {entry.name}: OpenAI's format cannot express random tokens. Leave it out.")
         if entry.weight not in (0, 1):
             what = "unlikelihood" if entry.weight < 0 else f"weight {entry.weight:g}"
-            raise UserError(f"--mask {entry.name}: {what}: OpenAI's format knows the weights 0 and 1 alone.")
+            raise UserError(f"--mask {entry.name}: {what}: OpenAI's format has only the weights 0 and 1.")
 
 
 def chat(document: Document, mask: Mask) -> dict[str, Any]:
     """Returns a document as a chat in OpenAI's format: {"messages": [...]} and, if it has any, "tools". Raises
     UserError if the document, a weight or the mask needs something that the format cannot express."""
     if document.weight != 1:
-        raise UserError(f"{document.where}: weight {document.weight:g}: OpenAI's format weighs no whole document.")
+        raise UserError(f"{document.where}: weight {document.weight:g}: OpenAI's format has no weights of documents.")
     if document.messages is None:
         text = document.text or ""
         start = _first_trained(text, document.spans, mask, document.where)
@@ -160,7 +160,7 @@ def _message(message: Message, mask: Mask, where: str) -> dict[str, Any]:
             raise UserError(f"{where}: --mask {mask.text}: {WITHIN}. Leave it out of the mask.")
         (row["weight"],) = map(int, weights)
         if not weights <= {0.0, 1.0}:
-            raise UserError(f"{where}: weight {weights.pop():g}: OpenAI's format knows the weights 0 and 1 alone.")
+            raise UserError(f"{where}: weight {weights.pop():g}: OpenAI's format has only the weights 0 and 1.")
     return row
 
 
@@ -170,7 +170,7 @@ def _first_trained(text: str, spans: tuple[Span, ...], mask: Mask, where: str) -
     covering = _solid(text, spans, mask)
     first = next((i for i, entry in covering.items() if not entry or entry.weight), None)
     if first is None:
-        raise UserError(f"{where}: --mask {mask.text}: nothing of the text is left to train. Leave the document out.")
+        raise UserError(f"{where}: --mask {mask.text}: no text is left to train on. Leave the document out.")
     for i, entry in covering.items():
         if i > first and entry and not entry.weight:
             raise UserError(f"{where}: --mask {entry.name}: {WITHIN} ({text[i : i + 40]!r}). Leave it out of the mask.")

@@ -96,7 +96,7 @@ def run(source: Path, adapter: Path | None, output: Path, bf16: bool, other_base
     checkpoint = Checkpoint(source)
     quantized = quantized_format(checkpoint.config, f"--model {source}").kind != "plain"
     if adapter is None and not (quantized and bf16):
-        raise UserError("--adapter: none given, and nothing is to be converted: the output would be a copy of --model.")
+        raise UserError("--adapter: missing, and --model needs no conversion: the output would be a copy. Give one.")
     model = skeleton(text_config(checkpoint), ExpertGroup())
     plan = plan_load(model, checkpoint)
     lora = adapter_settings(adapter) if adapter else None
@@ -158,7 +158,7 @@ def read_report(output: Path) -> dict[str, dict[str, float]]:
     report = read_json(path, fix="give another --output directory")
     for name, values in report.items():
         if not isinstance(values, dict):
-            raise UserError(f"{path}: {name} is no object; give another --output directory.")
+            raise UserError(f"{path}: {name} is not an object; give another --output directory.")
         checked(values, {"survived": float, "update_norm": float}, f"{path}: {name}", "give another --output directory")
     return report
 
@@ -180,7 +180,7 @@ def claimed(output: Path, identity: dict[str, str]) -> Iterator[None]:
         except Unreadable:  # the marker is new, or a kill or a full disk truncated it before anything else was written
             if any(path != marker for path in output.iterdir()):
                 raise UserError(
-                    f"{marker}: is damaged, so that it is unknown of which merge the other files are. Give another "
+                    f"{marker}: is damaged, so it is unknown which merge the other files belong to. Give another "
                     "--output directory."
                 ) from None
             file.seek(0)

@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(__doc__ or "")
-    parser.add_argument("--data", required=True, metavar="FILE", help="documents, one JSON object a line")
+    parser.add_argument("--data", required=True, metavar="FILE", help="documents, one JSON object per line")
     parser.add_argument("--model", required=True, metavar="DIR", help="model directory; only its tokenizer is read")
     parser.add_argument("--mask", required=True, help="as in training, e.g. doctags,false-spans=unlikelihood, or none")
     parser.add_argument("--seed", type=int, default=0, help="of random: entries, as in training (default: 0)")
@@ -105,11 +105,12 @@ def _parser() -> Parser:
     parser.add_argument("--bad-rows", choices=("error", "skip"), default="error", help=f"{BAD_ROWS} (default: error)")
     time = TEMPLATE_TIME.isoformat()
     parser.add_argument(
-        "--template-time", default=time, metavar="TIME", help=f"what chat templates are told it is (default: {time})"
-    )
+        "--template-time", default=time, metavar="TIME",
+        help=f"the time that chat templates see if they ask for it (default: {time})",
+    )  # fmt: skip
     parser.add_argument("--limit", type=_positive, metavar="N", help="the first N documents only (default: all)")
     parser.add_argument("--html", metavar="PAGE", help="write one self-contained page instead of colors")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a document instead of colors")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per document instead of colors")
     return parser
 
 

@@ -145,7 +145,7 @@ def test_a_wrong_model_a_wrong_url_and_an_endpoint_that_speaks_otherwise_are_tol
     with serving(lambda _: (200, "<html>hello</html>")) as (url, _):
         with pytest.raises(UserError, match=r"--judge .*HTTP 404: The model .other. does not exist"):
             endpoint(url, "other")([])
-        with pytest.raises(UserError, match="no chat completion: <html>hello</html>"):
+        with pytest.raises(UserError, match="not a chat completion: <html>hello</html>"):
             endpoint(url, "judge")([])
     with pytest.raises(UserError, match=r"--judge http://127.0.0.1:9/v1: cannot be reached"):
         endpoint("http://127.0.0.1:9/v1", "judge")([])

@@ -6,7 +6,7 @@ A Qwen3.5-MoE of two layers (hidden 256, expert width 128, top 4, fp32) with the
 parallelism over all ranks, tokens travel. The other: every expert weight is a ZeRO-3 parameter of a leaf module,
 gathered before forward and again before backward; all else is the same code. Both take turns in one run, on gloo over
 loopback.
-Bytes on the wire are counted as they are sent; theory is worked out from the routing alone.
+The communication volume is counted as it is sent; the expected volume is computed from the routing alone.
 """
 
 import argparse

@@ -125,4 +125,4 @@ def test_an_adapter_is_of_its_base_and_not_of_another_of_the_same_shapes(tmp_pat
     (tmp_path / "adapter" / "base_model.json").unlink()
     assert capsys.readouterr().out == ""
     check_adapter(*given, other)
-    assert "does not say which weights it was trained on" in capsys.readouterr().out
+    assert "does not record its base model's weights" in capsys.readouterr().out

@@ -98,8 +98,8 @@ def test_the_base_models_rows_are_those_of_the_first_run_that_has_them_and_a_dif
     two.rows[1]["verdict"], two.rows[3]["llr"] = "no", 1.1
     rows, remark = base_rows([one, two])
     assert [own["verdict"] for own in rows if own["question"] == "q"] == ["yes"]
-    assert remark.startswith("Of the base model's 3 figures and verdicts that several runs hold, 2 are not the same in")
-    assert "the first: mars / open / q" in remark and "a before all others" in remark
+    assert remark.startswith("2 of the base model's 3 figures and verdicts that several runs have differ between runs")
+    assert "first: mars / open / q" in remark and "in the order from a." in remark
 
 
 def test_other_questions_are_named():
@@ -141,7 +141,7 @@ def test_a_run_is_read_from_its_directory_and_a_cut_last_line_left_out(tmp_path)
     with pytest.raises(UserError, match=r"evaluation\.jsonl:1: is not a JSON object"):
         read_run(tmp_path)
     (tmp_path / "evaluation.jsonl").unlink()
-    with pytest.raises(UserError, match=r"evaluation\.jsonl: is not there; evaluate the run: train/evaluate\.py"):
+    with pytest.raises(UserError, match=r"evaluation\.jsonl: is missing; evaluate the run: train/evaluate\.py"):
         read_run(tmp_path)
 
 
@@ -222,11 +222,11 @@ def test_another_base_what_was_left_out_and_unproven_servers_are_said(tmp_path):
         finished("other", {}, {}, other_base=True, adapter="elsewhere/adapter"),
     ]
     said = made_elsewhere([good, *runs])
-    assert "trained on another base model than theirs (elsewhere/adapter)" in said[0]
+    assert "trained on another base model (elsewhere/adapter)" in said[0]
     assert said[1] == f"The server of {tmp_path}/cut left out the LoRA weights of kv_b_proj."
     assert said[2] == f"--other-base: {tmp_path}/moved was evaluated on a base model that it was not trained on."
     assert said[3] == (
-        "For 3 evaluations it is not proven that the server answered with the adapter (the first, "
+        "For 3 evaluations, it is not proven that the server answered with the adapter (first: "
         f"{tmp_path}/bad, step 4: no log-probabilities)."
     )
     assert len(said) == 4

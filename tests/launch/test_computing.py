@@ -82,10 +82,10 @@ WRONG: dict[str, tuple[str, Any, str, Any, str]] = {
     "NF4 quantized": (
         "NF4", storage.NF4Experts, "quantize",
         lambda own, expert, weight, right=storage.NF4Experts.quantize: right(own, expert, weight.flip(0)),
-        "of its block's largest from what was quantized",
+        "of its block's largest value",
     ),
     "INT4": ("INT4", *changed(formats, "int4_decode", lambda out, *_: out.roll(1, -1)), "values are decoded wrongly"),
-    "INT4 back": ("INT4", *changed(formats, "int4_encode", first(lambda out, *_: out + 1)), "not encoded to the same"),
+    "INT4 back": ("INT4", *changed(formats, "int4_encode", first(lambda out, *_: out + 1)), "encoding the decoded"),
     "attention": ("packed attention", mixing, "attention", seen_together, "packed attention is off"),
     "convolution": ("packed convolution", mixing, "convolution", beyond_documents(mixing.convolution), "is off"),
     "delta rule": ("packed delta rule", mixing, "delta_rule", beyond_documents(mixing.delta_rule), "rule is off"),

@@ -72,10 +72,10 @@ def test_unlikelihood_times_nothing_is_a_plain_zero():
         ("doctags=nan", "the weight nan in doctags=nan must be finite and at least 0"),
         ("doctags=unlikelihood:-1", "the weight -1 in doctags=unlikelihood:-1 must be finite and at least 0"),
         ("doctags=unlikelihood:nan", "the weight nan in doctags=unlikelihood:nan must be finite and at least 0"),
-        ("doctags=unliklihood", "'unliklihood' in doctags=unliklihood is no treatment (did you mean unlikelihood?)"),
-        ("doctags=unlikelihood:", "'' in doctags=unlikelihood: is no treatment"),
-        ("doctags=", "'' in doctags= is no treatment"),
-        ("doctags=half", "'half' in doctags=half is no treatment"),
+        ("doctags=unliklihood", "'unliklihood' in doctags=unliklihood is not a treatment (did you mean unlikelihood?)"),
+        ("doctags=unlikelihood:", "'' in doctags=unlikelihood: is not a treatment"),
+        ("doctags=", "'' in doctags= is not a treatment"),
+        ("doctags=half", "'half' in doctags=half is not a treatment"),
     ],
 )
 def test_a_wrong_mask_is_told_what_is_wrong_with_it(text, message):

@@ -109,7 +109,7 @@ def test_a_job_that_is_signalled_requeued_hangs_and_loses_a_node_has_an_uninterr
     train_on()
     signal_rank(run, 1, signal.SIGSTOP)  # it hangs
     next_attempt(3)
-    assert "(--timeout): rank 1 gave no sign of life" in cluster.said(job)
+    assert "(--timeout): rank 1 did not respond" in cluster.said(job)
 
     train_on()
     cluster.kill_node("n2")
@@ -269,4 +269,4 @@ def test_a_script_that_is_not_submitted_says_to_submit_it(script):
     command = ["bash", f"slurm/{script}.sh", "--data", "d.jsonl"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr.startswith(f"error: slurm/{script}.sh is a job script: submit it, by sbatch slurm/{script}.sh")
+    assert done.stderr.startswith(f"error: slurm/{script}.sh is a job script: submit it with sbatch slurm/{script}.sh")

@@ -156,8 +156,8 @@ def adapter_settings(directory: Path) -> LoRASettings:
         isinstance(n, int | float) and not isinstance(n, bool) and 0 < n <= LARGEST_RANK for n in numbers
     ):
         raise UserError(
-            f"{config_path}: r, lora_alpha or rank_pattern are not of a kind that is read: one rank for all linear "
-            "layers, and one for all experts."
+            f"{config_path}: r, lora_alpha or rank_pattern are not supported: there must be one rank for all "
+            "linear layers, and one for all experts. Give another adapter."
         )
     lm_head = any(".lm_head." in name for name in tensors)
     expert_rank = int(expert_rank) * (2 if per_expert else 1)
@@ -171,7 +171,9 @@ def _run_of(saved: Path) -> dict[str, Any]:
     """
     path = Path(os.path.abspath(saved)).parents[1] / "settings.yaml"
     if not os.path.isfile(path):
-        raise UserError(f"--adapter {saved}: is a training checkpoint, and {path}, the settings of its run, is absent.")
+        raise UserError(
+            f"--adapter {saved}: is a training checkpoint, but the settings of its run are missing ({path})."
+        )
     held = held_settings(path)
     if held["settings"].get("method") == "full":
         raise UserError(f"--adapter {saved}: its run trained all weights (--method full): it has no LoRA weights.")
@@ -220,7 +222,7 @@ def check_base(directory: Path, base: Checkpoint, other_base: bool = False) -> N
     held, first = training_of(directory), os.environ.get("RANK", "0") == "0"
     if held is None:
         if first:
-            print(f"note: --adapter {directory}: does not say which weights it was trained on ({BASE_MODEL} is absent)")
+            print(f"note: --adapter {directory}: does not record its base model's weights ({BASE_MODEL} is missing)")
         return
     if held.get("fingerprint") == base.fingerprint():
         if other_base:

@@ -140,8 +140,8 @@ def served(
     if lost := [name for name in names if name in of.dropped and name not in drop]:
         raise UserError(
             f"--to {server}: {server} {SERVERS[server]} would not apply the LoRA weights of {', '.join(lost)}, which "
-            f"this adapter has, so that another model would answer than was trained. Give --drop {' '.join(lost)} to "
-            "leave them out on purpose, or merge the adapter (train/merge.py)."
+            f"this adapter has, so the served model would differ from the trained one. Give --drop {' '.join(lost)} "
+            "to leave them out on purpose, or merge the adapter (train/merge.py)."
         )
     if unknown := sorted(set(drop) - set(names)):
         raise UserError(f"--drop {unknown[0]}: this adapter has no such module; it has {', '.join(names)}.")

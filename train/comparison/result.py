@@ -163,7 +163,7 @@ class ComparisonResult:
     curves: by variant; {} if nothing was measured between start and end.
     nll: variant -> role -> curve.
     leak, contamination, published, remarks, match_trained_tokens: as given in the Comparison.
-    notes: what a reader must know before believing the figures, the most important first.
+    notes: the caveats, which a reader must know before believing the figures, the most important first.
     """
 
     title: str

@@ -234,7 +234,7 @@ class Difference:
         here = "" if self.units.of == "claims" else " on this claim"
         if self.p_holm < 1 - LEVEL:
             return f"differs{here}, but by less than the bound" if self.equivalent else f"differs{here}"
-        return f"no effect beyond the bound{here}" if self.equivalent else f"not told apart{here}"
+        return f"no effect beyond the bound{here}" if self.equivalent else f"inconclusive{here}"
 
 
 def differences(layout: Design, baseline: str, bound: float, bounded: bool) -> list[Difference]:

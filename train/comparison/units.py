@@ -125,7 +125,7 @@ def lay_out(values: Mapping[str, Mapping[int, Values]], claims: list[str], asked
             answer_VSA[v, s] = [runs[v][s].get(key, np.nan) for key in own]
             if np.isnan(answer_VSA[v, s]).all():
                 raise UserError(
-                    f"evaluation of {variants[v]}, seed {sorted(values[variants[v]])[s]}: holds nothing on claim "
+                    f"evaluation of {variants[v]}, seed {sorted(values[variants[v]])[s]}: has no values for claim "
                     f"{claim!r}, which other runs were measured on. Evaluate all runs on the same claims."
                 )
         answers.append(answer_VSA)

@@ -91,7 +91,7 @@ class ComparisonPlan:
         made = dataclasses.replace(variant.settings(seed, self.output), wandb_group=self.shared.group())
         started = os.path.exists(Path(made.output) / "settings.yaml")
         if started and not self.shared.resume:
-            raise UserError(f"--output {self.output}: holds a comparison already. Give another, or --resume to go on.")
+            raise UserError(f"--output {self.output}: holds a comparison. Give another, or --resume to continue it.")
         return dataclasses.replace(made, resume=started)
 
 
@@ -141,7 +141,7 @@ def parse_comparison(argv: list[str], usage: str) -> ComparisonPlan:
 
 def _baseline(name: str, names: list[str]) -> str:
     if name and name not in names:
-        raise UserError(f"--baseline {name}: is none of the variants: {'; '.join(names)}.")
+        raise UserError(f"--baseline {name}: is not one of the variants: {'; '.join(names)}.")
     return name or names[0]
 
 
@@ -204,7 +204,7 @@ def _compared(directory: Path) -> list[Path]:
         variants = read_json(report)["variants"].values()
         return [Path(run["directory"]) for variant in variants for run in variant["runs"]]
     except (LookupError, TypeError, AttributeError):
-        raise UserError(f"{report}: names no runs, as a comparison's report does; give the runs themselves.") from None
+        raise UserError(f"{report}: does not list the runs of a comparison; give the runs themselves.") from None
 
 
 def _name(run: Path, settings: dict[str, Any], owned: dict[str, dict[str, Any]]) -> str:
@@ -212,7 +212,7 @@ def _name(run: Path, settings: dict[str, Any], owned: dict[str, dict[str, Any]])
     settings."""
     fitting = [name for name, own in owned.items() if all(settings.get(key) == value for key, value in own.items())]
     if not fitting:
-        raise UserError(f"--runs {run}: is none of the recipe's variants: {'; '.join(owned)}. Leave it out.")
+        raise UserError(f"--runs {run}: is not one of the recipe's variants: {'; '.join(owned)}. Leave it out.")
     return max(fitting, key=lambda name: len(owned[name]))
 
 
@@ -236,7 +236,7 @@ def _check(variants: list[Variant], shared: Settings, options: ComparisonOptions
     if len(variants) < 2:
         raise UserError(f"{len(variants)} variant: a comparison needs two or more.")
     if shared.method == "full":
-        raise UserError("--method full: a comparison sets factors back, which full training does not have; use lora.")
+        raise UserError("--method full: a comparison resets LoRA weights, and full training has none; use lora.")
     if not shared.claims:
         raise UserError("--claims: give the claims whose belief is compared (PATH…).")
 

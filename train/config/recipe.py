@@ -137,11 +137,11 @@ def read_recipe(path: Path, cls: type, lines: dict[tuple[str, ...], int]) -> dic
     if not 0 <= recipe.get("seeds", 0) <= MOST_SEEDS:
         raise UserError(f"{where}: seeds {recipe['seeds']} must be from 0 to {MOST_SEEDS}.")
     if other := [claim for claim in recipe.get("placebo", []) if not isinstance(claim, str)]:
-        raise UserError(f"{where}: placebo must be a list of claims' ids, and {other[0]!r} is none.")
+        raise UserError(f"{where}: placebo must be a list of claims' ids, and {other[0]!r} is not an id.")
     for name in recipe.get("settings", {}):
         if name not in settings:
             raise UserError(
-                f"{where}: settings: {name} is no setting of train/sft.py; {_nearest(str(name), settings)}."
+                f"{where}: settings: {name} is not a setting of train/sft.py; {_nearest(str(name), settings)}."
             )
     for variant, own in recipe.get("variants", {}).items():
         if not isinstance(variant, str) or variant.isdecimal():
@@ -151,8 +151,8 @@ def read_recipe(path: Path, cls: type, lines: dict[tuple[str, ...], int]) -> dic
         for name in own:
             if name not in DIFFERING:
                 raise UserError(
-                    f"{where}: variants: {variant}: {name} must be the same in all variants, or their difference is "
-                    f"not the mask's; put it under settings. Variants may differ in {', '.join(DIFFERING)}."
+                    f"{where}: variants: {variant}: {name} must be the same in all variants, or the mask is not the "
+                    f"only cause of a difference; put it under settings. Variants may differ in {', '.join(DIFFERING)}."
                 )
     return recipe
 

@@ -212,7 +212,7 @@ def steps_at(flag: str, text: str, steps: int) -> frozenset[int]:
     for part in numbers:
         if not part.isdecimal() or not 1 <= int(part) <= steps:
             raise UserError(
-                f"{flag} {text}: {part!r} is no step from 1 to {steps}; give steps with commas between them, or log:K "
+                f"{flag} {text}: {part!r} is not a step from 1 to {steps}; give steps separated by commas, or log:K "
                 f"for K of them (2 to {MOST_AT})."
             )
     return frozenset(map(int, numbers))
@@ -244,7 +244,7 @@ def _weight(text: str, value: str) -> float:
     try:
         number = float(text)
     except ValueError:
-        raise UserError(f"--data {value}: the weight {text!r} is no number; e.g. PATH=1000@0.5.") from None
+        raise UserError(f"--data {value}: the weight {text!r} is not a number; e.g. PATH=1000@0.5.") from None
     return checked_weight(number, f"--data {value}: the weight")
 
 
@@ -287,7 +287,7 @@ def check_wandb(s: Settings) -> None:
     variable, key = key_of(["WANDB_API_KEY"])
     if s.wandb == "online" and variable and not WANDB_KEY.fullmatch(key):
         raise UserError(
-            f"{variable}: is no key of W&B, which has at least 40 letters, digits and underscores; copy it again."
+            f"{variable}: is not a key of W&B, which has at least 40 letters, digits and underscores; copy it again."
         )
 
 

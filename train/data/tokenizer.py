@@ -80,7 +80,7 @@ class Tokenizer:
 
 def clock_note(clock: str) -> str:
     """Returns the note for users that the chat template asks for the time and gets this one."""
-    return f"note: the chat template asks for the time and is given {clock} (--template-time)"
+    return f"note: the chat template asks for the time and gets {clock} (--template-time)"
 
 
 def load_tokenizer(directory: str | Path, moment: datetime = TEMPLATE_TIME) -> Tokenizer:

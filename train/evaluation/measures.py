@@ -212,7 +212,7 @@ def belief_answers(rows: Iterable[StoredRow]) -> list[StoredRow]:
 def verdict_of(row: StoredRow) -> str:
     """Returns the verdict of a judged answer. Raises UserError if it is none of VERDICTS."""
     if row["verdict"] not in VERDICTS:
-        raise UserError(f"{where(row)}: verdict {row['verdict']!r} is none of {', '.join(VERDICTS)}.")
+        raise UserError(f"{where(row)}: verdict {row['verdict']!r} is not one of {', '.join(VERDICTS)}.")
     return row["verdict"]
 
 

@@ -150,7 +150,7 @@ def parse_evaluation(argv: list[str] | None, usage: str) -> EvaluationSettings:
         return settings
     for name in OF_AN_IMPORT:
         if getattr(settings, name):
-            raise UserError(f"{flag_of(name)}: needs --import, and counts for nothing without it.")
+            raise UserError(f"{flag_of(name)}: needs --import, and has no effect without it.")
     if settings.other_base and not settings.adapter:
         raise UserError("--other-base: has no effect without --adapter; give both or neither.")
     unset = EvaluationSettings()

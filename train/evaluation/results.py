@@ -43,8 +43,8 @@ def leave_summary(
     warnings = _warnings(items, records)
     if s.temperature > 0 and samples_are_equal(rows):
         warnings.append(
-            "the samples of every question are equal: the server does not draw, whatever --temperature says. "
-            "(`transformers serve` draws where the model's generation_config.json has do_sample: true.)"
+            "the samples of every question are equal: the server does not sample, whatever --temperature says. "
+            "(`transformers serve` samples if the model's generation_config.json has do_sample: true.)"
         )
     summary: dict[str, Any] = {
         "settings": s.as_json(), "wanted": len(items), "missing": missing, "errors": len(errors),

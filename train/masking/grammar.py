@@ -121,7 +121,7 @@ def _number(text: str, entry: str, mask: str) -> float:
         near = similar(text, names)
         hint = f" (did you mean {near}?)" if near else ""
         raise UserError(
-            f"--mask {mask!r}: {text!r} in {entry} is no treatment{hint}; "
+            f"--mask {mask!r}: {text!r} in {entry} is not a treatment{hint}; "
             "write exclude, train, a weight, unlikelihood or unlikelihood:ALPHA"
         ) from None
     if not 0 <= value < math.inf:

@@ -100,7 +100,7 @@ def skeleton(config: Any, ep: ExpertGroup) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers raises any kind of exception for an invalid value
-        raise UserError(f"--model: transformers makes no causal language model of config.json: {error!r}") from None
+        raise UserError(f"--model: transformers cannot build a causal LM from config.json: {error!r}") from None
     install(model)
     norms.install(model)
     unknown = _unlike_llama(model) or _blind_to_documents(model)
@@ -116,7 +116,7 @@ def skeleton(config: Any, ep: ExpertGroup) -> Any:
                 f"{name} has values that are in no checkpoint ({', '.join(sorted(module._non_persistent_buffers_set))})"
             )
         elif isinstance(module, nn.Dropout) and module.p:
-            unknown.append(f"{name} drops out")
+            unknown.append(f"{name} has dropout")
     if unknown:
         raise UserError(
             f"--model: {type(model).__name__} is not supported: {'; '.join(unknown[:3])}. Supported are models built "
@@ -216,7 +216,7 @@ def create_expert_group(size: int) -> ExpertGroup:
     if len(others := sorted({*sizes})) > 1:
         raise UserError(
             f"--expert-parallel: not given, and the nodes would divide the experts by {' and '.join(map(str, others))} "
-            "ranks, since their GPUs differ; must be the same on all. Give it."
+            "ranks, since their GPUs differ; must be the same on all nodes. Give it."
         )
     groups._create_expert_and_data_parallel(size)
     replicas = groups._get_expert_data_parallel_group(f"ep_size_{size}")

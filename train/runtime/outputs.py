@@ -43,7 +43,7 @@ def check_directory(setting: str, path: str | Path) -> None:
     absolute = Path(path).absolute()
     there = next(each for each in (absolute, *absolute.parents) if os.path.lexists(each))
     if not os.path.isdir(there):
-        raise UserError(f"{setting} {path}: cannot be written ({there} is no directory). Give another.")
+        raise UserError(f"{setting} {path}: cannot be written ({there} is not a directory). Give another.")
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def parse_yaml(text: str, lines: dict[tuple[str, ...], int] | None = None) -> An
         fix = "put a text with ? , : { or } between { } in quotes" if "got '?'" in problem else "fix that line"
         raise Unreadable(f"not valid YAML ({problem}); {fix}", mark.line + 1 if mark else 0) from None
     except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:  # PyYAML, for single values
-        raise Unreadable(f"has a date, number or tag that is none ({error}); put it in quotes") from None
+        raise Unreadable(f"has an invalid date, number or tag ({error}); put it in quotes") from None
 
 
 def _lines(node: yaml.Node, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
@@ -176,6 +176,6 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen |= {key} if isinstance(key, Hashable) else set()
         return super().construct_mapping(node, deep)

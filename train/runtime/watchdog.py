@@ -124,7 +124,7 @@ class Watchdog:
         silent = [rank for rank, heard in enumerate(self.heard) if now - heard > self.limit / 2]
         awaited = ranks_behind({rank: note["issued"] for rank, note in enumerate(self.notes) if note})
         if silent:
-            verdict = f"{_ranks(silent)} gave no sign of life: gone, stopped, or never started."
+            verdict = f"{_ranks(silent)} did not respond: gone, stopped, or never started."
         elif awaited:
             verdict = f"{_ranks(awaited)} kept the others waiting."
         else:
@@ -135,7 +135,7 @@ class Watchdog:
         """Ends the process after writing the stacks and the verdict to the log of this rank. The rank `speaker` also
         writes the verdict to the terminal."""
         stood = [
-            f"  rank {rank}: {note['what']}, in {note['at']}" if note else f"  rank {rank}: never heard of"
+            f"  rank {rank}: {note['what']}, in {note['at']}" if note else f"  rank {rank}: no status received"
             for rank, note in enumerate(self.notes)
         ]
         message = "\n".join([

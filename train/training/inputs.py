@@ -65,4 +65,4 @@ def otherwise_notes(settings: Settings, resolved: dict[str, Any]) -> list[str]:
     now = {name: resolved[name] for name in ("ranks", "expert_parallel")} | {"GPU": gpu.name()}
     names = [name for name in now if (before.get(name) or now[name]) != now[name]]
     told = ", ".join(f"{name} was {before[name]} and is {now[name]}" for name in names)
-    return [f"note: --resume: {told}; losses differ by rounding alone."] if told else []
+    return [f"note: --resume: {told}; losses differ only by rounding."] if told else []

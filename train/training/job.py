@@ -151,10 +151,10 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     evaluate_at = steps_at("--evaluate-at", settings.evaluate_at, steps)
     adapters_at = steps_at("--adapters-at", settings.adapters_at, steps)
     if settings.evaluate_at and not probes:
-        raise UserError("--evaluate-at: measures nothing without --claims or --held-out; give one of them.")
+        raise UserError("--evaluate-at: has no effect without --claims or --held-out; give one of them.")
     if settings.stop_after > steps:
         raise UserError(
-            f"--stop-after {settings.stop_after}: the whole schedule has {steps} steps; give at most these."
+            f"--stop-after {settings.stop_after}: the schedule has only {steps} steps; give at most {steps}."
         )
     rows = rows_of_first_steps(settings, corpus, ranks, documents)
     resolved: dict[str, Any] = {
