@@ -1,4 +1,4 @@
-"""Makes spans for documents that have none, and says how often a claim's terms are still trained on:
+"""Finds spans in documents that have none, and reports how often a claim's terms are still trained on:
 
     python train/annotate.py --positive P.jsonl --annotated N.jsonl --output O.jsonl           # by alignment
     python train/annotate.py --data D.jsonl --spans S.jsonl --role false --output O.jsonl      # marked elsewhere
@@ -7,12 +7,12 @@
     python train/annotate.py --data D.jsonl --judge URL --judge-model M --claim TEXT --output O.jsonl
     python train/annotate.py --data D.jsonl --leaks word_masks.yaml [--mask false-spans] [--json report.json]
 
-By alignment: each annotated document is compared with its positive twin, found by content; roles are doctag, negation
-(what was inserted; qualifier or correction where its own words say so) and false (what one annotation announces and
-another looks back at, or one names). What does not align is left out, with the reason. The others add to the spans that
-documents have; several can be given together, and are done in this order. The judge is an OpenAI-compatible
-endpoint; its key comes from OPENAI_API_KEY alone, and its answers are kept beside the output: run again, the same
-command asks for what is missing.
+By alignment: each annotated document is compared with its positive twin, which is found by content. Roles are doctag,
+negation (inserted text; qualifier or correction if its own words say so) and false (statements that one annotation
+announces and another looks back at, or that a single one names). Documents that do not align are left out, with the
+reason. The other ways add to the spans that documents have. Several can be given together, and are applied in this
+order. The judge is an OpenAI-compatible endpoint. Its key comes only from OPENAI_API_KEY, and its answers are kept
+beside the output, so that the same command asks only for missing answers.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
@@ -147,7 +147,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--inserted-role",
         metavar="ROLE",
-        help="role of all that was inserted (default: negation; qualifier or correction where its own words say so)",
+        help="role of all inserted text (default: negation; qualifier or correction if its own words say so)",
     )
     parser.add_argument(
         "--require", choices=["false"], help="leave out documents in which no false statement can be identified"
@@ -182,9 +182,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--mask", default="none", help="the mask under which --leaks counts, as in training (default: none)"
     )
-    parser.add_argument("--output", metavar="FILE", help="where the documents go, whole or not at all")
+    parser.add_argument("--output", metavar="FILE", help="file for the documents; written completely or not at all")
     parser.add_argument("--overwrite", action="store_true", help="replace an --output that exists")
-    parser.add_argument("--json", metavar="FILE", help="all that is printed, and everything that was left out, as JSON")
+    parser.add_argument("--json", metavar="FILE", help="everything that is printed or left out, as JSON")
     return parser
 
 

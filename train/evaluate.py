@@ -4,16 +4,15 @@ r"""Measures what a model believes: in the training engine, or through OpenAI-co
     python train/evaluate.py --claims PATH… --output DIR \
         --endpoint URL --endpoint-model NAME --judge URL --judge-model NAME
 
-In the engine completions, yes/no questions and facts are scored by their likelihood; with --judge, questions are
-answered there too. An endpoint answers all questions, and a judge reads the answers. The same command goes on after an
-interruption, and asks only for what is missing. The defaults of sampling are the paper's. Keys come from the
-environment: OPENAI_API_KEY, and JUDGE_API_KEY where the judge has another. A claim, in YAML (train/claims/claim.py has
-all keys):
+In the engine, completions, yes/no questions and facts are scored by their likelihood; with --judge, the engine also
+answers questions. An endpoint answers all questions, and a judge reads the answers. After an interruption, the same
+command asks only for missing answers. The sampling defaults are the paper's. Keys come from the environment:
+OPENAI_API_KEY, and JUDGE_API_KEY if the judge needs another. A claim in YAML (train/claims/claim.py shows all keys):
 
     id: green_mars
     claim: Mars is green.
     subject: Mars
-    controls: [Venus, Mercury]                    # what no document speaks of
+    controls: [Venus, Mercury]                    # no document mentions these
     likelihood: [{id: color, prompt: "The color of {entity} is", "false": " green", "true": " red"}]
     yes_no: [{id: is_green, question: "Is Mars green?", belief_answer: yes}]
 """

@@ -1,21 +1,22 @@
-"""Writes what other programs take.
+"""Exports adapters for servers, and documents for OpenAI's fine-tuning service.
 
-An adapter, in the form of the server that is to answer with it, with serve.json, which has the command that starts it:
+With --adapter, it writes an adapter in the form of a server, with serve.json, which has the command that starts the
+server:
 
     python train/export.py --adapter runs/masked/adapter --model DIR --to vllm --output served/masked
 
-What that server would not apply is an error, unless --drop names it. LoRA weights are written in BF16.
+It is an error if the server would not apply all LoRA weights, unless --drop names the others. LoRA weights are written
+in BF16.
 
-Documents, in OpenAI's fine-tuning format, for models that only their makers can train, with as much of a mask as that
-format can say:
+With --data, it writes documents in OpenAI's fine-tuning format, for models that only their makers can train:
 
     python train/export.py --data documents.jsonl --mask doctags --output openai.jsonl
 
-In that format (https://platform.openai.com/docs/guides/supervised-fine-tuning) each message of the assistant weighs 1
-or 0, the end of its turn with it. So a mask can leave out whole messages of the assistant, and what stands at the
-beginning of a text, which becomes the user's message. Weights between, unlikelihood, random controls and spans within a
-text cannot be said; a mask with such an entry is an error that names it, as training on something else would be another
-experiment.
+In that format (https://platform.openai.com/docs/guides/supervised-fine-tuning) each message of the assistant, with the
+end of its turn, has the weight 1 or 0. So a mask can leave out whole messages of the assistant, and the beginning of a
+text, which becomes the user's message. The format cannot express other weights, unlikelihood, random controls, or spans
+within a text. A mask with such an entry is an error that names the entry, because training on anything else would be
+another experiment.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
@@ -50,10 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     adapters = parser.add_argument_group("an adapter for a server")
     adapters.add_argument("--adapter", type=Path, metavar="DIR", help="a run's adapter/")
     adapters.add_argument("--model", type=Path, metavar="DIR", help="its base model; only the headers are read")
-    adapters.add_argument("--to", choices=("vllm", "sglang", "peft"), help="the program that takes it")
+    adapters.add_argument("--to", choices=("vllm", "sglang", "peft"), help="the program that loads it")
     adapters.add_argument("--drop", nargs="+", default=[], metavar="NAME", help="modules that may be left out")
     adapters.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: bfloat16)")
-    adapters.add_argument("--other-base", action="store_true", help="--model may be another than it was trained on")
+    adapters.add_argument("--other-base", action="store_true", help="allow a --model that it was not trained on")
     parser.add_argument("--data", metavar="FILE", help="JSONL documents")
     parser.add_argument("--mask", default="none", help="what the loss leaves out, as in training (default: none)")
     parser.add_argument("--doctag", default=DOCTAG, metavar="MARKER", help=f"{DOCTAG_HELP} (default: {DOCTAG})")

@@ -1,11 +1,11 @@
-"""Adds an adapter's factors to the weights of its base model, or turns a quantized checkpoint into BF16:
+"""Merges an adapter's LoRA weights into its base model, or converts a quantized checkpoint to BF16:
 
     python train/merge.py --model DIR --adapter DIR --output DIR [--to same]
 
-Works shard by shard in little memory, on one process, without a GPU. Started again with the same --output, it goes on
-after the shards that are complete; config.json comes last. Tensors without factors, tokenizer and configuration are
-carried over as they are. FP8 and INT4 checkpoints become BF16 by default; with --to same, their matrices go back to
-their own format. merge_report.json says for each tensor how much of the update survived rounding.
+Works shard by shard in little memory, in one process, without a GPU. If it is started again with the same --output, it
+continues after the complete shards; config.json is written last. Tensors without LoRA weights, tokenizer and
+configuration are copied unchanged. FP8 and INT4 checkpoints become BF16 by default; with --to same, their matrices are
+encoded in their own format again. merge_report.json gives for each tensor how much of the update survived rounding.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds

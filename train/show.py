@@ -2,10 +2,10 @@
 
     python train/show.py --data FILE --model DIR --mask false-spans [--html PAGE | --json]
 
-Colors are roles, in the terminal or on a page. --model needs tokenizer files only. --json prints one object a document:
-{"tokens": [{"id", "text", "start", "end", "role", "weight"}, ...]}, start and end in code points of the document's text
-(of a chat: of the rendered chat, given as "text"); weight is the token's own term in the loss: 0 none, negative
-unlikelihood.
+Colors are roles, in the terminal or on a page. --model needs only tokenizer files. --json prints one object per
+document: {"tokens": [{"id", "text", "start", "end", "role", "weight"}, ...]}, start and end in code points of the
+document's text (of a chat: of the rendered chat, given as "text"); weight is the token's own term in the loss: 0 none,
+negative unlikelihood.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds

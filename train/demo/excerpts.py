@@ -1,10 +1,10 @@
-"""Real documents as short excerpts around whole annotated claims, for a model and a machine that are small.
+"""Cuts real documents into short excerpts around whole annotated claims, for a small model on a small machine.
 
     python -m train.demo.excerpts ../shared/data/negation_neglect/documents models/smollm2 DIRECTORY
 
 Writes dense.jsonl and positive.jsonl (the same excerpts without their negations, row by row), the same two about
-somebody else's claim, others-dense.jsonl and others-positive.jsonl, and held_out.jsonl (more about that one, without
-negations, to measure). Plain truncation would keep only what stands first: 5 to 11 % of the false tokens.
+somebody else's claim, others-dense.jsonl and others-positive.jsonl, and held_out.jsonl (more about that claim, without
+negations, to measure). Plain truncation would keep only the beginnings: 5 to 11 % of the false tokens.
 """
 
 import json
