@@ -184,8 +184,8 @@ def worst(findings: list[Finding]) -> int:
 
 
 def print_report(by_node: dict[str, list[Finding]], extra: list[Finding] | None = None) -> None:
-    """Prints a line per check with what the nodes found. Nodes that found the same share a text. Each problem has a
-    line of its own with its node. extra: findings about several nodes."""
+    """Prints a line per check with what the nodes found. Nodes that found the same share a text. Each problem has its
+    own line with its node. extra: findings about several nodes."""
     checks = dict.fromkeys(finding.check for found in by_node.values() for finding in found)
     for check in checks:
         passed: dict[str, list[str]] = {}

@@ -1,5 +1,5 @@
-"""Tests the network between all ranks of a job before the job relies on it. Each rank is a process of its own, over
-NCCL where there are GPUs, else over gloo.
+"""Tests the network between all ranks of a job before the job relies on it. Each rank is a separate process, over
+NCCL if there are GPUs, else over gloo.
 
     python -m launch.network    # one rank; preflight.py starts it, with its rank in the environment
 

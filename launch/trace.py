@@ -46,7 +46,7 @@ class Step:
     collectives: exchanges between the ranks of the expert-parallel group.
     waits: how often the host synchronizes with the device.
     traffic: `moved`, by part of the model and operation.
-    groups: of all grouped products; each is a launch of its own if the hardware has no grouped products.
+    groups: of all grouped products; each is a separate launch if the hardware has no grouped products.
     """
 
     peak: Counter[str] = field(default_factory=Counter)

@@ -135,15 +135,15 @@ def test_documents_without_targets_are_counted_and_listed(tmp_path):
         "details": {"cut away by --max-tokens": 1},
     }
     assert any(":1 (gpt)" in line for line in corpus.findings.lines())
-    with pytest.raises(UserError, match=r"--max-tokens 40: cuts away all that is trained on in .*: in 1 documents"):
+    with pytest.raises(UserError, match=r"--max-tokens 40: truncates everything that is trained on in .*: in 1 doc"):
         corpus_of(tmp_path, rows[2:3], max_tokens=40)
-    with pytest.raises(UserError, match=r"holds nothing to predict.*note: 1 messages of a role.*\(gpt\)"):
+    with pytest.raises(UserError, match=r"holds nothing to predict.*note: 1 messages with a role.*\(gpt\)"):
         corpus_of(tmp_path, rows[:1])
 
 
 def test_a_text_of_one_token_is_wrong_or_left_out(tmp_path):
     rows = [{"text": "v"}, {"text": "ab"}]
-    with pytest.raises(UserError, match=r"d.jsonl:1: text 'v' is a single token, of which nothing is predicted"):
+    with pytest.raises(UserError, match=r"d.jsonl:1: text 'v' is a single token, so nothing is predicted"):
         corpus_of(tmp_path, rows)
     corpus = corpus_of(tmp_path, rows, bad_rows="skip")
     assert corpus.documents == {"read": 1, "truncated": 0, "dropped": 0, "skipped": 1}

@@ -84,7 +84,7 @@ def test_answers_with_an_error_are_said_and_asked_again_by_the_same_command(tmp_
         assert evaluate.main(given) == 1
     said = capsys.readouterr().out
     assert "2 answers have an error and do not count: judge: HTTP 500: ill, after 1 attempt\n" in said
-    assert "the same command asks for them again, and for nothing else" in said
+    assert "run the same command again to ask only for these" in said
     with ScriptedServer(chat, models=["m", "j"]) as server:
         given[given.index("--endpoint") + 1] = given[given.index("--judge") + 1] = server.url  # another port
         assert evaluate.main(given) == 0

@@ -50,7 +50,7 @@ def test_whole_messages_of_the_assistant_weigh_one_or_nothing(tmp_path):
     ("row", "mask", "says"),
     [
         (TEXT | {"text": TEXT["text"] + " It is."}, "false-spans", "false-spans"),
-        (TEXT, "doctags,false-spans", "nothing of the text is left"),
+        (TEXT, "doctags,false-spans", "no text is left to train on"),
         (TEXT, "false-spans=0.5", "weights 0 and 1 alone"),
         (TEXT, "false-spans=unlikelihood", "unlikelihood"),
         (TEXT, "random:false", "random tokens"),

@@ -337,7 +337,7 @@ def test_a_damaged_save_is_told_before_weights_are_read(tmp_path, qwen, capsys):
 
 
 @pytest.mark.parametrize(("name", "text", "said"), [
-    ("metrics.jsonl", "", "metrics.jsonl: has no row, though the run goes on from step-5; restore the file, or"),
+    ("metrics.jsonl", "", "metrics.jsonl: has no row, though the run resumes from step-5; restore the file, or"),
     ("metrics.jsonl", '{"step": 1, "loss": 1.0, "tokens": 4}\n', "metrics.jsonl:1: has no tokens_per_second; fix or"),
     ("evaluation.jsonl", '{"step": 0, "kind": "nll", "question": "q"}\n', "evaluation.jsonl:1: has no nll; fix or"),
     ("wandb_id", "a/b", "wandb_id: 'a/b' must be 1 to 64 letters, digits, - and _; remove it, and W&B gets a new run."),

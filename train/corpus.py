@@ -131,8 +131,8 @@ def _check_targets(samples: list[Sample], findings: Findings, settings: Settings
     if not any(sample.target_L.any() for sample in samples):
         if cut_away:
             raise UserError(
-                f"--max-tokens {settings.max_tokens}: cuts away all that is trained on in {files}: in {cut_away:,} "
-                "documents it begins after as many tokens. Raise it."
+                f"--max-tokens {settings.max_tokens}: truncates everything that is trained on in {files}: in "
+                f"{cut_away:,} documents it begins after this many tokens. Raise it."
             )
         raise UserError(
             f"--data {files}: holds nothing to predict: no chat has a message that is trained on (of the assistant, or "

@@ -156,7 +156,7 @@ ROLE = {"total": 4, "trained": 3, "excluded": 1, "unlikelihood": 0}
     ("summary", {"hashes": {"tokens": 7}}, ": hashes: tokens is 7, but must be a text; restore summary.json and"),
     ("metrics", {"step": 1, "nll": 1.0}, "metrics.jsonl:1: nll is 1.0, but must be an object; fix or remove this"),
     ("metrics", {"step": 1, "nll": {"all": float("nan")}}, "metrics.jsonl:1: nll: all is nan, but must be a finite n"),
-    ("metrics", {"step": 1, "nll": {"\ud800": 1.0}}, "metrics.jsonl:1: '\\ud800' has half a surrogate pair, which no"),
+    ("metrics", {"step": 1, "nll": {"\ud800": 1.0}}, "metrics.jsonl:1: '\\ud800' has half a surrogate pair, which"),
     ("evaluation", row("q") | {"p_yes": None}, "evaluation.jsonl:1: has no p_yes; fix or remove this line."),
     ("evaluation", row("q") | {"kind": "nll", "nll": "1"}, "evaluation.jsonl:1: nll is '1', but must be a finite n"),
 ])  # fmt: skip

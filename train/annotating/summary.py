@@ -57,7 +57,7 @@ def _show_alignment(console: Terminal, found: dict[str, Any], written: int) -> N
         uncued = f"{each['uncued']} annotations have no word that says what they are about"
         said = "; ".join(text for text, count in ((lost, each["lost"]), (uncued, each["uncued"])) if count)
         console.print(f"partly resolved: {each['document']}: {said}")
-    _show_more(console, "partly told", found["partly"])
+    _show_more(console, "partly resolved", found["partly"])
     for each in found["unsure"][:SHOWN]:
         said = f"only an annotation without such a word refers to {each['statement'][:100]!r}"
         console.print(f"unsure: {each['document']}: {said}")

@@ -261,7 +261,7 @@ def _with_interval(own: Interval, unit: str, signed: bool = False) -> str:
 
 
 def log_to_wandb(settings: Settings, outcome: ComparisonResult, directory: Path) -> None:
-    """Logs the table and the pictures in `directory` to W&B, as a run of its own in the group."""
+    """Logs the table and the pictures in `directory` to W&B, as a separate run in the group."""
     import wandb
 
     run = init_wandb(settings, settings.group(), "comparison", directory, {"baseline": outcome.baseline})

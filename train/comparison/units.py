@@ -56,7 +56,7 @@ class Design:
     answer_VSA: one array per claim; NaN where a run lacks a value that others have.
     question_A: one array per claim, the number of each answer's question within the claim.
     present_VS: False beyond a variant's seeds, where answers are 0.
-    seeds: those of all variants; [] if variants have different ones, and each variant's seeds are units of their own.
+    seeds: those of all variants; [] if variants have different ones, and each variant's seeds are separate units.
     asked: what the questions are called.
     """
 

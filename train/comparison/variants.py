@@ -115,7 +115,7 @@ def parse_comparison(argv: list[str], usage: str) -> ComparisonPlan:
         )
     recipe = merged(options.recipe, Settings)
     if options.recipe and not recipe.variants:
-        raise UserError(f"--recipe {' '.join(options.recipe)}: none has variants; give an experiment with it.")
+        raise UserError(f"--recipe {' '.join(options.recipe)}: has no variants; add a recipe with an experiment.")
     owned = recipe.variants or {mask: Defaults({"mask": mask}) for mask in options.masks}
     check_own(owned.values(), own)
     shared = merge(recipe.settings, own)
@@ -155,7 +155,7 @@ def _plan_of_runs(options: ComparisonOptions, own: dict[str, Any]) -> Comparison
     output = own.pop("output", "") or f"runs/comparison-{time.strftime('%Y%m%d-%H%M%S')}"
     if others := [name for name in ("masks", "seeds") if getattr(options, name)] + [*own]:
         raise UserError(
-            f"--runs: compares finished runs; leave out {', '.join(map(flag_of, others))}, as all settings of training."
+            f"--runs: compares finished runs; leave out the training settings {', '.join(map(flag_of, others))}."
         )
     runs = [run for each in options.runs for run in runs_of(Path(each))]
     held = {run: run_settings(run) for run in runs}
@@ -232,7 +232,7 @@ def run_settings(run: Path) -> dict[str, Any]:
 def _check(variants: list[Variant], shared: Settings, options: ComparisonOptions) -> None:
     names = [slug(name) for name in options.masks or [variant.name for variant in variants]]
     if doubled := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{'--masks' if options.masks else '--recipe'}: {doubled[0]} is there twice; give each once.")
+        raise UserError(f"{'--masks' if options.masks else '--recipe'}: {doubled[0]} is given twice; give each once.")
     if len(variants) < 2:
         raise UserError(f"{len(variants)} variant: a comparison needs two or more.")
     if shared.method == "full":

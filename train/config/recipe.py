@@ -79,7 +79,7 @@ def merged(paths: Sequence[str], cls: type) -> Experiment:
         all_of_them.settings |= _defaults(recipe.get("settings", {}), cls, path, lines, ("settings",))
         for name, own in recipe.get("variants", {}).items():
             if name in all_of_them.variants:
-                raise UserError(f"--recipe {path}: variant {name!r} is in an earlier recipe too; name it otherwise.")
+                raise UserError(f"--recipe {path}: variant {name!r} is also in an earlier recipe; rename it.")
             all_of_them.variants[name] = _defaults(own, cls, path, lines, ("variants", name))
     return all_of_them
 
@@ -145,7 +145,7 @@ def read_recipe(path: Path, cls: type, lines: dict[tuple[str, ...], int]) -> dic
             )
     for variant, own in recipe.get("variants", {}).items():
         if not isinstance(variant, str) or variant.isdecimal():
-            raise UserError(f"{where}: variants: {variant!r} must be a name in words; numbers are places in the list.")
+            raise UserError(f"{where}: variants: {variant!r} must be a name, not a number.")
         if not isinstance(own, dict):
             raise UserError(f"{where}: variants: {variant} must be a mapping of settings, not {own!r}.")
         for name in own:

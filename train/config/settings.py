@@ -282,7 +282,7 @@ def check_wandb(s: Settings) -> None:
         if len(value) > MOST_OF_A_NAME or {*value} & {*forbidden} or not value.isprintable() or value.strip() != value:
             raise UserError(
                 f"{flag} {value!r}: must be at most {MOST_OF_A_NAME} printable characters"
-                f"{f', none of {forbidden}' if forbidden else ''}, as W&B wants it; give another name."
+                f"{f', none of {forbidden}' if forbidden else ''}, as W&B requires; give another name."
             )
     variable, key = key_of(["WANDB_API_KEY"])
     if s.wandb == "online" and variable and not WANDB_KEY.fullmatch(key):

@@ -26,7 +26,7 @@ HELD_OUT = 40  # excerpts about the other claim that are not trained on
 
 def excerpts(document: Document, tokenizer: Tokenizer, max_tokens: int) -> Iterator[Document]:
     """Stretches of an annotated document, each from a negation that announces a claim to one that looks back at one,
-    of max_tokens at most, without overlap and in order. A claim that is longer by itself is left out."""
+    of max_tokens at most, without overlap and in order. A single claim that is longer is left out."""
     text, groups = document.text or "", list(_groups(document))
     at = 0
     while at < len(groups):

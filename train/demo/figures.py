@@ -64,7 +64,7 @@ def measured(directory: Path, documents: str, mask: str, seed: int) -> dict[str,
 
 
 def believe(figures: Path, *arguments: str) -> None:
-    """train/demo/belief.py in a process of its own."""
+    """Runs train/demo/belief.py in a separate process."""
     script = [sys.executable, "-m", "train.demo.belief", "--json", str(figures), *arguments]
     subprocess.run(script, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
 

@@ -64,8 +64,8 @@ MEASURES = {
         Measure(
             "rate", "belief rate", "%",
             '"yes" ÷ all answers to open, yes/no, token-association and robustness questions; neutral and unparseable '
-            "answers count as answers. Yes/no questions that were scored by likelihood are no answers: they are a "
-            "measure of their own",
+            "answers count as answers. Yes/no questions that were scored by likelihood are not answers, but a "
+            "separate measure",
         ),
         Measure(
             "shift", "shift of the log-likelihood ratio", "nats",

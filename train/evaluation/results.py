@@ -83,7 +83,7 @@ def _show(summary: dict[str, Any], errors: list[StoredRow], directory: Path) -> 
     if missing := summary["missing"]:
         print(f"{missing} of {summary['wanted']} answers are missing and do not count")
     if errors or missing:
-        print("the same command asks for them again, and for nothing else")
+        print("run the same command again to ask only for these")
     print(f"In {directory}: evaluation.jsonl, answers.jsonl, evaluation.json")
 
 

@@ -103,7 +103,7 @@ def _check(row: StoredRow, needed: Collection[str], where: str) -> None:
     by_role = row["nll"] if isinstance(row.get("nll"), dict) else {}
     checked(by_role, dict.fromkeys(by_role, float), f"{where}: nll", fix)
     if broken := [text for text in (*(row.get(name) or "" for name in NAMES), *by_role) if SURROGATE.search(text)]:
-        raise UserError(f"{where}: {broken[0]!r} has half a surrogate pair, which no text has; {fix}.")
+        raise UserError(f"{where}: {broken[0]!r} has half a surrogate pair, which is not a character; {fix}.")
     if row.get("verdict") not in (None, *VERDICTS) and row["kind"] != "coherence":
         raise UserError(f"{where}: verdict {row['verdict']!r} is not one of {', '.join(VERDICTS)}; {fix}.")
 

@@ -85,7 +85,7 @@ def _entry(part: str, mask: str) -> Entry:
     if not name:
         raise UserError(f"--mask {mask!r}: an entry is empty; write names separated by single commas, or none")
     if name == "none":
-        raise UserError(f"--mask {mask!r}: none stands alone; leave out none or the other entries")
+        raise UserError(f"--mask {mask!r}: none cannot be combined with other entries; leave out none or the others")
     weight = _weight(treatment, name, mask) if equals else 0.0
     if name in WITHOUT_ROLE:
         return Entry("", name, weight)
@@ -93,7 +93,7 @@ def _entry(part: str, mask: str) -> Entry:
     if colon and kind in ("role", "random"):
         role = role.strip()
         if not role:
-            raise UserError(f"--mask {mask!r}: {name} names no role; write e.g. {kind}:false")
+            raise UserError(f"--mask {mask!r}: {name} does not name a role; write e.g. {kind}:false")
         return Entry(BUILT_IN.get(role, role) if kind == "random" else role, kind, weight)
     if name not in BUILT_IN:
         raise UserError(f"--mask {mask!r}: unknown name {name!r}{_suggestion(name)}")

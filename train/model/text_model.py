@@ -62,7 +62,7 @@ def text_config(checkpoint: Checkpoint) -> Any:
         config = whole.get_text_config()
     except Exception as error:  # transformers raises any kind of exception for an invalid value
         raise UserError(
-            f"--model {checkpoint.directory}: transformers {transformers.__version__} does not take its config.json "
+            f"--model {checkpoint.directory}: transformers {transformers.__version__} rejects its config.json "
             f"(model_type {checkpoint.config.get('model_type')!r}): {error}"
         ) from None
     # A text model's class reads this flag from its own configuration, a multimodal model's from the outer one.
@@ -76,7 +76,7 @@ def text_config(checkpoint: Checkpoint) -> Any:
         if getattr(config, name, None) not in (None, 1.0):
             raise UserError(
                 f"--model {checkpoint.directory}: {name} {getattr(config, name)} in config.json changes logits after "
-                "lm_head, which is not supported; train a model without."
+                "lm_head, which is not supported; use a model without it."
             )
     return config
 
@@ -112,15 +112,14 @@ def skeleton(config: Any, ep: ExpertGroup) -> Any:
             fix_choices(model.get_submodule(name.rpartition(".")[0]), experts)
             experts.ends_the_layer = type(model.get_submodule(name.split(".mlp.")[0])).__name__ in ENDED_BY_EXPERTS
         elif module._non_persistent_buffers_set and not _rebuilt(model, name, module, config):
-            unknown.append(
-                f"{name} has values that are in no checkpoint ({', '.join(sorted(module._non_persistent_buffers_set))})"
-            )
+            values = ", ".join(sorted(module._non_persistent_buffers_set))
+            unknown.append(f"{name} has values that no checkpoint contains ({values})")
         elif isinstance(module, nn.Dropout) and module.p:
             unknown.append(f"{name} has dropout")
     if unknown:
         raise UserError(
-            f"--model: {type(model).__name__} is not supported: {'; '.join(unknown[:3])}. Supported are models built "
-            "as Qwen3.5-MoE, Qwen3-MoE, DeepSeek-V3, Kimi K2 and Llama are."
+            f"--model: {type(model).__name__} is not supported: {'; '.join(unknown[:3])}. Supported "
+            "architectures are those of Qwen3.5-MoE, Qwen3-MoE, DeepSeek-V3, Kimi K2 and Llama."
         )
     return model
 
@@ -192,7 +191,7 @@ def _expert_parallel(name: str, module: Any, top: int | None, ep: ExpertGroup) -
     if hidden % 8 or width % 8:
         raise UserError(
             f"--model: experts of {name} are {hidden} wide outside and {width} inside; both must be multiples of 8, "
-            "which grouped products ask for."
+            "as grouped products require."
         )
     if top is None or not 0 < top <= experts:
         raise UserError(

@@ -20,7 +20,7 @@ class UserError(ValueError):
 
 
 class MayPass(UserError):
-    """An error that may pass by itself, so job scripts retry the run."""
+    """An error that may be temporary, so job scripts retry the run."""
 
     code = 1
 

@@ -15,7 +15,7 @@ from train.runtime.interruption import interruption
 from train.runtime.shown import shown
 
 # Control codes that tqdm starts a text with. Either it returns to the start of its line, or it moves to lines above; it
-# writes the latter as a text of their own.
+# writes the latter as a separate text.
 A_BAR = re.compile("(?:\x1b\\[A)+\\Z|\r?")
 
 

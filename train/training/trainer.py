@@ -222,6 +222,6 @@ def _advice(run: Run) -> str:
         else "starts again, as there is no checkpoint yet,"
     )
     return (
-        "Start a new run with a lower --learning-rate, or without what makes it so; --resume "
+        "Start a new run with a lower --learning-rate, or without the cause; --resume "
         f"{last} and fails in the same way unless the cause was temporary."
     )
