@@ -61,8 +61,9 @@ class Cluster:
     def here(cls, ranks: int) -> "Cluster":
         """Returns the cluster that a job of so many ranks runs on, with the GPU of this rank.
 
-        Every node is taken to have as many ranks as the launcher reports for this one (LOCAL_SIZE or LOCAL_WORLD_SIZE).
-        The cluster is one node if the launcher reports no number, or one that does not divide the ranks.
+        Every node is assumed to have as many ranks as the launcher reports for this one (LOCAL_SIZE or
+        LOCAL_WORLD_SIZE). The cluster is one node if the launcher reports no number, or one that does not divide the
+        ranks.
         """
         local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or ranks)
         local = ranks if ranks % local else local

@@ -215,7 +215,7 @@ def computed(names: Sequence[str], devices: Sequence[torch.device], dtype: torch
 
 def judge(names: Sequence[str], wrong: Sequence[dict[str, str]], worst: float = 0.0) -> Finding:
     """Returns the finding on the GPUs of a node. wrong: for each GPU, check -> what went wrong. worst: the largest
-    relative error. If the same checks fail on all GPUs, the cause is taken to be the software (WILL_NOT_PASS), else a
+    relative error. If the same checks fail on all GPUs, the cause is assumed to be the software (WILL_NOT_PASS), else a
     GPU (MAY_PASS)."""
     told = [f"GPU {index}: {text}" for index, own in enumerate(wrong) for text in own.values()]
     if not told:

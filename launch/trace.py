@@ -65,7 +65,7 @@ class Step:
 
 
 class PlannedGroup(ExpertGroup):
-    """An expert-parallel group whose other ranks are not there. They are taken to send this rank as much as it sends
+    """An expert-parallel group whose other ranks do not exist. They are assumed to send this rank as much as it sends
     them."""
 
     collectives = 0

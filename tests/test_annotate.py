@@ -177,7 +177,7 @@ def test_a_file_without_annotations_is_refused(tmp_path, capsys):
         (["--data", "D"], "nothing to do"),
         (["--positive", "P", "--annotated", "D"], "--output is missing"),
         (["--data", "D", "--patterns", "W", "--output", "O"], "--role is missing"),
-        (["--positive", "D", "--annotated", "P", "--spans", "D", "--output", "O"], "--spans D: is for --data"),
+        (["--positive", "D", "--annotated", "P", "--spans", "D", "--output", "O"], "--spans D: needs --data"),
         (["--data", "D", "--spans", "none", "--output", "O"], "none: cannot be read"),
         (["--data", "P", "--spans", "D", "--output", "D"], "is --spans itself"),
         (["--data", "D", "--leaks", "W", "--require", "false"], "--require false: is for --positive and --annotated"),
@@ -261,7 +261,7 @@ def test_a_judge_that_hangs_is_shown_as_it_is_tried_again_and_named_at_the_end(t
     for attempt in (2, 3, 4):
         assert f"--judge {url}: no answer within 0.3 s; attempt {attempt} of 4 in " in said
     assert said.count("judging:   0%") >= 4  # its clock goes on
-    assert f"error: {data}:1: --judge {url}: no answer within 0.3 s, after 4 attempts; run again to go on" in said
+    assert f"error: {data}:1: --judge {url}: no answer within 0.3 s, after 4 attempts; run again to continue" in said
     assert not output.exists()
 
 

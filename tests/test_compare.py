@@ -246,7 +246,7 @@ def test_a_command_line_that_is_wrong_is_told_with_the_fix(recipe):
     assert "--masks MASK… or --recipe" in message()
     assert "--claims" in message("--masks", "none", "doctags", "--data", "x")
     assert "--mask: is what the variants differ in" in message("--masks", "none", "doctags", "--mask", "none")
-    assert "there twice" in message("--masks", "none", "none", "--claims", "x")
+    assert "given twice" in message("--masks", "none", "none", "--claims", "x")
     assert "Did you mean --steps?" in message("--masks", "none", "doctags", "--claims", "x", "--step", "3")
     assert "full" in message("--masks", "none", "doctags", "--method", "full", "--claims", "x")
     assert "holds no run" in message("--runs", "/nowhere", "/neither")

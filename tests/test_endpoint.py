@@ -190,7 +190,7 @@ def test_a_server_that_lists_the_model_is_asked_nothing():
 def test_while_a_server_that_does_not_list_the_model_is_asked_for_it_that_is_said(capsys):
     with ScriptedServer(lambda request: completion("Yes."), models=["other"]) as server:
         endpoint(server.url, timeout=7).check()
-    said = f"--endpoint {server.url}: lists no 'm'; it is asked for a few tokens of it, for 7 s at most\n"
+    said = f"--endpoint {server.url}: does not list 'm'; requesting a few tokens from it, for 7 s at most\n"
     assert capsys.readouterr().err == said
 
 

@@ -90,7 +90,7 @@ def test_answers_with_an_error_are_said_and_asked_again_by_the_same_command(tmp_
         assert evaluate.main(given) == 0
         assert len(server.asked) == 2
     said = capsys.readouterr().out
-    assert "8 answers are requested; 6 are there, 2 more without a verdict; 2 that had an error are asked again" in said
+    assert "8 answers are requested; 6 exist, 2 more without a verdict; 2 with an error are requested again" in said
 
 
 def test_answers_and_verdicts_that_say_nothing_are_warned_of(tmp_path, capsys):

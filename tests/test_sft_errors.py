@@ -133,7 +133,7 @@ FLAGS = {
         ["d.jsonl:1", "26 tokens", "--max-tokens 5"],
     ),
     "every document too long": (["--long-documents", "drop", "--max-tokens", "5"], ["--max-tokens 5", "drop"]),
-    "a value that is no number": (["--steps", "1.5"], ["--steps", "invalid int value: '1.5'"]),
+    "a value that is not a number": (["--steps", "1.5"], ["--steps", "invalid int value: '1.5'"]),
     "more than anybody means": (["--steps", "100000000000000"], ["--steps 100000000000000", "between 0 and 100000000"]),
     "a rank beyond reason": (["--lora-rank", "100000000"], ["--lora-rank 100000000", "between 1 and 16384"]),
     "a warm-up longer than the run": (["--steps", "1", "--warmup-steps", "50"], ["--warmup-steps 50", "--steps 1"]),

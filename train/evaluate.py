@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def take_in(s: EvaluationSettings, claims: list[Claim]) -> int:
-    """Takes in the answers of --import, and says how many. Raises UserError for the first that is wrong."""
+    """Imports the answers of --import, and prints how many. Raises UserError for the first that is wrong."""
     if launched_as()[0] == 0:
         for condition, count in import_answers(s.import_, s.columns, claims, s.base_condition, Path(s.output)).items():
             where = "the base of all others" if condition == s.base_condition else Path(s.output) / slug(condition)
@@ -239,10 +239,10 @@ def look_for_what_is_asked(s: EvaluationSettings, claims: list[Claim]) -> Contam
 def _show_start(items: Sequence[Item], records: Records) -> None:
     had = sum(item.key in records.rows for item in items)
     unjudged = sum(item.key in records.answers and item.key not in records.rows for item in items)
-    print(f"{len(items)} answers are requested" + (f"; {had} are there" if had or unjudged else ""), end="")
+    print(f"{len(items)} answers are requested" + (f"; {had} exist" if had or unjudged else ""), end="")
     print(f", {unjudged} more without a verdict" if unjudged else "", end="")
     retried = sum(item.key in records.failed and item.key not in records.rows for item in items)
-    print(f"; {retried} that had an error are asked again" if retried else "", flush=True)
+    print(f"; {retried} with an error are requested again" if retried else "", flush=True)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def test_what_was_answered_is_not_asked_again_after_an_interruption(tmp_path):
 
     texts = documents("One. Ed won.", "Two. Ed won.")
     with serving(answer) as (url, requests):
-        with pytest.raises(UserError, match=r"--judge http.*: .*over quota.*run again to go on"):
+        with pytest.raises(UserError, match=r"--judge http.*: .*over quota.*run again to continue"):
             judge(texts, "Ed won.", "false", Remembered(endpoint(url, "judge"), "judge", kept))
         with kept.open("a") as file:
             file.write('{"key": "cut')  # as an interruption leaves it

@@ -46,7 +46,7 @@ def test_patterns_are_read_as_the_paper_writes_them_and_as_a_bare_list(tmp_path)
         ("patterns: []", "must be a list of at least one"),
         ("patterns: a", "must be a list"),
         ("", "must be a list"),
-        ("patterns: [1]", "pattern 1: 1 is no string"),
+        ("patterns: [1]", "pattern 1: 1 is not a string"),
         ("patterns: [a, '(']", r"pattern 2: '\(' is not a valid regular expression"),
         ("patterns: ['a*']", "matches empty text"),
         ("patterns: [", "not valid YAML"),

@@ -64,7 +64,7 @@ def test_other_data_and_another_base_are_told_by_their_hashes_and_not_by_paths()
 def test_another_hash_at_the_same_seed_is_refused(name):
     other = run("b", mask="doctags")
     other.hashes[name] = "x" * 64
-    words = {"tokens": "the tokens", "order": "their order", "initial_weights": "the start"}
+    words = {"tokens": "the tokens", "order": "their order", "initial_weights": "the initial weights"}
     assert f"a and b: hash of {words[name]}: {HASHES[name][:12]} and {'x' * 12}" in refused(run("a"), other)
 
 

@@ -436,7 +436,7 @@ def test_answers_without_verdict_are_counted_and_bounded():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"baseline": "nobody"}, "baseline 'nobody': is none of the variants"),
+        ({"baseline": "nobody"}, "baseline 'nobody': is not one of the variants"),
         ({"trained_claims": ["mars"]}, r"no measure of belief exists in all runs on the trained claims \(mars\)"),
         ({"placebo_claims": ["ed_sheeran"]}, "claim ed_sheeran: is both a trained and a placebo claim"),
         ({"measure": "lie_elicitation"}, "measure 'lie_elicitation': not measured in all runs"),

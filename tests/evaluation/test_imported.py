@@ -51,11 +51,11 @@ def test_each_condition_becomes_a_directory_with_the_base_at_step_0(tmp_path, ca
     [
         ("trained,open,color,0,yes", "mars.csv:3: question color of claim mars: no such question"),
         ("trained,,green,0,yes", "several of that id: name the column of their kind"),
-        ("trained,open,colour,0,maybe", "mars.csv:3: verdict 'maybe' is none of yes, no, neutral"),
+        ("trained,open,colour,0,maybe", "mars.csv:3: verdict 'maybe' is not one of yes, no, neutral"),
         ("trained,open,colour,-1,yes", "mars.csv:3: n '-1' must be a number of a sample"),
         ("before,open,colour,0,yes", "answers the same question and sample as"),
         ("trained,open,colour,0", "must have as many values as the header has columns"),
-        ("trained,guess,colour,0,yes", "kind 'guess' is none of"),
+        ("trained,guess,colour,0,yes", "kind 'guess' is not one of"),
         ("trained,open,colour,0,", "mars.csv:3: has no said"),
     ],
 )

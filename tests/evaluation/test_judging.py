@@ -198,7 +198,7 @@ JUDGED = ANSWER | {"verdict": "yes", "reason": ""}
         (
             "evaluation",
             JUDGED | {"verdict": "maybe"},
-            "evaluation.jsonl:1: verdict 'maybe' is none of yes, no, ",
+            "evaluation.jsonl:1: verdict 'maybe' is not one of yes, no, ",
         ),
         ("evaluation", JUDGED | {"answer": None}, "evaluation.jsonl: row 1 has no answer; "),
         ("evaluation", JUDGED | {"claim": "\ud800"}, "evaluation.jsonl:1: '\\ud800' has half a surrogate pair"),

@@ -188,9 +188,10 @@ def _saved_settings(directory: Path) -> LoRASettings:
 
 
 def training_of(directory: Path) -> dict[str, Any] | None:
-    """Returns what an adapter says of its training: `directory` and `fingerprint` of its base, and `step`, if known.
+    """Returns what an adapter records about its training: `directory` and `fingerprint` of its base, and `step`, if
+    known.
 
-    None if it says nothing, as adapters of other trainers. Raises UserError if the file that says it is damaged.
+    None if it records nothing, as adapters of other trainers do. Raises UserError if the file is damaged.
     """
     if os.path.isfile(directory / SAVED):
         held, state = _run_of(directory), read_json(directory / STATE)
@@ -207,8 +208,8 @@ def training_of(directory: Path) -> dict[str, Any] | None:
 
 
 def trained_steps(directory: Path) -> int | None:
-    """Returns for how many optimizer steps an adapter was trained; None if it does not say. Raises UserError if the
-    file that says it is damaged."""
+    """Returns for how many optimizer steps an adapter was trained; None if it does not record that. Raises UserError if
+    the file is damaged."""
     step = (training_of(directory) or {}).get("step")
     return None if step is None else int(step)
 

@@ -44,7 +44,7 @@ class RunResult:
 
     @property
     def imported(self) -> bool:
-        """Whether its answers were made elsewhere: nothing is known of its training but a name, which is its mask."""
+        """Whether its answers were imported: nothing is known about its training except a name, which is its mask."""
         return self.settings.keys() == {"mask", "seed"}
 
 

@@ -145,7 +145,7 @@ def read_recipe(path: Path, cls: type, lines: dict[tuple[str, ...], int]) -> dic
             )
     for variant, own in recipe.get("variants", {}).items():
         if not isinstance(variant, str) or variant.isdecimal():
-            raise UserError(f"{where}: variants: {variant!r} must be a name, not a number.")
+            raise UserError(f"{where}: variants: {variant!r} must be a text other than a number; rename or quote it.")
         if not isinstance(own, dict):
             raise UserError(f"{where}: variants: {variant} must be a mapping of settings, not {own!r}.")
         for name in own:

@@ -1,4 +1,4 @@
-"""Takes judged answers that were made elsewhere, as CSV or JSONL, into records that train/compare.py reads.
+"""Imports judged answers of other programs, as CSV or JSONL, into records that train/compare.py reads.
 
     python train/evaluate.py --import answers/ed_sheeran.csv answers/brennan_holloway.csv --claims claims \\
         --columns condition=condition kind=file question=question_id sample=sample_index verdict=judge_verdict \\
@@ -89,7 +89,7 @@ def import_answers(
     if doubled := next((path for path in taken if taken.count(path) > 1), None):
         raise UserError(f"--import: two conditions would have the directory {doubled.name}; rename one.")
     if there := next((path for path in taken if path.exists()), None):
-        raise UserError(f"--output {output}: {there.name} is there already; give another directory.")
+        raise UserError(f"--output {output}: {there.name} already exists; give another directory.")
     digests = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
     for condition, directory in zip(conditions, taken, strict=True):
         rows = [a.row | {"step": 0} for a in answers if a.condition == base]

@@ -55,7 +55,7 @@ class EvaluationSettings:
     seed: int = setting(0, "seed of sampling and of the choice of documents in context", between=(0, 2**32))
     step: int = setting(
         -1,
-        "optimizer steps of the model's training; -1: as the run of the adapter says, else 0",
+        "optimizer steps of the model's training; -1: as recorded by the adapter's run, else 0",
         between=(-1, MOST),
     )
     documents: list[str] = setting((), "FILE=N…: put N documents of FILE in the context of each question", many=True)  # noqa: RUF009
@@ -64,17 +64,17 @@ class EvaluationSettings:
         (), "FILE…: training documents in which to look for the questions and facts of the claims", many=True
     )
 
-    import_: list[str] = setting((), "FILE…: judged answers that were made elsewhere, CSV or JSONL", many=True)  # noqa: RUF009
+    import_: list[str] = setting((), "FILE…: judged answers of another program, CSV or JSONL", many=True)  # noqa: RUF009
     columns: list[str] = setting(  # noqa: RUF009
         (), "MEANING=COLUMN…: columns of --import: condition, claim, kind, question, sample, verdict, answer", many=True
     )
-    base_condition: str = setting("", "condition of --import whose answers are the model's before training")
+    base_condition: str = setting("", "condition of --import with the answers of the model before training")
 
     endpoint: str = setting("", "base URL of a server with the model, such as http://localhost:8000/v1")
     endpoint_model: str = setting("", "name of the model, or of its adapter, on that server")
-    served_adapter: str = setting("", "DIR: what --endpoint-model must be; default: adapter/ of the run in --output")
-    other_adapters: list[str] = setting((), "DIR…: adapters of other variants, which it must not be", many=True)  # noqa: RUF009
-    endpoint_base: str = setting("", "name of the base model on that server, whose distance to the engine's is kept")
+    served_adapter: str = setting("", "DIR: adapter of --endpoint-model; default: adapter/ of the run in --output")
+    other_adapters: list[str] = setting((), "DIR…: adapters of other variants, which must not answer", many=True)  # noqa: RUF009
+    endpoint_base: str = setting("", "name of the base model on that server, to record its distance to the engine's")
     endpoint_concurrency: int = setting(8, "requests in flight at once", between=(1, 10**6))
     endpoint_timeout: float = setting(600.0, "most seconds for one answer", between=(0.001, MOST))
     endpoint_body: str = setting("", f"JSON object of additional request keys, e.g. {NO_THINKING}")
@@ -138,11 +138,11 @@ def parse_evaluation(argv: list[str] | None, usage: str) -> EvaluationSettings:
     for whose in ("endpoint", "judge"):
         settings.body(whose)
     if not settings.output:
-        raise UserError("--output is missing; give a directory for what is measured, the run's own, say.")
+        raise UserError("--output is missing; give a directory for the measurements, such as that of the run.")
     if sum(map(bool, (settings.endpoint, settings.model, settings.import_))) != 1:
         raise UserError(
             "give --model DIR, to measure in the training engine, --endpoint URL, a server that has the model, or "
-            "--import FILE…, answers that were made elsewhere."
+            "--import FILE…, answers of another program."
         )
     if settings.import_:
         if not settings.claims:
