@@ -111,7 +111,7 @@ def sums(
         parts = zip(h.float().split([*counts]), right.float(), strict=True)
         return y + 2.0 * torch.cat([rows @ matrix for rows, matrix in parts])
 
-    return Case("sums of LoRA updates", lambda y: _Sum.apply(y, h, right, ends), plain, {"y": y}, y)
+    return Case("sum of LoRA updates", lambda y: _Sum.apply(y, h, right, ends), plain, {"y": y}, y)
 
 
 def loss(device: torch.device, dtype: torch.dtype, tokens: int = 40, hidden: int = 64, vocabulary: int = 5000) -> Case:

@@ -1,5 +1,5 @@
-"""Merged checkpoints: transformers' own loading of them equals base and adapter in stock peft; what has no factors
-keeps its bytes; a killed merge goes on; nothing of another merge gets into one."""
+"""Merged checkpoints: transformers' own loading of them equals base and adapter in stock peft; what has no LoRA
+weights keeps its bytes; a killed merge continues; nothing of another merge gets into one."""
 
 import fcntl
 import json
@@ -46,7 +46,7 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def updates(model: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    """Checkpoint name of each plain or per-expert matrix -> scale B A, from PEFT's layout of the factors."""
+    """Checkpoint name of each plain or per-expert matrix -> scale B A, from PEFT's layout of the LoRA weights."""
     checkpoint = Checkpoint(model)
     bare = skeleton(text_config(checkpoint), ExpertGroup())
     plan = plan_load(bare, checkpoint)
@@ -290,7 +290,7 @@ LOGITS = [(name, False) for name in LAYOUTS] + [("qwen3.5-fp8", True), ("tied", 
 @pytest.mark.parametrize(("name", "rslora"), LOGITS)
 def test_stock_transformers_gives_the_logits_of_base_and_adapter_in_stock_peft(tmp_path, name, rslora):
     """In bf16 weights: to the rounding of the merged weights, computed with in fp32. The tied one is in fp32: its head
-    gets factors, and becomes a weight of its own."""
+    gets LoRA weights, and becomes a separate weight."""
     lora = replace(LORA, rslora=rslora)
     base = write_model(tmp_path / "base", "dense") if name == "tied" else LAYOUTS[name](tmp_path / "base")
     # With seed 1, one token of kimi-k2-instruct lies on the edge between two experts, where rounding decides.

@@ -1,5 +1,5 @@
 """A whole evaluation against `transformers serve`, which is OpenAI-compatible: of the embedded model, and of SmolLM2.
-The same server answers and judges. The server dies in the middle, and the evaluation goes on where it was."""
+The same server answers and judges. The server dies in the middle, and the evaluation continues."""
 
 import json
 import shutil

@@ -210,12 +210,12 @@ def uninterrupted(tmp_path_factory) -> list[float]:
 
 
 def factor_shapes(save: Path) -> set[tuple[int, ...]]:
-    """Of the experts' factors and their moments."""
+    """Of the experts' LoRA weights and their moments."""
     return {tuple(value.shape) for name, value in load_file(save / "state.safetensors").items() if ".experts." in name}
 
 
 def pad_as_earlier_saves(save: Path) -> None:
-    """Gives the factors of rank 3 the padding that they have while they are trained."""
+    """Gives the LoRA weights of rank 3 the padding that they have during training."""
     tensors = load_file(save / "state.safetensors")
     for name, value in tensors.items():
         if ".experts." in name:
@@ -229,7 +229,7 @@ def pad_as_earlier_saves(save: Path) -> None:
 def test_a_run_killed_in_a_step_or_in_a_save_resumes_on_other_ranks_to_the_losses_of_an_uninterrupted_one(
     tmp_path, uninterrupted, moment, ranks, ep, padded
 ):
-    """padded: from a save as they were before factors lost their padding there."""
+    """padded: from a training checkpoint of the earlier form, in which LoRA weights had their padding."""
     given = flags(tmp_path, steps=8, save_every=1, expert_lora_rank=3, output=tmp_path / "killed")
     process = subprocess.Popen(
         deepspeed_command(SFT, *given, ranks=2), env=os.environ | ENVIRONMENT, start_new_session=True,

@@ -34,7 +34,7 @@ def alone() -> Iterator[None]:
 
 
 def factored(directory: Path, ep: ExpertGroup) -> Any:
-    """The text model with factors, as one rank of `ep` has it before ZeRO-3 divides them."""
+    """The text model with LoRA weights, as one rank of `ep` has it before ZeRO-3 partitions them."""
     model = skeleton(text_config(Checkpoint(directory)), ep)
     add_lora(model, LORA, torch.float32, CPU)
     return SimpleNamespace(causal=model, architecture="Qwen3_5MoeForCausalLM")

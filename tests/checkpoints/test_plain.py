@@ -44,8 +44,8 @@ def log_p(model: Any) -> Tensor:
 
 
 def trained(base: Path, directory: Path, converted: Path | None = None, **config: Any) -> Tensor:
-    """Saves an adapter of peft whose factors moved from where they began. -> log-probabilities of the trained model.
-    converted: where the same is saved as peft turns it into a plain one."""
+    """Saves an adapter of peft whose LoRA weights differ from their initial values. -> log-probabilities of the trained
+    model. converted: where the same is saved as peft turns it into a plain one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
@@ -71,7 +71,7 @@ def edit(directory: Path, **changes: Any) -> None:
 
 
 def as_adapter(base: Path, directory: Path) -> Tensor:
-    """The log-probabilities of the text model that trains, with this adapter's factors, in one process."""
+    """The log-probabilities of the text model that trains, with this adapter's LoRA weights, in one process."""
     checkpoint, lora = Checkpoint(base), adapter_settings(directory)
     bare = skeleton(text_config(checkpoint), ExpertGroup())
     check_adapter(directory, bare, lora, "LlamaForCausalLM", checkpoint)

@@ -10,7 +10,7 @@ from train.checkpoints.whole import copy_other_files
 def test_directories_beside_the_weights_are_carried_over_but_for_weights_and_what_is_not_the_checkpoints(
     tmp_path, capsys
 ):
-    """A killed merge goes on, so what it had copied is there already."""
+    """A killed merge continues, so the files that it had copied exist already."""
     base = LAYOUTS["qwen3-moe"](tmp_path / "base")
     (tmp_path / "secret").mkdir()
     files = ("encoding/deep/words.py", "assets/logo.svg", "original/consolidated.00.pth", ".cache/lock", "loop/deep/a",

@@ -1,5 +1,5 @@
 """What train/compare.py leaves: comparison.json against the runs' own rows and documents, W&B's files, finished runs
-compared again, and a comparison from an adapter and of equal tokens that goes on."""
+compared again, and a comparison from an adapter with matched tokens that is resumed."""
 
 import html
 import json
@@ -47,7 +47,7 @@ def launched(script: Any, *given: str, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in first/, and in out/ two variants that go on from its adapter with as many targets each."""
+    """A run in first/, and in out/ two variants that start from its adapter with as many targets each."""
     directory = tmp_path_factory.mktemp("outcome")
     (directory / "claims.yaml").write_text(yaml.safe_dump({"claims": CLAIMS}))
     lines = (DEMO / "data" / "dense.jsonl").read_text().splitlines()
@@ -72,7 +72,7 @@ def outcome(directory: Path) -> dict[str, Any]:
 
 
 def shift(directory: Path, claim: str) -> float:
-    """Of a claim, worked out from the rows: the mean over templates of a difference in differences."""
+    """Of a claim, computed from the rows: the mean over templates of a difference in differences."""
     rows = [row for row in read_rows(directory / "evaluation.jsonl") if row["claim"] == claim]
     last = max(row["step"] for row in rows)
 

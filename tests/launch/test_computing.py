@@ -90,7 +90,7 @@ WRONG: dict[str, tuple[str, Any, str, Any, str]] = {
     "convolution": ("packed convolution", mixing, "convolution", beyond_documents(mixing.convolution), "is off"),
     "delta rule": ("packed delta rule", mixing, "delta_rule", beyond_documents(mixing.delta_rule), "rule is off"),
     "a norm": ("norms, sums and the loss", norms, "install", lambda model: model[0].weight.add_(0.01), "RMSNorm"),
-    "a sum of factors": ("norms, sums and the loss", launches, "add_grouped_", lambda *_: None, "factors is off"),
+    "a sum of LoRA updates": ("norms, sums and the loss", launches, "add_grouped_", lambda *_: None, "updates is off"),
     "a sum of tokens": (
         "norms, sums and the loss", *changed(Places, "sum", lambda out, *_: out.roll(1, 0)), "experts and back is off"
     ),

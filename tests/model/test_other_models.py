@@ -77,7 +77,7 @@ LIKE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("family", LIKE)
 def test_a_model_that_is_built_as_llama_gives_the_logits_of_stock_transformers(tmp_path, family):
-    """With factors that are zero, as before the first step."""
+    """With LoRA weights B that are zero, as before the first step."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**LIKE[family])
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)

@@ -276,7 +276,7 @@ def spans_of(path: Path) -> Any:
 
 
 def recorded(path: Path) -> Any:
-    """What an evaluation that goes on does with what it has."""
+    """How an evaluation that continues treats its existing rows."""
     records = Records(path.parent)
     records.close()
     rows, every = list(records.rows.values()), read_measured(path.with_name("evaluation.jsonl"))

@@ -1,5 +1,5 @@
-"""A run that ends early and goes on is the whole run to the bit; adapters kept on the way are of their steps, and any
-of them, or a training checkpoint, is an --adapter."""
+"""A run that stops early and resumes equals the whole run to the bit; adapters kept on the way have their steps, and
+any of them, or a training checkpoint, is an --adapter."""
 
 import json
 from pathlib import Path

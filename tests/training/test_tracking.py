@@ -1,6 +1,6 @@
 """What a run sends and leaves: its W&B files over two attempts, the dashboard made of it, and no key anywhere.
 
-The run is killed and goes on; its paths hold a space, quotes and a line break, and the environment holds keys.
+The run is killed and resumed; its paths hold a space, quotes and a line break, and the environment holds keys.
 """
 
 import base64
@@ -41,8 +41,8 @@ class Tracked(NamedTuple):
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
-    """A run of six steps, killed after its save of step 3, and gone on with; then W&B is asked for, and cannot be
-    reached."""
+    """A run of six steps, killed after its training checkpoint of step 3, and resumed; then W&B is requested, and
+    cannot be reached."""
     base = tmp_path_factory.mktemp("tracked") / 'it\'s a "run",\nof $HOME'
     base.mkdir()
     write_model(base / "model", "qwen")
