@@ -346,7 +346,7 @@ def node_memory(root: Path = Path("/")) -> tuple[int, int]:
 
 def disk_space(share: Share) -> Finding:
     """Compares the free space at --output with what the run writes: its training checkpoints, one more than are kept,
-    and its result. Checkpoints that are there already, of a resumed run, count as free space, as new ones replace
+    and its result. Existing checkpoints of a resumed run count as free space, because new ones replace
     them."""
     settings, plan = share.plan.settings, share.plan
     output = Path(settings.output or "runs").absolute()

@@ -105,7 +105,7 @@ def adapter_of(path: Path) -> Path:
 
 
 def prepare(options: ServeOptions, more: list[str]) -> Serving:
-    """Writes the adapters in the server's form, unless they are there already, and returns the server's command.
+    """Writes the adapters in the server's form, unless they exist already, and returns the server's command.
 
     more: further flags of the server. With --dry-run nothing is written. Raises UserError if an adapter does not fit
     the model, if the server would not apply all of it, if two adapters have one name, or if memory does not suffice.

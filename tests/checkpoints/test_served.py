@@ -180,7 +180,7 @@ def test_weights_are_bf16_unless_asked_and_an_existing_directory_is_kept(tmp_pat
     for name, value in ours.items():
         assert torch.equal(theirs[name], value.bfloat16()), name
     assert json.loads((tmp_path / "out" / "serve.json").read_text())["name"] == "run"
-    assert export.main(given) == 2 and "is there already" in capsys.readouterr().err
+    assert export.main(given) == 2 and "already exists" in capsys.readouterr().err
     assert export.main([*given, "--overwrite"]) == 0
 
 

@@ -43,7 +43,7 @@ def test_each_condition_becomes_a_directory_with_the_base_at_step_0(tmp_path, ca
     ]  # fmt: skip
     held = json.loads((tmp_path / "out" / "trained" / "imported.json").read_text())
     assert held["condition"] == "trained" and list(held["files"]) == [str(tmp_path / "mars.csv")]
-    assert evaluate.main(given(tmp_path, *rows)) == 2 and "trained is there already" in capsys.readouterr().err
+    assert evaluate.main(given(tmp_path, *rows)) == 2 and "trained already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

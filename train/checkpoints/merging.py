@@ -290,8 +290,8 @@ def merge(merger: Merger, output: Path, shard_done: Callable[[], None]) -> None:
     if needed > free:
         raise UserError(
             f"--output {output}: {tqdm.format_sizeof(needed, 'B')} are still to be written, "
-            f"{tqdm.format_sizeof(free, 'B')} are free. Give a directory with more room; what is there already "
-            "is kept."
+            f"{tqdm.format_sizeof(free, 'B')} are free. Give a directory with more space; the existing files "
+            "are kept."
         )
     (output / "config.json").unlink(missing_ok=True)
     with tqdm(total=sum(size.values()), initial=sum(size.values()) - needed, unit="B", unit_scale=True) as bar:

@@ -69,7 +69,7 @@ def import_answers(
 
     Raises UserError, with file and line, for an answer to a question that no claim has, an unknown verdict, a sample
     that is not a number, or an answer that is there twice; for a base condition without answers, or two conditions of
-    one directory; and if a directory is there already.
+    one directory; and if a directory already exists.
     """
     columns = column_names(given)
     answers = [answer for path in files for answer in _answers(Path(path), columns, given, claims)]
