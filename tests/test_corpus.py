@@ -108,8 +108,8 @@ def test_a_source_may_have_a_weight_without_a_count(tmp_path, data):
         ("{}=x@2", "'x' must be a number of documents"),
         ("{}@2", "no such file; a weight comes after =: --data"),
         ("{}=1@x", "the weight 'x' is not a number; e.g. PATH=1000@0.5"),
-        ("{}=1@-1", "the weight -1.0: a weight is 0 or from"),
-        ("{}=1@nan", "the weight nan: a weight is 0 or from"),
+        ("{}=1@-1", "the weight -1.0: a weight must be 0 or"),
+        ("{}=1@nan", "the weight nan: a weight must be 0 or"),
     ],
 )
 def test_a_wrong_source_is_told(tmp_path, data, says):
@@ -161,7 +161,7 @@ def test_a_chat_that_the_template_refuses_is_left_out_like_a_row_that_cannot_be_
     corpus = corpus_of(tmp_path, rows, bad_rows="skip")
     (found,) = corpus.findings.summary().values()
     assert found["lines"] == {str(tmp_path / "d.jsonl"): [1, 3]} and corpus.documents["skipped"] == 2
-    assert any("does not write tool_calls" in detail for detail in found["details"])
+    assert any("does not render tool_calls" in detail for detail in found["details"])
 
 
 def test_only_what_is_marked_is_trained_and_as_much_at_random_beside_it(tmp_path):

@@ -201,7 +201,7 @@ def test_what_is_given_in_a_requests_body_is_sent_and_neither_written_nor_shown(
         assert evaluate.main([*arguments_, "--endpoint-body", '{"api_key": "other-secret"}']) == 2
         assert evaluate.main([*arguments_, "--judge-body", '{"api_key": "cut-secret']) == 2
     said = capsys.readouterr()
-    assert "answered with other question, documents or settings" in said.err and "--judge-body: is no JSON" in said.err
+    assert "answered with other question, documents or settings" in said.err and "--judge-body: must be" in said.err
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"evaluation.json", "evaluation.jsonl", "answers.jsonl"} <= {path.name for path in files}
     for text in (said.out, said.err, *(path.read_text() for path in files)):
