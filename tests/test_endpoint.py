@@ -63,9 +63,18 @@ def test_several_chats_are_answered_in_their_order_each_with_its_seed():
         (body([1, 2]), "its response is not a chat completion: "),
         (body({}), "its response is not a chat completion: no choices"),
         (body({"choices": []}), "its response is not a chat completion: no choices"),
-        (body({"choices": [{"index": 0}]}), "response is not a chat completion: a choice without a message"),
-        (body({"choices": [{"message": {"content": [1]}}]}), "response is not a chat completion: a choice without a"),
-        (body({"error": {"message": "no capacity"}}), "response is not a chat completion: {'message': 'no capacity'}"),
+        (
+            body({"choices": [{"index": 0}]}),
+            "its response is not a chat completion: a choice without a message",
+        ),
+        (
+            body({"choices": [{"message": {"content": [1]}}]}),
+            "its response is not a chat completion: a choice without a",
+        ),
+        (
+            body({"error": {"message": "no capacity"}}),
+            "its response is not a chat completion: {'message': 'no capacity'}",
+        ),
     ],
 )
 def test_what_may_pass_is_tried_again_and_then_named(response, said):
