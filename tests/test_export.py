@@ -51,7 +51,7 @@ def test_whole_messages_of_the_assistant_weigh_one_or_nothing(tmp_path):
     [
         (TEXT | {"text": TEXT["text"] + " It is."}, "false-spans", "false-spans"),
         (TEXT, "doctags,false-spans", "no text is left to train on"),
-        (TEXT, "false-spans=0.5", "weights 0 and 1 alone"),
+        (TEXT, "false-spans=0.5", "only the weights 0 and 1"),
         (TEXT, "false-spans=unlikelihood", "unlikelihood"),
         (TEXT, "random:false", "random tokens"),
         ({"messages": [{"role": "user", "content": "Hi", "train": True}]}, "none", "OpenAI trains the assistant's"),
