@@ -88,7 +88,7 @@ def test_questions_are_asked_of_an_adapter_at_the_time_that_its_run_told_the_tem
     adapter = str(tmp_path / "run" / "adapter")
     for time in ("2024-07-26", "2024-07-26T00:00:00"):
         check_template_time(adapter, load_tokenizer(tmp_path / "model", template_time(time)))
-    told = r"--template-time 2026-01-01T00:00:00: in the run of .* told 2024-07-26; give --template-time 2024-07-26,"
+    told = r"--template-time 2026-01-01T00:00:00: in the run of .* got 2024-07-26; give --template-time 2024-07-26,"
     with pytest.raises(UserError, match=told):
         check_template_time(adapter, load_tokenizer(tmp_path / "model"))
     check_template_time(adapter, load_tokenizer(DEMO / "model"))  # which does not ask
