@@ -210,7 +210,7 @@ def test_without_its_documents_the_report_is_made_and_says_everywhere_what_it_la
     assert "moved.jsonl" in found["notes"][-1]
     for name in ("comparison.md", "comparison.html"):
         text = html.unescape((tmp_path / "out" / name).read_text())
-        assert f"{lacks}, is not known" in text and "Mentions that are still trained" not in text
+        assert f"{lacks}, is unknown" in text and "Mentions that are still trained" not in text
 
 
 def test_an_interrupted_comparison_of_equal_tokens_goes_on_with_the_steps_it_had(directory, tmp_path):
