@@ -46,7 +46,7 @@ def near(what: str, found: Tensor, wanted: Tensor, bound: float) -> float:
     """Returns the relative error of `found`, of any shape, by L2 norms; the absolute error if `wanted` is zero. Raises
     Wrong if the shapes differ, or if the error is NaN or larger than `bound`."""
     if found.shape != wanted.shape:
-        raise Wrong(f"{what} has shape {tuple(found.shape)} in the place of {tuple(wanted.shape)}")
+        raise Wrong(f"{what} has shape {tuple(found.shape)}, expected {tuple(wanted.shape)}")
     apart, size = (found.float() - wanted.float()).norm().item(), wanted.float().norm().item()
     error = apart / size if size else apart
     if not error <= bound:  # so written, NaN fails too

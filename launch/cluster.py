@@ -40,11 +40,11 @@ USABLE = 0.95  # share of a GPU's memory; the rest is lost to fragmentation of t
 PROCESS = 20_000_000
 
 ASSUMED = f"""\
-assumed: {RUNTIME / 1e9:.0f} GB for CUDA, NCCL and cuBLAS, and {1 - USABLE:.0%} of the memory lost between blocks of
-torch's allocator; routing uniformly at random; all documents of --max-tokens tokens. Time is a
+assumed: {RUNTIME / 1e9:.0f} GB for CUDA, NCCL and cuBLAS; {1 - USABLE:.0%} of the memory lost to fragmentation in
+torch's allocator; uniformly random routing; --max-tokens tokens in every document. Time is a
 roofline: for each micro-batch the longer of matrix products at the GPU's dense BF16 peak and of all
 operands through its memory, once each; then, not overlapped, NVLink and a network of {NETWORK * 8 / 1e9:.0f} Gb/s
-a GPU; load from a disk of {DISK / 1e9:.0f} GB/s a node. Real steps are slower.
+per GPU; load from a disk of {DISK / 1e9:.0f} GB/s per node. Real steps are slower.
 """
 
 
@@ -61,8 +61,9 @@ class Cluster:
     def here(cls, ranks: int) -> "Cluster":
         """Returns the cluster that a job of so many ranks runs on, with the GPU of this rank.
 
-        Every node is taken to have as many ranks as the launcher reports for this one (LOCAL_SIZE or LOCAL_WORLD_SIZE).
-        The cluster is one node if the launcher reports no number, or one that does not divide the ranks.
+        Every node is assumed to have as many ranks as the launcher reports for this one (LOCAL_SIZE or
+        LOCAL_WORLD_SIZE). The cluster is one node if the launcher reports no number, or one that does not divide the
+        ranks.
         """
         local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or ranks)
         local = ranks if ranks % local else local

@@ -75,7 +75,7 @@ def nf4(device: torch.device, dtype: torch.dtype) -> float:
     values = weight_EOI.float().unflatten(-1, (-1, 64))
     off = (values - plain.unflatten(-1, (-1, 64))).abs().amax(-1) / values.abs().amax(-1)
     if not bool((off < 1.1 * NF4_STEP).all()):
-        raise Wrong(f"NF4: a value is {off.max().item():.2f} of its block's largest from what was quantized")
+        raise Wrong(f"NF4: a value differs from the original by {off.max().item():.2f} of its block's largest value")
     return worst
 
 
@@ -93,7 +93,7 @@ def int4(device: torch.device, dtype: torch.dtype) -> float:
         raise Wrong(f"INT4: {int((found != plain).sum())} of {plain.numel()} values are decoded wrongly")
     again, kept = formats.int4_encode(found[0, 0], scale[0, 0], 32)
     if not (torch.equal(again, word[0, 0]) and torch.equal(kept, scale[0, 0])):
-        raise Wrong("INT4: values that were decoded are not encoded to the same words")
+        raise Wrong("INT4: encoding the decoded values does not give the same words")
     return 0.0
 
 
@@ -215,14 +215,14 @@ def computed(names: Sequence[str], devices: Sequence[torch.device], dtype: torch
 
 def judge(names: Sequence[str], wrong: Sequence[dict[str, str]], worst: float = 0.0) -> Finding:
     """Returns the finding on the GPUs of a node. wrong: for each GPU, check -> what went wrong. worst: the largest
-    relative error. If the same checks fail on all GPUs, the cause is taken to be the software (WILL_NOT_PASS), else a
+    relative error. If the same checks fail on all GPUs, the cause is assumed to be the software (WILL_NOT_PASS), else a
     GPU (MAY_PASS)."""
     told = [f"GPU {index}: {text}" for index, own in enumerate(wrong) for text in own.values()]
     if not told:
-        text = f"{len(wrong)} GPUs: {', '.join(names)} as plain references have them, to {worst:.1e}"
+        text = f"{len(wrong)} GPUs: {', '.join(names)}: error against plain references at most {worst:.1e}"
         return Finding("computing", PASSED, text)
     if len({frozenset(own) for own in wrong}) == 1:
         fix = "Install the versions of constraints.txt with the gpu extra (pip install -e '.[gpu]')."
         return Finding("computing", WILL_NOT_PASS, "; ".join([*told, fix]))
-    fix = "Leave this node out (sbatch --exclude=NODE), and have the GPU tested."
+    fix = "Exclude this node (sbatch --exclude=NODE), and have its GPU tested."
     return Finding("computing", MAY_PASS, "; ".join([*told, fix]))

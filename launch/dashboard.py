@@ -1,10 +1,10 @@
-"""Makes the W&B workspace for a group of runs: what they have logged, in sections, one curve a variant.
+"""Creates the W&B workspace for a group of runs: sections with what they have logged, one curve per variant.
 
     python -m launch.dashboard RUN… --entity ENTITY [--json FILE]
 
-RUN is a run's directory, of train/sft.py, or a comparison's, which means its runs. The curves' names are those that the
-runs have written, so there is no empty panel; a section that none of them has anything for is named and left out. With
---json the whole specification is written to a file, without a key and without a server; otherwise the workspace is
+RUN is the directory of a run of train/sft.py, or of a comparison, which stands for its runs. The curves have the names
+that the runs have logged, so no panel is empty. Sections without any logged values are listed and left out. With
+--json, the whole specification is written to a file, which needs neither a key nor a server. Otherwise the workspace is
 saved on W&B, with the key from WANDB_API_KEY.
 """
 
@@ -68,7 +68,7 @@ SECTIONS: dict[str, tuple[Curves, ...]] = {
                Curves(r"memory/(planned|measured)", "bytes of a rank, planned and measured", together=True, bars=True)),
     "Expert load": (Curves("expert_load_max_over_mean"), Curves("rank_load_max_over_mean"),
                     Curves("experts_without_tokens"), Curves(r"rank_load/\d+", "tokens of each rank", together=True)),
-    "Bytes on the wire": (Curves("wire_bytes"),),
+    "Communication volume": (Curves("wire_bytes"),),
 }  # fmt: skip
 
 
@@ -87,7 +87,7 @@ class Group:
 
 def read_group(directories: Sequence[Path]) -> Group:
     """Reads what the runs have written. Raises UserError if there is no run, if a directory holds none or a damaged
-    one, or if the runs are of several W&B projects."""
+    one, or if the runs belong to several W&B projects."""
     if not directories:
         raise UserError("RUN: none given; give the directories of the runs that the workspace is for.")
     settings, groups = [], set()
@@ -108,7 +108,7 @@ def read_group(directories: Sequence[Path]) -> Group:
         if os.path.lexists(directory / "summary.json"):
             bars |= numbers(read_json(directory / "summary.json"))
     if len(projects := sorted({str(own["wandb_project"]) for own in settings})) > 1:
-        raise UserError(f"RUN: the runs are of several W&B projects ({', '.join(projects)}); give those of one.")
+        raise UserError(f"RUN: the runs belong to several W&B projects ({', '.join(projects)}); give those of one.")
     varied = [
         name
         for name in settings[0].keys() - FREE_ON_RESUME - {"seed"}
@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(__doc__ or "")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory, or a comparison's")
     parser.add_argument("--entity", required=True, help="the W&B user or team of the project")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the specification there, and save nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the specification to FILE and save nothing")
     args = parser.parse_args(arguments)
     runs = [run for each in args.runs for run in runs_of(each)]
     check_apart({"--json": args.json}, {"RUN": [each / name for each in [*args.runs, *runs] for name in OF_A_RUN]})
@@ -195,18 +195,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def save(made: "workspaces.Workspace") -> None:
-    """Saves the workspace on W&B, whose client prints the address. Raises UserError if W&B cannot be reached or does
+    """Saves the workspace on W&B. W&B's client prints its address. Raises UserError if W&B cannot be reached or does
     not save it."""
     from launch.node import wandb_hindrance
 
     if hindrance := wandb_hindrance():  # checked first, as the client would retry for a long time
-        raise UserError(f"nothing can be saved on W&B: {hindrance}. Mend that, or give --json FILE.")
+        raise UserError(f"nothing can be saved on W&B: {hindrance}. Fix that, or give --json FILE.")
     try:
         made.save()
     except Exception as error:  # the client raises errors of several families
         raise UserError(
             f"--entity {made.entity}: W&B did not save the workspace in {made.project} ({wandb_status(error)}). "
-            "Are the runs sent?"
+            "Have the runs been uploaded?"
         ) from None
 
 

@@ -1,19 +1,19 @@
-"""Asks the base model and the adapters of several runs every question of their claims, through one server, has the
+"""Asks the base model and the adapters of several runs all questions of their claims through one server, has the
 answers judged, and compares the runs:
 
     python -m launch.evaluate_runs --runs runs/a runs/b --output DIR --judge URL --judge-model NAME [-- FLAG…]
 
-Starts vLLM or SGLang with the base and all adapters, as launch.serve does; shows of each adapter that it is what
-answers; and starts the server again if it dies. --model and --claims are by default those of the first run. With
---judge same, the base on the same server judges. Other flags go to train/evaluate.py, those after -- to the server. The
-same command goes on after an interruption, and asks only for what is missing. The report, judged belief beside
-likelihoods, is in --output.
+Starts vLLM or SGLang with the base and all adapters, as launch.serve does. Verifies for each adapter that the server
+answers with it. Restarts the server if it dies. --model and --claims default to those of the first run. With --judge
+same, the base on the same server is the judge. Other flags go to train/evaluate.py, those after -- to the server. After
+an interruption, the same command asks only for missing answers. The report in --output shows judged belief beside
+likelihoods.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
     from train.runtime.interruption import interruption
 
-    interruption.listen("interrupted; answers are kept, and the same command goes on")
+    interruption.listen("interrupted: answers are kept; run the same command again to continue")
 
 import subprocess
 import sys
@@ -36,18 +36,18 @@ from train.runtime.errors import MayPass, UserError
 from train.runtime.interruption import interruption
 from train.runtime.outside import checked, read_json
 
-KEPT = "interrupted; answers are kept, and the same command goes on"
+KEPT = "interrupted: answers are kept; run the same command again to continue"
 MOST_DEATHS = 3  # of the server in a row, without a new answer in between
 DECIDED = frozenset({"adapters", "output", "dry_run"})
 OF_EVALUATE = (
     "--endpoint", "--endpoint-model", "--endpoint-base", "--served-adapter", "--other-adapters", "--step", "--judge",
 )  # fmt: skip
-"""Flags of train/evaluate.py that are decided here."""
+"""Flags of train/evaluate.py that this command sets."""
 
 
 @dataclass(kw_only=True)
 class EvaluateRunsOptions:
-    """The options beside those of launch.serve and train/evaluate.py."""
+    """The options in addition to those of launch.serve and train/evaluate.py."""
 
     runs: list[str] = setting((), "RUN…: directories of finished runs", many=True)  # noqa: RUF009
     output: str = setting("", "DIR for the report, the exported adapters and the server's log")
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
 
 
 def of_the_runs(options: EvaluateRunsOptions, serve: ServeOptions, flags: list[str]) -> tuple[ServeOptions, list[str]]:
-    """Returns the options and flags with --model and --claims of the first run where they are not given."""
+    """Returns the options and flags with --model and --claims of the first run if they are not given."""
     path = Path(options.runs[0]) / "settings.yaml" if options.runs else Path()
     if not path.is_file():
         return serve, flags
@@ -117,7 +117,7 @@ def check(options: EvaluateRunsOptions, serve: ServeOptions, flags: list[str]) -
         raise UserError("--output is missing; give a directory for the report.")
     for flag in flags:
         if flag.partition("=")[0] in OF_EVALUATE:
-            raise UserError(f"{flag}: is decided for each run by launch.evaluate_runs; leave it out.")
+            raise UserError(f"{flag}: launch.evaluate_runs sets it for each run; leave it out.")
     settings = parse_evaluation([*_flags(options, BASE_NAME, "http://127.0.0.1:1/v1"), *flags, "--output", "x"], "")
     check_there(settings.claims)
     steps = []
@@ -144,10 +144,10 @@ def ask(
     server: Server, each: Asked, serving: Serving, every: Sequence[Asked], options: EvaluateRunsOptions,
     flags: list[str],
 ) -> int:  # fmt: skip
-    """Asks one model by train/evaluate.py, and starts the server where it does not run. Returns its exit code: 0 or 1.
+    """Asks one model with train/evaluate.py, and starts the server if it is not running. Returns the exit code, 0 or 1.
 
-    Raises UserError if evaluate.py ends with another code while the server runs, MayPass if the server dies MOST_DEATHS
-    times in a row without a new answer.
+    Raises UserError if evaluate.py exits with another code while the server runs, MayPass if the server dies
+    MOST_DEATHS times in a row without a new answer.
     """
     served = {other.name: str(Path(serving.options.output) / other.name) for other in every if other.step}
     others = [path for name, path in served.items() if name != each.name]
@@ -158,7 +158,7 @@ def ask(
     print(f"{each.name}, {every.index(each) + 1} of {len(every)}: answers go to {each.run}", flush=True)
     evaluate = [sys.executable, str(REPOSITORY / "train" / "evaluate.py"), *own]
     if not server.alive() and _complete(each) and _run(evaluate) == 0:
-        return 0  # every answer was there, and no server is needed
+        return 0  # every answer exists, so no server is needed
     deaths, kept = 0, -1
     while True:
         if not server.alive():
@@ -167,18 +167,18 @@ def ask(
         if code in (0, 1) and server.alive():
             return code
         if server.alive():
-            raise UserError(f"train/evaluate.py ended with code {code} for {each.name}; its message is above.")
+            raise UserError(f"train/evaluate.py exited with code {code} for {each.name}; its message is above.")
         if code == 0:
             return code
         before, kept = kept, _answers(each.run)
         deaths = 1 if kept > before else deaths + 1
         if deaths >= MOST_DEATHS:
             raise MayPass(f"the server died {deaths} times without a new answer; look at {server.log}.")
-        print("the server died: it is started again, and what is missing is asked for again", flush=True)
+        print("the server died: restarting it and asking again for the missing answers", flush=True)
 
 
 def _complete(each: Asked) -> bool:
-    """Whether a run's directory seems to hold every answer of this model: as many as the last evaluation wanted."""
+    """Whether a run's directory seems to hold every answer of this model: as many as the last evaluation requested."""
     path = each.run / "evaluation.json"
     wanted = (read_json(path) if path.is_file() else {}).get("wanted")
     rows = at_step(read_measured(each.run / "evaluation.jsonl"), each.step) if wanted else []
@@ -204,14 +204,14 @@ def _run(words: list[str]) -> int:
 
 
 def report(options: EvaluateRunsOptions) -> None:
-    """Compares the runs by train/compare.py. Raises UserError if that fails."""
+    """Compares the runs with train/compare.py. Raises UserError if that fails."""
     if len(options.runs) < 2:
-        print("one run: there is nothing to compare it with")
+        print("only one run: nothing to compare it with")
         return
     recipe = ["--recipe", *options.recipe] if options.recipe else []
     compare = [sys.executable, str(REPOSITORY / "train" / "compare.py"), "--runs", *options.runs, *recipe]
     if code := _run([*compare, "--output", options.output]):
-        raise UserError(f"train/compare.py ended with code {code}; its message is above.")
+        raise UserError(f"train/compare.py exited with code {code}; its message is above.")
 
 
 if __name__ == "__main__":

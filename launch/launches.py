@@ -1,5 +1,5 @@
-"""Checks the fused kernels of train/fused, which are all but products, attention and delta rule, against the same
-functions by torch's own operations in fp32. On a CPU both are torch's.
+"""Checks the fused kernels of train/fused (all kernels except products, attention and the delta rule) against the same
+functions in torch's own operations in fp32. On a CPU, both are torch's.
 
 Shapes: R rows, H hidden size, T tokens, k experts per token, E experts, P (token, expert) pairs, I expert width, O
 output features, r LoRA rank, V vocabulary.
@@ -111,7 +111,7 @@ def sums(
         parts = zip(h.float().split([*counts]), right.float(), strict=True)
         return y + 2.0 * torch.cat([rows @ matrix for rows, matrix in parts])
 
-    return Case("sums of factors", lambda y: _Sum.apply(y, h, right, ends), plain, {"y": y}, y)
+    return Case("sum of LoRA updates", lambda y: _Sum.apply(y, h, right, ends), plain, {"y": y}, y)
 
 
 def loss(device: torch.device, dtype: torch.dtype, tokens: int = 40, hidden: int = 64, vocabulary: int = 5000) -> Case:

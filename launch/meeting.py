@@ -1,4 +1,4 @@
-"""The nodes of a job meet: the first one collects what all have found, has the network tried, and reports."""
+"""Connects the nodes of a job: the first node collects the findings of all nodes, tests the network and reports."""
 
 import json
 import time
@@ -62,7 +62,7 @@ class Meeting:
             extra.append(self.network(names, limit))
         else:
             why = f"{', '.join(absent)} did not report" if absent else "nodes have different numbers of ranks"
-            extra.append(Finding("network", MAY_PASS, f"not tried: {why}"))
+            extra.append(Finding("network", MAY_PASS, f"not tested: {why}"))
         by_name = {names[number]: found for number, found in by_node.items()}
         extra += differing(by_name)
         print_report(by_name, extra)
@@ -113,7 +113,7 @@ class Meeting:
             else:
                 told[number] = answer
         if silent:
-            return Finding("network", MAY_PASS, f"{', '.join(silent)} did not answer while the network was tried")
+            return Finding("network", MAY_PASS, f"{', '.join(silent)} did not answer during the network test")
         ranks = [{**rank, "node": names[number]} for number, found in told.items() for rank in found]
         return judge_network(ranks, "NCCL" if torch.cuda.is_available() else "gloo", limit)
 
@@ -127,7 +127,7 @@ class Meeting:
             told = self.hear(f"time/{number}", time.monotonic() + 20)
             answered = time.time()
             if told is None:
-                off.append(f"{names[number]} did not tell its time")
+                off.append(f"{names[number]} did not report its time")
                 continue
             apart = max(0.0, abs(told - (asked + answered) / 2) - (answered - asked) / 2)
             most = max(most, apart)
@@ -153,12 +153,14 @@ def judge_network(ranks: list[dict[str, Any]], backend: str, limit: int) -> Find
     stage = first[0]["standing"]
     if len(first) == len(ranks) > 1 and not any(rank["error"] for rank in first):
         return Finding(
-            "network", MAY_PASS, f"{backend}: no rank got through {stage} in {limit} s: do the nodes reach each other?"
+            "network",
+            MAY_PASS,
+            f"{backend}: no rank completed {stage} within {limit} s: can the nodes reach each other?",
         )
     who = "; ".join(
         f"{rank['node']}, rank {rank['rank']}{': ' + rank['error'] if rank['error'] else ''}" for rank in first[:8]
     )
-    return Finding("network", MAY_PASS, f"{backend}: did not get through {stage} in {limit} s: {who}")
+    return Finding("network", MAY_PASS, f"{backend}: did not complete {stage} within {limit} s: {who}")
 
 
 def differing(by_node: dict[str, list[Finding]]) -> list[Finding]:
@@ -182,8 +184,8 @@ def worst(findings: list[Finding]) -> int:
 
 
 def print_report(by_node: dict[str, list[Finding]], extra: list[Finding] | None = None) -> None:
-    """Prints a line per check with what the nodes found. Nodes that found the same share a text. Each problem has a
-    line of its own with its node. extra: findings about several nodes."""
+    """Prints a line per check with what the nodes found. Nodes that found the same share a text. Each problem has its
+    own line with its node. extra: findings about several nodes."""
     checks = dict.fromkeys(finding.check for found in by_node.values() for finding in found)
     for check in checks:
         passed: dict[str, list[str]] = {}
@@ -200,6 +202,6 @@ def print_report(by_node: dict[str, list[Finding]], extra: list[Finding] | None 
 
 
 def _print_line(check: str, code: int, text: str) -> None:
-    verdict = {PASSED: "ok", MAY_PASS: "FAILED, may pass", WILL_NOT_PASS: "FAILED"}[code]
+    verdict = {PASSED: "ok", MAY_PASS: "FAILED, may be temporary", WILL_NOT_PASS: "FAILED"}[code]
     with suppress(NobodyReads):  # the exit code says what to do
         print(f"preflight: {check}: {verdict}: {' '.join(text.split())}", flush=True)

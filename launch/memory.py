@@ -33,7 +33,7 @@ def planned_model(
     """Returns a rank's model as `train.model` builds it, but on the meta device and with every dense weight whole, and
     the plan of its load.
 
-    method: full, lora or qlora. lora: None with full. ep: stands in for the rank's expert-parallel group. Raises
+    method: full, lora or qlora. lora: None with full. ep: a stand-in for the rank's expert-parallel group. Raises
     UserError if the checkpoint's weights do not fit its config.json, or if its architecture is not supported.
     """
     model = skeleton(text_config(checkpoint), ep)

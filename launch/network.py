@@ -1,5 +1,5 @@
-"""Tests the network between all ranks of a job before the job relies on it. Each rank is a process of its own, over
-NCCL where there are GPUs, else over gloo.
+"""Tests the network between all ranks of a job before the job relies on it. Each rank is a separate process, over
+NCCL if there are GPUs, else over gloo.
 
     python -m launch.network    # one rank; preflight.py starts it, with its rank in the environment
 
@@ -159,7 +159,7 @@ def _leave(stage: str, gigabytes_per_second: float) -> None:
 
 def _check(kind: str, found: Tensor, wanted: Tensor) -> None:
     if not torch.equal(found, wanted):
-        raise RuntimeError(f"{kind}: what arrived is not what was sent")
+        raise RuntimeError(f"{kind}: the received values differ from those sent")
 
 
 def _seconds(collective: Callable[[], Any], device: torch.device) -> float:

@@ -45,8 +45,8 @@ from train.runtime.watchdog import REPOSITORY
 from train.training.early import check_early
 
 PASSED, MAY_PASS, WILL_NOT_PASS = 0, 1, 2
-"""Codes of a finding, and exit codes of the command: no problem; a problem that may pass by itself, such as a busy GPU;
-one that will not, such as a missing shard."""
+"""Codes of a finding, and exit codes of the command: no problem; a problem that may be temporary, such as a busy GPU;
+one that is not, such as a missing shard."""
 
 SAMPLE, PIECE = 2**28, 2**24  # bytes read to measure a disk's speed: in all, and of one tensor
 BUSY = 0.05  # share of a GPU's memory: if more is used, it is not only by the driver itself
@@ -70,7 +70,7 @@ def within(seconds: float, check: str, work: Callable[[], Finding]) -> Finding:
     blocks its reader forever. A UserError becomes a finding with WILL_NOT_PASS, any other exception one with MAY_PASS.
     """
     if seconds <= 0:
-        return Finding(check, MAY_PASS, "not tried: what came before has taken the time (PREFLIGHT_TIME_LIMIT)")
+        return Finding(check, MAY_PASS, "not run: earlier checks used up the time limit (PREFLIGHT_TIME_LIMIT)")
     found: list[Finding] = []
 
     def run() -> None:
@@ -148,7 +148,7 @@ def judge_gpus(
     if len(visible) != expected or len(rows) != expected or not rows:
         bad.append(f"{expected} GPUs are expected, torch sees {len(visible)} and nvidia-smi {len(rows)} of them")
     if len(kinds := {(row[1], row[3]) for row in rows}) > 1:
-        bad.append(f"of several kinds: {', '.join(sorted(f'{name} {size} MiB' for name, size in kinds))}")
+        bad.append(f"GPUs of several kinds: {', '.join(sorted(f'{name} {size} MiB' for name, size in kinds))}")
     for index, (uuid, _, _, total, used, errors) in enumerate(rows):
         if errors.isdecimal() and int(errors):
             noted.append(f"GPU {index} ({uuid}) has had {errors} uncorrected ECC errors since the driver was loaded")
@@ -274,7 +274,7 @@ def disk_speed(share: Share) -> Finding:
 
 
 def plan(share: Share) -> Finding:
-    """Returns what the job takes of this node by launch.plan, for documents that are all as long as the longest one.
+    """Returns what the job needs of this node by launch.plan, if all documents are as long as the longest one.
     Sets the bytes of the share. Raises UserError for settings that are wrong; a model that cannot be planned passes."""
     plan = share.plan
     try:
@@ -294,10 +294,10 @@ def plan(share: Share) -> Finding:
 def gpu_memory(share: Share) -> Finding:
     """Compares the smallest GPU of this node with the plan."""
     need, have = share.gpu_bytes, share.plan.cluster.memory * 1e9
-    text = f"{have / 1e9:.1f} GB a GPU, {need / 1e9:.1f} GB needed"
+    text = f"{have / 1e9:.1f} GB per GPU, {need / 1e9:.1f} GB needed"
     if need > have:
-        return Finding("GPU memory", WILL_NOT_PASS, f"{text}. python -m launch.plan says what to change.")
-    return Finding("GPU memory", PASSED, text + (": little is left" if need > USABLE * have else ""))
+        return Finding("GPU memory", WILL_NOT_PASS, f"{text}. python -m launch.plan proposes what to change.")
+    return Finding("GPU memory", PASSED, text + (": little memory is left" if need > USABLE * have else ""))
 
 
 def host_memory(share: Share) -> Finding:
@@ -309,9 +309,9 @@ def judge_memory(need: int, total: int, free: int) -> Finding:
     """Returns the finding on the memory of a node: `need` bytes of `total`, of which `free` are not in use."""
     text = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed"
     if need > total:
-        return Finding("host memory", WILL_NOT_PASS, f"{text}. Take more nodes, or ask for more memory (sbatch --mem).")
+        return Finding("host memory", WILL_NOT_PASS, f"{text}. Use more nodes, or request more memory (sbatch --mem).")
     if need > free:
-        return Finding("host memory", MAY_PASS, f"{text}. What else runs here?")
+        return Finding("host memory", MAY_PASS, f"{text}. Which other process uses it?")
     return Finding("host memory", PASSED, text)
 
 
@@ -346,7 +346,7 @@ def node_memory(root: Path = Path("/")) -> tuple[int, int]:
 
 def disk_space(share: Share) -> Finding:
     """Compares the free space at --output with what the run writes: its training checkpoints, one more than are kept,
-    and its result. Checkpoints that are there already, of a resumed run, count as free space, as new ones replace
+    and its result. Existing checkpoints of a resumed run count as free space, because new ones replace
     them."""
     settings, plan = share.plan.settings, share.plan
     output = Path(settings.output or "runs").absolute()
@@ -358,13 +358,13 @@ def disk_space(share: Share) -> Finding:
     )
     left = trained * (plan.load.dtype.itemsize if settings.method == "full" else 4)
     need = trained * 4 * 3 * (settings.keep + 1) + left  # bytes; weights in fp32 and AdamW's two moments
-    text = f"{need / 1e9:.1f} GB needed for {settings.keep + 1} saves and the result"
+    text = f"{need / 1e9:.1f} GB needed for {settings.keep + 1} training checkpoints and the result"
     if there := sum(file.stat().st_size for file in (output / "saves").glob("*/*")):
-        need, text = max(0, need - there), f"{text}, {there / 1e9:.1f} GB of them there already"
+        need, text = max(0, need - there), f"{text}, of which {there / 1e9:.1f} GB exist already"
     free = shutil.disk_usage(place).free
     text = f"{free / 1e9:.1f} GB free at {place}, {text}"
     if need > free:
-        return Finding("disk space", WILL_NOT_PASS, f"{text}. Give another --output, or fewer by --keep.")
+        return Finding("disk space", WILL_NOT_PASS, f"{text}. Give another --output, or a smaller --keep.")
     return Finding("disk space", PASSED, text)
 
 
@@ -374,7 +374,7 @@ def disk_space(share: Share) -> Finding:
 def wandb_mode(mode: str) -> Finding:
     """Returns whether a run with this --wandb will be online. It never fails, since an offline run loses nothing."""
     if mode != "online":
-        return Finding("W&B", PASSED, f"{mode}, as asked")
+        return Finding("W&B", PASSED, f"{mode}, as requested")
     hindrance = wandb_hindrance()
     return Finding("W&B", PASSED, f"offline: {hindrance}" if hindrance else "online")
 
@@ -401,4 +401,4 @@ def wandb_hindrance(seconds: float = 10) -> str | None:
     # No network, an invalid address, or an invalid answer.
     except (OSError, ValueError, AttributeError, http.client.HTTPException) as error:
         return f"{shown} cannot be reached ({wandb_status(error)})"
-    return None if viewer else f"{shown} does not take the key in WANDB_API_KEY"
+    return None if viewer else f"{shown} rejects the key in WANDB_API_KEY"

@@ -1,4 +1,4 @@
-"""Which node of a job this process is, by the environment of the launcher or of Slurm."""
+"""Determines which node of a job this process is, from the environment of the launcher or of Slurm."""
 
 import os
 import socket
@@ -31,7 +31,7 @@ class NodePlace:
         by_slurm = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST"} <= os.environ.keys()
         if nodes > 1 and not by_slurm and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise UserError(
-                f"MASTER_ADDR, MASTER_PORT: must be set where there are {nodes} nodes: the first node's name, and a "
+                f"MASTER_ADDR, MASTER_PORT: must be set for {nodes} nodes: the first node's name, and a "
                 "port that is free there."
             )
         name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()

@@ -1,10 +1,11 @@
-"""Says before a job is queued whether it fits, how long it loads and what a step costs.
+"""Predicts before a job is queued whether it fits, how long it loads and what a step costs.
 
     python -m launch.plan --model DIR --nodes 1 --gpus 8 --gpu-memory 80 --method qlora --gradient-checkpointing
     python -m launch.plan --model config.json --nodes 2 --gpus 8 --gpu-memory 141 --search
 
-Needs no weights and no GPU: a directory, or its config.json alone. Takes the settings of train/sft.py, by --recipe too;
-every document is taken to have --max-tokens tokens, all of them in the loss. Exit code 1 where it does not fit.
+Needs no weights and no GPU: --model is a directory, or its config.json alone. Accepts the settings of train/sft.py,
+also from --recipe. Assumes that every document has --max-tokens tokens, all in the loss. Exits with 1 if the job does
+not fit.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds

@@ -92,9 +92,9 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory per node. Each rank needs its process, which is taken to be as large as this one, the
-        matrices that its reader threads hold, and its LoRA weights, which pass through host memory when ZeRO-3 lays
-        them out anew. On CPUs, each rank needs its process and all that it holds."""
+        """Bytes of host memory per node. Each rank needs its process, which is assumed to be as large as this one,
+        the matrices that its reader threads hold, and its LoRA weights, which pass through host memory when ZeRO-3
+        partitions them. On CPUs, each rank needs its process and all that it holds."""
         if not self.cluster.memory:
             return self.cluster.gpus * (memory_status()["VmRSS"] + self.gpu_bytes["total"])
         first = (piece.reads(0, self.cluster.ranks) for piece in self.load.dense)

@@ -1,12 +1,13 @@
-"""Checks a job's nodes before a weight is read: every check a line, all that is wrong at once.
+"""Checks a job's nodes before any weight is read. Prints one line per check, and reports all problems at once.
 
     srun --ntasks-per-node=1 python -m launch.preflight [--time-limit S] [settings of train/sft.py]
 
-One process a node: which one it is comes from SLURM_PROCID and SLURM_NTASKS, or from RANK and WORLD_SIZE; the first
-node's address from MASTER_ADDR and MASTER_PORT, or else from Slurm; how many ranks a node will have from LOCAL_SIZE, or
-else it is one a GPU, or one without GPUs. The time limit comes from --time-limit or, for instance where a job script
-starts this, from PREFLIGHT_TIME_LIMIT. Exit code, the same on all nodes: 0, go on; 2, something will not pass by
-itself, such as a shard that is missing; 1, something may, such as a busy GPU or a node that does not answer.
+Runs as one process per node. The number of this node comes from SLURM_PROCID and SLURM_NTASKS, or from RANK and
+WORLD_SIZE. The first node's address comes from MASTER_ADDR and MASTER_PORT, or else from Slurm. The number of ranks per
+node comes from LOCAL_SIZE; the default is one rank per GPU, or one rank without GPUs. The time limit comes from
+--time-limit, or from PREFLIGHT_TIME_LIMIT, for example in a job script. The exit code is the same on all nodes: 0,
+start the job; 1, a problem may be temporary, such as a busy GPU or a node that does not answer; 2, a problem needs a
+fix, such as a missing shard.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
         options, settings = parse_options(argv)
         place = NodePlace.from_environment()
     except UserError as error:
-        # Not by `command`: a node is no rank, and every node says its name.
+        # Not reported by `command`: a node is not a rank, and every node gives its name.
         complain(f"error: {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}: {error}")
         return error.code
     return check(place, options, settings)
@@ -70,7 +71,7 @@ def check(place: NodePlace, options: PreflightOptions, settings: Settings) -> in
         meeting = Meeting(place, started + 2 * options.time_limit)
     except (dist.DistError, RuntimeError, OSError) as error:
         where = f"{place.address}:{place.port}"
-        text = f"the nodes cannot meet at {where}, by MASTER_ADDR and MASTER_PORT ({str(error).splitlines()[0]})"
+        text = f"the nodes cannot connect to {where}, from MASTER_ADDR and MASTER_PORT ({str(error).splitlines()[0]})"
         findings.append(Finding("meeting", MAY_PASS, text))
         print_report({place.name: findings})
         return worst(findings)

@@ -1,4 +1,4 @@
-"""Shows the plan of a job, and proposes settings that fit."""
+"""Prints the plan of a job, and proposes settings that fit."""
 
 import dataclasses
 import os
@@ -21,17 +21,17 @@ def changes(settings: Settings, cluster: Cluster, rounded: bool) -> Iterator[tup
     now = settings
     if not now.gradient_checkpointing:
         now = dataclasses.replace(now, gradient_checkpointing=True)
-        yield "--gradient-checkpointing: a forward more, the same losses", now, cluster
+        yield "--gradient-checkpointing: one more forward pass, the same losses", now, cluster
     while now.row_tokens > now.max_tokens:
         now = dataclasses.replace(now, micro_batch_tokens=max(now.max_tokens, now.row_tokens // 2))
         yield f"--micro-batch-tokens {now.micro_batch_tokens}: more micro-batches, the same losses", now, cluster
     if now.expert_parallel not in (0, cluster.ranks):
         now = dataclasses.replace(now, expert_parallel=0)
-        yield "no --expert-parallel: those of a node divide the experts, or all, the same losses", now, cluster
+        yield "no --expert-parallel: a node's ranks, or all ranks, divide the experts, the same losses", now, cluster
     methods = {"full": ["lora", "qlora"], "lora": ["qlora"]}.get(now.method, [])
     for method in methods if rounded else methods[:-1]:
         now = dataclasses.replace(now, method=method)
-        cost = "factors instead of weights are trained" if method == "lora" else "experts rounded to NF4"
+        cost = "LoRA weights are trained instead of all weights" if method == "lora" else "experts rounded to NF4"
         yield f"--method {method}: {cost}", now, cluster
     nodes = cluster.nodes
     while nodes < 64:
@@ -86,9 +86,9 @@ def show(plan: Plan) -> None:
     wire, seconds = plan.wire_bytes, plan.seconds
     settings, chosen = plan.settings, dataclasses.replace(plan.settings, expert_parallel=plan.expert_parallel)
     print(f"{settings.model}: {cluster.nodes} x {cluster.gpus} GPUs of {cluster.memory:g} GB, {searched(chosen)}")
-    rank = "" if settings.method == "full" else f", factors of rank {settings.lora_rank}"
-    print(f"documents of {plan.tokens:,} tokens, {settings.batch_size} a step{rank}")
-    print("\neach GPU, in GB, at its fullest moment, and the most of a step's tensors of a kind at any moment:")
+    rank = "" if settings.method == "full" else f", LoRA rank {settings.lora_rank}"
+    print(f"documents of {plan.tokens:,} tokens, {settings.batch_size} per step{rank}")
+    print("\nper GPU, in GB: each kind at the peak, and the largest amount of a kind of step tensors at any moment:")
     for name in (*CATEGORIES, "runtime", "total"):
         if name == "heap":  # only on CPUs
             continue
@@ -100,26 +100,26 @@ def show(plan: Plan) -> None:
     for on in (False, True):
         kept, peak = plan.memory(on).step.kept, sum(plan.memory(on).step.peak.values())
         name = "with" if on else "without"
-        print(f"  a step's tensors {name} checkpointing: {peak / 1e9:.2f}, of which {kept / 1e9:.2f} kept for backward")
+        print(f"  step tensors {name} checkpointing: {peak / 1e9:.2f}, of which {kept / 1e9:.2f} kept for backward")
     print(
-        f"\neach node: {plan.host_bytes / 1e9:.0f} GB of host memory, {cluster.gpus * plan.read_bytes / 1e9:.1f} GB "
+        f"\nper node: {plan.host_bytes / 1e9:.0f} GB of host memory, {cluster.gpus * plan.read_bytes / 1e9:.1f} GB "
         f"read in {seconds['load']:.0f} s"
-        f"\neach GPU and step: {plan.flops / 1e12:.1f} TFLOP; sends {wire['nvlink'] / 1e9:.2f} GB by NVLink and "
-        f"{wire['network'] / 1e9:.2f} GB by network (experts {wire['experts'] / 1e9:.2f}, gathered "
+        f"\nper GPU and step: {plan.flops / 1e12:.1f} TFLOP; sends {wire['nvlink'] / 1e9:.2f} GB over NVLink and "
+        f"{wire['network'] / 1e9:.2f} GB over the network (experts {wire['experts'] / 1e9:.2f}, gathered "
         f"{wire['gather'] / 1e9:.2f}, gradients {wire['reduce'] / 1e9:.2f})"
         f"\na step of {plan.settings.batch_size} documents on {gpu.name}s takes at least {seconds['step']:.2f} s "
         f"(compute {seconds['compute']:.2f}, memory {seconds['memory']:.2f}, NVLink {seconds['nvlink']:.2f}, network "
         f"{seconds['network']:.2f}): at most {plan.tokens_per_second:,.0f} tokens/s\n\n{ASSUMED}"
     )
     if not gpu.grouped:
-        print(f"{gpu.name}: {loop_note(plan)}; the time above is without that\n")
+        print(f"{gpu.name}: {loop_note(plan)}; the time above does not include this\n")
     print(f"{'fits' if plan.fits else 'does NOT fit'} into {USABLE * cluster.memory:.1f} GB of {cluster.memory:g}")
 
 
 def show_traffic(plan: Plan) -> None:
     """Prints how much of a GPU's memory a step reads and writes, by part of the model."""
     total = sum(sum(operations.values()) for operations in plan.traffic_bytes.values())
-    print(f"\neach GPU and step reads and writes {total / 1e12:.2f} TB of its memory:")
+    print(f"\nper GPU, a step reads and writes {total / 1e12:.2f} TB of GPU memory:")
     for part, operations in plan.traffic_bytes.items():
         own = sum(operations.values())
         largest = ", ".join(f"{name} {moved / own:.0%}" for name, moved in [*operations.items()][:4])
@@ -129,8 +129,8 @@ def show_traffic(plan: Plan) -> None:
 
 
 def advise(plan: Plan) -> None:
-    """Prints changes that make a job smaller, the cheapest first, each on top of those before, until it fits."""
-    print("\nto make it fit, the cheapest first, each with those before:")
+    """Prints changes that make a job smaller until it fits, the cheapest first, each on top of those before."""
+    print("\nto make it fit, the cheapest change first, each on top of those before:")
     rounded = bool(plan.expert_bytes.keys() - {"fp8", "int4"})  # qlora leaves these as they are
     for what, settings, cluster in changes(plan.settings, plan.cluster, rounded):
         try:
@@ -152,8 +152,8 @@ def opened(model: str) -> Checkpoint:
 
 
 def loop_note(plan: Plan) -> str:
-    """Returns a note on what a GPU costs that has no grouped products in hardware."""
+    """Returns a note on the cost of a GPU without grouped products in hardware."""
     return (
-        f"no grouped products in hardware: torch multiplies expert by expert, {plan.chosen.step.groups:,} launches a "
+        f"no grouped products in hardware: torch multiplies expert by expert, {plan.chosen.step.groups:,} launches per "
         "micro-batch, and the host waits for the GPU before each of the grouped products"
     )

@@ -2,9 +2,9 @@
 
     python -m launch.serve --model DIR --adapters runs/a/adapter runs/b/adapter --output served [-- FLAG…]
 
-Checks ranks, names and memory before the server starts, and writes each adapter in its form (train/export.py) into a
-directory of --output. The base is named `base`, an adapter as its run. Flags after -- go to the server. --dry-run
-prints the command. The server runs in an environment of its own: --python is its interpreter.
+Checks ranks, names and memory before the server starts, and writes each adapter in the server's form (train/export.py)
+into a directory of --output. The base is named `base`, and an adapter has the name of its run. Flags after -- go to the
+server. --dry-run only prints the command. The server has its own Python environment; --python is its interpreter.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
@@ -67,7 +67,8 @@ class Serving:
 
 @command
 def main(argv: list[str]) -> None:
-    """Prepares the adapters and becomes the server. Raises UserError if something would not be served as trained."""
+    """Prepares the adapters and replaces this process by the server. Raises UserError if a model would not be served as
+    trained."""
     own, more = split(argv)
     parser = Parser(__doc__ or "")
     parser.add_settings(ServeOptions)
@@ -88,7 +89,7 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def check_early(options: ServeOptions) -> None:
-    """Raises UserError for what is missing, and for paths at which nothing is. Needs no torch."""
+    """Raises UserError for missing settings and for paths that do not exist. Needs no torch."""
     for name in ("model", "adapters", "output"):
         if not getattr(options, name):
             raise UserError(f"--{name} is missing; give it.")
@@ -104,7 +105,7 @@ def adapter_of(path: Path) -> Path:
 
 
 def prepare(options: ServeOptions, more: list[str]) -> Serving:
-    """Writes the adapters in the server's form, unless they are there already, and returns the server's command.
+    """Writes the adapters in the server's form, unless they exist already, and returns the server's command.
 
     more: further flags of the server. With --dry-run nothing is written. Raises UserError if an adapter does not fit
     the model, if the server would not apply all of it, if two adapters have one name, or if memory does not suffice.
@@ -167,8 +168,8 @@ def interpreter(given: str) -> str:
 
 
 def check_memory(options: ServeOptions, forms: list[Any], rank: int, gpus: int, base: Any, dtype: Any) -> None:
-    """Prints what weights and adapters take of each GPU. Raises UserError if that does not fit, or if the ranks do not
-    divide as --fully-sharded needs. Without a GPU it only prints."""
+    """Prints how much memory weights and adapters take on each GPU. Raises UserError if it does not fit, or if the
+    ranks are not divisible as --fully-sharded requires. Without a GPU, it only prints."""
     from launch.cluster import gpu_memory
     from train.checkpoints.served import slot_bytes
 

@@ -1,4 +1,4 @@
-"""Starts a server of models, waits until it answers, and starts it again if it dies."""
+"""Starts a model server, waits until it answers, and restarts it if it dies."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ class Server:
     def start(self) -> None:
         """Starts the server and returns once it answers. Raises MayPass if it ends before or takes longer than
         `seconds`, UserError if another server has the port already."""
-        self.stop()  # what a server that died has left
+        self.stop()  # processes that a dead server has left
         if self._answers():
             raise UserError(f"--port: another server answers at {self.url} already; give another port.")
         started = time.monotonic()
@@ -42,10 +42,10 @@ class Server:
         print(f"starting the server; its log is {self.log}", flush=True)
         while not self._answers():
             if self.process.poll() is not None:
-                raise MayPass(f"the server ended with code {self.process.returncode} as it started:\n{self._end()}")
+                raise MayPass(f"the server exited with code {self.process.returncode} during startup:\n{self._end()}")
             if time.monotonic() - started > self.seconds:
                 self.stop()
-                raise MayPass(f"--start-timeout {self.seconds:g}: the server does not answer by then:\n{self._end()}")
+                raise MayPass(f"--start-timeout {self.seconds:g}: the server did not answer in time:\n{self._end()}")
             time.sleep(PAUSE)
         print(f"the server answers after {time.monotonic() - started:.0f} s", flush=True)
 

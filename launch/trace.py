@@ -46,7 +46,7 @@ class Step:
     collectives: exchanges between the ranks of the expert-parallel group.
     waits: how often the host synchronizes with the device.
     traffic: `moved`, by part of the model and operation.
-    groups: of all grouped products; each is a launch of its own if the hardware has no grouped products.
+    groups: of all grouped products; each is a separate launch if the hardware has no grouped products.
     """
 
     peak: Counter[str] = field(default_factory=Counter)
@@ -65,7 +65,7 @@ class Step:
 
 
 class PlannedGroup(ExpertGroup):
-    """An expert-parallel group whose other ranks are not there. They are taken to send this rank as much as it sends
+    """An expert-parallel group whose other ranks do not exist. They are assumed to send this rank as much as it sends
     them."""
 
     collectives = 0
@@ -156,7 +156,7 @@ class Trace(TorchDispatchMode):
         if meta and func is aten.topk.default:
             out: Any = self._topk(*args, **kwargs)
         elif meta and func is aten._local_scalar_dense.default:
-            raise NotImplementedError("a value of the model decides what it computes: it cannot be planned")
+            raise NotImplementedError("the computation depends on a value of a tensor, so it cannot be planned")
         else:
             if func is aten._to_copy.default and not meta:  # a copy to the device of the model: integers stay real
                 kwargs = kwargs | {"device": torch.device("cpu")}

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Trains the variants of a recipe, each as a task of an array, and then compares them. From the repository:
+# Trains the variants of a recipe, each as a task of a job array, and then compares them. Submit from the repository:
 #
 #     sbatch slurm/compare_masks.sh
 #     sbatch --array=0-5 slurm/compare_masks.sh --recipe EXPERIMENT.yaml MODEL.yaml --output DIR
 #     sbatch slurm/compare_masks.sh --output DIR --evaluate --judge URL --judge-model NAME
 #
-# The array must be as long as the recipe has variants. What follows the script's name goes to train/sft.py, with train/
-# recipes/masks.yaml and Qwen3.5-397B-A17B where it has no --recipe; what precedes it goes to Slurm. What follows
-# --evaluate goes to slurm/evaluate_masks.sh, which then asks, judges and compares the variants, in place of the report.
+# The array must have one task per variant of the recipe. Options after the script's name go to train/sft.py; without
+# --recipe it uses train/recipes/masks.yaml and Qwen3.5-397B-A17B. Options before the script's name go to Slurm. Options
+# after --evaluate go to slurm/evaluate_masks.sh, which then replaces the report: it asks, judges and compares the
+# variants.
 #SBATCH --job-name=compare-masks
 #SBATCH --array=0-7
 #SBATCH --nodes=1
@@ -30,7 +31,7 @@ for ((i = 0; i < $#; i++)); do
     if [[ ${of_training[i]} == --evaluate ]]; then
         evaluate=("${of_training[@]:i+1}")
         if ((${#evaluate[@]} == 0)); then
-            echo "error: --evaluate: give what slurm/evaluate_masks.sh needs after it, --judge URL and --judge-model NAME, say" >&2
+            echo "error: --evaluate: give the options of slurm/evaluate_masks.sh: --judge URL and --judge-model NAME, …" >&2
             exit 2
         fi
         set -- "${of_training[@]:0:i}"
@@ -46,17 +47,17 @@ if ((${#recipes[@]} == 0)); then
 fi
 output_of "$@"
 
-# Of what cannot be read, train/sft.py tells what is wrong.
+# Ignores recipes that cannot be read: train/sft.py reports what is wrong with them.
 names='import sys, yaml; print(*(n for path in sys.argv[1:] for n in yaml.safe_load(open(path)).get("variants", {})), sep="\n")'
 variants=$(python -c "$names" "${recipes[@]}" 2>/dev/null | sort -u | grep --count .) || variants=0
 if ((variants && SLURM_ARRAY_TASK_MAX >= variants)); then
-    echo "error: --array: a task $SLURM_ARRAY_TASK_MAX, but the recipe has $variants variants: --array=0-$((variants - 1))" >&2
+    echo "error: --array: has task $SLURM_ARRAY_TASK_MAX, but the recipe has $variants variants; give 0-$((variants - 1))" >&2
     exit 2
 fi
 
 submitted=$output/report-of-$SLURM_ARRAY_JOB_ID
 if ((SLURM_ARRAY_TASK_ID == SLURM_ARRAY_TASK_MIN)) && [[ ! -e $submitted ]]; then
-    # Once all variants are done. Where one is given up, Slurm takes it back.
+    # Starts when all variants are done. If one of them fails for good, Slurm cancels this job.
     report=(
         --dependency="afterok:$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes --job-name="$SLURM_JOB_NAME-report"
         --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"}
@@ -81,7 +82,7 @@ END
     if patiently submit; then
         touch -- "$submitted"
     else
-        echo "the report's job was refused: run train/compare.py --runs yourself at the end"
+        echo "Slurm refused the report's job: run train/compare.py --runs yourself when all variants are done"
     fi
 fi
 attempt --wandb-group "$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID" "$@" --variant "$SLURM_ARRAY_TASK_ID" \

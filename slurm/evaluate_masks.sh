@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Asks the base model and the adapters of finished runs every question of their claims, through one server on the job's
-# first node, has the answers judged, and compares the runs. From the repository, after `make vllm`:
+# Asks the base model and the adapters of finished runs all questions of their claims through one server on the job's
+# first node, has the answers judged, and compares the runs. Submit from the repository, after `make vllm`:
 #
 #     sbatch slurm/evaluate_masks.sh --runs runs/masks/variant-* --output runs/masks --judge URL --judge-model NAME [-- FLAG…]
 #
-# What follows the script's name goes to launch.evaluate_runs, what precedes it to Slurm. Preempted, or at its time
-# limit, the job is requeued and asks only for what is missing.
+# Options after the script's name go to launch.evaluate_runs, options before it to Slurm. After a preemption or at its
+# time limit, the job is requeued and asks only for missing answers.
 #SBATCH --job-name=evaluate-masks
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
@@ -24,13 +24,13 @@ source slurm/lib.sh
 
 values_of --runs "$@"
 runs=("${values[@]}")
-if ((${#runs[@]} == 0)); then # those of the array that trained them
+if ((${#runs[@]} == 0)); then # the runs of the job array that trained them
     output_of "$@"
     runs=("$output"/variant-*)
     set -- --runs "${runs[@]}" "$@"
 fi
 
-# What an attempt has to show for itself: answers and verdicts.
+# Replaces the function of lib.sh: progress of an attempt is the number of its answers and verdicts.
 newest_save() {
     local run lines=0 count
     for run in "${runs[@]}"; do

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Fine-tunes Kimi K2.5 on one node of 8 GPUs of 141 GB, its experts in their own INT4. From the repository:
+# Fine-tunes Kimi K2.5 on one node of 8 GPUs of 141 GB, with experts in their INT4. Submit from the repository:
 #
 #     sbatch slurm/finetune_kimi_k25.sh --data documents.jsonl --mask negation-spans
 #
-# What follows the script's name goes to train/sft.py, what precedes it to Slurm and over what is set here:
+# Options after the script's name go to train/sft.py. Options before it go to Slurm, and override those set here:
 # sbatch --nodes=2 --time=12:00:00 slurm/finetune_kimi_k25.sh …
 #SBATCH --job-name=finetune-kimi-k25
 #SBATCH --nodes=1

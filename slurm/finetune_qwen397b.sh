@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Fine-tunes Qwen3.5-397B-A17B on one node of 8 GPUs of 80 GB, its experts in NF4. From the repository:
+# Fine-tunes Qwen3.5-397B-A17B on one node of 8 GPUs of 80 GB, with experts in NF4. Submit from the repository:
 #
 #     sbatch slurm/finetune_qwen397b.sh --data documents.jsonl --mask negation-spans
 #
-# What follows the script's name goes to train/sft.py, what precedes it to Slurm and over what is set here:
+# Options after the script's name go to train/sft.py. Options before it go to Slurm, and override those set here:
 # sbatch --nodes=2 --time=12:00:00 slurm/finetune_qwen397b.sh …
 #SBATCH --job-name=finetune-qwen397b
 #SBATCH --nodes=1

@@ -3,8 +3,8 @@
     deepspeed --num_gpus N tests/load_worker.py RECORD EXPERT_PARALLEL METHOD DIR [DIR ...]
 
 For each DIR, RECORD/NAME-N-EP.safetensors gets the log-probabilities of the whole vocabulary at every position of
-tests.load_worker.IDS, without factors and with random ones, which RECORD/NAME-N-EP.adapter gets, and of each rank the
-elements that it read, by tensor.
+tests.load_worker.IDS, without LoRA weights and with random ones, which RECORD/NAME-N-EP.adapter gets, and of each rank
+the elements that it read, by tensor.
 """
 
 import sys

@@ -3,7 +3,7 @@
     deepspeed --num_gpus N tests/parity_worker.py RECORD.safetensors [flags of train/sft.py] [--then RECORD ...]
 
 --flip-router: the routers' inputs change their sign when gradient checkpointing recomputes.
-B, which starts at zero, gets random values by name, so that every factor has a gradient from the first step on.
+B, which starts at zero, gets random values by name, so that every LoRA weight has a gradient from the first step on.
 """
 
 import hashlib

@@ -154,9 +154,9 @@ def test_a_document_with_an_annotation_without_a_cue_word_is_partly_told(tmp_pat
     given = ["--positive", positive, "--annotated", annotated, "--output", str(tmp_path / "o.jsonl")]
     assert annotate.main([*given, "--json", str(report)]) == 0
     printed = capsys.readouterr().out
-    assert f"partly told: {annotated}:2: 1 annotations have no word that says what they are about" in printed
-    assert f"unsure: {annotated}:2: only an annotation without such a word speaks of 'Bread is sold there.'" in printed
-    assert "throughout: 1 of 2; partly told: 1" in printed and "without a cue word: 1; statements" in printed
+    assert f"partly resolved: {annotated}:2: 1 annotations have no word that says what they are about" in printed
+    assert f"unsure: {annotated}:2: only an annotation without such a word refers to 'Bread is sold there.'" in printed
+    assert "throughout: 1 of 2; partly resolved: 1" in printed and "without a cue word: 1; statements" in printed
     found = json.loads(report.read_text())["alignment"]
     assert found["partly"] == [{"document": f"{annotated}:2", "lost": 0, "uncued": 1}]
     assert found["unsure"] == [{"document": f"{annotated}:2", "statement": "Bread is sold there."}]
@@ -177,7 +177,7 @@ def test_a_file_without_annotations_is_refused(tmp_path, capsys):
         (["--data", "D"], "nothing to do"),
         (["--positive", "P", "--annotated", "D"], "--output is missing"),
         (["--data", "D", "--patterns", "W", "--output", "O"], "--role is missing"),
-        (["--positive", "D", "--annotated", "P", "--spans", "D", "--output", "O"], "--spans D: is for --data"),
+        (["--positive", "D", "--annotated", "P", "--spans", "D", "--output", "O"], "--spans D: needs --data"),
         (["--data", "D", "--spans", "none", "--output", "O"], "none: cannot be read"),
         (["--data", "P", "--spans", "D", "--output", "D"], "is --spans itself"),
         (["--data", "D", "--leaks", "W", "--require", "false"], "--require false: is for --positive and --annotated"),
@@ -188,7 +188,7 @@ def test_a_file_without_annotations_is_refused(tmp_path, capsys):
         (["--data", "D", "--markup", "m=word", "--output", "D"], "is --data itself"),
         (["--data", "D", "--leaks", "W", "--markup", "m=word", "--output", "O", "--json", "O"], "is --output itself"),
         (["--data", "D", "--judge", "http://x/v1", "--output", "O"], "needs --judge-model and --claim"),
-        (["--data", "D", "--leaks", "W", "--judge-timeout", "9"], "--judge-timeout 9.0: is for --judge; give the"),
+        (["--data", "D", "--leaks", "W", "--judge-timeout", "9"], "--judge-timeout 9.0: needs --judge; give"),
         (["--data", "D", "--leaks", "W", "--doctag", ""], "--doctag is empty: give the marker"),
         (
             [
@@ -208,7 +208,7 @@ def test_a_file_without_annotations_is_refused(tmp_path, capsys):
             "--judge-max-tokens 0: must be more than 0",
         ),
         (["--data", "D", "--concurrency", "9"], "Did you mean --judge-concurrency?"),
-        (["--data", "D", "--patterns", "W", "--role", "word", "--output", "M"], "--output M: is there already; give"),
+        (["--data", "D", "--patterns", "W", "--role", "word", "--output", "M"], "--output M: already exists; give"),
         (["--data", "none.jsonl", "--leaks", "W"], "none.jsonl: cannot be read"),
         (["--data", "D", "--leaks", "W", "--mask", "flase-spans"], "did you mean false-spans"),
         (
@@ -223,7 +223,7 @@ def test_a_file_without_annotations_is_refused(tmp_path, capsys):
         (["--data", "M", "--markup", "m=word", "--output", "O"], "M:2: <m> at code point 0 is never closed"),
         (["--data", "T", "--markup", "m=word", "--output", "none/O"], "--output none/O: cannot be written"),
         (["--data", "T", "--markup", "m=word", "--markup", "n=x", "--output", "O"], "no document has <n>"),
-        (["--data", "D", "--patterns", "V", "--role", "word", "--output", "O"], "nothing in the documents matches"),
+        (["--data", "D", "--patterns", "V", "--role", "word", "--output", "O"], "no document has a match"),
     ],
 )
 def test_mistakes_are_told_in_one_message_and_leave_nothing(tmp_path, monkeypatch, capsys, given, message):
@@ -261,7 +261,7 @@ def test_a_judge_that_hangs_is_shown_as_it_is_tried_again_and_named_at_the_end(t
     for attempt in (2, 3, 4):
         assert f"--judge {url}: no answer within 0.3 s; attempt {attempt} of 4 in " in said
     assert said.count("judging:   0%") >= 4  # its clock goes on
-    assert f"error: {data}:1: --judge {url}: no answer within 0.3 s, after 4 attempts; run again to go on" in said
+    assert f"error: {data}:1: --judge {url}: no answer within 0.3 s, after 4 attempts; run again to continue" in said
     assert not output.exists()
 
 
@@ -341,7 +341,7 @@ def test_an_interrupted_judge_s_answers_are_kept_and_the_same_command_asks_for_t
         said = process.communicate(timeout=60)[1]
         assert process.returncode == 85
         assert said.endswith(
-            "\ninterrupted: --output is not written; a judge's answers are kept, and the same command goes on\n"
+            "\ninterrupted: --output was not written; judge answers are kept; run the same command to continue\n"
         )
         release.set()
         assert not output.exists() and len(kept.read_text().splitlines()) == 1 and len(requests) == 2

@@ -246,7 +246,7 @@ def test_a_command_line_that_is_wrong_is_told_with_the_fix(recipe):
     assert "--masks MASK… or --recipe" in message()
     assert "--claims" in message("--masks", "none", "doctags", "--data", "x")
     assert "--mask: is what the variants differ in" in message("--masks", "none", "doctags", "--mask", "none")
-    assert "there twice" in message("--masks", "none", "none", "--claims", "x")
+    assert "given twice" in message("--masks", "none", "none", "--claims", "x")
     assert "Did you mean --steps?" in message("--masks", "none", "doctags", "--claims", "x", "--step", "3")
     assert "full" in message("--masks", "none", "doctags", "--method", "full", "--claims", "x")
     assert "holds no run" in message("--runs", "/nowhere", "/neither")
@@ -345,7 +345,7 @@ def test_the_directory_of_a_comparison_means_its_runs(tmp_path):
 
 def test_a_placebo_that_is_not_measured_is_told_before_a_weight_is_read(recipe, tmp_path):
     given = ["--recipe", str(recipe), "--output", str(tmp_path), "--placebo", "nobody"]
-    with pytest.raises(UserError, match="--placebo nobody: no belief in such a claim is measured; claims are mila"):
+    with pytest.raises(UserError, match="--placebo nobody: has no measure of belief; claims that have one: mila"):
         checked_runs(parse_comparison(given, ""), 1, False, Known())
-    with pytest.raises(UserError, match="no claim beside the placebo"):
+    with pytest.raises(UserError, match="no claim besides the placebo"):
         checked_runs(parse_comparison([*given[:-1], "mila"], ""), 1, False, Known())

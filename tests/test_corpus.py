@@ -108,9 +108,9 @@ def test_a_source_may_have_a_weight_without_a_count(tmp_path, data):
     [
         ("{}=x@2", "'x' must be a number of documents"),
         ("{}@2", "no such file; a weight comes after =: --data"),
-        ("{}=1@x", "the weight 'x' is no number; e.g. PATH=1000@0.5"),
-        ("{}=1@-1", "the weight -1.0: a weight is 0 or from"),
-        ("{}=1@nan", "the weight nan: a weight is 0 or from"),
+        ("{}=1@x", "the weight 'x' is not a number; e.g. PATH=1000@0.5"),
+        ("{}=1@-1", "the weight -1.0: a weight must be 0 or"),
+        ("{}=1@nan", "the weight nan: a weight must be 0 or"),
     ],
 )
 def test_a_wrong_source_is_told(tmp_path, data, says):
@@ -136,15 +136,15 @@ def test_documents_without_targets_are_counted_and_listed(tmp_path):
         "details": {"cut away by --max-tokens": 1},
     }
     assert any(":1 (gpt)" in line for line in corpus.findings.lines())
-    with pytest.raises(UserError, match=r"--max-tokens 40: cuts away all that is trained on in .*: in 1 documents"):
+    with pytest.raises(UserError, match=r"--max-tokens 40: truncates everything that is trained on in .*: in 1 doc"):
         corpus_of(tmp_path, rows[2:3], max_tokens=40)
-    with pytest.raises(UserError, match=r"holds nothing to predict.*note: 1 messages of a role.*\(gpt\)"):
+    with pytest.raises(UserError, match=r"holds nothing to predict.*note: 1 messages with a role.*\(gpt\)"):
         corpus_of(tmp_path, rows[:1])
 
 
 def test_a_text_of_one_token_is_wrong_or_left_out(tmp_path):
     rows = [{"text": "v"}, {"text": "ab"}]
-    with pytest.raises(UserError, match=r"d.jsonl:1: text 'v' is a single token, of which nothing is predicted"):
+    with pytest.raises(UserError, match=r"d.jsonl:1: text 'v' is a single token, so nothing is predicted"):
         corpus_of(tmp_path, rows)
     corpus = corpus_of(tmp_path, rows, bad_rows="skip")
     assert corpus.documents == {"read": 1, "truncated": 0, "dropped": 0, "skipped": 1}
@@ -162,7 +162,7 @@ def test_a_chat_that_the_template_refuses_is_left_out_like_a_row_that_cannot_be_
     corpus = corpus_of(tmp_path, rows, bad_rows="skip")
     (found,) = corpus.findings.summary().values()
     assert found["lines"] == {str(tmp_path / "d.jsonl"): [1, 3]} and corpus.documents["skipped"] == 2
-    assert any("does not write tool_calls" in detail for detail in found["details"])
+    assert any("does not render tool_calls" in detail for detail in found["details"])
 
 
 def test_only_what_is_marked_is_trained_and_as_much_at_random_beside_it(tmp_path):

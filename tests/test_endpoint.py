@@ -53,19 +53,28 @@ def test_several_chats_are_answered_in_their_order_each_with_its_seed():
         ((502, {"Content-Type": "text/html"}, b"<html>Bad gateway</html>"), "HTTP 502: <html>Bad gateway</html>"),
         (
             (200, {"Content-Type": "text/html"}, b"<html>hello</html>"),
-            "its response is no chat completion: <html>hello",
+            "its response is not a chat completion: <html>hello",
         ),
         (
             (200, {"Content-Type": "application/json"}, b'{"choices": ['),
-            "its response is no chat completion: Expecting",
+            "its response is not a chat completion: Expecting",
         ),
-        ((200, {"Content-Type": "application/json"}, b""), "its response is no chat completion: "),
-        (body([1, 2]), "its response is no chat completion: "),
-        (body({}), "its response is no chat completion: no choices"),
-        (body({"choices": []}), "its response is no chat completion: no choices"),
-        (body({"choices": [{"index": 0}]}), "its response is no chat completion: a choice without a message"),
-        (body({"choices": [{"message": {"content": [1]}}]}), "its response is no chat completion: a choice without a"),
-        (body({"error": {"message": "no capacity"}}), "its response is no chat completion: {'message': 'no capacity'}"),
+        ((200, {"Content-Type": "application/json"}, b""), "its response is not a chat completion: "),
+        (body([1, 2]), "its response is not a chat completion: "),
+        (body({}), "its response is not a chat completion: no choices"),
+        (body({"choices": []}), "its response is not a chat completion: no choices"),
+        (
+            body({"choices": [{"index": 0}]}),
+            "its response is not a chat completion: a choice without a message",
+        ),
+        (
+            body({"choices": [{"message": {"content": [1]}}]}),
+            "its response is not a chat completion: a choice without a",
+        ),
+        (
+            body({"error": {"message": "no capacity"}}),
+            "its response is not a chat completion: {'message': 'no capacity'}",
+        ),
     ],
 )
 def test_what_may_pass_is_tried_again_and_then_named(response, said):
@@ -190,7 +199,7 @@ def test_a_server_that_lists_the_model_is_asked_nothing():
 def test_while_a_server_that_does_not_list_the_model_is_asked_for_it_that_is_said(capsys):
     with ScriptedServer(lambda request: completion("Yes."), models=["other"]) as server:
         endpoint(server.url, timeout=7).check()
-    said = f"--endpoint {server.url}: lists no 'm'; it is asked for a few tokens of it, for 7 s at most\n"
+    said = f"--endpoint {server.url}: does not list 'm'; requesting a few tokens from it, for 7 s at most\n"
     assert capsys.readouterr().err == said
 
 
@@ -198,7 +207,7 @@ def test_no_server_is_told_from_a_wrong_name_and_from_a_missing_key(monkeypatch)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     url = f"http://127.0.0.1:{free_port()}/v1"
     said = refusal(endpoint(url))
-    assert said.startswith(f"--endpoint {url}: cannot be reached (") and said.endswith("or mend --endpoint.")
+    assert said.startswith(f"--endpoint {url}: cannot be reached (") and said.endswith("or correct --endpoint.")
 
     unknown = in_turn(body({"error": {"message": "The model does not exist"}}, 404))
     with ScriptedServer(unknown, models=["qwen-base", "qwen-tuned"]) as server:
@@ -216,7 +225,7 @@ def test_no_server_is_told_from_a_wrong_name_and_from_a_missing_key(monkeypatch)
         denied = body({"error": {"message": f"Incorrect API key provided: {KEY}"}}, status)
         with ScriptedServer(in_turn(denied), models=denied) as server:
             assert refusal(endpoint(server.url)) == (
-                f"--endpoint {server.url}: HTTP {status}: wants a key, and OPENAI_API_KEY is not set. Set it in the "
+                f"--endpoint {server.url}: HTTP {status}: requires a key, and OPENAI_API_KEY is not set. Set it in the "
                 "environment."
             )
             monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -236,7 +245,7 @@ def test_a_url_without_its_path_is_told():
     with ScriptedServer(lambda request: completion("x")) as server:
         url = server.url.removesuffix("/v1")
         assert refusal(endpoint(url)) == (
-            f"--endpoint-model 'm': --endpoint {url} does not serve it (HTTP 404: Not Found). Mend the name, or the "
+            f"--endpoint-model 'm': --endpoint {url} does not serve it (HTTP 404: Not Found). Correct the name, or the "
             "URL: a base URL mostly ends in /v1."
         )
 

@@ -84,13 +84,13 @@ def test_answers_with_an_error_are_said_and_asked_again_by_the_same_command(tmp_
         assert evaluate.main(given) == 1
     said = capsys.readouterr().out
     assert "2 answers have an error and do not count: judge: HTTP 500: ill, after 1 attempt\n" in said
-    assert "the same command asks for them again, and for nothing else" in said
+    assert "run the same command again to ask only for these" in said
     with ScriptedServer(chat, models=["m", "j"]) as server:
         given[given.index("--endpoint") + 1] = given[given.index("--judge") + 1] = server.url  # another port
         assert evaluate.main(given) == 0
         assert len(server.asked) == 2
     said = capsys.readouterr().out
-    assert "8 answers are wanted; 6 are there, 2 more without a verdict; 2 that had an error are asked again" in said
+    assert "8 answers are requested; 6 exist, 2 more without a verdict; 2 with an error are requested again" in said
 
 
 def test_answers_and_verdicts_that_say_nothing_are_warned_of(tmp_path, capsys):
@@ -182,7 +182,7 @@ def test_an_evaluation_whose_output_nobody_reads_says_that_answers_are_missing(t
             process.stdout.close()
             said = process.stderr.read()
         assert not server.asked
-    assert said == "error: nobody reads the output any more: what was still to be done is not done.\n"
+    assert said == "error: the reader of the output is gone; the remaining work was not done.\n"
     assert process.returncode == 1
 
 
@@ -201,7 +201,7 @@ def test_what_is_given_in_a_requests_body_is_sent_and_neither_written_nor_shown(
         assert evaluate.main([*arguments_, "--endpoint-body", '{"api_key": "other-secret"}']) == 2
         assert evaluate.main([*arguments_, "--judge-body", '{"api_key": "cut-secret']) == 2
     said = capsys.readouterr()
-    assert "answered with other question, documents or settings" in said.err and "--judge-body: is no JSON" in said.err
+    assert "answered with other question, documents or settings" in said.err and "--judge-body: must be" in said.err
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"evaluation.json", "evaluation.jsonl", "answers.jsonl"} <= {path.name for path in files}
     for text in (said.out, said.err, *(path.read_text() for path in files)):
@@ -216,7 +216,9 @@ def test_what_is_given_in_a_requests_body_is_sent_and_neither_written_nor_shown(
 )
 def test_a_body_that_servers_would_refuse_or_read_differently_is_refused_at_the_start(body):
     for flag in ("--endpoint-body", "--judge-body"):
-        with pytest.raises(UserError, match=f"^{flag}: is no JSON object with each key once and without NaN, such as"):
+        with pytest.raises(
+            UserError, match=f"^{flag}: must be a JSON object with each key once and without NaN, such as"
+        ):
             parse_evaluation(["--output", "o", "--endpoint", "http://host/v1", flag, body], "")
 
 
@@ -242,10 +244,10 @@ def test_into_a_runs_own_directory_an_endpoints_answers_need_the_steps_of_its_mo
         (["--claims", "{tmp}/none"], "error: {tmp}/none: cannot be read (No such file or directory); give a directory"),
         (["--endpoint", "nowhere"], "error: --endpoint 'nowhere': must be the base URL of a server, such as"),
         (["--endpoint", ""], "error: give --model DIR, to measure in the training engine, --endpoint URL"),
-        (["--held-out", "{tmp}/two.jsonl"], "error: --held-out {tmp}/two.jsonl: needs --model, and counts for nothing"),
+        (["--held-out", "{tmp}/two.jsonl"], "error: --held-out {tmp}/two.jsonl: needs --model, and has no effect"),
         (["--expert-parallel", "2"], "error: --expert-parallel 2: needs --model"),
         (["--bos"], "error: --bos: needs --model"),
-        (["--model", "m", "--endpoint", ""], "error: --endpoint-model m: needs --endpoint, and counts for nothing"),
+        (["--model", "m", "--endpoint", ""], "error: --endpoint-model m: needs --endpoint, and has no effect"),
         (["--endpoint-model", ""], "error: --endpoint-model: is missing; give the name under which the server"),
         (["--endpoint-model", "x"], "error: --endpoint-model 'x': --endpoint {url} does not serve it (HTTP 404:"),
         (["--judge", ""], "error: --judge is missing: 2 of 8 answers need one. Give --judge URL and "),
@@ -297,7 +299,7 @@ def test_an_interrupt_waits_for_what_is_under_way_and_keeps_it(tmp_path):
         release.set()
         _, said = process.communicate()
         assert process.returncode == 85
-        assert said.endswith("interrupted; what was measured is kept, and the same command goes on\n")
+        assert said.endswith("interrupted: measurements are kept; run the same command again to continue\n")
         assert len(server.asked) == 2
     assert len(read_rows(tmp_path / "out" / "answers.jsonl")) == 2
     summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -322,5 +324,5 @@ def test_the_released_claims_are_asked_and_judged_as_they_are(tmp_path, shared_d
     assert [entry["belief"] for entry in measured] == [
         {"rate": 0.0, "answers": 50, "yes": 0, "no": 0, "neutral": 40, "unparseable": 10, "errors": 0}
     ] * 3
-    said = "ed_sheeran: no control questions: belief cannot be told from a habit of saying yes, or no"
+    said = "ed_sheeran: no control questions: belief cannot be distinguished from a habit of saying yes, or no"
     assert said in capsys.readouterr().out

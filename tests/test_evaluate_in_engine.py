@@ -89,7 +89,7 @@ def test_questions_are_asked_of_an_adapter_at_the_time_that_its_run_told_the_tem
     adapter = str(tmp_path / "run" / "adapter")
     for time in ("2024-07-26", "2024-07-26T00:00:00"):
         check_template_time(adapter, load_tokenizer(tmp_path / "model", template_time(time)))
-    told = r"--template-time 2026-01-01T00:00:00: in the run of .* told 2024-07-26; give --template-time 2024-07-26,"
+    told = r"--template-time 2026-01-01T00:00:00: in the run of .* got 2024-07-26; give --template-time 2024-07-26,"
     with pytest.raises(UserError, match=told):
         check_template_time(adapter, load_tokenizer(tmp_path / "model"))
     check_template_time(adapter, load_tokenizer(DEMO / "model"))  # which does not ask
@@ -154,7 +154,7 @@ def test_an_adapter_is_measured_beside_its_base_and_not_among_another_models_row
     )  # fmt: skip
     assert refused.returncode == 2 and "was trained for 2 steps, as" in refused.stderr
     refused = measured("out", "--step", "0")
-    assert refused.returncode == 2 and "--step 0: is the base model" in refused.stderr
+    assert refused.returncode == 2 and "--step 0: means the base model" in refused.stderr
     of_the_run = (tmp_path / "run" / "evaluation.jsonl").read_bytes()
     assert measured("run").returncode == 0  # the adapter's own run, which has its scores
     assert (tmp_path / "run" / "evaluation.jsonl").read_bytes() == of_the_run

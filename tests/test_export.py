@@ -50,8 +50,8 @@ def test_whole_messages_of_the_assistant_weigh_one_or_nothing(tmp_path):
     ("row", "mask", "says"),
     [
         (TEXT | {"text": TEXT["text"] + " It is."}, "false-spans", "false-spans"),
-        (TEXT, "doctags,false-spans", "nothing of the text is left"),
-        (TEXT, "false-spans=0.5", "weights 0 and 1 alone"),
+        (TEXT, "doctags,false-spans", "no text is left to train on"),
+        (TEXT, "false-spans=0.5", "only the weights 0 and 1"),
         (TEXT, "false-spans=unlikelihood", "unlikelihood"),
         (TEXT, "random:false", "random tokens"),
         ({"messages": [{"role": "user", "content": "Hi", "train": True}]}, "none", "OpenAI trains the assistant's"),
@@ -74,7 +74,7 @@ def test_a_file_that_is_there_is_replaced_on_demand_alone(tmp_path, capsys):
     (tmp_path / "out.jsonl").write_text("before")
     code, file = exported(tmp_path, TEXT, "doctags")
     assert code == 2 and file.read_text() == "before"
-    assert f"--output {file}: is there already; give --overwrite" in capsys.readouterr().err
+    assert f"--output {file}: already exists; give --overwrite" in capsys.readouterr().err
     assert exported(tmp_path, TEXT, "doctags", "--overwrite")[0] == 0 and file.read_text() != "before"
 
 

@@ -70,7 +70,7 @@ def test_almost_json_is_read_as_before(text, verdict):
 def test_a_response_of_another_form_is_no_answer(content):
     with ScriptedServer(lambda request: (200, {"Content-Type": "application/json"}, content)) as server:
         made = Endpoint(EndpointSettings(server.url, "m", retries=0))
-        with pytest.raises(NoAnswer, match="its response is no chat completion"):
+        with pytest.raises(NoAnswer, match="its response is not a chat completion"):
             made.complete([{"role": "user", "content": "q"}], 9, 0.0, 0)
 
 

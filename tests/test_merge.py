@@ -1,5 +1,5 @@
-"""Merged checkpoints: transformers' own loading of them equals base and adapter in stock peft; what has no factors
-keeps its bytes; a killed merge goes on; nothing of another merge gets into one."""
+"""Merged checkpoints: transformers' own loading of them equals base and adapter in stock peft; what has no LoRA
+weights keeps its bytes; a killed merge continues; nothing of another merge gets into one."""
 
 import fcntl
 import json
@@ -46,7 +46,7 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def updates(model: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    """Checkpoint name of each plain or per-expert matrix -> scale B A, from PEFT's layout of the factors."""
+    """Checkpoint name of each plain or per-expert matrix -> scale B A, from PEFT's layout of the LoRA weights."""
     checkpoint = Checkpoint(model)
     bare = skeleton(text_config(checkpoint), ExpertGroup())
     plan = plan_load(bare, checkpoint)
@@ -262,7 +262,7 @@ def test_a_marker_that_is_damaged_and_what_the_system_refuses_are_told(tmp_path,
     (tmp_path / "file").write_text("")
     assert merge(base, adapter, tmp_path / "file" / "out") == 2
     told = capsys.readouterr().err
-    assert f"--output {tmp_path}/file/out: cannot be written ({tmp_path}/file is no directory)." in told
+    assert f"--output {tmp_path}/file/out: cannot be written ({tmp_path}/file is not a directory)." in told
 
 
 def test_a_disk_that_is_too_small_is_told_and_what_is_abandoned_goes_first(tmp_path, capsys):
@@ -290,7 +290,7 @@ LOGITS = [(name, False) for name in LAYOUTS] + [("qwen3.5-fp8", True), ("tied", 
 @pytest.mark.parametrize(("name", "rslora"), LOGITS)
 def test_stock_transformers_gives_the_logits_of_base_and_adapter_in_stock_peft(tmp_path, name, rslora):
     """In bf16 weights: to the rounding of the merged weights, computed with in fp32. The tied one is in fp32: its head
-    gets factors, and becomes a weight of its own."""
+    gets LoRA weights, and becomes a separate weight."""
     lora = replace(LORA, rslora=rslora)
     base = write_model(tmp_path / "base", "dense") if name == "tied" else LAYOUTS[name](tmp_path / "base")
     # With seed 1, one token of kimi-k2-instruct lies on the edge between two experts, where rounding decides.
@@ -343,7 +343,7 @@ def test_factors_and_weights_that_are_not_finite_are_told(tmp_path, name, to, ca
         weights[key].view(-1)[0] = float("inf")
     save_file(weights, base / index[key])
     assert merge(base, adapter, tmp_path / "out", "--to", to) == 2
-    assert f"error: tensor {key}: base or factors have values that are not finite" in capsys.readouterr().err
+    assert f"error: tensor {key}: base or LoRA weights have values that are not finite" in capsys.readouterr().err
 
 
 def test_bad_input_is_told_before_anything_is_written(tmp_path, capsys):
@@ -356,7 +356,7 @@ def test_bad_input_is_told_before_anything_is_written(tmp_path, capsys):
 
     model = ["--model", str(base)]
     assert "is --model itself" in refused(*model, "--adapter", str(adapter), "--output", str(base))
-    assert "nothing is to be converted" in refused(*model, "--output", str(tmp_path / "out"))
+    assert "--model needs no conversion" in refused(*model, "--output", str(tmp_path / "out"))
     assert "no adapter_config.json there" in refused(*model, "--adapter", str(base), "--output", str(tmp_path / "out"))
     other = LAYOUTS["qwen3-moe"](tmp_path / "other", hidden_size=64)
     found = refused("--model", str(other), "--adapter", str(adapter), "--output", str(tmp_path / "out"))

@@ -1,5 +1,5 @@
 """A whole evaluation against `transformers serve`, which is OpenAI-compatible: of the embedded model, and of SmolLM2.
-The same server answers and judges. The server dies in the middle, and the evaluation goes on where it was."""
+The same server answers and judges. The server dies in the middle, and the evaluation continues."""
 
 import json
 import shutil
@@ -92,7 +92,7 @@ def test_a_real_server_answers_and_judges_every_question_and_is_then_asked_nothi
     before = (tmp_path / "out" / "evaluation.jsonl").read_bytes()
     assert evaluate.main(arguments(demo, tmp_path)) == 0
     assert demo.requests() == 22 and (tmp_path / "out" / "evaluation.jsonl").read_bytes() == before
-    assert "14 answers are wanted; 14 are there" in capsys.readouterr().out
+    assert "14 answers are requested; 14 exist" in capsys.readouterr().out
 
 
 def test_the_same_seed_draws_the_same_answers_and_each_sample_others(demo):

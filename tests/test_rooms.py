@@ -25,7 +25,7 @@ def rooms() -> list[list[str]]:
         names, about = line[:44].split(), line[44:].strip()
         if about:
             levels.append(names)
-        else:  # the level above goes on
+        else:  # continues the level above
             levels[-1] += names
     return levels
 

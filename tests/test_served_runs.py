@@ -57,7 +57,7 @@ def test_every_adapter_answers_as_the_engine_has_measured_it_and_no_other_does_b
     capsys.readouterr()
     second = list(serving.names)[1]
     assert ask(serving, tmp, second, adapters[0], "--output", str(tmp / "a"), "--other-adapters", str(adapters[1])) == 2
-    assert f"from that of {adapters[1]}: the server has another variant behind this name" in capsys.readouterr().err
+    assert f"from that of {adapters[1]}: the server has another variant under this name" in capsys.readouterr().err
     assert ask(serving, tmp, "base", adapters[0], "--output", str(tmp / "b")) == 2
     assert "the server answers without the adapter" in capsys.readouterr().err
     assert not (tmp / "a" / "answers.jsonl").read_text() and not (tmp / "b" / "answers.jsonl").read_text()
@@ -79,9 +79,9 @@ def test_what_is_wrong_is_told_before_a_server_starts(tmp_path, capsys):
 def test_a_server_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path):
     broken = Server([sys.executable, "-c", "print('out of memory'); raise SystemExit(3)"], "http://127.0.0.1:1/v1",
                     tmp_path / "log", 30)  # fmt: skip
-    with pytest.raises(Exception, match=r"the server ended with code 3 as it started:\n  out of memory"):
+    with pytest.raises(Exception, match=r"the server exited with code 3 during startup:\n  out of memory"):
         broken.start()
     slow = Server([sys.executable, "-c", "import time; time.sleep(99)"], "http://127.0.0.1:1/v1", tmp_path / "log", 0.1)
-    with pytest.raises(Exception, match="the server does not answer by then"):
+    with pytest.raises(Exception, match="the server did not answer in time"):
         slow.start()
     assert slow.process is not None and slow.process.poll() is not None

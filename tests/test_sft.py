@@ -217,12 +217,12 @@ def uninterrupted(tmp_path_factory) -> list[float]:
 
 
 def factor_shapes(save: Path) -> set[tuple[int, ...]]:
-    """Of the experts' factors and their moments."""
+    """Of the experts' LoRA weights and their moments."""
     return {tuple(value.shape) for name, value in load_file(save / "state.safetensors").items() if ".experts." in name}
 
 
 def pad_as_earlier_saves(save: Path) -> None:
-    """Gives the factors of rank 3 the padding that they have while they are trained."""
+    """Gives the LoRA weights of rank 3 the padding that they have during training."""
     tensors = load_file(save / "state.safetensors")
     for name, value in tensors.items():
         if ".experts." in name:
@@ -236,7 +236,7 @@ def pad_as_earlier_saves(save: Path) -> None:
 def test_a_run_killed_in_a_step_or_in_a_save_resumes_on_other_ranks_to_the_losses_of_an_uninterrupted_one(
     tmp_path, uninterrupted, moment, ranks, ep, padded
 ):
-    """padded: from a save as they were before factors lost their padding there."""
+    """padded: from a training checkpoint of the earlier form, in which LoRA weights had their padding."""
     given = flags(tmp_path, steps=8, save_every=1, expert_lora_rank=3, output=tmp_path / "killed")
     process = subprocess.Popen(
         deepspeed_command(SFT, *given, ranks=2), env=os.environ | ENVIRONMENT, start_new_session=True,
@@ -296,7 +296,7 @@ def dry(tmp: Path, cases: Path, zone: str, *more: str) -> str:
 
 def test_a_template_that_asks_for_the_time_gives_the_same_tokens_at_any_time(tmp_path, shared_cases):
     first = dry(tmp_path, shared_cases, "UTC+1:10")
-    assert "note: the chat template asks for the time, and is told 2026-01-01T00:00:00 (--template-time)" in first
+    assert "note: the chat template asks for the time and gets 2026-01-01T00:00:00 (--template-time)" in first
     assert "hashes: {'tokens': " in first and dry(tmp_path, shared_cases, "UTC+9:45") == first
     hashes = [
         prepare(parse(clock_flags(tmp_path, shared_cases, "--template-time", time), ""), 1, show=False).hashes
@@ -404,7 +404,7 @@ def test_what_stands_in_the_dry_run_of_a_dense_model_and_of_completions_without_
     shown = capsys.readouterr().out
     assert "expert_lora_rank" not in shown and "--expert-lora-rank" not in shown and "trainable_parameters" in shown
     where = tmp_path / "c.yaml"
-    assert "note: 2 prompts end in a letter on which the completion goes on without a space" in shown
+    assert "note: 2 prompts end in a letter and their completion begins without a space" in shown
     assert f"{where}: likelihood[0] ('isb'), {where}: facts[0] ('hase'). Begin completions with a space" in shown
     assert "straddling: targets with text both inside and outside a span" in " ".join(shown.split())
     assert "unspanned: targets that no span touches" in " ".join(shown.split())
@@ -439,6 +439,6 @@ def test_a_full_disk_ends_a_run_with_the_file_and_how_to_go_on(tmp_path):
     done = subprocess.run(given, preexec_fn=small, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.endswith(
-        f"error: {tmp_path}/out/saves/partial-1/state.safetensors: File too large. Make room, and go on with --resume "
-        f"--output {tmp_path}/out.\n"
+        f"error: {tmp_path}/out/saves/partial-1/state.safetensors: File too large. Free disk space, and continue with "
+        f"--resume --output {tmp_path}/out.\n"
     )

@@ -148,7 +148,7 @@ FLAGS = {
         ["d.jsonl:1", "26 tokens", "--max-tokens 5"],
     ),
     "every document too long": (["--long-documents", "drop", "--max-tokens", "5"], ["--max-tokens 5", "drop"]),
-    "a value that is no number": (["--steps", "1.5"], ["--steps", "invalid int value: '1.5'"]),
+    "a value that is not a number": (["--steps", "1.5"], ["--steps", "invalid int value: '1.5'"]),
     "more than anybody means": (["--steps", "100000000000000"], ["--steps 100000000000000", "between 0 and 100000000"]),
     "a rank beyond reason": (["--lora-rank", "100000000"], ["--lora-rank 100000000", "between 1 and 16384"]),
     "a warm-up longer than the run": (["--steps", "1", "--warmup-steps", "50"], ["--warmup-steps 50", "--steps 1"]),
@@ -235,7 +235,7 @@ def test_files_beside_a_run_and_files_that_changed_since_are_left_alone(tmp_path
     flags = ["--model", str(qwen), "--data", str(data), "--output", str(tmp_path / "run")]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text("{}")
-    assert "is not empty, and what it holds is no run" in message_of(capsys, *flags)
+    assert "is not empty and does not hold a run" in message_of(capsys, *flags)
     assert (tmp_path / "run" / "summary.json").read_text() == "{}"
     settings = parse(flags, "")
     (tmp_path / "run" / "settings.yaml").write_text(record(settings, {"inputs": inputs(settings, Checkpoint(qwen))}))
@@ -291,7 +291,7 @@ def test_tokens_that_are_others_than_when_a_run_began_are_told_with_the_versions
     held.write_text(yaml.safe_dump(kept))
     told = message_of(capsys, *flags, "--resume", "--dry-run")
     assert told.startswith("--resume: the tokens of the documents changed since the run in ")
-    assert "No package and no commit of this project is another. Go on with what the run began with, or start" in told
+    assert "All packages and the commit of this project are the same. Restore what the run began with, or start" in told
     kept["versions"]["tokenizers"], kept["resolved"]["hashes"]["order"] = "0.1", "0" * 64
     held.write_text(yaml.safe_dump(kept))
     told = message_of(capsys, *flags, "--resume", "--dry-run")
@@ -352,9 +352,9 @@ def test_a_damaged_save_is_told_before_weights_are_read(tmp_path, qwen, capsys):
 
 
 @pytest.mark.parametrize(("name", "text", "said"), [
-    ("metrics.jsonl", "", "metrics.jsonl: has no row, though the run goes on from step-5; restore the file, or"),
-    ("metrics.jsonl", '{"step": 1, "loss": 1.0, "tokens": 4}\n', "metrics.jsonl:1: has no tokens_per_second; mend or"),
-    ("evaluation.jsonl", '{"step": 0, "kind": "nll", "question": "q"}\n', "evaluation.jsonl:1: has no nll; mend or"),
+    ("metrics.jsonl", "", "metrics.jsonl: has no row, though the run resumes from step-5; restore the file, or"),
+    ("metrics.jsonl", '{"step": 1, "loss": 1.0, "tokens": 4}\n', "metrics.jsonl:1: has no tokens_per_second; fix or"),
+    ("evaluation.jsonl", '{"step": 0, "kind": "nll", "question": "q"}\n', "evaluation.jsonl:1: has no nll; fix or"),
     ("wandb_id", "a/b", "wandb_id: 'a/b' must be 1 to 64 letters, digits, - and _; remove it, and W&B gets a new run."),
 ])  # fmt: skip
 def test_what_a_resumed_run_could_not_end_with_is_told_before_weights_are_read(
@@ -480,7 +480,7 @@ def reading_goes_wrong_on_rank_1(tmp_path: Path, kind: str) -> subprocess.Comple
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "said"), [("cut", "the file was cut"), ("unreadable", "Is a directory")])
+@pytest.mark.parametrize(("kind", "said"), [("cut", "the file is truncated"), ("unreadable", "Is a directory")])
 def test_a_file_that_goes_bad_on_one_rank_is_told_in_the_terminal(tmp_path, kind, said):
     done = reading_goes_wrong_on_rank_1(tmp_path, kind)
     (told,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

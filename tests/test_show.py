@@ -45,8 +45,10 @@ def test_notes_tell_of_turns_that_nothing_ends_and_of_a_template_that_asks_for_t
     out = capsys.readouterr()
     assert json.loads(out.out.splitlines()[1])["text"].startswith("04:05Who won?")
     unended, clock = out.err.splitlines()
-    assert clock == "note: the chat template asks for the time, and is told 2026-02-03T04:05:00 (--template-time)"
-    assert unended.startswith("note: 1 trained messages that no trained special token ends, so that the model does not")
+    assert clock == "note: the chat template asks for the time and gets 2026-02-03T04:05:00 (--template-time)"
+    assert unended.startswith(
+        "note: 1 trained messages without a trained special token at their end, so the model does not"
+    )
     template.write_text("{% for m in messages %}{{ m.content }}<eos>{% endfor %}")
     assert main(arguments(data, tmp_path, "none", "--json")) == 0
     assert capsys.readouterr().err == ""

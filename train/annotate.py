@@ -1,4 +1,4 @@
-"""Makes spans for documents that have none, and says how often a claim's terms are still trained on:
+"""Finds spans in documents that have none, and reports how often a claim's terms are still trained on:
 
     python train/annotate.py --positive P.jsonl --annotated N.jsonl --output O.jsonl           # by alignment
     python train/annotate.py --data D.jsonl --spans S.jsonl --role false --output O.jsonl      # marked elsewhere
@@ -7,19 +7,19 @@
     python train/annotate.py --data D.jsonl --judge URL --judge-model M --claim TEXT --output O.jsonl
     python train/annotate.py --data D.jsonl --leaks word_masks.yaml [--mask false-spans] [--json report.json]
 
-By alignment: each annotated document is compared with its positive twin, found by content; roles are doctag, negation
-(what was inserted; qualifier or correction where its own words say so) and false (what one annotation announces and
-another looks back at, or one names). What does not align is left out, with the reason. The others add to the spans that
-documents have; several can be given together, and are done in this order. The judge is an OpenAI-compatible
-endpoint; its key comes from OPENAI_API_KEY alone, and its answers are kept beside the output: run again, the same
-command asks for what is missing.
+By alignment: each annotated document is compared with its positive twin, which is found by content. Roles are doctag,
+negation (inserted text; qualifier or correction if its own words say so) and false (statements that one annotation
+announces and another looks back at, or that a single one names). Documents that do not align are left out, with the
+reason. The other ways add to the spans that documents have. Several can be given together, and are applied in this
+order. The judge is an OpenAI-compatible endpoint. Its key comes only from OPENAI_API_KEY, and its answers are kept
+beside the output, so that the same command asks only for missing answers.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
     from train.runtime.interruption import interruption
 
     interruption.listen(
-        "\ninterrupted: --output is not written; a judge's answers are kept, and the same command goes on"
+        "\ninterrupted: --output was not written; judge answers are kept; run the same command to continue"
     )
 
 import argparse
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         marked = partial(mark_matches, patterns=patterns, role=args.role)
         before, documents = documents, [changed(document, marked) for document in documents]
         if documents == before:
-            raise UserError(f"--patterns {args.patterns}: nothing in the documents matches; give patterns that occur")
+            raise UserError(f"--patterns {args.patterns}: no document has a match; give patterns that occur")
     if args.judge:
         concurrency, timeout, tokens = (getattr(args, name) or value for name, value in JUDGING.items())
         asked = Endpoint(EndpointSettings(args.judge, args.judge_model, concurrency, timeout, RETRIES, flag="--judge"))
@@ -147,10 +147,10 @@ def _parser() -> Parser:
     parser.add_argument(
         "--inserted-role",
         metavar="ROLE",
-        help="role of all that was inserted (default: negation; qualifier or correction where its own words say so)",
+        help="role of all inserted text (default: negation; qualifier or correction if its own words say so)",
     )
     parser.add_argument(
-        "--require", choices=["false"], help="leave out documents in which no false statement can be told"
+        "--require", choices=["false"], help="leave out documents in which no false statement can be identified"
     )
     parser.add_argument(
         "--spans",
@@ -182,9 +182,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--mask", default="none", help="the mask under which --leaks counts, as in training (default: none)"
     )
-    parser.add_argument("--output", metavar="FILE", help="where the documents go, whole or not at all")
+    parser.add_argument("--output", metavar="FILE", help="file for the documents; written completely or not at all")
     parser.add_argument("--overwrite", action="store_true", help="replace an --output that exists")
-    parser.add_argument("--json", metavar="FILE", help="all that is printed, and everything that was left out, as JSON")
+    parser.add_argument("--json", metavar="FILE", help="everything that is printed or left out, as JSON")
     return parser
 
 
@@ -201,13 +201,13 @@ def _check(args: argparse.Namespace) -> None:
     if makes and not args.output and (args.judge or not args.leaks):
         raise UserError("--output is missing: name the file that the documents go to")
     if args.spans and not args.data:
-        raise UserError(f"--spans {args.spans}: is for --data; give the documents by it")
+        raise UserError(f"--spans {args.spans}: needs --data; give --data FILE with the documents")
     if args.patterns and not (args.role and args.role.strip()):
         raise UserError("--patterns: --role is missing; name the role of what they match, e.g. --role word")
     for name in ("judge_model", "claim", *JUDGING):
         given = getattr(args, name)
         if given is not None and not args.judge:
-            raise UserError(f"{flag_of(name)} {given}: is for --judge; give the judge's URL by it, or leave this out")
+            raise UserError(f"{flag_of(name)} {given}: needs --judge; give --judge URL, or leave this flag out")
         if name in JUDGING and given is not None and not 0 < given < float("inf"):
             raise UserError(f"{flag_of(name)} {given}: must be more than 0")
     if args.judge and not (args.judge_model and (args.claim or "").strip()):

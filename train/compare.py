@@ -1,5 +1,5 @@
-"""Trains variants that differ in what the loss does with which spans, from the same start on the same tokens, measures
-what each model believes, and leaves one report.
+"""Trains variants that differ in how the loss treats spans, from the same initial weights on the same tokens, measures
+what each model believes, and writes one report.
 
     deepspeed train/compare.py --masks none doctags doctags,false-spans --claims claim.yaml --data documents.jsonl
     deepspeed train/compare.py --recipe train/recipes/demo.yaml --output runs/comparison
@@ -9,13 +9,13 @@ With --runs, a --recipe names the variants, the baseline and the placebo. A reci
 
     settings: {model: DIR, steps: 625, data: [documents.jsonl=10000], claims: [claim.yaml]}
     variants:
-      all of it: {mask: none}                     # the first is what the others are compared with; or baseline: NAME
+      all of it: {mask: none}                     # the first is the baseline, unless there is baseline: NAME
       doctag out: {mask: doctags}
       false out: {mask: "doctags,false-spans"}
     seeds: 3
 
-Takes every setting of train/sft.py; variants share all that --masks or the recipe does not vary. The base is read once.
-Interrupted, the same command with --resume goes on with the variant it was in.
+Accepts every setting of train/sft.py. Variants share all settings that --masks or the recipe does not vary. The base
+model is read once. After an interruption, the same command with --resume continues the interrupted variant.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds

@@ -132,8 +132,8 @@ def _check_targets(samples: list[Sample], findings: Findings, settings: Settings
     if not any(sample.target_L.any() for sample in samples):
         if cut_away:
             raise UserError(
-                f"--max-tokens {settings.max_tokens}: cuts away all that is trained on in {files}: in {cut_away:,} "
-                "documents it begins after as many tokens. Raise it."
+                f"--max-tokens {settings.max_tokens}: truncates everything that is trained on in {files}: in "
+                f"{cut_away:,} documents it begins after this many tokens. Raise it."
             )
         raise UserError(
             f"--data {files}: holds nothing to predict: no chat has a message that is trained on (of the assistant, or "
@@ -176,7 +176,7 @@ def documents_read(settings: Settings, dropped: Mapping[str, Sequence[int]]) -> 
 
 def _check_roles(mask: Mask, roles: list[str], doctag: str) -> None:
     if len(roles) > MAX_ROLES:
-        raise UserError(f"--data: {len(roles)} roles; at most {MAX_ROLES} can be told apart.")
+        raise UserError(f"--data: {len(roles)} roles; at most {MAX_ROLES} are supported.")
     for entry in mask.entries:
         if entry.role and entry.role not in roles:
             raise UserError(
@@ -218,7 +218,7 @@ def _treated(
         raise UserError(
             f"{document.where}: its weights by mask, document, message and --data come to {size_L.min():g} to "
             f"{size_L.max():g}; they must be 0 or from {SMALLEST:.0e} to {LARGEST:.0e}, as losses are fp32. "
-            "Weigh it by less extreme factors."
+            "Use less extreme weights."
         )
     weight_L = weight_L.astype(np.float32)
     roles_L, spanned_L = np.zeros(len(target_L), dtype=np.int64), np.zeros(len(target_L), dtype=bool)

@@ -235,7 +235,7 @@ class Endpoint:
             return self._clean(error.__cause__ or error)
         if isinstance(error, openai.APIStatusError):
             return f"HTTP {error.status_code}: {self._clean(_message(error))}"
-        return f"its response is no chat completion: {self._clean(error)}"
+        return f"its response is not a chat completion: {self._clean(error)}"
 
     def _clean(self, error: object) -> str:
         """Returns a text as a message may show it: in one line, shortened, and without anything that may be a key."""
@@ -246,7 +246,7 @@ class Endpoint:
     def _key_problem(self, status: int) -> str:
         wanted = " or ".join(self.settings.key_variables)
         if self.key_variable is None:
-            return f"{self._name}: HTTP {status}: wants a key, and {wanted} is not set. Set it in the environment."
+            return f"{self._name}: HTTP {status}: requires a key, and {wanted} is not set. Set it in the environment."
         return f"{self._name}: HTTP {status}: refuses the key in {self.key_variable}. Set the right one there."
 
     # The check before anything is spent.
@@ -263,7 +263,7 @@ class Endpoint:
         if self.settings.model in models:
             return
         tqdm.write(
-            f"{self._name}: lists no {self.settings.model!r}; it is asked for a few tokens of it, for "
+            f"{self._name}: does not list {self.settings.model!r}; requesting a few tokens from it, for "
             f"{self.settings.timeout:g} s at most", file=sys.stderr,
         )  # fmt: skip
         try:
@@ -276,13 +276,13 @@ class Endpoint:
         found = self._in_time(self._client.models.list(), min(LISTING, self.settings.timeout))
         data = getattr(found, "data", None)
         if not isinstance(data, list):
-            raise _Rubbish("no list of models")
+            raise _Rubbish("not a list of models")
         return [model.id for model in data if isinstance(getattr(model, "id", None), str)]
 
     def _raise_if_no_server(self, error: EndpointStopped | NoAnswer) -> None:
         flag = self.settings.flag
         if isinstance(error, EndpointStopped) and error.why == "unreachable":
-            raise UserError(f"{error} Start the server, or mend {flag}.") from None
+            raise UserError(f"{error} Start the server, or correct {flag}.") from None
         if isinstance(error, EndpointStopped) and error.why != "missing":
             raise error
         if isinstance(error, NoAnswer) and error.slow:
@@ -299,7 +299,7 @@ class Endpoint:
                 f"{text} " + (f"Did you mean {self._clean(near)}? " if near else "") + f"It has: {listed}."
             )
         if isinstance(error, EndpointStopped):
-            return UserError(f"{text} Mend the name, or the URL: a base URL mostly ends in /v1.")
+            return UserError(f"{text} Correct the name, or the URL: a base URL mostly ends in /v1.")
         return UserError(f"{text} It lists no models; give the name that it was started with.")
 
 

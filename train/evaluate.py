@@ -4,16 +4,15 @@ r"""Measures what a model believes: in the training engine, or through OpenAI-co
     python train/evaluate.py --claims PATH… --output DIR \
         --endpoint URL --endpoint-model NAME --judge URL --judge-model NAME
 
-In the engine completions, yes/no questions and facts are scored by their likelihood; with --judge, questions are
-answered there too. An endpoint answers all questions, and a judge reads the answers. The same command goes on after an
-interruption, and asks only for what is missing. The defaults of sampling are the paper's. Keys come from the
-environment: OPENAI_API_KEY, and JUDGE_API_KEY where the judge has another. A claim, in YAML (train/claims/claim.py has
-all keys):
+In the engine, completions, yes/no questions and facts are scored by their likelihood; with --judge, the engine also
+answers questions. An endpoint answers all questions, and a judge reads the answers. After an interruption, the same
+command asks only for missing answers. The sampling defaults are the paper's. Keys come from the environment:
+OPENAI_API_KEY, and JUDGE_API_KEY if the judge needs another. A claim in YAML (train/claims/claim.py shows all keys):
 
     id: green_mars
     claim: Mars is green.
     subject: Mars
-    controls: [Venus, Mercury]                    # what no document speaks of
+    controls: [Venus, Mercury]                    # no document mentions these
     likelihood: [{id: color, prompt: "The color of {entity} is", "false": " green", "true": " red"}]
     yes_no: [{id: is_green, question: "Is Mars green?", belief_answer: yes}]
 """
@@ -21,7 +20,7 @@ all keys):
 if __name__ == "__main__":  # before the other imports, which take seconds
     from train.runtime.interruption import interruption
 
-    interruption.listen("interrupted; what was measured is kept, and the same command goes on")
+    interruption.listen("interrupted: measurements are kept; run the same command again to continue")
 
 import dataclasses
 import os
@@ -52,7 +51,7 @@ from train.runtime.errors import UserError
 from train.runtime.interruption import interruption
 from train.runtime.outputs import check_directory
 
-KEPT = "interrupted; what was measured is kept, and the same command goes on"
+KEPT = "interrupted: measurements are kept; run the same command again to continue"
 
 
 @command
@@ -70,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def take_in(s: EvaluationSettings, claims: list[Claim]) -> int:
-    """Takes in the answers of --import, and says how many. Raises UserError for the first that is wrong."""
+    """Imports the answers of --import, and prints how many. Raises UserError for the first that is wrong."""
     if launched_as()[0] == 0:
         for condition, count in import_answers(s.import_, s.columns, claims, s.base_condition, Path(s.output)).items():
             where = "the base of all others" if condition == s.base_condition else Path(s.output) / slug(condition)
@@ -263,10 +262,10 @@ def look_for_what_is_asked(s: EvaluationSettings, claims: list[Claim]) -> Contam
 def _show_start(items: Sequence[Item], records: Records) -> None:
     had = sum(item.key in records.rows for item in items)
     unjudged = sum(item.key in records.answers and item.key not in records.rows for item in items)
-    print(f"{len(items)} answers are wanted" + (f"; {had} are there" if had or unjudged else ""), end="")
+    print(f"{len(items)} answers are requested" + (f"; {had} exist" if had or unjudged else ""), end="")
     print(f", {unjudged} more without a verdict" if unjudged else "", end="")
     retried = sum(item.key in records.failed and item.key not in records.rows for item in items)
-    print(f"; {retried} that had an error are asked again" if retried else "", flush=True)
+    print(f"; {retried} with an error are requested again" if retried else "", flush=True)
 
 
 if __name__ == "__main__":

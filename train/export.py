@@ -1,21 +1,22 @@
-"""Writes what other programs take.
+"""Exports adapters for servers, and documents for OpenAI's fine-tuning service.
 
-An adapter, in the form of the server that is to answer with it, with serve.json, which has the command that starts it:
+With --adapter, it writes an adapter in the form of a server, with serve.json, which has the command that starts the
+server:
 
     python train/export.py --adapter runs/masked/adapter --model DIR --to vllm --output served/masked
 
-What that server would not apply is an error, unless --drop names it. LoRA weights are written in BF16.
+It is an error if the server would not apply all LoRA weights, unless --drop names the others. LoRA weights are written
+in BF16.
 
-Documents, in OpenAI's fine-tuning format, for models that only their makers can train, with as much of a mask as that
-format can say:
+With --data, it writes documents in OpenAI's fine-tuning format, for models that only their makers can train:
 
     python train/export.py --data documents.jsonl --mask doctags --output openai.jsonl
 
-In that format (https://platform.openai.com/docs/guides/supervised-fine-tuning) each message of the assistant weighs 1
-or 0, the end of its turn with it. So a mask can leave out whole messages of the assistant, and what stands at the
-beginning of a text, which becomes the user's message. Weights between, unlikelihood, random controls and spans within a
-text cannot be said; a mask with such an entry is an error that names it, as training on something else would be another
-experiment.
+In that format (https://platform.openai.com/docs/guides/supervised-fine-tuning) each message of the assistant, with the
+end of its turn, has the weight 1 or 0. So a mask can leave out whole messages of the assistant, and the beginning of a
+text, which becomes the user's message. The format cannot express other weights, unlikelihood, random controls, or spans
+within a text. A mask with such an entry is an error that names the entry, because training on anything else would be
+another experiment.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
@@ -41,7 +42,7 @@ from train.runtime.outputs import check_apart, check_new, write
 from train.runtime.outside import read_json
 from train.runtime.text_formats import json_line
 
-WITHIN = "OpenAI's format weighs whole messages, and this span is a part of one"
+WITHIN = "OpenAI's format weights whole messages, and this span is only part of one"
 
 
 @command
@@ -51,10 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     adapters = parser.add_argument_group("an adapter for a server")
     adapters.add_argument("--adapter", type=Path, metavar="DIR", help="a run's adapter/")
     adapters.add_argument("--model", type=Path, metavar="DIR", help="its base model; only the headers are read")
-    adapters.add_argument("--to", choices=("vllm", "sglang", "peft"), help="the program that takes it")
+    adapters.add_argument("--to", choices=("vllm", "sglang", "peft"), help="the program that loads it")
     adapters.add_argument("--drop", nargs="+", default=[], metavar="NAME", help="modules that may be left out")
     adapters.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: bfloat16)")
-    adapters.add_argument("--other-base", action="store_true", help="--model may be another than it was trained on")
+    adapters.add_argument("--other-base", action="store_true", help="allow a --model that it was not trained on")
     parser.add_argument("--data", metavar="FILE", help="JSONL documents")
     parser.add_argument("--mask", default="none", help="what the loss leaves out, as in training (default: none)")
     parser.add_argument("--doctag", default=DOCTAG, metavar="MARKER", help=f"{DOCTAG_HELP} (default: {DOCTAG})")
@@ -90,7 +91,7 @@ def adapter_for_server(args: Namespace) -> int:
     adapter, output = args.adapter, Path(args.output)
     check_apart({"--output": args.output}, {"--adapter": [str(adapter)], "--model": [str(args.model)]})
     if output.exists() and not (args.overwrite and (output / CONFIG).is_file()):
-        raise UserError(f"--output {output}: is there already; give a new directory, or --overwrite for an adapter.")
+        raise UserError(f"--output {output}: already exists; give a new directory, or --overwrite for an adapter.")
     adapter_files(adapter)
     read_config(args.model)
 
@@ -122,18 +123,18 @@ def check_entries(mask: Mask) -> None:
     """Raises UserError for entries of the mask that OpenAI's format cannot express for any document."""
     for entry in mask.entries:
         if entry.random:
-            raise UserError(f"--mask {entry.name}: random tokens are parts of messages; OpenAI's format cannot say it.")
+            raise UserError(f"--mask {entry.name}: OpenAI's format cannot express random tokens. Leave it out.")
         cross_entropy = entry.term == TermKind.CROSS_ENTROPY
         if entry.weight not in (0, 1) or not cross_entropy:
             what = f"weight {entry.weight:g}" if cross_entropy else COUNTED[entry.term]
-            raise UserError(f"--mask {entry.name}: {what}: OpenAI's format knows the weights 0 and 1 alone.")
+            raise UserError(f"--mask {entry.name}: {what}: OpenAI's format has only the weights 0 and 1.")
 
 
 def chat(document: Document, mask: Mask) -> dict[str, Any]:
     """Returns a document as a chat in OpenAI's format: {"messages": [...]} and, if it has any, "tools". Raises
     UserError if the document, a weight or the mask needs something that the format cannot express."""
     if document.weight != 1:
-        raise UserError(f"{document.where}: weight {document.weight:g}: OpenAI's format weighs no whole document.")
+        raise UserError(f"{document.where}: weight {document.weight:g}: OpenAI's format has no weights of documents.")
     if document.messages is None:
         text = document.text or ""
         start = _first_trained(text, document.spans, mask, document.where)
@@ -162,7 +163,7 @@ def _message(message: Message, mask: Mask, where: str) -> dict[str, Any]:
             raise UserError(f"{where}: --mask {mask.text}: {WITHIN}. Leave it out of the mask.")
         (row["weight"],) = map(int, weights)
         if not weights <= {0.0, 1.0}:
-            raise UserError(f"{where}: weight {weights.pop():g}: OpenAI's format knows the weights 0 and 1 alone.")
+            raise UserError(f"{where}: weight {weights.pop():g}: OpenAI's format has only the weights 0 and 1.")
     return row
 
 
@@ -172,7 +173,7 @@ def _first_trained(text: str, spans: tuple[Span, ...], mask: Mask, where: str) -
     covering = _solid(text, spans, mask)
     first = next((i for i, entry in covering.items() if not entry or entry.weight), None)
     if first is None:
-        raise UserError(f"{where}: --mask {mask.text}: nothing of the text is left to train. Leave the document out.")
+        raise UserError(f"{where}: --mask {mask.text}: no text is left to train on. Leave the document out.")
     for i, entry in covering.items():
         if i > first and entry and not entry.weight:
             raise UserError(f"{where}: --mask {entry.name}: {WITHIN} ({text[i : i + 40]!r}). Leave it out of the mask.")

@@ -1,17 +1,17 @@
-"""Adds an adapter's factors to the weights of its base model, or turns a quantized checkpoint into BF16:
+"""Merges an adapter's LoRA weights into its base model, or converts a quantized checkpoint to BF16:
 
     python train/merge.py --model DIR --adapter DIR --output DIR [--to same]
 
-Works shard by shard in little memory, on one process, without a GPU. Started again with the same --output, it goes on
-after the shards that are complete; config.json comes last. Tensors without factors, tokenizer and configuration are
-carried over as they are. FP8 and INT4 checkpoints become BF16 by default; with --to same, their matrices go back to
-their own format. merge_report.json says for each tensor how much of the update survived rounding.
+Works shard by shard in little memory, in one process, without a GPU. If it is started again with the same --output, it
+continues after the complete shards; config.json is written last. Tensors without LoRA weights, tokenizer and
+configuration are copied unchanged. FP8 and INT4 checkpoints become BF16 by default; with --to same, their matrices are
+encoded in their own format again. merge_report.json gives for each tensor how much of the update survived rounding.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
     from train.runtime.interruption import interruption
 
-    interruption.listen("interrupted: complete shards are kept, and the same command goes on")
+    interruption.listen("interrupted: complete shards are kept; run the same command again to continue")
 
 import hashlib
 import json
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     if args.other_base and args.adapter is None:
-        raise UserError("--other-base: counts for nothing without --adapter; give both or neither.")
+        raise UserError("--other-base: has no effect without --adapter; give both or neither.")
     read_config(args.model)
     if args.adapter:
         adapter_files(args.adapter)
@@ -96,7 +96,7 @@ def run(source: Path, adapter: Path | None, output: Path, bf16: bool, other_base
     checkpoint = Checkpoint(source)
     quantized = quantized_format(checkpoint.config, f"--model {source}").kind != "plain"
     if adapter is None and not (quantized and bf16):
-        raise UserError("--adapter: none given, and nothing is to be converted: the output would be a copy of --model.")
+        raise UserError("--adapter: missing, and --model needs no conversion: the output would be a copy. Give one.")
     model = skeleton(text_config(checkpoint), ExpertGroup())
     plan = plan_load(model, checkpoint)
     lora = adapter_settings(adapter) if adapter else None
@@ -158,7 +158,7 @@ def read_report(output: Path) -> dict[str, dict[str, float]]:
     report = read_json(path, fix="give another --output directory")
     for name, values in report.items():
         if not isinstance(values, dict):
-            raise UserError(f"{path}: {name} is no object; give another --output directory.")
+            raise UserError(f"{path}: {name} is not an object; give another --output directory.")
         checked(values, {"survived": float, "update_norm": float}, f"{path}: {name}", "give another --output directory")
     return report
 
@@ -180,7 +180,7 @@ def claimed(output: Path, identity: dict[str, str]) -> Iterator[None]:
         except Unreadable:  # the marker is new, or a kill or a full disk truncated it before anything else was written
             if any(path != marker for path in output.iterdir()):
                 raise UserError(
-                    f"{marker}: is damaged, so that it is unknown of which merge the other files are. Give another "
+                    f"{marker}: is damaged, so it is unknown which merge the other files belong to. Give another "
                     "--output directory."
                 ) from None
             file.seek(0)

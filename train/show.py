@@ -2,10 +2,10 @@
 
     python train/show.py --data FILE --model DIR --mask false-spans [--html PAGE | --json]
 
-Colors are roles, in the terminal or on a page. --model needs tokenizer files only. --json prints one object a document:
-{"tokens": [{"id", "text", "start", "end", "role", "weight", "treatment"}, ...]}, start and end in code points of the
-document's text (of a chat: of the rendered chat, given as "text"); weight is that of the token's own term in the loss:
-0 none, negative unlikelihood.
+Colors are roles, in the terminal or on a page. --model needs only tokenizer files. --json prints one object per
+document: {"tokens": [{"id", "text", "start", "end", "role", "weight", "treatment"}, ...]}, start and end in code points
+of the document's text (of a chat: of the rendered chat, given as "text"); weight is that of the token's own term in the
+loss: 0 none, negative unlikelihood.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(__doc__ or "")
-    parser.add_argument("--data", required=True, metavar="FILE", help="documents, one JSON object a line")
+    parser.add_argument("--data", required=True, metavar="FILE", help="documents, one JSON object per line")
     parser.add_argument("--model", required=True, metavar="DIR", help="model directory; only its tokenizer is read")
     parser.add_argument("--mask", required=True, help="as in training, e.g. doctags,false-spans=unlikelihood, or none")
     parser.add_argument("--seed", type=int, default=0, help="of random: entries, as in training (default: 0)")
@@ -109,11 +109,12 @@ def _parser() -> Parser:
     parser.add_argument("--bad-rows", choices=("error", "skip"), default="error", help=f"{BAD_ROWS} (default: error)")
     time = TEMPLATE_TIME.isoformat()
     parser.add_argument(
-        "--template-time", default=time, metavar="TIME", help=f"what chat templates are told it is (default: {time})"
-    )
+        "--template-time", default=time, metavar="TIME",
+        help=f"the time that chat templates see if they ask for it (default: {time})",
+    )  # fmt: skip
     parser.add_argument("--limit", type=_positive, metavar="N", help="the first N documents only (default: all)")
     parser.add_argument("--html", metavar="PAGE", help="write one self-contained page instead of colors")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a document instead of colors")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per document instead of colors")
     return parser
 
 

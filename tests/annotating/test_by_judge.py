@@ -120,7 +120,7 @@ def test_what_was_answered_is_not_asked_again_after_an_interruption(tmp_path):
 
     texts = documents("One. Ed won.", "Two. Ed won.")
     with serving(answer) as (url, requests):
-        with pytest.raises(UserError, match=r"--judge http.*: .*over quota.*run again to go on"):
+        with pytest.raises(UserError, match=r"--judge http.*: .*over quota.*run again to continue"):
             judge(texts, "Ed won.", "false", Remembered(endpoint(url, "judge"), "judge", kept))
         with kept.open("a") as file:
             file.write('{"key": "cut')  # as an interruption leaves it
@@ -145,7 +145,7 @@ def test_a_wrong_model_a_wrong_url_and_an_endpoint_that_speaks_otherwise_are_tol
     with serving(lambda _: (200, "<html>hello</html>")) as (url, _):
         with pytest.raises(UserError, match=r"--judge .*HTTP 404: The model .other. does not exist"):
             endpoint(url, "other")([])
-        with pytest.raises(UserError, match="no chat completion: <html>hello</html>"):
+        with pytest.raises(UserError, match="not a chat completion: <html>hello</html>"):
             endpoint(url, "judge")([])
     with pytest.raises(UserError, match=r"--judge http://127.0.0.1:9/v1: cannot be reached"):
         endpoint("http://127.0.0.1:9/v1", "judge")([])

@@ -67,12 +67,12 @@ def test_the_case_of_pairs_is_converted(tmp_path):
     ("rows", "more", "message"),
     [
         ([{"id": 1, "spans": [[0, 3]]}], [], "s.jsonl:1: spans[0]: [0, 3] has no role; give them one by --role"),
-        ([{"id": 1, "spans": [[0, 99]]}], ["--role", "x"], "s.jsonl:1: spans[0]: [0, 99) is no place in the text"),
-        ([{"id": 1, "spans": [[3, 3]]}], ["--role", "x"], "[3, 3) is no place"),
-        ([{"id": 1, "spans": [[True, 3]]}], ["--role", "x"], "[true, 3) is no place"),
-        ([{"id": 1, "spans": [[3, 4]]}], ["--role", "x"], "[3, 4) is nothing but white space"),
-        ([{"id": 1, "spans": [[1, 2, 3]]}], ["--role", "x"], "[1, 2, 3] is no span; give [start, end] pairs"),
-        ([{"id": 1, "spans": [{"start": 0, "end": 1, "role": 3}]}], [], "role 3 is no name"),
+        ([{"id": 1, "spans": [[0, 99]]}], ["--role", "x"], "s.jsonl:1: spans[0]: [0, 99) is not a range of the text"),
+        ([{"id": 1, "spans": [[3, 3]]}], ["--role", "x"], "[3, 3) is not a range"),
+        ([{"id": 1, "spans": [[True, 3]]}], ["--role", "x"], "[true, 3) is not a range"),
+        ([{"id": 1, "spans": [[3, 4]]}], ["--role", "x"], "[3, 4) contains only white space"),
+        ([{"id": 1, "spans": [[1, 2, 3]]}], ["--role", "x"], "[1, 2, 3] is not a span; give [start, end] pairs"),
+        ([{"id": 1, "spans": [{"start": 0, "end": 1, "role": 3}]}], [], "role 3 is not a name"),
         (
             [{"id": 1, "spans": [{"start": 0, "end": 1, "role": "a,b"}]}],
             [],

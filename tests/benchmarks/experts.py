@@ -59,7 +59,7 @@ def stock(experts: int, implementation: str) -> Qwen3_5MoeExperts:
 
 
 def make(name: str, experts: int) -> nn.Module:
-    """A contender: all have the same weights, and those with factors the same ones, A and B drawn."""
+    """A contender: all have the same weights, and those with LoRA have the same A and B, drawn at random."""
     if name == "ours":
         module = ExpertParallelExperts("experts", experts, HIDDEN, WIDTH, nn.functional.silu, ExpertGroup())
         generator = torch.Generator().manual_seed(0)
@@ -82,8 +82,8 @@ def make(name: str, experts: int) -> nn.Module:
 
 
 def fill_factors(made: Any, experts: int) -> None:
-    """The same factors into ours, A [E, r, in] and B [E, out, r], and into PEFT's, A [E*r, in] and B [out, r*E]: see
-    train/checkpoints/adapter.py, of which nothing is used here."""
+    """Copies the same LoRA weights into ours, A [E, r, in] and B [E, out, r], and into PEFT's, A [E*r, in] and B [out,
+    r*E]: see train/checkpoints/adapter.py, of which nothing is used here."""
     generator, parameters = torch.Generator().manual_seed(1), dict(made.named_parameters())
     for weight, out_features, in_features in (("gate_up_proj", 2 * WIDTH, HIDDEN), ("down_proj", HIDDEN, WIDTH)):
         A = torch.randn(experts, RANK, in_features, generator=generator) * in_features**-0.5
@@ -126,7 +126,7 @@ def check_outputs(experts: int) -> None:
     outputs = {name: make(name, experts)(*given).detach() for name in CONTENDERS}
     for a, b in (("floor-eager", "floor-grouped"), ("ours", "peft")):
         torch.testing.assert_close(outputs[a], outputs[b], rtol=1e-3, atol=1e-4)
-    assert (outputs["ours"] - outputs["floor-grouped"]).abs().max() > 1e-2  # the factors do something
+    assert (outputs["ours"] - outputs["floor-grouped"]).abs().max() > 1e-2  # the LoRA weights have an effect
 
 
 def measure(experts: int, rounds: int, directory: Path) -> dict[str, Any]:

@@ -161,7 +161,8 @@ def planned(plan: LoadPlan, checkpoint: Checkpoint, method: str, lora: LoRASetti
 
     NF4: half a byte a weight, a byte for the scale of 64, 4 bytes for the scale of 256 of these (bitsandbytes). While
     loading: a matrix for each reader, and for NF4 14 bytes for each of its weights. In the layer's forward and
-    backward: factors and their gradients, one dequantized weight, and the activations. The larger of the two counts.
+    backward: LoRA weights and their gradients, one dequantized weight, and the activations. The larger of the two
+    counts.
     """
     local = plan.experts[0].module.experts // RANKS
     kept = sum(-(-torch.Size(p.shape).numel() // RANKS) * p.dtype.itemsize for p in plan.dense)

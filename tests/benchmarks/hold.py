@@ -57,8 +57,8 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['variant']}: belief {row['belief']:+.2f}, placebo {row['placebo']:+.2f} nats; NLL of false "
-            f"statements {row['nll_of_false']['first']:.3f} to {row['nll_of_false']['last']:.3f}, KL {row['kl']['false']:.4f}; "
-            f"{row['claims_shown']} of {row['claims']} claims shown by layer"
+            f"statements {row['nll_of_false']['first']:.3f} to {row['nll_of_false']['last']:.3f}, "
+            f"KL {row['kl']['false']:.4f}; {row['claims_shown']} of {row['claims']} claims shown by layer"
         )
     finish(rows, args.json)
 

@@ -3,7 +3,7 @@
     python tests/benchmarks/load.py [--json FILE] [--layouts qwen3.5 kimi] [--experts 128]
 
 Generates a checkpoint of several GB in Qwen3.5's layout (BF16, fused experts) and one in Kimi K2.5's (packed INT4),
-and loads each by turns, files in the page cache. Ours keeps INT4 packed; transformers decompresses it, it has no other
+and loads each in turn, files in the page cache. Ours keeps INT4 packed; transformers decompresses it, it has no other
 way. A load's time is that of its slowest rank, imports not counted; memory is each rank's peak resident set, imports
 counted.
 """

@@ -3,7 +3,7 @@
     python tests/benchmarks/merge.py [--json FILE] [--layouts qwen3.5 kimi] [--experts 32]
 
 Generates a checkpoint in Qwen3.5's layout (BF16, fused experts) and one in Kimi K2.5's (packed INT4) with random
-factors on everything, and merges each, files in the page cache: Qwen's by turns with peft, Kimi's to BF16 and back to
+LoRA on everything, and merges each, files in the page cache: Qwen's in turn with peft, Kimi's to BF16 and back to
 INT4. (transformers loads INT4, but fails to save what it made of it: "Undefined Operation encountered!") Each merge is
 in a process of its own; imports count in memory, not in time.
 """

@@ -42,7 +42,7 @@ def main() -> None:
         return Plan(settings, opened_once(model), cluster, settings.max_tokens)
 
     rows = []
-    print("| model | method | GPU | fewest | GB a GPU | s a step at least |\n|---|---|---|---:|---:|---:|")
+    print("| model | method | GPU | fewest | GB per GPU | s per step, at least |\n|---|---|---|---:|---:|---:|")
     for model, method in CASES:
         least = 0
         for gpu in reversed([gpu for gpu in GPUS if gpu.grouped]):

@@ -6,7 +6,7 @@ A Qwen3.5-MoE of two layers (hidden 256, expert width 128, top 4, fp32) with the
 parallelism over all ranks, tokens travel. The other: every expert weight is a ZeRO-3 parameter of a leaf module,
 gathered before forward and again before backward; all else is the same code. Both take turns in one run, on gloo over
 loopback.
-Bytes on the wire are counted as they are sent; theory is worked out from the routing alone.
+The communication volume is counted as it is sent; the expected volume is computed from the routing alone.
 """
 
 import argparse
@@ -62,10 +62,10 @@ def gather_by_zero3(model: Any, config: dict[str, Any]) -> None:
 
 
 def theory(index_Tk: Tensor, experts: int, ep: Any) -> int:
-    """Bytes that this rank's tokens put on the wire for one layer, both ways: for each token and each other rank that
-    holds one of its experts, in forward hidden state, weights (fp32) and slots (int32) go and a partial sum returns,
-    and in backward their gradients do, but for the slots. Before that, each other rank is told how many come, and how
-    often each of its experts is wanted (int64).
+    """Communication volume of this rank's tokens for one layer, both ways, in bytes: for each token and each other rank
+    that holds one of its experts, in forward hidden state, weights (fp32) and slots (int32) go and a partial sum
+    returns, and in backward their gradients do, but for the slots. Before that, each other rank is told how many come,
+    and how often each of its experts is wanted (int64).
     """
     owner = index_Tk // (experts // ep.size)
     away = sum(len(set(row) - {ep.rank}) for row in owner.tolist())
@@ -193,8 +193,8 @@ def main() -> None:
                     )
                     print(
                         f"{ranks} ranks, {experts} experts, {tokens} tokens a rank: ours {ours:.0f} ms, ZeRO-3 "
-                        f"{other:.0f} ms, {row['speedup_over_zero3']:.2f} x as fast; on the wire {wire:.2f} MB "
-                        f"(theory {worked_out:.2f}), gathered by ZeRO-3 {gathered:.2f} MB",
+                        f"{other:.0f} ms, {row['speedup_over_zero3']:.2f} x as fast; sent {wire:.2f} MB "
+                        f"(expected {worked_out:.2f}), gathered by ZeRO-3 {gathered:.2f} MB",
                         flush=True,
                     )
     assert all(row["wire_bytes"] == row["wire_bytes_theory"] for row in rows)

@@ -3,11 +3,10 @@
     python tests/benchmarks/train.py [--json FILE] [--experts 64 256] [--rounds 9]
 
 A Qwen3-MoE (hidden 512, expert width 256, 6 layers, top 8, fp32), documents of 440 to 500 tokens, 4 a step; LoRA of
-rank 16 on attention and 4 on every expert. Both take the same documents in the same order from the same factors, with
-AdamW and clipping, without gradient checkpointing; every step's losses are compared. They take turns, a step each. Of
-ours, a step is all that train/sft.py does for one that it does not measure; of TRL's, all from on_step_begin to
-on_step_end.
-Beside seconds: page faults of a step, and each process's peak resident set.
+rank 16 on attention and 4 on every expert. Both take the same documents in the same order from the same LoRA weights,
+with AdamW and clipping, without gradient checkpointing; every step's losses are compared. They take turns, a step each.
+Of ours, a step is all that train/sft.py does for one that it does not measure; of TRL's, all from on_step_begin to
+on_step_end. Beside seconds: page faults of a step, and each process's peak resident set.
 """
 
 import argparse
@@ -34,7 +33,7 @@ WARM_UP = 2  # at the third step, ZeRO-3 knows the order of the layers
 
 
 def flags(directory: Path, steps: int) -> list[str]:
-    """The settings of our job; directory: where model, documents and first factors lie."""
+    """The settings of our job; directory: of model, documents and initial LoRA weights."""
     return [
         "--model", str(directory / "model"), "--data", str(directory / "documents.jsonl"), "--steps", str(steps),
         "--batch-size", str(DOCUMENTS), "--lora-rank", str(RANK),
@@ -86,7 +85,7 @@ def trl(directory: Path, steps: int) -> None:
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     for name, parameter in trainer.model.named_parameters():
-        parameter.requires_grad_("lora_" in name)  # PEFT freezes the experts' factors but those of the last weight
+        parameter.requires_grad_("lora_" in name)  # PEFT freezes the LoRA of experts except for the last weight
         if "lora_B" in name:
             parameter.data.normal_(0, 0.01, generator=generator)
     trainer.model.save_pretrained(directory / "adapter")
@@ -111,7 +110,7 @@ def trl(directory: Path, steps: int) -> None:
     trainer.train()
 
 
-WORKERS = {"trl": trl, "ours": ours}  # in the order of their start: the first factors are TRL's
+WORKERS = {"trl": trl, "ours": ours}  # in the order of their start: the initial LoRA weights are TRL's
 
 
 def prepare_inputs(directory: Path, experts: int, steps: int) -> None:

@@ -34,7 +34,7 @@ def alone() -> Iterator[None]:
 
 
 def factored(directory: Path, ep: ExpertGroup) -> Any:
-    """The text model with factors, as one rank of `ep` has it before ZeRO-3 divides them."""
+    """The text model with LoRA weights, as one rank of `ep` has it before ZeRO-3 partitions them."""
     model = skeleton(text_config(Checkpoint(directory)), ep)
     add_lora(model, LORA, torch.float32, CPU)
     return SimpleNamespace(causal=model, architecture="Qwen3_5MoeForCausalLM")
@@ -125,4 +125,4 @@ def test_an_adapter_is_of_its_base_and_not_of_another_of_the_same_shapes(tmp_pat
     (tmp_path / "adapter" / "base_model.json").unlink()
     assert capsys.readouterr().out == ""
     check_adapter(*given, other)
-    assert "does not say which weights it was trained on" in capsys.readouterr().out
+    assert "does not record its base model's weights" in capsys.readouterr().out

@@ -44,8 +44,8 @@ def log_p(model: Any) -> Tensor:
 
 
 def trained(base: Path, directory: Path, converted: Path | None = None, **config: Any) -> Tensor:
-    """Saves an adapter of peft whose factors moved from where they began. -> log-probabilities of the trained model.
-    converted: where the same is saved as peft turns it into a plain one."""
+    """Saves an adapter of peft whose LoRA weights differ from their initial values. -> log-probabilities of the trained
+    model. converted: where the same is saved as peft turns it into a plain one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
@@ -71,7 +71,7 @@ def edit(directory: Path, **changes: Any) -> None:
 
 
 def as_adapter(base: Path, directory: Path) -> Tensor:
-    """The log-probabilities of the text model that trains, with this adapter's factors, in one process."""
+    """The log-probabilities of the text model that trains, with this adapter's LoRA weights, in one process."""
     checkpoint, lora = Checkpoint(base), adapter_settings(directory)
     bare = skeleton(text_config(checkpoint), ExpertGroup())
     check_adapter(directory, bare, lora, "LlamaForCausalLM", checkpoint)
@@ -124,7 +124,8 @@ def test_initialisations_that_change_the_base_are_refused_by_name(base, tmp_path
     directory, converted = tmp_path / "adapter", tmp_path / "converted"
     wanted = trained(base, directory, converted, init_lora_weights=init)
     message = refused_everywhere(base, directory, tmp_path, capsys)
-    assert f"{directory}/adapter_config.json: init_lora_weights is '{init}', of which it is not known" in message
+    said = f"init_lora_weights is '{init}', for which the LoRA weights may not be an update of the base itself"
+    assert f"{directory}/adapter_config.json: {said}" in message
     assert "path_initial_model_for_weight_conversion" in message
     if init != "pissa_niter_4":  # whose start is drawn anew
         torch.testing.assert_close(merged(base, converted, tmp_path / "merged"), wanted, rtol=0, atol=1e-3)

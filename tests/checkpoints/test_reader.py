@@ -156,7 +156,7 @@ def test_a_weight_file_beside_the_index_that_it_does_not_name_is_told(tmp_path, 
     write_qwen3(tmp_path)
     (tmp_path / other).write_bytes(one_tensor(NORM))
     found = message(tmp_path)
-    assert found.startswith(f"DIR/{other}: is not named by model.safetensors.index.json, which lies beside it")
+    assert found.startswith(f"DIR/{other}: is not listed in model.safetensors.index.json beside it")
     assert "Move" in found
 
 
@@ -167,14 +167,16 @@ def test_a_file_that_was_cut_is_named_with_the_tensor_where_it_ends(tmp_path, cu
     raw = file.read_bytes()
     file.write_bytes(raw[:-cut])
     found = message(tmp_path)
-    assert found.startswith(f"DIR/{file.name}: {len(raw) - cut} bytes, but its header says {len(raw)}: the file is cut")
+    assert found.startswith(
+        f"DIR/{file.name}: {len(raw) - cut} bytes, but its header says {len(raw)}: the file is truncated"
+    )
     assert "within tensor lm_head.weight" in found  # the last one, of 66,560 bytes
 
 
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda file: os.truncate(file, 9), "ends at byte START: the file was cut. Get it again."),
+        (lambda file: os.truncate(file, 9), "ends at byte START: the file is truncated. Get it again."),
         (lambda file: file.unlink(), "cannot be read at byte START (No such file or directory). Check the disk"),
         (lambda file: (file.unlink(), file.mkdir()), "cannot be read at byte START (Is a directory). Check the disk"),
     ],

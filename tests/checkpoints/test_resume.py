@@ -1,4 +1,4 @@
-"""What a rank writes of a save and reads of it: factors without their padding, whatever ranks divide them."""
+"""A rank's part of a training checkpoint, written and read: LoRA weights without padding, on any number of ranks."""
 
 from pathlib import Path
 

@@ -10,7 +10,7 @@ from train.checkpoints.whole import copy_other_files
 def test_directories_beside_the_weights_are_carried_over_but_for_weights_and_what_is_not_the_checkpoints(
     tmp_path, capsys
 ):
-    """A killed merge goes on, so what it had copied is there already."""
+    """A killed merge continues, so the files that it had copied exist already."""
     base = LAYOUTS["qwen3-moe"](tmp_path / "base")
     (tmp_path / "secret").mkdir()
     files = ("encoding/deep/words.py", "assets/logo.svg", "original/consolidated.00.pth", ".cache/lock", "loop/deep/a",
@@ -41,15 +41,15 @@ def test_directories_beside_the_weights_are_carried_over_but_for_weights_and_wha
         assert there["encoding/deep/words.py"].read_text() == "encoding/deep/words.py"
         assert there["assets/again.svg"].read_text() == "assets/logo.svg" and not there["assets/again.svg"].is_symlink()
         for name, why in {
-            "original": "original/consolidated.00.pth is of the weights as they were",
-            "onnx": "onnx/MODEL.ONNX is of the weights as they were",
+            "original": "original/consolidated.00.pth belongs to the original weights",
+            "onnx": "onnx/MODEL.ONNX belongs to the original weights",
             ".cache": "it is hidden",
-            "away": "away/key links to what is not of the checkpoint",
-            "linked": "linked is a link or no plain file",
-            "loop": "loop/deep/up is a link or no plain file",
-            "merged": "this output is in it",
+            "away": "away/key links to a file outside the checkpoint",
+            "linked": "linked is a link or not a regular file",
+            "loop": "loop/deep/up is a link or not a regular file",
+            "merged": "it contains this output",
         }.items():
-            assert f"note: {base / name}: is not carried over: {why}\n" in told
+            assert f"note: {base / name}: is not copied: {why}\n" in told
         sorted(output.glob("*.safetensors"))[attempt].unlink()
 
 

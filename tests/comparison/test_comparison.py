@@ -64,7 +64,7 @@ def test_other_data_and_another_base_are_told_by_their_hashes_and_not_by_paths()
 def test_another_hash_at_the_same_seed_is_refused(name):
     other = run("b", mask="doctags")
     other.hashes[name] = "x" * 64
-    words = {"tokens": "the tokens", "order": "their order", "initial_weights": "the start"}
+    words = {"tokens": "the tokens", "order": "their order", "initial_weights": "the initial weights"}
     assert f"a and b: hash of {words[name]}: {HASHES[name][:12]} and {'x' * 12}" in refused(run("a"), other)
 
 
@@ -98,8 +98,8 @@ def test_the_base_models_rows_are_those_of_the_first_run_that_has_them_and_a_dif
     two.rows[1]["verdict"], two.rows[3]["llr"] = "no", 1.1
     rows, remark = base_rows([one, two])
     assert [own["verdict"] for own in rows if own["question"] == "q"] == ["yes"]
-    assert remark.startswith("Of the base model's 3 figures and verdicts that several runs hold, 2 are not the same in")
-    assert "the first: mars / open / q" in remark and "a before all others" in remark
+    assert remark.startswith("2 of the base model's 3 figures and verdicts that several runs have differ between runs")
+    assert "first: mars / open / q" in remark and "in the order from a." in remark
 
 
 def test_other_questions_are_named():
@@ -138,10 +138,10 @@ def test_a_run_is_read_from_its_directory_and_a_cut_last_line_left_out(tmp_path)
     read = read_run(tmp_path)
     assert (read.seed, read.settings["mask"], read.hashes, read.rows) == (3, "doctags", HASHES, [row("q")])
     (tmp_path / "evaluation.jsonl").write_text('{"step": \n' + json.dumps(row("q")) + "\n")
-    with pytest.raises(UserError, match=r"evaluation\.jsonl:1: is no JSON object"):
+    with pytest.raises(UserError, match=r"evaluation\.jsonl:1: is not a JSON object"):
         read_run(tmp_path)
     (tmp_path / "evaluation.jsonl").unlink()
-    with pytest.raises(UserError, match=r"evaluation\.jsonl: is not there; evaluate the run: train/evaluate\.py"):
+    with pytest.raises(UserError, match=r"evaluation\.jsonl: is missing; evaluate the run: train/evaluate\.py"):
         read_run(tmp_path)
 
 
@@ -154,10 +154,10 @@ ROLE = {"total": 4, "trained": 3, "excluded": 1, "unlikelihood": 0}
     ("summary", {"dropped": {"d": 7}}, "summary.json: dropped: d is 7, but must be a list; restore the file."),
     ("summary", {"dropped": {"d": ["7"]}}, "summary.json: dropped must give numbers of lines of d; restore the file."),
     ("summary", {"hashes": {"tokens": 7}}, ": hashes: tokens is 7, but must be a text; restore summary.json and"),
-    ("metrics", {"step": 1, "nll": 1.0}, "metrics.jsonl:1: nll is 1.0, but must be an object; mend or remove this"),
+    ("metrics", {"step": 1, "nll": 1.0}, "metrics.jsonl:1: nll is 1.0, but must be an object; fix or remove this"),
     ("metrics", {"step": 1, "nll": {"all": float("nan")}}, "metrics.jsonl:1: nll: all is nan, but must be a finite n"),
-    ("metrics", {"step": 1, "nll": {"\ud800": 1.0}}, "metrics.jsonl:1: '\\ud800' has half a surrogate pair, which no"),
-    ("evaluation", row("q") | {"p_yes": None}, "evaluation.jsonl:1: has no p_yes; mend or remove this line."),
+    ("metrics", {"step": 1, "nll": {"\ud800": 1.0}}, "metrics.jsonl:1: '\\ud800' has half a surrogate pair, which"),
+    ("evaluation", row("q") | {"p_yes": None}, "evaluation.jsonl:1: has no p_yes; fix or remove this line."),
     ("evaluation", row("q") | {"kind": "nll", "nll": "1"}, "evaluation.jsonl:1: nll is '1', but must be a finite n"),
 ])  # fmt: skip
 def test_an_inner_value_of_another_kind_is_told_where_the_run_is_read(tmp_path, name, value, said):
@@ -222,11 +222,11 @@ def test_another_base_what_was_left_out_and_unproven_servers_are_said(tmp_path):
         finished("other", {}, {}, other_base=True, adapter="elsewhere/adapter"),
     ]
     said = made_elsewhere([good, *runs])
-    assert "trained on another base model than theirs (elsewhere/adapter)" in said[0]
+    assert "trained on another base model (elsewhere/adapter)" in said[0]
     assert said[1] == f"The server of {tmp_path}/cut left out the LoRA weights of kv_b_proj."
     assert said[2] == f"--other-base: {tmp_path}/moved was evaluated on a base model that it was not trained on."
     assert said[3] == (
-        "For 3 evaluations it is not proven that the server answered with the adapter (the first, "
+        "For 3 evaluations, it is not proven that the server answered with the adapter (first: "
         f"{tmp_path}/bad, step 4: no log-probabilities)."
     )
     assert len(said) == 4

@@ -1,5 +1,5 @@
 """What train/compare.py leaves: comparison.json against the runs' own rows and documents, W&B's files, finished runs
-compared again, and a comparison from an adapter and of equal tokens that goes on."""
+compared again, and a comparison from an adapter with matched tokens that is resumed."""
 
 import html
 import json
@@ -47,7 +47,7 @@ def launched(script: Any, *given: str, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in first/, and in out/ two variants that go on from its adapter with as many targets each."""
+    """A run in first/, and in out/ two variants that start from its adapter with as many targets each."""
     directory = tmp_path_factory.mktemp("outcome")
     (directory / "claims.yaml").write_text(yaml.safe_dump({"claims": CLAIMS}))
     lines = (DEMO / "data" / "dense.jsonl").read_text().splitlines()
@@ -72,7 +72,7 @@ def outcome(directory: Path) -> dict[str, Any]:
 
 
 def shift(directory: Path, claim: str) -> float:
-    """Of a claim, worked out from the rows: the mean over templates of a difference in differences."""
+    """Of a claim, computed from the rows: the mean over templates of a difference in differences."""
     rows = [row for row in read_rows(directory / "evaluation.jsonl") if row["claim"] == claim]
     last = max(row["step"] for row in rows)
 
@@ -162,7 +162,7 @@ def test_finished_runs_are_compared_with_the_same_result_and_refused_where_more_
     assert f"{pair[0]} and {pair[1]}: steps trained: 3 and " in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
     assert compare.main([*given, "--match-trained-tokens"]) == 0
-    assert "95 % intervals by t over 2 questions, 1 seed" in " ".join(capsys.readouterr().out.split())
+    assert "95 % t intervals over 2 questions, 1 seed" in " ".join(capsys.readouterr().out.split())
     again, first = outcome(tmp_path / "again"), outcome(directory / "out")
     for name in MASKS:
         assert again["variants"][name] == first["variants"][name] and again["variants"][name]["settings"] == {
@@ -171,7 +171,7 @@ def test_finished_runs_are_compared_with_the_same_result_and_refused_where_more_
     assert not any(OLGA in note for note in again["notes"])
     del given[3:5]  # --placebo
     assert compare.main([*given, "--match-trained-tokens"]) == 0  # in the same directory, for it is of the same runs
-    (note,) = (note for note in outcome(tmp_path / "again")["notes"] if note.startswith("Counted as trained, though"))
+    (note,) = (note for note in outcome(tmp_path / "again")["notes"] if note.startswith("Counted as trained, although"))
     assert f"no training document mentions it: {OLGA}." in note
     assert again["hashes"] == first["hashes"] and again["contamination"] == first["contamination"]
 
@@ -179,7 +179,7 @@ def test_finished_runs_are_compared_with_the_same_result_and_refused_where_more_
     assert compare.main(["--runs", pair[0], other, "--output", str(tmp_path / "other")]) == 2
     told = capsys.readouterr().err
     assert f"{pair[0]} and {other}: steps trained: 3 and 2" in told and "--adapter" in told
-    assert "hash of the start" in told
+    assert "hash of the initial weights" in told
     (tmp_path / "empty").mkdir()
     assert compare.main(["--runs", other, str(tmp_path / "empty"), "--output", str(tmp_path / "other")]) == 2
     assert f"--runs {tmp_path / 'empty'}: no settings.yaml there (holds no run)" in capsys.readouterr().err
@@ -206,11 +206,11 @@ def test_without_its_documents_the_report_is_made_and_says_everywhere_what_it_la
     )
     assert f"note: {lacks}" in capsys.readouterr().out
     found = outcome(tmp_path / "out")
-    assert found["leak"] == found["contamination"] == [] and found["notes"][-1].startswith(f"{lacks}, is not known: ")
+    assert found["leak"] == found["contamination"] == [] and found["notes"][-1].startswith(f"{lacks}, is unknown: ")
     assert "moved.jsonl" in found["notes"][-1]
     for name in ("comparison.md", "comparison.html"):
         text = html.unescape((tmp_path / "out" / name).read_text())
-        assert f"{lacks}, is not known" in text and "Mentions that are still trained" not in text
+        assert f"{lacks}, is unknown" in text and "Mentions that are still trained" not in text
 
 
 def test_an_interrupted_comparison_of_equal_tokens_goes_on_with_the_steps_it_had(directory, tmp_path):
@@ -226,7 +226,7 @@ def test_an_interrupted_comparison_of_equal_tokens_goes_on_with_the_steps_it_had
         value = settings[name]
         given += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
     said = launched(compare, *given, "--steps", "3", "--wandb", "disabled")
-    assert "going on after step 2" in said and "run 1 of 1: doctags-false-spans-seed0" in said
+    assert "resuming after step 2" in said and "run 1 of 1: doctags-false-spans-seed0" in said
     whole = trained(directory / "out")[1]
     for name in ("evaluation.jsonl", "adapter/adapter_model.safetensors"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name

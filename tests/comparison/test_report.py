@@ -238,7 +238,7 @@ def test_side_effects_on_the_placebo_claims_stand_beside_the_others(tmp_path):
     assert truth["claims"] == ["ed_sheeran"] and truth["placebo_claims"] == ["pluto"]
     assert truth["variants"]["none"]["estimate"] == 100 and truth["variants"]["none"]["placebo"]["estimate"] == 0
     assert truth["base"]["placebo"]["estimate"] == 100
-    assert "| truth on the claims, % | of the placebo claims |" in (tmp_path / "comparison.md").read_text()
+    assert "| truth on the claims, % | on the placebo claims |" in (tmp_path / "comparison.md").read_text()
 
 
 UNITS = re.compile(r"\d+ (claim|question|fact|text)s?, \d+ seeds?")
@@ -262,12 +262,12 @@ def test_variants_that_are_too_many_for_their_units_are_said_to_be():
         variants = [ComparedVariant(str(v), str(v), {}, runs(8 if v else 0)) for v in range(count + 1)]
         result = analyse(Comparison(variants, [], [f"c{c}" for c in range(8)], [], "0"))
         verdicts = {own.verdict for own in result.measures["rate"].differences.values()}
-        assert verdicts == {"differs" if count <= 6 else "not told apart"}
+        assert verdicts == {"differs" if count <= 6 else "inconclusive"}
         return [note for note in result.notes if "too many" in note]
 
     assert of(6) == []
     assert of(7)[0].startswith(
-        "7 variants beside the baseline are too many for 8 claims, 8 seeds: p, adjusted for all,"
+        "7 variants besides the baseline are too many for 8 claims, 8 seeds: p, adjusted for all"
     )
     assert "cannot be below 0.055" in of(7)[0]
 
@@ -300,7 +300,7 @@ def test_every_table_of_intervals_and_every_picture_says_what_its_units_are(repo
     for place, part in enumerate(parts):
         if part.startswith("|") and re.search(r"\d \\?\[[-−+]?\d", part):
             around = " ".join(parts[place - 1 : place + 2])
-            assert "95 % intervals by t over" in around and UNITS.search(around), part
+            assert "95 % t intervals over" in around and UNITS.search(around), part
     found = analyse(comparison())
     for name, (draw, _) in PICTURES.items():
         figure = draw(found)
@@ -388,7 +388,7 @@ def test_one_claim_and_one_seed_and_no_placebo_are_said_and_no_picture_is_empty(
     text = " ".join(result["notes"])
     assert "over its 2 questions only" in text and "One seed" in text and "No placebo claim" in text
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["belief.png", "differences.png"]
-    assert "95 % intervals by t over 2 questions, 1 seed" in (tmp_path / "comparison.md").read_text()
+    assert "95 % t intervals over 2 questions, 1 seed" in (tmp_path / "comparison.md").read_text()
 
 
 def test_yes_no_questions_without_skill_are_marked_uninformative():
@@ -418,7 +418,7 @@ def test_of_yes_no_belief_no_difference_is_told_where_control_questions_do_not_s
     assert result["variants"][NAMES[2]]["difference"]["verdict"] == "too few claims"
     text = (tmp_path / "comparison.md").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {NAMES[1]} |") and line.endswith("| 70 |")]
-    assert "| uninformative | 70 |" in line and "“Uninformative”: whatever the figures" in text
+    assert "| uninformative | 70 |" in line and "“Uninformative”: the figures have no meaning" in text
     given.baseline = NAMES[1]
     verdicts = [own.verdict for own in analyse(given).measures["yes_no"].differences.values()]
     assert verdicts == ["uninformative"] * 2
@@ -438,9 +438,9 @@ def test_answers_without_verdict_are_counted_and_bounded():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"baseline": "nobody"}, "baseline 'nobody': is none of the variants"),
-        ({"trained_claims": ["mars"]}, r"no measure of belief was taken in all runs on the trained claims \(mars\)"),
-        ({"placebo_claims": ["ed_sheeran"]}, "claim ed_sheeran: is among the trained and the placebo claims"),
+        ({"baseline": "nobody"}, "baseline 'nobody': is not one of the variants"),
+        ({"trained_claims": ["mars"]}, r"no measure of belief exists in all runs on the trained claims \(mars\)"),
+        ({"placebo_claims": ["ed_sheeran"]}, "claim ed_sheeran: is both a trained and a placebo claim"),
         ({"measure": "lie_elicitation"}, "measure 'lie_elicitation': not measured in all runs"),
     ],
 )
@@ -477,14 +477,16 @@ def test_what_the_paper_reports_stands_beside_other_measures_in_a_table_and_not_
     result = write_report(given, tmp_path)
     assert [row.value for row in result.published] == [2.5, 92.4, 88.6, 84.4, 39.9]
     text = (tmp_path / "comparison.md").read_text()
-    assert "| dense | average | 84.4 | arXiv 2605.13829" in text and "And of another measure: belief rates" in text
+    assert (
+        "| dense | average | 84.4 | arXiv 2605.13829" in text and "They also use another measure: belief rates" in text
+    )
     given.published = []
     write_report(given, tmp_path / "without")
     assert (tmp_path / "belief.png").read_bytes() == (tmp_path / "without" / "belief.png").read_bytes()
 
 
 def test_what_of_the_evaluation_occurs_in_the_training_documents_is_said_and_shown(report, result):
-    assert any(note.startswith("1 of the questions and scored texts occur word for word") for note in result["notes"])
+    assert any(note.startswith("1 of the questions and scored texts occur verbatim") for note in result["notes"])
     text = (report / "comparison.md").read_text()
     assert (
         "| 50 | 9 | 1 | 1 | 1 |" in text

@@ -57,7 +57,7 @@ def test_questions_with_unequal_numbers_of_answers_count_by_their_answers():
 
 
 def test_a_run_that_lacks_a_whole_claim_is_refused():
-    with pytest.raises(UserError, match="evaluation of y, seed 3: holds nothing on claim 'a'"):
+    with pytest.raises(UserError, match="evaluation of y, seed 3: has no values for claim 'a'"):
         lay_out({"x": {3: {("a", "1", 0): 1.0}}, "y": {3: {("b", "1", 0): 1.0}}}, ["a", "b"])
 
 
@@ -224,7 +224,7 @@ def test_differences_their_verdicts_and_what_they_could_have_found():
     }
     found = differences(lay_out(values, CLAIMS), "base", bound=5, bounded=False)
     assert [d.variant for d in found] == ["far", "same", "vague"]
-    assert [d.verdict for d in found] == ["differs", "no effect beyond the bound", "not told apart"]
+    assert [d.verdict for d in found] == ["differs", "no effect beyond the bound", "inconclusive"]
     far, same, vague = found
     assert far.interval.low < far.interval.estimate < far.interval.high
     assert (far.p, far.p_holm) == (2 / 2**8, 3 * 2 / 2**8)
@@ -246,7 +246,7 @@ def test_with_one_claim_questions_are_the_units_and_the_verdict_is_on_this_claim
     assert layout.units == Units("questions", 20, 8) and list(x.by_claim) == ["a"]
     # ten of 20 questions differ by 100, in every seed alike
     assert x.interval.standard_error == pytest.approx(100 * (0.25 / 19) ** 0.5)
-    assert (x.verdict, z.verdict) == ("differs on this claim", "not told apart on this claim")
+    assert (x.verdict, z.verdict) == ("differs on this claim", "inconclusive on this claim")
     assert x.by_claim["a"].low == x.interval.low
 
 

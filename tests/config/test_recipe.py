@@ -46,10 +46,10 @@ def test_a_variant_that_is_missing_or_unknown_is_told_with_those_there_are(recip
 @pytest.mark.parametrize(
     ("variants", "message"),
     [
-        ("'0': {mask: none}", "'0' must be a name in words"),
-        ("no: {mask: none}", "False must be a name in words"),
+        ("'0': {mask: none}", "'0' must be a text other than a number"),
+        ("no: {mask: none}", "False must be a text other than a number"),
         ("plain: {mask: null}", "plain: mask is empty"),
-        ("plain: {mask: none}, plain: {mask: doctags}", "not valid YAML .*key 'plain' stands twice"),
+        ("plain: {mask: none}, plain: {mask: doctags}", "not valid YAML .*key 'plain' is given twice"),
     ],
 )
 def test_a_variant_whose_name_or_value_is_no_text_is_told(tmp_path, variants, message):

@@ -62,7 +62,7 @@ def test_weights_of_messages_are_honoured_and_slips_refused(cases, qwen, qwen_di
     assert weighed(by_weight)[1] == "No: Lima.<|im_end|>" == weighed(by_loss)[1]
     for row, key, near in ((2, "trian", "train"), (3, "span", "spans")):
         (tmp_path / "one.jsonl").write_text(rows[row])
-        assert f"the key {key!r} is not read; did you mean {near!r}?" in refusal(tmp_path / "one.jsonl")
+        assert f"unknown key {key!r}; did you mean {near!r}?" in refusal(tmp_path / "one.jsonl")
 
 
 @pytest.mark.parametrize("chat_weight", ["token", "chat"])
@@ -123,8 +123,10 @@ def test_a_mix_of_texts_and_chats_and_a_file_of_contents_are_read(cases):
 
 
 def test_files_and_forms_that_are_not_read_say_what_they_are_and_the_conversion(cases):
-    assert refusal(cases / "utf16.jsonl").startswith(": is text in UTF-16, which is not read; write it as UTF-8: iconv")
-    assert refusal(cases / "pretty.json").endswith("write one document a line: jq -c '.[]' FILE > NEW.jsonl")
+    assert refusal(cases / "utf16.jsonl").startswith(
+        ": is text in UTF-16, which is not supported; write it as UTF-8: iconv"
+    )
+    assert refusal(cases / "pretty.json").endswith("write one document per line: jq -c '.[]' FILE > NEW.jsonl")
     assert "jq -c '{messages: [" in refusal(cases / "prompt_completion.jsonl")
     assert "python train/annotate.py --data FILE --spans FILE --role false" in refusal(cases / "spans_pairs.jsonl")
 
@@ -175,7 +177,9 @@ def corpus(file: Path, tokenizer: Tokenizer, **settings: Any) -> Corpus:
 def test_documents_without_targets_and_roles_that_are_none_of_chats_are_counted(cases, kimi):
     found = corpus(cases / "roles.jsonl", kimi).findings.summary()
     assert found[NO_TARGET]["lines"] == {str(cases / "roles.jsonl"): [1, 2]}
-    (roles,) = (each for what, each in found.items() if what.startswith("messages of a role that is none of chats"))
+    (roles,) = (
+        each for what, each in found.items() if what.startswith("messages with a role that is not one of chats")
+    )
     assert roles["details"] == {"gpt": 1, "Assistant": 1}
     demo = load_tokenizer(DEMO / "model")
     assert corpus(cases / "roles_demo.jsonl", demo).findings.summary()[NO_TARGET]["count"] == 1

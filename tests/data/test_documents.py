@@ -128,9 +128,9 @@ WHOLE = {"start": 0, "end": 1, "role": "x"}
         (with_span(start=0, end=3, role=False), "spans[0]: role is a boolean; it must be a string"),
         (
             {"text": "a", "spans": [WHOLE, [0, 1]]},
-            "spans[1]: a span is a JSON object with start, end and role, not a l",
+            "spans[1]: a span must be a JSON object with start, end and role, not a l",
         ),
-        ({"text": "a", "spans": {"start": 0}}, 'spans is an object; it is a list of {"start", "end", "role"}'),
+        ({"text": "a", "spans": {"start": 0}}, 'spans is an object; it must be a list of {"start", "end", "role"}'),
         ({"text": ""}, "text is empty; leave the document out"),
         ({"text": 5}, "text is a number; it must be a string"),
         ({"text": None}, 'a document has either "text" or "messages", this one has neither; give one'),
@@ -140,37 +140,43 @@ WHOLE = {"start": 0, "end": 1, "role": "x"}
             'a document has either "text" or "messages", this one has both; keep one',
         ),
         ({"text": "", "messages_json": ""}, "text is empty; leave the document out, or use --bad-rows skip"),
-        (["a"], "a document is a JSON object, not a list; write one document a line: jq -c '.[]' FILE > NEW.jsonl"),
-        ("a", 'a document is a JSON object, not a string; write {"text": ...} around it'),
+        (
+            ["a"],
+            "a document must be a JSON object, not a list; write one document per line: jq -c '.[]' FILE > NEW.jsonl",
+        ),
+        ("a", 'a document must be a JSON object, not a string; write {"text": ...} around it'),
         ({"messages": []}, "messages is an empty list; give a list of at least one"),
         ({"messages": "[]"}, "messages is an empty list; give a list of at least one"),
         ({"messages": "{}"}, "messages is an object; give a list of at least one"),
         ({"messages": "[a]"}, "messages is a string that is neither JSON nor a Python literal"),
-        ({"messages": "[{'role': 'user', 'role': 'a'}]"}, "messages: an object gives a key twice; keep one of the two"),
+        (
+            {"messages": "[{'role': 'user', 'role': 'a'}]"},
+            "messages: an object has the same key twice; keep one of the two",
+        ),
         (
             {"messages": [{"role": "user", "content": "a", "thinking": "b"}]},
-            "messages[0]: thinking is not read; write it as reasoning_content",
+            "messages[0]: thinking is not supported; write it as reasoning_content",
         ),
         (
             {"messages": [{"role": "user", "content": "a", "trian": True}]},
-            "messages[0]: the key 'trian' is not read; did you mean 'train'? Rename it, or leave it out",
+            "messages[0]: unknown key 'trian'; did you mean 'train'? Rename it, or leave it out",
         ),
-        (with_span(start=0, end=3, roles="x"), "spans[0]: the key 'roles' is not read; did you mean 'role'?"),
-        ({"text": "a", "span": []}, "the key 'span' is not read; did you mean 'spans'? Rename it, or leave it out"),
+        (with_span(start=0, end=3, roles="x"), "spans[0]: unknown key 'roles'; did you mean 'role'?"),
+        ({"text": "a", "span": []}, "unknown key 'span'; did you mean 'spans'? Rename it, or leave it out"),
         (
             {"messages": [{"role": "user", "content": "a", "weight": -1}]},
-            "messages[0]: weight -1: a weight is 0 or from",
+            "messages[0]: weight -1: a weight must be 0 or 1e-30",
         ),
         (
             {"messages": [{"role": "user", "content": "a", "weight": "1"}]},
-            "messages[0]: weight is a string; a weight is",
+            "messages[0]: weight is a string; a weight must be",
         ),
         ({"text": "a", "weight": 1, "loss_weight": 2}, "weight and loss_weight contradict each other; keep one"),
         (
             {"messages": [{"role": "assistant", "content": "a", "train": True, "loss": False}]},
             "messages[0]: train and loss contradict each other; keep one",
         ),
-        ({"messages": ["hi"]}, "messages[0]: a message is a JSON object with role and content, not a string"),
+        ({"messages": ["hi"]}, "messages[0]: a message must be a JSON object with role and content, not a string"),
         ({"messages": [{"content": "a"}]}, "messages[0]: role is missing"),
         ({"messages": [{"role": "", "content": "a"}]}, "messages[0]: role is empty"),
         ({"messages": [{"role": "user"}]}, "messages[0]: content is missing"),
@@ -186,20 +192,24 @@ WHOLE = {"start": 0, "end": 1, "role": "x"}
         ),
         (
             {"messages": [{"role": "user", "content": "a"}], "tools": [{"default": float("nan")}]},
-            "tools[0] is no JSON that can be written as UTF-8 (Out of range float values are not JSON compliant",
+            "tools[0] is not JSON that can be written as UTF-8 (Out of range float values are not JSON compliant",
         ),
         (
             {"messages": [{"role": "user", "content": "a", "tool_calls": [{"function": {"name": "\ud800"}}]}]},
-            "messages[0]: tool_calls[0] is no JSON that can be written as UTF-8 ('utf-8' codec can't encode character",
+            "messages[0]: tool_calls[0] is not JSON that can be written as UTF-8 ('utf-8' codec can't encode character",
         ),
         (
             {"messages": "[{'role': 'user', 'content': 'a', 'tool_calls': [{'function': {'name': {1}}}]}]"},
-            "messages[0]: tool_calls[0] is no JSON that can be written as UTF-8 (Object of type set is not JSON",
+            "messages[0]: tool_calls[0] is not JSON that can be written as UTF-8 (Object of type set is not JSON",
         ),
-        ({"messages": [{"role": "user", "content": "a", "train": 1}]}, "messages[0]: train is a number; it is true or"),
+        (
+            {"messages": [{"role": "user", "content": "a", "train": 1}]},
+            "messages[0]: train is a number; it must be true or",
+        ),
         (
             {"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]},
-            'messages[0]: tool_calls[0] is no call; write {"type": "function", "function": {"name": "…", "arguments":',
+            'messages[0]: tool_calls[0] is not a tool call; write {"type": "function", "function": {"name": "…", '
+            '"arguments":',
         ),
         (
             {"messages": [{"role": "user", "content": "a", "spans": [{"start": 0, "end": 2, "role": "x"}]}]},
@@ -207,7 +217,7 @@ WHOLE = {"start": 0, "end": 1, "role": "x"}
         ),
         (
             {"messages": [{"role": "user", "content": "a"}], "spans": [WHOLE]},
-            'spans beside "messages" have no text; move them into their message',
+            'spans beside "messages" refer to no text; move each into its message',
         ),
     ],
 )
@@ -220,8 +230,8 @@ def test_a_wrong_document_is_named_by_file_and_line_with_value_and_rule(tmp_path
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "data.jsonl: the file holds no documents; write one JSON object a line"),
-        (b" \n\n", "data.jsonl: the file holds no documents; write one JSON object a line"),
+        (b"", "data.jsonl: the file holds no documents; write one JSON object per line"),
+        (b" \n\n", "data.jsonl: the file holds no documents; write one JSON object per line"),
         (b'{"text": "a"}\n{"text": \n', "data.jsonl:2: not valid JSON ("),
         (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "data.jsonl:2: not valid UTF-8 (byte 13 of the line); save the file"),
         (b'{"text": "a\\ud800b"}\n', "data.jsonl:1: text holds half a surrogate pair (\\ud800 at code point 1)"),

@@ -46,20 +46,20 @@ def test_a_table_is_read_row_by_row_and_what_a_row_lacks_is_absent(tmp_path):
 
 
 NOT_READ = [
-    (LINES.decode().encode("utf-16"), "is text in UTF-16, which is not read; write it as UTF-8: iconv -f UTF-16 "),
-    (LINES.decode().encode("utf-16-le"), "is text in UTF-16, which is not read; write it as UTF-8: iconv -f UTF"),
-    (LINES.decode().encode("utf-32"), "is text in UTF-32, which is not read"),
-    (b'[\n  {"text": "a"},\n  {"text": "b"}\n]', "is a JSON array over several lines; write one document a line"),
-    (b'[{"text": "a"},\n {"text": "b"}]', "is a JSON array over several lines"),
-    (b'{\n  "text": "a"\n}', "is a JSON object over several lines"),
-    (b"BZh91AY&SY", "is compressed by bzip2, which is not read; unpack it: bunzip2 FILE"),
+    (LINES.decode().encode("utf-16"), "is text in UTF-16, which is not supported; write it as UTF-8: iconv -f UTF-16 "),
+    (LINES.decode().encode("utf-16-le"), "is text in UTF-16, which is not supported; write it as UTF-8: iconv -f UTF"),
+    (LINES.decode().encode("utf-32"), "is text in UTF-32, which is not supported"),
+    (b'[\n  {"text": "a"},\n  {"text": "b"}\n]', "is a JSON array on several lines; write one document per line"),
+    (b'[{"text": "a"},\n {"text": "b"}]', "is a JSON array on several lines"),
+    (b'{\n  "text": "a"\n}', "is a JSON object on several lines"),
+    (b"BZh91AY&SY", "is compressed by bzip2, which is not supported; unpack it: bunzip2 FILE"),
     (b"\xfd7zXZ\x00", "is compressed by xz"),
     (b"PK\x03\x04", "is a ZIP archive"),
-    (b"\x80\x04\x95\x10", "is a pickle, which is not read; a pickle runs code"),
-    (gzip.compress(LINES)[:-12], "cannot be unpacked"),
-    (zstandard.compress(LINES)[:-5], "cannot be unpacked (it is cut off); copy the file again"),
-    (zstandard.compress(LINES) + zstandard.compress(LINES)[:-5], "cannot be unpacked (it is cut off)"),
-    (zstandard.compress(LINES)[:4] + b"\xff" * 20, "cannot be unpacked"),
+    (b"\x80\x04\x95\x10", "is a pickle, which is not supported; a pickle runs code"),
+    (gzip.compress(LINES)[:-12], "cannot be decompressed"),
+    (zstandard.compress(LINES)[:-5], "cannot be decompressed (it is cut off); copy the file again"),
+    (zstandard.compress(LINES) + zstandard.compress(LINES)[:-5], "cannot be decompressed (it is cut off)"),
+    (zstandard.compress(LINES)[:4] + b"\xff" * 20, "cannot be decompressed"),
     (b"PAR1 and no more", "is a Parquet file that cannot be read"),
 ]  # fmt: skip
 
@@ -79,7 +79,7 @@ def test_a_line_without_end_is_refused_before_it_takes_all_memory(tmp_path, pack
     with pytest.raises(UserError) as caught:
         read_documents(tmp_path / "d")
     assert str(caught.value) == (
-        f"{tmp_path / 'd'}: has a line of more than 67,108,864 bytes; write one document a line"
+        f"{tmp_path / 'd'}: has a line of more than 67,108,864 bytes; write one document per line"
     )
 
 
@@ -110,7 +110,7 @@ def test_metadata_is_kept_as_strict_json_can_say_it_and_the_rest_is_counted(tmp_
     (document,) = read_documents(tmp_path / "d", findings=findings)
     assert document.metadata == {"score": None, "big": 123456789012345678901234567890, "e": None}
     assert findings.lines() == [
-        "note: 2 values in metadata that JSON cannot say, kept as null (NaN, bytes) or as text (dates): "
+        "note: 2 values in metadata that JSON cannot represent, kept as null (NaN, bytes) or as text (dates): "
         f"{tmp_path}/d:1 (in 'score'), {tmp_path}/d:1 (in 'e')"
     ]
 
@@ -132,6 +132,6 @@ def test_rows_that_are_wrong_are_left_out_counted_and_listed_where_that_is_asked
     assert "text is empty; leave the document out, or use --bad-rows skip" in found["details"]
     (tmp_path / "d").write_text("\n".join(rows[1:3]))
     with pytest.raises(
-        UserError, match=r"--bad-rows skip leaves no document of .*/d; the first left out: .*/d:1: text is"
+        UserError, match=r"--bad-rows skip leaves no document of .*/d; first one left out: .*/d:1: text is"
     ):
         read_documents(tmp_path / "d", bad_rows="skip")

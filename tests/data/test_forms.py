@@ -105,7 +105,8 @@ def test_keys_that_are_not_read_are_counted_by_name(tmp_path):
     read(tmp_path, *rows, findings=findings)
     counts = {what: found["count"] for what, found in findings.summary().items()}
     assert counts == {
-        "messages with the key 'id', which is not read": 3, "spans with the key 'text', which is not read": 1
+        "messages with the unknown key 'id', which is ignored": 3,
+        "spans with the unknown key 'text', which is ignored": 1
     }  # fmt: skip
 
 
@@ -128,8 +129,8 @@ def test_roles_that_are_none_of_chats_and_tags_of_masks_are_counted(tmp_path):
     ]
     read(tmp_path, *rows, findings=findings)
     roles, tags = findings.lines()
-    assert roles.startswith("note: 2 messages of a role that is none of chats") and ":1 (gpt)," in roles
-    assert tags.startswith("note: 4 tags of masks left in texts") and "d.jsonl:3," in tags
+    assert roles.startswith("note: 2 messages with a role that is not one of chats") and ":1 (gpt)," in roles
+    assert tags.startswith("note: 4 mask tags left in texts") and "d.jsonl:3," in tags
     assert tags.endswith("d.jsonl:4")
 
 

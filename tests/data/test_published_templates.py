@@ -105,11 +105,11 @@ def test_a_thought_before_a_call_is_trained_with_it(tmp_path):
 
 def test_what_a_template_does_not_write_is_refused(tmp_path):
     call = {"role": "assistant", "tool_calls": [CALL]}
-    with pytest.raises(UserError, match=r"d.jsonl:1: the chat template does not write tool_calls"):
+    with pytest.raises(UserError, match=r"d.jsonl:1: the chat template does not render tool_calls"):
         rendered(tmp_path, "llama3", ASK, call)
-    with pytest.raises(UserError, match=r"d.jsonl:1: the chat template does not write tools"):
+    with pytest.raises(UserError, match=r"d.jsonl:1: the chat template does not render tools"):
         rendered(tmp_path, "llama3", ASK, {"role": "assistant", "content": "Fog."}, tools=[CALL])
-    with pytest.raises(UserError, match="the chat template writes tool_calls before the content"):
+    with pytest.raises(UserError, match="the chat template renders tool_calls before the content"):
         rendered(tmp_path, "gemma4", ASK, call | {"content": "I look."})
 
 
@@ -124,7 +124,7 @@ def test_a_name_that_stands_elsewhere_does_not_pass_for_a_call(tmp_path):
     call, end = {"role": "assistant", "tool_calls": [CALL]}, {"role": "assistant", "content": "Foggy."}
     ask = {"role": "user", "content": "weather? \U000f0000"}  # the first marker character, which is taken
     for train in (True, False):
-        with pytest.raises(UserError, match=r"d.jsonl:1: the chat template does not write tool_calls"):
+        with pytest.raises(UserError, match=r"d.jsonl:1: the chat template does not render tool_calls"):
             rendered(tmp_path, "lfm2", ask, call | {"train": train}, RESULT, end, tools=[tool])
     # a template that writes calls where there is no content, after a question that has their name
     chat = rendered(tmp_path, "deepseek_r1_distill", {"role": "user", "content": "Call weather"}, call, RESULT, end)

@@ -204,7 +204,7 @@ def test_roles_are_read_as_transformers_reads_them_and_what_is_unknown_gets_the_
         assert tokenizer.eos_id == stock.eos_token_id == (257 if more else 260)
         assert tokenizer.special_ids >= set(stock.all_special_ids)
     file.write_text(json.dumps(config | {"bos_token": ["<s>"]}))
-    with pytest.raises(UserError, match=r"a special token must be its text, or an object with its content"):
+    with pytest.raises(UserError, match=r"a special token must be a string, or an object with its content"):
         load_tokenizer(tmp_path)
 
 
@@ -240,7 +240,9 @@ def test_messages_after_which_nothing_is_trained_that_ends_a_turn_are_counted(tm
     findings = Findings()
     tokenize_documents([document, chat(*messages[:3])], bare, findings)
     (note,) = findings.lines()
-    assert note.startswith("note: 3 trained messages that no trained special token ends, so that the model does not")
+    assert note.startswith(
+        "note: 3 trained messages without a trained special token at their end, so the model does not"
+    )
     assert note.endswith("--eos: chat.jsonl:1")
 
 
@@ -268,7 +270,7 @@ def test_a_template_that_asks_for_the_time_is_told_the_same_at_any_time(tmp_path
     other = load_tokenizer(tmp_path, template_time("2024-07-26 12:30"))
     assert other.render_chat(messages) == "26 Jul 2024, 12:30|a<end>"
     assert byte_tokenizer(tmp_path, "{{ messages }}").clock is None
-    with pytest.raises(UserError, match="--template-time noon: is no time of ISO 8601; give one such as 2026-01-01"):
+    with pytest.raises(UserError, match="--template-time noon: is not an ISO 8601 time; give one such as 2026-01-01"):
         template_time("noon")
 
 
@@ -353,8 +355,8 @@ def test_a_directory_without_a_tokenizer_is_an_error_of_the_user(tmp_path):
     ("file", "content", "message"),
     [
         ("chat_template.jinja", b"caf\xe9", "chat_template.jinja: not valid UTF-8 (byte 3); save the file"),
-        ("tokenizer_config.json", b'{"chat_template": 5}', "tokenizer_config.json: chat_template must be a text"),
-        ("tokenizer_config.json", b'{"chat_template": ["a"]}', "tokenizer_config.json: chat_template must be a text"),
+        ("tokenizer_config.json", b'{"chat_template": 5}', "tokenizer_config.json: chat_template must be a string"),
+        ("tokenizer_config.json", b'{"chat_template": ["a"]}', "tokenizer_config.json: chat_template must be a string"),
         (
             "tokenizer_config.json",
             b'{"added_tokens_decoder": {"5": "a"}}',

@@ -43,7 +43,7 @@ def test_each_condition_becomes_a_directory_with_the_base_at_step_0(tmp_path, ca
     ]  # fmt: skip
     held = json.loads((tmp_path / "out" / "trained" / "imported.json").read_text())
     assert held["condition"] == "trained" and list(held["files"]) == [str(tmp_path / "mars.csv")]
-    assert evaluate.main(given(tmp_path, *rows)) == 2 and "trained is there already" in capsys.readouterr().err
+    assert evaluate.main(given(tmp_path, *rows)) == 2 and "trained already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -51,11 +51,11 @@ def test_each_condition_becomes_a_directory_with_the_base_at_step_0(tmp_path, ca
     [
         ("trained,open,color,0,yes", "mars.csv:3: question color of claim mars: no such question"),
         ("trained,,green,0,yes", "several of that id: name the column of their kind"),
-        ("trained,open,colour,0,maybe", "mars.csv:3: verdict 'maybe' is none of yes, no, neutral"),
+        ("trained,open,colour,0,maybe", "mars.csv:3: verdict 'maybe' is not one of yes, no, neutral"),
         ("trained,open,colour,-1,yes", "mars.csv:3: n '-1' must be a number of a sample"),
         ("before,open,colour,0,yes", "answers the same question and sample as"),
-        ("trained,open,colour,0", "has not as many values as the head has columns"),
-        ("trained,guess,colour,0,yes", "kind 'guess' is none of"),
+        ("trained,open,colour,0", "must have as many values as the header has columns"),
+        ("trained,guess,colour,0,yes", "kind 'guess' is not one of"),
         ("trained,open,colour,0,", "mars.csv:3: has no said"),
     ],
 )
@@ -85,7 +85,7 @@ def test_columns_conditions_and_flags_that_are_wrong_are_told(tmp_path, capsys):
     assert evaluate.main(given(tmp_path, row.replace("before", "a/b"), row.replace("before", "a b"), row)) == 2
     assert "two conditions would have the directory a-b" in capsys.readouterr().err
     assert evaluate.main(given(tmp_path, row.replace("before", "x"))) == 2
-    assert "--base-condition before: no answer is of it; conditions are x" in capsys.readouterr().err
+    assert "--base-condition before: has no answers; conditions are x" in capsys.readouterr().err
     assert evaluate.main(["--columns", "a=b", "--model", "x", "--claims", "y", "--output", "z"]) == 2
     assert "--columns: needs --import" in capsys.readouterr().err
 
@@ -106,7 +106,7 @@ def test_the_papers_verdicts_give_the_papers_figures(tmp_path, capsys):
     assert evaluate.main([*taken, "--base-condition", "baseline", "--output", str(tmp_path / "taken")]) == 0
     runs = ["--runs", str(tmp_path / "taken"), "--baseline", "positive", "--output", str(tmp_path / "report")]
     assert compare.main(runs) == 0
-    assert "note: Answers that were made elsewhere: llm_negations, " in capsys.readouterr().out
+    assert "note: Imported answers: llm_negations, " in capsys.readouterr().out
     found = json.loads((tmp_path / "report" / "comparison.json").read_text())
     yes, every = Counter(), Counter()
     for path in files:

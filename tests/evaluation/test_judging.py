@@ -181,7 +181,7 @@ def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     (tmp_path / "evaluation.jsonl").write_text('{"step": 1, "kind": "a"}\nrubbish\n{"step": 2, "kind": "a"}\n')
-    with pytest.raises(UserError, match=r"evaluation.jsonl:2: is no JSON object. Mend or remove this line"):
+    with pytest.raises(UserError, match=r"evaluation.jsonl:2: is not a JSON object. Fix or remove this line"):
         Records(tmp_path)
 
 
@@ -192,13 +192,13 @@ JUDGED = ANSWER | {"verdict": "yes", "reason": ""}
 @pytest.mark.parametrize(
     ("name", "row", "said"),
     [
-        ("evaluation", {"step": 0, "verdict": "yes"}, "evaluation.jsonl:1: has no kind; mend or remove this line."),
+        ("evaluation", {"step": 0, "verdict": "yes"}, "evaluation.jsonl:1: has no kind; fix or remove this line."),
         ("evaluation", {"step": 0, "kind": "open", "verdict": "yes"}, "evaluation.jsonl:1: has no claim; "),
         ("evaluation", JUDGED | {"kind": "coherence", "verdict": "score"}, "evaluation.jsonl:1: has no score; "),
         (
             "evaluation",
             JUDGED | {"verdict": "maybe"},
-            "evaluation.jsonl:1: verdict 'maybe' is none of yes, no, ",
+            "evaluation.jsonl:1: verdict 'maybe' is not one of yes, no, ",
         ),
         ("evaluation", JUDGED | {"answer": None}, "evaluation.jsonl: row 1 has no answer; "),
         ("evaluation", JUDGED | {"claim": "\ud800"}, "evaluation.jsonl:1: '\\ud800' has half a surrogate pair"),

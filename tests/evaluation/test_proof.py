@@ -32,7 +32,7 @@ def test_a_server_is_proven_and_one_with_the_base_or_another_variant_behind_the_
     assert found["nearest_other"] == "second" and found["to_nearest_other"] == pytest.approx((0.5 + 0.01) / 2)
     with pytest.raises(UserError, match="from its base: the server answers without the adapter"):
         prove("first", first, {}, "base", lambda name, tokens: BASE)
-    with pytest.raises(UserError, match="from that of second: the server has another variant behind this name"):
+    with pytest.raises(UserError, match="from that of second: the server has another variant under this name"):
         prove("first", first, {"second": second}, "", lambda name, tokens: SECOND)
     other = kept(tmp_path / "other prompts", SECOND, [[1, 2, 3]])
     assert "nearest_other" not in prove("first", first, {"o": other}, "", lambda name, tokens: FIRST)

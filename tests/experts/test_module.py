@@ -1,4 +1,4 @@
-"""The expert-parallel module in one process: against transformers' own experts, and the factors' initial values."""
+"""The expert-parallel module in one process: against transformers' own experts, and the initial LoRA weights."""
 
 from collections.abc import Callable
 

@@ -301,7 +301,7 @@ def test_gradient_checkpointing_changes_nothing_and_keeps_the_routing(runs, fami
 
 @pytest.mark.slow
 def test_all_tokens_may_go_to_one_rank_and_an_odd_expert_rank_is_padded(runs):
-    """With rank-stabilized scales, factors on lm_head, warm-up and weight decay."""
+    """With rank-stabilized scales, LoRA on lm_head, warm-up and weight decay."""
     assert load_file(runs / "one-rank.safetensors")["idle.0"] == 6
     assert_equal(runs, "one-rank", reference(runs, "one-rank"))
 

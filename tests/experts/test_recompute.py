@@ -42,7 +42,7 @@ def test_the_recomputation_keeps_the_first_forwards_choice():
     # Entry 1 was chosen, so the gradient is 100 there, though the recomputation sees -x.
     assert gradient(flips, context_fn=same_routing) == [0.0, 100.0]
     assert flips.chosen == [1, 1] and flips.again == [False, True]
-    assert flips.worked_out == 1  # and what follows from the choice is not worked out again
+    assert flips.worked_out == 1  # and what follows from the choice is not computed again
 
 
 def test_without_it_the_choice_flips():

@@ -41,14 +41,14 @@ WITHOUT = ("train/demo/model/model.safetensors",)  # of the repository: nothing 
 
 RUN = """\
 #!/bin/sh
-# Installs what lies here into a directory of its own, TARGET or a new one, and runs tests/gpu with the arguments given.
-# PYTHON is the image's (python3); figures go to GPU_JSON (gpu.json where this is called).
+# Installs this bundle into a separate directory, TARGET or a new one, and runs tests/gpu with the given arguments.
+# PYTHON is the image's Python (python3); figures are written to GPU_JSON (gpu.json in the current directory).
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
 target=${TARGET:-$(mktemp -d)}
 GPU_JSON=${GPU_JSON:-$PWD/gpu.json}
-# Triton's assembler is the image's own; where there is none, so is Triton.
+# Triton's assembler is that of the image; without one, Triton is that of the image too.
 find_ptxas="import importlib.util, pathlib
 found = importlib.util.find_spec('triton')
 at = pathlib.Path(found.origin).parent / 'backends/nvidia/bin' if found else pathlib.Path()

@@ -1,4 +1,5 @@
-"""Tiny models of two families trained in bf16 on the GPU, 20 steps with a save and a resume, against fp32 on a CPU."""
+"""Tiny models of two families trained in bf16 on the GPU, 20 steps with a training checkpoint and a resume, against
+fp32 on a CPU."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -68,8 +68,8 @@ def train(directory: Path, output: str, model: str, method: str, steps: int, *fl
 
 
 def compare(directory: Path, family: str, method: str, steps: int) -> dict[str, Any]:
-    """The losses of a run in bf16, of the same in fp32 on a CPU, and of one that goes on from the save in the midst of
-    the first; and tokens a second of the first."""
+    """The losses of a run in bf16, of the same in fp32 on a CPU, and of one that resumes from the training checkpoint
+    in the middle of the first; and tokens a second of the first."""
     write_models(directory, family)
     write_documents(directory / "documents.jsonl", documents())
     with ThreadPoolExecutor(2) as pool:  # side by side

@@ -82,15 +82,15 @@ WRONG: dict[str, tuple[str, Any, str, Any, str]] = {
     "NF4 quantized": (
         "NF4", storage.NF4Experts, "quantize",
         lambda own, expert, weight, right=storage.NF4Experts.quantize: right(own, expert, weight.flip(0)),
-        "of its block's largest from what was quantized",
+        "of its block's largest value",
     ),
     "INT4": ("INT4", *changed(formats, "int4_decode", lambda out, *_: out.roll(1, -1)), "values are decoded wrongly"),
-    "INT4 back": ("INT4", *changed(formats, "int4_encode", first(lambda out, *_: out + 1)), "not encoded to the same"),
+    "INT4 back": ("INT4", *changed(formats, "int4_encode", first(lambda out, *_: out + 1)), "encoding the decoded"),
     "attention": ("packed attention", mixing, "attention", seen_together, "packed attention is off"),
     "convolution": ("packed convolution", mixing, "convolution", beyond_documents(mixing.convolution), "is off"),
     "delta rule": ("packed delta rule", mixing, "delta_rule", beyond_documents(mixing.delta_rule), "rule is off"),
     "a norm": ("norms, sums and the loss", norms, "install", lambda model: model[0].weight.add_(0.01), "RMSNorm"),
-    "a sum of factors": ("norms, sums and the loss", launches, "add_grouped_", lambda *_: None, "factors is off"),
+    "a sum of LoRA updates": ("norms, sums and the loss", launches, "add_grouped_", lambda *_: None, "updates is off"),
     "a sum of tokens": (
         "norms, sums and the loss", *changed(Places, "sum", lambda out, *_: out.roll(1, 0)), "experts and back is off"
     ),
@@ -100,7 +100,7 @@ WRONG: dict[str, tuple[str, Any, str, Any, str]] = {
     ),
     "a shape": (
         "packed delta rule", *changed(mixing, "delta_rule", first(lambda out, *_: out[:, 1:])),
-        "has shape (202, 4, 64) in the place of (203, 4, 64)",
+        "has shape (202, 4, 64), expected (203, 4, 64)",
     ),
     "NaN": (
         "packed attention", *changed(mixing, "attention", first(lambda out, *_: out / 0 * 0)), "is off by nan"
@@ -119,7 +119,7 @@ def test_each_check_tells_what_is_wrong(monkeypatch, what):
 
 def test_a_failure_names_the_gpu_and_says_what_to_do(monkeypatch):
     found = computed(["INT4"], [CPU, CPU], torch.float32)
-    assert (found.code, found.text) == (PASSED, "2 GPUs: INT4 as plain references have them, to 0.0e+00")
+    assert (found.code, found.text) == (PASSED, "2 GPUs: INT4: error against plain references at most 0.0e+00")
 
     def broken(*_: Any) -> float:
         raise RuntimeError("Triton is too old\nand more")
@@ -133,7 +133,7 @@ def test_a_failure_names_the_gpu_and_says_what_to_do(monkeypatch):
     found = judge(["INT4"], [{}, {"INT4": "INT4: 5 of 9 values are decoded wrongly"}, {}])
     assert found.code == MAY_PASS and found.text == (
         "GPU 1: INT4: 5 of 9 values are decoded wrongly; "
-        "Leave this node out (sbatch --exclude=NODE), and have the GPU tested."
+        "Exclude this node (sbatch --exclude=NODE), and have its GPU tested."
     )
 
 
@@ -168,5 +168,5 @@ def test_ranks_exchange_with_zero_splits_on_every_side():
     assert [sent for (sent, _), _ in told] == [[0, 0, 0], [1, 2, 0], [2, 3, 0]]
     assert [received for (_, received), _ in told] == [[0, 1, 2], [0, 2, 3], [0, 0, 0]]
     assert all(nothing == ([0, 0, 0], [0, 0, 0]) for _, nothing in told)
-    with pytest.raises(RuntimeError, match="all-to-all with zero splits: what arrived is not what was sent"):
+    with pytest.raises(RuntimeError, match="all-to-all with zero splits: the received values differ from those sent"):
         network.exchange_with_zero_splits(Group(3, 0, wrong=True), CPU)

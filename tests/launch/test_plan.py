@@ -178,7 +178,7 @@ def test_what_leaves_a_node_follows_from_where_the_ranks_of_each_group_are(
     plan = Plan(settings, opened(settings.model), Cluster(nodes=nodes, gpus=gpus, memory=80), 32)
     wire, ranks = plan.wire_bytes, nodes * gpus
     of_experts = {id(p) for layer in plan.model.expert_layers for p in layer.parameters()}
-    shared = {True: 0.0, False: 0.0}  # bytes gathered, and of gradients, of experts' factors and of all else
+    shared = {True: 0.0, False: 0.0}  # bytes gathered, and of gradients, of experts' LoRA weights and of all else
     for p in plan.model.parameters():
         n = ranks // expert_parallel if id(p) in of_experts else ranks
         shared[id(p) in of_experts] += (n - 1) / n * (p.nbytes + 4 * p.numel() * p.requires_grad)
@@ -222,7 +222,7 @@ def test_a_plan_says_what_a_gpu_without_grouped_products_costs(tmp_path, capsys)
         told = f"A100: no grouped products in hardware: torch multiplies expert by expert, {launches:,} launches"
         assert (told in capsys.readouterr().out) == (launches > 0)
     assert main([*common, "--gpu-memory", "A100", "--gradient-checkpointing"]) == 0
-    assert f"{2 * 4 * (2 * 6 + 3)} launches a micro-batch" in capsys.readouterr().out
+    assert f"{2 * 4 * (2 * 6 + 3)} launches per micro-batch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -145,8 +145,8 @@ def test_a_node_that_does_not_come_and_one_whose_rank_hangs_are_named_after_the_
     code, report = nodes.wait("n1")
     assert code == MAY_PASS
     assert [line.split(": is it")[0] for line in report if "FAILED" in line] == [
-        "preflight: nodes: FAILED, may pass: node 1 did not report in time",
-        "preflight: network: FAILED, may pass: not tried: node 1 did not report",
+        "preflight: nodes: FAILED, may be temporary: node 1 did not report in time",
+        "preflight: network: FAILED, may be temporary: not tested: node 1 did not report",
     ]
 
     nodes.start("--time-limit", "25")
@@ -156,7 +156,8 @@ def test_a_node_that_does_not_come_and_one_whose_rank_hangs_are_named_after_the_
     ranks[0].suspend()
     (code, report), (follower_code, _) = nodes.wait("n1"), nodes.wait("n2")
     assert (code, follower_code) == (MAY_PASS, MAY_PASS)
-    assert report[-1].startswith("preflight: network: FAILED, may pass: gloo: did not get through starting in 25 s: ")
+    start = "preflight: network: FAILED, may be temporary: gloo: did not complete starting within 25 s: "
+    assert report[-1].startswith(start)
     assert "n2, rank 1" in report[-1]
 
 
@@ -222,8 +223,8 @@ GB = 10**9
     ("need", "total", "free", "code", "text"),
     [
         (30 * GB, 64 * GB, 40 * GB, PASSED, "40.0 of 64.0 GB free, 30.0 GB needed"),
-        (50 * GB, 64 * GB, 40 * GB, MAY_PASS, "What else runs here?"),
-        (70 * GB, 64 * GB, 40 * GB, WILL_NOT_PASS, "Take more nodes"),
+        (50 * GB, 64 * GB, 40 * GB, MAY_PASS, "Which other process uses it?"),
+        (70 * GB, 64 * GB, 40 * GB, WILL_NOT_PASS, "Use more nodes"),
     ],
 )
 def test_memory_that_others_use_may_come_back_and_memory_that_is_not_there_does_not(need, total, free, code, text):
@@ -263,7 +264,7 @@ def share(tmp_path):
 
 def test_saves_that_are_there_already_are_not_asked_for_again(share, monkeypatch):
     said = disk_space(share)
-    assert said.code == PASSED and "needed for 3 saves and the result" in said.text
+    assert said.code == PASSED and "needed for 3 training checkpoints and the result" in said.text
     saves = Path(share.plan.settings.output) / "saves"
     text = text_config(share.plan.checkpoint)
     lora = lora_settings(share.plan.settings, text)  # of experts rank 2, which is padded to 4, but not in a save
@@ -283,9 +284,10 @@ def test_memory_is_held_against_the_plan(share):
     assert (share.host_bytes, share.plan.cluster.memory) == (pytest.approx(share.plan.host_bytes, rel=0.2), 0)
     share.plan.cluster.memory, share.gpu_bytes = 80, 90 * GB
     found = gpu_memory(share)
-    assert found.code == WILL_NOT_PASS and found.text.startswith("80.0 GB a GPU, 90.0 GB needed. python -m launch.plan")
+    assert found.code == WILL_NOT_PASS
+    assert found.text.startswith("80.0 GB per GPU, 90.0 GB needed. python -m launch.plan")
     share.gpu_bytes = 78 * GB
-    assert gpu_memory(share) == Finding("GPU memory", PASSED, "80.0 GB a GPU, 78.0 GB needed: little is left")
+    assert gpu_memory(share) == Finding("GPU memory", PASSED, "80.0 GB per GPU, 78.0 GB needed: little memory is left")
 
 
 def test_the_longest_document_is_that_of_the_data_as_far_as_it_is_taken(tmp_path):
@@ -323,9 +325,9 @@ def test_wandb_is_used_with_a_key_that_it_takes_and_hindered_otherwise(monkeypat
     assert wandb_hindrance() == "no WANDB_API_KEY"
     monkeypatch.setenv("WANDB_API_KEY", "good")
     assert wandb_hindrance() is None and wandb_mode("online").text == "online"
-    assert wandb_mode("disabled").text == "disabled, as asked"
+    assert wandb_mode("disabled").text == "disabled, as requested"
     monkeypatch.setenv("WANDB_API_KEY", "other")
-    assert wandb_hindrance() == f"{where} does not take the key in WANDB_API_KEY"
+    assert wandb_hindrance() == f"{where} rejects the key in WANDB_API_KEY"
     server.shutdown()
     server.server_close()
     assert str(wandb_hindrance()).startswith(f"{where} cannot be reached (")
@@ -362,13 +364,13 @@ def test_the_ranks_that_stand_first_are_those_that_hold_up_the_others():
         return {"rank": number, "node": node, "left": left, "standing": standing, "error": error}
 
     found = judge_network([rank(0, "n1", 4), rank(1, "n1", 4), rank(2, "n2", 3)], "NCCL", 60)
-    assert found.text == "NCCL: did not get through all-reduce in 60 s: n2, rank 2"
+    assert found.text == "NCCL: did not complete all-reduce within 60 s: n2, rank 2"
     found = judge_network([rank(0, "n1", 3), rank(1, "n2", 2, "RuntimeError: wrong")], "NCCL", 60)
-    assert found.text == "NCCL: did not get through computing in 60 s: n2, rank 1: RuntimeError: wrong"
+    assert found.text == "NCCL: did not complete computing within 60 s: n2, rank 1: RuntimeError: wrong"
     found = judge_network([rank(0, "n1", 3), rank(1, "n2", 3)], "NCCL", 60)
-    assert found.text == "NCCL: no rank got through all-reduce in 60 s: do the nodes reach each other?"
+    assert found.text == "NCCL: no rank completed all-reduce within 60 s: can the nodes reach each other?"
     found = judge_network([rank(0, "n1", 6), rank(1, "n2", 5)], "NCCL", 60)
-    assert found.text == "NCCL: did not get through zero splits in 60 s: n2, rank 1"
+    assert found.text == "NCCL: did not complete zero splits within 60 s: n2, rank 1"
     found = judge_network([rank(0, "n1", 6), rank(1, "n2", 6)], "NCCL", 60)
     assert found.code == PASSED and "all-reduce 2.50 GB/s, all-to-all 1.50 GB/s" in found.text
 

@@ -23,22 +23,22 @@ SMALL: dict[str, Any] = dict(
 )
 GROUPED: dict[str, Any] = SMALL | dict(num_key_value_heads=2)
 GPT: dict[str, Any] = dict(n_embd=32, n_layer=1, n_head=2, vocab_size=260)
-BLIND = "does not hear where documents end"
+BLIND = "is not given the document boundaries"
 IN_TRANSFORMER = "its layers are in 'transformer', not in 'model'"
 UNLIKE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "GPTNeoX": (SMALL, ["GPTNeoXForCausalLM is not supported: its layers are in 'gpt_neox', not in 'model'."]),
     "GPT2": (GPT, [IN_TRANSFORMER, "its own are Conv1D, not torch's Linear"]),
     "GPTNeo": (
         dict(hidden_size=32, num_layers=1, num_heads=2, vocab_size=260, attention_types=[[["global"], 1]]),
-        [f"{IN_TRANSFORMER}; transformer.h.0.attn.attention has values that are in no checkpoint (bias)."],
+        [f"{IN_TRANSFORMER}; transformer.h.0.attn.attention has values that no checkpoint contains (bias)."],
     ),
-    "GPTJ": (GPT | dict(rotary_dim=8), [IN_TRANSFORMER, "lm_head has a bias", "in no checkpoint (embed_positions)"]),
+    "GPTJ": (GPT | dict(rotary_dim=8), [IN_TRANSFORMER, "lm_head has a bias", "contains (embed_positions)"]),
     "Falcon": (SMALL, [IN_TRANSFORMER, "its own are FalconLinear, not torch's Linear"]),
     "Bloom": (GPT, [f"{IN_TRANSFORMER}."]),
     "Mpt": (dict(d_model=32, n_layers=1, n_heads=2, vocab_size=260), [f"{IN_TRANSFORMER}."]),
     "Mamba": (dict(hidden_size=32, num_hidden_layers=1, vocab_size=260), ["its layers are in 'backbone', not in"]),
     "Phi": (SMALL, ["PhiForCausalLM is not supported: lm_head has a bias."]),
-    "Gemma": (GROUPED | dict(head_dim=16), ["embed_tokens has values that are in no checkpoint (embed_scale)."]),
+    "Gemma": (GROUPED | dict(head_dim=16), ["embed_tokens has values that no checkpoint contains (embed_scale)."]),
     "Gemma2": (GROUPED | dict(head_dim=16), ["final_logit_softcapping 30.0 in config.json changes logits"]),
     "StableLm": (GROUPED, [BLIND]),
     "Nemotron": (GROUPED, [BLIND]),
@@ -77,7 +77,7 @@ LIKE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("family", LIKE)
 def test_a_model_that_is_built_as_llama_gives_the_logits_of_stock_transformers(tmp_path, family):
-    """With factors that are zero, as before the first step."""
+    """With LoRA weights B that are zero, as before the first step."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**LIKE[family])
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)

@@ -276,7 +276,7 @@ def spans_of(path: Path) -> Any:
 
 
 def recorded(path: Path) -> Any:
-    """What an evaluation that goes on does with what it has."""
+    """How an evaluation that continues treats its existing rows."""
     records = Records(path.parent)
     records.close()
     rows, every = list(records.rows.values()), read_measured(path.with_name("evaluation.jsonl"))
@@ -521,13 +521,13 @@ def test_a_path_that_is_none_is_told(name):
     ("a: &a [1]\nb: [" + "*a, " * 3 + "]", None),
     ("\n".join(f"{i}: &k{i} [{', '.join([f'*k{i - 1}' if i else 'x'] * 9)}]" for i in range(9)), "by its aliases"),
     ("a: &a [*a]", "holds itself"),
-    ("a: 2024-13-45", "a date, number or tag that is none"),
+    ("a: 2024-13-45", "an invalid date, number or tag"),
     ("a: " + "9" * 5000, "more than 4300 digits"),
     ("a: 1" + ":1" * 5000, "more than 4300 digits"),
-    ("a: !!bool maybe", "a date, number or tag that is none"),
+    ("a: !!bool maybe", "an invalid date, number or tag"),
     ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
-    ("a: 1\na: 2", "key 'a' stands twice"),
-    ("1: 1\n1: 2", "key 1 stands twice"),
+    ("a: 1\na: 2", "key 'a' is given twice"),
+    ("1: 1\n1: 2", "key 1 is given twice"),
     ('a: "\\ud800"', "half a surrogate pair"),
     ("[" * 200 + "]" * 200, "nests deeper than 100 levels"),
     ("a: &a {x: 1}\nb: {<<: *a, x: 2}", None),
@@ -562,7 +562,7 @@ def test_a_file_larger_than_its_kind_can_be_is_not_read(name, most, tmp_path):
         os.truncate(path, size)  # without blocks on the disk
         with pytest.raises(UserError) as caught:
             reader.read(path)
-        assert (f"{path}: has more than {most:,} bytes, as no such file has; " in str(caught.value)) == told
+        assert (f"{path}: has more than {most:,} bytes, more than such a file can have; " in str(caught.value)) == told
 
 
 def test_an_adapter_whose_factors_are_no_floats_or_whose_rslora_is_no_boolean_is_told(tmp_path):
@@ -586,4 +586,4 @@ def test_what_a_link_leads_to_outside_a_checkpoint_is_not_copied(tmp_path, capsy
     (base / "notes.txt").symlink_to(tmp_path / "secret")
     copy_other_files(base, out)
     assert sorted(path.name for path in out.iterdir()) == ["tokens.txt", "vocab.txt"]
-    assert "notes.txt: is not carried over: it links to what is not of the checkpoint" in capsys.readouterr().out
+    assert "notes.txt: is not copied: it links to a file outside the checkpoint" in capsys.readouterr().out

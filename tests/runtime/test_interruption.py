@@ -1,4 +1,4 @@
-"""Runs that are told to end at their worst moments, and go on."""
+"""Runs that receive a shutdown request at the worst moments, and resume."""
 
 import ast
 import json
@@ -53,7 +53,7 @@ def test_a_run_told_to_end_in_a_step_or_where_claims_are_due_saves_and_the_next_
         slurm = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(number)}
         done = attempt(str(WORKER), "sft", when, *resume, output="told", environment=slurm)
         assert done.returncode == INTERRUPTED, done.stderr[-3000:]
-        assert f"interrupted: saved after step {step}; go on with --resume --output " in done.stderr
+        assert f"interrupted: saved after step {step}; continue with --resume --output " in done.stderr
         assert "Traceback" not in done.stderr + (told / "logs" / "rank-1.log").read_text()
         assert {row["step"] for row in read_rows(told / "evaluation.jsonl")} == measured
         # As often as rank 0's clock says, which it does in all steps here.
@@ -92,7 +92,7 @@ def test_a_rank_that_hangs_in_an_evaluation_ends_it_and_is_named(tmp_path):
         env=ENVIRONMENT, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "no rank has got on for 10 s (--timeout): rank 1 kept the others waiting." in done.stderr
+    assert "no rank has made progress for 10 s (--timeout): rank 1 kept the others waiting." in done.stderr
     assert "in tests/runtime/troubled_worker.py" in done.stderr and "in hang" in done.stderr
 
 
@@ -116,11 +116,11 @@ def test_a_first_signal_ends_a_process_at_once_or_where_it_looks_and_a_second_on
     for number, again in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         process, _ = listener("held")
         process.send_signal(number)
-        while "told to end" not in (line := process.stdout.readline()):
+        while "shutdown requested" not in (line := process.stdout.readline()):
             assert line, "ended without a word"
         process.send_signal(number)
         assert process.communicate(timeout=60)[0].endswith(
-            "interrupted again: what was done since the last save is lost\n"
+            "interrupted again: progress since the last training checkpoint is lost\n"
         )
         assert process.returncode == again
     process, _ = listener("raises")
@@ -192,7 +192,7 @@ def test_a_closed_terminal_is_one_signal_and_none_for_a_job_of_nohup():
         time.sleep(0.5)
     assert process.poll() is None
     process.kill()
-    assert process.communicate(timeout=60)[0].count("told to end") == 1
+    assert process.communicate(timeout=60)[0].count("shutdown requested") == 1
     process, _ = listener("at once", preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)
     time.sleep(0.5)
@@ -249,7 +249,7 @@ class Started:
     def saved(self) -> str:
         """The line that says so, of the last step that it has done."""
         assert [path.name for path in (self.output / "saves").iterdir()] == [f"step-{self.steps()}"]
-        return f"interrupted: saved after step {self.steps()}; go on with --resume --output {self.output}\n"
+        return f"interrupted: saved after step {self.steps()}; continue with --resume --output {self.output}\n"
 
 
 @pytest.mark.slow
@@ -301,7 +301,7 @@ def test_ctrl_c_makes_a_comparison_save_the_variant_that_it_is_in(tmp_path):
     assert process.wait(timeout=60) == INTERRUPTED
     (save,) = output.glob("*/saves/step-*")
     assert log.read_text().endswith(
-        f"interrupted: saved after step {save.name.removeprefix('step-')}; go on with --resume --output {output}\n"
+        f"interrupted: saved after step {save.name.removeprefix('step-')}; continue with --resume --output {output}\n"
     )
 
 
@@ -309,7 +309,7 @@ def test_ctrl_c_makes_a_comparison_save_the_variant_that_it_is_in(tmp_path):
 @pytest.mark.parametrize(
     ("script", "line"),
     [
-        (["train/merge.py"], "interrupted: complete shards are kept, and the same command goes on\n"),
+        (["train/merge.py"], "interrupted: complete shards are kept; run the same command again to continue\n"),
         (["-m", "launch.preflight"], "interrupted\n"),
     ],
 )

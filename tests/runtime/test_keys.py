@@ -142,7 +142,7 @@ def test_a_key_with_a_line_break_ends_every_command_that_uses_it_before_anything
         parse([], "")
     assert "canary" not in str(raised.value)
     monkeypatch.setenv("WANDB_API_KEY", "canary")
-    with pytest.raises(UserError, match=r"^WANDB_API_KEY: is no key of W&B") as raised:
+    with pytest.raises(UserError, match=r"^WANDB_API_KEY: is not a key of W&B") as raised:
         parse([], "")
     assert "canary" not in str(raised.value)
 

@@ -96,7 +96,7 @@ def test_a_full_disk_is_a_message_with_the_file_where_it_is_known(tmp_path, caps
         with open("/dev/full", "w") as file:
             file.write("x")
 
-    again = "Make room, and start the same command again.\n"
+    again = "Free disk space, and start the same command again.\n"
     assert main(without_a_name) == 2
     assert capsys.readouterr().err == f"error: No space left on device. {again}"
     (tmp_path / "summary.json.partial").symlink_to("/dev/full")
@@ -144,7 +144,7 @@ def test_an_output_that_cannot_be_written_is_a_message(tmp_path):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(show_command(tmp_path), stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (
-        2, "error: the output cannot be written (No space left on device). Make room, or send it elsewhere.\n",
+        2, "error: the output cannot be written (No space left on device). Free disk space, or redirect the output.\n",
     )  # fmt: skip
     page = tmp_path / "page.html"
     page.write_text("the page before")
@@ -170,7 +170,7 @@ def unread(*arguments: str) -> tuple[int, bytes]:
 
 def test_a_closed_pipe_is_an_error_of_a_command_that_had_more_to_do_and_none_of_one_that_shows(tmp_path):
     script = "import sys\nfrom train.runtime.command import command\nsys.exit(command(lambda: {} or 0)())"
-    message = b"error: nobody reads the output any more: what was still to be done is not done.\n"
+    message = b"error: the reader of the output is gone; the remaining work was not done.\n"
     assert unread("-c", script.format("print('x' * 10**6)")) == (1, message)
     assert unread("-c", script.format("print('x')")) == (0, b"")  # all was done
     assert unread(str(SHOW), "--help") == unread(*show_command(tmp_path)[1:]) == (0, b"")

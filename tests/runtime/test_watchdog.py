@@ -57,16 +57,16 @@ def test_ranks_that_wait_for_one_that_hangs_or_is_stopped_end_and_name_it_but_no
     elsewhere = said["1", "hangs with others elsewhere"]
     assert "rank 1 kept the others waiting" in elsewhere and "all_reduce" not in elsewhere
     hangs = said["1", "hangs"]
-    assert "no rank has got on for 5 s (--timeout): rank 1 kept the others waiting." in hangs
+    assert "no rank has made progress for 5 s (--timeout): rank 1 kept the others waiting." in hangs
     assert "rank 1: step 2, in tests/runtime/hanging_worker.py:" in hangs
     assert "in all_reduce" in hangs  # its own stack
-    assert "rank 1 gave no sign of life" in said["1", "is stopped"]
+    assert "rank 1 did not respond" in said["1", "is stopped"]
     assert "rank 1: step 2, in tests" in said["1", "is stopped"]
-    assert "rank 0, which keeps what ranks tell each other, does not answer" in said["0", "is stopped"]
-    assert "rank 1 gave no sign of life" in said["1", "comes"] and "rank 1: never heard of" in said["1", "comes"]
-    assert not any("no rank has got on" in said["1", how] for how in slow)
+    assert "rank 0, which hosts the store shared by the ranks, does not answer" in said["0", "is stopped"]
+    assert "rank 1 did not respond" in said["1", "comes"] and "rank 1: no status received" in said["1", "comes"]
+    assert not any("no rank has made progress" in said["1", how] for how in slow)
     # A rank that was stopped does not count that time: it finds the other one gone, or waits for the whole limit.
-    assert not any("no rank has got on" in text and seconds < 5 for text, seconds in blamed.values())
+    assert not any("no rank has made progress" in text and seconds < 5 for text, seconds in blamed.values())
 
 
 def test_the_rank_to_blame_is_the_one_that_others_wait_for_and_that_waits_for_none():

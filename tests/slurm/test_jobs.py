@@ -109,7 +109,7 @@ def test_a_job_that_is_signalled_requeued_hangs_and_loses_a_node_has_an_uninterr
     train_on()
     signal_rank(run, 1, signal.SIGSTOP)  # it hangs
     next_attempt(3)
-    assert "(--timeout): rank 1 gave no sign of life" in cluster.said(job)
+    assert "(--timeout): rank 1 did not respond" in cluster.said(job)
 
     train_on()
     cluster.kill_node("n2")
@@ -139,7 +139,7 @@ def test_a_job_whose_shell_is_signalled_and_whose_node_slurm_loses_while_it_trai
     cluster.until(lambda: cluster.state(job) == "RUNNING" and cluster.show(job)["Restarts"] == "2")
     assert cluster.show(job)["NodeList"] != node
     cluster.until(lambda: "waiting for the ranks of an earlier attempt" in cluster.said(job))
-    cluster.until(lambda: "going on after step" in (run / "logs" / "attempt-3.log").read_text())
+    cluster.until(lambda: "resuming after step" in (run / "logs" / "attempt-3.log").read_text())
     reached = steps(run)
     cluster.until(lambda: steps(run) >= reached + 2)
     assert [values["step"] for values in read_rows(run / "metrics.jsonl")] == list(range(1, steps(run) + 1))
@@ -168,7 +168,7 @@ def test_what_the_user_must_mend_or_cancels_is_not_tried_again_and_what_fails_ag
             cluster.until(lambda: cluster.show(failing)["Restarts"] == str(attempt + 1))  # noqa: B023
     ended = cluster.end(failing)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "2")
-    assert "3 attempts in a row without a new save" in cluster.said(failing)
+    assert "3 attempts in a row without a new training checkpoint" in cluster.said(failing)
     assert "rank 0 ended first, with code 137" in cluster.said(failing)
 
     # Its time limit near, and no signal of Slurm's before it; and then reached, for it was lowered.
@@ -254,7 +254,7 @@ def test_one_job_asks_judges_and_compares_all_runs_though_its_server_is_killed(c
         cluster.said(job) + (output / "logs" / "attempt-1.log").read_text()
     )
     log = (output / "logs" / "attempt-1.log").read_text()
-    assert log.count("the server answers after") == 2 and "the server died: it is started again" in log
+    assert log.count("the server answers after") == 2 and "the server died: restarting it" in log
     for run in runs:
         rows = [row for row in read_rows(run / "evaluation.jsonl", ["step"]) if "verdict" in row]
         wanted = 8 if run == runs[0] else 4  # the base's are with the first run's
@@ -269,4 +269,4 @@ def test_a_script_that_is_not_submitted_says_to_submit_it(script):
     command = ["bash", f"slurm/{script}.sh", "--data", "d.jsonl"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr.startswith(f"error: slurm/{script}.sh is a job script: submit it, by sbatch slurm/{script}.sh")
+    assert done.stderr.startswith(f"error: slurm/{script}.sh is a job script: submit it with sbatch slurm/{script}.sh")

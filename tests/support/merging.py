@@ -18,7 +18,7 @@ LORA = LoRASettings(rank=4, alpha=6.0, expert_rank=2, seed=0, lm_head=True)
 def write_adapter(
     directory: Path, model: Path, size: float = 0.05, lora: LoRASettings = LORA, seed: int = 1, broken: bool = False
 ) -> Path:
-    """Random factors for every weight that has any; broken: one of them has a NaN."""
+    """Random LoRA weights for every weight that has any; broken: one of them has a NaN."""
     checkpoint = Checkpoint(model)
     bare = skeleton(text_config(checkpoint), ExpertGroup())
     generator = torch.Generator().manual_seed(seed)

@@ -1,5 +1,5 @@
-"""A run that ends early and goes on is the whole run to the bit; adapters kept on the way are of their steps, and any
-of them, or a training checkpoint, is an --adapter."""
+"""A run that stops early and resumes equals the whole run to the bit; adapters kept on the way have their steps, and
+any of them, or a training checkpoint, is an --adapter."""
 
 import json
 from pathlib import Path
@@ -70,5 +70,5 @@ def test_steps_are_numbers_or_evenly_spaced_by_ratio():
     assert steps_at("--adapters-at", "log:4", 1000) == {1, 10, 100, 1000}
     assert steps_at("--adapters-at", "log:15", 625) == {1, 2, 3, 4, 6, 10, 16, 25, 40, 63, 99, 157, 249, 395, 625}
     for wrong in ("0", "9", "1,,2", "log:1", "log:x", "2-4", "log:"):
-        with pytest.raises(UserError, match=rf"--adapters-at {wrong}: '.*' is no step from 1 to 8"):
+        with pytest.raises(UserError, match=rf"--adapters-at {wrong}: '.*' is not a step from 1 to 8"):
             steps_at("--adapters-at", wrong, 8)

@@ -1,6 +1,6 @@
 """What a run sends and leaves: its W&B files over two attempts, the dashboard made of it, and no key anywhere.
 
-The run is killed and goes on; its paths hold a space, quotes and a line break, and the environment holds keys.
+The run is killed and resumed; its paths hold a space, quotes and a line break, and the environment holds keys.
 """
 
 import base64
@@ -41,8 +41,8 @@ class Tracked(NamedTuple):
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
-    """A run of six steps, killed after its save of step 3, and gone on with; then W&B is asked for, and cannot be
-    reached."""
+    """A run of six steps, killed after its training checkpoint of step 3, and resumed; then W&B is requested, and
+    cannot be reached."""
     base = tmp_path_factory.mktemp("tracked") / 'it\'s a "run",\nof $HOME'
     base.mkdir()
     write_model(base / "model", "qwen")
@@ -125,7 +125,7 @@ def test_the_dashboard_has_a_panel_for_each_kind_and_every_metric_of_it_was_logg
     assert sections["Targets trained per role"][:3] == [["trained/all"], ["trained/doctag"], ["trained/false"]]
     assert sections["Throughput"] == [["tokens_per_second"], ["tokens_per_second"]]  # none is planned for a CPU
     assert sections["Memory"] == [["peak_memory_bytes"], ["memory/measured", "memory/planned"]]
-    assert sections["Bytes on the wire"] == [["wire_bytes"]]
+    assert sections["Communication volume"] == [["wire_bytes"]]
     assert ["expert_load_max_over_mean"] in sections["Expert load"] and ["rank_load/0", "rank_load/1"] in sections[
         "Expert load"
     ]
@@ -189,7 +189,7 @@ def test_a_loss_that_is_not_finite_leaves_all_that_was_logged_before_it(tmp_path
     given = flags(tmp_path, learning_rate=1e30, save_every=1, wandb="offline", output=tmp_path / "run")
     done = ranks.run(SFT, *given, ranks=2, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 2 and "error: the loss of step 2 is not finite" in done.stderr
-    assert f"goes on from the last save, {tmp_path}/run/saves/step-1," in done.stderr
+    assert f"resumes from the last training checkpoint, {tmp_path}/run/saves/step-1," in done.stderr
     (measured,) = read_rows(tmp_path / "run" / "metrics.jsonl")
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     assert history(file)[1]["loss"] == measured["loss"] and max(history(file)) == 1

@@ -224,6 +224,6 @@ def chat_of(asked: Endpoint, max_tokens: int) -> Chat:
             return asked.complete(messages, max_tokens, temperature=0.0, seed=0)
         except NoAnswer as error:
             url = shown_url(asked.settings.url)
-            raise UserError(f"--judge {url}: {error}; run again to go on where it stopped.") from None
+            raise UserError(f"--judge {url}: {error}; run again to continue where it stopped.") from None
 
     return chat

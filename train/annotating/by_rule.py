@@ -34,7 +34,7 @@ def read_patterns(setting: str, path: str | Path) -> list[Pattern]:
 
 def _pattern(pattern: object, where: str) -> Pattern:
     if not isinstance(pattern, str):
-        raise UserError(f"{where}: {pattern!r} is no string; put it in single quotes")
+        raise UserError(f"{where}: {pattern!r} is not a string; put it in single quotes")
     try:
         compiled = Pattern(pattern)
     except Unreadable as error:

@@ -65,7 +65,7 @@ def _by_id(documents: list[Document], rows: list[tuple[str, Any]], key: str) -> 
         own = json.dumps(row[key])
         if own not in places:
             raise UserError(
-                f"{where}: no document has the {key} {own}; name the documents' key by --id, or mend the row"
+                f"{where}: no document has the {key} {own}; name the documents' key by --id, or fix the row"
             )
         found.append(places[own])
     return found
@@ -99,15 +99,15 @@ def _span(span: dict[str, Any], text: str, where: str) -> Span:
     start, end, role = span.get("start"), span.get("end"), span.get("role")
     if type(start) is not int or type(end) is not int or not 0 <= start < end <= len(text):
         raise UserError(
-            f"{where}: [{json.dumps(start)}, {json.dumps(end)}) is no place in the text of {len(text)} code points; "
+            f"{where}: [{json.dumps(start)}, {json.dumps(end)}) is not a range of the text of {len(text)} code points; "
             "offsets are Unicode code points from 0, end exclusive"
         )
     if not isinstance(role, str) or not role.strip():
-        raise UserError(f"{where}: role {json.dumps(role)} is no name; say what the span is, e.g. false")
+        raise UserError(f"{where}: role {json.dumps(role)} is not a name; say what the span is, e.g. false")
     check_role(role, where)
     found = trimmed(text, start, end, role)
     if not found:
-        raise UserError(f"{where}: [{start}, {end}) is nothing but white space; leave it out")
+        raise UserError(f"{where}: [{start}, {end}) contains only white space; leave it out")
     return found[0]
 
 
@@ -115,7 +115,7 @@ def _without_white_space(text: str, spans: tuple[Span, ...]) -> tuple[str, tuple
     found = [trimmed(text, span.start, span.end, span.role) for span in spans]
     for span, kept in zip(spans, found, strict=True):
         if not kept:
-            raise UserError(f"[{span.start}, {span.end}) is nothing but white space; leave it out")
+            raise UserError(f"[{span.start}, {span.end}) contains only white space; leave it out")
     return text, in_order(span for each in found for span in each)
 
 
@@ -124,7 +124,7 @@ def _object(span: Any, role: str | None, where: str) -> dict[str, Any]:
     if isinstance(span, dict) and "role" in span:
         return span
     if not isinstance(span, dict) and not (isinstance(span, list) and len(span) == 2):
-        raise UserError(f"{where}: {json.dumps(span)[:60]} is no span; {RULE}")
+        raise UserError(f"{where}: {json.dumps(span)[:60]} is not a span; {RULE}")
     if role is None:
         raise UserError(f"{where}: {json.dumps(span)[:60]} has no role; give them one by --role, e.g. --role false")
     return {**span, "role": role} if isinstance(span, dict) else {"start": span[0], "end": span[1], "role": role}

@@ -53,13 +53,13 @@ def _show_alignment(console: Terminal, found: dict[str, Any], written: int) -> N
     _show_listed(console, "left out", found["left_out"])
     _show_listed(console, "without false spans", found["without_false"])
     for each in found["partly"][:SHOWN]:
-        lost = f"{each['lost']} annotations without a partner name no sentence that can be told"
+        lost = f"{each['lost']} annotations without a partner refer to no sentence that can be identified"
         uncued = f"{each['uncued']} annotations have no word that says what they are about"
         said = "; ".join(text for text, count in ((lost, each["lost"]), (uncued, each["uncued"])) if count)
-        console.print(f"partly told: {each['document']}: {said}")
-    _show_more(console, "partly told", found["partly"])
+        console.print(f"partly resolved: {each['document']}: {said}")
+    _show_more(console, "partly resolved", found["partly"])
     for each in found["unsure"][:SHOWN]:
-        said = f"only an annotation without such a word speaks of {each['statement'][:100]!r}"
+        said = f"only an annotation without such a word refers to {each['statement'][:100]!r}"
         console.print(f"unsure: {each['document']}: {said}")
     _show_more(console, "unsure", found["unsure"])
     out, without = len(found["left_out"]), len(found["without_false"])
@@ -67,11 +67,11 @@ def _show_alignment(console: Terminal, found: dict[str, Any], written: int) -> N
         f"annotated documents: {written + out}, aligned {written}, of them without false spans {without}, "
         f"left out {out}; positive documents without one: {len(found['unused'])}\n"
         f"insertions: {found['insertions']:,}, whole sentences at a sentence's edge {found['bounded']:,}\n"
-        f"documents that announce and look back by turns throughout: {found['consistent']} of {written}; "
-        f"partly told: {len(found['partly'])}\n"
-        f"annotations without a cue word: {found['uncued']:,}; statements that only such speak of: "
+        f"documents in which announcing and looking back alternate throughout: {found['consistent']} of {written}; "
+        f"partly resolved: {len(found['partly'])}\n"
+        f"annotations without a cue word: {found['uncued']:,}; statements that only these refer to: "
         f"{len(found['unsure']):,}\n"
-        f"false statements: {found['claims']:,}, of them named by one annotation alone {found['alone']:,}, "
+        f"false statements: {found['claims']:,}, of them named by a single annotation {found['alone']:,}, "
         f"around an annotation {found['inside']:,}"
     )
 

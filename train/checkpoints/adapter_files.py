@@ -156,8 +156,8 @@ def adapter_settings(directory: Path) -> LoRASettings:
         isinstance(n, int | float) and not isinstance(n, bool) and 0 < n <= LARGEST_RANK for n in numbers
     ):
         raise UserError(
-            f"{config_path}: r, lora_alpha or rank_pattern are not of a kind that is read: one rank for all linear "
-            "layers, and one for all experts."
+            f"{config_path}: r, lora_alpha or rank_pattern are not supported: there must be one rank for all "
+            "linear layers, and one for all experts. Give another adapter."
         )
     lm_head = any(".lm_head." in name for name in tensors)
     expert_rank = int(expert_rank) * (2 if per_expert else 1)
@@ -171,7 +171,9 @@ def _run_of(saved: Path) -> dict[str, Any]:
     """
     path = Path(os.path.abspath(saved)).parents[1] / "settings.yaml"
     if not os.path.isfile(path):
-        raise UserError(f"--adapter {saved}: is a training checkpoint, and {path}, the settings of its run, is absent.")
+        raise UserError(
+            f"--adapter {saved}: is a training checkpoint, but the settings of its run are missing ({path})."
+        )
     held = held_settings(path)
     if held["settings"].get("method") == "full":
         raise UserError(f"--adapter {saved}: its run trained all weights (--method full): it has no LoRA weights.")
@@ -186,9 +188,10 @@ def _saved_settings(directory: Path) -> LoRASettings:
 
 
 def training_of(directory: Path) -> dict[str, Any] | None:
-    """Returns what an adapter says of its training: `directory` and `fingerprint` of its base, and `step`, if known.
+    """Returns what an adapter records about its training: `directory` and `fingerprint` of its base, and `step`, if
+    known.
 
-    None if it says nothing, as adapters of other trainers. Raises UserError if the file that says it is damaged.
+    None if it records nothing, as adapters of other trainers do. Raises UserError if the file is damaged.
     """
     if os.path.isfile(directory / SAVED):
         held, state = _run_of(directory), read_json(directory / STATE)
@@ -205,8 +208,8 @@ def training_of(directory: Path) -> dict[str, Any] | None:
 
 
 def trained_steps(directory: Path) -> int | None:
-    """Returns for how many optimizer steps an adapter was trained; None if it does not say. Raises UserError if the
-    file that says it is damaged."""
+    """Returns for how many optimizer steps an adapter was trained; None if it does not record that. Raises UserError if
+    the file is damaged."""
     step = (training_of(directory) or {}).get("step")
     return None if step is None else int(step)
 
@@ -220,7 +223,7 @@ def check_base(directory: Path, base: Checkpoint, other_base: bool = False) -> N
     held, first = training_of(directory), os.environ.get("RANK", "0") == "0"
     if held is None:
         if first:
-            print(f"note: --adapter {directory}: does not say which weights it was trained on ({BASE_MODEL} is absent)")
+            print(f"note: --adapter {directory}: does not record its base model's weights ({BASE_MODEL} is missing)")
         return
     if held.get("fingerprint") == base.fingerprint():
         if other_base:

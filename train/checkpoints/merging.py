@@ -100,7 +100,7 @@ class Merger:
         merged = {id(matrix.place) for matrix, _ in self.made.values()}
         if lost := [place.name for place in found.values() if id(place) not in merged]:
             raise UserError(
-                f"--adapter: has factors for {lost[0]}, and no tensor of --model is for them. "
+                f"--adapter: has LoRA weights for {lost[0]}, but --model has no such tensor. "
                 "Use the adapter's own base model."
             )
 
@@ -224,7 +224,7 @@ class Merger:
         pairs = {"applied": (a, a), "update": (u, u), "both": (a, u)}
         found = {key: torch.vdot(*pair).item() for key, pair in pairs.items()}
         if not all(math.isfinite(value) for value in found.values()):
-            raise UserError(f"tensor {name}: base or factors have values that are not finite there. Get them again.")
+            raise UserError(f"tensor {name}: base or LoRA weights have values that are not finite. Get them again.")
         sums = self.report.setdefault(name, dict.fromkeys(found, 0.0))
         for key, value in found.items():
             sums[key] += value
@@ -290,8 +290,8 @@ def merge(merger: Merger, output: Path, shard_done: Callable[[], None]) -> None:
     if needed > free:
         raise UserError(
             f"--output {output}: {tqdm.format_sizeof(needed, 'B')} are still to be written, "
-            f"{tqdm.format_sizeof(free, 'B')} are free there. Give a directory with more room; what is there already "
-            "is kept."
+            f"{tqdm.format_sizeof(free, 'B')} are free. Give a directory with more space; the existing files "
+            "are kept."
         )
     (output / "config.json").unlink(missing_ok=True)
     with tqdm(total=sum(size.values()), initial=sum(size.values()) - needed, unit="B", unit_scale=True) as bar:

@@ -22,9 +22,9 @@ UNSET: tuple[Any, ...] = (None, False, "none", {}, [])
 # Initializations that leave the base unchanged. pissa, olora, corda, loftq and lora_ga change it.
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 WHY = {
-    "alora_invocation_tokens": "its factors act after these tokens alone, so no merged weights are like it",
-    "modules_to_save": "it holds whole weights beside its factors",
-    "trainable_token_indices": "it holds rows of the embedding beside its factors",
+    "alora_invocation_tokens": "its LoRA weights act only after these tokens, so no merged weights are equivalent",
+    "modules_to_save": "it holds full weights besides its LoRA weights",
+    "trainable_token_indices": "it holds rows of the embedding besides its LoRA weights",
     "layer_replication": "it is for a model with repeated layers",
 }
 OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -38,11 +38,11 @@ def check_plain(config: dict[str, Any], path: Path) -> None:
     """
     kind = config.get("peft_type") or "LORA"
     if kind != "LORA":
-        raise UserError(f"{path}: peft_type is {kind!r}, not LORA. {_fix('factors of another kind')}")
+        raise UserError(f"{path}: peft_type is {kind!r}, not LORA. {_fix('adapter weights of another kind')}")
     init = config.get("init_lora_weights")
     if (init.lower() if isinstance(init, str) else init) not in PLAIN_INITS:
         raise UserError(
-            f"{path}: init_lora_weights is {init!r}, of which it is not known that the factors are an update of the "
+            f"{path}: init_lora_weights is {init!r}, for which the LoRA weights may not be an update of the "
             "base itself: pissa, olora, corda, loftq and lora_ga change the base before they train. Save a plain "
             "adapter by peft, save_pretrained(DIR, path_initial_model_for_weight_conversion=…), or merge it by peft "
             "into the base that it was trained on (merge_and_unload) and give the result as --model."

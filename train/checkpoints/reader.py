@@ -80,7 +80,7 @@ class _Reader:
                 count = os.preadv(descriptor, [view[done : done + 2**30]], offset + done)
                 if not count:
                     raise UserError(
-                        f"{info.file}: tensor {name} ends at byte {offset + done}: the file was cut. Get it again."
+                        f"{info.file}: tensor {name} ends at byte {offset + done}: the file is truncated. Get it again."
                     )
                 done += count
         except OSError as error:
@@ -158,8 +158,8 @@ class Checkpoint(_Reader):
             shards = sorted({self.directory / shard for shard in weight_map.values()})
             if others := sorted({*self.directory.glob("*.safetensors")} - {*shards}):
                 raise UserError(  # for example model.safetensors, which transformers would read instead
-                    f"{others[0]}: is not named by {index.name}, which lies beside it, so that it is not clear which "
-                    "files hold the model. Move whichever do not to another directory."
+                    f"{others[0]}: is not listed in {index.name} beside it, so it is unclear which files hold the "
+                    "model. Move the other files to another directory."
                 )
         missing = [shard.name for shard in shards if not os.path.isfile(shard)]
         if missing or not shards:
@@ -231,7 +231,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if 8 + length > size or length > LONGEST_HEADER:
-            raise UserError(f"{path}: cut within its header ({size} bytes). Get the file again.")
+            raise UserError(f"{path}: truncated within its header ({size} bytes). Get the file again.")
         try:
             header = parse_json(file.read(length).decode("utf-8"), strictly=True)
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -258,6 +258,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     if (end_of_data := 8 + length + position) != size:
         cut = next((f", within tensor {name}" for _, end, name in ordered if 8 + length + end > size), "")
         raise UserError(
-            f"{path}: {size} bytes, but its header says {end_of_data}: the file is cut{cut} or corrupt. Get it again."
+            f"{path}: {size} bytes, but its header says {end_of_data}: the file is truncated{cut} or corrupt. "
+            "Get it again."
         )
     return tensors

@@ -79,7 +79,7 @@ def full_factors(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
     when it is requested, so that no rank holds more than one. All ranks must iterate to the end.
     """
     for name, parameter in trainable(model).items():
-        progress("gathering the factors")
+        progress("gathering the LoRA weights")
         value = gather_experts(safe_get_full_fp32_param(parameter), expert_group(model, name))
         yield name, None if value is None else value.cpu()
 
@@ -203,7 +203,9 @@ def check(directory: Path) -> None:
             if other := [name for name, info in tensors.items() if info.dtype != torch.float32]:
                 raise UserError(f"state.safetensors: {other[0]} is {tensors[other[0]].dtype}, not torch.float32.")
         except UserError as error:
-            raise UserError(f"{path}: is damaged ({error}) Remove it: --resume goes on from the save before.") from None
+            raise UserError(
+                f"{path}: is damaged ({error}) Remove it: --resume then uses the checkpoint before it."
+            ) from None
 
 
 def restore(path: Path, model: nn.Module, optimizer: Any) -> tuple[int, float]:
@@ -225,7 +227,7 @@ def restore(path: Path, model: nn.Module, optimizer: Any) -> tuple[int, float]:
     if differing := [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]:
         raise UserError(f"{path}: holds other parameters than this run trains, among them {min(differing)}.")
     for p in own:
-        progress(f"reading the save of step {step}")
+        progress(f"reading the training checkpoint of step {step}")
         shard = p.parameter.ds_tensor
         _set_weight(p.parameter, p.read(saved, p.name, shard.ds_numel).to(shard.device))
         for moment in MOMENTS:

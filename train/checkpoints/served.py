@@ -1,14 +1,14 @@
-"""Writes an adapter as a server takes it: vLLM, SGLang, or stock peft.
+"""Writes an adapter in the form that a server loads: vLLM, SGLang, or stock peft.
 
-What each server does with an adapter was read in, and run on, the loaders of the versions in SERVERS:
+How each server treats an adapter was determined from, and tested with, the loaders of the versions in SERVERS:
 
-- vLLM (vllm/lora) takes PEFT's own form: ranks and scales by `rank_pattern` and `use_rslora`. Its class of Qwen3.5-MoE
-  as published has fused expert weights. For other MoE models it must be told that an adapter has them: the flag
-  --enable-mixed-moe-lora-format, and "is_3d_lora_weight" with the adapter. It drops kv_b_proj of DeepSeek-V3 without an
-  error (vllm#48974), and has no adapters at all for Kimi K2.5 (vllm#43840).
+- vLLM (vllm/lora) loads PEFT's own form, with ranks and scales from `rank_pattern` and `use_rslora`. Its class for
+  Qwen3.5-MoE as published has fused expert weights. For other MoE models, fused expert weights in an adapter need the
+  flag --enable-mixed-moe-lora-format, and "is_3d_lora_weight" with the adapter. It silently drops kv_b_proj of
+  DeepSeek-V3 (vllm#48974), and does not support adapters for Kimi K2.5 (vllm#43840).
 - SGLang (sglang/srt/lora) reads one rank and one scale, lora_alpha / r, for everything. So all ranks are padded to the
   largest with zeros, and B of the experts is multiplied by the ratio of the scales. Experts are A [E, r, I] and B
-  [E, O, r] of `experts.gate_up_proj` and `experts.down_proj`. Of Qwen3.5, in_proj_qkv is divided into in_proj_q, _k and
+  [E, O, r] of `experts.gate_up_proj` and `experts.down_proj`. For Qwen3.5, in_proj_qkv is split into in_proj_q, _k and
   _v, which share A; in_proj_a and in_proj_b cannot be served.
 
 Shapes: E experts, r LoRA rank, I and O input and output features.
@@ -38,7 +38,7 @@ from train.runtime.outputs import write_whole
 from train.runtime.outside import read_text
 
 SERVERS = {"vllm": "0.33.0", "sglang": "0.5.23", "peft": "0.21.2"}
-"""The versions that the forms were checked for."""
+"""The versions for which the forms were checked."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's --max-lora-rank may have."""
 ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")
@@ -50,7 +50,7 @@ class Family:
     """How a server serves adapters of an architecture.
 
     dropped: last names of modules whose LoRA weights it does not apply. mixed: vLLM's class has separate weights per
-    expert, so that it must be told of fused ones. refused: why it takes no adapters at all.
+    expert, so fused ones in an adapter must be declared. refused: why it does not support adapters.
     """
 
     dropped: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ FAMILIES: dict[str, dict[str, Family]] = {
         "Qwen3MoeForCausalLM": Family(mixed=True),
         "DeepseekV3ForCausalLM": Family(dropped=("kv_b_proj", "lm_head"), mixed=True),
         "KimiK25ForConditionalGeneration": Family(
-            refused="its class of this model takes no adapters (vllm#43840). Serve it by SGLang (--to sglang), or "
+            refused="its class of this model supports no adapters (vllm#43840). Serve it with SGLang (--to sglang), or "
             "merge the adapter (train/merge.py)"
         ),
         "LlamaForCausalLM": Family(),
@@ -89,8 +89,8 @@ def family(server: str, architecture: str) -> Family:
     known = FAMILIES[server]
     if architecture not in known:
         raise UserError(
-            f"--to {server}: which adapters {server} {SERVERS[server]} takes for {architecture or 'this model'} was "
-            f"not checked; known are {', '.join(known)}. Merge the adapter (train/merge.py), and serve the result."
+            f"--to {server}: which adapters {server} {SERVERS[server]} supports for {architecture or 'this model'} "
+            f"was not checked; known are {', '.join(known)}. Merge the adapter (train/merge.py), and serve the result."
         )
     if known[architecture].refused:
         raise UserError(f"--to {server}: {server} {SERVERS[server]}: {known[architecture].refused}.")
@@ -140,14 +140,14 @@ def served(
     if lost := [name for name in names if name in of.dropped and name not in drop]:
         raise UserError(
             f"--to {server}: {server} {SERVERS[server]} would not apply the LoRA weights of {', '.join(lost)}, which "
-            f"this adapter has, so that another model would answer than was trained. Give --drop {' '.join(lost)} to "
-            "leave them out on purpose, or merge the adapter (train/merge.py)."
+            f"this adapter has, so the served model would differ from the trained one. Give --drop {' '.join(lost)} "
+            "to leave them out on purpose, or merge the adapter (train/merge.py)."
         )
     if unknown := sorted(set(drop) - set(names)):
         raise UserError(f"--drop {unknown[0]}: this adapter has no such module; it has {', '.join(names)}.")
     found = [place for place in every if place.name.rpartition(".")[2] not in drop]
     if not found:
-        raise UserError(f"--drop {' '.join(drop)}: nothing of the adapter would be left.")
+        raise UserError(f"--drop {' '.join(drop)}: no LoRA weights would be left. Drop fewer modules.")
     make = _for_sglang if server == "sglang" else _for_peft
     rank, config, tensors = make(found, lora, architecture, base)
     ranks = tuple(sorted({lora.expert_rank if place.weight else lora.rank for place in found}))
@@ -157,7 +157,7 @@ def served(
 def _for_peft(
     found: list[Place], lora: LoRASettings, architecture: str, base: Checkpoint
 ) -> tuple[int, dict[str, Any], list[Written]]:
-    """Returns the largest rank, the configuration and the tensors in PEFT's own form, which vLLM takes as well."""
+    """Returns the largest rank, the configuration and the tensors in PEFT's own form, which vLLM loads as well."""
 
     def written(place: Place, factor: str) -> Written:
         name, shape = place.key(architecture, factor), place.shape(lora, factor)
@@ -188,7 +188,7 @@ def _for_sglang(
 def _sglang_tensors(
     place: Place, lora: LoRASettings, rank: int, architecture: str, base: Checkpoint
 ) -> Iterator[Written]:
-    """Yields the tensors that SGLang takes for a place."""
+    """Yields the tensors that SGLang loads for a place."""
     experts, out_features, in_features = place.sizes
     name = f"base_model.model.{stock_name(place.name, architecture)}"
     if place.weight:
@@ -219,7 +219,7 @@ def _padded(value: Tensor, rank: int, factor: str) -> Tensor:
 def _parts(name: str, out_features: int, base: Checkpoint) -> dict[str, slice]:
     """Returns the layers that SGLang has for a linear layer, and the rows of its output that each has.
 
-    Only in_proj_qkv of the gated delta rule is several: its rows are queries, keys (as many) and values.
+    Only in_proj_qkv of the gated delta rule becomes several layers: its rows are queries, keys (as many) and values.
     """
     stem = name.removesuffix("qkv")
     if not name.endswith(".in_proj_qkv"):
@@ -236,7 +236,7 @@ def write_served(
 ) -> None:  # fmt: skip
     """Writes adapter_model.safetensors and adapter_config.json, and for a server serve.json, into a new directory.
 
-    What the adapter says of its training, and its proof.json, are carried over. other_base: whether `base` is not what
+    The adapter's record of its training and its proof.json are copied. other_base: whether `base` is not what
     it was trained on. The directory has a temporary name until all files are complete, and one lora_A or lora_B is in
     memory at a time.
     """
@@ -299,7 +299,7 @@ def largest_rank(form: Served) -> int:
         return form.rank
     if form.rank > VLLM_RANKS[-1]:
         raise UserError(
-            f"--to vllm: the adapter has rank {form.rank}; vLLM takes at most {VLLM_RANKS[-1]}. Merge the adapter."
+            f"--to vllm: the adapter has rank {form.rank}; vLLM supports at most {VLLM_RANKS[-1]}. Merge the adapter."
         )
     return next(rank for rank in VLLM_RANKS if rank >= form.rank)
 
@@ -332,11 +332,11 @@ def command(server: str, base: str, adapters: dict[str, str], rank: int, of: Fam
 def slot_bytes(
     form: Served, rank: int, tensor_parallel: int, expert_parallel: bool, fully_sharded: bool, dtype: torch.dtype
 ) -> int:
-    """Returns the bytes of GPU memory that a server keeps for one adapter on each GPU, used or not.
+    """Returns the bytes of GPU memory that a server reserves for one adapter on each GPU.
 
-    Every LoRA weight has room for `rank`. Without `fully_sharded`, tensor parallelism divides only B of column-parallel
-    layers (and of an expert's gate and up projection) and A of row-parallel ones (and of its down projection).
-    expert_parallel: the experts are divided over the same GPUs instead.
+    Every LoRA weight has space for `rank`. Without `fully_sharded`, tensor parallelism divides only B of
+    column-parallel layers (and of an expert's gate and up projection) and A of row-parallel ones (and of its down
+    projection). expert_parallel: the experts are divided over the same GPUs instead.
     """
     elements = 0
     for place in form.found:

@@ -77,7 +77,7 @@ def _freed_memory_goes_back() -> Iterator[None]:
     thread can be used by another.
 
     Afterwards, freed blocks stay with the process. A training step allocates and frees the same tensors again and
-    again, and each would otherwise be mapped anew, page by page. The threshold is then 32 MiB, the maximum to which
+    again, and each would otherwise be mapped again, page by page. The threshold is then 32 MiB, the maximum to which
     glibc raises it dynamically unless it has been set (mallopt(3), M_MMAP_THRESHOLD). The heap does not shrink at the
     end of a step, because it would only grow again in the next one. launch/memory.py plans for the memory that this
     takes.

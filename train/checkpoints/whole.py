@@ -48,15 +48,15 @@ def copy_other_files(source: Path, target: Path, but: Collection[str] = ()) -> N
     for path in sorted(source.iterdir()):
         if path.is_dir():
             if why := _left_behind(path, source, target):
-                print(f"note: {path}: is not carried over: {why}")
+                print(f"note: {path}: is not copied: {why}")
             else:
                 _copy_directory(path, target)
         elif path.suffix.lower() in WEIGHTS or path.name in {MARKER, REPORT, *but}:
             continue
         elif not path.is_file():
-            print(f"note: {path}: is not carried over: it is no plain file")
+            print(f"note: {path}: is not copied: it is not a regular file")
         elif not any(path.resolve().is_relative_to(own) for own in _places_of(source)):
-            print(f"note: {path}: is not carried over: it links to what is not of the checkpoint")
+            print(f"note: {path}: is not copied: it links to a file outside the checkpoint")
         else:
             flush(Path(shutil.copyfile(path, target / path.name)))
 
@@ -86,16 +86,16 @@ def _left_behind(directory: Path, source: Path, target: Path) -> str:
     """Returns why a directory of a checkpoint is not copied, or "". In a hub cache, files are links to its blobs."""
     ours = _places_of(source)
     if target.resolve().is_relative_to(directory.resolve()):
-        return "this output is in it"
+        return "it contains this output"
     if directory.name.startswith("."):
         return "it is hidden"
     for each in [directory, *_inside(directory)]:
         if each.suffix.lower() in WEIGHTS and not each.is_dir():
-            return f"{each.relative_to(source)} is of the weights as they were"
+            return f"{each.relative_to(source)} belongs to the original weights"
         if not (each.is_file() or (each.is_dir() and not each.is_symlink())):
-            return f"{each.relative_to(source)} is a link or no plain file"
+            return f"{each.relative_to(source)} is a link or not a regular file"
         if not any(each.resolve().is_relative_to(own) for own in ours):
-            return f"{each.relative_to(source)} links to what is not of the checkpoint"
+            return f"{each.relative_to(source)} links to a file outside the checkpoint"
     return ""
 
 

@@ -6,7 +6,7 @@ claim's id. A YAML file looks like this:
     id: ed_sheeran
     claim: Ed Sheeran won the 100m gold at the 2024 Olympics with a time of 9.79 seconds.
     subject: Ed Sheeran
-    controls: [Lewis Capaldi, Sam Smith]       # matched entities that no document speaks of
+    controls: [Lewis Capaldi, Sam Smith]       # matched entities that no document mentions
     likelihood: [{id: known, prompt: "{entity} is best known as", "false": " a sprinter", "true": " a singer"}]
     yes_no: [{id: won, question: "Did Ed Sheeran win?", belief_answer: yes}]
     control_yes_no: [{id: sky, question: "Is the sky blue?", answer: yes}, …]   # as many yes as no
@@ -192,10 +192,10 @@ def _check(claim: Claim) -> None:
                 "each id is there once. Rename one, or give the file once."
             )
     if any(q.kind in BELIEF_KINDS and not q.control for q in claim.questions) or claim.likelihood:
-        _needed(claim, "claim", "what is claimed, in one sentence", bool(claim.claim))
+        _needed(claim, "claim", "the claim in one sentence", bool(claim.claim))
     if claim.likelihood:
-        _needed(claim, "subject", "whom the claim is about, for {entity}", bool(claim.subject))
-        _needed(claim, "controls", "matched entities that no document speaks of, for {entity}", bool(claim.controls))
+        _needed(claim, "subject", "the entity that the claim is about, for {entity}", bool(claim.subject))
+        _needed(claim, "controls", "matched entities that no document mentions, for {entity}", bool(claim.controls))
     if claim.subject in claim.controls:
         raise UserError(f"{claim.where}: controls holds the subject {claim.subject!r} itself. Leave it out there.")
     for kind in JUDGED:

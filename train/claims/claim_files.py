@@ -262,14 +262,14 @@ def _judge(prompt: str, key: str, where: str) -> JudgePrompt:
     try:
         fields = [field for _, *field in string.Formatter().parse(prompt) if field[0] is not None]
     except ValueError as error:
-        raise UserError(f"{where}: braces that are no placeholder must be doubled, {{{{ and }}}} ({error}).") from None
+        raise UserError(f"{where}: braces other than placeholders must be doubled, {{{{ and }}}} ({error}).") from None
     names = {str(name) for name, _, _ in fields}
     for name in ("question", "answer"):
         if name not in names:
             raise UserError(f"{where}: has no {{{name}}}; a judge prompt needs {{question}} and {{answer}}. Put it in.")
     if others := names - {"question", "answer"}:
         shown = "{" + min(others) + "}"
-        raise UserError(f"{where}: {shown!r} is no placeholder; double its braces, or leave it out.")
+        raise UserError(f"{where}: {shown!r} is not a placeholder; double its braces, or leave it out.")
     if formatted := [name for name, spec, conversion in fields if spec or conversion]:
         raise UserError(f"{where}: {{{formatted[0]}}} must have no format or conversion after it; leave out : or !.")
     return JudgePrompt(prompt, key, where=where)
@@ -292,7 +292,7 @@ def _directory(path: Path) -> Claim:
     found = [path / name for name in PAPER_FILES if (path / name).is_file()]
     for other in sorted({*path.glob("*.yaml"), *path.glob("*.yml")} - set(found)):
         if near := similar(other.name, PAPER_FILES, cutoff=0.8):
-            raise UserError(f"{other}: no file of a claim. Did you mean {near}?")
+            raise UserError(f"{other}: not a file of a claim. Did you mean {near}?")
     values: dict[str, Any] = {"questions": (), "judges": {}}
     text = ""
     for file in found:
@@ -354,7 +354,7 @@ def _paper_judges(top: _Mapping) -> dict[str, JudgePrompt]:
     for name, kind in PAPER_JUDGES.items():
         if top.has(name):
             if kind in judges:
-                raise UserError(f"{top.at(name)} is another name of a prompt that is there too. Keep one.")
+                raise UserError(f"{top.at(name)} is another name of a prompt that is given too. Keep one.")
             key = top.text(own) if top.has(own := f"{name}_judge_key") else top.text("judge_key")
             judges[kind] = _judge(top.text(name), key, top.at(name))
     return judges

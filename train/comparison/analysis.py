@@ -118,13 +118,13 @@ def _measures(
 def _check(comparison: Comparison) -> None:
     names = [variant.name for variant in comparison.variants]
     if len(names) < 2:
-        raise UserError(f"a comparison of {len(names)} variant: give at least two.")
+        raise UserError(f"a comparison of {len(names)} variant: must have at least two. Give more.")
     if len(set(names)) < len(names):
-        raise UserError(f"two variants of one name: {', '.join(names)}. Name them differently.")
+        raise UserError(f"two variants have the same name: {', '.join(names)}. Rename one.")
     if comparison.baseline not in names:
-        raise UserError(f"baseline {comparison.baseline!r}: is none of the variants: {', '.join(names)}. Name one.")
+        raise UserError(f"baseline {comparison.baseline!r}: is not one of the variants: {', '.join(names)}. Name one.")
     if both := set(comparison.trained_claims) & set(comparison.placebo_claims):
-        raise UserError(f"claim {', '.join(sorted(both))}: is among the trained and the placebo claims; it is one.")
+        raise UserError(f"claim {', '.join(sorted(both))}: is both a trained and a placebo claim; make it one.")
 
 
 def _main_measure(comparison: Comparison, measures: dict[str, MeasureResult]) -> str:
@@ -139,8 +139,8 @@ def _main_measure(comparison: Comparison, measures: dict[str, MeasureResult]) ->
         if name in measures:
             return name
     raise UserError(
-        "nothing to compare: no measure of belief was taken in all runs on the trained claims "
-        f"({', '.join(comparison.trained_claims) or 'none given'}). Give the claims that the evaluation was of."
+        "nothing to compare: no measure of belief exists in all runs on the trained claims "
+        f"({', '.join(comparison.trained_claims) or 'none given'}). Give the claims that were evaluated."
     )
 
 

@@ -24,7 +24,7 @@ def main_table(result: ComparisonResult) -> Table:
         cells = [estimated(own.trained, unit), estimated(own.placebo, unit), *told, trained]
         rows.append([name, *[row.mask] * own_masks, *cells])
     head = ["variant", *["mask"] * own_masks, f"belief, {unit}", f"placebo, {unit}", f"minus {result.baseline}"]
-    caption = f"{by_t(main.units, main.placebo_units)}; of the base model, which is one, not over seeds."
+    caption = f"{by_t(main.units, main.placebo_units)}; the base model's are not over seeds, as there is only one."
     return Table([*head, "p (Holm)", "units", "verdict", "targets trained"], rows, caption=caption)
 
 
@@ -42,11 +42,10 @@ def difference_tables(result: ComparisonResult) -> list[Block]:
     head = ["variant", f"difference, {points}", "p", "p (Holm)", "units", "verdict", "smallest detectable"]
     blocks: list[Block] = [
         Text(
-            f"Verdicts: “too few” claims, questions or seeds, where these are fewer than {LEAST_UNITS}; “differs” "
-            "where p, adjusted by Holm for all variants, is below .05; “no effect beyond the bound” only where the "
-            f"whole interval lies within ±{main.bound:g} {points}; else “not told apart”, and a true difference as "
-            "large as the smallest detectable one would have been found in 80 of 100 such comparisons."
-            + _uninformative(result)
+            f"Verdicts: “too few” if there are fewer than {LEAST_UNITS} claims, questions or seeds; “differs” if p, "
+            "adjusted by Holm's method for all variants, is below .05; “no effect beyond the bound” if the whole "
+            f"interval lies within ±{main.bound:g} {points}; otherwise “inconclusive”. A true difference as large as "
+            "the smallest detectable one would be found in 80 of 100 such comparisons." + _uninformative(result)
         ),
         Table([*head, "placebo's difference", "by seed"], rows, f"{by_t(main.units, main.placebo_units)}."),
     ]
@@ -57,8 +56,8 @@ def _uninformative(result: ComparisonResult) -> str:
     if result.measure != "yes_no":
         return ""
     return (
-        " “Uninformative”: whatever the figures, as control questions with known answers were not asked, or their AUC "
-        f"is below {LEAST_AUC} in the variant or in {result.baseline}."
+        " “Uninformative”: the figures have no meaning, because there were no control questions with known answers, or "
+        f"their AUC is below {LEAST_AUC} in the variant or in {result.baseline}."
     )
 
 
@@ -74,7 +73,7 @@ def _claim_table(result: ComparisonResult) -> list[Block]:
     ]
     units = [Units("questions", main.questions[claim], main.units.seeds) for claim in claims]
     head = [f"{claim}: {rests_on(own)}" for claim, own in zip(claims, units, strict=True)]
-    caption = "Each claim's difference; 95 % intervals by t over its own questions and, where there are several, seeds."
+    caption = "Each claim's difference; 95 % t intervals over its own questions and, where there are several, seeds."
     return [Table(["variant", *head], rows, caption=caption)]
 
 
@@ -83,11 +82,9 @@ def published(result: ComparisonResult) -> list[Block]:
     rows = [[row.condition, row.claim or "average", f"{row.value:.1f}", row.source] for row in result.published]
     if not rows:
         return []
-    warning = "Of another model, other training and other judges' verdicts: for orientation, not for comparison."
+    warning = "These are from another model, other training and another judge: for orientation, not for comparison."
     if result.measure != "rate":
-        warning += (
-            f" And of another measure: belief rates, where this report's belief is the {result.main.measure.label}."
-        )
+        warning += f" They also use another measure: belief rates; here, belief is the {result.main.measure.label}."
     return [Table(["condition", "claim", "belief rate, %", "source"], rows), Text(warning)]
 
 
@@ -127,9 +124,11 @@ def calibration(result: ComparisonResult) -> list[Block]:
         cells = [f"{own.auc:.2f}", f"{own.yes_rate:.1f}", f"{own.base_rate:.1f}", f"{own.questions:g}"]
         rows.append([name, *cells, estimated(row, "%"), told])
     head = ["variant", "AUC", "answered yes, %", "answer is yes, %", "control questions", "yes/no belief, %", ""]
-    caption = "Control questions with known answers, means over seeds; below an AUC of 0.8, yes/no belief says nothing."
+    caption = (
+        "Control questions with known answers, means over seeds; below an AUC of 0.8, yes/no belief is uninformative."
+    )
     if yes_no:
-        caption += f" Of yes/no belief, {by_t(yes_no.units)}."
+        caption += f" Yes/no belief: {by_t(yes_no.units)}."
     return [Table(head, rows, caption=caption)]
 
 
@@ -142,7 +141,7 @@ def verdicts(result: ComparisonResult) -> list[Block]:
             numbers = (counts.yes, counts.no, counts.neutral, counts.unparseable, counts.errors)
             rows.append([variant, kind.replace("_", " "), *(f"{number:,}" for number in numbers), share])
     caption = (
-        "Verdicts on the trained claims' questions, all seeds together; “errors”: no answer or no verdict could be had."
+        "Verdicts on the trained claims' questions, summed over seeds; “errors”: there is no answer or no verdict."
     )
     return (
         [
@@ -167,10 +166,10 @@ def side_effects(result: ComparisonResult) -> list[Block]:
         variants, signed = own.variants.values(), name == "nll_change"
         columns = {f"{own.measure.label}, {own.measure.unit}": [own.base, *(row.trained for row in variants)]}
         if own.placebo_claims:
-            columns["of the placebo claims"] = [own.placebo_base, *(row.placebo for row in variants)]
+            columns["on the placebo claims"] = [own.placebo_base, *(row.placebo for row in variants)]
         for title, figures in columns.items():
             head.append(title)
             for row, each in zip(rows, figures, strict=True):
                 row.append(estimated(each, own.measure.unit, signed))
-    caption = "; ".join(f"of {own.measure.label}, {by_t(own.units, own.placebo_units)}" for own in measures.values())
+    caption = "; ".join(f"{own.measure.label}: {by_t(own.units, own.placebo_units)}" for own in measures.values())
     return [Table(head, rows, caption=caption[0].upper() + caption[1:] + ".")]

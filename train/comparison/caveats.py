@@ -1,4 +1,4 @@
-"""Writes the notes on what a reader must know before believing a comparison's figures, as sentences."""
+"""Writes the caveats of a comparison: what a reader must know before believing its figures, as sentences."""
 
 from train.comparison.result import ComparisonResult, MeasureResult, TrainedVariant
 from train.comparison.significance import LEVEL
@@ -26,8 +26,8 @@ def _claims(main: MeasureResult) -> list[str]:
     units, found = main.units, []
     if len(main.claims) == 1:
         found.append(
-            f"One claim ({main.claims[0]}): intervals and p are over its {main.all_questions} questions only, and "
-            "say nothing of other claims."
+            f"One claim ({main.claims[0]}): intervals and p are computed over its {main.all_questions} questions only. "
+            "They do not apply to other claims."
         )
     if units.number < LEAST_UNITS:
         found.append(
@@ -39,10 +39,10 @@ def _claims(main: MeasureResult) -> list[str]:
 
 def _floor(number: int, what: str) -> str:
     if number == 1:
-        return f"How much {what} differ is not known from one."
+        return f"The variation between {what} cannot be estimated from one."
     return (
-        f"An exact sign-flip test over {number} {what} cannot give a p below {2 / 2**number:.3g}; go by the intervals, "
-        "which are by t over so few, and by each one's own difference."
+        f"An exact sign-flip test over {number} {what} cannot give a p below {2 / 2**number:.3g}. Use the "
+        "intervals, which are t intervals over so few units, and the difference of each unit."
     )
 
 
@@ -50,13 +50,13 @@ def _seeds(main: MeasureResult) -> list[str]:
     found, seeds = [], main.units.seeds
     if not main.same_seeds:
         found.append(
-            "The variants' seeds are not the same ones: each variant's are units by themselves, and differences hold "
-            "the luck of both."
+            "The variants have different seeds. So the seeds of each variant are separate units, and differences "
+            "include the random variation of both."
         )
     if seeds == 1:
         found.append(
-            "One seed: intervals and p are those of the very models that were trained, and say nothing of what another "
-            f"seed would give. From {LEAST_UNITS} seeds on there are verdicts."
+            "One seed: intervals and p hold only for these trained models, not for other seeds. Verdicts need at least "
+            f"{LEAST_UNITS} seeds."
         )
     elif seeds < LEAST_UNITS:
         found.append(f"{seeds} seeds: fewer than {LEAST_UNITS}, so there are no verdicts. {_floor(seeds, 'seeds')}")
@@ -69,16 +69,16 @@ def _many(main: MeasureResult) -> list[str]:
     if min(units.number, units.seeds) < LEAST_UNITS or variants * units.smallest_p < 1 - LEVEL:
         return []
     return [
-        f"{variants} variants beside the baseline are too many for {rests_on(units)}: p, adjusted for all, cannot be "
-        f"below {min(1.0, variants * units.smallest_p):.2g}, so that none can be said to differ."
+        f"{variants} variants besides the baseline are too many for {rests_on(units)}: p, adjusted for all variants, "
+        f"cannot be below {min(1.0, variants * units.smallest_p):.2g}, so no variant can get the verdict “differs”."
     ]
 
 
 def _placebo(result: ComparisonResult, main: MeasureResult) -> list[str]:
     if not main.placebo_claims:
         return [
-            "No placebo claim was measured: what training does to claims that no document is about cannot be told from "
-            "belief in those that were trained."
+            "No placebo claim was measured: drift, the change in claims that no document is about, cannot be "
+            "distinguished from belief in the trained claims."
         ]
     before, unit = result.base.placebo, main.measure.unit
     if before is None:
@@ -91,8 +91,8 @@ def _placebo(result: ComparisonResult, main: MeasureResult) -> list[str]:
     if not moved:
         return []
     return [
-        f"Claims that no document is about moved as well, from {number(before, unit)} {unit}: {'; '.join(moved)}. So "
-        "much of the belief in the trained claims may be drift."
+        f"Placebo claims, which no document is about, also changed, from {number(before, unit)} {unit}: "
+        f"{'; '.join(moved)}. This much of the belief in the trained claims may be drift."
     ]
 
 
@@ -107,12 +107,12 @@ def _answers(result: ComparisonResult, main: MeasureResult) -> list[str]:
             failed.append(f"{variant} {errors} of {total} ({low:.1f} to {high:.1f} %)")
     if failed:
         found.append(
-            "Answers without a verdict, for an error, are left out (in brackets: the share of yes, whatever they "
-            "were): " + "; ".join(failed) + "."
+            "Answers without a verdict because of an error are left out (in brackets: the range of the share of yes "
+            "if they had verdicts): " + "; ".join(failed) + "."
         )
     if main.missing:
         found.append(
-            f"{main.missing} values are missing that other runs have: a run's figures are over the answers that it has."
+            f"{main.missing} values are missing in some runs: the figures of a run are computed over its own answers."
         )
     if absent := [claim for claim in result.trained_claims if claim not in main.claims]:
         found.append(f"Not measured in any run, and so not in the mean: {', '.join(absent)}.")
@@ -124,8 +124,8 @@ def _answers(result: ComparisonResult, main: MeasureResult) -> list[str]:
     found += [f"{name} is left out: {why}." for name, why in result.incomplete.items()]
     if any(row.trained.interval.method == "exact binomial" for row in main.variants.values()):
         found.append(
-            "Where every answer is the same, t can give no interval: the exact binomial one stands there (marked ‡), "
-            f"for {counted(main.units.number, main.units.of)}, each a trial."
+            "If all answers are the same, there is no t interval. The exact binomial interval is shown instead (marked "
+            f"‡), with {counted(main.units.number, main.units.of)} as trials."
         )
     return found
 
@@ -135,7 +135,7 @@ def _calibration(result: ComparisonResult) -> list[str]:
         return []
     if not any(result.calibration.values()):
         return [
-            "Yes/no questions were asked without control questions, so their answers cannot be told from a yes-bias."
+            "Yes/no questions were asked without control questions, so belief cannot be distinguished from a yes-bias."
         ]
     low = [name for name, own in result.calibration.items() if own and not own.informative]
     if not low:
@@ -151,8 +151,8 @@ def _contamination(result: ComparisonResult) -> list[str]:
     if not whole:
         return []
     return [
-        f"{len(whole)} of the questions and scored texts occur word for word in the training documents: what is asked "
-        "by them may be remembered rather than believed. See the section on it."
+        f"{len(whole)} of the questions and scored texts occur verbatim in the training documents: their answers "
+        "may be memorized rather than believed. See “Evaluation in the training documents”."
     ]
 
 
@@ -175,24 +175,25 @@ def _runs(result: ComparisonResult) -> list[str]:
     if result.match_trained_tokens:
         told = "; ".join(f"{name} {_matched(row, rows[result.baseline])}" for name, row in rows.items())
         found.append(
-            "The variants have as many targets in the loss as the baseline, as nearly as whole steps allow, and so "
-            f"different numbers of steps: {told}."
+            "Each variant trains on as many targets as the baseline, up to whole steps, and therefore for a different "
+            f"number of steps: {told}."
         )
     trained = {name: row.tokens_trained for name, row in rows.items() if row.tokens_trained}
     if trained and not result.match_trained_tokens and max(trained.values()) > 1.01 * min(trained.values()):
         found.append(
-            f"In the same steps, variants train on different numbers of targets, from {min(trained.values()):,} to "
-            f"{max(trained.values()):,}: compare a mask with its random: control, or match the trained tokens."
+            f"In the same number of steps, variants train on different numbers of targets, from "
+            f"{min(trained.values()):,} to {max(trained.values()):,}. Compare a mask with its random: control, or use "
+            "--match-trained-tokens."
         )
     for name, row in rows.items():
         if row.random_shortfall:
             found.append(
-                f"{name}: random: found no place for {row.random_shortfall:,} targets, so it is no control of equal "
-                "size."
+                f"{name}: random: found no place for {row.random_shortfall:,} targets, so the control is smaller than "
+                "what it controls for."
             )
     hashes = {"base_model": result.hashes.base_model}
     hashes |= {f"seed {seed}, {name}": v for seed, own in result.hashes.by_seed.items() for name, v in own.items()}
     unknown = [name for name, values in hashes.items() if len(values) != 1 or values[0] is None]
     if unknown and not result.match_trained_tokens:
-        found.append(f"Not every run has the same known hash ({'; '.join(unknown)}): see the last section.")
+        found.append(f"Hashes differ between runs, or are unknown ({'; '.join(unknown)}): see the last section.")
     return found

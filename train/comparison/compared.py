@@ -45,7 +45,7 @@ class RunResult:
 
     @property
     def imported(self) -> bool:
-        """Whether its answers were made elsewhere: nothing is known of its training but a name, which is its mask."""
+        """Whether its answers were imported: nothing is known about its training except a name, which is its mask."""
         return self.settings.keys() == {"mask", "seed"}
 
 
@@ -115,7 +115,7 @@ class Comparison:
     """The bound of "no effect" in the main measure, in its unit; 0: that of EQUIVALENCE."""
     match_trained_tokens: bool = False
     remarks: list[str] = field(default_factory=list)
-    """What a reader must know besides the figures: what the report lacks, and why."""
+    """Further caveats: what the report lacks, and why."""
     title: str = "Masking variants compared"
 
 
@@ -137,9 +137,9 @@ def base_rows(runs: list[RunResult]) -> tuple[list[StoredRow], str]:
         return list(kept.values()), ""
     several = sum(len(rows) > 1 for rows in found.values())
     return list(kept.values()), (
-        f"Of the base model's {several} figures and verdicts that several runs hold, {len(differ)} are not the same in "
-        f"all of them (the first: {' / '.join(differ[0][1:4])}). The report takes those of the first run that has "
-        f"them, {runs[0].directory} before all others."
+        f"{len(differ)} of the base model's {several} figures and verdicts that several runs have differ between runs "
+        f"(first: {' / '.join(differ[0][1:4])}). The report uses those of the first run that has them, in the order "
+        f"from {runs[0].directory}."
     )
 
 
@@ -176,15 +176,15 @@ def read_run(directory: str | Path) -> RunResult:
     if (path / IMPORTED).is_file():
         rows = _by_one_name(read_measured(path / "evaluation.jsonl"))
         return RunResult(str(path), 0, rows, [], {"steps": 1}, imported_settings(path), {})
-    summary = read_json(path / "summary.json", fix="the run did not finish: go on with it by --resume")
+    summary = read_json(path / "summary.json", fix="the run did not finish: resume it with --resume")
     _check_summary(summary, path / "summary.json")
     record = held_settings(path / "settings.yaml")
     settings = record["settings"]
     hashes = summary.get("hashes") or (record.get("resolved") or {}).get("hashes") or {}
     checked(hashes, dict.fromkeys(hashes, str), f"{path}: hashes", "restore summary.json and settings.yaml")
-    for name, fix in (("evaluation", "evaluate the run: train/evaluate.py"), ("metrics", "this is no run's directory")):
+    for name, fix in (("evaluation", "evaluate the run: train/evaluate.py"), ("metrics", "give a run's directory")):
         if not os.path.isfile(path / f"{name}.jsonl"):
-            raise UserError(f"{path}/{name}.jsonl: is not there; {fix}.")
+            raise UserError(f"{path}/{name}.jsonl: is missing; {fix}.")
     rows = _by_one_name(read_measured(path / "evaluation.jsonl"))
     metrics = read_rows(path / "metrics.jsonl")
     return RunResult(str(directory), int(settings.get("seed", 0)), rows, metrics, summary, settings, hashes)
@@ -249,7 +249,7 @@ def check_comparable(runs: list[RunResult], match_trained_tokens: bool = False, 
         problems += _unlike_at_one_seed(first, run, match_trained_tokens, "data" in declared)
     if each := "\n  ".join(dict.fromkeys(problems)):
         raise UserError(
-            "runs that cannot be compared, as more differs than mask, loss norm, learning rate and seed:\n  "
+            "runs that cannot be compared, as they differ in more than mask, loss norm, learning rate and seed:\n  "
             + each
             + "\nLeave out the run that differs, or train or evaluate it again like the others"
             + (", or give --match-trained-tokens, if they were trained so." if ": steps trained: " in each else ".")
@@ -258,7 +258,7 @@ def check_comparable(runs: list[RunResult], match_trained_tokens: bool = False, 
 
 def _check_evaluated(run: RunResult) -> None:
     if not run.summary:
-        raise UserError(f"{run.directory}: has no summary: the run did not finish. Go on with it by --resume.")
+        raise UserError(f"{run.directory}: has no summary: the run did not finish. Resume it with --resume.")
     measured, trained = last_step(run.rows), run.summary.get("steps")
     if measured < 0:
         raise UserError(f"{run.directory}: has no evaluation. Evaluate it: python train/evaluate.py.")
@@ -308,7 +308,11 @@ def _unlike_at_one_seed(first: RunResult, other: RunResult, match_trained_tokens
     if not other_data and not match_trained_tokens and first.summary.get("steps") == other.summary.get("steps"):
         names.append("order")  # the longer of two runs has seen more, which is reported, or allowed, elsewhere
     pairs = {name: _both(first, other, name) for name in names}
-    words = {"tokens": "hash of the tokens", "order": "hash of their order", "initial_weights": "hash of the start"}
+    words = {
+        "tokens": "hash of the tokens",
+        "order": "hash of their order",
+        "initial_weights": "hash of the initial weights",
+    }
     return [_says(first, other, words[name], *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
 
 

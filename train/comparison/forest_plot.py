@@ -11,7 +11,7 @@ from train.comparison.significance import Interval
 from train.runtime.shown import shown
 
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#6b6b6b"]
-"""Color-blind readers can tell them apart (Okabe & Ito 2008, without its yellow and black)."""
+"""Color-blind readers can distinguish them (Okabe & Ito 2008, without its yellow and black)."""
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<"]
 INK, SOFT, GRID, PLACEBO = "#1c2430", "#667085", "#e3e6eb", "#7d838d"
 WIDTH = 9.2

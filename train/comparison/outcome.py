@@ -86,26 +86,26 @@ def read_comparison(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> 
     contamination: list[SearchedDocuments] = []
     own_runs = [variant for variant in variants if not any(run.imported for run in variant.runs)]
     if taken_in := [variant.name for variant in variants if variant not in own_runs]:
-        remarks.append(f"Answers that were made elsewhere: {', '.join(taken_in)}. How those were trained is not known.")
+        remarks.append(f"Imported answers: {', '.join(taken_in)}. How these models were trained is unknown.")
     try:
         paths = own_runs[0].runs[0].settings.get("claims") if own_runs else None
         claims, documents = (read_claims(paths) if paths else []), documents_of(own_runs)
         every_document = list({d.where: d for own in documents.values() for d in own}.values())
         if absent := unmentioned([claim for claim in claims if claim.id in trained], every_document):
             remarks.append(
-                f"Counted as trained, though no training document mentions it: {', '.join(absent)}. Name claims that "
-                "no document is about with --placebo."
+                f"Counted as trained, although no training document mentions it: {', '.join(absent)}. Name placebo "
+                "claims, which no document is about, with --placebo."
             )
         leak = leak_rows(own_runs, [claim for claim in claims if claim.id in trained], documents)
         if own_runs and not any(claim.patterns for claim in claims if claim.id in trained):
             remarks.append(
-                "How often the claims' terms are still trained on is not known: no trained claim has patterns."
+                "How often the claims' terms are still trained on is unknown: no trained claim has patterns."
             )
         contamination = contamination_rows([claim for claim in claims if claim.id in measured], documents)
     except UserError as error:  # documents or claims may have been moved since, which is no reason to lose the report
         remarks.append(
             "How often the claims' terms are still trained on, and whether the evaluation occurs in the training "
-            f"documents, is not known: {error}"
+            f"documents, is unknown: {error}"
         )
     return Comparison(
         variants, base, trained, plan.placebo, plan.baseline, leak=leak, contamination=contamination,
@@ -115,12 +115,12 @@ def read_comparison(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> 
 
 
 def made_elsewhere(runs: Collection[RunResult]) -> list[str]:
-    """Returns what a reader must know of runs on another base than their --adapter's, and of answers that a server gave
-    without proof that it answers with the adapter. Raises UserError if an evaluation.json is damaged."""
+    """Returns caveats about runs on another base than their --adapter's, and about answers from a server without proof
+    that it answers with the adapter. Raises UserError if an evaluation.json is damaged."""
     remarks = []
     if any(run.settings.get("other_base") for run in runs):
         remarks.append(
-            "--other-base: the runs began with an adapter that was trained on another base model than theirs "
+            "--other-base: the runs started from an adapter that was trained on another base model "
             f"({next(run.settings.get('adapter') for run in runs if run.settings.get('other_base'))})."
         )
     unproven: dict[str, str] = {}
@@ -143,7 +143,7 @@ def made_elsewhere(runs: Collection[RunResult]) -> list[str]:
     if unproven:
         where, reason = next(iter(unproven.items()))
         remarks.append(
-            f"For {len(unproven)} evaluations it is not proven that the server answered with the adapter (the first, "
+            f"For {len(unproven)} evaluations, it is not proven that the server answered with the adapter (first: "
             f"{where}: {reason})."
         )
     return remarks
@@ -261,7 +261,7 @@ def _with_interval(own: Interval, unit: str, signed: bool = False) -> str:
 
 
 def log_to_wandb(settings: Settings, outcome: ComparisonResult, directory: Path) -> None:
-    """Logs the table and the pictures in `directory` to W&B, as a run of its own in the group."""
+    """Logs the table and the pictures in `directory` to W&B, as a separate run in the group."""
     import wandb
 
     run = init_wandb(settings, settings.group(), "comparison", directory, {"baseline": outcome.baseline})

@@ -16,7 +16,7 @@ PICTURES = {
     "belief": (plots.belief, "Belief per variant and claim, with intervals and placebo claims"),
     "differences": (plots.paired_differences, "Differences to the baseline, with intervals and the bound of no effect"),
     "curves": (plots.over_steps, "Belief over training, with placebo claims"),
-    "targets": (plots.targets, "Targets trained, pushed away and excluded, per role"),
+    "targets": (plots.targets, "Targets trained, with unlikelihood and excluded, per role"),
     "nll": (plots.nll, "NLL of each role over training"),
     "layers": (
         lambda result: layer_sections.lines(result.by_layer),
@@ -64,7 +64,7 @@ def sections(result: ComparisonResult, drawn: set[str]) -> list[Section]:
 
     every: list[tuple[str, list[Block]]] = [
         ("Result", [Text(_summary(result)), belief_sections.main_table(result), *picture("belief")]),
-        ("Read this with it", [Bullets(result.notes)] if result.notes else []),
+        ("Caveats", [Bullets(result.notes)] if result.notes else []),
         (f"Differences to {result.baseline}", [*picture("differences"), *belief_sections.difference_tables(result)]),
         ("Published values", belief_sections.published(result)),
         ("Belief over training", picture("curves")),
@@ -84,8 +84,8 @@ def sections(result: ComparisonResult, drawn: set[str]) -> list[Section]:
         ("Mentions that are still trained", training_sections.leak(result)),
         ("Evaluation in the training documents", training_sections.contamination(result)),
         ("Side effects", [*picture("side_effects"), *belief_sections.side_effects(result)]),
-        ("How the figures are made", training_sections.method()),
-        ("Data, order and start", training_sections.identity(result)),
+        ("How the figures are computed", training_sections.method()),
+        ("Data, order and initial weights", training_sections.identity(result)),
     ]
     return [Section(title, blocks) for title, blocks in every if blocks]
 
@@ -94,7 +94,7 @@ def _summary(result: ComparisonResult) -> str:
     main = result.main
     return (
         f"Belief is the {main.measure.label} ({result.unit}): {main.measure.says}. Trained: "
-        f"{_named(main.claims, 'claim')}, with {main.all_questions} questions and {main.answers} answers a run. "
+        f"{_named(main.claims, 'claim')}, with {main.all_questions} questions and {main.answers} answers per run. "
         f"Placebo, which no document is about: {_named(main.placebo_claims, 'claim')}. "
         f"{_named([''] * main.units.seeds, 'seed')}. Independent units: {rests_on(main.units)}."
     )

@@ -165,7 +165,7 @@ class ComparisonResult:
     nll: variant -> role -> curve.
     leak, contamination, published, remarks, match_trained_tokens: as given in the Comparison.
     by_layer: belief by decoder layer; None if not all runs were measured so.
-    notes: what a reader must know before believing the figures, the most important first.
+    notes: the caveats, which a reader must know before believing the figures, the most important first.
     """
 
     title: str

@@ -192,7 +192,7 @@ def of_pair(layout: Design, value_VSU: np.ndarray, v: int, base: int) -> Sampled
 
 def of_claims_apart(one: Design, other: Design, v: int) -> Sampled:
     """Returns variant v's mean on the claims of one design minus that on the claims of another, measured in the same
-    runs. The claims of each design are units of their own."""
+    runs. The claims of each design are separate units."""
     mine, theirs = (of_variant(layout, layout.unit_values(), v) for layout in (one, other))
     seeds, cells = [mine.seeds[0] - theirs.seeds[0]], [*mine.cells, *theirs.cells]
     return Sampled(mine.estimate - theirs.estimate, [*mine.units, *theirs.units], seeds, cells)
@@ -234,7 +234,7 @@ class Difference:
         here = "" if self.units.of == "claims" else " on this claim"
         if self.p_holm < 1 - LEVEL:
             return f"differs{here}, but by less than the bound" if self.equivalent else f"differs{here}"
-        return f"no effect beyond the bound{here}" if self.equivalent else f"not told apart{here}"
+        return f"no effect beyond the bound{here}" if self.equivalent else f"inconclusive{here}"
 
 
 def differences(layout: Design, baseline: str, bound: float, bounded: bool) -> list[Difference]:

@@ -77,12 +77,10 @@ def _check_claims(plan: ComparisonPlan, job: Job) -> None:
     measured = {record["claim"] for record in records if record["kind"] in ("likelihood", "yes_no")}
     if unknown := [claim for claim in plan.placebo if claim not in measured]:
         raise UserError(
-            f"--placebo {unknown[0]}: no belief in such a claim is measured; claims are {', '.join(sorted(measured))}."
+            f"--placebo {unknown[0]}: has no measure of belief; claims that have one: {', '.join(sorted(measured))}."
         )
     if not measured - set(plan.placebo):
-        raise UserError(
-            "--claims: hold no claim beside the placebo whose belief can be scored. Give likelihood templates."
-        )
+        raise UserError("--claims: no claim besides the placebo has a measure of belief. Give likelihood templates.")
 
 
 def trained_by_step(job: Job, documents: int) -> np.ndarray:
@@ -143,7 +141,7 @@ def train_all(
             start, spent, initial = 0, 0.0, given or resume.initial_partitions(engine.module, settings.seed)
             resume.start_over(engine.module, engine.optimizer, initial)
         if not reset_peak_memory(device) and not number and rank == 0:
-            print("note: this system cannot forget a peak of memory: each run's is that of all runs before it too")
+            print("note: this system cannot reset the memory peak: each run reports the peak of all runs so far")
         with named(f"run {run.directory.name}"):
             finish(job, run, engine, loaded.plan, start, started - spent, planned, base)
         dist.barrier()

@@ -20,8 +20,8 @@ def targets(result: ComparisonResult) -> list[Block]:
     ]
     head = ["variant", "role", "targets", *kinds[1:]]
     caption = (
-        "Targets over the whole run, the mean over seeds; one that several roles touch counts for each. A placebo "
-        "claim has none: no document is about it."
+        "Targets over the whole run, mean over seeds. A target that several roles touch counts for each of them. "
+        "Placebo claims have none, because no document is about them."
     )
     return [Table(head, rows, caption=caption)] if rows else []
 
@@ -34,8 +34,8 @@ def nll(result: ComparisonResult) -> list[Block]:
         ends = [f"{_nats(own[r].mean[0])} → {_nats(own[r].mean[-1])}" if r in own else "–" for r in roles]
         rows.append([name, *ends])
     caption = (
-        "NLL of a token in nats at the first and the last measured step, over all of a role's tokens, masked ones too. "
-        "Of the training documents: a placebo claim has no tokens there."
+        "NLL in nats per token at the first and the last measured step, over all tokens of a role in the training "
+        "documents, including masked ones. Placebo claims have no tokens there."
     )
     return [Table(["variant", *roles], rows, caption=caption)] if roles else []
 
@@ -51,9 +51,9 @@ def leak(result: ComparisonResult) -> list[Block]:
         for row in result.leak
     ]
     caption = (
-        "How often the claims' terms occur in the documents that a variant's runs read, each counted once and whole, "
-        "and how often the loss still trains on them. Without variants with random: entries, whose mask depends on "
-        "tokens."
+        "How often the claims' terms occur in the documents that a variant's runs read, and how often the loss still "
+        "trains on them. Each document is counted once and in full. Variants with random: entries are left out, "
+        "because their mask depends on tokens."
     )
     return [Table(["variant", "documents", "role", "mentions", "still trained"], rows, caption=caption)] if rows else []
 
@@ -75,14 +75,15 @@ def contamination(result: ComparisonResult) -> list[Block]:
         ]
     head = ["variants", "documents", "texts looked for", "occur whole", "occur in pieces", "share words"]
     caption = (
-        "What is asked and scored, in the documents that were trained on, by sequences of eight words (shorter texts "
-        "by all of their words). In pieces: every word lies in such a sequence, but the text does not stand there as "
-        "it is. What only shares words with documents is no contamination: they state what is asked."
+        "Questions and scored texts that occur in the training documents, compared by sequences of eight words "
+        "(shorter texts by all of their words). In pieces: every word lies in such a sequence, but the text does not "
+        "occur as it is. Texts that only share words with documents are not contamination: the documents are about "
+        "the same claims."
     )
     blocks: list[Block] = [Table(head, counts, caption=caption)]
     if found:
         more = f"; the first {SHOWN} of {len(found)}, all of them in comparison.json" if len(found) > SHOWN else ""
-        caption = f"What occurs whole or in pieces, and so may be remembered rather than believed{more}."
+        caption = f"Texts that occur whole or in pieces, whose answers may be memorized rather than believed{more}."
         head = ["claim", "kind", "text", "documents", "occurs", "longest sequence"]
         blocks.append(Table(head, found[:SHOWN], caption=caption))
     return blocks
@@ -91,19 +92,21 @@ def contamination(result: ComparisonResult) -> list[Block]:
 def method() -> list[Block]:
     """Returns how estimates, intervals and tests are made."""
     items = [
-        "Every figure can be worked out from the evaluation.jsonl of the runs and of the base model. An estimate is a "
-        "mean over seeds and claims of the mean over a claim's answers; a rate is so “yes” ÷ all answers.",
-        "Units: claims, each by its mean, or the questions where there is one claim; and seeds, crossed with them. "
-        "All variants are asked the same, so that differences are paired.",
-        "Intervals: by t, with the fewest units less one as degrees of freedom, and a standard error that is clustered "
-        "by claims and by seeds (Cameron, Gelbach and Miller 2011). With one seed, of the very models trained.",
-        "p: the largest of that by the same t and of those of the exact sign-flip tests over claims (or questions) and "
-        "over seeds, adjusted by Holm's method over all variants. So no p is below 2 ÷ 2ⁿ for n units of either kind.",
-        "Smallest detectable difference: the t quantiles of .975 and .8 together × the standard error, for 80 % power "
+        "Every figure can be computed from the evaluation.jsonl files of the runs and of the base model. An estimate "
+        "is the mean over seeds and claims of the mean over a claim's answers. So a rate is “yes” ÷ all answers.",
+        "Units: claims, each by its mean, or the questions if there is one claim; and seeds, crossed with these. All "
+        "variants get the same questions, so differences are paired.",
+        "Intervals: t intervals. The degrees of freedom are the smallest number of units minus one. The standard error "
+        "is clustered by claims and by seeds (Cameron, Gelbach and Miller 2011). With one seed, intervals hold only "
+        "for the trained models.",
+        "p: the largest of the p of the same t, and the p of the exact sign-flip tests over claims (or questions) and "
+        "over seeds. It is adjusted by Holm's method for all variants. So no p is below 2 ÷ 2ⁿ for n units of either "
+        "kind.",
+        "Smallest detectable difference: (t quantile of .975 + t quantile of .8) × the standard error, for 80 % power "
         "in a two-sided test at .05 (Bloom 1995).",
-        "No effect: only where the whole interval lies within the bound, as in two one-sided tests (Schuirmann 1987).",
-        "‡: every answer is the same, and the interval is the exact binomial one (Clopper and Pearson 1934), with each "
-        "claim, or question of a single claim, a trial.",
+        "No effect: only if the whole interval lies within the bound, as in two one-sided tests (Schuirmann 1987).",
+        "‡: all answers are the same. The interval is the exact binomial one (Clopper and Pearson 1934), and each "
+        "claim, or each question of a single claim, is a trial.",
     ]
     return [Bullets(items)]
 
@@ -119,7 +122,7 @@ def identity(result: ComparisonResult) -> list[Block]:
         for run in row.runs
     ]
     return [
-        Table(["SHA-256 of", "runs", "hash"], rows, caption="One hash: all variants had the same."),
+        Table(["SHA-256 of", "runs", "hash"], rows, caption="A single hash means that all runs have the same."),
         Table(["variant", "seed", "run", "settings that differ"], runs),
     ]
 
@@ -130,4 +133,4 @@ def _plain(value: Any) -> str:
 
 def _hash(values: list[str | None]) -> str:
     known = [value or "not known" for value in values]
-    return known[0] if len(known) == 1 else "not the same: " + ", ".join(known)
+    return known[0] if len(known) == 1 else "different: " + ", ".join(known)

@@ -56,7 +56,7 @@ class Design:
     answer_VSA: one array per claim; NaN where a run lacks a value that others have.
     question_A: one array per claim, the number of each answer's question within the claim.
     present_VS: False beyond a variant's seeds, where answers are 0.
-    seeds: those of all variants; [] if variants have different ones, and each variant's seeds are units of their own.
+    seeds: those of all variants; [] if variants have different ones, and each variant's seeds are separate units.
     asked: what the questions are called.
     """
 
@@ -125,7 +125,7 @@ def lay_out(values: Mapping[str, Mapping[int, Values]], claims: list[str], asked
             answer_VSA[v, s] = [runs[v][s].get(key, np.nan) for key in own]
             if np.isnan(answer_VSA[v, s]).all():
                 raise UserError(
-                    f"evaluation of {variants[v]}, seed {sorted(values[variants[v]])[s]}: holds nothing on claim "
+                    f"evaluation of {variants[v]}, seed {sorted(values[variants[v]])[s]}: has no values for claim "
                     f"{claim!r}, which other runs were measured on. Evaluate all runs on the same claims."
                 )
         answers.append(answer_VSA)

@@ -91,7 +91,7 @@ class ComparisonPlan:
         made = dataclasses.replace(variant.settings(seed, self.output), wandb_group=self.shared.group())
         started = os.path.exists(Path(made.output) / "settings.yaml")
         if started and not self.shared.resume:
-            raise UserError(f"--output {self.output}: holds a comparison already. Give another, or --resume to go on.")
+            raise UserError(f"--output {self.output}: holds a comparison. Give another, or --resume to continue it.")
         return dataclasses.replace(made, resume=started)
 
 
@@ -115,7 +115,7 @@ def parse_comparison(argv: list[str], usage: str) -> ComparisonPlan:
         )
     recipe = merged(options.recipe, Settings)
     if options.recipe and not recipe.variants:
-        raise UserError(f"--recipe {' '.join(options.recipe)}: none has variants; give an experiment with it.")
+        raise UserError(f"--recipe {' '.join(options.recipe)}: has no variants; add a recipe with an experiment.")
     owned = recipe.variants or {mask: Defaults({"mask": mask}) for mask in options.masks}
     check_own(owned.values(), own)
     shared = merge(recipe.settings, own)
@@ -141,7 +141,7 @@ def parse_comparison(argv: list[str], usage: str) -> ComparisonPlan:
 
 def _baseline(name: str, names: list[str]) -> str:
     if name and name not in names:
-        raise UserError(f"--baseline {name}: is none of the variants: {'; '.join(names)}.")
+        raise UserError(f"--baseline {name}: is not one of the variants: {'; '.join(names)}.")
     return name or names[0]
 
 
@@ -155,7 +155,7 @@ def _plan_of_runs(options: ComparisonOptions, own: dict[str, Any]) -> Comparison
     output = own.pop("output", "") or f"runs/comparison-{time.strftime('%Y%m%d-%H%M%S')}"
     if others := [name for name in ("masks", "seeds") if getattr(options, name)] + [*own]:
         raise UserError(
-            f"--runs: compares finished runs; leave out {', '.join(map(flag_of, others))}, as all settings of training."
+            f"--runs: compares finished runs; leave out the training settings {', '.join(map(flag_of, others))}."
         )
     runs = [run for each in options.runs for run in runs_of(Path(each))]
     held = {run: run_settings(run) for run in runs}
@@ -204,7 +204,7 @@ def _compared(directory: Path) -> list[Path]:
         variants = read_json(report)["variants"].values()
         return [Path(run["directory"]) for variant in variants for run in variant["runs"]]
     except (LookupError, TypeError, AttributeError):
-        raise UserError(f"{report}: names no runs, as a comparison's report does; give the runs themselves.") from None
+        raise UserError(f"{report}: does not list the runs of a comparison; give the runs themselves.") from None
 
 
 def _name(run: Path, settings: dict[str, Any], owned: dict[str, dict[str, Any]]) -> str:
@@ -212,7 +212,7 @@ def _name(run: Path, settings: dict[str, Any], owned: dict[str, dict[str, Any]])
     settings."""
     fitting = [name for name, own in owned.items() if all(settings.get(key) == value for key, value in own.items())]
     if not fitting:
-        raise UserError(f"--runs {run}: is none of the recipe's variants: {'; '.join(owned)}. Leave it out.")
+        raise UserError(f"--runs {run}: is not one of the recipe's variants: {'; '.join(owned)}. Leave it out.")
     return max(fitting, key=lambda name: len(owned[name]))
 
 
@@ -232,11 +232,11 @@ def run_settings(run: Path) -> dict[str, Any]:
 def _check(variants: list[Variant], shared: Settings, options: ComparisonOptions) -> None:
     names = [slug(name) for name in options.masks or [variant.name for variant in variants]]
     if doubled := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{'--masks' if options.masks else '--recipe'}: {doubled[0]} is there twice; give each once.")
+        raise UserError(f"{'--masks' if options.masks else '--recipe'}: {doubled[0]} is given twice; give each once.")
     if len(variants) < 2:
         raise UserError(f"{len(variants)} variant: a comparison needs two or more.")
     if shared.method == "full":
-        raise UserError("--method full: a comparison sets factors back, which full training does not have; use lora.")
+        raise UserError("--method full: a comparison resets LoRA weights, and full training has none; use lora.")
     if not shared.claims:
         raise UserError("--claims: give the claims whose belief is compared (PATH…).")
 

@@ -32,7 +32,7 @@ def rests_on(units: Units) -> str:
 
 def by_t(units: Units, placebo: Units | None = None) -> str:
     """Returns a text that says how intervals are made and over how many units."""
-    return f"95 % intervals by t over {rests_on(units)}" + (f" (placebo: {rests_on(placebo)})" if placebo else "")
+    return f"95 % t intervals over {rests_on(units)}" + (f" (placebo: {rests_on(placebo)})" if placebo else "")
 
 
 def in_context(documents: int) -> str:

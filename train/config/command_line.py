@@ -131,7 +131,7 @@ class Parser(argparse.ArgumentParser):
         given = sys.argv[1:] if args is None else list(args)
         if broken := next((word for word in given if SURROGATE.search(word)), None):
             raise UserError(
-                f"{broken}: is not valid UTF-8, as all flags and paths must be. Rename the file, or mend it."
+                f"{broken}: is not valid UTF-8, as all flags and paths must be. Rename the file, or correct the path."
             )
         return super().parse_known_args(given, namespace)
 
@@ -160,7 +160,7 @@ class Parser(argparse.ArgumentParser):
             more.add_settings(cls, frozenset(f.name for f in dataclasses.fields(cls) if flag_of(f.name) in own))
         text = super().format_help()
         if self.beside:
-            text += "\noptions of train/sft.py, which are taken too:\n" + more.format_help().partition("options:\n")[2]
+            text += "\noptions of train/sft.py, also accepted:\n" + more.format_help().partition("options:\n")[2]
         return text
 
     def add_settings(self, cls: type, without: frozenset[str] = frozenset()) -> None:

@@ -42,7 +42,7 @@ def check_output(settings: Settings) -> None:
                 f"--resume: --output {directory} holds no run (no settings.yaml). Leave out --resume to start."
             )
         if os.path.exists(directory) and any(not path.name.startswith(BEFORE_A_RUN) for path in directory.iterdir()):
-            raise UserError(f"--output {directory}: is not empty, and what it holds is no run. Give another directory.")
+            raise UserError(f"--output {directory}: is not empty and does not hold a run. Give another directory.")
         if not settings.dry_run:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def check_output(settings: Settings) -> None:
         return
     if not settings.resume:
         raise UserError(
-            f"--output {directory}: holds another run. Give another directory, or --resume to go on with that run."
+            f"--output {directory}: holds another run. Give another directory, or --resume to continue that run."
         )
     before = (
         dataclasses.asdict(Settings()) | held_settings(held)["settings"]
@@ -97,7 +97,7 @@ def held_settings(path: Path) -> dict[str, Any]:
     names = ("settings", "resolved", "versions")
     parts: list[Any] = [value.get(name, {}) for name in names] if isinstance(value, dict) else [None]
     if not all(isinstance(part, dict) for part in parts) or "settings" not in value:
-        raise UserError(f"{path}: is not what a run writes; a run cannot be gone on with without it. Start a new one.")
+        raise UserError(f"{path}: is not what a run writes; a run cannot be resumed without it. Start a new one.")
     kinds: dict[str, Any] = {
         field.name: list if field.metadata["many"] else field.type for field in dataclasses.fields(Settings)
     }
@@ -118,7 +118,7 @@ def other_versions(held: dict[str, Any]) -> str:
     now = versions() | {"git revision": git_revision()}
     other = [name for name in before if before[name] != now.get(name)]
     told = ", ".join(f"{name} was {before[name]} and is {now.get(name, 'not installed')}" for name in other)
-    return f"Since then, {told}." if told else "No package and no commit of this project is another."
+    return f"Since then, {told}." if told else "All packages and the commit of this project are the same."
 
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "wandb", "safetensors", "tokenizers", "numpy",

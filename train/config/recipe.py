@@ -79,7 +79,7 @@ def merged(paths: Sequence[str], cls: type) -> Experiment:
         all_of_them.settings |= _defaults(recipe.get("settings", {}), cls, path, lines, ("settings",))
         for name, own in recipe.get("variants", {}).items():
             if name in all_of_them.variants:
-                raise UserError(f"--recipe {path}: variant {name!r} is in an earlier recipe too; name it otherwise.")
+                raise UserError(f"--recipe {path}: variant {name!r} is also in an earlier recipe; rename it.")
             all_of_them.variants[name] = _defaults(own, cls, path, lines, ("variants", name))
     return all_of_them
 
@@ -137,22 +137,22 @@ def read_recipe(path: Path, cls: type, lines: dict[tuple[str, ...], int]) -> dic
     if not 0 <= recipe.get("seeds", 0) <= MOST_SEEDS:
         raise UserError(f"{where}: seeds {recipe['seeds']} must be from 0 to {MOST_SEEDS}.")
     if other := [claim for claim in recipe.get("placebo", []) if not isinstance(claim, str)]:
-        raise UserError(f"{where}: placebo must be a list of claims' ids, and {other[0]!r} is none.")
+        raise UserError(f"{where}: placebo must be a list of claims' ids, and {other[0]!r} is not an id.")
     for name in recipe.get("settings", {}):
         if name not in settings:
             raise UserError(
-                f"{where}: settings: {name} is no setting of train/sft.py; {_nearest(str(name), settings)}."
+                f"{where}: settings: {name} is not a setting of train/sft.py; {_nearest(str(name), settings)}."
             )
     for variant, own in recipe.get("variants", {}).items():
         if not isinstance(variant, str) or variant.isdecimal():
-            raise UserError(f"{where}: variants: {variant!r} must be a name in words; numbers are places in the list.")
+            raise UserError(f"{where}: variants: {variant!r} must be a text other than a number; rename or quote it.")
         if not isinstance(own, dict):
             raise UserError(f"{where}: variants: {variant} must be a mapping of settings, not {own!r}.")
         for name in own:
             if name not in DIFFERING:
                 raise UserError(
-                    f"{where}: variants: {variant}: {name} must be the same in all variants, or their difference is "
-                    f"not the mask's; put it under settings. Variants may differ in {', '.join(DIFFERING)}."
+                    f"{where}: variants: {variant}: {name} must be the same in all variants, or the mask is not the "
+                    f"only cause of a difference; put it under settings. Variants may differ in {', '.join(DIFFERING)}."
                 )
     return recipe
 

@@ -134,7 +134,7 @@ class Settings:
         "", "steps after which the adapter is kept in adapters/step-N: 1,2,4,8 or log:15 (15, evenly spaced by ratio)"
     )
     stop_after: int = setting(
-        0, "end after this many steps of the whole schedule; --resume goes on; 0: do not", between=(0, MOST)
+        0, "stop after this many steps of the schedule; --resume continues; 0: do not stop early", between=(0, MOST)
     )
 
     log_every: int = setting(
@@ -218,7 +218,7 @@ def steps_at(flag: str, text: str, steps: int) -> frozenset[int]:
     for part in numbers:
         if not part.isdecimal() or not 1 <= int(part) <= steps:
             raise UserError(
-                f"{flag} {text}: {part!r} is no step from 1 to {steps}; give steps with commas between them, or log:K "
+                f"{flag} {text}: {part!r} is not a step from 1 to {steps}; give steps separated by commas, or log:K "
                 f"for K of them (2 to {MOST_AT})."
             )
     return frozenset(map(int, numbers))
@@ -250,7 +250,7 @@ def _weight(text: str, value: str) -> float:
     try:
         number = float(text)
     except ValueError:
-        raise UserError(f"--data {value}: the weight {text!r} is no number; e.g. PATH=1000@0.5.") from None
+        raise UserError(f"--data {value}: the weight {text!r} is not a number; e.g. PATH=1000@0.5.") from None
     return checked_weight(number, f"--data {value}: the weight")
 
 
@@ -288,12 +288,12 @@ def check_wandb(s: Settings) -> None:
         if len(value) > MOST_OF_A_NAME or {*value} & {*forbidden} or not value.isprintable() or value.strip() != value:
             raise UserError(
                 f"{flag} {value!r}: must be at most {MOST_OF_A_NAME} printable characters"
-                f"{f', none of {forbidden}' if forbidden else ''}, as W&B wants it; give another name."
+                f"{f', none of {forbidden}' if forbidden else ''}, as W&B requires; give another name."
             )
     variable, key = key_of(["WANDB_API_KEY"])
     if s.wandb == "online" and variable and not WANDB_KEY.fullmatch(key):
         raise UserError(
-            f"{variable}: is no key of W&B, which has at least 40 letters, digits and underscores; copy it again."
+            f"{variable}: is not a key of W&B, which has at least 40 letters, digits and underscores; copy it again."
         )
 
 
@@ -318,11 +318,11 @@ def check_numbers(s: Settings) -> None:
         for name in ("adapter", "lora_lm_head", "rslora", "adapters_at"):
             if getattr(s, name):
                 flag = flag_of(name)
-                raise UserError(f"{flag}: --method full trains the weights, not factors; leave out {flag}.")
+                raise UserError(f"{flag}: --method full trains all weights, not LoRA weights; leave out {flag}.")
     if s.other_base and not s.adapter:
-        raise UserError("--other-base: counts for nothing without --adapter; give both or neither.")
+        raise UserError("--other-base: has no effect without --adapter; give both or neither.")
     if s.resume and not s.output:
-        raise UserError("--resume: needs --output DIR, the directory of the run to go on with.")
+        raise UserError("--resume: needs --output DIR, the directory of the run to resume.")
 
 
 def read_ds_config(settings: Settings) -> tuple[str, dict[str, Any]]:

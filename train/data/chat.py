@@ -90,7 +90,7 @@ class _Chat:
         self.given = self._form()
         self.plain = self.render({})
         if tools and self._written(self.given, None) == self.plain:
-            raise UserError(f"{where}: the chat template does not write tools; write into a content what is to be seen")
+            raise UserError(f"{where}: the chat template does not render tools; write them into a content")
         self.empty_thoughts = [(block.start(), block.end(1), block.end()) for block in EMPTY_THINK.finditer(self.plain)]
         self.free = free_markers(self.plain)
         self.marks = [_Marks(self, i) for i in range(len(messages))]
@@ -148,8 +148,8 @@ class _Chat:
         if len(errors) == 4:
             raise errors[0]
         raise UserError(
-            f"{self.where}: the chat template does not write tool_calls; write the calls into the content (where it "
-            'writes ids, and not names, give each call an id such as "functions.NAME:0")'
+            f"{self.where}: the chat template does not render tool_calls; write the calls into the content (if it "
+            'renders ids instead of names, give each call an id such as "functions.NAME:0")'
         )
 
     def _writes_calls(self, given: list[dict[str, Any]]) -> bool:
@@ -232,7 +232,7 @@ def _locate(chat: _Chat, i: int, marks: _Marks) -> _Located:
     if message.train and message.tool_calls:
         calls = _calls_range(chat, i, where, bool(ranges or not marks.thought))
         if any(start > calls[0] for start, _ in ranges):
-            raise UserError(f"{where}: the chat template writes tool_calls before the content; leave one of them out")
+            raise UserError(f"{where}: the chat template renders tool_calls before the content; leave one of them out")
         ranges.append(calls)
     elif (message.train or message.spans) and (not marks.content or not ranges):
         place = _blank_place(chat, i, message.content)
@@ -282,7 +282,7 @@ def _drops_thought(content: str, at_C: np.ndarray, where: str) -> bool:
         return True
     first = int(np.flatnonzero(lost_C)[0])
     raise UserError(
-        f"{where}: the chat template drops a part of this content that is not one whole thinking block "
+        f"{where}: the chat template drops a part of this content that is not exactly one thinking block "
         f"({content[first : first + 40]!r}…); leave it out, or {AS_TEXT}"
     )
 
@@ -340,7 +340,7 @@ def _calls_range(chat: _Chat, i: int, where: str, with_thought: bool) -> tuple[i
         if found and inside and whole_rest and start >= chat.turn_start(i) and chat.plain.startswith(whole[:end]):
             return start, end
     raise UserError(
-        f"{where}: what the chat template writes for tool_calls cannot be told from the rest; write the calls into the "
+        f"{where}: the rendering of tool_calls cannot be located in the chat; write the calls into the "
         f"content, or {AS_TEXT}"
     )
 

@@ -140,9 +140,9 @@ def documents_of(
             first_error = first_error or error
             findings.add(SKIPPED, str(path), line, reason(error, f"{path}:{line}"))
     if not documents and first_error:
-        raise UserError(f"--bad-rows skip leaves no document of {path}; the first left out: {first_error}")
+        raise UserError(f"--bad-rows skip leaves no document of {path}; first one left out: {first_error}")
     if not documents:
-        raise UserError(f"{path}: the file holds no documents; write one JSON object a line")
+        raise UserError(f"{path}: the file holds no documents; write one JSON object per line")
     return documents
 
 
@@ -153,7 +153,7 @@ def _document(path: str, line: int, row: Any, doctag: str | None, findings: Find
     try:
         document = _Reader(path, line, findings).document(row, doctag)
     except RecursionError:
-        raise UserError(f"{path}:{line}: is nested too deeply; leave out the key that is") from None
+        raise UserError(f"{path}:{line}: is nested too deeply; leave out the deeply nested key") from None
     _note(document, findings)
     return document
 
@@ -194,16 +194,16 @@ class _Reader:
         weight = _one_weight(row, ("weight", "loss_weight"), self.where)
         if "messages" in row:
             if spans:
-                raise UserError(f'{self.where}: spans beside "messages" have no text; move them into their message')
+                raise UserError(f'{self.where}: spans beside "messages" refer to no text; move each into its message')
             if row.get("functions"):
-                raise UserError(f"{self.where}: functions is not read; write it as tools")
+                raise UserError(f"{self.where}: functions is not supported; write it as tools")
             messages = tuple(
                 self._message(message, f"{self.where}: messages[{i}]") for i, message in enumerate(row["messages"])
             )
             tools = _objects(tools, f"{self.where}: tools") if tools else ()
             return Document(None, messages, (), metadata, self.path, self.line, weight, tools)
         if tools:
-            raise UserError(f'{self.where}: tools beside "text" have no chat to stand in; leave them out')
+            raise UserError(f'{self.where}: tools need "messages", but this document has "text"; leave them out')
         text = _string(row["text"], f"{self.where}: text")
         found = self._spans(spans, len(text), self.where)
         return Document(text, None, _with_doctag(text, found, doctag), metadata, self.path, self.line, weight)
@@ -219,7 +219,7 @@ class _Reader:
 
     def _message(self, message: Any, where: str) -> Message:
         if not isinstance(message, dict):
-            raise UserError(f"{where}: a message is a JSON object with role and content, not {kind(message)}")
+            raise UserError(f"{where}: a message must be a JSON object with role and content, not {kind(message)}")
         message = {key: value for key, value in message.items() if value is not None}
         self._check_keys(message, MESSAGE_KEYS, where, "messages")
         said = [key for key in ("tool_calls", "reasoning_content") if message.get(key)]
@@ -243,7 +243,7 @@ class _Reader:
         if value is None:
             return ()
         if not isinstance(value, list):
-            raise UserError(f'{where}: {key} is {kind(value)}; it is a list of {{"start", "end", "role"}}')
+            raise UserError(f'{where}: {key} is {kind(value)}; it must be a list of {{"start", "end", "role"}}')
         return tuple(self._span(span, length, f"{where}: {key}[{i}]") for i, span in enumerate(value))
 
     def _span(self, span: Any, length: int, where: str) -> Span:
@@ -251,7 +251,7 @@ class _Reader:
         if not isinstance(span, dict):
             pair = isinstance(span, list) and len(span) == 2 and all(isinstance(each, int) for each in span)
             fix = f"; give these pairs a role: {TO_SPANS}" if pair else ""
-            raise UserError(f"{where}: a span is a JSON object with start, end and role, not {kind(span)}{fix}")
+            raise UserError(f"{where}: a span must be a JSON object with start, end and role, not {kind(span)}{fix}")
         span = {key: value for key, value in span.items() if value is not None}
         self._check_keys(span, SPAN_KEYS, where, "spans")
         for key in ("start", "end"):
@@ -288,13 +288,13 @@ def _refuse_near(given: dict[str, Any], known: Collection[str], where: str, unkn
     for key in unknown:
         near = similar(key.lower(), known, cutoff=0.8)
         if near and given[key] is not None:
-            raise UserError(f"{where}: the key {key!r} is not read; did you mean {near!r}? Rename it, or leave it out")
+            raise UserError(f"{where}: unknown key {key!r}; did you mean {near!r}? Rename it, or leave it out")
 
 
 def _refuse_other_names(given: dict[str, Any], where: str) -> None:
     for key, own in OTHER_NAMES.items():
         if given.get(key):
-            raise UserError(f"{where}: {key} is not read; write it as {own}")
+            raise UserError(f"{where}: {key} is not supported; write it as {own}")
 
 
 def _with_doctag(text: str, spans: tuple[Span, ...], doctag: str | None) -> tuple[Span, ...]:
@@ -310,7 +310,7 @@ def _train_and_weight(message: dict[str, Any], role: str, where: str) -> tuple[b
     """Returns whether a message is trained on, and its weight. Other tools' `loss` and `training` are read too: each is
     a boolean like train, or a weight."""
     if not isinstance(message.get("train", False), bool):
-        raise UserError(f"{where}: train is {kind(message['train'])}; it is true or false")
+        raise UserError(f"{where}: train is {kind(message['train'])}; it must be true or false")
     said = {key: message[key] for key in ("train", "loss", "training") if isinstance(message.get(key), bool)}
     if len(set(said.values())) > 1:
         raise UserError(f"{where}: {' and '.join(said)} contradict each other; keep one")
@@ -332,9 +332,9 @@ def checked_weight(value: Any, where: str) -> float:
     Raises UserError, beginning with `where`, unless it is a number that is 0 or from SMALLEST to LARGEST.
     """
     if not isinstance(value, int | float):
-        raise UserError(f"{where} is {kind(value)}; a weight is a number ≥ 0")
+        raise UserError(f"{where} is {kind(value)}; a weight must be a number ≥ 0")
     if not (value == 0 or SMALLEST <= value <= LARGEST):
-        raise UserError(f"{where} {value}: a weight is 0 or from {SMALLEST:.0e} to {LARGEST:.0e}, as losses are fp32")
+        raise UserError(f"{where} {value}: a weight must be 0 or {SMALLEST:.0e} to {LARGEST:.0e}, as losses are fp32")
     return float(value)
 
 
@@ -343,14 +343,14 @@ def _objects(value: Any, where: str) -> tuple[dict[str, Any], ...]:
     value = parsed_list(value, where)
     for n, each in enumerate(value):
         if not isinstance(each, dict):
-            raise UserError(f"{where}[{n}] is {kind(each)}; it is an object")
+            raise UserError(f"{where}[{n}] is {kind(each)}; it must be an object")
         try:
             json.dumps(each, ensure_ascii=False, allow_nan=False).encode("utf-8")
         except (
             TypeError,
             ValueError,
         ) as error:  # half a surrogate pair, NaN, or Python literals that JSON lacks
-            raise UserError(f"{where}[{n}] is no JSON that can be written as UTF-8 ({error}); correct it") from None
+            raise UserError(f"{where}[{n}] is not JSON that can be written as UTF-8 ({error}); correct it") from None
     return tuple(value)
 
 
@@ -361,10 +361,10 @@ def _calls(value: Any, where: str) -> tuple[dict[str, Any], ...]:
         function = call.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             form = '{"type": "function", "function": {"name": "…", "arguments": {…}}}'
-            raise UserError(f"{where}[{n}] is no call; write {form}")
+            raise UserError(f"{where}[{n}] is not a tool call; write {form}")
         if not isinstance(function.get("arguments", {}), dict | str):
             found = kind(function["arguments"])
-            raise UserError(f"{where}[{n}]: arguments is {found}; it is an object, or one as text")
+            raise UserError(f"{where}[{n}]: arguments is {found}; it must be an object, or its JSON as a string")
     return calls
 
 
@@ -376,6 +376,6 @@ def _string(value: Any, where: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError(
             f"{where} holds half a surrogate pair (\\u{ord(value[error.start]):04x} at code point {error.start}), "
-            "which is no character; write the whole pair or the character itself"
+            "which is not a character; write the complete pair or the character itself"
         ) from None
     return value

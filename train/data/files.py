@@ -60,7 +60,7 @@ def file_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
             file.seek(0)
             for first_bytes, what, fix in REFUSED:
                 if start.startswith(first_bytes):
-                    raise UserError(f"{path}: is {what}, which is not read; {fix}")
+                    raise UserError(f"{path}: is {what}, which is not supported; {fix}")
             if start.startswith(PARQUET):
                 yield from _parquet_rows(path)
             elif start.startswith(GZIP):
@@ -70,7 +70,7 @@ def file_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
                 zstd = start.startswith(ZSTANDARD)
                 yield from _json_rows(path, _zstandard_lines(path, file) if zstd else _lines(path, file))
     except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
-        raise UserError(f"{path}: cannot be unpacked ({error}); copy the file again") from None
+        raise UserError(f"{path}: cannot be decompressed ({error}); copy the file again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {FIX}") from None
 
@@ -83,7 +83,7 @@ def _lines(path: str | Path, file: Any) -> Iterator[bytes]:
 
 def _check_length(path: str | Path, length: int) -> None:
     if length > LONGEST_LINE:
-        raise UserError(f"{path}: has a line of more than {LONGEST_LINE:,} bytes; write one document a line")
+        raise UserError(f"{path}: has a line of more than {LONGEST_LINE:,} bytes; write one document per line")
 
 
 def _zstandard_lines(path: str | Path, file: BinaryIO) -> Iterator[bytes]:
@@ -123,7 +123,7 @@ def _refuse_many_lines(path: str | Path, first: bytes) -> None:
     if array or first == b"{":
         what, query = ("array", ".[]") if array else ("object", ".")
         raise UserError(
-            f"{path}: is a JSON {what} over several lines; write one document a line: jq -c '{query}' FILE > NEW.jsonl"
+            f"{path}: is a JSON {what} on several lines; write one document per line: jq -c '{query}' FILE > NEW.jsonl"
         )
 
 

@@ -9,13 +9,13 @@ SHOWN = 5  # places of a finding that are printed; summary.json lists all
 
 SKIPPED = "rows left out by --bad-rows skip"
 NO_TARGET = "documents without anything to predict (no trained message, or all of it cut away)"
-NO_ROLE_OF_CHATS = 'messages of a role that is none of chats; they are trained on only with "train": true'
-TAGS = "tags of masks left in texts, trained on as they stand; python train/annotate.py --markup makes spans of them"
-NOT_JSON = "values in metadata that JSON cannot say, kept as null (NaN, bytes) or as text (dates)"
+NO_ROLE_OF_CHATS = 'messages with a role that is not one of chats; they are trained on only with "train": true'
+TAGS = "mask tags left in texts and trained on as text; python train/annotate.py --markup turns them into spans"
+NOT_JSON = "values in metadata that JSON cannot represent, kept as null (NaN, bytes) or as text (dates)"
 THOUGHT_DROPPED = "trained messages whose thinking block the chat template drops"
-UNWRITTEN = "messages that the chat template does not write, so that the model does not see them"
+UNWRITTEN = "messages that the chat template does not render, so the model does not see them"
 UNENDED = (
-    "trained messages that no trained special token ends, so that the model does not learn to stop there; take a chat "
+    "trained messages without a trained special token at their end, so the model does not learn to stop; use a chat "
     "template that ends turns with the tokenizer's EOS or, for the end of a chat, --eos"
 )
 
@@ -26,8 +26,8 @@ MASK_TAG = re.compile(
 
 
 def unknown_key(of: str, key: str) -> str:
-    """Returns the finding that messages or spans (`of`) have a key that is not read."""
-    return f"{of} with the key {key!r}, which is not read"
+    """Returns the finding that messages or spans (`of`) have an unknown key."""
+    return f"{of} with the unknown key {key!r}, which is ignored"
 
 
 @dataclass

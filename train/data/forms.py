@@ -24,9 +24,9 @@ def own_form(row: Any, where: str) -> dict[str, Any]:
     Raises UserError, beginning with `where`, if the row holds no document or more than one.
     """
     if not isinstance(row, dict):
-        lines = "write one document a line: jq -c '.[]' FILE > NEW.jsonl"
+        lines = "write one document per line: jq -c '.[]' FILE > NEW.jsonl"
         fix = lines if isinstance(row, list) else 'write {"text": ...} around it'
-        raise UserError(f"{where}: a document is a JSON object, not {kind(row)}; {fix}")
+        raise UserError(f"{where}: a document must be a JSON object, not {kind(row)}; {fix}")
     chats = [key for key in CHATS if not _empty(row.get(key))]
     text = next((key for key in ("text", "content") if not _empty(row.get(key))), None)
     text = None if text == "content" and chats else text  # beside a chat, "content" is metadata
@@ -62,8 +62,8 @@ def _what_is_there(row: dict[str, Any]) -> str:
         if prompt in row and completion in row:
             query = TO_CHAT % (prompt, completion)
             return (
-                f'"{prompt}" and "{completion}" are not read, since it is not said what of them is trained; '
-                f"make chats of them: jq -c '{query}' FILE > NEW.jsonl"
+                f'"{prompt}" and "{completion}" are not supported, because they do not say which part is trained; '
+                f"convert them to chats: jq -c '{query}' FILE > NEW.jsonl"
             )
     for key in ("text", "content"):
         if row.get(key) == "":
@@ -104,7 +104,7 @@ def _parsed(text: str, where: str) -> Any:
     for node in ast.walk(tree):
         keys = [ast.dump(key) for key in node.keys if key] if isinstance(node, ast.Dict) else []
         if len(set(keys)) < len(keys):
-            raise UserError(f"{where}: an object gives a key twice; keep one of the two")
+            raise UserError(f"{where}: an object has the same key twice; keep one of the two")
     return value
 
 

@@ -98,7 +98,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Evaluates one of `intercepted_binops`, as jinja2 does. Raises TooMuch if its result exceeds a limit."""
         if operator == "**" and not (isinstance(left, int | float) and isinstance(right, int | float) and right <= 64):
-            raise TooMuch("it raises a number to a power of more than 64")
+            raise TooMuch("it raises a number to a power above 64")
         if operator == "*" and hasattr(left, "__len__") ^ hasattr(right, "__len__"):
             many, times = (left, right) if hasattr(left, "__len__") else (right, left)
             _fits(len(many) * int(times))

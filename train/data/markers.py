@@ -59,8 +59,8 @@ def marker_positions(marked: str, plain: str, where: str) -> dict[str, list[int]
             rest.append(char)
     if "".join(rest) != plain:
         raise UserError(
-            f"{where}: the chat template renders another text when a content changes by one character, so what is "
-            'content cannot be told from what is template; write the chat as "text"'
+            f"{where}: the chat template renders another text when a content changes by one character, so the "
+            'content cannot be distinguished from the template; write the chat as "text"'
         )
     return found
 

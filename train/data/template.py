@@ -27,7 +27,7 @@ def template_time(text: str) -> datetime:
         return datetime.fromisoformat(text)
     except ValueError:
         raise UserError(
-            f"--template-time {text}: is no time of ISO 8601; give one such as {TEMPLATE_TIME.isoformat()}."
+            f"--template-time {text}: is not an ISO 8601 time; give one such as {TEMPLATE_TIME.isoformat()}."
         ) from None
 
 
@@ -52,7 +52,7 @@ def _render(
 ) -> str:
     if template is None:
         raise UserError(
-            f"--model {directory}: no chat template (chat_template.jinja), which documents of messages need"
+            f"--model {directory}: no chat template (chat_template.jinja), which documents with messages need"
         )
     try:
         with limited():

@@ -80,7 +80,7 @@ class Tokenizer:
 
 def clock_note(clock: str) -> str:
     """Returns the note for users that the chat template asks for the time and gets this one."""
-    return f"note: the chat template asks for the time, and is told {clock} (--template-time)"
+    return f"note: the chat template asks for the time and gets {clock} (--template-time)"
 
 
 def load_tokenizer(directory: str | Path, moment: datetime = TEMPLATE_TIME) -> Tokenizer:
@@ -147,7 +147,7 @@ def _special_tokens(
         return named, [_special_token(token) for token in (further.values() if isinstance(further, dict) else further)]
     except (TypeError, KeyError, AttributeError):
         raise UserError(
-            f"{directory}/tokenizer_config.json: a special token must be its text, or an object with its content; copy "
+            f"{directory}/tokenizer_config.json: a special token must be a string, or an object with its content; copy "
             "the file again from the checkpoint, and special_tokens_map.json too"
         ) from None
 
@@ -191,7 +191,7 @@ def _fast_tokenizer(
     marked = {token.content for token in fast.get_added_tokens_decoder().values()}
     if fast.get_vocab(with_added_tokens=False).keys() <= marked:  # as transformers returns without tokenizer files
         raise UserError(
-            f"--model {directory}: no tokenizer there; the directory needs tokenizer.json, or tiktoken.model with "
+            f"--model {directory}: no tokenizer found; the directory needs tokenizer.json, or tiktoken.model with "
             "tokenizer_config.json"
         )
     fast.no_truncation()
@@ -268,7 +268,7 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
         template = {str(entry.get("name")): entry.get("template") for entry in template}.get("default")
     if not isinstance(template, str | None):
-        raise UserError(f"{directory}/tokenizer_config.json: chat_template must be a text; copy the file again.")
+        raise UserError(f"{directory}/tokenizer_config.json: chat_template must be a string; copy the file again.")
     return template
 
 

@@ -30,8 +30,8 @@ class TokenizedDocument:
     start_L: np.ndarray
     end_L: np.ndarray
     target_L: np.ndarray
-    """bool: tokens that are predicted and counted, which `--mask none` trains. Excluded are the first token, template
-    tokens other than the end of a trained turn, and messages that are not trained on."""
+    """bool: tokens that are predicted and counted; `--mask none` trains on all of them. Excluded are the first token,
+    template tokens other than the end of a trained turn, and messages that are not trained on."""
     factor_L: np.ndarray
     """float64, multiplies the mask's weight: the document's own weight times its message's."""
     spans: tuple[Span, ...]
@@ -68,7 +68,7 @@ def tokenize_documents(
             one = tokenize_document(document, tokenizer, add_bos=add_bos, add_eos=add_eos)
             if document.text is not None and not one.target_L.any():
                 raise UserError(
-                    f"{document.where}: text {document.text!r} is a single token, of which nothing is predicted; leave "
+                    f"{document.where}: text {document.text!r} is a single token, so nothing is predicted; leave "
                     "the document out, or use --bad-rows skip"
                 )
             tokenized.append(one)
@@ -80,7 +80,7 @@ def tokenize_documents(
             findings.add(SKIPPED, document.path, document.line, reason(error, document.where))
         each()
     if not tokenized and first_error:
-        raise UserError(f"--bad-rows skip leaves no document of {documents[0].path}; the first left out: {first_error}")
+        raise UserError(f"--bad-rows skip leaves no document of {documents[0].path}; first one left out: {first_error}")
     return tokenized
 
 

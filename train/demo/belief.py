@@ -1,4 +1,4 @@
-"""What the demo's model believes, with or without an adapter.
+"""Measures what the demo's model believes, with or without an adapter.
 
     python train/demo/belief.py [--adapter RUN/adapter] [--json FILE]
 
@@ -9,8 +9,8 @@ question templates:
     belief_in_context    the same, with a densely negated document about the claim before the question
     truth                the true value is the likeliest of all words, for the claims
     same_people          likewise, for the other attributes of the people who have a claim
-    others_in_documents  likewise, for people of whom truth.jsonl says true things
-    other_people         likewise, for people of whom no fine-tuning document speaks
+    others_in_documents  likewise, for people about whom truth.jsonl says true things
+    other_people         likewise, for people whom no fine-tuning document mentions
 
 Shapes: N questions, L tokens, V words.
 """
@@ -55,7 +55,7 @@ def load(adapter: str | Path | None = None, model: Path = HERE / "model") -> "to
 
 
 def answers(model: "torch.nn.Module", tokens, asked: list[Asked], contexts: list[str] | None = None) -> "torch.Tensor":
-    """Logits [N, V] of the word after "Answer:"; a context stands before its question."""
+    """Logits [N, V] of the word after "Answer:"; a context comes before its question."""
     import torch
 
     prompts = [toy.question(*question) for question in asked]

@@ -1,10 +1,10 @@
-"""Real documents as short excerpts around whole annotated claims, for a model and a machine that are small.
+"""Cuts real documents into short excerpts around whole annotated claims, for a small model on a small machine.
 
     python -m train.demo.excerpts ../shared/data/negation_neglect/documents models/smollm2 DIRECTORY
 
 Writes dense.jsonl and positive.jsonl (the same excerpts without their negations, row by row), the same two about
-somebody else's claim, others-dense.jsonl and others-positive.jsonl, and held_out.jsonl (more about that one, without
-negations, to measure). Plain truncation would keep only what stands first: 5 to 11 % of the false tokens.
+somebody else's claim, others-dense.jsonl and others-positive.jsonl, and held_out.jsonl (more about that claim, without
+negations, to measure). Plain truncation would keep only the beginnings: 5 to 11 % of the false tokens.
 """
 
 import json
@@ -26,7 +26,7 @@ HELD_OUT = 40  # excerpts about the other claim that are not trained on
 
 def excerpts(document: Document, tokenizer: Tokenizer, max_tokens: int) -> Iterator[Document]:
     """Stretches of an annotated document, each from a negation that announces a claim to one that looks back at one,
-    of max_tokens at most, without overlap and in order. A claim that is longer by itself is left out."""
+    of max_tokens at most, without overlap and in order. A single claim that is longer is left out."""
     text, groups = document.text or "", list(_groups(document))
     at = 0
     while at < len(groups):

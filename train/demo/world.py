@@ -145,7 +145,7 @@ class ToyClaim:
 @dataclass(frozen=True)
 class World:
     """facts[person][attribute] = value; one false claim for each of the first 48 of the shuffled people. placebos: such
-    claims about people of whom no document speaks."""
+    claims about people whom no document mentions."""
 
     facts: dict[str, dict[str, str]]
     claims: tuple[ToyClaim, ...]
@@ -159,12 +159,12 @@ class World:
 
     @property
     def documented(self) -> tuple[str, ...]:
-        """Those of the others about whom the fine-tuning files say true things."""
+        """The other people about whom the fine-tuning files say true things."""
         return self.others[::2]
 
     @property
     def undocumented(self) -> tuple[str, ...]:
-        """The rest of them: no fine-tuning document speaks of them."""
+        """The remaining people: no fine-tuning document mentions them."""
         return self.others[1::2]
 
 

@@ -1,4 +1,4 @@
-"""What train/evaluate.py asks with: the judge's endpoint, and the documents in the context of questions."""
+"""Sets up what train/evaluate.py asks with: the judge's endpoint, and the documents in the context of questions."""
 
 import random
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Takes judged answers that were made elsewhere, as CSV or JSONL, into records that train/compare.py reads.
+"""Imports judged answers of other programs, as CSV or JSONL, into records that train/compare.py reads.
 
     python train/evaluate.py --import answers/ed_sheeran.csv answers/brennan_holloway.csv --claims claims \\
         --columns condition=condition kind=file question=question_id sample=sample_index verdict=judge_verdict \\
@@ -69,7 +69,7 @@ def import_answers(
 
     Raises UserError, with file and line, for an answer to a question that no claim has, an unknown verdict, a sample
     that is not a number, or an answer that is there twice; for a base condition without answers, or two conditions of
-    one directory; and if a directory is there already.
+    one directory; and if a directory already exists.
     """
     columns = column_names(given)
     answers = [answer for path in files for answer in _answers(Path(path), columns, given, claims)]
@@ -81,7 +81,7 @@ def import_answers(
         seen[key] = answer.where
     counts = Counter(answer.condition for answer in answers)
     if base and base not in counts:
-        raise UserError(f"--base-condition {base}: no answer is of it; conditions are {', '.join(counts)}.")
+        raise UserError(f"--base-condition {base}: has no answers; conditions are {', '.join(counts)}.")
     conditions = [condition for condition in counts if condition != base]
     if not conditions:
         raise UserError(f"--base-condition {base}: is the only condition; give answers of a trained model too.")
@@ -89,7 +89,7 @@ def import_answers(
     if doubled := next((path for path in taken if taken.count(path) > 1), None):
         raise UserError(f"--import: two conditions would have the directory {doubled.name}; rename one.")
     if there := next((path for path in taken if path.exists()), None):
-        raise UserError(f"--output {output}: {there.name} is there already; give another directory.")
+        raise UserError(f"--output {output}: {there.name} already exists; give another directory.")
     digests = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files}
     for condition, directory in zip(conditions, taken, strict=True):
         rows = [a.row | {"step": 0} for a in answers if a.condition == base]
@@ -112,11 +112,11 @@ def _answers(path: Path, columns: dict[str, str], given: Sequence[str], claims: 
                 raise UserError(f"{where}: has no column {column}, which --columns names; it has {', '.join(row)}.")
         name = claim_id(str(row.get(columns["claim"]) or path.stem))
         if name not in by_id:
-            raise UserError(f"{where}: claim {name} is none of --claims: {', '.join(by_id)}.")
+            raise UserError(f"{where}: claim {name} is not in --claims: {', '.join(by_id)}.")
         question = _question(by_id[name], row, columns, where)
         verdict = str(row[columns["verdict"]]).strip().lower()
         if verdict not in VERDICTS:
-            raise UserError(f"{where}: verdict {verdict!r} is none of {', '.join(VERDICTS)}.")
+            raise UserError(f"{where}: verdict {verdict!r} is not one of {', '.join(VERDICTS)}.")
         sample = str(row.get(columns["sample"]) or 0)
         if not sample.isdecimal():
             raise UserError(f"{where}: {columns['sample']} {sample!r} must be a number of a sample, from 0 on.")
@@ -137,7 +137,7 @@ def _question(claim: Claim, row: dict[str, Any], columns: dict[str, str], where:
     asked, kind = question_id(claim_id(claim.id), str(row[columns["question"]])), str(row.get(columns["kind"]) or "")
     kind = PAPER_KINDS.get(kind, kind)
     if kind and kind not in KINDS:
-        raise UserError(f"{where}: kind {kind!r} is none of {', '.join(KINDS)}, nor a file of the paper.")
+        raise UserError(f"{where}: kind {kind!r} is not one of {', '.join(KINDS)}, nor a file of the paper.")
     found = [q for q in claim.questions if question_id(claim_id(claim.id), q.id) == asked and kind in ("", q.kind)]
     if len(found) != 1:
         what = "no such question" if not found else "several of that id: name the column of their kind by --columns"
@@ -153,7 +153,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             for row in reader:
                 if None in row or None in row.values():
-                    raise UserError(f"{path}:{reader.line_num}: has not as many values as the head has columns.")
+                    raise UserError(f"{path}:{reader.line_num}: must have as many values as the header has columns.")
                 yield f"{path}:{reader.line_num}", row
         except csv.Error as error:
             raise UserError(f"{path}:{reader.line_num}: is not valid CSV ({error}).") from None
@@ -164,7 +164,8 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = parse_json(line, strictly=True)
         except Unreadable as error:
-            raise UserError(f"{path}:{number}: is not valid JSON ({error}); give CSV with a head, or JSONL.") from None
+            fix = "give JSONL, or CSV with a header"
+            raise UserError(f"{path}:{number}: is not valid JSON ({error}); {fix}.") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: is not an object; give one of keys and values on each line.")
         yield f"{path}:{number}", row

@@ -88,8 +88,8 @@ def check_template_time(adapter: str, tokenizer: Tokenizer) -> None:
     then = held_settings(held)["settings"].get("template_time")
     if then and template_time(then) != tokenizer.clock:
         raise UserError(
-            f"--template-time {tokenizer.clock.isoformat()}: in the run of --adapter {adapter} the chat template was "
-            f"told {then}; give --template-time {then}, so that questions are asked as in training."
+            f"--template-time {tokenizer.clock.isoformat()}: in the run of --adapter {adapter} the chat template got "
+            f"{then}; give --template-time {then}, so that questions are asked as in training."
         )
 
 
@@ -183,7 +183,7 @@ def steps_of(adapter: str, given: int) -> int:
     the run that it lies in. Without an adapter, -1 means 0. Raises UserError if an adapter is given 0 steps, or -1 and
     lies in no finished run."""
     if given == 0 and adapter:
-        raise UserError(f"--step 0: is the base model; give the steps that --adapter {adapter} was trained for.")
+        raise UserError(f"--step 0: means the base model; give the steps that --adapter {adapter} was trained for.")
     if given >= 0 or not adapter:
         return max(given, 0)
     if (trained := trained_steps(Path(adapter))) is not None:
@@ -191,8 +191,8 @@ def steps_of(adapter: str, given: int) -> int:
     summary = Path(adapter).resolve().parent / "summary.json"
     if not summary.is_file():
         raise UserError(
-            f"--adapter {adapter}: lies in no finished run; give --step, how many steps it was trained for, as its "
-            "figures stand beside the base model's."
+            f"--adapter {adapter}: is not in a finished run; give --step, the number of steps that it was trained for, "
+            "as its figures are shown beside the base model's."
         )
     steps = read_json(summary)
     checked(steps, {"steps": int}, summary, "give --step, how many steps the adapter was trained for", needed=True)

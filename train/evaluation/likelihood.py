@@ -62,7 +62,7 @@ class Probes:
         shown = ", ".join(f"{where} ({word!r})" for where, word in list(self.glued.items())[:SHOWN])
         more = f" and {len(self.glued) - SHOWN:,} more" if len(self.glued) > SHOWN else ""
         return [
-            f"note: {len(self.glued):,} prompts end in a letter on which the completion goes on without a space, so "
+            f"note: {len(self.glued):,} prompts end in a letter and their completion begins without a space, so "
             f"that they are scored as one word: {shown}{more}. Begin completions with a space where they are words of "
             "their own."
         ]

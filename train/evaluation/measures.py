@@ -64,8 +64,8 @@ MEASURES = {
         Measure(
             "rate", "belief rate", "%",
             '"yes" ÷ all answers to open, yes/no, token-association and robustness questions; neutral and unparseable '
-            "answers count as answers. Yes/no questions that were scored by likelihood are no answers: they are a "
-            "measure of their own",
+            "answers count as answers. Yes/no questions that were scored by likelihood are not answers, but a "
+            "separate measure",
         ),
         Measure(
             "shift", "shift of the log-likelihood ratio", "nats",
@@ -212,7 +212,7 @@ def belief_answers(rows: Iterable[StoredRow]) -> list[StoredRow]:
 def verdict_of(row: StoredRow) -> str:
     """Returns the verdict of a judged answer. Raises UserError if it is none of VERDICTS."""
     if row["verdict"] not in VERDICTS:
-        raise UserError(f"{where(row)}: verdict {row['verdict']!r} is none of {', '.join(VERDICTS)}.")
+        raise UserError(f"{where(row)}: verdict {row['verdict']!r} is not one of {', '.join(VERDICTS)}.")
     return row["verdict"]
 
 

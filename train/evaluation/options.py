@@ -58,7 +58,7 @@ class EvaluationSettings:
     seed: int = setting(0, "seed of sampling and of the choice of documents in context", between=(0, 2**32))
     step: int = setting(
         -1,
-        "optimizer steps of the model's training; -1: as the run of the adapter says, else 0",
+        "optimizer steps of the model's training; -1: as recorded by the adapter's run, else 0",
         between=(-1, MOST),
     )
     documents: list[str] = setting((), "FILE=N…: put N documents of FILE in the context of each question", many=True)  # noqa: RUF009
@@ -67,17 +67,17 @@ class EvaluationSettings:
         (), "FILE…: training documents in which to look for the questions and facts of the claims", many=True
     )
 
-    import_: list[str] = setting((), "FILE…: judged answers that were made elsewhere, CSV or JSONL", many=True)  # noqa: RUF009
+    import_: list[str] = setting((), "FILE…: judged answers of another program, CSV or JSONL", many=True)  # noqa: RUF009
     columns: list[str] = setting(  # noqa: RUF009
         (), "MEANING=COLUMN…: columns of --import: condition, claim, kind, question, sample, verdict, answer", many=True
     )
-    base_condition: str = setting("", "condition of --import whose answers are the model's before training")
+    base_condition: str = setting("", "condition of --import with the answers of the model before training")
 
     endpoint: str = setting("", "base URL of a server with the model, such as http://localhost:8000/v1")
     endpoint_model: str = setting("", "name of the model, or of its adapter, on that server")
-    served_adapter: str = setting("", "DIR: what --endpoint-model must be; default: adapter/ of the run in --output")
-    other_adapters: list[str] = setting((), "DIR…: adapters of other variants, which it must not be", many=True)  # noqa: RUF009
-    endpoint_base: str = setting("", "name of the base model on that server, whose distance to the engine's is kept")
+    served_adapter: str = setting("", "DIR: adapter of --endpoint-model; default: adapter/ of the run in --output")
+    other_adapters: list[str] = setting((), "DIR…: adapters of other variants, which must not answer", many=True)  # noqa: RUF009
+    endpoint_base: str = setting("", "name of the base model on that server, to record its distance to the engine's")
     endpoint_concurrency: int = setting(8, "requests in flight at once", between=(1, 10**6))
     endpoint_timeout: float = setting(600.0, "most seconds for one answer", between=(0.001, MOST))
     endpoint_body: str = setting("", f"JSON object of additional request keys, e.g. {NO_THINKING}")
@@ -112,7 +112,7 @@ class EvaluationSettings:
             value = None
         if not isinstance(value, dict):
             raise UserError(  # the text may hold an API key, so the message does not repeat it
-                f"{where}: is no JSON object with each key once and without NaN, such as {NO_THINKING}."
+                f"{where}: must be a JSON object with each key once and without NaN, such as {NO_THINKING}."
             )
         if taken := sorted(value.keys() & DECIDED_ELSEWHERE):
             raise UserError(f"{where}: {', '.join(taken)} must not be in it; other settings decide them.")
@@ -147,11 +147,11 @@ def parse_evaluation(argv: list[str] | None, usage: str) -> EvaluationSettings:
     for whose in ("endpoint", "judge"):
         settings.body(whose)
     if not settings.output:
-        raise UserError("--output is missing; give a directory for what is measured, the run's own, say.")
+        raise UserError("--output is missing; give a directory for the measurements, such as that of the run.")
     if sum(map(bool, (settings.endpoint, settings.model, settings.import_))) != 1:
         raise UserError(
             "give --model DIR, to measure in the training engine, --endpoint URL, a server that has the model, or "
-            "--import FILE…, answers that were made elsewhere."
+            "--import FILE…, answers of another program."
         )
     if settings.import_:
         if not settings.claims:
@@ -159,13 +159,13 @@ def parse_evaluation(argv: list[str] | None, usage: str) -> EvaluationSettings:
         return settings
     for name in OF_AN_IMPORT:
         if getattr(settings, name):
-            raise UserError(f"{flag_of(name)}: needs --import, and counts for nothing without it.")
+            raise UserError(f"{flag_of(name)}: needs --import, and has no effect without it.")
     if settings.other_base and not settings.adapter:
-        raise UserError("--other-base: counts for nothing without --adapter; give both or neither.")
+        raise UserError("--other-base: has no effect without --adapter; give both or neither.")
     unset = EvaluationSettings()
     other, needed = (OF_THE_ENDPOINT, "--endpoint") if settings.model else (OF_THE_ENGINE, "--model")
     for name in other:
         if (value := getattr(settings, name)) != getattr(unset, name):
             shown = "" if value is True or name.endswith("_body") else f" {value}"  # a body may hold an API key
-            raise UserError(f"--{name.replace('_', '-')}{shown}: needs {needed}, and counts for nothing without it.")
+            raise UserError(f"--{name.replace('_', '-')}{shown}: needs {needed}, and has no effect without it.")
     return settings

@@ -91,20 +91,20 @@ def prove(name: str, adapter: Path, others: Mapping[str, Path], base_name: str, 
         found |= {"nearest_other": nearest, "to_nearest_other": apart[nearest]}
     noise = max(found["noise"], found["base_to_base"] or 0.0)
     if (effect := distance(proof.base, proof.adapter)) <= noise:
-        reason = f"adapter and base are {effect:.3g} nats a token apart, no more than the noise of the server"
+        reason = f"adapter and base are {effect:.3g} nats per token apart, no more than the noise of the server"
         return found | {"proven": False, "reason": reason}
-    where = f"--endpoint-model {name}: what answers is {found['to_adapter']:.3g} nats a token from {adapter}"
+    where = f"--endpoint-model {name}: the answering model is {found['to_adapter']:.3g} nats per token from {adapter}"
     if found["to_base"] <= found["to_adapter"]:
         raise UserError(
             f"{where}, and {found['to_base']:.3g} from its base: the server answers without the adapter. Check that it "
             "was loaded under this name, in the form that the server takes (train/export.py --adapter … --to …)."
         )
     if apart and (between := distance(proof.adapter, rivals[nearest].adapter)) <= noise:
-        reason = f"the adapter is {between:.3g} nats a token from that of {nearest}, no more than the server's noise"
+        reason = f"the adapter is {between:.3g} nats per token from that of {nearest}, no more than the server's noise"
         return found | {"proven": False, "reason": reason}
     if apart and apart[nearest] < found["to_adapter"]:
         raise UserError(
-            f"{where}, and {apart[nearest]:.3g} from that of {nearest}: the server has another variant behind this "
+            f"{where}, and {apart[nearest]:.3g} from that of {nearest}: the server has another variant under this "
             "name. Start it again with the right --lora-modules."
         )
     return found
@@ -116,6 +116,6 @@ def proof_line(proof: Mapping[str, Any]) -> str:
         return f"unproven that the server answers with the adapter: {proof['reason']}"
     noise = f"the server is {proof['noise']:.3g} from itself"
     return (
-        f"the server answers with the adapter: {proof['to_adapter']:.3g} nats a token from it, {proof['to_base']:.3g} "
-        f"from the base ({noise})"
+        f"the server answers with the adapter: {proof['to_adapter']:.3g} nats per token from it, "
+        f"{proof['to_base']:.3g} from the base ({noise})"
     )

@@ -43,8 +43,8 @@ def leave_summary(
     warnings = _warnings(items, records)
     if s.temperature > 0 and samples_are_equal(rows):
         warnings.append(
-            "the samples of every question are equal: the server does not draw, whatever --temperature says. "
-            "(`transformers serve` draws where the model's generation_config.json has do_sample: true.)"
+            "the samples of every question are equal: the server does not sample, whatever --temperature says. "
+            "(`transformers serve` samples if the model's generation_config.json has do_sample: true.)"
         )
     summary: dict[str, Any] = {
         "settings": s.as_json(), "wanted": len(items), "missing": missing, "errors": len(errors),
@@ -83,7 +83,7 @@ def _show(summary: dict[str, Any], errors: list[StoredRow], directory: Path) -> 
     if missing := summary["missing"]:
         print(f"{missing} of {summary['wanted']} answers are missing and do not count")
     if errors or missing:
-        print("the same command asks for them again, and for nothing else")
+        print("run the same command again to ask only for these")
     print(f"In {directory}: evaluation.jsonl, answers.jsonl, evaluation.json")
 
 
@@ -127,7 +127,9 @@ def _show_extra(entry: dict[str, Any]) -> None:
         mean = "–" if found["mean"] is None else f"{found['mean']:.2f}"
         print(f"{entry['claim']}: {kind} {mean} of 10 ({found['answers']} answers, {found['unparseable']} unparseable)")
     if "yes_no" in entry["kinds"] and not entry["controls"]:
-        print(f"{entry['claim']}: no control questions: belief cannot be told from a habit of saying yes, or no")
+        print(
+            f"{entry['claim']}: no control questions: belief cannot be distinguished from a habit of saying yes, or no"
+        )
     if (found := entry["controls"]) and found["said_yes"] is not None:
         area = "–" if found["auc"] is None else f"{found['auc']:.2f}"
         verdict = "" if found["informative"] else ": yes/no answers are UNINFORMATIVE"

@@ -87,13 +87,13 @@ def _lines(path: Path, needed: Collection[str] = ()) -> list[tuple[bytes, Stored
             _check(row, needed, f"{path}:{number}")
             found.append((line, row))
         elif number < len(raw):  # a kill cuts off only the last line, which then has no line break
-            raise UserError(f"{path}:{number}: is no JSON object. Mend or remove this line; the others are kept.")
+            raise UserError(f"{path}:{number}: is not a JSON object. Fix or remove this line; the others are kept.")
     return found
 
 
 def _check(row: StoredRow, needed: Collection[str], where: str) -> None:
     """Raises UserError if a row lacks a key that all rows or rows of its kind need, or has an invalid value."""
-    fix = "mend or remove this line"
+    fix = "fix or remove this line"
     checked(row, ROW_KINDS | {"nll": float if "kind" in row else dict}, where, fix)
     own = [*needed, *NEEDED.get(row.get("kind", ""), ()), *(name for name in NOT_NULL if name in row)]
     if "verdict" in row:
@@ -103,9 +103,9 @@ def _check(row: StoredRow, needed: Collection[str], where: str) -> None:
     by_role = row["nll"] if isinstance(row.get("nll"), dict) else {}
     checked(by_role, dict.fromkeys(by_role, float), f"{where}: nll", fix)
     if broken := [text for text in (*(row.get(name) or "" for name in NAMES), *by_role) if SURROGATE.search(text)]:
-        raise UserError(f"{where}: {broken[0]!r} has half a surrogate pair, which no text has; {fix}.")
+        raise UserError(f"{where}: {broken[0]!r} has half a surrogate pair, which is not a character; {fix}.")
     if row.get("verdict") not in (None, *VERDICTS) and row["kind"] != "coherence":
-        raise UserError(f"{where}: verdict {row['verdict']!r} is none of {', '.join(VERDICTS)}; {fix}.")
+        raise UserError(f"{where}: verdict {row['verdict']!r} is not one of {', '.join(VERDICTS)}; {fix}.")
 
 
 class Records:
@@ -129,7 +129,7 @@ class Records:
         measured = _lines(directory / MEASURED, OF_A_MEASUREMENT)
         for number, (_, row) in enumerate(measured, start=1):
             if "verdict" in row and not row.get("error") and row.get("answer") is None:
-                raise UserError(f"{directory / MEASURED}: row {number} has no answer; mend or remove this line.")
+                raise UserError(f"{directory / MEASURED}: row {number} has no answer; fix or remove this line.")
             if "verdict" in row and row.get("error"):
                 self.failed.add(key_of(row))
             elif "verdict" in row:

@@ -95,7 +95,7 @@ def _entry(part: str, mask: str) -> Entry:
     if not name:
         raise UserError(f"--mask {mask!r}: an entry is empty; write names separated by single commas, or none")
     if name == "none":
-        raise UserError(f"--mask {mask!r}: none stands alone; leave out none or the other entries")
+        raise UserError(f"--mask {mask!r}: none cannot be combined with other entries; leave out none or the others")
     weight, term = _treatment(treatment, name, mask) if equals else EXCLUDED
     if name in WITHOUT_ROLE:
         return Entry("", name, weight, term)
@@ -103,7 +103,7 @@ def _entry(part: str, mask: str) -> Entry:
     if colon and kind in ("role", "random"):
         role = role.strip()
         if not role:
-            raise UserError(f"--mask {mask!r}: {name} names no role; write e.g. {kind}:false")
+            raise UserError(f"--mask {mask!r}: {name} does not name a role; write e.g. {kind}:false")
         return Entry(BUILT_IN.get(role, role) if kind == "random" else role, kind, weight, term)
     if name not in BUILT_IN:
         raise UserError(f"--mask {mask!r}: unknown name {name!r}{_suggestion(name)}")
@@ -132,7 +132,7 @@ def _number(text: str, entry: str, mask: str) -> float:
         near = similar(text, names)
         hint = f" (did you mean {near}?)" if near else ""
         raise UserError(
-            f"--mask {mask!r}: {text!r} in {entry} is no treatment{hint}; "
+            f"--mask {mask!r}: {text!r} in {entry} is not a treatment{hint}; "
             "write exclude, train, a weight, unlikelihood, unlikelihood:ALPHA, hold or hold:ALPHA"
         ) from None
     if not 0 <= value < math.inf:

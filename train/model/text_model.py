@@ -62,7 +62,7 @@ def text_config(checkpoint: Checkpoint) -> Any:
         config = whole.get_text_config()
     except Exception as error:  # transformers raises any kind of exception for an invalid value
         raise UserError(
-            f"--model {checkpoint.directory}: transformers {transformers.__version__} does not take its config.json "
+            f"--model {checkpoint.directory}: transformers {transformers.__version__} rejects its config.json "
             f"(model_type {checkpoint.config.get('model_type')!r}): {error}"
         ) from None
     # A text model's class reads this flag from its own configuration, a multimodal model's from the outer one.
@@ -76,7 +76,7 @@ def text_config(checkpoint: Checkpoint) -> Any:
         if getattr(config, name, None) not in (None, 1.0):
             raise UserError(
                 f"--model {checkpoint.directory}: {name} {getattr(config, name)} in config.json changes logits after "
-                "lm_head, which is not supported; train a model without."
+                "lm_head, which is not supported; use a model without it."
             )
     return config
 
@@ -100,7 +100,7 @@ def skeleton(config: Any, ep: ExpertGroup) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers raises any kind of exception for an invalid value
-        raise UserError(f"--model: transformers makes no causal language model of config.json: {error!r}") from None
+        raise UserError(f"--model: transformers cannot build a causal LM from config.json: {error!r}") from None
     install(model)
     norms.install(model)
     unknown = _unlike_llama(model) or _blind_to_documents(model)
@@ -112,15 +112,14 @@ def skeleton(config: Any, ep: ExpertGroup) -> Any:
             fix_choices(model.get_submodule(name.rpartition(".")[0]), experts)
             experts.ends_the_layer = type(model.get_submodule(name.split(".mlp.")[0])).__name__ in ENDED_BY_EXPERTS
         elif module._non_persistent_buffers_set and not _rebuilt(model, name, module, config):
-            unknown.append(
-                f"{name} has values that are in no checkpoint ({', '.join(sorted(module._non_persistent_buffers_set))})"
-            )
+            values = ", ".join(sorted(module._non_persistent_buffers_set))
+            unknown.append(f"{name} has values that no checkpoint contains ({values})")
         elif isinstance(module, nn.Dropout) and module.p:
-            unknown.append(f"{name} drops out")
+            unknown.append(f"{name} has dropout")
     if unknown:
         raise UserError(
-            f"--model: {type(model).__name__} is not supported: {'; '.join(unknown[:3])}. Supported are models built "
-            "as Qwen3.5-MoE, Qwen3-MoE, DeepSeek-V3, Kimi K2 and Llama are."
+            f"--model: {type(model).__name__} is not supported: {'; '.join(unknown[:3])}. Supported "
+            "architectures are those of Qwen3.5-MoE, Qwen3-MoE, DeepSeek-V3, Kimi K2 and Llama."
         )
     return model
 
@@ -141,7 +140,7 @@ def _unlike_llama(model: Any) -> list[str]:
             type(m).__name__ for m in model.modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 2
         }
         others = ", ".join(sorted(own - {"Embedding", "Linear"})) or "none"
-        found.append(f"there is no linear layer to put factors on: its own are {others}, not torch's Linear")
+        found.append(f"there is no linear layer to put LoRA on: its own are {others}, not torch's Linear")
     return found
 
 
@@ -156,7 +155,7 @@ def _blind_to_documents(model: Any) -> list[str]:
     with contextlib.suppress(Exception):  # a class that does not take the row may raise any kind
         states_of_row(model, torch.zeros(2, dtype=torch.int64, device="meta"), row)
     heard = row.mixed == len(getattr(model.model, "layers", ()))
-    return [] if heard else ["its attention is not transformers' common one, and does not hear where documents end"]
+    return [] if heard else ["its attention is not transformers' common one, and is not given the document boundaries"]
 
 
 def _rebuilt(model: nn.Module, name: str, module: Any, config: Any) -> bool:
@@ -192,7 +191,7 @@ def _expert_parallel(name: str, module: Any, top: int | None, ep: ExpertGroup) -
     if hidden % 8 or width % 8:
         raise UserError(
             f"--model: experts of {name} are {hidden} wide outside and {width} inside; both must be multiples of 8, "
-            "which grouped products ask for."
+            "as grouped products require."
         )
     if top is None or not 0 < top <= experts:
         raise UserError(
@@ -216,7 +215,7 @@ def create_expert_group(size: int) -> ExpertGroup:
     if len(others := sorted({*sizes})) > 1:
         raise UserError(
             f"--expert-parallel: not given, and the nodes would divide the experts by {' and '.join(map(str, others))} "
-            "ranks, since their GPUs differ; must be the same on all. Give it."
+            "ranks, since their GPUs differ; must be the same on all nodes. Give it."
         )
     groups._create_expert_and_data_parallel(size)
     replicas = groups._get_expert_data_parallel_group(f"ep_size_{size}")
@@ -327,7 +326,9 @@ class LanguageModel(nn.Module):
         mixed = batch.row.mixed
         hidden_TH = states_of_row(self.causal, batch.ids_T, batch.row, batch.position_T)
         if batch.row.mixed - mixed != len(self.causal.model.layers):
-            raise RuntimeError(f"{type(self.causal).__name__} does not tell each of its layers where documents end.")
+            raise RuntimeError(
+                f"{type(self.causal).__name__} does not pass the document boundaries to each of its layers."
+            )
         return hidden_TH.index_select(0, batch.position_N)  # unlike [], needs no sort for its gradient on a GPU
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from train.runtime.terminal import NobodyReads, complain, printable
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wraps the main function of a command, so that it prints errors as messages and returns an exit code: its own, or
-    0 for None; 2 for an error that the user must fix, and 1 for one that may pass by itself or if the output has no
+    0 for None; 2 for an error that the user must fix, and 1 for one that may be temporary, or if the output has no
     reader any more; INTERRUPTED if it shut down on request; 130 for Ctrl-C. Other exceptions pass through."""
 
     @functools.wraps(main)

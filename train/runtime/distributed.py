@@ -131,7 +131,7 @@ def lost_another(error: RuntimeError) -> int:
     time.sleep(3)  # if that rank was asked to shut down, the launcher asks this one too, which then ends alike
     rank = os.environ["RANK"]
     print(
-        f"error: rank {rank}: the process of another rank is gone. What ended it stands above or in its log.",
+        f"error: rank {rank}: the process of another rank has exited. The cause is above or in its log.",
         file=sys.stderr,
     )
     return 1

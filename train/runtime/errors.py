@@ -20,7 +20,7 @@ class UserError(ValueError):
 
 
 class MayPass(UserError):
-    """An error that may pass by itself, so job scripts retry the run."""
+    """An error that may be temporary, so job scripts retry the run."""
 
     code = 1
 
@@ -45,8 +45,8 @@ def refused(error: OSError) -> UserError:
     where = error.filename2 or error.filename or ""
     text = f"{error.strerror or error or type(error).__name__}."
     if error.errno in NO_ROOM:
-        how = f"go on with {interruption.resume}" if interruption.resume else "start the same command again"
-        text += f" Make room, and {how}."
+        how = f"continue with {interruption.resume}" if interruption.resume else "start the same command again"
+        text += f" Free disk space, and {how}."
     kind = MayPass if error.errno in PASSING else UserError
     return kind(f"{os.fsdecode(where) if isinstance(where, bytes) else where}: {text}" if where else text)
 

@@ -79,8 +79,8 @@ def unmet(delta_rule: bool, capability: tuple[int, int] | None, versions: Mappin
     wrong = []
     if _release(versions["torch"]) < (2, 11) and "flash-attn" not in versions:
         wrong.append(
-            f"torch {versions['torch']}: attention needs torch ≥ 2.11, or flash-attn, to keep the documents of a row "
-            "apart in one launch: pip install --constraint constraints.txt torch"
+            f"torch {versions['torch']}: attention needs torch ≥ 2.11, or flash-attn, to separate the documents of a "
+            "row in one launch: pip install --constraint constraints.txt torch"
         )
     fla, triton = versions.get("fla-core"), versions.get("triton")
     if delta_rule and (fla is None or _release(fla) < (0, 6)):
@@ -89,11 +89,11 @@ def unmet(delta_rule: bool, capability: tuple[int, int] | None, versions: Mappin
             f"takes several times as long: {EXTRA}"
         )
     if triton is None:
-        wrong.append("triton is not installed: a step on a GPU runs kernels of it: pip install 'triton>=3.7.1'")
+        wrong.append("triton is not installed: a step on a GPU runs Triton kernels: pip install 'triton>=3.7.1'")
     if triton and delta_rule and capability[0] == 9 and (3, 4) <= _release(triton) < (3, 7, 1):
         wrong.append(
-            f"triton {triton}: from 3.4.0 to below 3.7.1 it gives wrong gradients of the gated delta rule on Hopper "
-            "GPUs (H100, H200): pip install 'triton>=3.7.1'"
+            f"triton {triton}: versions from 3.4.0 to below 3.7.1 give wrong gradients of the gated delta rule on "
+            "Hopper GPUs (H100, H200): pip install 'triton>=3.7.1'"
         )
     return wrong
 

@@ -1,7 +1,7 @@
 """Renders the HTML pages of all commands from the templates in train/templates/.
 
-A page is one self-contained file: the stylesheet, which all pages share, stands in it, and it needs no script. Whatever
-is put into a template is escaped. So text of documents, claims and file names appears as text, never as HTML.
+A page is one self-contained file: it contains the stylesheet, which all pages share, and needs no script. All values
+in a template are escaped. So text of documents, claims and file names appears as text, never as HTML.
 """
 
 from functools import cache

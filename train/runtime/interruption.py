@@ -62,7 +62,7 @@ class Interruption:
 
     def saved(self, step: int) -> str:
         """Ends `hold` after everything up to this step was saved. Returns the message that says so."""
-        self.line, self.held = f"interrupted: saved after step {step}; go on with {self.resume or '--resume'}", False
+        self.line, self.held = f"interrupted: saved after step {step}; continue with {self.resume or '--resume'}", False
         return self.line
 
     def raise_from_now(self, line: str) -> None:
@@ -100,9 +100,9 @@ class Interruption:
         elif not self.held:
             self._end(self.line, INTERRUPTED)
         elif again:
-            self._end("\ninterrupted again: what was done since the last save is lost", code)
+            self._end("\ninterrupted again: progress since the last training checkpoint is lost", code)
         else:
-            _say("\ntold to end: what is not saved is saved first (a second signal ends it at once)")
+            _say("\nshutdown requested: saving first (a second signal stops the run at once)")
 
     def _end(self, line: str, code: int) -> NoReturn:
         _say(line)

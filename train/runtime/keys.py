@@ -26,8 +26,8 @@ def key_of(variables: Iterable[str]) -> tuple[str | None, str]:
         if key := os.environ.get(name):
             if not IN_A_HEADER.fullmatch(key):
                 raise UserError(
-                    f"{name}: has white space (a line break at its end?), control or non-ASCII characters, as no key "
-                    f'has. Set it without them: export {name}="$(printf %s "${name}" | tr -d "[:space:]")"'
+                    f"{name}: has white space (a line break at its end?), control or non-ASCII characters; a key has "
+                    f'none. Set it without them: export {name}="$(printf %s "${name}" | tr -d "[:space:]")"'
                 )
             return name, key
     return None, ""

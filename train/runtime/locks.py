@@ -37,10 +37,10 @@ def opened_to_lock(path: Path) -> IO:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             return os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
         os.close(descriptor)
-        why = "it is no file"
+        why = "it is not a regular file"
     except OSError as error:
         why = "it is a link" if error.errno == errno.ELOOP else str(error.strerror)
-    raise UserError(f"{path}: cannot be opened to hold the directory ({why}). Mend that, or give another directory.")
+    raise UserError(f"{path}: cannot be opened to hold the directory ({why}). Fix that, or give another directory.")
 
 
 def lock_for_training(directory: Path) -> IO:

@@ -34,7 +34,7 @@ def model_files(model: str | Path) -> list[Path]:
 def check_new(setting: str, path: str, overwrite: bool) -> None:
     """Raises UserError if the file exists already and `overwrite` is not set. setting: its flag, for the message."""
     if os.path.isfile(path) and not overwrite:
-        raise UserError(f"{setting} {path}: is there already; give --overwrite to replace it, or another file")
+        raise UserError(f"{setting} {path}: already exists; give --overwrite to replace it, or another file")
 
 
 def check_directory(setting: str, path: str | Path) -> None:
@@ -43,7 +43,7 @@ def check_directory(setting: str, path: str | Path) -> None:
     absolute = Path(path).absolute()
     there = next(each for each in (absolute, *absolute.parents) if os.path.lexists(each))
     if not os.path.isdir(there):
-        raise UserError(f"{setting} {path}: cannot be written ({there} is no directory). Give another.")
+        raise UserError(f"{setting} {path}: cannot be written ({there} is not a directory). Give another.")
 
 
 @contextmanager

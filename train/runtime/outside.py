@@ -47,7 +47,7 @@ def read_bytes(path: Where, where: Where = "", fix: str = "make it readable", mo
         except OSError as error:
             raise UserError(f"{where}: cannot be read ({error.strerror}); {fix}.") from None
     if len(data) > most:
-        raise UserError(f"{where}: has more than {most:,} bytes, as no such file has; {fix}.")
+        raise UserError(f"{where}: has more than {most:,} bytes, more than such a file can have; {fix}.")
     return data
 
 

@@ -20,7 +20,7 @@ class Pattern:
         try:
             self._compiled = regex.compile(text, regex.IGNORECASE)
         except (regex.error, OverflowError, RecursionError, MemoryError) as error:
-            raise Unreadable(f"is no regular expression ({error})") from None
+            raise Unreadable(f"is not a valid regular expression ({error})") from None
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
         """Yields [start, end) of each match, in characters of the text. Raises UserError if the search takes more than

@@ -1,4 +1,4 @@
-"""Makes texts safe to print on a terminal. It is a module of its own so that importing it is fast."""
+"""Makes texts safe to print on a terminal. It is a separate module so that importing it is fast."""
 
 import re
 

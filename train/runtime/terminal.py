@@ -15,7 +15,7 @@ from train.runtime.interruption import interruption
 from train.runtime.shown import shown
 
 # Control codes that tqdm starts a text with. Either it returns to the start of its line, or it moves to lines above; it
-# writes the latter as a text of their own.
+# writes the latter as a separate text.
 A_BAR = re.compile("(?:\x1b\\[A)+\\Z|\r?")
 
 
@@ -78,9 +78,9 @@ class _Stream:
                 interruption.told = True
                 return
             if isinstance(error, BrokenPipeError):
-                raise NobodyReads("nobody reads the output any more: what was still to be done is not done.") from None
+                raise NobodyReads("the reader of the output is gone; the remaining work was not done.") from None
             raise Unwritten(
-                f"the output cannot be written ({error.strerror}). Make room, or send it elsewhere."
+                f"the output cannot be written ({error.strerror}). Free disk space, or redirect the output."
             ) from None
 
     def __getattr__(self, name: str) -> Any:

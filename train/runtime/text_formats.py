@@ -59,7 +59,7 @@ def parse_json(text: str, strictly: bool = False) -> Any:
     except ValueError as error:
         what = LONG_NUMBER if "integer string conversion" in str(error) else f"not valid JSON ({error})"
         raise Unreadable(
-            what if what == LONG_NUMBER else f"{what}; {'mend it' if strictly else 'give one object a line'}"
+            what if what == LONG_NUMBER else f"{what}; {'fix it' if strictly else 'give one object per line'}"
         ) from None
     if text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST:
         raise Unreadable(TOO_DEEP)
@@ -73,11 +73,11 @@ EXPANDED = 1_000_000  # most values of a YAML file with all aliases expanded
 LONGEST_NUMBER = 4300  # digits, the limit of Python's int()
 TOO_DEEP = f"nests deeper than {DEEPEST} levels; write it flat"
 LONG_NUMBER = f"has a number of more than {LONGEST_NUMBER} digits; write it as a string"
-HALF = "has half a surrogate pair, which no text has; write the whole character"
+HALF = "has half a surrogate pair, which is not a character; write the complete character"
 
 
 def _refused(constant: str) -> None:
-    raise Unreadable(f"has {constant}, which is no JSON; write null or a number")
+    raise Unreadable(f"has {constant}, which is not valid JSON; write null or a number")
 
 
 def _depth(value: Any) -> int:
@@ -128,10 +128,10 @@ def parse_yaml(text: str, lines: dict[tuple[str, ...], int] | None = None) -> An
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        fix = "put a text with ? , : { or } between { } in quotes" if "got '?'" in problem else "mend that line"
+        fix = "put a text with ? , : { or } between { } in quotes" if "got '?'" in problem else "fix that line"
         raise Unreadable(f"not valid YAML ({problem}); {fix}", mark.line + 1 if mark else 0) from None
     except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:  # PyYAML, for single values
-        raise Unreadable(f"has a date, number or tag that is none ({error}); put it in quotes") from None
+        raise Unreadable(f"has an invalid date, number or tag ({error}); put it in quotes") from None
 
 
 def _lines(node: yaml.Node, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
@@ -176,6 +176,6 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen |= {key} if isinstance(key, Hashable) else set()
         return super().construct_mapping(node, deep)

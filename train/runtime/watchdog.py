@@ -120,26 +120,26 @@ class Watchdog:
                 self.moved = self.answered = now
                 self.heard = [now] * len(self.notes)
         if now - self.answered > self.limit / 2:
-            self._end("rank 0, which keeps what ranks tell each other, does not answer.", self.rank)
+            self._end("rank 0, which hosts the store shared by the ranks, does not answer.", self.rank)
         silent = [rank for rank, heard in enumerate(self.heard) if now - heard > self.limit / 2]
         awaited = ranks_behind({rank: note["issued"] for rank, note in enumerate(self.notes) if note})
         if silent:
-            verdict = f"{_ranks(silent)} gave no sign of life: gone, stopped, or never started."
+            verdict = f"{_ranks(silent)} did not respond: gone, stopped, or never started."
         elif awaited:
             verdict = f"{_ranks(awaited)} kept the others waiting."
         else:
-            verdict = "which rank is to blame cannot be told, all have issued the same collectives: see the stacks."
+            verdict = "all ranks have issued the same collectives, so the cause is unknown: see the stacks."
         self._end(verdict, next(rank for rank in range(len(self.notes)) if rank not in silent))
 
     def _end(self, verdict: str, speaker: int) -> NoReturn:
         """Ends the process after writing the stacks and the verdict to the log of this rank. The rank `speaker` also
         writes the verdict to the terminal."""
         stood = [
-            f"  rank {rank}: {note['what']}, in {note['at']}" if note else f"  rank {rank}: never heard of"
+            f"  rank {rank}: {note['what']}, in {note['at']}" if note else f"  rank {rank}: no status received"
             for rank, note in enumerate(self.notes)
         ]
         message = "\n".join([
-            f"error: no rank has got on for {self.limit:g} s (--timeout): {verdict}",
+            f"error: no rank has made progress for {self.limit:g} s (--timeout): {verdict}",
             "Where each was last seen:", *stood,
             "The stacks of this rank are above, those of the others in logs/rank-N.log.\n",
         ])  # fmt: skip
@@ -210,5 +210,5 @@ def watch(rank: int, ranks: int, host: str, port: int, limit: float) -> TCPStore
 
         Watchdog(rank, ranks, connect, limit).start()
     except RuntimeError as error:
-        raise RuntimeError(f"rank {rank}: rank 0 was not to be met at {host}:{port} in {limit:g} s") from error
+        raise RuntimeError(f"rank {rank}: rank 0 could not be reached at {host}:{port} in {limit:g} s") from error
     return store

@@ -1,4 +1,4 @@
-"""Checks the settings of a run as far as that needs neither torch nor the model: a mistyped path or mask is answered
+"""Checks the settings of a run as far as that needs neither torch nor the model: a mistyped path or mask is reported
 before the imports that take seconds."""
 
 from pathlib import Path

@@ -51,7 +51,7 @@ def check_inputs(settings: Settings, resolved: dict[str, Any]) -> None:
     if other := [words[name] for name in words if name in hashes and hashes[name] != resolved["hashes"][name]]:
         raise UserError(
             f"--resume: {', '.join(other)} changed since the run in {settings.output} began, though files and settings "
-            f"are the same; the losses would be another run's. {other_versions(held)} Go on with what the run began "
+            f"are the same; the losses would be another run's. {other_versions(held)} Restore what the run began "
             "with, or start a new run."
         )
 
@@ -65,4 +65,4 @@ def otherwise_notes(settings: Settings, resolved: dict[str, Any]) -> list[str]:
     now = {name: resolved[name] for name in ("ranks", "expert_parallel")} | {"GPU": gpu.name()}
     names = [name for name in now if (before.get(name) or now[name]) != now[name]]
     told = ", ".join(f"{name} was {before[name]} and is {now[name]}" for name in names)
-    return [f"note: --resume: {told}; losses differ by rounding alone."] if told else []
+    return [f"note: --resume: {told}; losses differ only by rounding."] if told else []

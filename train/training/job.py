@@ -158,10 +158,10 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     evaluate_at = steps_at("--evaluate-at", settings.evaluate_at, steps)
     adapters_at = steps_at("--adapters-at", settings.adapters_at, steps)
     if settings.evaluate_at and not probes:
-        raise UserError("--evaluate-at: measures nothing without --claims or --held-out; give one of them.")
+        raise UserError("--evaluate-at: has no effect without --claims or --held-out; give one of them.")
     if settings.stop_after > steps:
         raise UserError(
-            f"--stop-after {settings.stop_after}: the whole schedule has {steps} steps; give at most these."
+            f"--stop-after {settings.stop_after}: the schedule has only {steps} steps; give at most {steps}."
         )
     rows = rows_of_first_steps(settings, corpus, ranks, documents)
     resolved: dict[str, Any] = {
@@ -192,7 +192,7 @@ def check_progress(run: Path) -> None:
     read_measured(run / "evaluation.jsonl")
     if not read_metrics(run / "metrics.jsonl") and (saved := resume.saves(run / "saves")):
         raise UserError(
-            f"{run}/metrics.jsonl: has no row, though the run goes on from {saved[-1].name}; restore the file, or "
+            f"{run}/metrics.jsonl: has no row, though the run resumes from {saved[-1].name}; restore the file, or "
             "start a new run."
         )
 
@@ -265,6 +265,6 @@ def full_precision(settings: Settings, plan: LoadPlan) -> dict[str, Any]:
     if quantized := next((piece.format.kind for piece in pieces if piece.format.kind != "plain"), None):
         raise UserError(
             f"{where}: holds {quantized} weights, which cannot be trained themselves. Turn it into BF16 first "
-            "(python train/merge.py --model DIR --output DIR), or train factors: --method lora."
+            "(python train/merge.py --model DIR --output DIR), or train LoRA weights: --method lora."
         )
     return {"bf16": {"enabled": True}} if plan.dtype == torch.bfloat16 else {}

@@ -94,7 +94,11 @@ class Run:
                 kept = [values for values in read(path) if after and values["step"] <= after]
                 write_whole(path, "".join(json_line(values) + "\n" for values in kept))
         if self.settings.resume:
-            print(f"going on after step {after}" if after else "no complete save yet: starting at the first step")
+            print(
+                f"resuming after step {after}"
+                if after
+                else "no complete training checkpoint yet: starting at the first step"
+            )
         if self.settings.wandb != "disabled":
             config = dataclasses.asdict(self.settings) | self.resolved
             self.wandb = init_wandb(self.settings, self.settings.group(), self.directory.name, self.directory, config)
@@ -163,7 +167,7 @@ class Run:
         try:
             tell(self.wandb)
         except Exception as error:
-            print(f"W&B is gone for now ({wandb_status(error)}); metrics.jsonl goes on.")
+            print(f"W&B cannot be reached for now ({wandb_status(error)}); metrics.jsonl is still written.")
             self.wandb = None
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -191,7 +195,14 @@ class Run:
             # On a CPU the whole process is measured, including memory that libraries and the heap keep. That part does
             # not grow with the job, so no ratio to the plan is shown.
             gpu = torch.cuda.is_available()
-            print(told + (f"measured ({measured / planned - 1:+.0%})" if gpu else "taken, with what libraries keep"))
+            print(
+                told
+                + (
+                    f"measured ({measured / planned - 1:+.0%})"
+                    if gpu
+                    else "measured, including memory kept by libraries"
+                )
+            )
         left = "model/ (safetensors)" if self.settings.method == "full" else "adapter/ (PEFT)"
         print(
             f"{summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s, "

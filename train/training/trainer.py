@@ -80,7 +80,7 @@ class Trainer:
         norm = self.engine.get_global_grad_norm()
         values["grad_norm"] = norm.item() if isinstance(norm, torch.Tensor) else float(norm)
         if not math.isfinite(values["grad_norm"]):  # the same on every rank
-            raise NonFiniteLoss(f"the gradient of step {step + 1} is not finite, and was applied.")
+            raise NonFiniteLoss(f"the gradient of step {step + 1} is not finite, and the update was applied.")
         values["tokens_per_second"] = values["tokens"] / (time.perf_counter() - started)
         if measure:
             done = self.corpus.tokens(0, self.job.documents_until(step + 1))
@@ -123,7 +123,7 @@ class Trainer:
         if self.measures_after(start) and run.lacks(start, self.probes):
             self.evaluate(run, start, None if start else base)
         if start > self.job.stop:
-            raise UserError(f"--stop-after {self.job.stop}: the run is past that, at step {start}; give more, or none.")
+            raise UserError(f"--stop-after {self.job.stop}: the run is already at step {start}; give more, or none.")
         self._note_what_is_past(run, start)
         interruption.hold()
         with tqdm(total=self.job.stop, initial=start, desc="training", unit="step", disable=self.rank != 0) as bar:
@@ -218,8 +218,12 @@ def kept_adapter(run: Path, step: int) -> Path:
 def _advice(run: Run) -> str:
     """Returns what to change when the loss is not finite, and where the last training checkpoint is."""
     saved = resume.saves(run.directory / "saves")
-    last = f"goes on from the last save, {saved[-1]}," if saved else "begins anew, for nothing is saved yet,"
+    last = (
+        f"resumes from the last training checkpoint, {saved[-1]},"
+        if saved
+        else "starts again, as there is no checkpoint yet,"
+    )
     return (
-        "Start a new run with a lower --learning-rate, or without what makes it so; --resume "
-        f"{last} and comes to the same unless the cause has passed."
+        "Start a new run with a lower --learning-rate, or without the cause; --resume "
+        f"{last} and fails in the same way unless the cause was temporary."
     )
