@@ -15,7 +15,7 @@ from train.runtime.outputs import write_whole
 PICTURES = {
     "belief": (plots.belief, "Belief per variant and claim, with intervals and placebo claims"),
     "differences": (plots.paired_differences, "Differences to the baseline, with intervals and the bound of no effect"),
-    "curves": (plots.over_steps, "Belief over training, with placebo claims"),
+    "curves": (plots.over_steps, "Belief over training, with intervals and placebo claims"),
     "targets": (plots.targets, "Targets trained, pushed away and excluded, per role"),
     "nll": (plots.nll, "NLL of each role over training"),
     "side_effects": (plots.side_effects, "Facts, coherence and held-out text after training"),
@@ -58,7 +58,7 @@ def sections(result: ComparisonResult, drawn: set[str]) -> list[Section]:
         ("Read this with it", [Bullets(result.notes)] if result.notes else []),
         (f"Differences to {result.baseline}", [*picture("differences"), *belief_sections.difference_tables(result)]),
         ("Published values", belief_sections.published(result)),
-        ("Belief over training", picture("curves")),
+        ("Belief over training", [*picture("curves"), *belief_sections.over_steps(result)]),
         ("All measures", belief_sections.all_measures(result)),
         ("Answers and calibration", [*belief_sections.verdicts(result), *belief_sections.calibration(result)]),
         ("Targets trained and excluded", [*picture("targets"), *training_sections.targets(result)]),
