@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.server_node import on_nodes
 from train.checkpoints.present import BASE_NAME, SERVE, adapter_files, adapter_name, read_config
 from train.config.command_line import Parser, check_ranges, given, setting
 from train.runtime.command import command
@@ -46,6 +47,7 @@ class ServeOptions:
         0, "adapters in GPU memory at once, the others are swapped in when they are asked; 0: all", between=(0, 10**4)
     )
     tensor_parallel: int = setting(0, "GPUs that share each matrix; 0: all of this node", between=(0, 10**4))
+    nodes: int = setting(1, "nodes of this Slurm job that the layers are divided over (vLLM)", between=(1, 10**4))
     expert_parallel: bool = setting(False, "divide the experts over these GPUs instead of each expert's matrices")
     fully_sharded: bool = setting(False, "divide all LoRA weights over these GPUs (vLLM)")
     drop: list[str] = setting((), "NAME…: modules whose LoRA weights may be left out", many=True)  # noqa: RUF009
@@ -95,6 +97,12 @@ def check_early(options: ServeOptions) -> None:
     for name in ("model", "adapters", "output"):
         if not getattr(options, name):
             raise UserError(f"--{name} is missing; give it.")
+    held = int(os.environ.get("SLURM_JOB_NUM_NODES") or 0)
+    if options.nodes > 1 and options.to != "vllm":
+        raise UserError(f"--nodes {options.nodes}: goes with --to vllm alone; give one node, or serve by vLLM.")
+    if options.nodes > max(1, held) and not options.dry_run:
+        here = f"this Slurm job has {held}" if held else "this is no Slurm job"
+        raise UserError(f"--nodes {options.nodes}: {here}; submit one of as many (sbatch --nodes), or give fewer.")
     read_config(Path(options.model))
     check_directory("--output", options.output)
     for adapter in options.adapters:
@@ -157,10 +165,13 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
     own = server_command(options.to, options.model, written, rank, forms[0].family, slots)
     parallel = {"vllm": "--tensor-parallel-size", "sglang": "--tp-size"}[options.to]
     own += ["--host", "127.0.0.1", "--port", str(options.port), *([parallel, str(gpus)] if gpus > 1 else [])]
+    own += ["--pipeline-parallel-size", str(options.nodes)] if options.nodes > 1 else []
     if options.expert_parallel:
         own += ["--enable-expert-parallel"] if options.to == "vllm" else ["--ep-size", str(gpus)]
     own += ["--fully-sharded-loras"] if options.fully_sharded else []
     serving.command = [interpreter(options.python), *own[1:], *more]
+    if options.nodes > 1:
+        serving.command = on_nodes(serving.command, options.nodes)
     return serving
 
 
@@ -185,12 +196,13 @@ def check_memory(
             f"--fully-sharded: the ranks must be multiples of {gpus}, the number of GPUs, and are "
             f"{', '.join(map(str, sorted(ranks)))}; leave it out."
         )
-    weights = sum(info.dtype.itemsize * math.prod(info.shape) for info in base.tensors.values()) / gpus
+    weights = sum(info.dtype.itemsize * math.prod(info.shape) for info in base.tensors.values())
+    weights /= gpus * options.nodes
     sharding = options.expert_parallel, options.fully_sharded
-    adapters = slots * max(slot_bytes(form, rank, gpus, *sharding, dtype) for form in forms)
+    adapters = slots * max(slot_bytes(form, rank, gpus, *sharding, dtype) for form in forms) / options.nodes
     memory, wanted = gpu_memory(), (weights + adapters) / 1e9
     print(
-        f"on each of {gpus} {'GPUs' if memory else 'processes'}: {weights / 1e9:.2f} GB of weights, "
+        f"on each of {gpus * options.nodes} {'GPUs' if memory else 'processes'}: {weights / 1e9:.2f} GB of weights, "
         f"{adapters / 1e9:.2f} GB for {slots} of {len(forms)} adapters at once, of rank up to {rank}"
     )
     if memory and wanted > USABLE * memory:

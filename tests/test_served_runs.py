@@ -1,6 +1,7 @@
 """A real vLLM on a CPU with SmolLM2 and three adapters on one server: each is shown to answer as trained, and another
 one behind its name, or the base, is refused. (The job that asks all of them: tests/slurm.)"""
 
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from launch import evaluate_runs, serve
 from launch.evaluate_runs import EvaluateRunsOptions, models
 from launch.serve import ServeOptions, Serving, prepare
 from launch.server import Server
+from launch.server_node import of_this_node
 from tests.support.merging import write_adapter
 from tests.support.models import write_model
 from tests.support.served import ENVIRONMENT, PYTHON, SERVER, needs_vllm, proof, serve_flags, trained
@@ -128,6 +130,33 @@ def test_more_adapters_than_slots_are_one_command_and_take_the_memory_of_the_slo
     told = capsys.readouterr().out
     assert "for 1 of 3 adapters at once" in told and "--max-loras 1 " in told and "one-step-2" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_a_server_over_two_nodes_is_one_step_of_the_job_and_each_node_knows_its_part(tmp_path, capsys, monkeypatch):
+    base = write_model(tmp_path / "base", "dense")
+    run = finished(tmp_path / "one", base)
+    given = ["--model", str(base), "--adapters", str(run), "--output", str(tmp_path / "out"), "--nodes", "2"]
+    assert serve.main([*given, "--dry-run", "--tensor-parallel", "2", "--", "--max-model-len", "512"]) == 0
+    memory, printed = capsys.readouterr().out.splitlines()[-2:]
+    assert memory.startswith("on each of 4 ")
+    step, _, command = shlex.join(shlex.split(printed)).partition(" -m launch.server_node ")
+    assert step.startswith("srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --overlap --kill-on-bad-exit=1 ")
+    assert "--tensor-parallel-size 2 --pipeline-parallel-size 2 " in command and command.endswith("--max-model-len 512")
+    for node, more in ("0", []), ("1", ["--headless"]):
+        environment = {"SLURM_NODEID": node, "SLURM_STEP_NUM_NODES": "2", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
+        own, words = of_this_node(shlex.split(command), environment), shlex.split(command)
+        assert words[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+        of_vllm = [words[0], "-m", "vllm.entrypoints.cli.main", "serve", *words[3:]]
+        assert own == [*of_vllm, "--nnodes", "2", "--node-rank", node, "--master-addr", "10.0.0.7", *more]
+    with pytest.raises(UserError, match="SLURM_NODEID is not set; it is started by srun"):
+        of_this_node(shlex.split(command), {})
+
+    monkeypatch.delenv("SLURM_JOB_NUM_NODES", raising=False)
+    assert serve.main(given) == 2 and "--nodes 2: this is no Slurm job; submit one" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
+    assert serve.main(given) == 2 and "--nodes 2: this Slurm job has 1; submit one" in capsys.readouterr().err
+    assert serve.main([*given, "--to", "sglang", "--dry-run"]) == 2
+    assert "--nodes 2: goes with --to vllm alone" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def claim_file(tmp_path: Path) -> Path:
