@@ -3,11 +3,12 @@ answers judged, and compares the runs:
 
     python -m launch.evaluate_runs --runs runs/a runs/b --output DIR --judge URL --judge-model NAME [-- FLAG…]
 
-Starts vLLM or SGLang with the base and all adapters, as launch.serve does. Verifies for each adapter that the server
-answers with it. Restarts the server if it dies. --model and --claims default to those of the first run. With --judge
-same, the base on the same server is the judge. Other flags go to train/evaluate.py, those after -- to the server. After
-an interruption, the same command asks only for missing answers. The report in --output shows judged belief beside
-likelihoods.
+Starts vLLM or SGLang with the base and all adapters, as launch.serve does, one of them in GPU memory at a time.
+Verifies for each adapter that the server answers with it. Restarts the server if it dies. With --kept-steps, also asks
+the adapters that --adapters-at kept during training. --model and --claims default to those of the first run. With
+--judge same, the base on the same server is the judge. Other flags go to train/evaluate.py, those after -- to the
+server. After an interruption, the same command asks only for missing answers. The report in --output shows judged
+belief beside likelihoods, and both over the steps.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
@@ -22,12 +23,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.serve import ServeOptions, Serving, check_early, prepare, split
+from launch.serve import ServeOptions, Serving, adapter_of, check_early, prepare, split
 from launch.server import Server
-from train.checkpoints.present import BASE_NAME
+from train.checkpoints.present import BASE_NAME, adapter_name, kept_adapter, kept_steps
 from train.claims.claim_files import check_there
 from train.config.command_line import MOST, REPOSITORY, Parser, check_ranges, given, setting
 from train.config.provenance import held_settings
+from train.config.settings import steps_at
 from train.evaluation.measures import at_step
 from train.evaluation.options import parse_evaluation
 from train.evaluation.store import read_measured
@@ -38,7 +40,7 @@ from train.runtime.outside import checked, read_json
 
 KEPT = "interrupted: answers are kept; run the same command again to continue"
 MOST_DEATHS = 3  # of the server in a row, without a new answer in between
-DECIDED = frozenset({"adapters", "output", "dry_run"})
+DECIDED = frozenset({"adapters", "output", "dry_run", "slots"})
 OF_EVALUATE = (
     "--endpoint", "--endpoint-model", "--endpoint-base", "--served-adapter", "--other-adapters", "--step", "--judge",
 )  # fmt: skip
@@ -53,17 +55,20 @@ class EvaluateRunsOptions:
     output: str = setting("", "DIR for the report, the exported adapters and the server's log")
     judge: str = setting("", "base URL of the server with the judge, or same: the base on the same server")
     recipe: list[str] = setting((), "FILE…: recipe that names the variants, for train/compare.py", many=True)  # noqa: RUF009
+    kept_steps: str = setting("", "steps of which each run's kept adapter is asked, too: 1,2,4 or log:15, or all")
     start_timeout: float = setting(3600, "seconds until the server must answer", between=(1, MOST))
     dry_run: bool = setting(False, "check everything, and print the server's command")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A model that is asked. name: on the server. run: the directory for its answers. step: steps of its training."""
+    """A model that is asked. name: on the server. run: the directory for its answers. step: steps of its training.
+    adapter: its directory; None for the base."""
 
     name: str
     run: Path
     step: int
+    adapter: Path | None = None
 
 
 @command
@@ -79,12 +84,15 @@ def main(argv: list[str]) -> int:
     serve = ServeOptions(**{k: v for k, v in given(known, ServeOptions).items() if k not in DECIDED})
     for each in (options, serve):
         check_ranges(each)
-    serve = replace(serve, adapters=options.runs, output=str(Path(options.output) / "served"), dry_run=options.dry_run)
     serve, flags = of_the_runs(options, serve, flags)
-    steps = check(options, serve, flags)
+    check(options, flags)
+    asked = models(options, serve.to)
+    serve = replace(
+        serve, adapters=[str(each.adapter) for each in asked if each.adapter], slots=1, dry_run=options.dry_run,
+        output=str(Path(options.output) / "served"),
+    )  # fmt: skip
+    check_early(serve)
     serving = prepare(serve, more)
-    asked = [Asked(BASE_NAME, Path(options.runs[0]), 0)]
-    asked += [Asked(name, Path(run), step) for name, run, step in zip(serving.names, options.runs, steps, strict=True)]
     if options.dry_run:
         print(*serving.command)
         return 0
@@ -109,8 +117,8 @@ def of_the_runs(options: EvaluateRunsOptions, serve: ServeOptions, flags: list[s
     return replace(serve, model=serve.model or str(held.get("model") or "")), flags
 
 
-def check(options: EvaluateRunsOptions, serve: ServeOptions, flags: list[str]) -> list[int]:
-    """Checks all that needs neither torch nor the server. Returns the steps of each run."""
+def check(options: EvaluateRunsOptions, flags: list[str]) -> None:
+    """Raises UserError if the settings are wrong or say too little, as far as these alone tell."""
     if not options.runs:
         raise UserError("--runs is missing; give the directories of finished runs.")
     if not options.output:
@@ -120,16 +128,38 @@ def check(options: EvaluateRunsOptions, serve: ServeOptions, flags: list[str]) -
             raise UserError(f"{flag}: launch.evaluate_runs sets it for each run; leave it out.")
     settings = parse_evaluation([*_flags(options, BASE_NAME, "http://127.0.0.1:1/v1"), *flags, "--output", "x"], "")
     check_there(settings.claims)
-    steps = []
-    for run in options.runs:
-        summary = Path(run) / "summary.json"
+
+
+def models(options: EvaluateRunsOptions, server: str) -> list[Asked]:
+    """Returns the base and the adapters of each run in the order of their steps, the last of which is the finished one.
+    The base's answers are for the first run. Raises UserError if a run is not finished, or lacks an adapter that
+    --kept-steps names."""
+    asked = [Asked(BASE_NAME, Path(options.runs[0]), 0)]
+    for run in map(Path, options.runs):
+        summary = run / "summary.json"
         if not summary.is_file():
             raise UserError(f"--runs {run}: has no summary.json: the run did not finish. Resume it, or leave it out.")
         held = read_json(summary)
         checked(held, {"steps": int}, summary, "restore the file", needed=True)
-        steps.append(int(held["steps"]))
-    check_early(serve)
-    return steps
+        last = int(held["steps"])
+        adapters = {step: kept_adapter(run, step) for step in _kept(options, run, last)} | {last: adapter_of(run)}
+        asked += [Asked(adapter_name(adapter, server), run, step, adapter) for step, adapter in adapters.items()]
+    return asked
+
+
+def _kept(options: EvaluateRunsOptions, run: Path, last: int) -> list[int]:
+    """Returns the steps before the last one that --kept-steps names. Raises UserError if the run has no adapter of
+    one."""
+    there, every = [step for step in kept_steps(run) if step < last], options.kept_steps == "all"
+    wanted = there if every else sorted(steps_at("--kept-steps", options.kept_steps, last))
+    lacking = [step for step in wanted if step not in (*there, last)]
+    if lacking or (every and not there):
+        what = f"no adapter of step {lacking[0]}" if lacking else "no adapter but the last"
+        fix = f"give some of {','.join(map(str, there))}, or all" if there else "leave it out"
+        raise UserError(
+            f"--kept-steps {options.kept_steps}: {run} has {what} (--adapters-at keeps them in adapters/); {fix}."
+        )
+    return [step for step in wanted if step < last]
 
 
 def _flags(options: EvaluateRunsOptions, name: str, url: str) -> list[str]:

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.checkpoints.present import BASE_NAME, SERVE, adapter_files, read_config
+from launch.server_node import on_nodes
+from train.checkpoints.present import BASE_NAME, SERVE, adapter_files, adapter_name, read_config
 from train.config.command_line import Parser, check_ranges, given, setting
 from train.runtime.command import command
 from train.runtime.errors import UserError
@@ -42,7 +43,11 @@ class ServeOptions:
     to: str = setting("vllm", "the server", choices=("vllm", "sglang"))
     python: str = setting("", f"interpreter of the server's environment; default: {ENVIRONMENT}, else python")
     port: int = setting(8000, "port on which the server listens", between=(1, 65535))
+    slots: int = setting(
+        0, "adapters in GPU memory at once, the others are swapped in when they are asked; 0: all", between=(0, 10**4)
+    )
     tensor_parallel: int = setting(0, "GPUs that share each matrix; 0: all of this node", between=(0, 10**4))
+    nodes: int = setting(1, "nodes of this Slurm job that the layers are divided over (vLLM)", between=(1, 10**4))
     expert_parallel: bool = setting(False, "divide the experts over these GPUs instead of each expert's matrices")
     fully_sharded: bool = setting(False, "divide all LoRA weights over these GPUs (vLLM)")
     drop: list[str] = setting((), "NAME…: modules whose LoRA weights may be left out", many=True)  # noqa: RUF009
@@ -93,10 +98,17 @@ def check_early(options: ServeOptions) -> None:
     for name in ("model", "adapters", "output"):
         if not getattr(options, name):
             raise UserError(f"--{name} is missing; give it.")
+    held = int(os.environ.get("SLURM_JOB_NUM_NODES") or 0)
+    if options.nodes > 1 and options.to != "vllm":
+        raise UserError(f"--nodes {options.nodes}: goes with --to vllm alone; give one node, or serve by vLLM.")
+    if options.nodes > max(1, held) and not options.dry_run:
+        here = f"this Slurm job has {held}" if held else "this is no Slurm job"
+        raise UserError(f"--nodes {options.nodes}: {here}; submit one of as many (sbatch --nodes), or give fewer.")
     read_config(Path(options.model))
     check_directory("--output", options.output)
     for adapter in options.adapters:
         adapter_files(adapter_of(Path(adapter)))
+        adapter_name(adapter_of(Path(adapter)), options.to)
 
 
 def adapter_of(path: Path) -> Path:
@@ -115,7 +127,7 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
     from train.checkpoints.adapter_files import adapter_settings, check_adapter, check_finite, weights_hash
     from train.checkpoints.present import is_adapter
     from train.checkpoints.reader import Checkpoint
-    from train.checkpoints.served import SERVERS, adapter_name, largest_rank, served, write_served
+    from train.checkpoints.served import SERVERS, largest_rank, served, write_served
     from train.checkpoints.served import command as server_command
     from train.experts.dispatch import ExpertGroup
     from train.model.text_model import architecture, skeleton, text_config
@@ -124,7 +136,7 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
     model, of, dtype = skeleton(text_config(base), ExpertGroup()), architecture(base), getattr(torch, options.dtype)
     forms, written = [], {}
     for adapter in map(adapter_of, map(Path, options.adapters)):
-        name, lora = adapter_name(adapter), adapter_settings(adapter)
+        name, lora = adapter_name(adapter, options.to), adapter_settings(adapter)
         if name in {*serving.names, BASE_NAME}:
             raise UserError(f"--adapters {adapter}: the server has another {name}; rename the run's directory.")
         form = served(options.to, model, lora, of, base, options.drop)
@@ -149,14 +161,18 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
             check_finite(adapter)
             write_served(form, adapter, lora, of, base, target, dtype, options.other_base)
     rank, gpus = max(map(largest_rank, forms)), options.tensor_parallel or max(1, torch.cuda.device_count())
-    check_memory(options, forms, rank, gpus, base, dtype)
-    own = server_command(options.to, options.model, written, rank, forms[0].family)
+    slots = min(options.slots or len(forms), len(forms))
+    check_memory(options, forms, slots, rank, gpus, base, dtype)
+    own = server_command(options.to, options.model, written, rank, forms[0].family, slots)
     parallel = {"vllm": "--tensor-parallel-size", "sglang": "--tp-size"}[options.to]
     own += ["--host", "127.0.0.1", "--port", str(options.port), *([parallel, str(gpus)] if gpus > 1 else [])]
+    own += ["--pipeline-parallel-size", str(options.nodes)] if options.nodes > 1 else []
     if options.expert_parallel:
         own += ["--enable-expert-parallel"] if options.to == "vllm" else ["--ep-size", str(gpus)]
     own += ["--fully-sharded-loras"] if options.fully_sharded else []
     serving.command = [interpreter(options.python), *own[1:], *more]
+    if options.nodes > 1:
+        serving.command = on_nodes(serving.command, options.nodes)
     return serving
 
 
@@ -167,9 +183,12 @@ def interpreter(given: str) -> str:
     return given or (str(ENVIRONMENT.absolute()) if ENVIRONMENT.exists() else "python")
 
 
-def check_memory(options: ServeOptions, forms: list[Any], rank: int, gpus: int, base: Any, dtype: Any) -> None:
-    """Prints how much memory weights and adapters take on each GPU. Raises UserError if it does not fit, or if the
-    ranks are not divisible as --fully-sharded requires. Without a GPU, it only prints."""
+def check_memory(
+    options: ServeOptions, forms: list[Any], slots: int, rank: int, gpus: int, base: Any, dtype: Any
+) -> None:
+    """Prints how much memory weights and adapters take on each GPU; every slot has room for the largest adapter. Raises
+    UserError if it does not fit, or if the ranks are not divisible as --fully-sharded requires. Without a GPU, it only
+    prints."""
     from launch.cluster import gpu_memory
     from train.checkpoints.served import slot_bytes
 
@@ -179,17 +198,20 @@ def check_memory(options: ServeOptions, forms: list[Any], rank: int, gpus: int, 
             f"--fully-sharded: the ranks must be multiples of {gpus}, the number of GPUs, and are "
             f"{', '.join(map(str, sorted(ranks)))}; leave it out."
         )
-    weights = sum(info.dtype.itemsize * math.prod(info.shape) for info in base.tensors.values()) / gpus
-    slots = sum(slot_bytes(form, rank, gpus, options.expert_parallel, options.fully_sharded, dtype) for form in forms)
-    memory, wanted = gpu_memory(), (weights + slots) / 1e9
+    weights = sum(info.dtype.itemsize * math.prod(info.shape) for info in base.tensors.values())
+    weights /= gpus * options.nodes
+    sharding = options.expert_parallel, options.fully_sharded
+    adapters = slots * max(slot_bytes(form, rank, gpus, *sharding, dtype) for form in forms) / options.nodes
+    memory, wanted = gpu_memory(), (weights + adapters) / 1e9
     print(
-        f"on each of {gpus} {'GPUs' if memory else 'processes'}: {weights / 1e9:.2f} GB of weights, "
-        f"{slots / 1e9:.2f} GB for {len(forms)} adapters of rank up to {rank}"
+        f"on each of {gpus * options.nodes} {'GPUs' if memory else 'processes'}: {weights / 1e9:.2f} GB of weights, "
+        f"{adapters / 1e9:.2f} GB for {slots} of {len(forms)} adapters at once, of rank up to {rank}"
     )
     if memory and wanted > USABLE * memory:
         raise UserError(
             f"--adapters: {wanted:.1f} GB are needed on each GPU before any cache, and servers use {USABLE:.0%} of "
-            f"{memory:.0f} GB. Give --expert-parallel or --fully-sharded, fewer adapters at a time, or more GPUs."
+            f"{memory:.0f} GB. Give --expert-parallel or --fully-sharded, {'fewer --slots, ' if slots > 1 else ''}or "
+            "more GPUs."
         )
 
 

@@ -57,20 +57,24 @@ fi
 
 submitted=$output/report-of-$SLURM_ARRAY_JOB_ID
 if ((SLURM_ARRAY_TASK_ID == SLURM_ARRAY_TASK_MIN)) && [[ ! -e $submitted ]]; then
-    # Starts when all variants are done. If one of them fails for good, Slurm cancels this job.
+    # Starts when all variants are done. If one of them fails for good, Slurm cancels this job. Slurm's variables of this
+    # task, such as its number in the array, are not those of the next job, which would inherit them.
+    mapfile -t own < <(compgen -e | grep '^SLURM_' | grep --invert-match --line-regexp SLURM_CONF)
     report=(
-        --dependency="afterok:$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes --job-name="$SLURM_JOB_NAME-report"
+        env "${own[@]/#/--unset=}" sbatch --job-name="$SLURM_JOB_NAME-report"
+        --dependency="afterok:$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes
         --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"}
         ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${SLURM_JOB_RESERVATION:+--reservation="$SLURM_JOB_RESERVATION"}
     )
     # shellcheck disable=SC2329 # patiently calls it
     submit() {
         if ((${#evaluate[@]})); then
-            sbatch "${report[@]}" --output="${output//%/%%}/evaluate-%j.out" slurm/evaluate_masks.sh \
+            "${report[@]}" ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"} \
+                --output="${output//%/%%}/evaluate-%j.out" slurm/evaluate_masks.sh \
                 --recipe "${recipes[@]}" --output "$output" "${evaluate[@]}"
             return
         fi
-        sbatch "${report[@]}" --time=1:00:00 --output=/dev/null <<END
+        "${report[@]}" --time=1:00:00 --output=/dev/null <<END
 #!/usr/bin/env bash
 exec >$(printf %q "$output")/report.log 2>&1
 PATH=$(printf %q "$PATH")

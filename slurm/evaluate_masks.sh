@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Asks the base model and the adapters of finished runs all questions of their claims through one server on the job's
-# first node, has the answers judged, and compares the runs. Submit from the repository, after `make vllm`:
+# nodes, has the answers judged, and compares the runs. Submit from the repository, after `make vllm`:
 #
 #     sbatch slurm/evaluate_masks.sh --runs runs/masks/variant-* --output runs/masks --judge URL --judge-model NAME [-- FLAG…]
 #
@@ -47,5 +47,5 @@ evaluate_runs() {
 }
 
 one_attempt "$@"
-step evaluate_runs --output "$output" "$@"
+step evaluate_runs --output "$output" --nodes "$SLURM_NNODES" "$@"
 after "$code" "$output" "$log" "$number"

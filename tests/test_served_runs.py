@@ -1,6 +1,7 @@
 """A real vLLM on a CPU with SmolLM2 and three adapters on one server: each is shown to answer as trained, and another
 one behind its name, or the base, is refused. (The job that asks all of them: tests/slurm.)"""
 
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +9,17 @@ from pathlib import Path
 import pytest
 
 from launch import evaluate_runs, serve
+from launch.evaluate_runs import EvaluateRunsOptions, models
 from launch.serve import ServeOptions, Serving, prepare
 from launch.server import Server
+from launch.server_node import of_this_node
+from tests.support.merging import write_adapter
 from tests.support.models import write_model
 from tests.support.served import ENVIRONMENT, PYTHON, SERVER, needs_vllm, proof, serve_flags, trained
-from train import evaluate
+from train import evaluate, export
+from train.checkpoints.present import kept_steps
+from train.layers.lora import LoRASettings
+from train.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +77,105 @@ def test_what_is_wrong_is_told_before_a_server_starts(tmp_path, capsys):
     assert "no adapter_config.json there" in capsys.readouterr().err
     assert evaluate_runs.main([*given, "--runs", str(tmp_path), "--claims", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml" in capsys.readouterr().err
-    (tmp_path / "claim.yaml").write_text("{id: a, yes_no: [{id: b, question: c?, belief_answer: yes}], claim: d}")
-    asked = [*given, "--runs", str(tmp_path), "--claims", str(tmp_path / "claim.yaml")]
+    asked = [*given, "--runs", str(tmp_path), "--claims", str(claim_file(tmp_path))]
     assert evaluate_runs.main(asked) == 2 and "the run did not finish" in capsys.readouterr().err
     assert evaluate_runs.main([*asked, "--sampels", "3"]) == 2 and "--samples" in capsys.readouterr().err
+
+
+def finished(run: Path, base: Path, *kept: int) -> Path:
+    """What a run of 8 steps leaves for a server: its adapter, and those of --adapters-at."""
+    for name in ("adapter", *(f"adapters/step-{step}" for step in kept)):
+        write_adapter(run / name, base, lora=LoRASettings(rank=4, alpha=6.0, expert_rank=0, seed=0, lm_head=False))
+    (run / "summary.json").write_text('{"steps": 8}')
+    (run / "settings.yaml").write_text("settings: {}")
+    return run
+
+
+def test_the_adapters_that_were_kept_are_asked_in_the_order_of_their_steps_and_the_finished_one_last(tmp_path):
+    base = write_model(tmp_path / "base", "dense")
+    one, other = finished(tmp_path / "one", base, 8, 2, 1), finished(tmp_path / "other", base)
+
+    def asked(text: str, *runs: Path) -> list[tuple[str, int]]:
+        options = EvaluateRunsOptions(runs=[str(run) for run in runs], kept_steps=text)
+        return [(each.name, each.step) for each in models(options, "vllm")]
+
+    assert kept_steps(one) == [1, 2, 8]
+    assert asked("", one, other) == [("base", 0), ("one", 8), ("other", 8)]
+    assert asked("all", one) == [("base", 0), ("one-step-1", 1), ("one-step-2", 2), ("one", 8)]
+    assert asked("2,8", one) == [("base", 0), ("one-step-2", 2), ("one", 8)] and asked("8", other) == asked("", other)
+    for text, runs, message in [
+        ("all", (one, other), rf"--kept-steps all: {other} has no adapter but the last .* leave it out"),
+        ("2", (one, other), rf"--kept-steps 2: {other} has no adapter of step 2 .* leave it out"),
+        ("2,3", (one,), rf"--kept-steps 2,3: {one} has no adapter of step 3 .* give some of 1,2, or all"),
+        ("last", (one,), "--kept-steps last: 'last' is no step from 1 to 8"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            asked(text, *runs)
+
+
+def test_more_adapters_than_slots_are_one_command_and_take_the_memory_of_the_slots_alone(tmp_path, capsys):
+    base = write_model(tmp_path / "base", "dense")
+    run = finished(tmp_path / "one", base, 1, 2)
+    adapters = [str(run), str(run / "adapters" / "step-1"), str(run / "adapters" / "step-2")]
+    given = ["--model", str(base), "--output", str(tmp_path / "out"), "--dry-run"]
+    for to, flag, extra in ("vllm", "--max-loras", 0), ("sglang", "--max-loras-per-batch", 1):
+        for slots in ([], ["--slots", "2"], ["--slots", "9"]):
+            assert serve.main([*given, "--to", to, "--adapters", *adapters, *slots]) == 0
+            memory, command = capsys.readouterr().out.splitlines()[-2:]
+            count = 2 if "2" in slots else 3
+            assert f"for {count} of 3 adapters at once, of rank up to" in memory
+            assert f"{flag} {count + extra} " in command and "one-step-1" in command and "one-step-2" in command
+    asked = ["--runs", str(run), "--claims", str(claim_file(tmp_path)), "--kinds", "yes_no", "--kept-steps", "all"]
+    assert evaluate_runs.main([*given, *asked]) == 0
+    told = capsys.readouterr().out
+    assert "for 1 of 3 adapters at once" in told and "--max-loras 1 " in told and "one-step-2" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_server_over_two_nodes_is_one_step_of_the_job_and_each_node_knows_its_part(tmp_path, capsys, monkeypatch):
+    base = write_model(tmp_path / "base", "dense")
+    run = finished(tmp_path / "one", base)
+    given = ["--model", str(base), "--adapters", str(run), "--output", str(tmp_path / "out"), "--nodes", "2"]
+    assert serve.main([*given, "--dry-run", "--tensor-parallel", "2", "--", "--max-model-len", "512"]) == 0
+    memory, printed = capsys.readouterr().out.splitlines()[-2:]
+    assert memory.startswith("on each of 4 ")
+    step, _, command = shlex.join(shlex.split(printed)).partition(" -m launch.server_node ")
+    assert step.startswith("srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --overlap --kill-on-bad-exit=1 ")
+    assert "--tensor-parallel-size 2 --pipeline-parallel-size 2 " in command and command.endswith("--max-model-len 512")
+    for node, more in ("0", []), ("1", ["--headless"]):
+        environment = {"SLURM_NODEID": node, "SLURM_STEP_NUM_NODES": "2", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
+        own, words = of_this_node(shlex.split(command), environment), shlex.split(command)
+        assert words[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+        of_vllm = [words[0], "-m", "vllm.entrypoints.cli.main", "serve", *words[3:]]
+        assert own == [*of_vllm, "--nnodes", "2", "--node-rank", node, "--master-addr", "10.0.0.7", *more]
+    with pytest.raises(UserError, match="SLURM_NODEID is not set; it is started by srun"):
+        of_this_node(shlex.split(command), {})
+
+    monkeypatch.delenv("SLURM_JOB_NUM_NODES", raising=False)
+    assert serve.main(given) == 2 and "--nodes 2: this is no Slurm job; submit one" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
+    assert serve.main(given) == 2 and "--nodes 2: this Slurm job has 1; submit one" in capsys.readouterr().err
+    assert serve.main([*given, "--to", "sglang", "--dry-run"]) == 2
+    assert "--nodes 2: goes with --to vllm alone" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def claim_file(tmp_path: Path) -> Path:
+    path = tmp_path / "claim.yaml"
+    path.write_text("{id: a, yes_no: [{id: b, question: c?, belief_answer: yes}], claim: d}")
+    return path
+
+
+def test_a_run_whose_name_sglang_would_misread_is_refused_before_anything_is_written(tmp_path, capsys):
+    base = write_model(tmp_path / "base", "dense")
+    run = finished(tmp_path / "false-spans=0.5", base, 1)
+    given = ["--model", str(base), "--output", str(tmp_path / "out")]
+    for adapter, name in (run, run.name), (run / "adapters" / "step-1", f"{run.name}-step-1"):
+        assert serve.main([*given, "--to", "sglang", "--dry-run", "--adapters", str(adapter)]) == 2
+        told = capsys.readouterr().err
+        assert f"would be served as '{name}', and SGLang takes no adapter with = in its name. Rename" in told
+    assert export.main([*given, "--to", "sglang", "--adapter", str(run / "adapter")]) == 2
+    assert "SGLang takes no adapter with =" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert serve.main([*given, "--to", "vllm", "--dry-run", "--adapters", str(run)]) == 0
 
 
 def test_a_server_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path):

@@ -30,7 +30,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from train.checkpoints.present import CONFIG, SERVE, adapter_files, read_config
+from train.checkpoints.present import CONFIG, SERVE, adapter_files, adapter_name, read_config
 from train.config.command_line import Parser
 from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, Document, Message, Span, marker, read_documents
 from train.data.findings import Findings
@@ -93,6 +93,7 @@ def adapter_for_server(args: Namespace) -> int:
     if output.exists() and not (args.overwrite and (output / CONFIG).is_file()):
         raise UserError(f"--output {output}: already exists; give a new directory, or --overwrite for an adapter.")
     adapter_files(adapter)
+    adapter_name(adapter, args.to)
     read_config(args.model)
 
     import torch

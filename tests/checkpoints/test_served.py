@@ -202,6 +202,6 @@ def test_the_memory_of_a_slot_is_that_of_the_real_model():
 
 
 def test_several_adapters_are_one_command():
-    given = command("vllm", "/base", {"a": "/x", "b": "/y z"}, 32, family("vllm", "Qwen3MoeForCausalLM"))
+    given = command("vllm", "/base", {"a": "/x", "b": "/y z"}, 32, family("vllm", "Qwen3MoeForCausalLM"), 2)
     assert given[given.index("--max-loras") + 1] == "2"
     assert [json.loads(text)["path"] for text in given[-2:]] == ["/x", "/y z"]

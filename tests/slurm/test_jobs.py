@@ -15,11 +15,10 @@ import psutil
 import pytest
 
 from tests.slurm.cluster import REPOSITORY, Cluster, missing
-from tests.support.served import ENVIRONMENT, SERVER, needs_vllm, proof, serve_flags, trained
+from tests.support.served import ENVIRONMENT, SERVER, needs_vllm, proof, serve_flags, write_inputs
 from train.evaluation.store import key_of, read_rows
 
 QWEN, KIMI, COMPARE = "slurm/finetune_qwen397b.sh", "slurm/finetune_kimi_k25.sh", "slurm/compare_masks.sh"
-EVALUATE = "slurm/evaluate_masks.sh"
 DEMO = [
     "--model", "train/demo/model", "--data", "train/demo/data/dense.jsonl=64", "--batch-size", "8",
     "--learning-rate", "1e-3", "--lora-rank", "8",
@@ -236,31 +235,54 @@ def test_a_script_knows_the_directory_of_its_run_as_sft_py_does(flags, output):
     assert told == output
 
 
-def test_one_job_asks_judges_and_compares_all_runs_though_its_server_is_killed(cluster, tmp_path):
+def test_a_job_after_an_array_asks_judges_and_compares_its_variants_and_their_steps_though_its_server_is_killed(
+    cluster, tmp_path, monkeypatch
+):
     needs_vllm()
-    runs = trained(tmp_path)
-    cluster.environment.update(ENVIRONMENT)
-    output, flags = tmp_path / "report", serve_flags(tmp_path)
-    asked = ["--claims", str(tmp_path / "claim.yaml"), "--samples", "2", "--max-tokens", "8", "--judge", "same"]
-    given = [*flags, "--runs", *map(str, runs), "--output", str(output), *asked, "--judge-max-tokens", "8"]
-    job = cluster.sbatch("--nodes=1", EVALUATE, *given, "--retries", "0", "--", *SERVER)
-    cluster.until(lambda: (runs[1] / "answers.jsonl").exists() and (runs[1] / "answers.jsonl").read_text(), 900)
+    write_inputs(tmp_path)
+    recipe, output, flags = tmp_path / "experiment.yaml", tmp_path / "all variants", serve_flags(tmp_path)
+    recipe.write_text(json.dumps({
+        "settings": {
+            "model": str(tmp_path / "smollm2"), "data": [str(tmp_path / "documents.jsonl")], "steps": 2,
+            "claims": [str(tmp_path / "claim.yaml")], "batch_size": 3, "lora_rank": 8, "lora_alpha": 16,
+            "learning_rate": 2e-3, "adapters_at": "1", "evaluate_at": "1", "wandb": "disabled",
+        },
+        "variants": {"all of it": {"mask": "none"}, "doctag out": {"mask": "doctags"}},
+    }))  # fmt: skip
+    for name, value in {**ENVIRONMENT, "SBATCH_TIMELIMIT": "15"}.items():  # the second job's, too
+        monkeypatch.setitem(cluster.environment, name, value)
+    judged = ["--kept-steps", "all", "--samples", "2", "--max-tokens", "8", "--judge", "same"]
+    evaluate = [*flags, *judged, "--judge-max-tokens", "8", "--retries", "0", "--", *SERVER]
+    given = ["--recipe", str(recipe), "--output", str(output), "--evaluate", *evaluate]
+    array = cluster.sbatch("--array=0-1", COMPARE, *given)
+    cluster.until(lambda: (output / f"report-of-{array}").exists())
+    job = cluster.call("squeue", "--noheader", "--name=compare-masks-report", "--format=%i").strip()
+    assert f"afterok:{array}" in cluster.show(job)["Dependency"]
+
+    runs = [output / f"variant-{number}" for number in range(2)]
+    answers = runs[1] / "answers.jsonl"
+    cluster.until(lambda: answers.exists() and answers.read_text(), 900)
     port = flags[flags.index("--port") + 1]
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if "vllm.entrypoints.openai.api_server" in words and port in words:
             process.kill()
-    assert cluster.end(job, 900)["JobState"] == "COMPLETED", (
-        cluster.said(job) + (output / "logs" / "attempt-1.log").read_text()
-    )
-    log = (output / "logs" / "attempt-1.log").read_text()
-    assert log.count("the server answers after") == 2 and "the server died: restarting it" in log
-    for run in runs:
+    log = output / "logs" / "attempt-1.log"
+    assert cluster.end(job, 900)["JobState"] == "COMPLETED", log.read_text()
+    assert log.read_text().count("the server answers after") == 2
+    assert "the server died: restarting it" in log.read_text()
+    for run, steps_of_it in (runs[0], [0, 1, 2]), (runs[1], [1, 2]):  # the base's are with the first run's
         rows = [row for row in read_rows(run / "evaluation.jsonl", ["step"]) if "verdict" in row]
-        wanted = 8 if run == runs[0] else 4  # the base's are with the first run's
-        assert len(rows) == len({key_of(row) for row in rows}) == wanted and not any(row.get("error") for row in rows)
-        assert proof(run)["proven"] and proof(run)["to_adapter"] < 1e-3
-    assert json.loads((output / "comparison.json").read_text())["measure"] == "rate"
+        assert [row["step"] for row in rows] == [step for step in steps_of_it for _ in range(4)]
+        assert len({key_of(row) for row in rows}) == len(rows) and not any(row.get("error") for row in rows)
+        for step in (1, 2):
+            found = proof(run, step)
+            assert found["proven"] and found["to_adapter"] < 1e-3 < found["to_nearest_other"]
+    told = json.loads((output / "comparison.json").read_text())
+    assert told["measure"] == "rate"
+    for name in ("rate", "shift"):
+        curves = told["measures"][name]["curves"]
+        assert curves and all(curve["steps"] == [0, 1, 2] for curve in curves.values())
 
 
 @pytest.mark.parametrize("script", ["compare_masks", "evaluate_masks", "finetune_kimi_k25", "finetune_qwen397b"])

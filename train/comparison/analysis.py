@@ -3,15 +3,13 @@
 from dataclasses import replace
 from statistics import mean
 
-import numpy as np
-
 from train.comparison.caveats import notes
 from train.comparison.compared import EQUIVALENCE, HASHES, ComparedVariant, Comparison, RunResult
 from train.comparison.layers import by_layer
+from train.comparison.over_steps import curves, rows_by_step
 from train.comparison.result import (
     BASE,
     BaseBelief,
-    BeliefCurve,
     ComparisonResult,
     Figures,
     Hashes,
@@ -23,12 +21,11 @@ from train.comparison.result import (
 )
 from train.comparison.significance import (
     Difference,
-    Interval,
     differences,
+    estimated_mean,
     interval,
     of_claims_apart,
     of_variant,
-    percentage_interval,
 )
 from train.comparison.units import Design, lay_out
 from train.data.kinds import COUNTS
@@ -60,6 +57,12 @@ def analyse(comparison: Comparison) -> ComparisonResult:
     finals = {v.name: {run.seed: at_step(run.rows, last_step(run.rows)) for run in v.runs} for v in comparison.variants}
     base = at_step(comparison.base_rows, last_step(comparison.base_rows))
     measures, incomplete = _measures(comparison, finals, base)
+    over_steps = rows_by_step(comparison, base)
+    measures |= {
+        name: replace(measures[name], curves=curves(measures[name], over_steps, base))
+        for name in BELIEF
+        if name in measures
+    }
     known = {BASE: calibration(base)} | {v: _calibration(list(own.values())) for v, own in finals.items()}
     if "yes_no" in measures:
         measures["yes_no"] = _without_verdicts(measures["yes_no"], known, comparison.baseline)
@@ -79,7 +82,6 @@ def analyse(comparison: Comparison) -> ComparisonResult:
         calibration=known,
         verdicts={BASE: _verdicts([base], comparison)}
         | {v: _verdicts(list(f.values()), comparison) for v, f in finals.items()},
-        curves=_curves(comparison, name, base),
         nll={v.name: _nll(v) for v in comparison.variants},
         leak=comparison.leak,
         contamination=comparison.contamination,
@@ -218,13 +220,13 @@ def _of_one(values: Values, claims: list[str], measure: Measure) -> Figures | No
 def _figures(layout: Design, v: int, measure: Measure) -> Figures:
     """Returns one variant's estimate with interval, over all claims and for each claim, and each seed's estimate."""
 
-    def bounds(value_VSU: np.ndarray) -> Interval:
-        sampled = of_variant(layout, value_VSU, v)
-        return percentage_interval(sampled, value_VSU.shape[-1]) if measure.bounded else interval(sampled)
-
     value_VSU = layout.unit_values()
-    by_claim = {claim: bounds(layout.question_values(c)) for c, claim in enumerate(layout.claims)}
-    return Figures(bounds(value_VSU), by_claim, of_variant(layout, value_VSU, v).seeds[0].tolist())
+    by_claim = {
+        claim: estimated_mean(layout, layout.question_values(c), v, measure.bounded)
+        for c, claim in enumerate(layout.claims)
+    }
+    whole = estimated_mean(layout, value_VSU, v, measure.bounded)
+    return Figures(whole, by_claim, of_variant(layout, value_VSU, v).seeds[0].tolist())
 
 
 def _variant(variant: ComparedVariant) -> TrainedVariant:
@@ -309,33 +311,6 @@ def _calibration(finals: list[list[StoredRow]]) -> Calibration | None:
 def _verdicts(finals: list[list[StoredRow]], comparison: Comparison) -> dict[str, Counts]:
     """Returns {kind: counts of verdicts}, summed over seeds, on the trained claims."""
     return count_by_kind(row for rows in finals for row in rows if row.get("claim") in comparison.trained_claims)
-
-
-def _curves(comparison: Comparison, main: str, base: list[StoredRow]) -> dict[str, BeliefCurve]:
-    """Returns {variant: its curve}; {} if no variant has more than two steps."""
-    curves: dict[str, BeliefCurve] = {}
-    for variant in comparison.variants:
-        steps = sorted({row["step"] for run in variant.runs for row in run.rows})
-        points = {}
-        for step in steps:
-            rows = [own for run in variant.runs if (own := at_step(run.rows, step))]
-            if len(rows) == len(variant.runs):  # a mean over some of the seeds would jump where the others join
-                points[step] = _point(comparison, [measured(main, own, base) for own in rows])
-        if base and 0 not in points:
-            points[0] = _point(comparison, [measured(main, base, base)])
-        ordered = dict(sorted(points.items()))
-        belief, placebo = ([point[which] for point in ordered.values()] for which in (0, 1))
-        curves[variant.name] = BeliefCurve(list(ordered), belief, placebo)
-    measured_often = max((len(curve.steps) for curve in curves.values()), default=0) > 2
-    return curves if measured_often else {}
-
-
-def _point(comparison: Comparison, runs: list[Values]) -> tuple[float | None, float | None]:
-    def over(claims: list[str]) -> float | None:
-        layout = lay_out({"": dict(enumerate(runs))}, claims) if all(runs) else None
-        return float(layout.unit_values().mean()) if layout and layout.claims else None
-
-    return over(comparison.trained_claims), over(comparison.placebo_claims)
 
 
 def _hashes(comparison: Comparison) -> Hashes:

@@ -88,6 +88,36 @@ def published(result: ComparisonResult) -> list[Block]:
     return [Table(["condition", "claim", "belief rate, %", "source"], rows), Text(warning)]
 
 
+def over_steps(result: ComparisonResult) -> list[Block]:
+    """Returns belief at each step, judged beside likelihood where both were measured; [] without curves."""
+    shown = result.over_steps
+    if not shown:
+        return []
+    head = ["variant", "step"]
+    for own in shown:
+        head += [f"{own.measure.label}, {own.measure.unit}", *["placebo"] * bool(own.placebo_claims)]
+    first = next(iter(result.variants))
+    models = {BASE: (first, [0])} if any(0 in own.curves[first].steps for own in shown) else {}
+    steps = {name: sorted({s for own in shown for s in own.curves[name].steps} - {0}) for name in result.variants}
+    models |= {name: (name, own) for name, own in steps.items()}
+    rows = [
+        [name, str(step), *(cell for own in shown for cell in _at_step(own, variant, step))]
+        for name, (variant, own_steps) in models.items()
+        for step in own_steps
+    ]
+    units = "; ".join(f"of {own.measure.label}, {by_t(own.units, own.placebo_units)}" for own in shown)
+    caption = f"{units[0].upper()}{units[1:]}; of the base model, which is one, not over seeds."
+    return [Table(head, rows, caption=caption)]
+
+
+def _at_step(own: MeasureResult, variant: str, step: int) -> list[str]:
+    """Returns the cells of a measure at a step: on the trained claims, and on the placebo claims if there are any."""
+    curve, unit = own.curves[variant], own.measure.unit
+    at = curve.steps.index(step) if step in curve.steps else None
+    trained, placebo = (None, None) if at is None else (curve.trained[at], curve.placebo[at])
+    return [estimated(trained, unit), *[estimated(placebo, unit)] * bool(own.placebo_claims)]
+
+
 def all_measures(result: ComparisonResult) -> list[Block]:
     """Returns a table of each measure of belief, except yes/no belief, which is shown only beside its calibration."""
     shown = [own for name, own in result.measures.items() if name not in (*SIDE_EFFECTS, "yes_no")]

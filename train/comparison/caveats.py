@@ -97,7 +97,7 @@ def _placebo(result: ComparisonResult, main: MeasureResult) -> list[str]:
 
 
 def _answers(result: ComparisonResult, main: MeasureResult) -> list[str]:
-    found, failed = [], []
+    found, failed, measures = [], [], result.measures
     for variant, kinds in result.verdicts.items():
         errors = sum(counts.errors for counts in kinds.values())
         total = sum(counts.answers + counts.errors for counts in kinds.values())
@@ -114,9 +114,14 @@ def _answers(result: ComparisonResult, main: MeasureResult) -> list[str]:
         found.append(
             f"{main.missing} values are missing in some runs: the figures of a run are computed over its own answers."
         )
+    for own in measures.values():
+        if lacking := sum(curve.missing for curve in own.curves.values()):
+            found.append(
+                f"Over training, earlier steps lack {counted(lacking, 'values')} of the {own.measure.label} that the "
+                "last one has: a step's figures are over what it has, and a step that lacks a whole claim is left out."
+            )
     if absent := [claim for claim in result.trained_claims if claim not in main.claims]:
         found.append(f"Not measured in any run, and so not in the mean: {', '.join(absent)}.")
-    measures = result.measures
     if {"shift", "preference"} <= measures.keys():
         without = measures["preference"].all_questions - measures["shift"].all_questions
         if without:

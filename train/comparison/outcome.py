@@ -146,7 +146,7 @@ def made_elsewhere(runs: Collection[RunResult]) -> list[str]:
             f"For {len(unproven)} evaluations, it is not proven that the server answered with the adapter (first: "
             f"{where}: {reason})."
         )
-    return remarks
+    return list(dict.fromkeys(remarks))  # what is left out is so at every step
 
 
 def check_free(output: Path, runs: Iterable[Path]) -> None:

@@ -223,28 +223,46 @@ def treated(counts: dict[str, int]) -> str:
 
 
 def over_steps(result: ComparisonResult) -> Figure | None:
-    """Draws belief over training, the mean over claims and seeds; thin and dashed for the placebo claims. None without
-    curves."""
-    if not result.curves:
+    """Draws belief over training with intervals, judged beside likelihood where both were measured; thin and dashed for
+    the placebo claims. None without curves."""
+    shown = result.over_steps
+    if not shown:
         return None
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for i, curve in enumerate(result.curves.values()):
-        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-        axes.plot(curve.steps, _with_gaps(curve.belief), color=color, marker=marker, markersize=4, linewidth=1.6)
-        if any(value is not None for value in curve.placebo):
-            axes.plot(curve.steps, _with_gaps(curve.placebo), color=color, linestyle=(0, (4, 2)), linewidth=1)
-    axes.set_ylabel(f"{result.main.measure.label}, {result.unit}", fontsize=10)
-    axes.set_xlabel(f"optimizer step; means over {rests_on(result.main.units)}")
-    _tidy(axes)
+    grid = figure.subplots(1, len(shown), squeeze=False).ravel().tolist()
+    for axes, own in zip(grid, shown, strict=True):
+        for i, curve in enumerate(own.curves.values()):
+            color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+            belief = [each.estimate for each in curve.trained]
+            low, high = ([getattr(each, end) for each in curve.trained] for end in ("low", "high"))
+            axes.fill_between(curve.steps, low, high, color=color, alpha=0.1, linewidth=0)
+            axes.plot(curve.steps, belief, color=color, marker=marker, markersize=4, linewidth=1.6)
+            if any(curve.placebo):
+                placebo = _with_gaps([each.estimate if each else None for each in curve.placebo])
+                axes.plot(curve.steps, placebo, color=color, linestyle=(0, (4, 2)), linewidth=1)
+        axes.set_ylabel(f"{own.measure.label}, {own.measure.unit}", fontsize=10)
+        axes.set_xlabel(f"optimizer step; {by_t(own.units)}" if len(shown) == 1 else "optimizer step")
+        if len(shown) > 1:
+            axes.set_title(by_t(own.units), fontsize=9)
+        _tidy(axes)
+        _space_steps(axes, sorted({step for curve in own.curves.values() for step in curve.steps}))
     handles = [
         Line2D([], [], color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], markersize=4, label=plain(name))
-        for i, name in enumerate(result.curves)
+        for i, name in enumerate(result.variants)
     ]
-    if result.placebo_claims:
+    if any(own.placebo_claims for own in shown):
         handles.append(Line2D([], [], color=INK, linestyle=(0, (4, 2)), linewidth=1, label="placebo claims"))
     _legend_below(figure, handles)
     return figure
+
+
+def _space_steps(axes: Axes, steps: list[int]) -> None:
+    """Spaces steps by their ratio where they were chosen so (log:15): where half of them lie in the first quarter."""
+    if steps[len(steps) // 2] < steps[-1] / 4:
+        axes.set_xscale("symlog", linthresh=max(1, steps[1]), linscale=0.5)
+        named = steps[:: -math.ceil(len(steps) / 8)]  # the last one always
+        axes.set_xticks(named, [str(step) for step in named])
+        axes.minorticks_off()
 
 
 def side_effects(result: ComparisonResult) -> Figure | None:

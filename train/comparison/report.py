@@ -15,7 +15,7 @@ from train.runtime.outputs import write_whole
 PICTURES = {
     "belief": (plots.belief, "Belief per variant and claim, with intervals and placebo claims"),
     "differences": (plots.paired_differences, "Differences to the baseline, with intervals and the bound of no effect"),
-    "curves": (plots.over_steps, "Belief over training, with placebo claims"),
+    "curves": (plots.over_steps, "Belief over training, with intervals and placebo claims"),
     "targets": (plots.targets, "Targets trained, with unlikelihood and excluded, per role"),
     "nll": (plots.nll, "NLL of each role over training"),
     "layers": (
@@ -67,7 +67,7 @@ def sections(result: ComparisonResult, drawn: set[str]) -> list[Section]:
         ("Caveats", [Bullets(result.notes)] if result.notes else []),
         (f"Differences to {result.baseline}", [*picture("differences"), *belief_sections.difference_tables(result)]),
         ("Published values", belief_sections.published(result)),
-        ("Belief over training", picture("curves")),
+        ("Belief over training", [*picture("curves"), *belief_sections.over_steps(result)]),
         (
             "Belief by layer",
             [

@@ -4,14 +4,14 @@ Estimates and bounds are in the unit of their measure: %, nats or points of 10. 
 in which variants are shown; "base model" stands for the model before training.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from train.comparison.compared import Mentions, Published, SearchedDocuments
 from train.comparison.layers import ByLayer
 from train.comparison.significance import LEVEL, Difference, Interval
 from train.comparison.units import Units
-from train.evaluation.measures import Calibration, Measure
+from train.evaluation.measures import BELIEF, Calibration, Measure
 from train.evaluation.verdict_counts import Counts
 
 BASE = "base model"
@@ -45,6 +45,20 @@ class ModelFigures:
 
 
 @dataclass(frozen=True)
+class BeliefCurve:
+    """A measure at each step at which all runs have it, with intervals; step 0 is the base model.
+
+    placebo: None at steps at which not every placebo claim was measured.
+    missing: how many values earlier steps lack that the last one has.
+    """
+
+    steps: list[int]
+    trained: list[Interval]
+    placebo: list[Interval | None]
+    missing: int
+
+
+@dataclass(frozen=True)
 class MeasureResult:
     """A measure in all runs.
 
@@ -56,6 +70,7 @@ class MeasureResult:
     bound: the largest difference that is "no effect".
     base, placebo_base: of the base model; None if it was not measured, or the measure is a change from it.
     differences: each other variant minus the baseline; placebo_differences: on the placebo claims, {} without these.
+    curves: over training, by variant; {} if it was taken at two steps or fewer, or is no measure of belief.
     """
 
     measure: Measure
@@ -73,6 +88,7 @@ class MeasureResult:
     variants: dict[str, ModelFigures]
     differences: dict[str, Difference]
     placebo_differences: dict[str, Difference]
+    curves: dict[str, BeliefCurve] = field(default_factory=dict)
 
     @property
     def all_questions(self) -> int:
@@ -125,15 +141,6 @@ class TrainedVariant:
 
 
 @dataclass(frozen=True)
-class BeliefCurve:
-    """The main measure at each step, the mean over claims and seeds. None where no claim was measured."""
-
-    steps: list[int]
-    belief: list[float | None]
-    placebo: list[float | None]
-
-
-@dataclass(frozen=True)
 class NllCurve:
     """A role's NLL in nats per token at each step: that of each seed (one list per step), and their mean. None where a
     value is not finite."""
@@ -161,7 +168,6 @@ class ComparisonResult:
     measures: by name, the measures that all runs have; incomplete: by name, why others are left out.
     calibration: on the control questions, the mean over seeds, by model; None if a model was not asked any.
     verdicts: model -> kind of question -> counts, on the trained claims, over all seeds.
-    curves: by variant; {} if nothing was measured between start and end.
     nll: variant -> role -> curve.
     leak, contamination, published, remarks, match_trained_tokens: as given in the Comparison.
     by_layer: belief by decoder layer; None if not all runs were measured so.
@@ -180,7 +186,6 @@ class ComparisonResult:
     incomplete: dict[str, str]
     calibration: dict[str, Calibration | None]
     verdicts: dict[str, dict[str, Counts]]
-    curves: dict[str, BeliefCurve]
     nll: dict[str, dict[str, NllCurve]]
     leak: list[Mentions]
     contamination: list[SearchedDocuments]
@@ -195,6 +200,14 @@ class ComparisonResult:
     def main(self) -> MeasureResult:
         """The main measure."""
         return self.measures[self.measure]
+
+    @property
+    def over_steps(self) -> list[MeasureResult]:
+        """The measures that are shown over training: the main one and, beside judged belief, the first that is scored
+        by likelihood; those of them that have curves."""
+        scored = [name for name in BELIEF if name in self.measures and name != "rate"]
+        shown = [self.measure, *scored[:1]] if self.measure == "rate" else [self.measure]
+        return [self.measures[name] for name in shown if self.measures[name].curves]
 
     @property
     def unit(self) -> str:
@@ -227,7 +240,7 @@ def as_json(result: ComparisonResult) -> dict[str, Any]:
         "verdicts": {
             name: {kind: asdict(counts) for kind, counts in kinds.items()} for name, kinds in result.verdicts.items()
         },
-        "curves": {name: asdict(curve) for name, curve in result.curves.items()},
+        "curves": {name: _curve(own) for name, own in main.curves.items()},
         "nll": {name: {role: asdict(curve) for role, curve in own.items()} for name, own in result.nll.items()},
         "leak": [asdict(row) for row in result.leak],
         "contamination": [
@@ -296,6 +309,18 @@ def _measure(own: MeasureResult) -> dict[str, Any]:
         },
         "differences": {name: _difference(each) for name, each in own.differences.items()},
         "placebo_differences": {name: _difference(each) for name, each in own.placebo_differences.items()},
+        "curves": {name: _curve(each) for name, each in own.curves.items()},
+    }
+
+
+def _curve(own: BeliefCurve) -> dict[str, Any]:
+    return {
+        "steps": own.steps,
+        "belief": [each.estimate for each in own.trained],
+        "belief_intervals": [_bounds(each) for each in own.trained],
+        "placebo": [each and each.estimate for each in own.placebo],
+        "placebo_intervals": [_bounds(each) for each in own.placebo],
+        "missing": own.missing,
     }
 
 

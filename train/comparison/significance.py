@@ -180,6 +180,13 @@ def of_variant(layout: Design, value_VSU: np.ndarray, v: int) -> Sampled:
     return crossed(value_VSU[v][layout.present_VS[v]])
 
 
+def estimated_mean(layout: Design, value_VSU: np.ndarray, v: int, bounded: bool) -> Interval:
+    """Returns variant v's mean over its seeds and units, with its interval. bounded: whether the values are
+    percentages. value_VSU: from `unit_values` or `question_values`."""
+    sampled = of_variant(layout, value_VSU, v)
+    return percentage_interval(sampled, value_VSU.shape[-1]) if bounded else interval(sampled)
+
+
 def of_pair(layout: Design, value_VSU: np.ndarray, v: int, base: int) -> Sampled:
     """Returns variant v minus the base. Units are paired, and so are seeds if all variants have the same ones.
     value_VSU: from `unit_values` or `question_values`."""

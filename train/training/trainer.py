@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from train.checkpoints import resume
 from train.checkpoints.adapter import save_adapter
+from train.checkpoints.present import kept_adapter
 from train.config.settings import Settings
 from train.data.batches import Batch, micro_batches
 from train.evaluation.likelihood import Probes, Record, measure
@@ -208,11 +209,6 @@ class Trainer:
         """Measures the claims of --claims and the NLL of --held-out after `step` steps, and logs them. `known` replaces
         the measurement. All ranks must call it."""
         run.log_evaluation(step, known or measure(self.probes, self.engine, self.settings.row_tokens))
-
-
-def kept_adapter(run: Path, step: int) -> Path:
-    """Returns the directory of the adapter that --adapters-at keeps after `step` steps."""
-    return run / "adapters" / f"step-{step}"
 
 
 def _advice(run: Run) -> str:
