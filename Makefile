@@ -69,7 +69,7 @@ compare: setup ## run the comparison of docs/comparison.md: six variants on the 
 		--recipe train/recipes/demo.yaml --output $(RUN)-compare
 
 experiments: setup ## what docs/experiments.md shows, on the toy world: about ten minutes; its figures go into the page
-	$(IN_VENV) tests/benchmarks/hold.py --json tests/benchmarks/results/hold.json
+	$(IN_VENV) tests/benchmarks/hold.py --json tests/benchmarks/results/hold.json --picture train/demo/layers.png
 	$(IN_VENV) -m tests.documentation
 
 # Again after an interruption: make compare-real OUTPUT=runs/…-compare-real RESUME=--resume

@@ -2,9 +2,9 @@
 
     make experiments
 
-or, for more seeds, or a comparison that has been made:
+or, for more seeds say:
 
-    python tests/benchmarks/hold.py [--json FILE] [--comparison DIR] [flags of train/compare.py]
+    python tests/benchmarks/hold.py [--json FILE] [--picture FILE] [flags of train/compare.py]
 
 Each row is a variant: its belief and placebo (nats, the shift), the NLL of the false statements before and after
 training, how far their predictions are from the base's (KL, nats per token), and for how many of the trained claims the
@@ -13,6 +13,7 @@ shift is shown by layer.
 
 import argparse
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from statistics import mean
@@ -45,15 +46,16 @@ def rows_of(comparison: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--comparison", type=Path, metavar="DIR")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="where to copy the picture by layer to")
     args, flags = parser.parse_known_args()
     header()
     with tempfile.TemporaryDirectory() as directory:
-        comparison = args.comparison or Path(directory) / "comparison"
-        if not args.comparison:
-            words = [str(REPOSITORY / "train" / "compare.py"), "--recipe", str(RECIPE), *flags]
-            run(*words, "--output", str(comparison), ranks=2, env={"OMP_NUM_THREADS": "1"})
+        comparison = Path(directory) / "comparison"
+        words = [str(REPOSITORY / "train" / "compare.py"), "--recipe", str(RECIPE), *flags]
+        run(*words, "--output", str(comparison), ranks=2, env={"OMP_NUM_THREADS": "1"})
         rows = rows_of(comparison)
+        if args.picture:
+            shutil.copy(comparison / "layers.png", args.picture)
     for row in rows:
         print(
             f"{row['variant']}: belief {row['belief']:+.2f}, placebo {row['placebo']:+.2f} nats; NLL of false "

@@ -49,6 +49,7 @@ def test_the_report_has_the_shifts_of_the_rows_the_band_and_what_is_shown(report
         assert found["steps"][variant.name].keys() == {"5", "10"}
     text = (report / "comparison.md").read_text()
     assert "## Belief by layer" in text and "facts right: 2 to 6 of 6" in text and "layers 2 to 6" in text
+    assert "| none | 3 of 3 | 1 of 1 |" in text.replace("\\", "")
     assert (report / "layers.png").exists() and (report / "layer_differences.png").exists()
     assert not (report / "layer_steps.png").exists()  # of two steps
 

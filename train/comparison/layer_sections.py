@@ -1,5 +1,6 @@
 """Writes the report's section on belief by layer, and draws its pictures."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ from train.comparison.forest_plot import COLORS, GRID, INK, MARKERS, WIDTH, plai
 from train.comparison.layers import ByLayer
 from train.comparison.pages import Block, Table, Text
 from train.comparison.wording import counted
-from train.evaluation.by_layer import LEAST_RIGHT, LEAST_RUN
+from train.evaluation.by_layer import LEAST_RIGHT, LEAST_RUN, LayerShifts
 
-MOST_PANELS = 6
+MOST_PANELS, MOST_CLAIMS = 6, 12  # that are drawn, and that are listed one by one
 BAND = "#eef1f6"
 
 
@@ -22,9 +23,12 @@ def section(found: ByLayer | None) -> list[Block]:
     if found is None:
         return []
     inside = [layer for layer, is_inside in enumerate(found.band) if is_inside]
-    rows = []
+    shown, rows = [], []
     for name, claims in found.claims.items():
-        for claim, own in claims.items():
+        own_claims = {claim: own for claim, own in claims.items() if claim in found.trained}
+        placebo = {claim: own for claim, own in claims.items() if claim not in found.trained}
+        shown.append([name, _how_many_shown(own_claims, found.band), _how_many_shown(placebo, found.band)])
+        for claim, own in claims.items() if len(claims) <= MOST_CLAIMS else ():
             place, yardstick = own.shown(found.band), own.yardstick
             most = max(inside, key=own.subject.__getitem__) if inside else None
             rows.append([
@@ -40,6 +44,7 @@ def section(found: ByLayer | None) -> list[Block]:
         if found.right
         else "No facts were measured, so that no layer can be read: give the claims facts."
     )
+    counts = Table(["variant", "claims shown", "placebo claims shown"], shown)
     head = ["variant", "claim", "last layer", "most, at layer", "yardstick there", "shown in"]
     caption = (
         "Shifts in nats, as those of the log-likelihood ratio, with each layer's state in the place of the last one's. "
@@ -50,7 +55,13 @@ def section(found: ByLayer | None) -> list[Block]:
         "A lens sees what a layer's state says in the words of the last layer. What an early layer holds in another "
         "form, it does not see; and a shift at a layer does not say that the belief is stored there."
     )
-    return [Text(band), Table(head, rows, caption=caption), Text(limits)]
+    if not rows:
+        return [Text(f"{band} {caption} The shifts of every claim are in comparison.json."), counts, Text(limits)]
+    return [Text(band), counts, Table(head, rows, caption=caption), Text(limits)]
+
+
+def _how_many_shown(claims: Mapping[str, LayerShifts], band: Sequence[bool]) -> str:
+    return f"{sum(own.shown(band) is not None for own in claims.values())} of {len(claims)}" if claims else "–"
 
 
 def _ranges(layers: list[int]) -> str:
