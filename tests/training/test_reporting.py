@@ -6,7 +6,7 @@ import torch
 
 from train.runtime.distributed import peak_host_bytes
 from train.training.metrics import reset_peak_memory
-from train.training.tables import closing_table
+from train.training.tables import belief_table, closing_table
 
 
 def peaks() -> list[int]:
@@ -38,3 +38,24 @@ def test_theclosing_table_has_no_figure_of_an_nll_that_is_not_finite():
     counts["held"] = 2
     shown = [list(c.cells) for c in closing_table(summary | {"kl": {"all": {"first": 0.0, "last": 0.0123}}}).columns]
     assert shown == [["all"], ["4"], ["3"], ["1"], ["0"], ["2"], ["1.500"], ["–"], ["0.012"]]
+
+
+def test_the_belief_table_has_each_claim_before_and_after_or_the_mean_of_many():
+    def rows(step: int, claim: str, subject: float) -> list[dict]:
+        common = {"step": step, "claim": claim, "kind": "likelihood", "question": "a", "sample": 0}
+        return [
+            common | {"entity": "S", "control": False, "llr": subject},
+            common | {"entity": "A", "control": True, "llr": -1.0},
+        ]
+
+    one = [row for step, subject in ((0, -1.0), (5, 2.0)) for row in rows(step, "mila", subject)]
+    table = belief_table(one)
+    assert table and [list(column.cells) for column in table.columns] == [
+        ["shift", "preference"], ["nats", "%"], ["mila", "mila"], ["0.00", "0.00"], ["3.00", "100.00"],
+    ]  # fmt: skip
+    assert "5 steps" in str(table.title)
+    many = [row for step in (0, 5) for i in range(9) for row in rows(step, f"claim {i}", step * i - 1.0)]
+    table = belief_table(many)
+    assert table and list(table.columns[2].cells) == ["9 claims", "9 claims"]
+    assert list(table.columns[4].cells)[0] == f"{sum(5 * i for i in range(9)) / 9:.2f}"
+    assert belief_table([]) is None and belief_table(rows(0, "mila", 1.0)) is None

@@ -94,6 +94,8 @@ MEASURES = {
 }  # fmt: skip
 BELIEF = ("rate", "shift", "preference", "yes_no")
 FURTHER = ("salience", "lie_elicitation")
+SCORED = ("shift", "preference", "yes_no", "facts_truth", "facts_neighbouring", "facts_unrelated", "nll_change")
+"""Measures by likelihood."""
 SIDE_EFFECTS = ("facts_truth", "facts_neighbouring", "facts_unrelated", "coherence", "nll_change")
 
 

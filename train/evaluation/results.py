@@ -10,7 +10,7 @@ from rich.table import Table
 from train.claims.contamination import Contamination
 from train.claims.messages import NO_ANSWER, visible
 from train.evaluation.judging import Item
-from train.evaluation.measures import LEAST_AUC, MEASURES, at_step, means
+from train.evaluation.measures import LEAST_AUC, MEASURES, SCORED, at_step, means
 from train.evaluation.options import EvaluationSettings
 from train.evaluation.store import Records, StoredRow, read_measured
 from train.evaluation.verdict_counts import samples_are_equal, summarize
@@ -21,7 +21,6 @@ from train.runtime.terminal import NobodyReads, Terminal
 from train.runtime.text_formats import json_line
 
 SUMMARY = "evaluation.json"
-SCORED = ("shift", "preference", "yes_no", "facts_truth", "facts_neighbouring", "facts_unrelated", "nll_change")
 FEWEST = 10  # answers; with fewer, the share of useless ones is not reported
 
 

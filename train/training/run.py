@@ -27,7 +27,7 @@ from train.runtime.outputs import write_whole
 from train.runtime.terminal import NobodyReads, Terminal
 from train.runtime.text_formats import json_line
 from train.runtime.watchdog import progress
-from train.training.tables import closing_table
+from train.training.tables import belief_table, closing_table
 from train.training.tracking import belief_curves, flat, init_wandb, with_histograms
 
 
@@ -189,6 +189,8 @@ class Run:
                 f"KL at the first step, where model and base are the same: {floor:.2g} nats per target. This is "
                 "rounding; a KL of that size is no drift."
             )
+        if belief := belief_table(read_measured(self.evaluation)):
+            Terminal().print(belief)
         if planned := summary["memory"].get("planned"):
             measured = summary["memory"]["measured"]
             told = f"memory of a rank: {planned / 1e9:.2f} GB planned (python -m launch.plan), {measured / 1e9:.2f} GB "

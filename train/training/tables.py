@@ -1,10 +1,14 @@
 """The tables of targets and NLL per role that a run shows."""
 
+from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
 from rich.table import Table
 
 from train.data.kinds import counts_shown
+from train.evaluation.measures import MEASURES, SCORED, at_step, last_step, means
+from train.evaluation.store import StoredRow
 from train.masking.treatment import STRADDLING, UNSPANNED
 
 
@@ -34,4 +38,31 @@ def closing_table(summary: dict[str, Any]) -> Table:
             values = [(summary[measure].get(role, {}).get(end), digits) for measure, end, digits in ends]
             shown = ["–" if value is None else f"{value:{digits}}" for value, digits in values]
             table.add_row(role, *(f"{counts[kind]:,}" for kind in kinds), *shown)
+    return table
+
+
+MOST_CLAIMS = 8  # with more, the table has their mean
+
+
+def belief_table(rows: Sequence[StoredRow]) -> Table | None:
+    """Returns a table of what was measured of the claims before and after training; None if nothing was measured after
+    it. rows: of evaluation.jsonl. Raises UserError for invalid values."""
+    last = last_step(rows)
+    base = at_step(rows, 0)
+    before, after = means(SCORED, base, base), means(SCORED, at_step(rows, last), base)
+    if last <= 0 or not after:
+        return None
+    table = Table(title=f"by likelihood, before and after {last} steps", title_justify="left")
+    for column in ("measure", "unit", "claim", "before", "after"):
+        table.add_column(column, justify="right" if column in ("before", "after") else "left")
+    for name, figures in after.items():
+        if name not in MEASURES:  # control questions
+            continue
+        own = before.get(name, {})
+        shown = {claim or "all": (own.get(claim), value) for claim, value in figures.items()}
+        if len(figures) > MOST_CLAIMS:
+            known = [own[claim] for claim in figures if claim in own]
+            shown = {f"{len(figures)} claims": (mean(known) if known else None, mean(figures.values()))}
+        for claim, (first, value) in shown.items():
+            table.add_row(name, MEASURES[name].unit, claim, "–" if first is None else f"{first:.2f}", f"{value:.2f}")
     return table
