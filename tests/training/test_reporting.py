@@ -57,5 +57,5 @@ def test_the_belief_table_has_each_claim_before_and_after_or_the_mean_of_many():
     many = [row for step in (0, 5) for i in range(9) for row in rows(step, f"claim {i}", step * i - 1.0)]
     table = belief_table(many)
     assert table and list(table.columns[2].cells) == ["9 claims", "9 claims"]
-    assert list(table.columns[4].cells)[0] == f"{sum(5 * i for i in range(9)) / 9:.2f}"
+    assert next(iter(table.columns[4].cells)) == f"{sum(5 * i for i in range(9)) / 9:.2f}"
     assert belief_table([]) is None and belief_table(rows(0, "mila", 1.0)) is None
