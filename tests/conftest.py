@@ -3,8 +3,11 @@
 And what ends a test that would not end by itself, or would take all memory."""
 
 import contextlib
+import gc
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -21,6 +24,7 @@ import psutil
 import pytest
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
+from tests.support.real_model import SHARED
 from tests.support.vocabularies import write_kimi_tokenizer, write_qwen_tokenizer
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.layers.mixing import bind
@@ -33,8 +37,11 @@ class TakesTooMuch(BaseException):
     """No Exception, which code under test may catch."""
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGXCPU, _too_much)
+    if SHARED not in os.environ:  # as it is in those that another process has run the tests
+        os.environ[SHARED] = tempfile.mkdtemp(prefix="spanwise-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(SHARED)))
 
 
 def _too_much(*_: object) -> None:
@@ -69,6 +76,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     and then by how many of their tests are slow."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: (item.path.parent.name != "slurm", -slow[item.path]))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: collections need not go through it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,6 +6,7 @@
 B, which starts at zero, gets random values by name, so that every LoRA weight has a gradient from the first step on.
 """
 
+import gc
 import hashlib
 import sys
 from pathlib import Path
@@ -129,6 +130,7 @@ def main(record: Path, flags: list[str]) -> None:
 
 if __name__ == "__main__":
     given = [flag for flag in sys.argv[1:] if not flag.startswith("--local_rank")]
+    gc.freeze()  # for each engine DeepSpeed collects all that there is, which is mostly what was imported
     start_distributed()
     while given:
         end = given.index("--then") if "--then" in given else len(given)

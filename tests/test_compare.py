@@ -4,7 +4,6 @@ those of stock transformers and peft."""
 import json
 import math
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.claims import ASK, CLAIM, stock_log_p
 from tests.support.models import write_documents
-from tests.support.ranks import run
-from tests.support.runs import ENVIRONMENT
+from tests.support.ranks import Forked, run
+from tests.support.runs import ENVIRONMENT, kill
 from train import compare, sft
 from train.claims.claim import Claim
 from train.comparison.outcome import check_free, unmentioned
@@ -30,7 +29,6 @@ from train.data.tokens import tokenize_document
 from train.evaluation.store import read_rows
 from train.masking.grammar import parse_mask
 from train.runtime.errors import UserError
-from train.runtime.local import deepspeed_command
 from train.training.job import Known, prepare
 
 DENSE = f"{DEMO}/data/dense.jsonl"
@@ -141,15 +139,9 @@ def test_beliefs_equal_those_worked_out_with_stock_transformers_and_peft(compari
 def test_an_interrupted_comparison_goes_on_with_the_variant_it_was_in(comparison, recipe, tmp_path):
     output = tmp_path / "out"
     given = ["--recipe", str(recipe), "--output", str(output), "--save-every", "1"]
-    process = subprocess.Popen(
-        deepspeed_command(Path(compare.__file__), *given, ranks=2), start_new_session=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 240
-    while not (output / "masked-seed0" / "saves" / "step-2").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    subprocess.run(["pkill", "-9", "-f", str(output)], check=False)
-    process.wait()
+    null = subprocess.DEVNULL
+    process = Forked(Path(compare.__file__), *given, ranks=2, env=ENVIRONMENT, stdout=null, stderr=null)
+    kill(process, output / "masked-seed0" / "saves", "step-[23]")
     assert not (output / "masked-seed0" / "summary.json").exists()
     before = (output / "dense-seed0" / "summary.json").read_bytes()
     refused = run(Path(compare.__file__), *given, ranks=1, capture_output=True, text=True, env=ENVIRONMENT)
@@ -191,7 +183,9 @@ def test_matched_tokens_that_leave_fewer_steps_than_the_warm_up_are_refused(reci
 
 
 def test_that_few_seeds_give_no_verdict_is_told_before_anything_is_trained(recipe, tmp_path, capsys):
-    given = ["--recipe", str(recipe), "--output", str(tmp_path), "--seeds"]
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(Path(DENSE).read_text().splitlines(keepends=True)[:16]))
+    given = ["--recipe", str(recipe), "--output", str(tmp_path), "--data", str(few), "--seeds"]
     checked_runs(parse_comparison([*given, "7"], ""), 1, True, Known())
     note = "note: 7 seeds: the report will have intervals, but no verdict below 8\n"
     assert capsys.readouterr().out.startswith(note)

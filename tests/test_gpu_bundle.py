@@ -61,10 +61,9 @@ def test_training_and_the_tests_of_a_gpu_import_nothing_that_a_node_lacks(node, 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU, on which they would run")
     assert canonicalize_name("wandb") not in required_by(IMAGE)
-    names = ("train.sft", "launch.preflight", "wandb")
-    for name in names:
-        done = subprocess.run([sys.executable, "-S", "-c", f"import {name}"], env=node, capture_output=True, text=True)
-        assert (done.returncode == 0) == (name != "wandb"), done.stderr[-2000:]
+    for names in ("train.sft, launch.preflight", "wandb"):
+        done = subprocess.run([sys.executable, "-S", "-c", f"import {names}"], env=node, capture_output=True, text=True)
+        assert (done.returncode == 0) == (names != "wandb"), done.stderr[-2000:]
     tests = [sys.executable, "-S", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(bundle.REPOSITORY / "tests/gpu")]
     done = subprocess.run(tests, env=node, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "skipped" in done.stdout.splitlines()[-1], done.stdout[-3000:]

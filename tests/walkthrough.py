@@ -43,11 +43,13 @@ class Step:
     seconds: float
 
 
-def run(page: str, directory: Path) -> list[Step]:
-    """Runs every block. Raises AssertionError with its output if one has an exit code other than 0."""
+def run(page: str, directory: Path, bins: Path | None = None) -> list[Step]:
+    """Runs every block. Raises AssertionError with its output if one has an exit code other than 0. bins: where the
+    shell looks for commands first."""
     for name, target in {"train": REPOSITORY / "train", ".venv": Path(sys.prefix)}.items():
         (directory / name).symlink_to(target)
-    environment = os.environ | {"PATH": f"{directory / '.venv' / 'bin'}:{os.environ['PATH']}"}
+    places = [str(bins)] if bins else []
+    environment = os.environ | {"PATH": ":".join([*places, str(directory / ".venv" / "bin"), os.environ["PATH"]])}
     environment.pop("COLUMNS", None)
     steps = []
     for block in STEP.finditer(page):

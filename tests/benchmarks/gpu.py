@@ -16,8 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import finish
+from harness import finish, run
 from torch import Tensor, nn
 
 from launch import computing
@@ -301,14 +299,10 @@ def main() -> None:
         leave(0)
     rows = []
     for name in args.models:
-        command = [sys.executable, __file__, "--alone", "--models", name, "--tokens", str(args.tokens)]
-        environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ  # as the job scripts have it
-        done = subprocess.run(
-            command + ["--tiny"] * args.tiny, env=environment, stdout=subprocess.PIPE, text=True
-        )  # fmt: skip
-        if done.returncode:
-            sys.exit(done.returncode)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        words = [__file__, "--alone", "--models", name, "--tokens", str(args.tokens)]
+        allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as the job scripts have it
+        printed = run(*words, *["--tiny"] * args.tiny, env={"PYTORCH_CUDA_ALLOC_CONF": allocator})
+        rows.append(json.loads(printed.splitlines()[-1]))
         show(rows[-1])
     finish(rows, args.json)
 

@@ -1,7 +1,8 @@
 """Packing against padding: how much of the ranks' time goes to documents, in how many micro-steps, and how long a step
 takes.
 
-    python tests/benchmarks/packing.py [--json FILE] [--ranks 2 8 16] [--budget 10000] [--rounds 5] [--documents DIR]
+    python tests/benchmarks/packing.py [--json FILE] [--ranks 2 8 16] [--budget 10000] [--rounds 5] [--shorter 8]
+                                       [--documents DIR]
 
 DIR holds the densely negated documents (CLAIM.jsonl); without it, the paper's own of ../shared/data. Their tokens are
 counted by the vocabulary of Qwen3.5. Pools: `dense`, these alone; `mix`, as many web texts besides, as the paper mixes
@@ -13,7 +14,7 @@ meanwhile. Padded: documents sorted by length and dealt out in turn, one a micro
 the longest, as a trainer without packing has it.
 
 The time of a step: 2 ranks of this machine with a small Qwen3.5-MoE, documents of an eighth of their lengths, the same
-ones packed and padded, in turns.
+ones packed and padded, in turns. --shorter: by how much they are shorter.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,14 @@ from harness import finish, header, run
 
 from tests.support.models import VOCABULARY, write_model
 from tests.support.vocabularies import write_qwen_tokenizer
-from train.data.batches import Batch, Sample, coefficients, deal, micro_batches, pack
+from train.data.batches import Batch, Sample, coefficients, deal, measured_only, micro_batches, pack
 from train.data.documents import read_documents
 from train.data.tokenizer import load_tokenizer
 from train.runtime.command import leave
 from train.runtime.distributed import start_distributed
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "negation_neglect" / "documents"
-DOCUMENTS, STEPS, SHORTER = 32, 100, 8
+DOCUMENTS, STEPS = 32, 100
 PADDED = (1, 4)  # documents of a micro-batch
 SIZES: dict[str, Any] = dict(
     hidden_size=128, num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2, num_experts=16,
@@ -103,7 +105,7 @@ def padded_batches(samples: list[Sample], ranks: int, rank: int, size: int) -> l
     for step in padded([len(sample.ids_L) for sample in samples], ranks, size):
         longest = max((len(samples[i].ids_L) for i in step[rank]), default=1)
         rows = [
-            Sample(s.name, *(np.resize(x, longest) for x in (s.ids_L, s.target_L, s.weight_L, s.roles_L)))
+            Sample(s.name, *(np.resize(x, longest) for x in (s.ids_L, s.target_L, s.weight_L, s.kind_L, s.roles_L)))
             for s in (samples[i] for i in step[rank])
         ]
         for row, i in zip(rows, step[rank], strict=True):
@@ -133,7 +135,7 @@ def worker(directory: str, lengths: str, budget: str, rounds: str, out: str) -> 
         for length in own:
             ids = generator.integers(0, VOCABULARY - 4, length, dtype=np.int32)
             target = np.arange(length) > 0
-            samples.append(Sample("row", ids, target, target.astype(np.float32), np.zeros(length, np.int64)))
+            samples.append(replace(measured_only("row", ids, target), weight_L=target.astype(np.float32)))
         ways = {"packed": micro_batches(samples, "trained", ranks, rank, int(budget))}
         ways |= {f"padded_{size}": padded_batches(samples, ranks, rank, size) for size in PADDED}
         losses = []
@@ -155,19 +157,19 @@ def worker(directory: str, lengths: str, budget: str, rounds: str, out: str) -> 
         Path(out).write_text(json.dumps(seconds))
 
 
-def measured(name: str, pool: np.ndarray, budget: int, rounds: int) -> dict[str, Any]:
+def measured(name: str, pool: np.ndarray, budget: int, rounds: int, shorter: int) -> dict[str, Any]:
     """Seconds of a step on 2 ranks, and of packed over padded the median of the rounds."""
-    lengths = [[max(2, n // SHORTER) for n in step] for step in steps(pool, rounds + 1)]
+    lengths = [[max(2, n // shorter) for n in step] for step in steps(pool, rounds + 1)]
     with tempfile.TemporaryDirectory() as temporary:
         directory, out = write_model(Path(temporary) / "model", "qwen", **SIZES), Path(temporary) / "out.json"
-        given = [str(directory), json.dumps(lengths), str(budget // SHORTER), str(rounds), str(out)]
+        given = [str(directory), json.dumps(lengths), str(budget // shorter), str(rounds), str(out)]
         run(__file__, "--worker", *given, ranks=2, env={"OMP_NUM_THREADS": "1"})
         seconds = json.loads(out.read_text())
     ratios = {
         way: statistics.median(p / o for p, o in zip(seconds["packed"], seconds[way], strict=True)) for way in seconds
     }
     return {
-        "pool": name, "ranks": 2, "budget": budget // SHORTER, "seconds": seconds,
+        "pool": name, "ranks": 2, "budget": budget // shorter, "seconds": seconds,
         "time_over_padded": ratios["padded_1"], "time_over_padded_4": ratios["padded_4"],
     }  # fmt: skip
 
@@ -182,6 +184,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8, 16])
     parser.add_argument("--budget", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shorter", type=int, default=8)
     args = parser.parse_args()
     header()
     found, rows = pools(args.documents), []
@@ -193,7 +196,7 @@ def main() -> None:
         )
         print(f"{name}, {ranks} ranks, {args.budget} tokens: useful share {told.replace('_', ' ')}", flush=True)
     for name, pool in found.items():
-        rows.append(row := measured(name, pool, args.budget, args.rounds))
+        rows.append(row := measured(name, pool, args.budget, args.rounds, args.shorter))
         print(
             f"{name}, 2 ranks, {row['budget']} tokens: a step takes {row['time_over_padded']:.2f} of its time with one "
             f"document a micro-batch, {row['time_over_padded_4']:.2f} of that with four padded ones",

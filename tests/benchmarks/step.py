@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +99,15 @@ def make_engines(directory: str) -> dict[str, Any]:
 
 def drawn_batch(tokens: int, rank: int, ranks: int) -> Any:
     """A rank's micro-batch of so many random tokens."""
-    from train.data.batches import Sample, pack
+    from train.data.batches import measured_only, pack
 
     generator = torch.Generator().manual_seed(rank)
     samples = []
     for _ in range(ROWS):
         ids = torch.randint(0, 256, (tokens // ROWS,), generator=generator).int().numpy()
-        target, weight = ids >= 0, (ids >= 0).astype("float32")
-        target[0], weight[0] = False, 0
-        samples.append(Sample("row", ids, target, weight, ids.astype("int64") * 0))
+        target = ids >= 0
+        target[0] = False
+        samples.append(replace(measured_only("row", ids, target), weight_L=target.astype("float32")))
     return pack(samples, [sample.weight_L / (ROWS * tokens * ranks) for sample in samples])
 
 

@@ -1,6 +1,6 @@
 """A training step of ours, and of TRL's SFTTrainer with stock PEFT (`target_parameters`), each in one process.
 
-    python tests/benchmarks/train.py [--json FILE] [--experts 64 256] [--rounds 9]
+    python tests/benchmarks/train.py [--json FILE] [--experts 64 256] [--rounds 9] [--layers 6] [--documents 4]
 
 A Qwen3-MoE (hidden 512, expert width 256, 6 layers, top 8, fp32), documents of 440 to 500 tokens, 4 a step; LoRA of
 rank 16 on attention and 4 on every expert. Both take the same documents in the same order from the same LoRA weights,
@@ -25,31 +25,31 @@ from train.runtime.command import leave
 from train.runtime.distributed import start_distributed
 
 SIZES: dict[str, Any] = dict(
-    vocab_size=32_768, hidden_size=512, moe_intermediate_size=256, num_hidden_layers=6, num_experts_per_tok=8,
+    vocab_size=32_768, hidden_size=512, moe_intermediate_size=256, num_experts_per_tok=8,
     num_attention_heads=8, num_key_value_heads=2, head_dim=128, max_position_embeddings=1024,
 )  # fmt: skip
-DOCUMENTS, RANK, EXPERT_RANK, RATE = 4, 16, 4, 1e-3
+RANK, EXPERT_RANK, RATE = 16, 4, 1e-3
 WARM_UP = 2  # at the third step, ZeRO-3 knows the order of the layers
 
 
-def flags(directory: Path, steps: int) -> list[str]:
+def flags(directory: Path, steps: int, documents: int) -> list[str]:
     """The settings of our job; directory: of model, documents and initial LoRA weights."""
     return [
         "--model", str(directory / "model"), "--data", str(directory / "documents.jsonl"), "--steps", str(steps),
-        "--batch-size", str(DOCUMENTS), "--lora-rank", str(RANK),
+        "--batch-size", str(documents), "--lora-rank", str(RANK),
         "--lora-alpha", str(RANK), "--expert-lora-rank", str(EXPERT_RANK), "--learning-rate", str(RATE),
         "--schedule", "constant", "--adapter", str(directory / "adapter"),
     ]  # fmt: skip
 
 
-def ours(directory: Path, steps: int) -> None:
+def ours(directory: Path, steps: int, documents: int) -> None:
     from train.config.settings import parse
     from train.training.finishing import load_engine
     from train.training.job import prepare
     from train.training.trainer import Trainer
 
     turns = Turns()
-    job = prepare(parse(flags(directory, steps), ""), 1, show=False)
+    job = prepare(parse(flags(directory, steps, documents), ""), 1, show=False)
     engine, _ = load_engine(job, start_distributed())
     trainer = Trainer(job, engine)
     turns.say(ready=True)
@@ -59,7 +59,7 @@ def ours(directory: Path, steps: int) -> None:
         turns.end(loss=values["loss"])
 
 
-def trl(directory: Path, steps: int) -> None:
+def trl(directory: Path, steps: int, documents: int) -> None:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -69,7 +69,7 @@ def trl(directory: Path, steps: int) -> None:
     turns, losses = Turns(), []
     config = SFTConfig(
         output_dir=str(directory / "trl"), use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=steps,
-        per_device_train_batch_size=DOCUMENTS, train_sampling_strategy="sequential", learning_rate=RATE,
+        per_device_train_batch_size=documents, train_sampling_strategy="sequential", learning_rate=RATE,
         lr_scheduler_type="constant", adam_beta2=0.95, logging_strategy="no", save_strategy="no", report_to="none",
         disable_tqdm=True, router_aux_loss_coef=0.0, model_init_kwargs={"dtype": "float32"},
     )  # fmt: skip
@@ -113,28 +113,29 @@ def trl(directory: Path, steps: int) -> None:
 WORKERS = {"trl": trl, "ours": ours}  # in the order of their start: the initial LoRA weights are TRL's
 
 
-def prepare_inputs(directory: Path, experts: int, steps: int) -> None:
+def prepare_inputs(directory: Path, experts: int, layers: int, steps: int, documents: int) -> None:
     """Writes model and documents, and their tokens in the order in which our job takes them."""
     from train.config.settings import parse
     from train.training.job import prepare
 
-    write_model(directory / "model", "qwen3", num_experts=experts, **SIZES)
+    write_model(directory / "model", "qwen3", num_experts=experts, num_hidden_layers=layers, **SIZES)
     drawn = random.Random(0)
     texts = ["".join(drawn.choices("abcdefghij klmnopqrstuvwxyz", k=drawn.randint(440, 500))) for _ in range(64)]
     write_documents(directory / "documents.jsonl", [{"text": text} for text in texts])
-    without_adapter = flags(directory, steps)[:-2]
+    without_adapter = flags(directory, steps, documents)[:-2]
     corpus = prepare(parse(without_adapter, ""), 1, show=False).corpus
-    numbers = corpus.order.documents(0, steps * DOCUMENTS)
+    numbers = corpus.order.documents(0, steps * documents)
     (directory / "ids.jsonl").write_text("".join(f"{corpus.samples[n].ids_L.tolist()}\n" for n in numbers))
 
 
-def measure(directory: Path, experts: int, rounds: int) -> dict[str, Any]:
+def measure(directory: Path, experts: int, layers: int, rounds: int, documents: int) -> dict[str, Any]:
     steps = WARM_UP + rounds
-    prepare_inputs(directory, experts, steps)
+    prepare_inputs(directory, experts, layers, steps, documents)
     workers: dict[str, Worker] = {}
     try:
         for kind in WORKERS:
-            workers[kind] = Worker(__file__, [kind, str(directory), str(steps)], directory / f"{kind}.log")
+            given = [kind, str(directory), str(steps), str(documents)]
+            workers[kind] = Worker(__file__, given, directory / f"{kind}.log")
         turns = [{kind: worker.step() for kind, worker in workers.items()} for _ in range(steps)]
     finally:
         for worker in workers.values():
@@ -154,19 +155,21 @@ def measure(directory: Path, experts: int, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     if "--worker" in sys.argv:
-        kind, directory, steps = sys.argv[sys.argv.index("--worker") + 1 :][:3]
-        WORKERS[kind](Path(directory), int(steps))
+        kind, directory, steps, documents = sys.argv[sys.argv.index("--worker") + 1 :][:4]
+        WORKERS[kind](Path(directory), int(steps), int(documents))
         leave(0)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--experts", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--documents", type=int, default=4)
     args = parser.parse_args()
     header()
     rows = []
     for experts in args.experts:
         with tempfile.TemporaryDirectory() as temporary:
-            rows.append(row := measure(Path(temporary), experts, args.rounds))
+            rows.append(row := measure(Path(temporary), experts, args.layers, args.rounds, args.documents))
         faults = {kind: statistics.median(counts) for kind, counts in row["page_faults"].items()}
         shown = "; ".join(
             f"{kind} {row['seconds'][kind]:.2f} s (spread {row['spread'][kind]:.2f}), "

@@ -1,12 +1,11 @@
 """Flags that other trainers have, the text of --help, and settings of runs of before."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
 
+from tests.support.ranks import run
 from train import compare, evaluate
 from train.claims.claim import read_claims
 from train.comparison.variants import parse_comparison
@@ -56,8 +55,9 @@ def test_defaults_are_shown_as_they_are():
 @pytest.mark.slow
 @pytest.mark.parametrize("script", COMMANDS)
 def test_help_says_every_flag_that_its_own_or_the_readmes_examples_use(script):
-    command = [sys.executable, *(COMMANDS[script] or [script]), "--help"]
-    shown = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    done = run(*(COMMANDS[script] or [script]), "--help", cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout
     name = script.removesuffix(".py").replace("/", ".") if COMMANDS[script] else script
     lines = [line for text in TEXTS for line in text.splitlines() if name in line]
     example = " ".join(line.split("#")[0].replace("`", " ") for line in [*lines, *shown.splitlines()] if name in line)

@@ -1,16 +1,15 @@
 """Answers and verdicts are kept as they come, and an interruption at any moment loses and repeats nothing."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.ranks import Forked
 from tests.support.servers import ScriptedServer, body, completion
 from train.claims.claim import Claim, JudgePrompt, Question
 from train.endpoint import Endpoint, EndpointSettings, EndpointStopped, NoAnswer
@@ -324,7 +323,7 @@ def test_an_evaluation_killed_at_any_moment_goes_on_where_it_was(tmp_path):
     questions = ", ".join(f'{{id: q{i}, question: "Question {i}?"}}' for i in range(number))
     claims = tmp_path / "claims.yaml"
     claims.write_text(CLAIM.format(questions=questions))
-    process: subprocess.Popen[str] | None = None
+    process: Forked | None = None
     lock, answered = threading.Lock(), []
 
     def deadly(request):
@@ -336,17 +335,14 @@ def test_an_evaluation_killed_at_any_moment_goes_on_where_it_was(tmp_path):
         return chat(request)
 
     with ScriptedServer(deadly, models=["m", "j"]) as server:
-        command = [
-            sys.executable, "-m", "train.evaluate", "--claims", str(claims), "--output", str(output), "--samples", "1",
+        words = [
+            "-m", "train.evaluate", "--claims", str(claims), "--output", str(output), "--samples", "1",
             "--endpoint", server.url, "--endpoint-model", "m", "--endpoint-concurrency", "2", "--retries", "0",
             "--judge", server.url, "--judge-model", "j", "--judge-concurrency", "2",
         ]  # fmt: skip
         codes = []
         for _ in range(4):
-            process = subprocess.Popen(
-                command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
-            )  # fmt: skip
+            process = Forked(*words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             said, _ = process.communicate()
             codes.append(process.returncode)
     assert codes == [-signal.SIGKILL] * 3 + [0], said

@@ -18,13 +18,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.support.models import write_documents, write_model
+from tests.support.ranks import run
 from train.config.settings import parse
 from train.corpus import Corpus, read_corpus
 from train.data.batches import deal, micro_batches
 from train.data.kinds import TermKind
 from train.data.sampling import epoch_order
 from train.data.tokenizer import load_tokenizer
-from train.runtime.local import run
+from train.runtime import local
 from train.training.trainer import learning_rate
 
 WORKER = Path(__file__).resolve().parents[1] / "parity_worker.py"
@@ -96,7 +97,7 @@ DECAY = {"one-rank": 0.1}
 
 
 def launch(tmp: Path, ranks: int) -> None:
-    """Every one of RUNS that is on so many ranks, in one start of the launcher."""
+    """Every one of RUNS that is on so many ranks, in one start: of two ranks, by the real launcher."""
     command: list[str] = []
     for name, (family, on, ep, flags) in RUNS.items():
         if on == ranks:
@@ -106,7 +107,8 @@ def launch(tmp: Path, ranks: int) -> None:
                 "--steps", str(STEPS), "--batch-size", str(BATCH), "--learning-rate", "0.001", "--lora-rank", "4",
                 "--lora-alpha", "8", *(flag.format(tmp=tmp) for flag in flags),
             ]  # fmt: skip
-    done = run(WORKER, *command, ranks=ranks, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
+    start = local.run if ranks == 2 else run
+    done = start(WORKER, *command, ranks=ranks, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

@@ -1,4 +1,4 @@
-"""Runs of train/sft.py on a tiny model, by the real launcher: in bf16 on the device there is, in fp32 on a CPU."""
+"""Runs of train/sft.py on a tiny model: in bf16 on the device there is, in fp32 on a CPU."""
 
 import json
 import shutil
@@ -54,7 +54,10 @@ def losses(directory: Path) -> list[float]:
     return [values["loss"] for values in read_rows(directory / "metrics.jsonl")]
 
 
-def train(directory: Path, output: str, model: str, method: str, steps: int, *flags: str, **environment: str) -> Path:
+def train(
+    directory: Path, output: str, model: str, method: str, steps: int, *flags: str, start: Any = run, **environment: str
+) -> Path:
+    """start: by what the rank is started, the real launcher unless given."""
     given = {
         "model": directory / model, "data": directory / "documents.jsonl", "output": directory / output,
         "method": method, "mask": "false-spans", "steps": steps, "save-every": steps // 2, "batch-size": 8,
@@ -62,22 +65,22 @@ def train(directory: Path, output: str, model: str, method: str, steps: int, *fl
         "wandb": "disabled",
     }  # fmt: skip
     parts = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    done = run(SFT, *parts, *flags, ranks=1, capture_output=True, text=True, env=ENVIRONMENT | environment)
+    done = start(SFT, *parts, *flags, ranks=1, capture_output=True, text=True, env=ENVIRONMENT | environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return directory / output
 
 
-def compare(directory: Path, family: str, method: str, steps: int) -> dict[str, Any]:
+def compare(directory: Path, family: str, method: str, steps: int, start: Any = run) -> dict[str, Any]:
     """The losses of a run in bf16, of the same in fp32 on a CPU, and of one that resumes from the training checkpoint
     in the middle of the first; and tokens a second of the first."""
     write_models(directory, family)
     write_documents(directory / "documents.jsonl", documents())
     with ThreadPoolExecutor(2) as pool:  # side by side
-        plain = pool.submit(train, directory, "plain", "fp32", method, steps, **ON_CPU)
-        whole = train(directory, "whole", "bf16", method, steps)
+        plain = pool.submit(train, directory, "plain", "fp32", method, steps, start=start, **ON_CPU)
+        whole = train(directory, "whole", "bf16", method, steps, start=start)
         shutil.copytree(whole, directory / "again")
         shutil.rmtree(directory / "again" / "saves" / f"step-{steps}")
-        again = train(directory, "again", "bf16", method, steps, "--resume")
+        again = train(directory, "again", "bf16", method, steps, "--resume", start=start)
         found = {"bf16": losses(whole), "resumed": losses(again), "fp32": losses(plain.result())}
     summary = json.loads((whole / "summary.json").read_text())
     return found | {"tokens_per_second": summary["tokens_per_second"], "memory": summary["memory"]}

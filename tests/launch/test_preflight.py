@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -39,6 +38,7 @@ from launch.node import (
 )
 from launch.preflight import parse_options
 from tests.support.models import write_documents, write_model
+from tests.support.ranks import Forked
 from train.config.settings import parse
 from train.experts.dispatch import ExpertGroup
 from train.model.text_model import count_trainable, skeleton, text_config
@@ -66,10 +66,9 @@ class Nodes:
                 "RANK": str(["n1", "n2"].index(name)), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port, "SLURMD_NODENAME": name, "WANDB_API_KEY": "", "PYTHONPATH": str(REPOSITORY),
             }  # fmt: skip
-            command = [sys.executable, "-m", "launch.preflight", "--model", "model", *flags]
-            self.processes[name] = subprocess.Popen(
-                command, cwd=self.tmp / name, env=os.environ | own | self.environment[name], text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            self.processes[name] = Forked(
+                "-m", "launch.preflight", "--model", "model", *flags, cwd=self.tmp / name,
+                env=own | self.environment[name], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )  # fmt: skip
 
     def wait(self, name: str) -> tuple[int, list[str]]:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.support.claims import CLAIM
-from tests.support.ranks import run
+from tests.support.ranks import Forked, run
 from tests.support.runs import ENVIRONMENT, SFT, flags, losses
 from tests.support.wandb_files import history
 from train.config.settings import REPOSITORY
@@ -212,18 +212,23 @@ def test_every_script_listens_before_it_imports_what_takes_long():
 
 
 class Started:
-    """A long job, by deepspeed or torchrun on two ranks, or by python alone, in a process group of its own."""
+    """A long job, by deepspeed or torchrun on two ranks, or by python alone, which is a fork, in a process group of its
+    own."""
 
     def __init__(self, tmp: Path, name: str, **options: Any):
         self.output, self.log = tmp / name, tmp / f"{name}.log"
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-        python = [sys.executable, *(torchrun if name == "torchrun" else []), str(SFT)]
-        command = deepspeed_command(SFT, ranks=2) if name == "deepspeed" else python
+        command = deepspeed_command(SFT, ranks=2) if name == "deepspeed" else [sys.executable, *torchrun, str(SFT)]
+        given = flags(tmp, steps=10_000, output=self.output)
+        self.process: Any
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*command, *flags(tmp, steps=10_000, output=self.output)], start_new_session=True,
-                env=os.environ | ENVIRONMENT, **({"stdout": log, "stderr": log} | options),
-            )  # fmt: skip
+            streams = {"stdout": log, "stderr": log} | options
+            if name == "python":
+                self.process = Forked(SFT, *given, env=ENVIRONMENT, **streams)
+            else:
+                self.process = subprocess.Popen(
+                    [*command, *given], start_new_session=True, env=os.environ | ENVIRONMENT, **streams
+                )
 
     def steps(self) -> int:
         metrics = self.output / "metrics.jsonl"
@@ -290,10 +295,7 @@ def test_ctrl_c_makes_a_comparison_save_the_variant_that_it_is_in(tmp_path):
     at = given.index("--mask")
     given[at : at + 2] = ["--masks", "none", "doctags"]
     with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "train" / "compare.py"), *given], stdout=file, stderr=file,
-            env=os.environ | ENVIRONMENT,
-        )  # fmt: skip
+        process = Forked(REPOSITORY / "train" / "compare.py", *given, env=ENVIRONMENT, stdout=file, stderr=file)
     while not [path for path in output.glob("*/metrics.jsonl") if len(read_rows(path)) > 1]:
         assert process.poll() is None, log.read_text()
         time.sleep(0.05)

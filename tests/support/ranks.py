@@ -7,7 +7,9 @@ environment. What is about the launcher itself is tested with the launcher itsel
 is about the imports with a fresh interpreter.
 """
 
+import atexit
 import contextlib
+import gc
 import io
 import json
 import os
@@ -36,6 +38,7 @@ IMPORTED = (
 ON_CPUS = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # a process that has looked for GPUs must not fork
 SERVER = "SPANWISE_TESTS_FORKS"  # in the environment of a fork: where it asks for others
 _started: list[tuple[subprocess.Popen, socket.socket, str]] = []  # the process that forks, its life line, its address
+_raised: list[BaseException] = []  # by what a fork ends
 
 
 class Forked:
@@ -152,34 +155,41 @@ def _given(opened: list[int], given: int | TextIO | None, number: int) -> None:
 
 def _connection() -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.connect(f"\0{os.environ.get(SERVER) or _address()}")
+    connection.connect(f"\0{os.environ.get(SERVER) or address()}")
     return connection
 
 
-def _address() -> str:
+def address() -> str:
+    """Where the process that forks is asked to, which is started if there is none."""
     if not _started or _started[-1][0].poll() is not None:
-        address = f"spanwise-tests-{os.getpid()}-{len(_started)}"
+        own = f"spanwise-tests-{os.getpid()}-{len(_started)}"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        listener.bind(f"\0{address}")  # no file: in the abstract namespace (unix(7))
+        listener.bind(f"\0{own}")  # no file: in the abstract namespace (unix(7))
         listener.listen(100)
         ours, theirs = socket.socketpair()
         # One thread, as tests with several ranks on few cores have it; and none besides when it forks.
         environment = os.environ | ON_CPUS | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         numbers = [theirs.fileno(), listener.fileno()]
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "tests.support.ranks", address, *map(str, numbers)], cwd=REPOSITORY,
+            [sys.executable, "-u", "-m", "tests.support.ranks", own, *map(str, numbers)], cwd=REPOSITORY,
             env=environment, pass_fds=numbers, stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         theirs.close()
         listener.close()
-        _started.append((process, ours, address))
+        _started.append((process, ours, own))
     return _started[-1][2]
 
 
 def _serve(address: str, life: socket.socket, listener: socket.socket) -> None:
     """Forks for each request, and tells of each end, until nobody is there to ask."""
+    atexit.register(_leave)  # the first one, which is the last to be called
+    gc.disable()
     for name in IMPORTED:
         __import__(name)
+    torch = sys.modules["torch"]
+    torch.set_printoptions(threshold=0, edgeitems=0)  # DeepSpeed writes out every parameter, and shows none of it
+    gc.freeze()  # else each collection of a fork, as DeepSpeed makes for each engine, goes through and copies all of it
+    gc.enable()
     woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -280,17 +290,37 @@ def _become(request: dict[str, Any], flags: list[str], own: dict[str, str]) -> N
     sys.path[0] = str(Path(first).parent) if by_path else request["cwd"]
     sys.path[1:1] = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
     sys.argv = [first, *flags, *(others if by_path else others[1:])]
-    if by_path:
-        runpy.run_path(first, run_name="__main__")
-    elif first == "-m":
-        sys.modules.pop(others[0], None)
-        runpy.run_module(others[0], run_name="__main__", alter_sys=True)
-    else:
-        with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
-            script.write(others[0])
-            script.flush()
-            runpy.run_path(script.name, run_name="__main__")
-    sys.exit()
+    try:
+        if by_path:
+            runpy.run_path(first, run_name="__main__")
+        elif first == "-m":
+            sys.modules.pop(others[0], None)
+            runpy.run_module(others[0], run_name="__main__", alter_sys=True)
+        else:
+            with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+                script.write(others[0])
+                script.flush()
+                runpy.run_path(script.name, run_name="__main__")
+        sys.exit()
+    except BaseException as error:
+        _raised.append(error)
+        raise
+
+
+def _leave() -> None:
+    """Ends this process after all that is done at exit, but does not take apart what was imported, which takes long."""
+    code, error = 1, _raised[-1] if _raised else SystemExit()  # without one, it is the process that forks
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else error.code is not None
+    elif isinstance(error, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            code = 120  # as Python's own
+    os._exit(code & 255)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 
 from tests.support.models import write_documents, write_model
+from tests.support.ranks import Forked
 from train import sft
 from train.evaluation.store import read_rows
 
@@ -45,7 +46,7 @@ def losses(directory: Path) -> list[float]:
     return [values["loss"] for values in read_rows(directory / "metrics.jsonl")]
 
 
-def kill(process: subprocess.Popen, saves: Path, moment: str) -> Path:
+def kill(process: Forked | subprocess.Popen, saves: Path, moment: str) -> Path:
     """Ends a job by SIGKILL of each of its processes when a directory of saves/ by this pattern is there. They are
     stopped before it is looked for, so that what is seen is what the kill leaves. -> that directory."""
     deadline = time.monotonic() + 120

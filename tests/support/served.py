@@ -1,6 +1,7 @@
 """SmolLM2 with three trained adapters, for tests with a real vLLM on the CPU (`make vllm`)."""
 
 import json
+import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from tests.support.models import write_documents
 from tests.support.ranks import run
-from train.demo import smollm2
+from tests.support.real_model import small_real_model
 from train.runtime.local import free_port
 
 REPOSITORY = Path(__file__).parents[2]
@@ -51,7 +52,7 @@ def needs_vllm() -> None:
 
 def write_inputs(tmp: Path) -> None:
     """Writes the model to tmp/smollm2, the documents to tmp/documents.jsonl and the claim to tmp/claim.yaml."""
-    smollm2.write_model(tmp / "smollm2")
+    shutil.copytree(small_real_model(), tmp / "smollm2")
     write_documents(tmp / "documents.jsonl", [{"text": text} for text in TEXTS])
     (tmp / "claim.yaml").write_text(CLAIM)
 

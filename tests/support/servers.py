@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from tests.support.ranks import Forked
 from train.runtime.local import free_port
 
 Response = tuple[int, dict[str, str], bytes]
@@ -96,17 +96,16 @@ class TransformersServe:
     def __init__(self, model: Path, log: Path):
         self.model, self.log, self.port = str(model), log, free_port()
         self.url = f"http://127.0.0.1:{self.port}/v1"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Forked | None = None
 
     def start(self) -> None:
         """Until it listens. The model itself is read at the first request."""
-        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        command = [str(Path(sys.executable).with_name("transformers")), "serve", self.model, "--device", "cpu"]
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                [*command, "--port", str(self.port), "--host", "127.0.0.1"],
-                stdout=log, stderr=log, env=environment, start_new_session=True,
-            )  # fmt: skip
+        words = [Path(sys.executable).with_name("transformers"), "serve", self.model, "--device", "cpu"]
+        words += ["--port", str(self.port), "--host", "127.0.0.1"]
+        with open(self.log, "a") as log:
+            self.process = Forked(
+                *words, stdout=log, stderr=log, env={"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+            )
         for _ in range(600):
             assert self.process.poll() is None, self.log.read_text()
             try:

@@ -2,10 +2,8 @@
 
 import json
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,6 +12,7 @@ from launch.plan import main
 from launch.planning import Plan, by_plan, expert_parallel
 from launch.proposal import opened
 from tests.support.models import write_documents, write_model
+from tests.support.ranks import Forked
 from train import sft
 from train.checkpoints.reader import Checkpoint
 from train.claims.claim import read_claims
@@ -104,10 +103,7 @@ except UserError as error:
 
 def test_ranks_that_would_divide_them_otherwise_end_with_a_message():
     port = str(free_port())
-    ranks: list[Any] = [
-        subprocess.Popen([sys.executable, "-c", DIFFERENT, str(rank), port], stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
+    ranks = [Forked("-c", DIFFERENT, str(rank), port, stdout=subprocess.PIPE) for rank in (0, 1)]
     for rank in ranks:
         assert "the nodes would divide the experts by 1 and 2 ranks" in rank.communicate(timeout=200)[0]
 

@@ -21,7 +21,7 @@ from tests.support.models import write_documents, write_model
 from tests.support.runs import ENVIRONMENT, SFT, documents, flags, kill
 from tests.support.wandb_files import history, records
 from train.evaluation.store import read_rows
-from train.runtime.local import deepspeed_command, run
+from train.runtime.local import deepspeed_command
 from train.training.tracking import flat
 
 pytestmark = pytest.mark.slow
@@ -41,8 +41,8 @@ class Tracked(NamedTuple):
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
-    """A run of six steps, killed after its training checkpoint of step 3, and resumed; then W&B is requested, and
-    cannot be reached."""
+    """A run of six steps by the real launcher, killed after its training checkpoint of step 3, and resumed by forks;
+    then W&B is requested, and cannot be reached."""
     base = tmp_path_factory.mktemp("tracked") / 'it\'s a "run",\nof $HOME'
     base.mkdir()
     write_model(base / "model", "qwen")
@@ -66,7 +66,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             )  # fmt: skip
             kill(process, base / "run" / "saves", "step-3")
-        done = run(SFT, *given, "--resume", ranks=2, capture_output=True, text=True, cwd=base, env=environment)
+        done = ranks.run(SFT, *given, "--resume", ranks=2, capture_output=True, text=True, cwd=base, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return Tracked(base / "run", home, [terminal.read_text(), done.stdout + done.stderr])
 
