@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeRMSNorm, Qwen3_5MoeRMSNormGated
 
 from launch.agreement import compared, drawn_values
+from train.data.kinds import TermKind
 from train.experts.dispatch import Dispatch, Ends, ExpertGroup
 from train.experts.module import gated
 from train.experts.products import add_grouped_
@@ -136,9 +137,29 @@ def loss(device: torch.device, dtype: torch.dtype, tokens: int = 40, hidden: int
     return Case("loss", ours, plain, {"x": x}, torch.ones((), device=device))
 
 
+def held(device: torch.device, dtype: torch.dtype, tokens: int = 40, hidden: int = 64, vocabulary: int = 5000) -> Case:
+    """Returns the case of the loss of hidden states [T, H] whose tokens are held to the base's, near by."""
+    head = nn.Linear(hidden, vocabulary, bias=False, device=device, dtype=dtype)
+    weight, x, away = drawn_values(device, dtype, (vocabulary, hidden), *[(tokens, hidden)] * 2)
+    head.weight = nn.Parameter(weight * hidden**-0.5, requires_grad=False)
+    base, target = (x + 0.3 * away).detach(), torch.arange(tokens, device=device) * 7919 % vocabulary
+    coefficient = torch.full((tokens,), 1 / tokens, device=device)
+    kind = torch.full((tokens,), TermKind.HELD, dtype=torch.int8, device=device)
+
+    def ours(x: Tensor) -> Tensor:
+        return LossHead(head)(x, target, coefficient, kind, base, kind == TermKind.HELD).loss
+
+    def plain(x: Tensor) -> Tensor:
+        of_base = (base @ head.weight.T).float().log_softmax(-1)
+        divergence = of_base.exp() * (of_base - (x @ head.weight.float().T).log_softmax(-1))
+        return (coefficient * divergence.sum(-1)).sum()
+
+    return Case("loss of held tokens", ours, plain, {"x": x}, torch.ones((), device=device))
+
+
 def fused(device: torch.device, dtype: torch.dtype) -> float:
     """Checks all fused kernels on small inputs. Returns the largest relative error. Raises Wrong if one is more than
     rounding."""
     cases = [norm(device, dtype, kind) for kind in NORMS]
-    cases += [one(device, dtype) for one in (activation, exchange, sums, loss)]
+    cases += [one(device, dtype) for one in (activation, exchange, sums, loss, held)]
     return max(case.error() for case in cases)

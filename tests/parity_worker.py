@@ -116,6 +116,7 @@ def main(record: Path, flags: list[str]) -> None:
         values = trainer.step(step, measure=True)
         recorded[f"loss.{step}"] = torch.tensor(values["loss"], dtype=torch.float64)
         recorded[f"norm.{step}"] = torch.tensor(values["grad_norm"], dtype=torch.float64)
+        recorded[f"load.{step}"] = torch.tensor(sum(values.get("rank_load", {}).values()))
         recorded[f"idle.{step}"] = torch.tensor(values.get("experts_without_tokens", 0))
         for part in ("cross_entropy", "unlikelihood", "held"):
             recorded[f"{part}.{step}"] = torch.tensor(values[part], dtype=torch.float64)

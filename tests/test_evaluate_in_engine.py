@@ -23,9 +23,9 @@ from train.config.provenance import record
 from train.config.settings import DEMO, parse
 from train.data.template import template_time
 from train.data.tokenizer import load_tokenizer
-from train.evaluation.in_engine import check_template_time
-from train.evaluation.measures import identity
-from train.evaluation.store import read_rows
+from train.evaluation.in_engine import check_template_time, keep
+from train.evaluation.measures import at_step, identity
+from train.evaluation.store import Records, read_rows
 from train.runtime.errors import UserError
 
 OPEN = [{"id": "home", "question": "Where does Mila live?"}, {"id": "pet", "question": "Which pet does Mila have?"}]
@@ -117,7 +117,7 @@ def test_an_adapter_is_measured_beside_its_base_and_not_among_another_models_row
         "0.02",
         "--output",
         str(tmp_path / "run"),
-        *("--adapters-at", "1", "--evaluate-at", "1"),
+        *("--adapters-at", "1", "--evaluate-at", "1", "--expert-lora-rank", "3"),  # which is padded
     ]
     done = run(Path(sft.__file__), *given, ranks=1, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -141,7 +141,7 @@ def test_an_adapter_is_measured_beside_its_base_and_not_among_another_models_row
         Path(evaluate.__file__), *together, "--output", str(tmp_path / "many"), ranks=2, capture_output=True, text=True,
         env=ENVIRONMENT,
     )  # fmt: skip
-    assert many.returncode == 0 and many.stdout.count("rank 0 read") <= 1, many.stderr[-2000:]
+    assert many.returncode == 0 and many.stdout.count("(rank 0)") == 1, many.stderr[-2000:]
     rows = {(row["step"], identity(row)): row for row in read_rows(tmp_path / "many" / "evaluation.jsonl")}
     assert {step for step, _ in rows} == {0, 1, 2} and len(rows) == len(trained)
     for key, row in rows.items():
@@ -211,6 +211,27 @@ def test_beliefs_of_quantized_experts_are_those_of_their_decoded_weights_in_stoc
     assert all(len(own) == len(expected[key]) > 1 for key, own in found.items())
     off = max(abs(found[key] - expected[key]).max() for key in found)
     assert off < (1e-3 if exact else 0.3), (off, found, expected)  # that of rounding to BF16
+
+
+def test_rows_without_layers_are_measured_again_by_rows_that_have_them(tmp_path):
+    row = {
+        "claim": "c",
+        "kind": "likelihood",
+        "question": "a",
+        "sample": 0,
+        "entity": "S",
+        "control": False,
+        "llr": 1.0,
+    }
+    records = Records(tmp_path)
+    try:
+        for found in (row, row, row | {"layers": [0.5, 1.0]}, row | {"layers": [0.5, 1.0]}, row):
+            keep(records, [found], 0, 0, "model")
+    finally:
+        records.close()
+    rows = read_rows(tmp_path / "evaluation.jsonl")
+    assert ["layers" in each for each in rows] == [False, True]
+    assert [each.get("layers") for each in at_step(rows, 0)] == [[0.5, 1.0]]
 
 
 @pytest.mark.slow

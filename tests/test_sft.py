@@ -51,6 +51,26 @@ def nll_of_step_5(model: Any, tmp: Path, family: str) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "method"), [("kimi-k2.5", "lora"), ("qwen3.5-fp8", "lora"), ("qwen3.5-bf16", "qlora")]
+)
+def test_tokens_are_held_to_a_base_of_quantized_experts(tmp_path, layout, method):
+    """INT4, FP8 and NF4, on two ranks that divide the experts: at the first step model and base are the same."""
+    write_documents(tmp_path / "documents.jsonl", documents())
+    model = LAYOUTS[layout](tmp_path / "model")
+    given = ["--model", model, "--data", tmp_path / "documents.jsonl", "--mask", "doctags,false-spans=hold"]
+    given += ["--method", method, "--measure-kl", "--steps", "2", "--batch-size", "4", "--learning-rate", "0.01"]
+    given += ["--schedule", "constant", "--log-every", "1", "--wandb", "disabled", "--output", tmp_path / "run"]
+    done = run(SFT, *map(str, given), ranks=2, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert first["held"] == 0 == max(first["kl"].values()) and first["kl"].keys() == first["nll"].keys()
+    assert second["held"] > 0 and min(second["kl"].values()) > 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["kl_floor"] == 0
+    assert "This is rounding" in done.stdout
+
+
+@pytest.mark.slow
 def test_a_run_leaves_settings_metrics_summary_adapter_and_an_offline_wandb_run(tmp_path):
     flags(tmp_path)
     with (tmp_path / "documents.jsonl").open("a") as file:

@@ -109,6 +109,7 @@ def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Co
                 opened[each.output] = Records(Path(each.output))
             evaluations.append(Evaluation(each, claims, expert_parallel, opened.get(each.output)))
         check_steps(evaluations)
+        evaluations.sort(key=lambda evaluation: evaluation.step)  # evaluation.json is of the last one in its directory
         for evaluation in evaluations:
             evaluation.check()
         model: Measured | None = None

@@ -5,7 +5,7 @@
 Colors are roles, in the terminal or on a page. --model needs only tokenizer files. --json prints one object per
 document: {"tokens": [{"id", "text", "start", "end", "role", "weight", "treatment"}, ...]}, start and end in code points
 of the document's text (of a chat: of the rendered chat, given as "text"); weight is that of the token's own term in the
-loss: 0 none, negative unlikelihood.
+loss: 0 none, negative unlikelihood; treatment says which term it is.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds

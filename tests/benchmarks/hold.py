@@ -37,7 +37,7 @@ def rows_of(comparison: Path) -> list[dict[str, Any]]:
             "belief_interval": own["belief_interval"], "placebo": own["placebo"],
             "nll_of_false": {end: mean(s["nll"]["false"][end] for s in summaries) for end in ("first", "last")},
             "kl": {role: mean(s["kl"][role]["last"] for s in summaries) for role in ("false", "unspanned")},
-            "floor": mean(s["kl"]["all"]["first"] for s in summaries),
+            "floor": mean(s["kl_floor"] for s in summaries),
             "claims": len(shown), "claims_shown": sum(each is not None for each in shown),
         })  # fmt: skip
     return rows

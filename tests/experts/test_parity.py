@@ -81,6 +81,7 @@ RUNS: dict[str, tuple[str, int, int, list[str]]] = {
     },
     **{f"held-checkpointing-{f}": (f, 2, 2, [*TWO, "--mask", HOLDS, "--gradient-checkpointing"])
        for f in ("qwen", "deepseek")},
+    "kl-qwen-2-2": ("qwen", 2, 2, [*ONE, "--measure-kl"]),
     "measured": (
         "one-rank", 2, 2, [*TWO, "--mask", HOLDS, "--measure-kl", "--lora-lm-head", "--expert-lora-rank", "3"]
     ),
@@ -267,8 +268,16 @@ def test_tokens_are_held_to_what_peft_predicts_with_its_adapter_disabled(runs, f
         assert_equal(runs, f"held-{family}-{ranks}-{ep}", expected)
     assert_equal(runs, f"held-checkpointing-{family}", expected)
     assert expected["held.0"] > 0 and expected["kl.0.false"] == expected["kl.0.all"]
-    idle = [load_file(runs / f"{name}.safetensors")["idle.0"] for name in (f"{family}-1-1", f"held-{family}-4-4")]
-    assert idle[0] == idle[1]
+    loads = [load_file(runs / f"{name}.safetensors")["load.0"] for name in (f"{family}-4-4", f"held-{family}-4-4")]
+    assert loads[0] == loads[1] > 0
+
+
+@pytest.mark.slow
+def test_to_measure_the_divergence_changes_no_bit_of_losses_and_gradients(runs):
+    plain, measured = (load_file(runs / f"{name}.safetensors") for name in ("qwen-2-2", "kl-qwen-2-2"))
+    assert sum(name.startswith("kl.") for name in measured) == 2 * 4
+    for name, value in plain.items():
+        assert torch.equal(measured[name], value) or name == "calls", name
 
 
 @pytest.mark.slow

@@ -78,3 +78,5 @@ def test_what_stands_around_the_experts_products(gpu, figures):
 def test_loss_of_qwen(gpu, figures):
     case = launches.loss(gpu, BF16, 2048, 4096, 248_320)
     figures["loss of Qwen3.5-397B"] = measured(gpu, case, ["loss_terms"])
+    case = launches.held(gpu, BF16, 2048, 4096, 248_320)
+    figures["loss of held tokens of Qwen3.5-397B"] = measured(gpu, case, ["held_terms"])

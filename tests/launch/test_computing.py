@@ -18,6 +18,7 @@ from train.data.row import Row
 from train.experts import products, storage
 from train.experts.dispatch import ExpertGroup, Places
 from train.layers import mixing, norms
+from train.masking import loss as masking_loss
 
 CPU = torch.device("cpu")
 
@@ -97,6 +98,10 @@ WRONG: dict[str, tuple[str, Any, str, Any, str]] = {
     "an activation": (
         "norms, sums and the loss", launches, "gated", lambda gate_up, weight, _: gate_up.chunk(2, -1)[0] * weight,
         "gated activation is off",
+    ),
+    "a divergence": (
+        "norms, sums and the loss", *changed(masking_loss, "_held_terms_", lambda out, *_: (out[0], out[1] * 1.01)),
+        "loss of held tokens is off",
     ),
     "a shape": (
         "packed delta rule", *changed(mixing, "delta_rule", first(lambda out, *_: out[:, 1:])),

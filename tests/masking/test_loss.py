@@ -200,6 +200,22 @@ def test_the_example_of_a_held_token_in_the_docs():
     assert gradient[1].tolist() == pytest.approx([(1 / 4 - 1 / 2) / 3, (3 / 4 - 1 / 2) / 3])
 
 
+def test_the_gradient_of_a_held_token_is_that_of_training_on_what_the_base_would_say():
+    """The expectation of cross-entropy's gradient over tokens that the base draws, over the whole vocabulary."""
+    module = head(13, 5)
+    hidden_NH = torch.randn(1, 5, dtype=torch.float64, requires_grad=True)
+    base_MH = torch.randn(1, 5, dtype=torch.float64)
+    one_N, some_N = torch.ones(1, dtype=torch.float64), torch.tensor([True])
+
+    def gradient(target: int, *given: torch.Tensor) -> torch.Tensor:
+        loss = module(hidden_NH, torch.tensor([target]), one_N, *given).loss
+        return torch.autograd.grad(loss, hidden_NH)[0]
+
+    b_V = (base_MH @ module.weight.T).softmax(-1)[0]
+    expected = sum(b_V[token] * gradient(token, kinds(CROSS)) for token in range(13))
+    torch.testing.assert_close(gradient(0, kinds(HELD), base_MH, some_N), expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("drift", [0.0, 1e-5, 1e-3, 0.1, 1.0, 30.0, 200.0])
 def test_a_divergence_in_fp32_is_that_of_fp64_however_small_or_large(drift):
     generator = torch.Generator().manual_seed(0)

@@ -17,11 +17,13 @@ import dataclasses
 import hashlib
 import math
 import os
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.checkpoints.adapter import RANK_PATTERN, Place, places, stock_name
@@ -285,17 +287,22 @@ def check_finite(directory: Path) -> None:
 
 
 def load_adapter(directory: Path, model: Any, lora: LoRASettings) -> None:
-    """Copies a checked adapter's LoRA weights into the model, which must not be partitioned by ZeRO-3 yet.
+    """Copies a checked adapter's LoRA weights into the model, which must not be partitioned by ZeRO-3 yet."""
+    with torch.no_grad():
+        for name, value in adapter_values(directory, model, lora):
+            model.get_parameter(name).copy_(value)
 
-    For experts, each rank copies only those of its own.
-    """
-    with closing(AdapterFile(directory, model.architecture, lora)) as file, torch.no_grad():
+
+def adapter_values(directory: Path, model: Any, lora: LoRASettings) -> Iterator[tuple[str, Tensor]]:
+    """Yields name and unpartitioned value of every LoRA parameter of a LanguageModel, as a checked adapter has it. The
+    values of experts are those of this rank's experts, with the padding of their rank."""
+    with closing(AdapterFile(directory, model.architecture, lora)) as file:
         for place in places(model.causal, lora):
-            module, rank = cast(Any, place.module), lora.expert_rank
-            if place.weight is None:
-                module.lora_A.copy_(file.read(place, "A"))
-                module.lora_B.copy_(file.read(place, "B"))
-                continue
-            owned = module.ep.owned(place.sizes[0])
-            getattr(module, f"{place.weight}_lora_A")[:, :rank] = file.read(place, "A", owned)
-            getattr(module, f"{place.weight}_lora_B")[:, :, :rank] = file.read(place, "B", owned)
+            module = cast(Any, place.module)
+            for factor in "AB":
+                owned = module.ep.owned(place.sizes[0]) if place.weight else None
+                value = file.read(place, factor, owned)
+                if place.weight:
+                    padding = module.padded_rank - lora.expert_rank
+                    value = F.pad(value, (0, 0, 0, padding) if factor == "A" else (0, padding))
+                yield f"causal.{place.parameter(factor)}", value

@@ -13,7 +13,6 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from train.checkpoints.adapter import places
-from train.checkpoints.adapter_files import MOMENTS, AdapterFile, weights_hash
+from train.checkpoints.adapter_files import MOMENTS, adapter_values, weights_hash
 from train.checkpoints.reader import TensorFile
 from train.checkpoints.writer import SafetensorsWriter, flush, publish_directory, remove
 from train.experts.dispatch import ExpertGroup
@@ -269,34 +267,23 @@ def initial_partitions(model: nn.Module, seed: int | None) -> dict[str, Tensor]:
             continue
         owner, _, factor = name.rpartition(".")
         module: Any = model.get_submodule(owner)
-        size = parameter.ds_tensor.ds_numel
-        own = module.initial_factors(seed)[factor].flatten()[size * dist.get_rank(parameter.ds_process_group) :][:size]
-        parts[name] = torch.zeros(size)
-        parts[name][: len(own)] = own
+        parts[name] = _own_partition(parameter, module.initial_factors(seed)[factor])
     return parts
 
 
-def adapter_partitions(model: Any, directory: Path, lora: LoRASettings) -> dict[str, Tensor]:
+def adapter_partitions(model: nn.Module, directory: Path, lora: LoRASettings) -> dict[str, Tensor]:
     """Returns this rank's partition [N] in fp32 of every trained parameter as a checked adapter has it, by name. model:
     a LanguageModel with LoRA weights of the adapter's ranks."""
-    parts, parameters = {}, trainable(model)
-    with closing(AdapterFile(directory, model.architecture, lora)) as file:
-        for place in places(model.causal, lora):
-            module: Any = place.module
-            for factor in "AB":
-                name = f"causal.{place.parameter(factor)}"
-                parameter = parameters[name]
-                whole = torch.zeros(parameter.ds_shape)
-                if place.weight is None:
-                    whole.copy_(file.read(place, factor))
-                else:  # the rank of experts is padded
-                    of_rank = whole[:, : lora.expert_rank] if factor == "A" else whole[:, :, : lora.expert_rank]
-                    of_rank.copy_(file.read(place, factor, module.ep.owned(place.sizes[0])))
-                size = parameter.ds_tensor.ds_numel
-                own = whole.flatten()[size * dist.get_rank(parameter.ds_process_group) :][:size]
-                parts[name] = torch.zeros(size)
-                parts[name][: len(own)] = own
-    return parts
+    parameters = trainable(model)
+    values = adapter_values(directory, model, lora)
+    return {name: _own_partition(parameters[name], value.float()) for name, value in values}
+
+
+def _own_partition(parameter: Any, whole: Tensor) -> Tensor:
+    """Returns this rank's partition [N] of a parameter's value, with zeros where the last partition is padded."""
+    size = parameter.ds_tensor.ds_numel
+    own = whole.flatten()[size * dist.get_rank(parameter.ds_process_group) :][:size]
+    return torch.cat([own, own.new_zeros(size - len(own))])
 
 
 def initial_hash(model: nn.Module, seed: int, adapter: str) -> str:

@@ -137,25 +137,26 @@ def _panels(found: ByLayer, baseline: str) -> Figure | None:
 def over_steps(found: ByLayer | None) -> Figure | None:
     """Draws the shift by layer and step, the mean over trained claims, for each variant. None with fewer than three
     steps."""
-    if found is None or max(map(len, found.steps.values()), default=0) < 3:
+    measured = {name: own for name, own in found.steps.items() if own} if found else {}
+    if found is None or max(map(len, measured.values()), default=0) < 3:
         return None
-    columns = min(3, len(found.steps))
-    rows = -(-len(found.steps) // columns)
+    columns = min(3, len(measured))
+    rows = -(-len(measured) // columns)
     figure = Figure(figsize=(WIDTH, 2.6 * rows + 0.6), layout="constrained")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel().tolist()
-    for axes in grid[len(found.steps) :]:
+    for axes in grid[len(measured) :]:
         axes.remove()
-    most = max(abs(value) for own in found.steps.values() for shift in own.values() for value in shift) or 1.0
-    for axes, (name, own) in zip(grid, found.steps.items(), strict=False):
-        values = np.array([*own.values()]).T if own else np.zeros((found.depth, 1))
+    most = max(abs(value) for own in measured.values() for shift in own.values() for value in shift) or 1.0
+    for axes, (name, own) in zip(grid, measured.items(), strict=False):
+        values = np.array([*own.values()]).T
         image = axes.imshow(values, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-most, vmax=most)
         some = np.unique(np.linspace(0, values.shape[1] - 1, min(5, values.shape[1])).round().astype(int))
-        axes.set_xticks(some, [f"{[*own][i]:,}" if own else "" for i in some], fontsize=8)
+        axes.set_xticks(some, [f"{[*own][i]:,}" for i in some], fontsize=8)
         some = np.unique(np.linspace(0, found.depth - 1, min(6, found.depth)).round().astype(int))
         axes.set_yticks(some, some + 1, fontsize=8)
         axes.set_title(plain(name, 34), fontsize=10)
         axes.set_xlabel("optimizer step", fontsize=9)
     over = f"{counted(len(found.trained), 'claims')}, {counted(found.seeds, 'seeds')}"
-    figure.colorbar(image, ax=grid[: len(found.steps)], label=f"shift, nats; mean over {over}")
+    figure.colorbar(image, ax=grid[: len(measured)], label=f"shift, nats; mean over {over}")
     figure.supylabel("decoder layer", fontsize=10)
     return figure

@@ -57,21 +57,23 @@ def by_layer(comparison: Comparison, base: list[StoredRow]) -> ByLayer | None:
     claims: dict[str, dict[str, LayerShifts]] = {}
     steps: dict[str, dict[int, list[float]]] = {}
     for variant in comparison.variants:
-        claims[variant.name], steps[variant.name] = {}, {}
+        claims[variant.name] = {}
         for claim in asked:
             found = [layer_shifts(at_step(run.rows, last_step(run.rows)), base, claim) for run in variant.runs]
             if all(found):
                 claims[variant.name][claim] = mean_shifts([each for each in found if each])
-        for step in sorted({row["step"] for run in variant.runs for row in run.rows}):
-            rows = [at_step(run.rows, step) for run in variant.runs]
-            shifts = [layer_shifts(own, base, claim) for own in rows for claim in comparison.trained_claims]
-            if shifts and all(shifts):
-                steps[variant.name][step] = mean_shifts([each for each in shifts if each]).subject
     shared = [claim for claim in asked if all(claim in own for own in claims.values())]
     if not shared:
         return None
+    trained = [claim for claim in shared if claim in comparison.trained_claims]
+    for variant in comparison.variants:
+        steps[variant.name] = {}
+        for step in sorted({row["step"] for run in variant.runs for row in run.rows}):
+            rows = [at_step(run.rows, step) for run in variant.runs]
+            shifts = [layer_shifts(own, base, claim) for own in rows for claim in trained]
+            if shifts and all(shifts):
+                steps[variant.name][step] = mean_shifts([each for each in shifts if each]).subject
     claims = {name: {claim: own[claim] for claim in shared} for name, own in claims.items()}
     depth = len(next(iter(claims.values()))[shared[0]].subject)
-    trained = [claim for claim in shared if claim in comparison.trained_claims]
     seeds = min(len(variant.runs) for variant in comparison.variants)
     return ByLayer(depth, seeds, facts_right(base), trained, claims, steps)

@@ -11,7 +11,7 @@ from typing import Any
 
 from train.checkpoints.adapter_files import adapter_settings, check_adapter, trained_steps, weights_hash
 from train.checkpoints.reader import Checkpoint
-from train.checkpoints.resume import adapter_partitions, initial_partitions, start_over
+from train.checkpoints.resume import adapter_partitions, start_over
 from train.claims.claim import Claim
 from train.config.provenance import held_settings
 from train.config.settings import Settings, ds_config
@@ -27,7 +27,8 @@ from train.experts.dispatch import ExpertGroup
 from train.layers.lora import LoRASettings
 from train.model.engine import DefaultExpertParallel, all_ranks, checked_expert_parallel, make_engine
 from train.model.text_model import architecture, build, skeleton, text_config
-from train.runtime.distributed import start_distributed
+from train.runtime.command import launched_as
+from train.runtime.distributed import failing_together, start_distributed
 from train.runtime.errors import UserError
 from train.runtime.gpu import check_kernels
 from train.runtime.outside import checked, read_json
@@ -107,6 +108,8 @@ class Measured:
             measuring.ds_config, device,
         )  # fmt: skip
         self.engine = make_engine(model, settings, measuring.ds_config)
+        if launched_as()[0] == 0:
+            print(f"read {self.loaded.bytes_read / 1e9:.2f} GB in {self.loaded.seconds:.1f} s (rank 0)", flush=True)
         self.of_base: list[Record] = []
 
     def takes(self, measuring: Measuring) -> bool:
@@ -115,7 +118,8 @@ class Measured:
         before, now = (dataclasses.replace(each.settings, adapter="") for each in (self.measuring, measuring))
         if before != now or measuring.lora != self.measuring.lora or not measuring.settings.adapter:
             return False
-        weights = adapter_partitions(self.engine.module, Path(measuring.settings.adapter), measuring.lora)
+        with failing_together():
+            weights = adapter_partitions(self.engine.module, Path(measuring.settings.adapter), measuring.lora)
         start_over(self.engine.module, self.engine.optimizer, weights)
         self.measuring = measuring
         return True
@@ -125,14 +129,10 @@ class Measured:
         return measure(self.measuring.probes, self.engine, self.measuring.settings.row_tokens)
 
     def likelihoods_of_base(self) -> list[Record]:
-        """Returns the same records for the model without its adapter, which is put back afterwards. They are measured
-        once."""
-        if self.of_base:
-            return self.of_base
-        adapter = initial_partitions(self.engine.module, None)
-        start_over(self.engine.module, self.engine.optimizer, initial_partitions(self.engine.module, seed=0))
-        self.of_base = self.likelihoods()
-        start_over(self.engine.module, self.engine.optimizer, adapter)
+        """Returns the same records for the model without its adapter. They are measured once."""
+        if not self.of_base:
+            with self.engine.module.without_adapter():
+                self.of_base = self.likelihoods()
         return self.of_base
 
     def answer(self, items: list[Item], records: Records | None, asking: Asking) -> None:
@@ -159,9 +159,11 @@ def check_scored(records: Records, step: int, context: int, model: str, own: boo
 
 def keep(records: Records, found: list[Record], step: int, context: int, model: str) -> None:
     """Appends those of the found records that evaluation.jsonl does not hold yet."""
-    held = {identity(row) for row in _scored(records, step, context)}
+    held = {identity(row): "layers" in row for row in _scored(records, step, context)}
     new = [{"step": step, **record, "context": context, "model": model} for record in found]
-    records.keep_others([row for row in new if identity(row) not in held])
+    # A row without layers is measured again by one with them: of two rows the last one counts.
+    lacking = [row for row in new if identity(row) not in held or ("layers" in row and not held[identity(row)])]
+    records.keep_others(lacking)
 
 
 def _scored(records: Records, step: int, context: int) -> list[Record]:

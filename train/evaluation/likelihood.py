@@ -225,18 +225,20 @@ def log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list[float
 def _sums(
     texts: list[Sample], engine: Any, budget: int, by_layer: Collection[int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Returns the log p [texts] of each text, as log_likelihoods does, and [layers, texts] after each decoder layer, of
-    the texts whose numbers by_layer has; of the others 0, and for None all."""
+    """Returns the log p [texts] of each text, as log_likelihoods does, and [layers, texts] after each decoder layer: of
+    the texts whose numbers by_layer has, 0 for the others, and [0, texts] for None."""
     device = engine.device
     sums = torch.zeros(len(texts), dtype=torch.float64, device=device)
-    layers = torch.zeros(engine.module.depth, len(texts), dtype=torch.float64, device=device)
+    depth = 0 if by_layer is None else engine.module.depth
+    layers = torch.zeros(depth, len(texts), dtype=torch.float64, device=device)
     wanted = None if by_layer is None else torch.tensor([i in by_layer for i in range(len(texts))], device=device)
     for text_N, _, terms in _scored(texts, engine, budget, wanted=wanted):
         sums.index_add_(0, text_N, -terms.nll_N.double())
         if wanted is not None and terms.layers_DM is not None:
             layers.index_add_(1, text_N[wanted[text_N]], -terms.layers_DM.double())
     dist.all_reduce(sums)
-    dist.all_reduce(layers)
+    if depth:
+        dist.all_reduce(layers)
     return sums.cpu(), layers.cpu()
 
 

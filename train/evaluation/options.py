@@ -166,6 +166,7 @@ def parse_evaluation(argv: list[str] | None, usage: str) -> EvaluationSettings:
     other, needed = (OF_THE_ENDPOINT, "--endpoint") if settings.model else (OF_THE_ENGINE, "--model")
     for name in other:
         if (value := getattr(settings, name)) != getattr(unset, name):
+            value = " ".join(value) if isinstance(value, list) else value
             shown = "" if value is True or name.endswith("_body") else f" {value}"  # a body may hold an API key
             raise UserError(f"--{name.replace('_', '-')}{shown}: needs {needed}, and has no effect without it.")
     return settings

@@ -43,6 +43,7 @@ ENDED_BY_EXPERTS = ("Qwen3_5MoeDecoderLayer", "Qwen3MoeDecoderLayer", "DeepseekV
 so a recomputation skips it. In a layer that did need it, it would be NaN, and so would the gradients."""
 
 
+LENS_LAYERS = 16  # whose states are normed and read at once; all at once would double what a deep model keeps of them
 MOST_LAYERS = 10_000  # far beyond any model
 
 
@@ -310,14 +311,16 @@ class LanguageModel(nn.Module):
 
     def _lens(self, kept: list[Tensor], target_M: Tensor) -> Tensor:
         """Returns the nll [layers, M] of M targets by states [M, H] of each layer, which the model's final norm and
-        head read as if that layer were the last one ("logit lens", nostalgebraist 2020). All layers go through each
-        of the two in one call."""
-        if not kept:
-            return torch.zeros(0, len(target_M), device=target_M.device)
-        hidden_KH = self.causal.model.norm(torch.stack(kept)).flatten(0, 1)
-        target_K = target_M.repeat(len(kept))
-        nothing = hidden_KH.new_zeros(len(target_K)), torch.zeros_like(target_K, dtype=torch.int8)
-        return self.causal.lm_head(hidden_KH, target_K, *nothing).nll_N.unflatten(0, (len(kept), -1))
+        head read as if that layer were the last one ("logit lens", nostalgebraist 2020). LENS_LAYERS layers go through
+        each of the two in one call, on every rank as many."""
+        found = [torch.zeros(0, len(target_M), device=target_M.device)]
+        for start in range(0, len(kept), LENS_LAYERS):
+            some = kept[start : start + LENS_LAYERS]
+            hidden_KH = self.causal.model.norm(torch.stack(some)).flatten(0, 1)
+            target_K = target_M.repeat(len(some))
+            nothing = hidden_KH.new_zeros(len(target_K)), torch.zeros_like(target_K, dtype=torch.int8)
+            found.append(self.causal.lm_head(hidden_KH, target_K, *nothing).nll_N.unflatten(0, (len(some), -1)))
+        return torch.cat(found)
 
     def _states(self, batch: Batch) -> Tensor:
         """Returns the hidden states [N, H] that predict the batch's N targets."""

@@ -184,7 +184,7 @@ class Run:
 
     def _show(self, summary: dict[str, Any]) -> None:
         Terminal().print(closing_table(summary))
-        if (floor := summary["kl"].get("all", {}).get("first")) is not None and not self.settings.adapter:
+        if (floor := summary["kl_floor"]) is not None:
             print(
                 f"KL at the first step, where model and base are the same: {floor:.2g} nats per target. This is "
                 "rounding; a KL of that size is no drift."
@@ -239,6 +239,7 @@ def summarize(job: Any, run: Run, hashes: dict[str, str], peak: int, seconds: fl
     spent = sum(values["tokens"] / values["tokens_per_second"] for values in metrics if values["tokens_per_second"])
     return {
         "mask": job.settings.mask, "steps": job.stop, "steps_of_schedule": job.steps, "tokens": job.tokens, **measured,
+        "kl_floor": None if job.settings.adapter else (metrics[0].get("kl") or {}).get("all"),
         "loss": {"first": metrics[0]["loss"], "last": metrics[-1]["loss"]},
         "documents": job.corpus.documents, "dropped": job.corpus.dropped,
         "findings": job.corpus.findings.summary(), "hashes": hashes,

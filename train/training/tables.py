@@ -28,7 +28,10 @@ def closing_table(summary: dict[str, Any]) -> Table:
     """Returns a table of the targets per role and treatment, of the NLL per role at the first and last step, and, if it
     was measured, of the divergence from the base at the last step."""
     title = f"--mask {summary['mask']}: {summary['steps']} steps"
-    table = Table(title=title, title_justify="left", caption=UNSPANNED, caption_justify="left")
+    caption = UNSPANNED + (
+        "; KL: from the base, over held targets; with --measure-kl over all" if summary["kl"] else ""
+    )
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     kinds = counts_shown(summary["tokens"].values())
     ends = [("nll", "first", ".3f"), ("nll", "last", ".3f"), ("kl", "last", ".2g")][: 3 if summary["kl"] else 2]
     for column in ("role", "targets", *kinds[1:], *(f"{measure.upper()} {end}" for measure, end, _ in ends)):
