@@ -19,6 +19,7 @@ from train.masking.grammar import parse_mask
 from train.model.engine import checked_expert_parallel
 from train.model.text_model import text_config
 from train.runtime.distributed import memory_status
+from train.runtime.errors import UserError
 from train.training.job import Job, full_precision, lora_settings, rows_of_first_steps
 
 
@@ -50,11 +51,18 @@ class Plan:
     def memory(self, checkpointing: bool) -> Memory:
         """Returns the memory of one rank, with or without gradient checkpointing. The result is cached."""
         if checkpointing not in self._memory:
-            held = self.settings.measure_kl or parse_mask(self.settings.mask).holds
+            held = self.settings.measure_kl or self._holds()
             gpu, batch = self.cluster.memory > 0, planned_batch(self.row, held)
             step = run_step(self.model, batch, checkpointing, gpu)
             self._memory[checkpointing] = rank_memory(self.model, step, self.zero, gpu, self.bf16)
         return self._memory[checkpointing]
+
+    def _holds(self) -> bool:
+        """Returns whether --mask holds tokens; False for an invalid one, which other checks report."""
+        try:
+            return parse_mask(self.settings.mask).holds
+        except UserError:
+            return False
 
     @property
     def chosen(self) -> Memory:

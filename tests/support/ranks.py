@@ -285,6 +285,8 @@ def _become(request: dict[str, Any], flags: list[str], own: dict[str, str]) -> N
         buffered: Any = io.BufferedReader(file) if mode == "r" else io.BufferedWriter(file)
         setattr(sys, name, io.TextIOWrapper(buffered, encoding="utf-8", write_through=number == 2))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if media := sys.modules.get("wandb.sdk.data_types._private"):  # each process removes its directory at its end
+        media.MEDIA_TMP.name = tempfile.mkdtemp("wandb-media")
     first, *others = request["words"]
     by_path = first not in ("-m", "-c")
     sys.path[0] = str(Path(first).parent) if by_path else request["cwd"]
