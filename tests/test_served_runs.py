@@ -107,7 +107,7 @@ def test_the_adapters_that_were_kept_are_asked_in_the_order_of_their_steps_and_t
         ("all", (one, other), rf"--kept-steps all: {other} has no adapter but the last .* leave it out"),
         ("2", (one, other), rf"--kept-steps 2: {other} has no adapter of step 2 .* leave it out"),
         ("2,3", (one,), rf"--kept-steps 2,3: {one} has no adapter of step 3 .* give some of 1,2, or all"),
-        ("last", (one,), "--kept-steps last: 'last' is no step from 1 to 8"),
+        ("last", (one,), "--kept-steps last: 'last' is not a step from 1 to 8"),
     ]:
         with pytest.raises(UserError, match=message):
             asked(text, *runs)

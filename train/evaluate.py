@@ -105,10 +105,11 @@ def evaluate_model(s: EvaluationSettings, claims: list[Claim], contamination: Co
     evaluations: list[Evaluation] = []
     try:
         for each in of_each_run(s):
-            if rank == 0 and each.output not in opened:
-                opened[each.output] = Records(Path(each.output))
-            evaluations.append(Evaluation(each, claims, expert_parallel, opened.get(each.output)))
+            evaluations.append(Evaluation(each, claims, expert_parallel))
         check_steps(evaluations)
+        for evaluation in evaluations if rank == 0 else ():
+            output = evaluation.s.output
+            evaluation.records = opened[output] = opened.get(output) or Records(Path(output))
         evaluations.sort(key=lambda evaluation: evaluation.step)  # evaluation.json is of the last one in its directory
         for evaluation in evaluations:
             evaluation.check()

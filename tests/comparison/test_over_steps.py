@@ -74,7 +74,7 @@ def test_judged_belief_and_likelihoods_stand_side_by_side_with_intervals_over_cl
     assert [row.split(" | ")[1] for row in rows[3:]] == [str(step) for step in (*STEPS, *STEPS)]
     assert rows[4] == "| dense | 2 | – | – | 2.00 \\[−10.71, 14.71\\] | 0.00 |"
     assert rows[8].startswith("| masked | 1 | 37.5 \\[0.0, 100.0\\] |")
-    assert "Of belief rate, 95 % intervals by t over 2 claims, 1 seed (placebo: 4 questions, 1 seed)" in section
+    assert "Of belief rate, 95 % t intervals over 2 claims, 1 seed (placebo: 4 questions, 1 seed)" in section
 
 
 def test_what_is_measured_at_two_steps_has_no_curve_and_the_other_measure_still_has_one(tmp_path):

@@ -19,13 +19,9 @@ from train.runtime.command import launched_as
 class Evaluation:
     """The evaluation of one model in the training engine. Every rank has one; that of rank 0 holds the records."""
 
-    def __init__(
-        self, s: EvaluationSettings, claims: list[Claim], expert_parallel: DefaultExpertParallel,
-        records: Records | None,
-    ):  # fmt: skip
+    def __init__(self, s: EvaluationSettings, claims: list[Claim], expert_parallel: DefaultExpertParallel):
         """Checks all but the directory and the judge, before a weight is read. expert_parallel: decides where the
-        settings do not. records: None on the other ranks. Raises UserError if a setting, a document, the model or the
-        adapter is wrong."""
+        settings do not. Raises UserError if a setting, a document, the model or the adapter is wrong."""
         _, ranks = launched_as()
         documents, settings = context_documents(s), s.of_the_engine()
         self.measuring = prepare_measuring(settings, claims, documents, ranks, expert_parallel)
@@ -39,7 +35,7 @@ class Evaluation:
         )  # fmt: skip
         self.items = plan(claims, s.kinds or (KINDS if s.judge else ()), self.asking)
         self.judge = judge_of(self.s, self.items)
-        self.records = records
+        self.records: Records | None = None  # rank 0's, given later
 
     def check(self) -> None:
         """Raises UserError if the directory holds answers or scores of another model, or if the judge cannot be
