@@ -202,23 +202,27 @@ class LossHead(nn.Module):
         else:
             place_N = known_N.cumsum(0) - 1  # of a token in base_MH
             groups += [(held_N, True, True), (known_N & ~held_N, False, True), (~in_loss_N & ~known_N, False, False)]
-        exact = torch.promote_types(hidden_NH.dtype, torch.float32)
-        term_N, nll_N, kl_N = (torch.zeros(len(target_N), device=hidden_NH.device, dtype=exact) for _ in range(3))
         losses: list[Tensor] = []
+        found = []
         for chosen_N, in_loss, by_base in groups:
             rows = chosen_N.nonzero()[:, 0]
             if losses and not len(rows):
                 continue
             base = base_MH[place_N[rows]] if by_base and base_MH is not None else None
             with torch.set_grad_enabled(in_loss and torch.is_grad_enabled()):
-                loss, own, nll_N[rows] = _ChunkedLoss.apply(
+                loss, own, nll = _ChunkedLoss.apply(
                     hidden_NH.index_select(0, rows), self.weight, self.lora_A, self.lora_B, self.scale, target_N[rows],
-                    coefficient_N[rows], unlikely_N[rows], base,
-                    torch.is_grad_enabled(),
+                    coefficient_N[rows], unlikely_N[rows], base, torch.is_grad_enabled(),
                 )  # fmt: skip
+            losses += [loss] if in_loss else []
+            found.append((rows, in_loss, by_base, own, nll))
+        if len(found) == 1 and len(found[0][0]) == len(target_N):
+            return Terms(losses[0], own, nll, torch.zeros_like(nll))
+        term_N, nll_N, kl_N = (torch.zeros(len(target_N), device=nll.device, dtype=nll.dtype) for _ in range(3))
+        for rows, in_loss, by_base, own, nll in found:
+            nll_N[rows] = nll
             if by_base:
                 kl_N[rows] = own
             if in_loss:
                 term_N[rows] = own
-                losses.append(loss)
         return Terms(sum(losses[1:], losses[0]), term_N, nll_N, kl_N)
