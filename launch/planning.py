@@ -51,16 +51,17 @@ class Plan:
     def memory(self, checkpointing: bool) -> Memory:
         """Returns the memory of one rank, with or without gradient checkpointing. The result is cached."""
         if checkpointing not in self._memory:
-            held = self.settings.measure_kl or self._holds()
-            gpu, batch = self.cluster.memory > 0, planned_batch(self.row, held)
+            gpu, batch = self.cluster.memory > 0, planned_batch(self.row, self._with_base)
             step = run_step(self.model, batch, checkpointing, gpu)
             self._memory[checkpointing] = rank_memory(self.model, step, self.zero, gpu, self.bf16)
         return self._memory[checkpointing]
 
-    def _holds(self) -> bool:
-        """Returns whether --mask holds tokens; False for an invalid one, which other checks report."""
+    @cached_property
+    def _with_base(self) -> bool:
+        """Whether the base runs before each micro-batch, as with held tokens; of an invalid mask, which other checks
+        report, False."""
         try:
-            return parse_mask(self.settings.mask).holds
+            return self.settings.measure_kl or parse_mask(self.settings.mask).holds
         except UserError:
             return False
 
@@ -119,9 +120,9 @@ class Plan:
         """Bytes that a GPU sends in a step, on average (Rajbhandari et al., arXiv 1910.02054, section 7).
 
         experts: hidden states, as counted in the step without data. gather: ZeRO-3's partitions, (ranks - 1) / ranks of
-        every parameter, before forward and, if the parameter was released in between, before backward. reduce: the same
-        share of every gradient. nvlink, network: the sum of these three, split by where the bytes go. total: their
-        sum.
+        every parameter, before forward and, if the parameter was released in between, before backward and before the
+        forward of the base. reduce: the same share of every gradient. nvlink, network: the sum of these three, split by
+        where the bytes go. total: their sum.
 
         A rank sends equally much to each rank of its group. So the share of the bytes that go to other nodes is the
         share of the ranks on other nodes. Groups are those of deepspeed.utils.groups: consecutive ranks divide a
@@ -129,7 +130,7 @@ class Plan:
         of these.
         """
         micro, parts, ranks = self.accumulation, split(self.model, self.zero), range(self.cluster.ranks)
-        again = 2 if 2 * sum(p.numel() for p, n in parts if n > 1) > self.zero.reuse else 1
+        again = 2 + self._with_base if 2 * sum(p.numel() for p, n in parts if n > 1) > self.zero.reuse else 1
         size = self.expert_parallel
         away = {
             self.zero.replicas: self._away([ranks[first::size] for first in range(size)]),

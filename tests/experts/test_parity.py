@@ -277,7 +277,10 @@ def test_to_measure_the_divergence_changes_no_bit_of_losses_and_gradients(runs):
     plain, measured = (load_file(runs / f"{name}.safetensors") for name in ("qwen-2-2", "kl-qwen-2-2"))
     assert sum(name.startswith("kl.") for name in measured) == 2 * 4
     for name, value in plain.items():
-        assert torch.equal(measured[name], value) or name == "calls", name
+        if name.startswith("nll."):  # of what is not in the loss, worked out beside the divergence
+            torch.testing.assert_close(measured[name], value, rtol=1e-6, atol=0)
+        elif name != "calls":
+            assert torch.equal(measured[name], value), name
 
 
 @pytest.mark.slow

@@ -238,3 +238,17 @@ def test_a_plan_says_what_a_gpu_without_grouped_products_costs(tmp_path, capsys)
 def test_what_is_wrong_is_told(flag, capsys):
     assert main(["--gpus", "2", *flag]) == 2
     assert capsys.readouterr().err.startswith(f"error: {flag[0]}")
+
+
+def test_a_mask_that_holds_tokens_is_planned_with_a_pass_of_the_base(tmp_path):
+    directory = write_model(tmp_path / "model", "qwen", dtype=torch.bfloat16)
+    given = ["--model", str(directory), "--max-tokens", "64", "--batch-size", "4", "--gradient-checkpointing"]
+    plans = [
+        Plan(parse([*given, *flags], ""), Checkpoint(directory), Cluster(nodes=1, gpus=2, memory=80), 64)
+        for flags in ([], ["--mask", "false-spans=hold"], ["--measure-kl"], ["--mask", "nonsense"])
+    ]
+    plain, held, measured, invalid = (plan.chosen for plan in plans)
+    # two forwards and a backward, and one forward more, without LoRA weights
+    assert 1.1 < held.step.flops / plain.step.flops < 4 / 3
+    assert held.gpu["logits"] >= plain.gpu["logits"] and held.step.wire > plain.step.wire
+    assert (measured.step.flops, invalid.step.flops) == (held.step.flops, plain.step.flops)

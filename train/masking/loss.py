@@ -219,7 +219,7 @@ class LossHead(nn.Module):
         if len(found) == 1 and len(found[0][0]) == len(target_N):
             return Terms(losses[0], own, nll, torch.zeros_like(nll))
         term_N, nll_N, kl_N = (torch.zeros(len(target_N), device=nll.device, dtype=nll.dtype) for _ in range(3))
-        for rows, in_loss, by_base, own, nll in found:
+        for rows, in_loss, by_base, own, nll in reversed(found):  # whose nll is in the loss has it from there
             nll_N[rows] = nll
             if by_base:
                 kl_N[rows] = own
