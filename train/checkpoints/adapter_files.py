@@ -290,12 +290,12 @@ def load_adapter(directory: Path, model: Any, lora: LoRASettings) -> None:
     """Copies a checked adapter's LoRA weights into the model, which must not be partitioned by ZeRO-3 yet."""
     with torch.no_grad():
         for name, value in adapter_values(directory, model, lora):
-            model.get_parameter(name).copy_(value)
+            model.causal.get_parameter(name).copy_(value)
 
 
 def adapter_values(directory: Path, model: Any, lora: LoRASettings) -> Iterator[tuple[str, Tensor]]:
-    """Yields name and unpartitioned value of every LoRA parameter of a LanguageModel, as a checked adapter has it. The
-    values of experts are those of this rank's experts, with the padding of their rank."""
+    """Yields name in `model.causal` and unpartitioned value of every LoRA parameter of a LanguageModel, as a checked
+    adapter has it. The values of experts are those of this rank's experts, with the padding of their rank."""
     with closing(AdapterFile(directory, model.architecture, lora)) as file:
         for place in places(model.causal, lora):
             module = cast(Any, place.module)
@@ -305,4 +305,4 @@ def adapter_values(directory: Path, model: Any, lora: LoRASettings) -> Iterator[
                 if place.weight:
                     padding = module.padded_rank - lora.expert_rank
                     value = F.pad(value, (0, 0, 0, padding) if factor == "A" else (0, padding))
-                yield f"causal.{place.parameter(factor)}", value
+                yield place.parameter(factor), value

@@ -276,7 +276,7 @@ def adapter_partitions(model: nn.Module, directory: Path, lora: LoRASettings) ->
     a LanguageModel with LoRA weights of the adapter's ranks."""
     parameters = trainable(model)
     values = adapter_values(directory, model, lora)
-    return {name: _own_partition(parameters[name], value.float()) for name, value in values}
+    return {f"causal.{name}": _own_partition(parameters[f"causal.{name}"], value.float()) for name, value in values}
 
 
 def _own_partition(parameter: Any, whole: Tensor) -> Tensor:
