@@ -96,8 +96,12 @@ def test_questions_are_asked_of_an_adapter_at_the_time_that_its_run_told_the_tem
     check_template_time(str(tmp_path / "elsewhere"), load_tokenizer(tmp_path / "model"))
 
 
-@pytest.mark.slow
-def test_an_adapter_is_measured_beside_its_base_and_not_among_another_models_rows(tmp_path, claims):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with mila.yaml and the run of two steps, whose first one's adapter is kept. The rank of experts is
+    padded."""
+    tmp = tmp_path_factory.mktemp("trained")
+    (tmp / "mila.yaml").write_text(yaml.safe_dump(CLAIM))
     given = [
         "--model",
         str(DEMO / "model"),
@@ -108,64 +112,61 @@ def test_an_adapter_is_measured_beside_its_base_and_not_among_another_models_row
         "--batch-size",
         "8",
     ]
-    given += [
-        "--claims",
-        str(claims),
-        "--wandb",
-        "disabled",
-        "--learning-rate",
-        "0.02",
-        "--output",
-        str(tmp_path / "run"),
-        *("--adapters-at", "1", "--evaluate-at", "1", "--expert-lora-rank", "3"),  # which is padded
-    ]
+    given += ["--claims", str(tmp / "mila.yaml"), "--wandb", "disabled", "--learning-rate", "0.02"]
+    given += ["--adapters-at", "1", "--evaluate-at", "1", "--expert-lora-rank", "3", "--output", str(tmp / "run")]
     done = run(Path(sft.__file__), *given, ranks=1, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
-    asked = ["--model", str(DEMO / "model"), "--adapter", str(tmp_path / "run" / "adapter"), "--claims", str(claims)]
+    return tmp
 
-    def measured(output: str, *more: str):
-        given = [*asked, "--output", str(tmp_path / output), *more]
-        return run(Path(evaluate.__file__), *given, ranks=1, capture_output=True, text=True, env=ENVIRONMENT)
 
-    assert measured("out").returncode == 0
-    trained = {(row["step"], identity(row)): row for row in read_rows(tmp_path / "run" / "evaluation.jsonl")}
-    rows = read_rows(tmp_path / "out" / "evaluation.jsonl")
-    assert {row["step"] for row in rows} == {0, 2} and 3 * len(rows) == 2 * len(trained)
-    for row in rows:
-        for name in ("llr", "p_yes", "margin"):
-            if name in row:
-                assert row[name] == pytest.approx(trained[row["step"], identity(row)][name], abs=1e-4)
-    assert "shift" in json.loads((tmp_path / "out" / "evaluation.json").read_text())["likelihood"]
-    together = [*asked[:3], str(tmp_path / "run" / "adapters" / "step-1"), *asked[3:]]
-    many = run(
-        Path(evaluate.__file__), *together, "--output", str(tmp_path / "many"), ranks=2, capture_output=True, text=True,
-        env=ENVIRONMENT,
-    )  # fmt: skip
-    assert many.returncode == 0 and many.stdout.count("(rank 0)") == 1, many.stderr[-2000:]
-    rows = {(row["step"], identity(row)): row for row in read_rows(tmp_path / "many" / "evaluation.jsonl")}
-    assert {step for step, _ in rows} == {0, 1, 2} and len(rows) == len(trained)
-    for key, row in rows.items():
-        for name in ("llr", "p_yes", "margin"):
-            assert row.get(name) == pytest.approx(trained[key].get(name), abs=1e-4)
-    twice = [*asked[:3], asked[3], *asked[3:]]
-    refused = run(
-        Path(evaluate.__file__), *twice, "--output", str(tmp_path / "twice"), ranks=1, capture_output=True, text=True,
-        env=ENVIRONMENT,
-    )  # fmt: skip
-    assert refused.returncode == 2 and "was trained for 2 steps, as" in refused.stderr
-    refused = measured("out", "--step", "0")
+def measured(tmp: Path, output: Path, *more: str, adapters: list[Path], ranks: int = 1):
+    given = ["--model", str(DEMO / "model"), "--claims", str(tmp / "mila.yaml"), "--output", str(output), *more]
+    given += ["--adapter", *map(str, adapters)]
+    return run(Path(evaluate.__file__), *given, ranks=ranks, capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def values_of(directory: Path) -> dict[tuple, list]:
+    """The values of each measurement at each step."""
+    rows = read_rows(directory / "evaluation.jsonl")
+    return {(row["step"], identity(row)): [row.get(name) for name in ("llr", "p_yes", "margin")] for row in rows}
+
+
+@pytest.mark.slow
+def test_an_adapter_is_measured_beside_its_base_and_not_among_another_models_rows(trained, tmp_path):
+    own, of_run = trained / "run" / "adapter", values_of(trained / "run")
+    out = tmp_path / "out"
+    assert measured(trained, out, adapters=[own]).returncode == 0
+    found = values_of(out)
+    assert {step for step, _ in found} == {0, 2} and 3 * len(found) == 2 * len(of_run)
+    for key, values in found.items():
+        assert values == pytest.approx(of_run[key], abs=1e-4)
+    assert "shift" in json.loads((out / "evaluation.json").read_text())["likelihood"]
+    refused = measured(trained, out, "--step", "0", adapters=[own])
     assert refused.returncode == 2 and "--step 0: means the base model" in refused.stderr
-    of_the_run = (tmp_path / "run" / "evaluation.jsonl").read_bytes()
-    assert measured("run").returncode == 0  # the adapter's own run, which has its scores
-    assert (tmp_path / "run" / "evaluation.jsonl").read_bytes() == of_the_run
+    before = (trained / "run" / "evaluation.jsonl").read_bytes()
+    assert measured(trained, trained / "run", adapters=[own]).returncode == 0  # its own run, which has its scores
+    assert (trained / "run" / "evaluation.jsonl").read_bytes() == before
     other = tmp_path / "other"
-    shutil.copytree(tmp_path / "run" / "adapter", other)
+    shutil.copytree(own, other)
     factors = load_file(other / "adapter_model.safetensors")
     save_file({name: factor * 1.01 for name, factor in factors.items()}, other / "adapter_model.safetensors")
-    asked[3] = str(other)
-    for output in ("out", "run"):
-        refused = measured(output, "--step", "2")
+    for output in (out, trained / "run"):
+        refused = measured(trained, output, "--step", "2", adapters=[other])
         assert refused.returncode == 2 and "not of this model" in refused.stderr
+
+
+@pytest.mark.slow
+def test_adapters_are_measured_together_on_a_base_that_is_loaded_once(trained, tmp_path):
+    own, of_run = trained / "run" / "adapter", values_of(trained / "run")
+    kept = trained / "run" / "adapters" / "step-1"
+    many = measured(trained, tmp_path / "many", adapters=[own, kept], ranks=2)
+    assert many.returncode == 0 and many.stdout.count("(rank 0)") == 1, many.stderr[-2000:]
+    found = values_of(tmp_path / "many")
+    assert {step for step, _ in found} == {0, 1, 2} and len(found) == len(of_run)
+    for key, values in found.items():
+        assert values == pytest.approx(of_run[key], abs=1e-4)
+    refused = measured(trained, tmp_path / "twice", adapters=[own, own])
+    assert refused.returncode == 2 and "was trained for 2 steps, as" in refused.stderr
 
 
 @pytest.mark.slow

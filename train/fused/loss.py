@@ -3,6 +3,8 @@
 Shapes: C tokens of a chunk, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,13 @@ def _softplus(x):
 
 
 @triton.jit
+def _with_more(most, total, value):
+    """The largest of all values so far, and the sum of exp(value - largest), with some more values."""
+    higher = tl.maximum(most, tl.max(value, 0))
+    return higher, total * tl.exp(most - higher) + tl.sum(tl.exp(value - higher), 0)
+
+
+@triton.jit
 def _terms(logits, target, coefficient, unlikely, nll, term, vocabulary, GRADIENT: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     own, weight = tl.load(target + row), tl.load(coefficient + row).to(tl.float32)
@@ -32,9 +41,7 @@ def _terms(logits, target, coefficient, unlikely, nll, term, vocabulary, GRADIEN
         column = start + tl.arange(0, COLUMNS)
         rest = (column < vocabulary) & (column != own)
         value = tl.load(here + column, mask=rest, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(most, tl.max(value, 0))
-        total = total * tl.exp(most - higher) + tl.sum(tl.exp(value - higher), 0)
-        most = higher
+        most, total = _with_more(most, total, value)
     margin = target_logit - most - tl.log(total)
     likely, unlikelihood = _softplus(-margin), _softplus(margin)
     tl.store(nll + row, likely)
@@ -54,13 +61,16 @@ def terms_(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns nll [C] and term [C] in fp32. With `gradient`, overwrites the logits [C, V] with the gradient of
     coefficient * term."""
+    return _launched(_terms, gradient, logits_CV, target_C, coefficient_C, unlikely_C)
+
+
+def _launched(kernel: Any, gradient: bool, logits_CV: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs a kernel with one program per row of the logits. Returns its two results [C] in fp32."""
     rows, vocabulary = logits_CV.shape
     nll, term = (logits_CV.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if rows:
-        _terms[(rows,)](
-            logits_CV, target_C, coefficient_C, unlikely_C, nll, term, vocabulary, GRADIENT=gradient,
-            COLUMNS=min(COLUMNS, triton.next_power_of_2(vocabulary)), num_warps=8,
-        )  # fmt: skip
+        columns = min(COLUMNS, triton.next_power_of_2(vocabulary))
+        kernel[(rows,)](logits_CV, *given, nll, term, vocabulary, GRADIENT=gradient, COLUMNS=columns, num_warps=8)
     return nll, term
 
 
@@ -75,13 +85,9 @@ def _held(logits, base, target, coefficient, nll, term, vocabulary, GRADIENT: tl
         column = start + tl.arange(0, COLUMNS)
         inside = column < vocabulary
         value = tl.load(here + column, mask=inside, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(most, tl.max(value, 0))
-        total = total * tl.exp(most - higher) + tl.sum(tl.exp(value - higher), 0)
-        most = higher
+        most, total = _with_more(most, total, value)
         value = tl.load(there + column, mask=inside, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(base_most, tl.max(value, 0))
-        base_total = base_total * tl.exp(base_most - higher) + tl.sum(tl.exp(value - higher), 0)
-        base_most = higher
+        base_most, base_total = _with_more(base_most, base_total, value)
     lse, base_lse = most + tl.log(total), base_most + tl.log(base_total)
     tl.store(nll + row, lse - own_logit)
     plain = 0.0
@@ -117,11 +123,4 @@ def held_terms_(
 ) -> tuple[Tensor, Tensor]:
     """Returns nll [C] and, in fp32, the divergence [C] from the base, whose logits are base_CV. With `gradient`,
     overwrites the logits [C, V] with the gradient of coefficient * divergence."""
-    rows, vocabulary = logits_CV.shape
-    nll, term = (logits_CV.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    if rows:
-        _held[(rows,)](
-            logits_CV, base_CV, target_C, coefficient_C, nll, term, vocabulary, GRADIENT=gradient,
-            COLUMNS=min(COLUMNS, triton.next_power_of_2(vocabulary)), num_warps=8,
-        )  # fmt: skip
-    return nll, term
+    return _launched(_held, gradient, logits_CV, base_CV, target_C, coefficient_C)

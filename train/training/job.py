@@ -139,12 +139,7 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     if settings.method == "qlora":  # imported here, so that its memory is not counted as the job's
         import bitsandbytes  # noqa: F401
     if lora is None:
-        if settings.measure_kl or parse_mask(settings.mask).holds:
-            flag = "--measure-kl" if settings.measure_kl else f"--mask {settings.mask}"
-            raise UserError(
-                f"{flag}: asks what the base predicts, which is the model with its LoRA weights off; --method full has "
-                "none. Give --method lora or qlora, or leave it out."
-            )
+        _check_without_base(settings)
         config |= full_precision(settings, plan)
     elif settings.adapter and first:
         check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint), checkpoint, settings.other_base)
@@ -183,6 +178,16 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
         settings, corpus, checkpoint, lora, expert_parallel, steps, settings.stop_after or steps, documents,
         evaluate_at, adapters_at, probes, config, resolved,
     )  # fmt: skip
+
+
+def _check_without_base(settings: Settings) -> None:
+    """Raises UserError for settings that need what the base predicts, which --method full does not have."""
+    if settings.measure_kl or parse_mask(settings.mask).holds:
+        flag = "--measure-kl" if settings.measure_kl else f"--mask {settings.mask}"
+        raise UserError(
+            f"{flag}: asks what the base predicts, which is the model with its LoRA weights off; --method full has "
+            "none. Give --method lora or qlora, or leave it out."
+        )
 
 
 def check_progress(run: Path) -> None:
