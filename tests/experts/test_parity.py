@@ -21,7 +21,7 @@ from tests.support.models import write_documents, write_model
 from tests.support.ranks import run
 from train.config.settings import parse
 from train.corpus import Corpus, read_corpus
-from train.data.batches import deal, micro_batches
+from train.data.batches import Sample, deal, micro_batches
 from train.data.kinds import TermKind
 from train.data.sampling import epoch_order
 from train.data.tokenizer import load_tokenizer
@@ -132,6 +132,21 @@ def corpus_of(tmp: Path, family: str, mask: str = MASK) -> Corpus:
     return read_corpus(settings, load_tokenizer(tmp / family), show=False)
 
 
+def terms_of(model: Any, sample: Sample, holds: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of each token but a document's first: its term in the loss, log p, and its divergence from the base if there are
+    held tokens, by all logits and the formulas of the docs."""
+    ids, kind = torch.from_numpy(sample.ids_L).long(), torch.from_numpy(sample.kind_L)[1:]
+    log_p_V = F.log_softmax(model(ids[None]).logits[0, :-1].double(), -1)
+    log_p = log_p_V.gather(1, ids[1:, None])[:, 0]
+    term = torch.where(kind == TermKind.UNLIKELIHOOD, -torch.log1p(-log_p.exp()), -log_p)
+    if not holds:
+        return term, log_p, None
+    with torch.no_grad(), model.disable_adapter():
+        log_b_V = F.log_softmax(model(ids[None]).logits[0, :-1].double(), -1)
+    divergence = (log_b_V.exp() * (log_b_V - log_p_V)).sum(-1)
+    return torch.where(kind == TermKind.HELD, divergence, term), log_p, divergence
+
+
 def reference(tmp: Path, name: str, norm: str = "trained") -> dict[str, Tensor]:
     """The same steps by stock transformers and PEFT with a loss written out: one document at a time, all logits, the
     formulas of the README, and torch's own AdamW and clipping."""
@@ -161,16 +176,8 @@ def reference(tmp: Path, name: str, norm: str = "trained") -> dict[str, Tensor]:
         loss = torch.zeros((), dtype=torch.float64)
         parts, nll, kl = Counter[str](), Counter[str](), Counter[str]()
         for sample, weight_L in zip(samples, weights, strict=True):
-            ids = torch.from_numpy(sample.ids_L).long()
-            log_p_V = F.log_softmax(model(ids[None]).logits[0, :-1].double(), -1)
-            log_p = log_p_V.gather(1, ids[1:, None])[:, 0]
             w, kind = weight_L[1:], torch.from_numpy(sample.kind_L)[1:]
-            term = torch.where(kind == TermKind.UNLIKELIHOOD, -torch.log1p(-log_p.exp()), -log_p)
-            if holds:
-                with torch.no_grad(), model.disable_adapter():
-                    log_b_V = F.log_softmax(model(ids[None]).logits[0, :-1].double(), -1)
-                divergence = (log_b_V.exp() * (log_b_V - log_p_V)).sum(-1)
-                term = torch.where(kind == TermKind.HELD, divergence, term)
+            term, log_p, divergence = terms_of(model, sample, holds)
             if norm == "documents":
                 total = (w.sum() if w.any() else 1.0) * sum(bool(v.any()) for v in weights)
             share = w * term / total
@@ -182,7 +189,7 @@ def reference(tmp: Path, name: str, norm: str = "trained") -> dict[str, Tensor]:
             for role, member in {"all": roles >= 0, "unspanned": roles == 0, **members}.items():
                 nll[role] -= log_p[member].sum().item()
                 nll[f"{role} count"] += int(member.sum())
-                if holds:
+                if divergence is not None:
                     known = member & ((kind == TermKind.HELD) | ("--measure-kl" in flags))
                     kl[role] += divergence[known].sum().item()
                     kl[f"{role} count"] += int(known.sum())
