@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from train.evaluation.options import EvaluationSettings
 from train.evaluation.proof import distance, prove, read_proof
+from train.evaluation.results import leave_summary
+from train.evaluation.store import Records
 from train.runtime.errors import UserError
 
 BASE, FIRST, SECOND = [[-1.0, -2.0]], [[-1.5, -1.0]], [[-1.0, -1.0]]
@@ -71,3 +74,16 @@ def test_a_damaged_proof_is_refused(tmp_path):
     first = kept(tmp_path / "first", [[-1.0]])
     with pytest.raises(UserError, match=r"proof\.json: is damaged: it must have log p of every token but the first"):
         read_proof(first)
+
+
+def test_that_a_directory_has_measurements_on_another_base_is_not_forgotten_by_the_next_evaluation(tmp_path):
+    records = Records(tmp_path)
+    try:
+        for other_base in (False, True, False):
+            leave_summary(EvaluationSettings(output=str(tmp_path), other_base=other_base), [], records, None)
+            found = json.loads((tmp_path / "evaluation.json").read_text())["other_base"]
+            assert found == (other_base or (tmp_path / "seen").exists())
+            if other_base:
+                (tmp_path / "seen").touch()
+    finally:
+        records.close()

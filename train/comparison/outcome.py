@@ -138,7 +138,7 @@ def made_elsewhere(runs: Collection[RunResult]) -> list[str]:
                 remarks.append(f"The server of {run.directory} left out the LoRA weights of {', '.join(left_out)}.")
             if proof.get("other_base"):
                 asked = {"other_base": True}
-        if asked.get("other_base"):
+        if asked.get("other_base") or held.get("other_base"):
             remarks.append(f"--other-base: {run.directory} was evaluated on a base model that it was not trained on.")
     if unproven:
         where, reason = next(iter(unproven.items()))

@@ -45,22 +45,24 @@ def leave_summary(
             "the samples of every question are equal: the server does not sample, whatever --temperature says. "
             "(`transformers serve` samples if the model's generation_config.json has do_sample: true.)"
         )
+    path = records.directory / SUMMARY
+    held = read_json(path) if path.is_file() else {}  # what an earlier evaluation left there
     summary: dict[str, Any] = {
         "settings": s.as_json(), "wanted": len(items), "missing": missing, "errors": len(errors),
         "warnings": warnings, "measured": measured, "likelihood": scored,
         "contamination": contamination.as_json() if contamination else None,
-        "proof": _proofs(records.directory / SUMMARY, s.step, proof),
+        "proof": _proofs(held.get("proof") or {}, s.step, proof),
+        "other_base": bool(s.other_base or held.get("other_base")),
     }  # fmt: skip
-    write_whole(records.directory / SUMMARY, json_line(summary, indent=1) + "\n")
+    write_whole(path, json_line(summary, indent=1) + "\n")
     with suppress(NobodyReads):  # everything is written by now
         _show(summary, errors, records.directory)
     return len(errors) + missing
 
 
-def _proofs(path: Path, step: int, proof: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns the proofs by step: those in evaluation.json, and that of this attempt. What is unproven stays so, since
-    some answers were given without proof."""
-    held = (read_json(path) if path.is_file() else {}).get("proof") or {}
+def _proofs(held: dict[str, Any], step: int, proof: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns the proofs by step: those held in evaluation.json, and that of this attempt. What is unproven stays so,
+    since some answers were given without proof."""
     if proof and held.get(str(step), proof).get("proven"):
         held[str(step)] = proof
     return held
