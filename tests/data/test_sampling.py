@@ -3,6 +3,7 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 
 from train.data.sampling import Order, epoch_order
 
@@ -30,6 +31,18 @@ def test_another_seed_or_epoch_gives_another_order_and_the_same_gives_the_same()
 def test_one_sources_draw_does_not_depend_on_anothers_size():
     few, many = epoch_order([20, 7], [10, 7], 3, 0), epoch_order([20, 90], [10, 7], 3, 0)
     assert {d for d in few if d < 20} == {d for d in many if d < 20}
+
+
+@pytest.mark.parametrize("count", [5, 20, 33, None])
+def test_the_rows_drawn_of_a_file_depend_on_seed_and_file_alone_and_not_on_what_it_is_mixed_with(count):
+    alone = np.sort(epoch_order([20], [count], 3, 1))
+    after = epoch_order([7, 20, 40], [7, count, 3], 3, 1)
+    assert np.array_equal(np.sort(after[(after >= 7) & (after < 27)]) - 7, alone)
+
+
+def test_a_smaller_dose_is_a_part_of_a_larger_one():
+    few, many, beyond = (Counter(epoch_order([20, 9], [n, 9], 0, 0).tolist()) for n in (6, 15, 45))
+    assert few < many < beyond
 
 
 def test_the_stream_goes_through_epochs_and_can_be_entered_anywhere():

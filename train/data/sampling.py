@@ -12,10 +12,14 @@ def epoch_order(sizes: list[int], counts: list[int | None], seed: int, epoch: in
     Source i holds sizes[i] documents, and counts[i] of them are drawn: the first sizes[i] without replacement, any
     further ones with replacement. A count of None takes each document once. The draws of all sources are then shuffled
     together.
+
+    What is drawn of a source depends on the seed, the epoch and its own size alone, and a smaller count draws a part of
+    what a larger one does. So whatever is mixed with a file, its rows are the same, and two versions of the same
+    documents have the same rows drawn.
     """
     drawn, first = [], 0
-    for source, (size, count) in enumerate(zip(sizes, counts, strict=True)):
-        rng = np.random.default_rng([seed, epoch, source])
+    for size, count in zip(sizes, counts, strict=True):
+        rng = np.random.default_rng([seed, epoch, 0])
         count = size if count is None else count
         once = rng.permutation(size)[:count]
         beyond = rng.integers(0, size, size=max(0, count - size))
