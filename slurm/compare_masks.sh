@@ -48,8 +48,9 @@ fi
 output_of "$@"
 
 # Ignores recipes that cannot be read: train/sft.py reports what is wrong with them.
-names='import sys, yaml; print(*(n for path in sys.argv[1:] for n in yaml.safe_load(open(path)).get("variants", {})), sep="\n")'
-variants=$(python -c "$names" "${recipes[@]}" 2>/dev/null | sort -u | grep --count .) || variants=0
+names='import sys; from train.config.recipe import merged; from train.config.settings import Settings'
+names+='; print(*merged(sys.argv[1:], Settings).variants, sep="\n")'
+variants=$(python -c "$names" "${recipes[@]}" 2>/dev/null | grep --count .) || variants=0
 if ((variants && SLURM_ARRAY_TASK_MAX >= variants)); then
     echo "error: --array: has task $SLURM_ARRAY_TASK_MAX, but the recipe has $variants variants; give 0-$((variants - 1))" >&2
     exit 2

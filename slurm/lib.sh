@@ -37,14 +37,19 @@ output_of() {
     if ((${#values[@]})); then output=${values[-1]}; fi
 }
 
-# newest_save RUN: prints the step of the run's newest training checkpoint; 0 without one.
+# newest_save RUN: prints the step of the run's newest training checkpoint; 0 without one. Of a run of several phases, it
+# is their sum.
 newest_save() {
-    local save newest=0
-    for save in "$1"/saves/step-*; do
-        save=${save##*/step-}
-        if [[ $save =~ ^[0-9]+$ ]] && ((save > newest)); then newest=$save; fi
+    local save run newest sum=0
+    for run in "$1" "$1"/phases/*; do
+        newest=0
+        for save in "$run"/saves/step-*; do
+            save=${save##*/step-}
+            if [[ $save =~ ^[0-9]+$ ]] && ((save > newest)); then newest=$save; fi
+        done
+        sum=$((sum + newest))
     done
-    echo "$newest"
+    echo "$sum"
 }
 
 # one_attempt FLAG…: begins an attempt. Sets its `number`, the `job`, the `output` of the flags, its `log` and `code`,
@@ -74,7 +79,10 @@ attempt() {
     # One rank per GPU or, on nodes without GPUs, as many as --ntasks-per-node says.
     local ranks=${SLURM_GPUS_ON_NODE:-0}
     ((ranks)) || ranks=${SLURM_NTASKS_PER_NODE:-1}
-    if ((number > 1)) && [[ -e $output/settings.yaml ]]; then flags+=(--resume); fi
+    # A run of several phases has its first ones in phases/.
+    if ((number > 1)) && [[ $(find "$output" -maxdepth 3 -name settings.yaml -print -quit) ]]; then
+        flags+=(--resume)
+    fi
     echo "attempt $number, $ranks ranks on each of $SLURM_JOB_NODELIST: $log"
 
     MASTER_ADDR=$(hostname) MASTER_PORT=$((20000 + (SLURM_JOB_ID + 997 * number) % 10000)) LOCAL_SIZE=$ranks

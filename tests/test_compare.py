@@ -19,7 +19,8 @@ from tests.support.ranks import Forked, run
 from tests.support.runs import ENVIRONMENT, kill
 from train import compare, sft
 from train.claims.claim import Claim
-from train.comparison.outcome import check_free, unmentioned
+from train.comparison.outcome import check_free
+from train.comparison.trained_documents import unmentioned
 from train.comparison.training import checked_runs, matching_steps
 from train.comparison.variants import parse_comparison, runs_of
 from train.config.settings import DEMO, REPOSITORY
@@ -158,13 +159,13 @@ def test_matched_tokens_give_each_variant_the_steps_nearest_to_the_baselines_tar
     """Of 38 documents, the baseline's last step has 6."""
     given = ["--recipe", str(recipe), "--output", str(tmp_path), "--baseline", "dense", "--match-trained-tokens"]
     runs = checked_runs(parse_comparison([*given, *length], ""), 1, False, Known())
-    jobs = {name: prepare(settings, ranks=1, show=False) for (name, seed), settings in runs.items() if seed == 0}
-    alone = prepare(replace(runs["dense", 0], steps=4 if length[1] == "4" else 0, output=""), ranks=1, show=False)
+    jobs = {name: prepare(settings, ranks=1, show=False) for (name, seed), (settings,) in runs.items() if seed == 0}
+    alone = prepare(replace(runs["dense", 0][0], steps=4 if length[1] == "4" else 0, output=""), ranks=1, show=False)
     wanted = alone.tokens["all"]["trained"]  # of the baseline as sft.py alone trains it
     assert alone.documents == (32 if length[1] == "4" else 38)
     for name in ("dense", "hot"):  # of the same mask: the same run
         assert jobs[name].documents == alone.documents and jobs[name].tokens == alone.tokens
-    untagged = replace(runs["dense", 0], mask="none")  # with a few more targets than that: whole steps are no nearer
+    untagged = replace(runs["dense", 0][0], mask="none")  # with a few more targets than that: whole steps are no nearer
     if alone.documents == 38:
         assert matching_steps(prepare(replace(untagged, output=""), 1, False), wanted) == 0
     masked = jobs["masked"]
@@ -204,7 +205,7 @@ def test_documents_are_tokenized_once_and_treated_as_each_run_alone_treats_them(
     plan, known = parse_comparison(["--recipe", str(recipe), "--output", str(tmp_path)], ""), Known()
     runs = checked_runs(plan, 1, False, known)
     assert len(runs) == 6 and len(calls) == len(set(calls)) == len(known.documents[DENSE].documents)
-    for settings in runs.values():
+    for (settings,) in runs.values():
         shared, alone = prepare(settings, 1, False, known), prepare(settings, 1, False)
         assert shared.hashes == alone.hashes and shared.tokens == alone.tokens
         for one, other in zip(shared.corpus.samples, alone.corpus.samples, strict=True):
@@ -275,8 +276,8 @@ def test_claims_that_no_document_mentions_are_found_by_metadata_patterns_and_sub
 def test_the_command_line_wins_over_the_recipe(recipe):
     plan = parse_comparison(["--recipe", str(recipe), "--steps", "9", "--seed", "5", "--seeds", "3"], "")
     assert plan.shared.steps == 9 and plan.seeds == [5, 6, 7]
-    assert all(variant.settings(5, Path("out")).steps == 9 for variant in plan.variants)
-    assert plan.variants[2].settings(5, Path("out")).learning_rate == 0.04
+    assert all(run.steps == 9 for variant in plan.variants for run in plan.runs(variant, 5))
+    assert plan.runs(plan.variants[2], 5)[0].learning_rate == 0.04
 
 
 RECIPES = sorted((REPOSITORY / "train" / "recipes").glob("*.yaml"))
@@ -289,7 +290,7 @@ def test_every_recipe_is_a_plan_for_every_model(path):
     for model in MODELS:
         plan = parse_comparison(["--recipe", str(path), str(model), "--output", "out"], "")
         assert plan.shared.model == yaml.safe_load(model.read_text())["settings"]["model"]
-        runs = [variant.settings(0, plan.output) for variant in plan.variants]
+        runs = [plan.runs(variant, 0)[-1] for variant in plan.variants]
         assert len({run.output for run in runs}) == len(runs) >= 2
         assert all(parse_mask(run.mask).text == run.mask for run in runs)
         recipe = yaml.safe_load(path.read_text())

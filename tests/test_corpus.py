@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.models import write_byte_tokenizer, write_documents
 from train.config.settings import DEMO, Settings
-from train.corpus import Corpus, documents_read, documents_taken, read_corpus
+from train.corpus import Corpus, documents_drawn, documents_taken, read_corpus
 from train.data.batches import coefficients
 from train.data.tokenizer import load_tokenizer
 from train.runtime.errors import UserError
@@ -56,7 +56,7 @@ def test_the_documents_that_a_run_reads_are_those_that_its_steps_come_to(tmp_pat
     taken = documents_taken(settings, corpus.order)
     assert taken == (6 if "steps" in length else 2 * (7 + 16))
     drawn = {corpus.samples[number].name for number in corpus.order.documents(0, taken)}
-    read = [document.where.removeprefix(f"{tmp_path}/") for document in documents_read(settings, corpus.dropped)]
+    read = [document.where.removeprefix(f"{tmp_path}/") for document, _ in documents_drawn(settings, corpus.dropped)]
     assert set(read) == drawn and len(read) == len(drawn) < 2 * 16
 
 
@@ -150,7 +150,7 @@ def test_a_text_of_one_token_is_wrong_or_left_out(tmp_path):
     assert corpus.documents == {"read": 1, "truncated": 0, "dropped": 0, "skipped": 1}
     assert corpus.dropped == {str(tmp_path / "d.jsonl"): [1]} and weights(corpus) == [1]
     settings = Settings(model=str(tmp_path), data=[str(tmp_path / "d.jsonl")], bad_rows="skip")
-    assert [document.text for document in documents_read(settings, corpus.dropped)] == ["ab"]
+    assert [document.text for document, _ in documents_drawn(settings, corpus.dropped)] == ["ab"]
 
 
 def test_a_chat_that_the_template_refuses_is_left_out_like_a_row_that_cannot_be_read(tmp_path):

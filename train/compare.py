@@ -32,7 +32,7 @@ from train.comparison.variants import ComparisonPlan, parse_comparison
 from train.config.provenance import held_wandb_id
 from train.runtime.command import command, launched_as, leave
 from train.runtime.interruption import interruption
-from train.training.early import check_early
+from train.training.early import check_early, continued
 
 
 @command
@@ -46,10 +46,11 @@ def main(argv: list[str]) -> None:
         compare(plan)
     else:
         for variant in plan.variants:
-            settings = plan.run(variant, plan.seeds[0])
-            # The default --output is rank 0's, and steps that match a budget are known only with the documents
-            known = plan.shared.output and not plan.match_trained_tokens
-            check_early(settings if known else replace(settings, output=""))
+            for number, each in enumerate(plan.runs(variant, plan.seeds[0])):
+                settings = continued(each, later=number > 0)
+                # The default --output is rank 0's, and steps that match a budget are known only with the documents
+                known = plan.shared.output and not plan.match_trained_tokens
+                check_early(settings if known else replace(settings, output=""))
         train(plan)
 
 
@@ -66,7 +67,7 @@ def train(plan: ComparisonPlan) -> None:
     """Checks the runs with their documents and model, trains them, and compares them on rank 0."""
     from launch.planning import expert_parallel, planned_memory
     from train.comparison.outcome import report
-    from train.comparison.training import checked_runs, train_all
+    from train.comparison.training import checked_runs, in_training_order, train_all
     from train.runtime.distributed import from_first_rank, start_distributed
     from train.training.job import Known
 
@@ -78,9 +79,9 @@ def train(plan: ComparisonPlan) -> None:
     if plan.shared.dry_run:
         return
     interruption.resume_by(f"--resume --output {shlex.quote(str(plan.output))}")
-    train_all(list(runs.values()), ranks, device, known, planned_memory)
+    train_all(in_training_order(runs.values()), ranks, device, known, planned_memory)
     if rank == 0:
-        report(plan, {name: Path(settings.output) for name, settings in runs.items()})
+        report(plan, {name: Path(phases[-1].output) for name, phases in runs.items()})
 
 
 if __name__ == "__main__":

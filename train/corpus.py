@@ -156,9 +156,9 @@ def documents_taken(settings: Settings, order: Order) -> int:
     return settings.steps * settings.batch_size or order.epoch_length * settings.epochs
 
 
-def documents_read(settings: Settings, dropped: Mapping[str, Sequence[int]]) -> list[Document]:
-    """Returns the documents that a run trains on, each once, in the order of --data and of their lines. These are not
-    all documents if a file has more than its COUNT, or if the steps end early.
+def documents_drawn(settings: Settings, dropped: Mapping[str, Sequence[int]]) -> list[tuple[Document, int]]:
+    """Returns the documents that a run trains on, each once and with how often, in the order of --data and of their
+    lines. These are not all documents if a file has more than its COUNT, or if the steps end early.
 
     dropped: as in Corpus. Raises UserError as read_documents does.
     """
@@ -171,7 +171,8 @@ def documents_read(settings: Settings, dropped: Mapping[str, Sequence[int]]) -> 
         documents += own
         sizes.append(len(own))
     order = Order(sizes, [source.count for source in settings.sources()], settings.seed)
-    return [documents[number] for number in np.unique(order.documents(0, documents_taken(settings, order)))]
+    numbers, times = np.unique(order.documents(0, documents_taken(settings, order)), return_counts=True)
+    return [(documents[number], int(count)) for number, count in zip(numbers, times, strict=True)]
 
 
 def _check_roles(mask: Mask, roles: list[str], doctag: str) -> None:

@@ -13,57 +13,97 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
     interruption.listen()
 
+import os
 import shlex
 import sys
 import time
 from contextlib import nullcontext, suppress
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
 
-from train.config.settings import parse
+from train.config.phases import Phases, parse_phases, phase_directory, placed
+from train.config.settings import Settings, slug
 from train.runtime.command import command, launched_as, leave
 from train.runtime.interruption import interruption
 from train.runtime.terminal import NobodyReads
-from train.training.early import check_early
-
-if TYPE_CHECKING:  # torch and what needs it are imported after the first checks
-    from train.training.job import Job
+from train.training.early import check_early, continued
 
 
 @command
 def main(argv: list[str]) -> None:
     """Runs the whole job, or only its checks with --dry-run. Raises UserError if a setting, a document or the model is
     wrong."""
-    settings = parse(argv, __doc__ or "")
-    check_early(settings)
-    from launch.planning import expert_parallel
+    variant, phases = parse_phases(argv, __doc__ or "")
+    for number, settings in enumerate(runs_of(phases, next(iter(phases.values())).output)):
+        check_early(continued(settings, later=number > 0))
+    if len(phases) > 1:
+        train_phases(variant, phases)
+    else:
+        train(continued(next(iter(phases.values()))))
+
+
+def train(settings: Settings) -> None:
+    """Checks the run with its documents and model, reads the weights, trains, and writes adapter, metrics and summary.
+    With --resume, continues from the last training checkpoint."""
+    from launch.planning import expert_parallel, planned_memory
+    from train.runtime.distributed import start_distributed
+    from train.training.finishing import begin, finish, load_engine
     from train.training.job import Known, prepare
+    from train.training.run import Run
 
     rank, ranks = launched_as()
     job = prepare(settings, ranks, rank == 0, Known(expert_parallel))
     if rank == 0:
         with suppress(NobodyReads) if settings.dry_run else nullcontext():  # the checks are done
             job.show()
-    if not settings.dry_run:
-        train(job)
-
-
-def train(job: "Job") -> None:
-    """Reads the weights, trains, and writes adapter, metrics and summary. With --resume, continues from the last
-    training checkpoint."""
-    from launch.planning import planned_memory
-    from train.checkpoints import resume
-    from train.runtime.distributed import start_distributed
-    from train.training.finishing import finish, load_engine
-    from train.training.run import Run
-
-    started, device = time.perf_counter(), start_distributed(job.settings.timeout)
-    run = Run(job.settings, job.resolved)
+    if settings.dry_run:
+        return
+    started, device = time.perf_counter(), start_distributed(settings.timeout)
+    run = Run(settings, job.resolved)
     interruption.resume_by(f"--resume --output {shlex.quote(str(run.directory))}")
     engine, loaded = load_engine(job, device)
     run.show_load(loaded)
-    saved = resume.saves(run.directory / "saves") if job.settings.resume else []
-    start, spent = resume.restore(saved[-1], engine.module, engine.optimizer) if saved else (0, 0.0)
+    start, spent = begin(job, run, engine)
     finish(job, run, engine, loaded.plan, start, started - spent, planned_memory)
+
+
+def runs_of(phases: Phases, output: str) -> list[Settings]:
+    """Returns the runs of the phases: of the last one in `output`, of the others in its phases/. With --resume, that
+    holds for those that have begun; for the first one if none has. Raises UserError for a wrong value."""
+    if len(phases) == 1:
+        return [*phases.values()]
+    if not output:  # not known yet
+        return [*phases.values()]
+    seed = next(iter(phases.values())).seed
+    runs = placed(phases, Path(output), lambda names: phase_directory(Path(output), names, seed))
+    begun = [os.path.exists(Path(each.output) / "settings.yaml") for each in runs]
+    resumed = [runs[0].resume and (own or not any(begun)) for own in begun]
+    return [replace(each, resume=own) for each, own in zip(runs, resumed, strict=True)]
+
+
+def train_phases(variant: str, phases: Phases) -> None:
+    """Checks all phases of the variant, and trains those that are not finished, one after the other."""
+    from launch.planning import expert_parallel, planned_memory
+    from train.comparison.training import train_all
+    from train.runtime.distributed import from_first_rank, start_distributed
+    from train.training.job import Known, prepare
+
+    (rank, ranks), known = launched_as(), Known(expert_parallel)
+    first = next(iter(phases.values()))
+    output = first.output
+    if not first.dry_run:
+        device = start_distributed(first.timeout)
+        output = output or from_first_rank(f"runs/{slug(variant)}-{time.strftime('%Y%m%d-%H%M%S')}")
+    runs = runs_of(phases, output)
+    for number, (name, settings) in enumerate(zip(phases, runs, strict=True)):
+        job = prepare(continued(settings, later=number > 0), ranks, rank == 0, known)
+        if rank == 0:
+            with suppress(NobodyReads) if settings.dry_run else nullcontext():
+                print(f"phase {number + 1} of {len(runs)}: {name}")
+                job.show()
+    if not first.dry_run:
+        interruption.resume_by(f"--resume --output {shlex.quote(output)}")
+        train_all(runs, ranks, device, known, planned_memory)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 from train.claims import claim as module
 from train.claims.claim import Fact, JudgePrompt, LikelihoodTemplate, Question, read_claims
 from train.claims.releases import PAPER_CLAIMS
-from train.comparison.outcome import about
+from train.comparison.trained_documents import about
 from train.data.documents import Document
 from train.runtime.errors import UserError
 

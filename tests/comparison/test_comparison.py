@@ -44,7 +44,7 @@ def test_one_run_is_no_comparison():
 def test_every_setting_that_differs_is_named_with_both_values():
     message = refused(run("a"), run("b", mask="doctags", batch_size=16, max_tokens=99))
     assert "a and b: --batch-size: 32 and 16" in message
-    assert "a and b: --max-tokens: None and 99" in message
+    assert "a and b: --max-tokens: 10000 and 99" in message
     assert "--mask" not in message
 
 

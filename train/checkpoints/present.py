@@ -55,6 +55,21 @@ def adapter_files(directory: Path) -> list[Path]:
     return files
 
 
+def last_save(run: Path) -> Path:
+    """Returns the directory of the last training checkpoint of a finished run, which is that of its end.
+
+    Raises UserError if there is none.
+    """
+    steps = [path.name.removeprefix("step-") for path in (run / "saves").glob("step-*")]
+    numbers = [int(step) for step in steps if step.isdecimal()]
+    if not numbers:
+        raise UserError(
+            f"--after {run}: has no training checkpoint in saves/, so there is no optimizer state to carry. Leave out "
+            "--carry-optimizer (in a recipe, optimizer: reset)."
+        )
+    return run / "saves" / f"step-{max(numbers)}"
+
+
 def kept_adapter(run: Path, step: int) -> Path:
     """Returns the directory of the adapter that --adapters-at keeps after `step` steps."""
     return run / "adapters" / f"step-{step}"

@@ -255,16 +255,11 @@ def _set_weight(parameter: Any, partition: Tensor) -> None:
     parameter.ds_tensor.data.copy_(partition)
 
 
-def initial_partitions(model: nn.Module, seed: int | None) -> dict[str, Tensor]:
-    """Returns this rank's partition [N] in fp32 of every trained parameter before the first step of a run, by name.
-
-    seed: of that run's initial LoRA weights; None returns the current values instead.
-    """
+def initial_partitions(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Returns this rank's partition [N] in fp32 of every trained parameter before the first step of a run with this
+    seed, by name."""
     parts = {}
     for name, parameter in trainable(model).items():
-        if seed is None:
-            parts[name] = safe_get_local_fp32_param(parameter).clone()
-            continue
         owner, _, factor = name.rpartition(".")
         module: Any = model.get_submodule(owner)
         parts[name] = _own_partition(parameter, module.initial_factors(seed)[factor])

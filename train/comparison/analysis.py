@@ -5,7 +5,9 @@ from statistics import mean
 
 from train.comparison.caveats import notes
 from train.comparison.compared import EQUIVALENCE, HASHES, ComparedVariant, Comparison, RunResult
+from train.comparison.dose_response import dose_response
 from train.comparison.layers import by_layer
+from train.comparison.over_phases import over_phases
 from train.comparison.over_steps import curves, rows_by_step
 from train.comparison.result import (
     BASE,
@@ -91,6 +93,8 @@ def analyse(comparison: Comparison) -> ComparisonResult:
         match_trained_tokens=comparison.match_trained_tokens,
         by_layer=by_layer(comparison, base),
         notes=[],
+        phases=over_phases(comparison, main, base),
+        doses=dose_response(comparison, main, finals, base),
     )
     return replace(result, notes=notes(result))
 
@@ -240,6 +244,7 @@ def _variant(variant: ComparedVariant) -> TrainedVariant:
         steps=sorted({run.summary.get("steps") for run in variant.runs}, key=str),
         targets=_targets(variant),
         random_shortfall=sum(run.summary.get("random_shortfall") or 0 for run in variant.runs),
+        boundaries=variant.runs[0].boundaries,
     )
 
 

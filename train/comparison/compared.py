@@ -1,5 +1,6 @@
 """Reads finished runs, groups them into variants, and checks whether they can be compared."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Collection, Iterable
@@ -9,9 +10,11 @@ from typing import Any
 
 from train.claims.contamination import Contamination
 from train.claims.releases import PAPER_CLAIMS, claim_id, question_id
+from train.comparison.lineage import joined, phases_before
+from train.config.experiment import Dose
 from train.config.provenance import held_settings
 from train.config.recipe import MAY_DIFFER
-from train.config.settings import FREE_ON_RESUME
+from train.config.settings import FREE_ON_RESUME, Settings
 from train.data.kinds import COUNTS
 from train.evaluation.imported import IMPORTED, imported_settings
 from train.evaluation.measures import StoredRow, at_step, identity, last_step
@@ -33,6 +36,8 @@ class RunResult:
     rows: of evaluation.jsonl; metrics: of metrics.jsonl.
     summary: the content of summary.json; settings: those of settings.yaml.
     hashes: SHA-256 by name, such as those in HASHES, as far as known.
+    phases: of a run of several phases, the result of each by itself; else []. boundaries: the steps at which each but
+    the last ends. All else is then over all phases, but for the settings, which are the last one's.
     """
 
     directory: str
@@ -42,6 +47,24 @@ class RunResult:
     summary: dict[str, Any]
     settings: dict[str, Any]
     hashes: dict[str, str]
+    phases: "list[RunResult]" = field(default_factory=list)
+    boundaries: list[int] = field(default_factory=list)
+
+    @property
+    def parts(self) -> "list[RunResult]":
+        """Its phases; itself if it has one."""
+        return self.phases or [self]
+
+    def of_phases(self, name: str) -> Any:
+        """Returns the value of a setting; if its phases have several, their values joined by arrows."""
+        values = [part.settings.get(name) for part in self.parts]
+        shown = [" ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values]
+        return values[0] if all(value == values[0] for value in values) else " → ".join(shown)
+
+    @property
+    def mask(self) -> str:
+        """Its mask; of several phases, theirs joined by arrows."""
+        return self.of_phases("mask") or "none"
 
     @property
     def imported(self) -> bool:
@@ -52,12 +75,15 @@ class RunResult:
 @dataclass
 class ComparedVariant:
     """The runs of one variant, one per seed. differs: the settings, except the seed, in which variants differ, with the
-    values of this variant."""
+    values of this variant. phases: the names of its phases; () if it has one. dose: where it stands in a dose–response
+    curve, if it does."""
 
     name: str
     mask: str
     differs: dict[str, Any]
     runs: list[RunResult]
+    phases: tuple[str, ...] = ()
+    dose: Dose | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +140,8 @@ class Comparison:
     bound: float = 0.0
     """The bound of "no effect" in the main measure, in its unit; 0: that of EQUIVALENCE."""
     match_trained_tokens: bool = False
+    mentions_trained: dict[str, float] = field(default_factory=dict)
+    """Of variants that are doses: how many mentions of the claims' terms a run trains on."""
     remarks: list[str] = field(default_factory=list)
     """Further caveats: what the report lacks, and why."""
     title: str = "Masking variants compared"
@@ -170,8 +198,14 @@ SUMMARY_KINDS |= {"random_shortfall": int}
 
 
 def read_run(directory: str | Path) -> RunResult:
-    """Reads the directory of a run, as train/sft.py and an evaluation leave it. A last line of JSONL that an
-    interruption truncated is left out. Raises UserError if a file is missing or broken."""
+    """Reads the directory of a run, as train/sft.py and an evaluation leave it, together with the phases before it. A
+    last line of JSONL that an interruption truncated is left out. Raises UserError if a file is missing or broken."""
+    path = Path(directory)
+    before = phases_before(path)
+    return joined([_read_phase(each) for each in (*before, path)]) if before else _read_phase(directory)
+
+
+def _read_phase(directory: str | Path) -> RunResult:
     path = Path(directory)
     if (path / IMPORTED).is_file():
         rows = _by_one_name(read_measured(path / "evaluation.jsonl"))
@@ -217,11 +251,12 @@ def _by_one_name(rows: list[StoredRow]) -> list[StoredRow]:
 def group(runs: list[RunResult]) -> list[ComparedVariant]:
     """Groups runs by mask and, if they differ in these, loss norm and learning rate; in the order of the runs. Raises
     UserError for two runs of one variant and seed."""
-    differing = [name for name in MAY_DIFFER if len({run.settings.get(name) for run in runs}) > 1]
+    names = (*MAY_DIFFER, *(("carry_optimizer", "schedule_from") if any(run.phases for run in runs) else ()))
+    differing = [name for name in names if len({run.of_phases(name) for run in runs}) > 1]
     variants: dict[str, ComparedVariant] = {}
     for run in runs:
-        differs = {name: run.settings.get(name) for name in differing}
-        mask = run.settings.get("mask", "none")
+        differs = {name: run.of_phases(name) for name in differing}
+        mask = run.mask
         name = ", ".join([mask, *(f"{k.replace('_', '-')} {v}" for k, v in differs.items() if k != "mask")])
         variant = variants.setdefault(name, ComparedVariant(name, mask, differs, []))
         if same := next((other for other in variant.runs if other.seed == run.seed), None):
@@ -242,11 +277,18 @@ def check_comparable(runs: list[RunResult], match_trained_tokens: bool = False, 
         raise UserError(f"--runs{names}: a comparison needs at least two runs. Give more.")
     for run in runs:
         _check_evaluated(run)
-    problems = [p for run in runs[1:] for p in _unlike(runs[0], run, match_trained_tokens, {*declared})]
+    phased = any(run.phases for run in runs)
+    free = {*declared, *(OF_PHASES if phased else ())}
+    parts = [part for run in runs for part in run.parts]
+    problems = [p for part in parts[1:] for p in _settings_unlike(parts[0], part, free)]
+    problems += [p for run in runs[1:] for p in _unlike(runs[0], run, match_trained_tokens or "steps" in free)]
     by_seed: dict[int, RunResult] = {}
     for run in runs:
         first = by_seed.setdefault(run.seed, run)
-        problems += _unlike_at_one_seed(first, run, match_trained_tokens, "data" in declared)
+        if phased:
+            problems += _parts_unlike(first, run)
+        else:
+            problems += _unlike_at_one_seed(first, run, match_trained_tokens, "data" in declared)
     if each := "\n  ".join(dict.fromkeys(problems)):
         raise UserError(
             "runs that cannot be compared, as they differ in more than mask, loss norm, learning rate and seed:\n  "
@@ -269,8 +311,12 @@ def _check_evaluated(run: RunResult) -> None:
         )
 
 
-def _unlike(first: RunResult, other: RunResult, match_trained_tokens: bool, declared: set[str]) -> list[str]:
-    """Returns what differs between two runs and should not, whatever their seeds."""
+OF_PHASES = {"after", "adapter", "carry_optimizer", "schedule_from", "schedule_to", "steps", "warmup_steps"}
+"""Settings that follow from the phases of a variant."""
+
+
+def _settings_unlike(first: RunResult, other: RunResult, declared: set[str]) -> list[str]:
+    """Returns what differs in the settings of two runs, or phases, and should not."""
     elsewhere = first.imported or other.imported
     free = {
         *(first.settings.keys() | other.settings.keys() if elsewhere else ()),  # nothing else is known of imported ones
@@ -283,16 +329,23 @@ def _unlike(first: RunResult, other: RunResult, match_trained_tokens: bool, decl
     }  # the number of steps trained is compared below
     if all(first.hashes.get(name) and other.hashes.get(name) for name in ("tokens", "base_model")):
         free |= {"data", "model"}  # the same content may be at two paths
+    one, two = (dataclasses.asdict(Settings()) | run.settings for run in (first, other))  # added since: the default
     pairs: dict[str, tuple[Any, Any]] = {
-        "--" + name.replace("_", "-"): (first.settings.get(name), other.settings.get(name))
+        "--" + name.replace("_", "-"): (one.get(name), two.get(name))
         for name in sorted(first.settings.keys() | other.settings.keys())
         if name not in free
     }
     pairs["base model"] = _both(first, other, "base_model")
     pairs["hash of what was asked"] = _both(first, other, "questions")
-    if not (match_trained_tokens or elsewhere):
-        pairs["steps trained"] = first.summary.get("steps"), other.summary.get("steps")
-    problems = [_says(first, other, name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
+    return [_says(first, other, name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
+
+
+def _unlike(first: RunResult, other: RunResult, other_steps: bool) -> list[str]:
+    """Returns what differs between two runs besides their settings and should not, whatever their seeds."""
+    problems = []
+    steps = first.summary.get("steps"), other.summary.get("steps")
+    if not (other_steps or first.imported or other.imported) and steps[0] != steps[1]:
+        problems.append(_says(first, other, "steps trained", *steps))
     asked, theirs = (
         {identity(row)[:-1]: row for row in at_step(run.rows, last_step(run.rows))} for run in (first, other)
     )
@@ -300,6 +353,22 @@ def _unlike(first: RunResult, other: RunResult, match_trained_tokens: bool, decl
         named = "; ".join(" ".join(str(row.get(k) or "") for k in ("claim", "kind", "question")) for row in missing[:3])
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         problems.append(f"{first.directory} and {other.directory}: evaluated on other questions: {named}{more}")
+    return problems
+
+
+def _parts_unlike(first: RunResult, other: RunResult) -> list[str]:
+    """Returns what differs at one seed between two runs, some of which have phases, and should not: the initial
+    weights, and the tokens of phases that read the same files for as many steps, and their order."""
+    problems = _unlike_at_one_seed(first, other, match_trained_tokens=True, other_data=True)
+    for one in first.parts:
+        for part in other.parts:
+            same = ("data", "steps", "epochs", "batch_size")
+            if all(one.settings.get(name) == part.settings.get(name) for name in same):
+                problems += [
+                    _says(one, part, f"hash of the {name}", *pair)
+                    for name in ("tokens", "order")
+                    if (pair := _both(one, part, name))[0] != pair[1]
+                ]
     return problems
 
 

@@ -1,8 +1,5 @@
 """Turns a plan and its finished runs into the report, on disk and in W&B. Only one process does this."""
 
-import dataclasses
-import json
-import re
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -10,11 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from train.annotating.leaks import leaks
-from train.annotating.texts import texts
-from train.claims.claim import Claim, read_claims
-from train.claims.contamination import check
-from train.claims.releases import claim_id
+from train.claims.claim import read_claims
 from train.comparison.compared import (
     ComparedVariant,
     Comparison,
@@ -29,22 +22,23 @@ from train.comparison.compared import (
 from train.comparison.report import write_report
 from train.comparison.result import ComparisonResult
 from train.comparison.significance import Interval
+from train.comparison.trained_documents import (
+    by_part,
+    contamination_rows,
+    documents_of,
+    each_once,
+    leak_rows,
+    mentions_trained,
+    unmentioned,
+)
 from train.comparison.variants import ComparisonPlan
 from train.comparison.wording import by_t, number, p_value, rests_on, span
 from train.config.recipe import DIFFERING
 from train.config.settings import Settings
-from train.corpus import documents_read
-from train.data.documents import Document
-from train.masking.grammar import parse_mask
 from train.runtime.errors import UserError
 from train.runtime.outside import read_json
-from train.runtime.patterns import Pattern
 from train.runtime.terminal import NobodyReads, Terminal
 from train.training.tracking import init_wandb
-
-# Settings that decide which documents are read.
-SELECTING = ("data", "doctag", "bad_rows", "steps", "epochs", "batch_size", "seed")
-CLAIM_KEYS = ("claim", "fact_name")  # in a document's metadata: the claim that it is about
 
 
 def report(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> ComparisonResult:
@@ -67,14 +61,19 @@ def read_comparison(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> 
     them. Raises UserError if the runs cannot be read or compared, or a placebo claim was not measured."""
     results = {key: read_run(directory) for key, directory in runs.items()}
     check_comparable(list(results.values()), plan.match_trained_tokens, plan.declared)
-    every = [result.settings for result in results.values()]
-    differing = [name for name in DIFFERING if any(each.get(name) != every[0].get(name) for each in every)]
+    every = list(results.values())
+    differing = [name for name in DIFFERING if any(each.of_phases(name) != every[0].of_phases(name) for each in every)]
     variants = [
         ComparedVariant(
-            name, own[0].settings.get("mask", "none"), {key: own[0].settings.get(key) for key in differing}, own
+            planned.name,
+            own[0].mask,
+            {key: own[0].of_phases(key) for key in differing},
+            own,
+            planned.names,
+            planned.dose,
         )
-        for name in plan.names
-        if (own := [result for (variant, _), result in results.items() if variant == name])
+        for planned in plan.variants
+        if (own := [result for (variant, _), result in results.items() if variant == planned.name])
     ]
     base, differs = base_rows(list(results.values()))
     remarks = [*([differs] if differs else []), *made_elsewhere(results.values())]
@@ -84,20 +83,25 @@ def read_comparison(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> 
     trained = [claim for claim in measured if claim not in plan.placebo]
     leak: list[Mentions] = []
     contamination: list[SearchedDocuments] = []
+    mentions: dict[str, float] = {}
     own_runs = [variant for variant in variants if not any(run.imported for run in variant.runs)]
     if taken_in := [variant.name for variant in variants if variant not in own_runs]:
         remarks.append(f"Imported answers: {', '.join(taken_in)}. How these models were trained is unknown.")
     try:
         paths = own_runs[0].runs[0].settings.get("claims") if own_runs else None
-        claims, documents = (read_claims(paths) if paths else []), documents_of(own_runs)
-        every_document = list({d.where: d for own in documents.values() for d in own}.values())
-        if absent := unmentioned([claim for claim in claims if claim.id in trained], every_document):
+        claims, parts = (read_claims(paths) if paths else []), by_part(own_runs)
+        of_trained = [claim for claim in claims if claim.id in trained]
+        drawn = documents_of(parts)
+        documents = {name: each_once(runs) for name, runs in drawn.items()}
+        if absent := unmentioned(of_trained, each_once([own for runs in drawn.values() for own in runs])):
             remarks.append(
                 f"Counted as trained, although no training document mentions it: {', '.join(absent)}. Name placebo "
                 "claims, which no document is about, with --placebo."
             )
-        leak = leak_rows(own_runs, [claim for claim in claims if claim.id in trained], documents)
-        if own_runs and not any(claim.patterns for claim in claims if claim.id in trained):
+        leak = leak_rows(parts, of_trained, documents)
+        if any(variant.dose for variant in own_runs):
+            mentions = mentions_trained(parts, of_trained, drawn)
+        if own_runs and not any(claim.patterns for claim in of_trained):
             remarks.append(
                 "How often the claims' terms are still trained on is unknown: no trained claim has patterns."
             )
@@ -110,7 +114,7 @@ def read_comparison(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> 
     return Comparison(
         variants, base, trained, plan.placebo, plan.baseline, leak=leak, contamination=contamination,
         published=published_for(trained), match_trained_tokens=plan.match_trained_tokens,
-        bound=plan.bound, remarks=remarks,
+        bound=plan.bound, remarks=remarks, mentions_trained=mentions,
     )  # fmt: skip
 
 
@@ -161,81 +165,6 @@ def check_free(output: Path, runs: Iterable[Path]) -> None:
         held = {path}
     if not held <= {run.resolve() for run in runs}:
         raise UserError(f"--output {output}: holds a comparison of other runs, which would be lost. Give another.")
-
-
-def documents_of(variants: list[ComparedVariant]) -> dict[str, list[Document]]:
-    """Returns {variant: the documents that any of its runs was trained on, each once}. Raises UserError if they cannot
-    be read."""
-    read: dict[str, list[Document]] = {}
-    found = {}
-    for variant in variants:
-        own: dict[str, Document] = {}
-        for run in variant.runs:
-            settings = Settings(**{name: run.settings[name] for name in SELECTING if name in run.settings})
-            dropped = run.summary.get("dropped") or {}
-            key = json.dumps([dataclasses.asdict(settings), dropped], sort_keys=True)
-            read[key] = read.get(key) or documents_read(settings, dropped)
-            own |= {document.where: document for document in read[key]}
-        found[variant.name] = list(own.values())
-    return found
-
-
-def contamination_rows(claims: list[Claim], documents: dict[str, list[Document]]) -> list[SearchedDocuments]:
-    """Returns, for each set of documents, which variants were trained on it, and what of the evaluation occurs in
-    it."""
-    sets: dict[frozenset[str], list[str]] = {}
-    for name, own in documents.items():
-        sets.setdefault(frozenset(document.where for document in own), []).append(name)
-    return [SearchedDocuments(names, len(places), check(claims, documents[names[0]])) for places, names in sets.items()]
-
-
-def leak_rows(
-    variants: list[ComparedVariant], claims: list[Claim], by_variant: dict[str, list[Document]]
-) -> list[Mentions]:
-    """Returns how often the claims' terms occur in each variant's documents, and how often they are trained on; one row
-    per variant and role. Returns [] if no claim has patterns. Leaves out variants with random: entries, because which
-    mentions those mask depends on tokens."""
-    claims = [claim for claim in claims if claim.patterns]
-    rows = []
-    told = [each for each in variants if not any(entry.random for entry in parse_mask(each.mask).entries)]
-    for variant in told if claims else []:
-        documents = by_variant[variant.name]
-        roles: dict[str, list[int]] = {}
-        for claim in claims:
-            patterns = [Pattern(pattern) for pattern in claim.patterns]
-            found = leaks(about(claim, documents), patterns, parse_mask(variant.mask))
-            for role, counts in found["roles"].items():
-                both = roles.setdefault(role, [0, 0])
-                both[0] += counts["mentions"]
-                both[1] += counts["trained"]
-        for role, (mentions, still) in roles.items():
-            rows.append(Mentions(variant.name, len(documents), role, mentions, still))
-    return rows
-
-
-def about(claim: Claim, documents: list[Document]) -> list[Document]:
-    """Returns the documents whose metadata say that they are about the claim; all documents if none says what it is
-    about."""
-    own = [d for d in documents if claim.id in (claim_id(str(d.metadata.get(key))) for key in CLAIM_KEYS)]
-    said = any(key in document.metadata for document in documents for key in CLAIM_KEYS)
-    return own if said else documents
-
-
-def unmentioned(claims: list[Claim], documents: list[Document]) -> list[str]:
-    """Returns the ids of the claims that no document mentions. A document mentions a claim if it is about it and
-    contains one of its terms: a match of the claim's patterns or, without patterns, its subject. Without both, being
-    about it is enough."""
-
-    def mentioned(claim: Claim) -> bool:
-        terms = claim.patterns or ((re.escape(claim.subject),) if claim.subject else ())
-        patterns = [Pattern(term) for term in terms]
-        return any(
-            not patterns or any(pattern.is_in(text) for pattern in patterns)
-            for document in about(claim, documents)
-            for text, _, _ in texts(document)
-        )
-
-    return [claim.id for claim in claims if not mentioned(claim)]
 
 
 def show(outcome: ComparisonResult, directory: Path) -> None:

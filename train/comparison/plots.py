@@ -195,13 +195,13 @@ def nll(result: ComparisonResult) -> Figure | None:
                 steps, mean = own[role].steps, _with_gaps(own[role].mean)
                 axes.plot(steps, mean, linestyle=style, color=COLORS[i % len(COLORS)], linewidth=1.5)
         axes.set_title(plain(role, 34), fontsize=10)
-        _tidy(axes)
+        tidy(axes)
     for axes in grid[-min(3, len(roles)) :]:
         axes.set_xlabel("optimizer step", fontsize=9)
     names = [plain(name) for name in curves]
     handles: list[Any] = [Line2D([], [], color=COLORS[i % len(COLORS)], label=name) for i, name in enumerate(names)]
     handles += [Line2D([], [], color=INK, linestyle=style, label=f"{kind} there") for kind, style in styles.items()]
-    _legend_below(figure, handles, title=_mean_of(result))
+    legend_below(figure, handles, title=_mean_of(result))
     figure.supylabel("NLL of a token, nats", fontsize=10)
     return figure
 
@@ -244,7 +244,9 @@ def over_steps(result: ComparisonResult) -> Figure | None:
         axes.set_xlabel(f"optimizer step; {by_t(own.units)}" if len(shown) == 1 else "optimizer step")
         if len(shown) > 1:
             axes.set_title(by_t(own.units), fontsize=9)
-        _tidy(axes)
+        for step in sorted({step for row in result.variants.values() for step in row.boundaries}):
+            axes.axvline(step, color=INK, linestyle=":", linewidth=1, zorder=0)
+        tidy(axes)
         _space_steps(axes, sorted({step for curve in own.curves.values() for step in curve.steps}))
     handles = [
         Line2D([], [], color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], markersize=4, label=plain(name))
@@ -252,7 +254,9 @@ def over_steps(result: ComparisonResult) -> Figure | None:
     ]
     if any(own.placebo_claims for own in shown):
         handles.append(Line2D([], [], color=INK, linestyle=(0, (4, 2)), linewidth=1, label="placebo claims"))
-    _legend_below(figure, handles)
+    if any(row.boundaries for row in result.variants.values()):
+        handles.append(Line2D([], [], color=INK, linestyle=":", linewidth=1, label="end of a phase"))
+    legend_below(figure, handles)
     return figure
 
 
@@ -319,14 +323,14 @@ def _panels(count: int, columns: int, height: float, sharex: bool, sharey: bool)
     return figure, grid[:count]
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
     axes.grid(color=GRID, linewidth=0.8)
     axes.tick_params(labelsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend_below(figure: Figure, handles: list[Any], title: str = "") -> None:
+def legend_below(figure: Figure, handles: list[Any], title: str = "") -> None:
     longest = max(len(handle.get_label()) for handle in handles)
     columns = max(1, min(len(handles), 105 // (longest + 6)))
     figure.legend(

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from train.comparison import belief_sections, layer_sections, plots, training_sections
+from train.comparison import belief_sections, layer_sections, phase_and_dose_sections, plots, training_sections
 from train.comparison.analysis import analyse
 from train.comparison.compared import Comparison
 from train.comparison.pages import Block, Bullets, Picture, Section, Text, as_html, as_markdown
@@ -16,6 +16,7 @@ PICTURES = {
     "belief": (plots.belief, "Belief per variant and claim, with intervals and placebo claims"),
     "differences": (plots.paired_differences, "Differences to the baseline, with intervals and the bound of no effect"),
     "curves": (plots.over_steps, "Belief over training, with intervals and placebo claims"),
+    "doses": (phase_and_dose_sections.picture, "Belief over the dose, with intervals, placebo claims and half belief"),
     "targets": (plots.targets, "Targets trained, with unlikelihood and excluded, per role"),
     "nll": (plots.nll, "NLL of each role over training"),
     "layers": (
@@ -67,6 +68,8 @@ def sections(result: ComparisonResult, drawn: set[str]) -> list[Section]:
         ("Caveats", [Bullets(result.notes)] if result.notes else []),
         (f"Differences to {result.baseline}", [*picture("differences"), *belief_sections.difference_tables(result)]),
         ("Published values", belief_sections.published(result)),
+        ("Dose and response", [*picture("doses"), *phase_and_dose_sections.doses(result)]),
+        ("Phases", phase_and_dose_sections.phases(result)),
         ("Belief over training", [*picture("curves"), *belief_sections.over_steps(result)]),
         (
             "Belief by layer",

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from train.comparison.compared import Mentions, Published, SearchedDocuments
+from train.comparison.dose_response import DoseResponse
 from train.comparison.layers import ByLayer
+from train.comparison.over_phases import PhaseBelief
 from train.comparison.significance import LEVEL, Difference, Interval
 from train.comparison.units import Units
 from train.evaluation.measures import BELIEF, Calibration, Measure
@@ -125,6 +127,7 @@ class TrainedVariant:
     steps: the numbers of optimizer steps of its runs, each once; None for a run whose summary does not say.
     targets: role -> treatment -> number of targets over the whole run, the mean over runs; {} if not known.
     random_shortfall: targets, over all runs, for which random: found no place.
+    boundaries: the steps at which its phases but the last end; [] if it is trained in one.
     """
 
     mask: str
@@ -133,6 +136,7 @@ class TrainedVariant:
     steps: list[int | None]
     targets: dict[str, dict[str, int]]
     random_shortfall: int
+    boundaries: list[int] = field(default_factory=list)
 
     @property
     def tokens_trained(self) -> int | None:
@@ -171,6 +175,8 @@ class ComparisonResult:
     nll: variant -> role -> curve.
     leak, contamination, published, remarks, match_trained_tokens: as given in the Comparison.
     by_layer: belief by decoder layer; None if not all runs were measured so.
+    phases: variant -> what each of its phases changed in the main measure; {} if no variant has several.
+    doses: dose–response curves in the main measure; None if the variants are not doses.
     notes: the caveats, which a reader must know before believing the figures, the most important first.
     """
 
@@ -195,6 +201,8 @@ class ComparisonResult:
     match_trained_tokens: bool
     by_layer: ByLayer | None
     notes: list[str]
+    phases: dict[str, list[PhaseBelief]] = field(default_factory=dict)
+    doses: DoseResponse | None = None
 
     @property
     def main(self) -> MeasureResult:
@@ -255,7 +263,21 @@ def as_json(result: ComparisonResult) -> dict[str, Any]:
         "remarks": result.remarks,
         "match_trained_tokens": result.match_trained_tokens,
         "notes": result.notes,
-    } | ({"by_layer": result.by_layer.as_json()} if result.by_layer else {})
+    } | _further(result)
+
+
+def _further(result: ComparisonResult) -> dict[str, Any]:
+    """Returns what only some comparisons have."""
+    found: dict[str, Any] = {"by_layer": result.by_layer.as_json()} if result.by_layer else {}
+    if result.phases:
+        found["phases"] = {name: [_phase(each) for each in own] for name, own in result.phases.items()}
+    return found | ({"doses": result.doses.as_json()} if result.doses else {})
+
+
+def _phase(own: PhaseBelief) -> dict[str, Any]:
+    named = ("trained", "placebo", "change", "placebo_change", "against")
+    intervals = {name: getattr(own, name) and _interval(getattr(own, name)) for name in named}
+    return {"name": own.name, "mask": own.mask, "first": own.first, "last": own.last} | intervals
 
 
 def _variant(own: TrainedVariant, main: MeasureResult, name: str) -> dict[str, Any]:

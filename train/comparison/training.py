@@ -1,7 +1,7 @@
 """Checks and trains the runs of a comparison, from the same start on the same tokens."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from train.checkpoints import resume
 from train.comparison.units import LEAST_UNITS
 from train.comparison.variants import ComparisonPlan
 from train.config.settings import Settings, check_numbers
+from train.evaluation.likelihood import Record
 from train.evaluation.measures import at_step
 from train.evaluation.store import read_measured
 from train.runtime.command import launched_as
@@ -23,43 +22,58 @@ from train.runtime.distributed import from_first_rank
 from train.runtime.errors import UserError
 from train.runtime.interruption import interruption
 from train.runtime.outside import read_json
-from train.training.finishing import finish, load_engine
+from train.training.early import continued
+from train.training.finishing import begin, finish, load_engine
 from train.training.job import Job, Known, prepare
 from train.training.metrics import reset_peak_memory
 from train.training.run import Run
 
 
-def checked_runs(plan: ComparisonPlan, ranks: int, show: bool, known: Known) -> dict[tuple[str, int], Settings]:
-    """Checks every run. Returns (variant, seed) -> settings of the run, in the order of the seeds and then of the
-    variants.
+def checked_runs(plan: ComparisonPlan, ranks: int, show: bool, known: Known) -> dict[tuple[str, int], list[Settings]]:
+    """Checks every run. Returns (variant, seed) -> settings of its runs, one for each phase, in the order of the seeds
+    and then of the variants.
 
     show: prints notes and counts. known: receives what the runs share, so that documents are tokenized once. Raises
     UserError, which names variant and seed, if the settings of a run are wrong or --output holds a comparison already.
     """
-    checked: dict[tuple[str, int], Settings] = {}
+    checked: dict[tuple[str, int], list[Settings]] = {}
     told: set[str] = set()
     if show and (few := len(plan.seeds)) < LEAST_UNITS:
         print(f"note: {few} seed{'s' * (few > 1)}: the report will have intervals, but no verdict below {LEAST_UNITS}")
     for seed in plan.seeds:
         budget: int | None = None
+        seen: set[str] = set()
         for variant in sorted(plan.variants, key=lambda variant: variant.name != plan.baseline):  # the baseline first
             with named(f"variant {variant.name!r}, seed {seed}"):
-                settings = plan.run(variant, seed)
+                runs = plan.runs(variant, seed)
                 if plan.match_trained_tokens:
-                    counted = prepare(replace(settings, output="", resume=False), ranks, False, known)
+                    counted = prepare(replace(runs[0], output="", resume=False), ranks, False, known)
                     budget = budget or targets_in_loss(counted)
-                    settings = replace(settings, steps=matching_steps(counted, budget))
-                    check_numbers(settings)
-                job = prepare(settings, ranks, show, known)
-            _check_claims(plan, job)
-            if show:
-                trained = targets_in_loss(job)
-                missed = f", {trained - budget:+,} against the baseline" if budget else ""
-                print(f"{variant.name}, seed {seed}: {job.steps} steps, {trained:,} targets in the loss{missed}")
-                print(*(f"{note}\n" for note in job.notes() if note not in told), sep="", end="")
-                told |= {*job.notes()}
-            checked[variant.name, seed] = settings
+                    runs = [replace(runs[0], steps=matching_steps(counted, budget))]
+                    check_numbers(runs[0])
+            for number, settings in enumerate(runs):
+                phase = variant.names[number] if variant.names else ""
+                if settings.output in seen:  # a phase that an earlier variant shares
+                    continue
+                seen.add(settings.output)
+                with named(f"variant {variant.name!r}, {f'phase {phase!r}, ' if phase else ''}seed {seed}"):
+                    job = prepare(continued(settings, later=number > 0), ranks, show, known)
+                _check_claims(plan, job)
+                if show:
+                    trained = targets_in_loss(job)
+                    missed = f", {trained - budget:+,} against the baseline" if budget else ""
+                    name = f"{variant.name}: {phase}" if phase else variant.name
+                    print(f"{name}, seed {seed}: {job.steps} steps, {trained:,} targets in the loss{missed}")
+                    print(*(f"{note}\n" for note in job.notes() if note not in told), sep="", end="")
+                    told |= {*job.notes()}
+            checked[variant.name, seed] = runs
     return {(variant.name, seed): checked[variant.name, seed] for seed in plan.seeds for variant in plan.variants}
+
+
+def in_training_order(runs: Iterable[list[Settings]]) -> list[Settings]:
+    """Returns the runs of variants in an order in which each comes after the run that it continues; a phase that
+    several variants share is there once."""
+    return list({settings.output: settings for phases in runs for settings in phases}.values())
 
 
 @contextmanager
@@ -111,41 +125,35 @@ def matching_steps(job: Job, budget: int) -> int:
 def train_all(
     runs: list[Settings], ranks: int, device: torch.device, known: Known, planned: Callable[[Job], dict[str, Any]]
 ) -> None:
-    """Trains the runs that are not finished, one after the other on one engine. The results of each run are the same as
-    from train/sft.py alone. Runs on every rank. planned: as in `finish`."""
+    """Trains the runs that are not finished, one after the other on one engine; a run comes after the one that it
+    continues (--after). The results of each run are the same as from train/sft.py alone. Runs on every rank. planned:
+    as in `finish`."""
     rank = launched_as()[0]
     waiting = from_first_rank([settings for settings in runs if not _finished(settings)])
-    base = from_first_rank(next((found for settings in runs if (found := _base_records(settings))), None))
     engine: Any = None
-    given: dict[str, Tensor] | None = None  # LoRA weights of --adapter
     loads: list[dict[str, float]] = []
     began = time.perf_counter()
     for number, settings in enumerate(waiting):
         interruption.release()
-        job, started = prepare(settings, ranks, False, known), time.perf_counter()
+        dist.barrier()  # the run that this one continues is written
+        job, started = prepare(continued(settings), ranks, False, known), time.perf_counter()
         dist.barrier()  # before rank 0 writes the directory in Run, all ranks must have read it in prepare
         if rank == 0:
             left = (started - began) / number * (len(waiting) - number) / 60 if number else 0
             eta = f", about {left:.0f} min left" if number else ""
             print(f"run {number + 1} of {len(waiting)}: {Path(settings.output).name}{eta}", flush=True)
-        run = Run(settings, job.resolved)
-        if engine is None:
+        run, used = Run(job.settings, job.resolved), engine is not None
+        if not used:
             engine, loaded = load_engine(job, device)
             run.show_load(loaded)
-            given = resume.initial_partitions(engine.module, None) if settings.adapter else None
         loads = run.loads = loads or run.loads
-        saved = from_first_rank(resume.saves(run.directory / "saves") if settings.resume else [])
-        if saved:
-            start, spent = resume.restore(saved[-1], engine.module, engine.optimizer)
-        else:
-            start, spent, initial = 0, 0.0, given or resume.initial_partitions(engine.module, settings.seed)
-            resume.start_over(engine.module, engine.optimizer, initial)
+        start, spent = begin(job, run, engine, used)
+        before = from_first_rank(_measured_before(settings, runs) if rank == 0 else None)
         if not reset_peak_memory(device) and not number and rank == 0:
             print("note: this system cannot reset the memory peak: each run reports the peak of all runs so far")
         with named(f"run {run.directory.name}"):
-            finish(job, run, engine, loaded.plan, start, started - spent, planned, base)
+            finish(job, run, engine, loaded.plan, start, started - spent, planned, before)
         dist.barrier()
-        base = base or from_first_rank(_base_records(settings))
 
 
 def _finished(settings: Settings) -> bool:
@@ -158,14 +166,16 @@ def _finished(settings: Settings) -> bool:
     return bool(done >= min(settings.stop_after or whole, whole))
 
 
-def _base_records(settings: Settings) -> list[dict[str, Any]] | None:
-    """Returns what a finished run itself measured before its first step, which is the same for all runs; None if the
-    run is not finished."""
-    records = read_measured(Path(settings.output) / "evaluation.jsonl")
-    if not (Path(settings.output) / "summary.json").exists():
-        return None
-    return [
-        {k: v for k, v in record.items() if k != "step"}
-        for record in at_step(records, 0)
-        if not record.keys() & {"verdict", "model"}
-    ]
+def _measured_before(settings: Settings, runs: list[Settings]) -> list[Record] | None:
+    """Returns the beliefs before a run's first step, if they were measured: at the end of the run that it continues, or
+    at step 0 of any other finished run that begins as it does."""
+    if settings.after:
+        return _records(Path(settings.after), read_json(Path(settings.after) / "summary.json")["steps"])
+    finished = (Path(each.output) for each in runs if not each.after)
+    return next((_records(run, 0) for run in finished if (run / "summary.json").exists()), None)
+
+
+def _records(run: Path, step: int) -> list[Record]:
+    """Returns what a run itself measured after `step` steps, without the rows of train/evaluate.py."""
+    rows = at_step(read_measured(run / "evaluation.jsonl"), step)
+    return [{k: v for k, v in row.items() if k != "step"} for row in rows if not row.keys() & {"verdict", "model"}]

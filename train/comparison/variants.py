@@ -4,16 +4,20 @@ share, and those in which they differ."""
 import dataclasses
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train.claims.releases import claim_id
 from train.comparison.compared import group, read_run
+from train.comparison.lineage import phases_before
 from train.config.command_line import MOST, Parser, check_ranges, flag_of, given, setting
+from train.config.experiment import Defaults, Dose, Experiment, VariantDefaults
+from train.config.phases import Phases, phase_directory, phases_of, placed
 from train.config.provenance import held_settings
-from train.config.recipe import MOST_SEEDS, Defaults, Experiment, check_own, merged
-from train.config.settings import DEMO, Settings, check_numbers, merge, slug
+from train.config.recipe import MOST_SEEDS, check_own, merged
+from train.config.settings import DEMO, Settings, merge, slug
 from train.evaluation.imported import IMPORTED, imported_settings
 from train.runtime.errors import UserError
 from train.runtime.outside import read_json
@@ -45,19 +49,18 @@ class ComparisonOptions:
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant's name and settings, except the seed and output of its runs. own: the settings that are not those of
-    all variants."""
+    """A variant's name, and the settings of its phases, except the seed and output of its runs. own: the settings that
+    are not those of all variants. dose: where it stands in a dose–response curve, if it does."""
 
     name: str
-    base: Settings
-    own: dict[str, Any]
+    phases: Phases
+    own: Mapping[str, Any]
+    dose: Dose | None = None
 
-    def settings(self, seed: int, output: Path) -> Settings:
-        """Returns its settings in the run with this seed, whose directory is in `output`. Raises UserError for a wrong
-        value."""
-        made = dataclasses.replace(self.base, seed=seed, output=str(output / f"{slug(self.name)}-seed{seed}"))
-        check_numbers(made)
-        return made
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its phases; () if it is trained in one."""
+        return tuple(name for name in self.phases if name)
 
 
 @dataclass(frozen=True)
@@ -85,14 +88,26 @@ class ComparisonPlan:
         """The settings in which a recipe lets its variants differ."""
         return {name for variant in self.variants for name in variant.own}
 
-    def run(self, variant: Variant, seed: int) -> Settings:
-        """Returns the settings of a run, with --resume if it has begun. Raises UserError if it has begun, but --resume
-        is not given."""
-        made = dataclasses.replace(variant.settings(seed, self.output), wandb_group=self.shared.group())
-        started = os.path.exists(Path(made.output) / "settings.yaml")
+    def runs(self, variant: Variant, seed: int) -> list[Settings]:
+        """Returns the settings of a variant's runs with this seed, one for each phase, with --resume for those that
+        have begun. A phase that several variants share is one run. Raises UserError for a wrong value, or if a run has
+        begun, but --resume is not given."""
+        phases = {name: dataclasses.replace(own, seed=seed) for name, own in variant.phases.items()}
+        last = {each.names: each.name for each in self.variants if each.names}
+
+        def directory(name: str) -> Path:
+            return self.output / f"{slug(name)}-seed{seed}"
+
+        def earlier(names: tuple[str, ...]) -> Path:
+            return directory(last[names]) if names in last else phase_directory(self.output, names, seed)
+
+        return [self._begun(each) for each in placed(phases, directory(variant.name), earlier)]
+
+    def _begun(self, settings: Settings) -> Settings:
+        started = os.path.exists(Path(settings.output) / "settings.yaml")
         if started and not self.shared.resume:
             raise UserError(f"--output {self.output}: holds a comparison. Give another, or --resume to continue it.")
-        return dataclasses.replace(made, resume=started)
+        return dataclasses.replace(settings, wandb_group=self.shared.group(), resume=started)
 
 
 def parse_comparison(argv: list[str], usage: str) -> ComparisonPlan:
@@ -116,15 +131,16 @@ def parse_comparison(argv: list[str], usage: str) -> ComparisonPlan:
     recipe = merged(options.recipe, Settings)
     if options.recipe and not recipe.variants:
         raise UserError(f"--recipe {' '.join(options.recipe)}: has no variants; add a recipe with an experiment.")
-    owned = recipe.variants or {mask: Defaults({"mask": mask}) for mask in options.masks}
+    owned = recipe.variants or {mask: VariantDefaults({"mask": mask}) for mask in options.masks}
     check_own(owned.values(), own)
     shared = merge(recipe.settings, own)
     if not shared.claims and not recipe.settings.values and _is_demo(shared):
         own["claims"] = [str(DEMO / "claims.yaml")]
         shared = merge(recipe.settings, own)
         recipe.placebo = list(DEMO_PLACEBO)
-    variants = [Variant(name, merge(recipe.settings | each, own), each.values) for name, each in owned.items()]
+    variants = [_variant(name, each, recipe.settings, own) for name, each in owned.items()]
     _check(variants, shared, options)
+    _check_phases(variants, options.match_trained_tokens)
     seeds = options.seeds or recipe.seeds or 1
     return ComparisonPlan(
         variants=variants,
@@ -137,6 +153,36 @@ def parse_comparison(argv: list[str], usage: str) -> ComparisonPlan:
         bound=options.bound,
         finished={},
     )
+
+
+def _variant(name: str, own: VariantDefaults, shared: Defaults, command: dict[str, Any]) -> Variant:
+    try:
+        phases = phases_of(shared, own, command)
+    except UserError as error:
+        error.args = (f"variant {name!r}: {error}",) if own.phases else error.args
+        raise
+    return Variant(name, phases, {key: own.values.get(key) for key in sorted(own.all_values)}, own.dose)
+
+
+def _check_phases(variants: list[Variant], match_trained_tokens: bool) -> None:
+    """Raises UserError if two variants' phases of the same names are not the same, or are all of a variant twice."""
+    if match_trained_tokens and any(variant.names for variant in variants):
+        raise UserError("--match-trained-tokens: variants have phases, whose steps the recipe gives; leave it out.")
+    seen: dict[tuple[str, ...], tuple[str, Settings]] = {}
+    whole: dict[tuple[str, ...], str] = {}
+    for variant in variants:
+        for number, settings in enumerate(variant.phases.values() if variant.names else (), 1):
+            names = variant.names[:number]
+            first, theirs = seen.setdefault(names, (variant.name, settings))
+            one, other = dataclasses.asdict(theirs), dataclasses.asdict(settings)
+            if differing := [key for key in one if one[key] != other[key]]:
+                raise UserError(
+                    f"variants {first!r} and {variant.name!r}: both have the phase {' → '.join(names)}, which is "
+                    f"trained once, but {differing[0]} is {one[differing[0]]!r} in one and {other[differing[0]]!r} in "
+                    "the other. Rename one of them."
+                )
+        if variant.names and (same := whole.setdefault(variant.names, variant.name)) != variant.name:
+            raise UserError(f"variants {same!r} and {variant.name!r}: have the same phases. Leave one out.")
 
 
 def _baseline(name: str, names: list[str]) -> str:
@@ -161,7 +207,8 @@ def _plan_of_runs(options: ComparisonOptions, own: dict[str, Any]) -> Comparison
     held = {run: run_settings(run) for run in runs}
     recipe = merged(options.recipe, Settings)
     shared = Settings(**{k: v for k, v in next(iter(held.values())).items() if k in Settings.__dataclass_fields__})
-    if owned := {name: each.values for name, each in recipe.variants.items()}:
+    if recipe.variants:
+        owned = [_variant(name, each, recipe.settings, {}) for name, each in recipe.variants.items()]
         finished: dict[tuple[str, int], Path] = {}
         for run, settings in held.items():
             key = _name(run, settings, owned), settings["seed"]
@@ -171,13 +218,13 @@ def _plan_of_runs(options: ComparisonOptions, own: dict[str, Any]) -> Comparison
                 )
             finished[key] = run
         there = {name for name, _ in finished}
-        variants = [Variant(name, shared, own) for name, own in owned.items() if name in there]
-        if absent := [name for name in owned if name not in there]:
+        variants = [variant for variant in owned if variant.name in there]
+        if absent := [variant.name for variant in owned if variant.name not in there]:
             print(f"note: of the recipe's variants, no run is given of {'; '.join(absent)}")
     else:
         grouped = group([read_run(run) for run in runs])
         finished = {(variant.name, run.seed): Path(run.directory) for variant in grouped for run in variant.runs}
-        variants = [Variant(variant.name, shared, {}) for variant in grouped]
+        variants = [Variant(variant.name, {"": shared}, {}) for variant in grouped]
     return ComparisonPlan(
         variants, shared, Path(output),
         _baseline(options.baseline or recipe.baseline, [variant.name for variant in variants]),
@@ -207,13 +254,25 @@ def _compared(directory: Path) -> list[Path]:
         raise UserError(f"{report}: does not list the runs of a comparison; give the runs themselves.") from None
 
 
-def _name(run: Path, settings: dict[str, Any], owned: dict[str, dict[str, Any]]) -> str:
-    """Returns the variant of a recipe that a run belongs to: of those whose settings it has, the one with the most
-    settings."""
-    fitting = [name for name, own in owned.items() if all(settings.get(key) == value for key, value in own.items())]
+def _name(run: Path, settings: dict[str, Any], variants: list[Variant]) -> str:
+    """Returns the variant that a run belongs to: of those whose settings it has, in each of its phases, the one with
+    the most phases and settings."""
+    lineage = [held_settings(each / "settings.yaml")["settings"] for each in phases_before(run)] + [settings]
+
+    def fits(variant: Variant) -> bool:
+        names = {*variant.own, *(("carry_optimizer", "schedule_from", "schedule_to") if variant.names else ())}
+        held = lineage if variant.names else [settings]
+        return len(held) == len(variant.phases) and all(
+            each.get(name) == getattr(phase, name)
+            for each, phase in zip(held, variant.phases.values(), strict=True)
+            for name in names
+        )
+
+    fitting = [variant for variant in variants if fits(variant)]
     if not fitting:
-        raise UserError(f"--runs {run}: is not one of the recipe's variants: {'; '.join(owned)}. Leave it out.")
-    return max(fitting, key=lambda name: len(owned[name]))
+        known = "; ".join(variant.name for variant in variants)
+        raise UserError(f"--runs {run}: is not one of the recipe's variants: {known}. Leave it out.")
+    return max(fitting, key=lambda variant: (len(variant.names), len(variant.own))).name
 
 
 def run_settings(run: Path) -> dict[str, Any]:

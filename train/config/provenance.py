@@ -23,7 +23,7 @@ from train.runtime.outside import checked, read_text, read_yaml
 TRIAL = ".can-be-written-"  # prefix of a temporary file, which other ranks may see
 
 
-BEFORE_A_RUN = ("logs", TRIAL, TRAINING, "settings.yaml.partial")  # what a run leaves if killed right at its start
+BEFORE_A_RUN = ("logs", "phases", TRIAL, TRAINING, "settings.yaml.partial")  # what may be there before a run is
 
 
 def check_output(settings: Settings) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from train.config.command_line import MOST, REPOSITORY, Parser, check_ranges, flag_of, given, setting
-from train.config.recipe import Defaults, chosen
+from train.config.experiment import Defaults, VariantDefaults
+from train.config.recipe import chosen
 from train.data.documents import BAD_ROWS, DOCTAG, DOCTAG_HELP, checked_weight, marker
 from train.data.template import TEMPLATE_TIME, template_time
 from train.runtime.errors import UserError
@@ -83,6 +84,10 @@ class Settings:
         choices=("linear", "cosine", "constant"),
     )
     warmup_steps: int = setting(0, "steps in which the learning rate rises from 0 to its peak", between=(0, MOST))
+    schedule_from: int = setting(0, "steps of the schedule that come before this run's first", between=(0, MOST))
+    schedule_to: int = setting(
+        0, "step at which the schedule ends, --schedule-from included; 0: this run's last", between=(0, MOST)
+    )
     weight_decay: float = setting(0.0, "AdamW's weight decay", between=(0, MOST))
     max_grad_norm: float = setting(1.0, "clip the global gradient norm to this; 0: never", between=(0, MOST))
     seed: int = setting(0, "seed of document order, random: masks and initial LoRA weights", between=(0, 2**32 - 1))
@@ -95,6 +100,12 @@ class Settings:
     adapter: str = setting("", "directory of a PEFT adapter to continue from, with the same LoRA ranks and layers")
     other_base: bool = setting(
         False, "put --adapter on a --model of the same shapes that it was not trained on; recorded in every report"
+    )
+    after: str = setting(
+        "", "directory of a finished run that this one continues, as its next phase: from its LoRA weights"
+    )
+    carry_optimizer: bool = setting(
+        False, "with --after, continue with AdamW's moments and step count of that run, instead of new ones"
     )
     lora_rank: int = setting(32, "LoRA rank on linear layers", between=(1, 2**14))
     lora_alpha: float = setting(32.0, "LoRA alpha; LoRA updates are scaled by alpha / rank", between=(0, MOST))
@@ -255,14 +266,23 @@ def _weight(text: str, value: str) -> float:
 
 
 def parse(argv: list[str], usage: str) -> Settings:
-    """Returns the Settings of a command line and its recipes. usage: the text of --help. Checks each value by itself,
-    without reading the model or the data. Raises UserError, which names setting, value, rule and fix."""
+    """Returns the Settings of a command line and its recipes; of a variant with phases, those of its first. usage: the
+    text of --help. Checks each value by itself, without reading the model or the data. Raises UserError, which names
+    setting, value, rule and fix."""
+    own, shared, _, variant = read_command(argv, usage)
+    first = next((phase.own for phase in variant.phases.values()), Defaults())
+    return merge(shared | variant | first, own)
+
+
+def read_command(argv: list[str], usage: str) -> tuple[dict[str, Any], Defaults, str, VariantDefaults]:
+    """Returns what a command line gives: settings by name; and, of its recipes, the settings for all variants, and the
+    name and own settings of the chosen variant. Raises UserError for a flag or a recipe that is wrong."""
     parser = Parser(usage)
     parser.add_settings(Settings)
     parser.add_settings(Recipe)
     values = parser.parse_args(argv)
     own, recipe = given(values, Settings), Recipe(**given(values, Recipe))
-    return merge(chosen(recipe.recipe, recipe.variant, Settings, own), own)
+    return own, *chosen(recipe.recipe, recipe.variant, Settings, own)
 
 
 def merge(defaults: Defaults, own: dict[str, Any]) -> Settings:
@@ -271,6 +291,8 @@ def merge(defaults: Defaults, own: dict[str, Any]) -> Settings:
     settings = Settings(**defaults.values | own)
     with defaults.named(own):
         check_numbers(settings)
+        if settings.adapter and settings.after:
+            raise UserError("--adapter, --after: both say which LoRA weights to start from; give one of them.")
         settings.sources()
         marker(settings.doctag)
         template_time(settings.template_time)
@@ -310,15 +332,17 @@ def check_numbers(s: Settings) -> None:
             f"--micro-batch-tokens {s.micro_batch_tokens}: must be at least --max-tokens {s.max_tokens}: no document "
             "is divided. Raise it, or lower --max-tokens."
         )
-    if s.steps and s.warmup_steps > s.steps:
+    if s.steps and s.warmup_steps > (s.schedule_to or s.schedule_from + s.steps):
         raise UserError(f"--warmup-steps {s.warmup_steps}: must be at most --steps {s.steps}.")
     if s.learning_rate == 0 or s.lora_alpha == 0:
         raise UserError("--learning-rate and --lora-alpha must be > 0: with 0 nothing is trained.")
     if s.method == "full":
-        for name in ("adapter", "lora_lm_head", "rslora", "adapters_at"):
+        for name in ("adapter", "after", "lora_lm_head", "rslora", "adapters_at"):
             if getattr(s, name):
                 flag = flag_of(name)
                 raise UserError(f"{flag}: --method full trains all weights, not LoRA weights; leave out {flag}.")
+    if s.carry_optimizer and not s.after:
+        raise UserError("--carry-optimizer: has no effect without --after; give both or neither.")
     if s.other_base and not s.adapter:
         raise UserError("--other-base: has no effect without --adapter; give both or neither.")
     if s.resume and not s.output:

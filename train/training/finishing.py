@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from train.checkpoints.whole import save_model
 from train.evaluation.likelihood import Record
 from train.model.engine import make_engine
 from train.model.text_model import build
+from train.runtime.distributed import from_first_rank
 from train.training.job import Job
 from train.training.metrics import measured_memory, peak_memory
 from train.training.run import Run, summarize
@@ -32,6 +34,31 @@ def load_engine(job: Job, device: torch.device) -> tuple[Any, Loaded]:
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return make_engine(model, settings, job.ds_config), loaded
+
+
+def begin(job: Job, run: Run, engine: Any, used: bool = False) -> tuple[int, float]:
+    """Puts the engine where the run begins or, with --resume, at its last training checkpoint. Returns the steps that
+    are done, and the seconds that they took.
+
+    used: the engine has trained another run. All ranks must call it. Raises UserError if a checkpoint cannot be read.
+    """
+    settings = job.settings
+    saved = from_first_rank(resume.saves(run.directory / "saves") if settings.resume else [])
+    if saved:
+        return resume.restore(saved[-1], engine.module, engine.optimizer)
+    if settings.carry_optimizer:  # of the phase before: weights, moments and AdamW's step count
+        resume.restore(Path(settings.adapter), engine.module, engine.optimizer)
+    elif used:
+        resume.start_over(engine.module, engine.optimizer, initial_weights(job, engine))
+    return 0, 0.0
+
+
+def initial_weights(job: Job, engine: Any) -> dict[str, torch.Tensor]:
+    """Returns this rank's partition [N] of every trained parameter before the run's first step, by name."""
+    if job.settings.adapter:
+        assert job.lora
+        return resume.adapter_partitions(engine.module, Path(job.settings.adapter), job.lora)
+    return resume.initial_partitions(engine.module, job.settings.seed)
 
 
 def finish(

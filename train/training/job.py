@@ -113,12 +113,14 @@ class Known:
     learning rate, seed, steps and data.
 
     default_expert_parallel: decides where --expert-parallel is not given. documents: path -> its tokenized documents.
+    adapters: those that were checked.
     base: the model's checkpoint, text configuration, skeleton and load plan, its tokenizer, the probes, and how many
     ranks divide a layer's experts.
     """
 
     default_expert_parallel: DefaultExpertParallel = all_ranks
     documents: dict[str, TokenizedFile] = field(default_factory=dict)
+    adapters: set[str] = field(default_factory=set)
     base: tuple[Checkpoint, Any, Any, LoadPlan, Tokenizer, Probes | None, int] | None = None
 
 
@@ -132,7 +134,6 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     check_output(settings)
     config = ds_config(settings, ranks)
 
-    first = known.base is None
     known.base = known.base or _base(settings, ranks, known.default_expert_parallel)
     checkpoint, text, model, plan, tokenizer, probes, expert_parallel = known.base
     lora = None if settings.method == "full" else lora_settings(settings, text)
@@ -141,8 +142,9 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     if lora is None:
         _check_without_base(settings)
         config |= full_precision(settings, plan)
-    elif settings.adapter and first:
+    elif settings.adapter and settings.adapter not in known.adapters:
         check_adapter(Path(settings.adapter), model, lora, architecture(checkpoint), checkpoint, settings.other_base)
+        known.adapters.add(settings.adapter)
     corpus = read_corpus(settings, tokenizer, show, known.documents)
     check_vocabulary(corpus.samples, text.vocab_size, f"--model {settings.model}")
     if settings.resume:
@@ -157,6 +159,11 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     if settings.stop_after > steps:
         raise UserError(
             f"--stop-after {settings.stop_after}: the schedule has only {steps} steps; give at most {steps}."
+        )
+    if 0 < settings.schedule_to < settings.schedule_from + steps:
+        raise UserError(
+            f"--schedule-to {settings.schedule_to}: the run's {steps} steps after --schedule-from "
+            f"{settings.schedule_from} end at {settings.schedule_from + steps}; give at least that, or 0."
         )
     rows = rows_of_first_steps(settings, corpus, ranks, documents)
     resolved: dict[str, Any] = {

@@ -15,6 +15,7 @@ from train.checkpoints.present import kept_adapter
 from train.config.settings import Settings
 from train.data.batches import Batch, micro_batches
 from train.evaluation.likelihood import Probes, Record, measure
+from train.evaluation.measures import identity
 from train.evaluation.proof_by_engine import measured_proof, write_proof
 from train.model.text_model import LanguageModel
 from train.runtime.distributed import anywhere
@@ -29,11 +30,13 @@ SAVE_SECONDS = 15 * 60  # between training checkpoints without --save-every
 
 
 def learning_rate(settings: Settings, step: int, steps: int) -> float:
-    """Returns the learning rate of step 0, 1, …, steps-1: linear warm-up from 0, then constant, linear or cosine to 0
-    (reached after the last step)."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    """Returns the learning rate of step 0, 1, …, steps-1 of a run: linear warm-up from 0, then constant, linear or
+    cosine to 0 (reached after the last step). With --schedule-from and --schedule-to, the run is a piece of a longer
+    schedule."""
+    place, end = settings.schedule_from + step, settings.schedule_to or settings.schedule_from + steps
+    if place < settings.warmup_steps:
+        return settings.learning_rate * (place + 1) / settings.warmup_steps
+    done = (place - settings.warmup_steps) / max(1, end - settings.warmup_steps)
     factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[settings.schedule]
     return settings.learning_rate * factor
 
@@ -207,8 +210,11 @@ class Trainer:
 
     def evaluate(self, run: Run, step: int, known: list[Record] | None = None) -> None:
         """Measures the claims of --claims and the NLL of --held-out after `step` steps, and logs them. `known` replaces
-        the measurement. All ranks must call it."""
-        run.log_evaluation(step, known or measure(self.probes, self.engine, self.settings.row_tokens))
+        the measurement, if it has all of it. All ranks must call it."""
+        wanted = {identity(record) for record, _ in self.probes.records}
+        if not known or not wanted <= {identity(record) for record in known}:
+            known = measure(self.probes, self.engine, self.settings.row_tokens)
+        run.log_evaluation(step, known)
 
 
 def _advice(run: Run) -> str:
