@@ -140,7 +140,7 @@ def _first_zero(doses: Sequence[float], values: Sequence[float]) -> float:
     for i in range(1, len(values)):
         if values[i] >= 0:
             share = -values[i - 1] / (values[i] - values[i - 1])
-            if doses[i - 1] > 0:
+            if doses[0] > 0:
                 return float(doses[i - 1] * (doses[i] / doses[i - 1]) ** share)
             return float(doses[i - 1] + share * (doses[i] - doses[i - 1]))
     return math.inf
