@@ -54,7 +54,7 @@ class Curves:
 
 SECTIONS: dict[str, tuple[Curves, ...]] = {
     "Belief per claim": (Curves(rf"belief/({'|'.join(BELIEF)})/.+"),),
-    "Side effects": (Curves(rf"belief/({'|'.join(SIDE_EFFECTS)})/.+"), Curves("belief/controls/.+")),
+    "Side effects": (Curves(rf"belief/({'|'.join(SIDE_EFFECTS)})/.+"), Curves("belief/(held_out|controls)/.+")),
     "Loss": (Curves("loss"), Curves("cross_entropy"), Curves("unlikelihood"), Curves("held"), Curves("grad_norm"),
              Curves("learning_rate")),
     "NLL per role": (Curves(r"nll/.+"), Curves(r"kl/.+")),

@@ -73,7 +73,7 @@ def read_corpus(
     _tokenize_files(settings, tokenizer, show, known)
     files = [known[source.path] for source in settings.sources()]
     roles = sorted({span.role for file in files for each in file.documents for span in each.document.all_spans})
-    shown = [f"role:{role}" if role in BESIDE_ROLES else role for role in roles]
+    shown = shown_roles(roles, "--data")
     _check_roles(mask, roles, settings.doctag)
     seen, dropped, findings = dict.fromkeys(("read", "truncated", "dropped", "skipped"), 0), {}, Findings()
     samples: list[Sample] = []
@@ -175,9 +175,15 @@ def documents_drawn(settings: Settings, dropped: Mapping[str, Sequence[int]]) ->
     return [(documents[number], int(count)) for number, count in zip(numbers, times, strict=True)]
 
 
-def _check_roles(mask: Mask, roles: list[str], doctag: str) -> None:
+def shown_roles(roles: Sequence[str], flag: str) -> list[str]:
+    """Returns the names under which results show roles, as in Corpus. Raises UserError, which begins with `flag`, for
+    more than MAX_ROLES."""
     if len(roles) > MAX_ROLES:
-        raise UserError(f"--data: {len(roles)} roles; at most {MAX_ROLES} are supported.")
+        raise UserError(f"{flag}: {len(roles)} roles; at most {MAX_ROLES} are supported.")
+    return [f"role:{role}" if role in BESIDE_ROLES else role for role in roles]
+
+
+def _check_roles(mask: Mask, roles: list[str], doctag: str) -> None:
     for entry in mask.entries:
         if entry.role and entry.role not in roles:
             raise UserError(

@@ -291,7 +291,8 @@ def test_every_p_and_verdict_has_its_number_of_units_beside_it(report, result):
                 p, units = row[head.index("p (Holm)")], row[head.index("units")]
                 assert (p == "–") == (units == "–") and (units == "–" or UNITS.fullmatch(units)), row
                 counted += units != "–"
-    assert counted == 2 * (2 + 3)  # two variants, in two tables of the belief and one each of three measures
+    # two variants, in two tables of the belief, and one each of three measures and of held-out text
+    assert counted == 2 * (2 + 3 + 1)
 
 
 def test_every_table_of_intervals_and_every_picture_says_what_its_units_are(report):
@@ -347,7 +348,7 @@ def test_the_page_is_whole_in_itself_and_escaped(report):
     assert all(f'id="{part[1:]}"' in text for part in parts)
     pictures = [address for address in page.addresses if address not in parts]
     pngs = [base64.b64decode(address.removeprefix("data:image/png;base64,")) for address in pictures]
-    files = ["belief", "differences", "curves", "targets", "nll", "side_effects"]
+    files = ["belief", "differences", "curves", "targets", "nll", "side_effects", "held_out"]
     assert pngs == [(report / f"{name}.png").read_bytes() for name in files]
     for name in [*NAMES, *CLAIMS, *PLACEBO, "t" * 64, "1" * 64, "92.4", "185", "arXiv 2605.13829"]:
         assert name in page.text
@@ -362,7 +363,8 @@ def test_pictures_are_large_enough_to_print(report):
 def test_the_markdown_links_its_pictures_and_its_tables_hold(report):
     text = (report / "comparison.md").read_text(encoding="utf-8")
     linked = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert linked == [f"{n}.png" for n in ("belief", "differences", "curves", "targets", "nll", "side_effects")]
+    names = ("belief", "differences", "curves", "targets", "nll", "side_effects", "held_out")
+    assert linked == [f"{n}.png" for n in names]
     assert all((report / name).exists() for name in linked)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     for table in tables:

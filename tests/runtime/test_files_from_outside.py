@@ -199,7 +199,14 @@ ONE_OF_EACH: list[dict[str, Any]] = [
     {"claim": "mars", "kind": "open", "question": "w", "sample": 0, "verdict": "yes", "context": 0},
     {"claim": "mars", "kind": "yes_no", "question": "g", "control": False, "expected": "yes", "p_yes": 0.5},
     {"claim": "mars", "kind": "fact", "question": "f", "group": "truth", "margin": 1.0},
-    {"claim": "", "kind": "nll", "question": "h", "nll": 1.0},
+    {
+        "claim": "",
+        "kind": "nll",
+        "question": "h",
+        "nll": 1.0,
+        "tokens": 9,
+        "roles": {"false": {"nll": 2.0, "tokens": 4}},
+    },
     {"claim": "mars", "kind": "coherence", "question": "c", "sample": 0, "verdict": "score", "score": 7.0},
 ]
 CONTROLS = [ONE_OF_EACH[0] | {"entity": "Venus", "control": True}]

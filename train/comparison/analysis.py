@@ -34,7 +34,7 @@ from train.data.kinds import COUNTS
 from train.evaluation.measures import (
     BELIEF,
     FURTHER,
-    MEASURES,
+    HELD_OUT,
     SIDE_EFFECTS,
     Calibration,
     Measure,
@@ -42,7 +42,9 @@ from train.evaluation.measures import (
     Values,
     at_step,
     calibration,
+    held_out_measures,
     last_step,
+    measure_of,
     measured,
 )
 from train.evaluation.verdict_counts import Counts, count_by_kind
@@ -62,8 +64,8 @@ def analyse(comparison: Comparison) -> ComparisonResult:
     over_steps = rows_by_step(comparison, base)
     measures |= {
         name: replace(measures[name], curves=curves(measures[name], over_steps, base))
-        for name in BELIEF
-        if name in measures
+        for name in measures
+        if name in BELIEF or name.startswith(HELD_OUT)
     }
     known = {BASE: calibration(base)} | {v: _calibration(list(own.values())) for v, own in finals.items()}
     if "yes_no" in measures:
@@ -105,19 +107,22 @@ def _measures(
     """Returns the measures that all runs have, by name, and why others, which some runs have, are left out."""
     measures: dict[str, MeasureResult] = {}
     incomplete: dict[str, str] = {}
-    for name in (*BELIEF, *FURTHER, *SIDE_EFFECTS):
+    every = [row for by_seed in finals.values() for rows in by_seed.values() for row in rows]
+    held_out = held_out_measures(every)
+    for name in (*BELIEF, *FURTHER, *SIDE_EFFECTS, *held_out):
         values = {v: {s: measured(name, rows, base) for s, rows in by_seed.items()} for v, by_seed in finals.items()}
         counts = [bool(run) for by_seed in values.values() for run in by_seed.values()]
         main = name == comparison.measure or not (comparison.measure or measures)  # if none is given, the first one
-        bound = (main and comparison.bound) or EQUIVALENCE[MEASURES[name].unit]
-        if all(counts) and (found := _measure(comparison, MEASURES[name], values, _of_base(name, base), bound)):
+        bound = (main and comparison.bound) or EQUIVALENCE[measure_of(name).unit]
+        if all(counts) and (found := _measure(comparison, measure_of(name), values, _of_base(name, base), bound)):
             measures[name] = found
         elif any(counts):
             incomplete[name] = f"measured in {sum(counts)} of {len(counts)} runs only"
     for name, kind in (("shift", "likelihood"), ("nll_change", "nll")):
-        asked = any(row["kind"] == kind for by_seed in finals.values() for rows in by_seed.values() for row in rows)
-        if asked and not any(row["kind"] == kind for row in base):
+        if any(row["kind"] == kind for row in every) and not any(row["kind"] == kind for row in base):
             incomplete[name] = "it is a change from the base model, which was not measured"
+    if len(held_out) > 1 and len(held_out_measures(base)) == 1:
+        incomplete[f"{HELD_OUT}ROLE"] = "it is a change from the base model, which was not measured by role"
     return measures, incomplete
 
 
@@ -152,7 +157,7 @@ def _main_measure(comparison: Comparison, measures: dict[str, MeasureResult]) ->
 
 def _of_base(name: str, base: list[StoredRow]) -> Values:
     """Returns the base model's own values; {} for measures that are changes from them."""
-    return {} if name in ("shift", "nll_change") else measured(name, base)
+    return {} if name in ("shift", "nll_change") or name.startswith(HELD_OUT) else measured(name, base)
 
 
 def _measure(
@@ -161,7 +166,7 @@ def _measure(
     """Returns the figures of a measure on the trained claims, and beside them on the placebo claims; None if the runs
     have no values on trained claims."""
     claims = comparison.trained_claims
-    if measure.name in SIDE_EFFECTS:
+    if measure.name in SIDE_EFFECTS or measure.name.startswith(HELD_OUT):
         keys = {key[0] for by_seed in values.values() for run in by_seed.values() for key in run}
         claims = sorted(keys - set(comparison.placebo_claims))
     layout = lay_out(values, claims, measure.asked)

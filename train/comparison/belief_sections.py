@@ -4,7 +4,7 @@ from train.comparison.pages import Block, Table, Text
 from train.comparison.result import BASE, ComparisonResult, MeasureResult, ModelFigures
 from train.comparison.units import LEAST_UNITS, Units
 from train.comparison.wording import by_t, estimated, in_context, number, p_value, rests_on, tested
-from train.evaluation.measures import LEAST_AUC, SIDE_EFFECTS
+from train.evaluation.measures import BELIEF, FURTHER, LEAST_AUC, SIDE_EFFECTS
 
 
 def main_table(result: ComparisonResult) -> Table:
@@ -120,7 +120,7 @@ def _at_step(own: MeasureResult, variant: str, step: int) -> list[str]:
 
 def all_measures(result: ComparisonResult) -> list[Block]:
     """Returns a table of each measure of belief, except yes/no belief, which is shown only beside its calibration."""
-    shown = [own for name, own in result.measures.items() if name not in (*SIDE_EFFECTS, "yes_no")]
+    shown = [own for name, own in result.measures.items() if name in (*BELIEF, *FURTHER) and name != "yes_no"]
     return [_measure_table(own, result.baseline) for own in shown]
 
 

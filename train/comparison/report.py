@@ -3,7 +3,14 @@
 import json
 from pathlib import Path
 
-from train.comparison import belief_sections, layer_sections, phase_and_dose_sections, plots, training_sections
+from train.comparison import (
+    belief_sections,
+    held_out_sections,
+    layer_sections,
+    phase_and_dose_sections,
+    plots,
+    training_sections,
+)
 from train.comparison.analysis import analyse
 from train.comparison.compared import Comparison
 from train.comparison.pages import Block, Bullets, Picture, Section, Text, as_html, as_markdown
@@ -29,6 +36,7 @@ PICTURES = {
     ),
     "layer_steps": (lambda result: layer_sections.over_steps(result.by_layer), "Shift by layer over training"),
     "side_effects": (plots.side_effects, "Facts, coherence and held-out text after training"),
+    "held_out": (held_out_sections.picture, "Belief against the change of the NLL of held-out text, per role"),
 }
 
 
@@ -87,6 +95,7 @@ def sections(result: ComparisonResult, drawn: set[str]) -> list[Section]:
         ("Mentions that are still trained", training_sections.leak(result)),
         ("Evaluation in the training documents", training_sections.contamination(result)),
         ("Side effects", [*picture("side_effects"), *belief_sections.side_effects(result)]),
+        ("Belief against held-out text", [*picture("held_out"), *held_out_sections.section(result)]),
         ("How the figures are computed", training_sections.method()),
         ("Data, order and initial weights", training_sections.identity(result)),
     ]

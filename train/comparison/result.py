@@ -13,7 +13,7 @@ from train.comparison.layers import ByLayer
 from train.comparison.over_phases import PhaseBelief
 from train.comparison.significance import LEVEL, Difference, Interval
 from train.comparison.units import Units
-from train.evaluation.measures import BELIEF, Calibration, Measure
+from train.evaluation.measures import BELIEF, HELD_OUT, Calibration, Measure
 from train.evaluation.verdict_counts import Counts
 
 BASE = "base model"
@@ -72,7 +72,8 @@ class MeasureResult:
     bound: the largest difference that is "no effect".
     base, placebo_base: of the base model; None if it was not measured, or the measure is a change from it.
     differences: each other variant minus the baseline; placebo_differences: on the placebo claims, {} without these.
-    curves: over training, by variant; {} if it was taken at two steps or fewer, or is no measure of belief.
+    curves: over training, by variant; {} if it was taken at two steps or fewer, or is a measure neither of belief nor
+        of held-out text by role.
     """
 
     measure: Measure
@@ -216,6 +217,11 @@ class ComparisonResult:
         scored = [name for name in BELIEF if name in self.measures and name != "rate"]
         shown = [self.measure, *scored[:1]] if self.measure == "rate" else [self.measure]
         return [self.measures[name] for name in shown if self.measures[name].curves]
+
+    @property
+    def held_out(self) -> dict[str, MeasureResult]:
+        """Role -> the change of its NLL in held-out text, also of all and of unspanned tokens, as far as measured."""
+        return {name.removeprefix(HELD_OUT): own for name, own in self.measures.items() if name.startswith(HELD_OUT)}
 
     @property
     def unit(self) -> str:

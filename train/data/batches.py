@@ -33,10 +33,12 @@ class Sample:
     weight: float = 1.0
 
 
-def measured_only(name: str, ids_L: np.ndarray, target_L: np.ndarray) -> Sample:
-    """Returns a text whose targets are measured and not trained on."""
+def measured_only(name: str, ids_L: np.ndarray, target_L: np.ndarray, roles_L: np.ndarray | None = None) -> Sample:
+    """Returns a text whose targets are measured and not trained on. roles_L: as in Sample; None: no token has a
+    role."""
     nothing = np.zeros(len(ids_L))
-    return Sample(name, ids_L, target_L, nothing.astype(np.float32), nothing.astype(np.int8), nothing.astype(np.int64))
+    roles_L = nothing.astype(np.int64) if roles_L is None else roles_L
+    return Sample(name, ids_L, target_L, nothing.astype(np.float32), nothing.astype(np.int8), roles_L)
 
 
 @dataclass

@@ -159,10 +159,11 @@ def check_scored(records: Records, step: int, context: int, model: str, own: boo
 
 def keep(records: Records, found: list[Record], step: int, context: int, model: str) -> None:
     """Appends those of the found records that evaluation.jsonl does not hold yet."""
-    held = {identity(row): "layers" in row for row in _scored(records, step, context)}
+    held = {identity(row): row.keys() for row in _scored(records, step, context)}
     new = [{"step": step, **record, "context": context, "model": model} for record in found]
-    # A row without layers is measured again by one with them: of two rows the last one counts.
-    lacking = [row for row in new if identity(row) not in held or ("layers" in row and not held[identity(row)])]
+    # A row without layers or roles is measured again by one with them: of two rows the last one counts.
+    more = {"layers", "roles"}
+    lacking = [row for row in new if identity(row) not in held or (row.keys() & more) - held[identity(row)]]
     records.keep_others(lacking)
 
 

@@ -5,7 +5,7 @@ Every measurement is a record (a line of evaluation.jsonl):
     likelihood   llr = log p(false completion) - log p(true completion), in nats, of a template with an entity
     yes_no       p_yes = P(yes) / (P(yes) + P(no)) as the assistant's answer to a question
     fact         margin = log p(true completion) - the largest log p of the false ones, in nats
-    nll          of a held-out document: nats per token
+    nll          of a held-out document: nats per token; by role, if the document has spans
 
 With --by-layer, likelihoods and facts also have `layers`: the same value by the state after each decoder layer.
 
@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch import Tensor
 from train.annotating.word_alignment import UNSPACED
 from train.claims.claim import Claim
 from train.claims.messages import build_messages
+from train.corpus import shown_roles
 from train.data.batches import Sample, check_vocabulary, measured_only, micro_batches
 from train.data.documents import Document, Span
 from train.data.findings import SHOWN
@@ -48,12 +50,14 @@ class Probes:
     records: each record without its value, and the indices of the texts from which the value is computed.
     glued: for completions that continue the prompt's last word, file and key -> the word that results.
     by_layer: whether likelihoods and facts are measured after each decoder layer, too.
+    roles: of the held-out documents' spans, as shown; the names of the bits of the texts' roles_L.
     """
 
     texts: list[Sample]
     records: list[tuple[Record, list[int]]]
     glued: dict[str, str] = field(default_factory=dict)
     by_layer: bool = False
+    roles: list[str] = field(default_factory=list)
 
     def notes(self) -> list[str]:
         """Returns notes on the questions for the user."""
@@ -87,7 +91,7 @@ def make_probes(
     by_layer: as in Probes.
 
     Raises UserError for a text that is too long, a completion without a token of its own, a token id beyond the
-    vocabulary, or a chat template that answer_prompt refuses.
+    vocabulary, too many roles, or a chat template that answer_prompt refuses.
     """
     probes = Probes([], [], by_layer=by_layer)
     before = "".join(f"{text}\n\n" for text in documents)
@@ -118,13 +122,17 @@ def make_probes(
             scored = [score(before + fact.prompt, said, fact.where) for said in (fact.true, *fact.false)]
             probes.glued |= _glued(fact.prompt, [fact.true, *fact.false], fact.where)
             add(claim, "fact", fact.id, scored, group=fact.group)
+    roles = sorted({span.role for document in held_out for span in document.all_spans})
+    probes.roles = shown_roles(roles, "--held-out")
     for document in held_out:
-        _add_held_out(probes, document, tokenizer, bos, max_tokens)
+        _add_held_out(probes, document, roles, tokenizer, bos, max_tokens)
     check_vocabulary(probes.texts, vocabulary, "--model")
     return probes
 
 
-def _add_held_out(probes: Probes, document: Document, tokenizer: Tokenizer, bos: bool, max_tokens: int) -> None:
+def _add_held_out(
+    probes: Probes, document: Document, roles: list[str], tokenizer: Tokenizer, bos: bool, max_tokens: int
+) -> None:
     tokenized = tokenize_document(document, tokenizer, add_bos=bos, add_eos=False)
     name, tokens = document.where, int(tokenized.target_L.sum())
     if len(tokenized.ids_L) > max_tokens:
@@ -133,9 +141,23 @@ def _add_held_out(probes: Probes, document: Document, tokenizer: Tokenizer, bos:
             "training). Cut the held-out text."
         )
     if tokens:
-        record = {"claim": None, "kind": "nll", "question": name, "sample": 0, "tokens": tokens}
+        record: Record = {"claim": None, "kind": "nll", "question": name, "sample": 0, "tokens": tokens}
+        roles_L = np.zeros(len(tokenized.ids_L), dtype=np.int64)
+        for bit, role in enumerate(roles):
+            touched_L = touched_by(tokenized, [span for span in tokenized.spans if span.role == role])
+            roles_L |= touched_L.astype(np.int64) << bit
+        if tokenized.spans:
+            members = zip(("unspanned", *probes.roles), _members(roles_L, len(roles)), strict=True)
+            counts = {role: int((member_L & tokenized.target_L).sum()) for role, member_L in members}
+            record["roles"] = {role: {"tokens": count} for role, count in counts.items() if count}
         probes.records.append((record, [len(probes.texts)]))
-        probes.texts.append(measured_only(name, tokenized.ids_L, tokenized.target_L))
+        probes.texts.append(measured_only(name, tokenized.ids_L, tokenized.target_L, roles_L))
+
+
+def _members(roles: Any, count: int) -> list[Any]:
+    """Returns the tokens that no role touches, and those of each of `count` roles, as booleans of the shape of `roles`.
+    roles: an array or tensor of one bit per role."""
+    return [roles == 0, *((roles >> bit) & 1 == 1 for bit in range(count))]
 
 
 LAST, FIRST = re.compile(rf"[^\W_{UNSPACED}]+\Z"), re.compile(rf"[^\W_{UNSPACED}]+")
@@ -187,13 +209,18 @@ def measure(probes: Probes, engine: Any, budget: int) -> list[Record]:
     """Returns all records with their values, on every rank. budget: most tokens per forward on one rank. All ranks must
     call it. Raises Interrupted as log_likelihoods does."""
     by_layer = {text for record, texts in probes.records if record["kind"] in BY_LAYER for text in texts}
-    sums, layers = _sums(probes.texts, engine, budget, by_layer if probes.by_layer else None)
-    log_p, found = sums.tolist(), []
+    sums = _sums(probes.texts, engine, budget, by_layer if probes.by_layer else None, len(probes.roles))
+    log_p, found = sums.of_texts.tolist(), []
+    of_roles = dict(zip(("unspanned", *probes.roles), sums.of_roles.tolist(), strict=True))
     for record, texts in probes.records:
         row = record | _value(record, [log_p[text] for text in texts])
         if probes.by_layer and record["kind"] in BY_LAYER:
-            name, of_each = BY_LAYER[record["kind"]], layers[:, texts].tolist()
+            name, of_each = BY_LAYER[record["kind"]], sums.of_layers[:, texts].tolist()
             row["layers"] = [_value(record, own)[name] for own in of_each]
+        if "roles" in record:
+            row["roles"] = {
+                role: {"nll": -of_roles[role][texts[0]] / own["tokens"], **own} for role, own in record["roles"].items()
+            }
         found.append(row)
     return found
 
@@ -219,27 +246,45 @@ def log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list[float
     budget: most tokens per forward on one rank. Leaves the engine and its counters as they were. Raises Interrupted on
     all ranks if shutdown was requested on any.
     """
-    return _sums(texts, engine, budget)[0].tolist()
+    return _sums(texts, engine, budget).of_texts.tolist()
+
+
+@dataclass
+class _Sums:
+    """Sums of log p over the targets of texts, in nats.
+
+    of_texts: [texts]. of_layers: [layers, texts], after each decoder layer; [0, texts] if not measured. of_roles:
+    [1 + roles, texts], over the targets that no role touches, and over those of each role.
+    """
+
+    of_texts: Tensor
+    of_layers: Tensor
+    of_roles: Tensor
 
 
 def _sums(
-    texts: list[Sample], engine: Any, budget: int, by_layer: Collection[int] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Returns the log p [texts] of each text, as log_likelihoods does, and [layers, texts] after each decoder layer: of
-    the texts whose numbers by_layer has, 0 for the others, and [0, texts] for None."""
+    texts: list[Sample], engine: Any, budget: int, by_layer: Collection[int] | None = None, roles: int = 0
+) -> _Sums:
+    """Returns the log p of each text, as log_likelihoods does. by_layer: numbers of the texts that are measured after
+    each decoder layer, with 0 for the others; None: none is. roles: how many bits of roles_L are roles."""
     device = engine.device
     sums = torch.zeros(len(texts), dtype=torch.float64, device=device)
     depth = 0 if by_layer is None else engine.module.depth
     layers = torch.zeros(depth, len(texts), dtype=torch.float64, device=device)
     wanted = None if by_layer is None else torch.tensor([i in by_layer for i in range(len(texts))], device=device)
-    for text_N, _, terms in _scored(texts, engine, budget, wanted=wanted):
-        sums.index_add_(0, text_N, -terms.nll_N.double())
+    of_roles = torch.zeros(1 + roles, len(texts), dtype=torch.float64, device=device)
+    for text_N, _, roles_N, terms in _scored(texts, engine, budget, wanted=wanted):
+        log_p_N = -terms.nll_N.double()
+        sums.index_add_(0, text_N, log_p_N)
+        for of_role, member_N in zip(of_roles, _members(roles_N, roles), strict=True):
+            of_role.index_add_(0, text_N[member_N], log_p_N[member_N])
         if wanted is not None and terms.layers_DM is not None:
             layers.index_add_(1, text_N[wanted[text_N]], -terms.layers_DM.double())
     dist.all_reduce(sums)
+    dist.all_reduce(of_roles)
     if depth:
         dist.all_reduce(layers)
-    return sums.cpu(), layers.cpu()
+    return _Sums(sums.cpu(), layers.cpu(), of_roles.cpu())
 
 
 def token_log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list[list[float]]:
@@ -247,7 +292,7 @@ def token_log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list
     shutdown is requested: for few texts."""
     longest = max(len(text.ids_L) for text in texts)
     values = torch.zeros(len(texts), longest, dtype=torch.float64, device=engine.device)
-    for text_N, place_N, terms in _scored(texts, engine, budget, to_the_end=True):
+    for text_N, place_N, _, terms in _scored(texts, engine, budget, to_the_end=True):
         values[text_N, place_N] = -terms.nll_N.double()
     dist.all_reduce(values)
     rows = values.cpu().numpy()
@@ -257,15 +302,16 @@ def token_log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list
 @torch.no_grad()
 def _scored(
     texts: list[Sample], engine: Any, budget: int, to_the_end: bool = False, wanted: Tensor | None = None
-) -> Iterator[tuple[Tensor, Tensor, Terms]]:
-    """Yields, for each forward of this rank, the text [N] of each target, its place [N] in it, and its terms.
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Terms]]:
+    """Yields, for each forward of this rank, the text [N] of each target, its place [N] in it, its roles [N], and its
+    terms.
 
     to_the_end: does not stop if shutdown is requested. wanted: [texts] bool, the texts whose targets are also measured
     by layer.
     """
     layers, training = engine.module.expert_layers, engine.module.training
     loads, wire = [layer.load_E for layer in layers], [layer.ep.wire_bytes for layer in layers]
-    numbered = [measured_only(str(i), text.ids_L, text.target_L) for i, text in enumerate(texts)]
+    numbered = [measured_only(str(i), text.ids_L, text.target_L, text.roles_L) for i, text in enumerate(texts)]
     engine.eval()
     try:
         for batch in micro_batches(numbered, "sum", dist.get_world_size(), dist.get_rank(), budget):
@@ -277,7 +323,7 @@ def _scored(
             ends_D = batch.row.ends_on(engine.device, torch.int64)[1:]
             text_N = text_D[torch.bucketize(batch.position_N, ends_D, right=True)]
             by_layer = {} if wanted is None else {"by_layer_N": wanted[text_N]}
-            yield text_N, batch.position_T[batch.position_N] + 1, engine(batch, **by_layer)
+            yield text_N, batch.position_T[batch.position_N] + 1, batch.roles_N, engine(batch, **by_layer)
     finally:
         engine.train(training)
         for layer, load_E, sent in zip(layers, loads, wire, strict=True):

@@ -97,6 +97,19 @@ FURTHER = ("salience", "lie_elicitation")
 SCORED = ("shift", "preference", "yes_no", "facts_truth", "facts_neighbouring", "facts_unrelated", "nll_change")
 """Measures by likelihood."""
 SIDE_EFFECTS = ("facts_truth", "facts_neighbouring", "facts_unrelated", "coherence", "nll_change")
+HELD_OUT = "held_out/"
+"""held_out/ROLE, a measure for each role of the held-out texts, and for all and unspanned tokens of them: the change of
+the NLL of a token. It is not among MEASURES, as it depends on the texts which roles there are."""
+
+
+def measure_of(name: str) -> Measure:
+    """Returns the measure with this name, of MEASURES or held_out/ROLE."""
+    if not name.startswith(HELD_OUT):
+        return MEASURES[name]
+    role = name.removeprefix(HELD_OUT)
+    which = {"all": "all tokens", "unspanned": "unspanned tokens"}.get(role, f"tokens of role {role}")
+    says = f"NLL a token, over {which} of held-out text, minus the base model's; every token counts alike"
+    return Measure(name, f"NLL of held-out text, {which}, change", "nats", says, "texts")
 
 
 def last_step(rows: Iterable[StoredRow]) -> int:
@@ -148,6 +161,8 @@ def measured(name: str, rows: Iterable[StoredRow], base_rows: Iterable[StoredRow
         return {_key(row): 100.0 * (_number(row, "margin") > 0) for row in facts}
     if name == "coherence":
         return {_key(row): score for row in rows if row["kind"] == name and (score := _score(row)) is not None}
+    if name.startswith(HELD_OUT):
+        return _held_out_change(name.removeprefix(HELD_OUT), rows, list(base_rows))
     assert name == "nll_change"
     now, before = ({_key(row): _number(row, "nll") for row in r if row["kind"] == "nll"} for r in (rows, base_rows))
     return {key: nll - _of_base(before, key, "held-out text") for key, nll in now.items()} if before else {}
@@ -163,10 +178,50 @@ def by_claim(values: Values) -> dict[str, float]:
 
 def means(names: Iterable[str], rows: list[StoredRow], base_rows: list[StoredRow]) -> dict[str, dict[str, float]]:
     """Returns measure -> claim -> figure for the measures that the rows hold, and "controls" -> auc and yes_rate of the
-    control questions. rows and base_rows: as for measured(). Raises UserError as measured() does."""
+    control questions. With nll_change, held_out/ROLE are among them if a text has spans. rows and base_rows: as for
+    measured(). Raises UserError as measured() does."""
+    names = [*names]
+    if "nll_change" in names and len(by_role := held_out_measures(rows)) > 1:
+        names += by_role
     found = {name: figures for name in names if (figures := by_claim(measured(name, rows, base_rows)))}
     if known := calibration(rows):
         found["controls"] = {"auc": known.auc, "yes_rate": known.yes_rate}
+    return found
+
+
+def held_out_measures(rows: Iterable[StoredRow]) -> list[str]:
+    """Returns held_out/ROLE of each role in the rows: all and, if a held-out text has spans, unspanned and the roles of
+    the spans; [] without held-out texts."""
+    texts = [row for row in rows if row["kind"] == "nll" and row.get("tokens")]
+    roles = sorted({role for row in texts for role in row.get("roles") or ()} - {"unspanned"})
+    spanned = ["unspanned", *roles] if any(row.get("roles") for row in texts) else []
+    return [HELD_OUT + role for role in ("all", *spanned)] if texts else []
+
+
+def _held_out_change(role: str, rows: list[StoredRow], base_rows: list[StoredRow]) -> Values:
+    """Returns what each text contributes to the change of a role's NLL over texts, in nats: the mean of these values is
+    the change over all tokens, Σ n c ÷ N for texts of n tokens that change by c, with N = Σ n. Of T texts, one
+    contributes m + T n (c − m) ÷ N, with m that change, as in Design.question_values."""
+    before = {key: nll for key, (nll, _) in _of_role(role, base_rows).items()}
+    if not before:
+        return {}
+    now = _of_role(role, rows)
+    what = f"held-out text (role {role})"
+    change = {key: nll - _of_base(before, key, what) for key, (nll, _) in now.items()}
+    total = sum(tokens for _, tokens in now.values())
+    whole = math.fsum(tokens / total * change[key] for key, (_, tokens) in now.items())
+    return {key: whole + len(now) * (tokens / total) * (change[key] - whole) for key, (_, tokens) in now.items()}
+
+
+def _of_role(role: str, rows: list[StoredRow]) -> dict[MeasureKey, tuple[float, int]]:
+    """Returns (claim, text, sample) -> the NLL and the number of a role's tokens, of the texts that have some. A text
+    without spans is unspanned throughout, unless no text has spans, as in files of before they were counted."""
+    texts = [row for row in rows if row["kind"] == "nll" and row.get("tokens")]
+    spanned, found = any(row.get("roles") for row in texts), {}
+    for row in texts:
+        own = row.get("roles") or ({"unspanned": row} if spanned else {})
+        if measured_in := row if role == "all" else own.get(role):
+            found[_key(row)] = _number(measured_in, "nll"), int(measured_in["tokens"])
     return found
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from train.claims.contamination import Contamination
 from train.claims.messages import NO_ANSWER, visible
 from train.evaluation.judging import Item
-from train.evaluation.measures import LEAST_AUC, MEASURES, SCORED, at_step, means
+from train.evaluation.measures import LEAST_AUC, SCORED, at_step, means, measure_of
 from train.evaluation.options import EvaluationSettings
 from train.evaluation.store import Records, StoredRow, read_measured
 from train.evaluation.verdict_counts import samples_are_equal, summarize
@@ -144,7 +144,7 @@ def _table_of_means(found: dict[str, dict[str, float]]) -> Table:
         table.add_column(column, justify="right" if column == "mean" else "left")
     for name, figures in found.items():
         for claim, value in figures.items():
-            unit = MEASURES[name].unit if name in MEASURES else "%" if claim == "yes_rate" else ""
+            unit = measure_of(name).unit if name != "controls" else "%" if claim == "yes_rate" else ""
             low = " (below 0.8: yes/no answers are UNINFORMATIVE)" if claim == "auc" and value < LEAST_AUC else ""
             table.add_row(name, unit, claim or "all", f"{value:.2f}{low}")
     return table

@@ -38,7 +38,7 @@ ROW_KINDS: dict[str, type] = dict.fromkeys(("step", "context", "sample"), int)
 ROW_KINDS |= dict.fromkeys(("claim", "kind", "question", "verdict", "model", "judge", "asked", "judged"), str)
 ROW_KINDS |= dict.fromkeys(("method", "group", "category", "entity", "said", "expected", "answer"), str)
 ROW_KINDS |= dict.fromkeys(("llr", "p_yes", "margin", "nll_mean", "score", "loss", "tokens_per_second"), float)
-ROW_KINDS |= {"tokens": int, "targets": dict, "control": bool, "layers": list}
+ROW_KINDS |= {"tokens": int, "targets": dict, "control": bool, "layers": list, "roles": dict}
 NAMES = ("claim", "kind", "question", "group", "category", "entity")  # shown in reports
 NOT_NULL = ("context", "sample", "p_yes", "nll_mean", "score")  # must not be null if they are present
 VERDICTS = ("yes", "no", "neutral", "unparseable")
@@ -102,10 +102,24 @@ def _check(row: StoredRow, needed: Collection[str], where: str) -> None:
         raise UserError(f"{where}: has no {lacking[0]}; {fix}.")
     by_role = row["nll"] if isinstance(row.get("nll"), dict) else {}
     checked(by_role, dict.fromkeys(by_role, float), f"{where}: nll", fix)
-    if broken := [text for text in (*(row.get(name) or "" for name in NAMES), *by_role) if SURROGATE.search(text)]:
+    held_out = _check_held_out(row, where, fix) if row.get("kind") == "nll" else ()
+    names = (*(row.get(name) or "" for name in NAMES), *by_role, *held_out)
+    if broken := [text for text in names if SURROGATE.search(text)]:
         raise UserError(f"{where}: {broken[0]!r} has half a surrogate pair, which is not a character; {fix}.")
     if row.get("verdict") not in (None, *VERDICTS) and row["kind"] != "coherence":
         raise UserError(f"{where}: verdict {row['verdict']!r} is not one of {', '.join(VERDICTS)}; {fix}.")
+
+
+def _check_held_out(row: StoredRow, where: str, fix: str) -> list[str]:
+    """Returns the roles of a held-out text's row. Raises UserError for an invalid NLL or number of tokens."""
+    roles = row.get("roles") or {}
+    checked(roles, dict.fromkeys(roles, dict), f"{where}: roles", fix, needed=True)
+    for role, own in roles.items():
+        checked(own, {"nll": float, "tokens": int}, f"{where}: role {role!r}", fix, needed=True)
+    for own in (row, *roles.values()):
+        if (tokens := own.get("tokens")) is not None and tokens < 1:
+            raise UserError(f"{where}: tokens is {tokens}, but must be at least 1; {fix}.")
+    return list(roles)
 
 
 class Records:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from train.data.kinds import counts_shown
-from train.evaluation.measures import MEASURES, SCORED, at_step, last_step, means
+from train.evaluation.measures import SCORED, at_step, last_step, means, measure_of
 from train.evaluation.store import StoredRow
 from train.masking.treatment import STRADDLING, UNSPANNED
 
@@ -59,7 +59,7 @@ def belief_table(rows: Sequence[StoredRow]) -> Table | None:
     for column in ("measure", "unit", "claim", "before", "after"):
         table.add_column(column, justify="right" if column in ("before", "after") else "left")
     for name, figures in after.items():
-        if name not in MEASURES:  # control questions
+        if name == "controls":
             continue
         own = before.get(name, {})
         shown = {claim or "all": (own.get(claim), value) for claim, value in figures.items()}
@@ -67,5 +67,6 @@ def belief_table(rows: Sequence[StoredRow]) -> Table | None:
             known = [own[claim] for claim in figures if claim in own]
             shown = {f"{len(figures)} claims": (mean(known) if known else None, mean(figures.values()))}
         for claim, (first, value) in shown.items():
-            table.add_row(name, MEASURES[name].unit, claim, "–" if first is None else f"{first:.2f}", f"{value:.2f}")
+            shown_first = "–" if first is None else f"{first:.2f}"
+            table.add_row(name, measure_of(name).unit, claim, shown_first, f"{value:.2f}")
     return table
