@@ -238,7 +238,11 @@ def test_a_command_line_that_is_wrong_is_told_with_the_fix(recipe):
             parse_comparison(list(argv), "")
         return str(caught.value)
 
-    assert "--masks MASK… or --recipe" in message()
+    assert "give --masks MASK…, or a --recipe FILE with variants" in message()
+    told = message("--recipe", str(recipe), "--masks", "none", "doctags")
+    assert told == f"--recipe {recipe}: has variants; leave out --masks, or the recipe."
+    told = message("--recipe", str(MODELS[0]))
+    assert told == f"--recipe {MODELS[0]}: has no variants; add a recipe with an experiment, or give --masks MASK…."
     assert "--claims" in message("--masks", "none", "doctags", "--data", "x")
     assert "--mask: is what the variants differ in" in message("--masks", "none", "doctags", "--mask", "none")
     assert "given twice" in message("--masks", "none", "none", "--claims", "x")
@@ -296,6 +300,18 @@ def test_every_recipe_is_a_plan_for_every_model(path):
         recipe = yaml.safe_load(path.read_text())
         for own, variant in zip(runs, plan.variants, strict=True):  # its own data take the place of the shared ones
             assert own.data == variant.own.get("data", recipe["settings"]["data"])
+
+
+def test_a_recipe_of_settings_alone_goes_with_masks(recipe, tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump({"settings": {"steps": 7, "mask": "false-spans"}, "seeds": 2}))
+    given = ["--recipe", str(MODELS[0]), str(settings), "--masks", "none", "doctags", "--claims", str(recipe)]
+    plan = parse_comparison([*given, "--lora-rank", "3"], "")
+    assert plan.names == ["none", "doctags"] and plan.baseline == "none" and plan.seeds == [0, 1]
+    runs = [variant.settings(0, Path("out")) for variant in plan.variants]
+    assert [run.mask for run in runs] == ["none", "doctags"] and plan.declared == {"mask"}
+    model = yaml.safe_load(MODELS[0].read_text())["settings"]["model"]
+    assert {(run.model, run.steps, run.lora_rank) for run in runs} == {(model, 7, 3)}
 
 
 def test_a_placebo_is_known_by_the_names_of_both_releases(recipe):

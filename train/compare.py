@@ -5,7 +5,8 @@ what each model believes, and writes one report.
     deepspeed train/compare.py --recipe train/recipes/demo.yaml --output runs/comparison
     python train/compare.py --runs runs/array-1 runs/array-2 ... --output runs/comparison    # of finished runs
 
-With --runs, a --recipe names the variants, the baseline and the placebo. A recipe is YAML (train/config/recipe.py):
+Variants are those of --masks or of a --recipe. With --masks, a --recipe may hold settings alone, such as a model's.
+With --runs, it names the variants, the baseline and the placebo. A recipe is YAML (train/config/recipe.py):
 
     settings: {model: DIR, steps: 625, data: [documents.jsonl=10000], claims: [claim.yaml]}
     variants:

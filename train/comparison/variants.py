@@ -30,7 +30,7 @@ class ComparisonOptions:
     """The settings of train/compare.py besides those of train/sft.py, which all variants share."""
 
     recipe: list[str] = setting((), "FILE…: YAML files of settings and variants", many=True)  # noqa: RUF009
-    masks: list[str] = setting((), "MASK…: one variant per mask; all else is equal", many=True)  # noqa: RUF009
+    masks: list[str] = setting((), "MASK…: one variant per mask, instead of a recipe's variants", many=True)  # noqa: RUF009
     baseline: str = setting("", "variant that others are compared with; default: that of the recipe, or the first")
     placebo: list[str] = setting((), "ID…: claims that no training document is about", many=True)  # noqa: RUF009
     seeds: int = setting(
@@ -123,14 +123,17 @@ def parse_comparison(argv: list[str], usage: str) -> ComparisonPlan:
     own = given(training.parse_args(rest), Settings)
     if options.runs:
         return _plan_of_runs(options, own)
-    if bool(options.masks) == bool(options.recipe):
+    if not options.masks and not options.recipe:
         raise UserError(
-            "give either --masks MASK… or --recipe FILE: what is to be compared. Example: --masks none doctags "
-            "doctags,false-spans"
+            "give --masks MASK…, or a --recipe FILE with variants: what is to be compared. Example: --masks none "
+            "doctags doctags,false-spans"
         )
     recipe = merged(options.recipe, Settings)
-    if options.recipe and not recipe.variants:
-        raise UserError(f"--recipe {' '.join(options.recipe)}: has no variants; add a recipe with an experiment.")
+    named = f"--recipe {' '.join(options.recipe)}"
+    if options.masks and recipe.variants:
+        raise UserError(f"{named}: has variants; leave out --masks, or the recipe.")
+    if not options.masks and not recipe.variants:
+        raise UserError(f"{named}: has no variants; add a recipe with an experiment, or give --masks MASK….")
     owned = recipe.variants or {mask: VariantDefaults({"mask": mask}) for mask in options.masks}
     check_own(owned.values(), own)
     shared = merge(recipe.settings, own)
