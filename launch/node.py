@@ -40,6 +40,7 @@ from train.model.text_model import text_config
 from train.runtime.errors import UserError
 from train.runtime.gpu import KERNELS, capability, check_kernels, grouped_products, installed
 from train.runtime.keys import key_of, shown_url, wandb_status
+from train.runtime.shown import size_shown
 from train.runtime.text_formats import parse_json
 from train.runtime.watchdog import REPOSITORY
 from train.training.early import check_early
@@ -234,7 +235,7 @@ def model(settings: Settings, ranks: range, of: int, tokens: int) -> tuple[Findi
     plan = Plan(settings, checkpoint, cluster, tokens)
     files = {info.file for info in checkpoint.tensors.values()}
     size = sum(file.stat().st_size for file in files)
-    told = f"{len(files)} files, {size / 1e9:.2f} GB, {len(checkpoint.tensors):,} tensors, all headers read"
+    told = f"{len(files)} files, {size_shown(size)}, {len(checkpoint.tensors):,} tensors, all headers read"
     finding = Finding("model", PASSED, told, {"model (a sample of its bytes)": checkpoint.fingerprint()[:12]})
     return finding, Share(ranks, of, plan)
 
@@ -269,7 +270,8 @@ def disk_speed(share: Share) -> Finding:
         list(pool.map(fetch, chosen))
     speed, whole = total / (time.perf_counter() - started), share.bytes_read()
     checkpoint.close()
-    text = f"{speed / 1e9:.2f} GB/s ({total / 1e6:.0f} MB read); {whole / 1e9:.2f} GB would take {whole / speed:.0f} s"
+    read = f"{size_shown(speed)}/s ({size_shown(total)} read)"
+    text = f"{read}; {size_shown(whole)} would take {whole / speed:.0f} s"
     return Finding("disk speed", PASSED, text)
 
 
@@ -283,18 +285,18 @@ def plan(share: Share) -> Finding:
         raise
     except Exception as error:  # a model that cannot be planned may still be trained
         return Finding("plan", PASSED, f"none ({type(error).__name__}: {error}): memory is not checked")
-    gpu = f"{share.gpu_bytes / 1e9:.1f} GB of each GPU, " if plan.cluster.memory else ""
+    gpu = f"{size_shown(share.gpu_bytes)} of each GPU, " if plan.cluster.memory else ""
     found = capability()
     loop = f"; {loop_note(plan)}" if found and not grouped_products(found) else ""
     return Finding(
-        "plan", PASSED, f"{gpu}{share.host_bytes / 1e9:.1f} GB of host memory, by python -m launch.plan{loop}"
+        "plan", PASSED, f"{gpu}{size_shown(share.host_bytes)} of host memory, by python -m launch.plan{loop}"
     )
 
 
 def gpu_memory(share: Share) -> Finding:
     """Compares the smallest GPU of this node with the plan."""
     need, have = share.gpu_bytes, share.plan.cluster.memory * 1e9
-    text = f"{have / 1e9:.1f} GB per GPU, {need / 1e9:.1f} GB needed"
+    text = f"{size_shown(have)} per GPU, {size_shown(need)} needed"
     if need > have:
         return Finding("GPU memory", WILL_NOT_PASS, f"{text}. python -m launch.plan proposes what to change.")
     return Finding("GPU memory", PASSED, text + (": little memory is left" if need > USABLE * have else ""))
@@ -307,7 +309,7 @@ def host_memory(share: Share) -> Finding:
 
 def judge_memory(need: int, total: int, free: int) -> Finding:
     """Returns the finding on the memory of a node: `need` bytes of `total`, of which `free` are not in use."""
-    text = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed"
+    text = f"{size_shown(free)} of {size_shown(total)} free, {size_shown(need)} needed"
     if need > total:
         return Finding("host memory", WILL_NOT_PASS, f"{text}. Use more nodes, or request more memory (sbatch --mem).")
     if need > free:
@@ -358,11 +360,11 @@ def disk_space(share: Share) -> Finding:
     )
     left = trained * (plan.load.dtype.itemsize if settings.method == "full" else 4)
     need = trained * 4 * 3 * (settings.keep + 1) + left  # bytes; weights in fp32 and AdamW's two moments
-    text = f"{need / 1e9:.1f} GB needed for {settings.keep + 1} training checkpoints and the result"
+    text = f"{size_shown(need)} needed for {settings.keep + 1} training checkpoints and the result"
     if there := sum(file.stat().st_size for file in (output / "saves").glob("*/*")):
-        need, text = max(0, need - there), f"{text}, of which {there / 1e9:.1f} GB exist already"
+        need, text = max(0, need - there), f"{text}, of which {size_shown(there)} exist already"
     free = shutil.disk_usage(place).free
-    text = f"{free / 1e9:.1f} GB free at {place}, {text}"
+    text = f"{size_shown(free)} free at {place}, {text}"
     if need > free:
         return Finding("disk space", WILL_NOT_PASS, f"{text}. Give another --output, or a smaller --keep.")
     return Finding("disk space", PASSED, text)

@@ -13,6 +13,7 @@ from train.checkpoints.reader import Checkpoint
 from train.config.command_line import flag_of
 from train.config.settings import Settings
 from train.runtime.errors import UserError
+from train.runtime.shown import size_shown
 
 
 def changes(settings: Settings, cluster: Cluster, rounded: bool) -> Iterator[tuple[str, Settings, Cluster]]:
@@ -102,11 +103,11 @@ def show(plan: Plan) -> None:
         name = "with" if on else "without"
         print(f"  step tensors {name} checkpointing: {peak / 1e9:.2f}, of which {kept / 1e9:.2f} kept for backward")
     print(
-        f"\nper node: {plan.host_bytes / 1e9:.0f} GB of host memory, {cluster.gpus * plan.read_bytes / 1e9:.1f} GB "
+        f"\nper node: {size_shown(plan.host_bytes)} of host memory, {size_shown(cluster.gpus * plan.read_bytes)} "
         f"read in {seconds['load']:.0f} s"
-        f"\nper GPU and step: {plan.flops / 1e12:.1f} TFLOP; sends {wire['nvlink'] / 1e9:.2f} GB over NVLink and "
-        f"{wire['network'] / 1e9:.2f} GB over the network (experts {wire['experts'] / 1e9:.2f}, gathered "
-        f"{wire['gather'] / 1e9:.2f}, gradients {wire['reduce'] / 1e9:.2f})"
+        f"\nper GPU and step: {plan.flops / 1e12:.1f} TFLOP; sends {size_shown(wire['nvlink'])} over NVLink and "
+        f"{size_shown(wire['network'])} over the network (experts {size_shown(wire['experts'])}, gathered "
+        f"{size_shown(wire['gather'])}, gradients {size_shown(wire['reduce'])})"
         f"\na step of {plan.settings.batch_size} documents on {gpu.name}s takes at least {seconds['step']:.2f} s "
         f"(compute {seconds['compute']:.2f}, memory {seconds['memory']:.2f}, NVLink {seconds['nvlink']:.2f}, network "
         f"{seconds['network']:.2f}): at most {plan.tokens_per_second:,.0f} tokens/s\n\n{ASSUMED}"

@@ -28,6 +28,7 @@ from train.runtime.errors import UserError
 from train.runtime.interruption import unblock
 from train.runtime.outputs import check_directory
 from train.runtime.outside import read_json
+from train.runtime.shown import size_shown
 
 ENVIRONMENT = Path(".venv-vllm/bin/python")  # as `make vllm` makes it
 USABLE = 0.9  # share of a GPU's memory that servers take by default
@@ -204,8 +205,8 @@ def check_memory(
     adapters = slots * max(slot_bytes(form, rank, gpus, *sharding, dtype) for form in forms) / options.nodes
     memory, wanted = gpu_memory(), (weights + adapters) / 1e9
     print(
-        f"on each of {gpus * options.nodes} {'GPUs' if memory else 'processes'}: {weights / 1e9:.2f} GB of weights, "
-        f"{adapters / 1e9:.2f} GB for {slots} of {len(forms)} adapters at once, of rank up to {rank}"
+        f"on each of {gpus * options.nodes} {'GPUs' if memory else 'processes'}: {size_shown(weights)} of weights, "
+        f"{size_shown(adapters)} for {slots} of {len(forms)} adapters at once, of rank up to {rank}"
     )
     if memory and wanted > USABLE * memory:
         raise UserError(

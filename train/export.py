@@ -40,6 +40,7 @@ from train.runtime.command import command
 from train.runtime.errors import UserError
 from train.runtime.outputs import check_apart, check_new, write
 from train.runtime.outside import read_json
+from train.runtime.shown import size_shown
 from train.runtime.text_formats import json_line
 
 WITHIN = "OpenAI's format weights whole messages, and this span is only part of one"
@@ -115,7 +116,7 @@ def adapter_for_server(args: Namespace) -> int:
     if args.to != "peft":
         serve = read_json(output / SERVE)
         for how, size in serve["bytes_of_a_slot_per_gpu"].items():
-            print(f"  memory for it on each GPU, {how}: {size / 1e9:.2f} GB")
+            print(f"  memory for it on each GPU, {how}: {size_shown(size)}")
         print(f"  {shlex.join(serve['command'])}")
     return 0
 

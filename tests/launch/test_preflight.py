@@ -221,7 +221,7 @@ GB = 10**9
 @pytest.mark.parametrize(
     ("need", "total", "free", "code", "text"),
     [
-        (30 * GB, 64 * GB, 40 * GB, PASSED, "40.0 of 64.0 GB free, 30.0 GB needed"),
+        (30 * GB, 64 * GB, 40 * GB, PASSED, "40.0 GB of 64.0 GB free, 30.0 GB needed"),
         (50 * GB, 64 * GB, 40 * GB, MAY_PASS, "Which other process uses it?"),
         (70 * GB, 64 * GB, 40 * GB, WILL_NOT_PASS, "Use more nodes"),
     ],

@@ -19,10 +19,19 @@ from train.comparison.forest_plot import plain, wrapped
 from train.runtime.command import command
 from train.runtime.errors import UserError, refused
 from train.runtime.outputs import write_whole
-from train.runtime.shown import shown
+from train.runtime.shown import shown, size_shown
 from train.runtime.terminal import Terminal
 
 SHOW = Path(__file__).resolve().parents[2] / "train" / "show.py"
+
+
+def test_sizes_have_three_digits_in_the_largest_unit_in_which_they_are_not_nearly_nothing():
+    sizes = (0, 12, 99, 100, 5_324, 99_999, 100_000, 8_400_000, 99_949_999, 100_000_000, 742_000_000, 9.99e9, 9.996e9)
+    assert [size_shown(size) for size in sizes] == [
+        "0 bytes", "12 bytes", "99 bytes", "0.10 KB", "5.32 KB", "100 KB", "0.10 MB", "8.40 MB", "99.9 MB", "0.10 GB",
+        "0.74 GB", "9.99 GB", "10.0 GB",
+    ]  # fmt: skip
+    assert size_shown(80e9) == "80.0 GB" and size_shown(1.2346e12) == "1,235 GB"
 
 
 def test_control_characters_and_halves_of_surrogates_are_shown_as_codes():

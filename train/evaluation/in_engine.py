@@ -32,6 +32,7 @@ from train.runtime.distributed import failing_together, start_distributed
 from train.runtime.errors import UserError
 from train.runtime.gpu import check_kernels
 from train.runtime.outside import checked, read_json
+from train.runtime.shown import size_shown
 
 PROMPT_TOKENS = 10_000  # at most, in a scored text
 
@@ -109,7 +110,7 @@ class Measured:
         )  # fmt: skip
         self.engine = make_engine(model, settings, measuring.ds_config)
         if launched_as()[0] == 0:
-            print(f"read {self.loaded.bytes_read / 1e9:.2f} GB in {self.loaded.seconds:.1f} s (rank 0)", flush=True)
+            print(f"read {size_shown(self.loaded.bytes_read)} in {self.loaded.seconds:.1f} s (rank 0)", flush=True)
         self.of_base: list[Record] = []
 
     def takes(self, measuring: Measuring) -> bool:

@@ -24,6 +24,7 @@ from train.runtime.interruption import INTERRUPTED
 from train.runtime.keys import wandb_status
 from train.runtime.locks import MAKE_ROOM, lock_for_training
 from train.runtime.outputs import write_whole
+from train.runtime.shown import size_shown
 from train.runtime.terminal import NobodyReads, Terminal
 from train.runtime.text_formats import json_line
 from train.runtime.watchdog import progress
@@ -79,8 +80,8 @@ class Run:
         for rank, load in enumerate(self.loads):
             read, seconds = load["bytes_read"], load["seconds"]
             print(
-                f"rank {rank} read {read / 1e9:.2f} GB in {seconds:.1f} s ({read / seconds / 1e9:.2f} GB/s), "
-                f"peak of host memory {load['peak_host_bytes'] / 1e9:.2f} GB"
+                f"rank {rank} read {size_shown(read)} in {seconds:.1f} s ({size_shown(read / seconds)}/s), "
+                f"peak of host memory {size_shown(load['peak_host_bytes'])}"
             )
 
     def start(self, after: int) -> None:
@@ -193,7 +194,7 @@ class Run:
             Terminal().print(belief)
         if planned := summary["memory"].get("planned"):
             measured = summary["memory"]["measured"]
-            told = f"memory of a rank: {planned / 1e9:.2f} GB planned (python -m launch.plan), {measured / 1e9:.2f} GB "
+            told = f"memory of a rank: {size_shown(planned)} planned (python -m launch.plan), {size_shown(measured)} "
             # On a CPU the whole process is measured, including memory that libraries and the heap keep. That part does
             # not grow with the job, so no ratio to the plan is shown.
             gpu = torch.cuda.is_available()
@@ -208,7 +209,7 @@ class Run:
         left = "model/ (safetensors)" if self.settings.method == "full" else "adapter/ (PEFT)"
         print(
             f"{summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s, "
-            f"{summary['peak_memory_bytes'] / 1e9:.2f} GB at most on a rank.\n"
+            f"{size_shown(summary['peak_memory_bytes'])} at most on a rank.\n"
             f"In {self.directory}: {left}, metrics.jsonl, summary.json, settings.yaml"
         )
 
