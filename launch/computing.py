@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as qwen
 
 from launch.agreement import Wrong, compared, drawn_values, most, near
+from launch.findings import MAY_PASS, PASSED, WILL_NOT_PASS, Finding
 from launch.launches import fused
-from launch.node import MAY_PASS, PASSED, WILL_NOT_PASS, Finding
 from train import formats
 from train.data.row import Row
 from train.experts import products, storage

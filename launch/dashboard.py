@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
 def save(made: "workspaces.Workspace") -> None:
     """Saves the workspace on W&B. W&B's client prints its address. Raises UserError if W&B cannot be reached or does
     not save it."""
-    from launch.node import wandb_hindrance
+    from launch.wandb_access import wandb_hindrance
 
     if hindrance := wandb_hindrance():  # checked first, as the client would retry for a long time
         raise UserError(f"nothing can be saved on W&B: {hindrance}. Fix that, or give --json FILE.")

@@ -1,27 +1,22 @@
-"""The checks that a node can do by itself before a job: GPUs, documents, model, disks, memory and access to W&B."""
+"""The checks that a node can do by itself before a job: GPUs, documents, model, disks and memory."""
 
-import base64
 import csv
-import http.client
-import json
 import math
 import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
 from launch.cluster import USABLE, Cluster
+from launch.findings import MAY_PASS, PASSED, WILL_NOT_PASS, Finding
 from launch.planning import Plan
 from launch.proposal import loop_note
 from train.checkpoints.layout import Range
@@ -39,59 +34,11 @@ from train.data.tokens import tokenize_document
 from train.model.text_model import text_config
 from train.runtime.errors import UserError
 from train.runtime.gpu import KERNELS, capability, check_kernels, grouped_products, installed
-from train.runtime.keys import key_of, shown_url, wandb_status
 from train.runtime.shown import size_shown
-from train.runtime.text_formats import parse_json
-from train.runtime.watchdog import REPOSITORY
 from train.training.early import check_early
-
-PASSED, MAY_PASS, WILL_NOT_PASS = 0, 1, 2
-"""Codes of a finding, and exit codes of the command: no problem; a problem that may be temporary, such as a busy GPU;
-one that is not, such as a missing shard."""
 
 SAMPLE, PIECE = 2**28, 2**24  # bytes read to measure a disk's speed: in all, and of one tensor
 BUSY = 0.05  # share of a GPU's memory: if more is used, it is not only by the driver itself
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found on a node. code: PASSED, MAY_PASS or WILL_NOT_PASS. same: name -> value that must be equal on
-    all nodes, if there is any."""
-
-    check: str
-    code: int
-    text: str
-    same: Any = None
-
-
-def within(seconds: float, check: str, work: Callable[[], Finding]) -> Finding:
-    """Runs `work` in a thread and returns its finding.
-
-    If it is not done within `seconds`, the finding says at which line it stands: a file system that does not respond
-    blocks its reader forever. A UserError becomes a finding with WILL_NOT_PASS, any other exception one with MAY_PASS.
-    """
-    if seconds <= 0:
-        return Finding(check, MAY_PASS, "not run: earlier checks used up the time limit (PREFLIGHT_TIME_LIMIT)")
-    found: list[Finding] = []
-
-    def run() -> None:
-        try:
-            found.append(work())
-        except UserError as error:
-            found.append(Finding(check, WILL_NOT_PASS, str(error)))
-        except Exception as error:
-            found.append(Finding(check, MAY_PASS, f"{type(error).__name__}: {error}"))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if found:
-        return found[0]
-    frame = sys._current_frames().get(thread.ident or 0)
-    while frame and frame.f_back and not frame.f_code.co_filename.startswith(REPOSITORY):
-        frame = frame.f_back
-    stood = f", in {Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else ""
-    return Finding(check, MAY_PASS, f"not done within the time limit (PREFLIGHT_TIME_LIMIT){stood}")
 
 
 # Versions
@@ -270,8 +217,8 @@ def disk_speed(share: Share) -> Finding:
         list(pool.map(fetch, chosen))
     speed, whole = total / (time.perf_counter() - started), share.bytes_read()
     checkpoint.close()
-    read = f"{size_shown(speed)}/s ({size_shown(total)} read)"
-    text = f"{read}; {size_shown(whole)} would take {whole / speed:.0f} s"
+    measured = f"{size_shown(speed)}/s ({size_shown(total)} read)"
+    text = f"{measured}; {size_shown(whole)} would take {whole / speed:.0f} s"
     return Finding("disk speed", PASSED, text)
 
 
@@ -368,39 +315,3 @@ def disk_space(share: Share) -> Finding:
     if need > free:
         return Finding("disk space", WILL_NOT_PASS, f"{text}. Give another --output, or a smaller --keep.")
     return Finding("disk space", PASSED, text)
-
-
-# W&B
-
-
-def wandb_mode(mode: str) -> Finding:
-    """Returns whether a run with this --wandb will be online. It never fails, since an offline run loses nothing."""
-    if mode != "online":
-        return Finding("W&B", PASSED, f"{mode}, as requested")
-    hindrance = wandb_hindrance()
-    return Finding("W&B", PASSED, f"offline: {hindrance}" if hindrance else "online")
-
-
-def wandb_hindrance(seconds: float = 10) -> str | None:
-    """Returns why W&B cannot be used with the key in WANDB_API_KEY, None if it can. seconds: time limit of the
-    request."""
-    _, key = key_of(["WANDB_API_KEY"])
-    if not key:
-        return "no WANDB_API_KEY"
-    where = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    shown = shown_url(where)
-    try:
-        request = urllib.request.Request(
-            f"{where.rstrip('/')}/graphql",
-            data=json.dumps({"query": "query Viewer { viewer { username } }"}).encode(),
-            headers={
-                "Content-Type": "application/json",
-                "Authorization": "Basic " + base64.b64encode(f"api:{key}".encode()).decode(),
-            },
-        )
-        with urllib.request.urlopen(request, timeout=seconds) as answer:
-            viewer = (parse_json(answer.read(2**20).decode()).get("data") or {}).get("viewer")
-    # No network, an invalid address, or an invalid answer.
-    except (OSError, ValueError, AttributeError, http.client.HTTPException) as error:
-        return f"{shown} cannot be reached ({wandb_status(error)})"
-    return None if viewer else f"{shown} rejects the key in WANDB_API_KEY"

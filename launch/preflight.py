@@ -31,7 +31,7 @@ from train.runtime.errors import UserError
 from train.runtime.terminal import complain
 
 if TYPE_CHECKING:  # torch and what needs it are imported once the command line is checked
-    from launch.node import Finding
+    from launch.findings import Finding
 
 
 @dataclass(kw_only=True)
@@ -62,8 +62,8 @@ def check(place: NodePlace, options: PreflightOptions, settings: Settings) -> in
     """Runs all checks, of this node and of all together. Returns the exit code."""
     import torch.distributed as dist  # these imports take seconds: after the command line is checked
 
+    from launch.findings import MAY_PASS, Finding
     from launch.meeting import Meeting, print_report, worst
-    from launch.node import MAY_PASS, Finding
 
     started = time.monotonic()
     findings = own_findings(place, options, settings)
@@ -101,7 +101,9 @@ def own_findings(place: NodePlace, options: PreflightOptions, settings: Settings
 
     from launch import node
     from launch.computing import computed, of_model
-    from launch.node import Finding, Share
+    from launch.findings import PASSED, Finding, within
+    from launch.node import Share
+    from launch.wandb_access import wandb_mode
 
     until = time.monotonic() + options.time_limit
     ranks = range(place.number * place.local, (place.number + 1) * place.local)
@@ -110,8 +112,8 @@ def own_findings(place: NodePlace, options: PreflightOptions, settings: Settings
     tokens = settings.max_tokens
 
     def check(name: str, work: Callable[[], Finding]) -> bool:
-        findings.append(node.within(until - time.monotonic(), name, work))
-        return findings[-1].code == node.PASSED
+        findings.append(within(until - time.monotonic(), name, work))
+        return findings[-1].code == PASSED
 
     def read_documents() -> Finding:
         nonlocal tokens
@@ -141,7 +143,7 @@ def own_findings(place: NodePlace, options: PreflightOptions, settings: Settings
         names = of_model(shares[0].plan.model.causal if shares else None)
         check("computing", lambda: computed(names, devices))
     if place.number == 0:  # rank 0, which logs to W&B, is there
-        check("W&B", lambda: node.wandb_mode(settings.wandb))
+        check("W&B", lambda: wandb_mode(settings.wandb))
     return findings
 
 

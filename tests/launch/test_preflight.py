@@ -17,13 +17,10 @@ import psutil
 import pytest
 import torch.distributed as dist
 
+from launch.findings import MAY_PASS, PASSED, WILL_NOT_PASS, Finding, within
 from launch.meeting import differing, judge_network
 from launch.network import STAGES, try_ranks
 from launch.node import (
-    MAY_PASS,
-    PASSED,
-    WILL_NOT_PASS,
-    Finding,
     disk_space,
     documents,
     gpu_memory,
@@ -32,11 +29,9 @@ from launch.node import (
     model,
     node_memory,
     plan,
-    wandb_hindrance,
-    wandb_mode,
-    within,
 )
 from launch.preflight import parse_options
+from launch.wandb_access import wandb_hindrance, wandb_mode
 from tests.support.models import write_documents, write_model
 from tests.support.ranks import Forked
 from train.config.settings import parse
