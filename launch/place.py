@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from train.runtime.errors import UserError
 
+NUMBER_OF_NODES = ("WORLD_SIZE", "SLURM_NTASKS")
+"""Variables of the environment, the first of which that is set gives the number of nodes; one node without them."""
+
 
 @dataclass(frozen=True)
 class NodePlace:
@@ -25,7 +28,7 @@ class NodePlace:
         """Reads the environment of the launcher or of Slurm, as the module's docstring says. Raises UserError if a
         variable is missing or wrong."""
         number = whole_number("RANK", "SLURM_PROCID", default=0)
-        nodes = whole_number("WORLD_SIZE", "SLURM_NTASKS", default=1)
+        nodes = whole_number(*NUMBER_OF_NODES, default=1)
         if not 0 <= number < nodes:
             raise UserError(f"RANK or SLURM_PROCID is {number}, of {nodes} nodes: must be from 0 to {nodes - 1}.")
         by_slurm = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST"} <= os.environ.keys()

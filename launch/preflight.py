@@ -7,7 +7,7 @@ WORLD_SIZE. The first node's address comes from MASTER_ADDR and MASTER_PORT, or 
 node comes from LOCAL_SIZE; the default is one rank per GPU, or one rank without GPUs. The time limit comes from
 --time-limit, or from PREFLIGHT_TIME_LIMIT, for example in a job script. The exit code is the same on all nodes: 0,
 start the job; 1, a problem may be temporary, such as a busy GPU or a node that does not answer; 2, a problem needs a
-fix, such as a missing shard.
+fix, such as a missing shard. A single node reports a wrong path by itself, before the other checks.
 """
 
 if __name__ == "__main__":  # before the other imports, which take seconds
@@ -23,12 +23,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launch.place import NodePlace, whole_number
+from launch.place import NUMBER_OF_NODES, NodePlace, whole_number
 from train.config.command_line import MOST, Parser, given, setting
 from train.config.settings import Recipe, Settings, parse
 from train.runtime.command import command, leave
 from train.runtime.errors import UserError
 from train.runtime.terminal import complain
+from train.training.early import check_early
 
 if TYPE_CHECKING:  # torch and what needs it are imported once the command line is checked
     from launch.findings import Finding
@@ -50,6 +51,8 @@ def main(argv: list[str]) -> int:
     """Returns the exit code, as the module's docstring defines it."""
     try:
         options, settings = parse_options(argv)
+        if whole_number(*NUMBER_OF_NODES, default=1) == 1:  # one of several tells the others, which wait for it
+            check_early(settings)
         place = NodePlace.from_environment()
     except UserError as error:
         # Not reported by `command`: a node is not a rank, and every node gives its name.

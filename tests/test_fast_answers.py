@@ -56,7 +56,13 @@ COMMANDS: dict[str, tuple[list[str], dict[str, list[str]]]] = {
     "launch.plan": (["--model", MODEL], {
         "model": ["--model"], "recipe": ["--recipe"], "ds-config": ["--ds-config"],
     }),
-    "launch.preflight": ([], {"recipe": ["--recipe"]}),  # a wrong path is a finding there, beside those of other nodes
+    "launch.preflight": ([], TRAINING | {"output": ["--output"]}),
+    "launch.serve": (["--output", "o", "--model", MODEL, "--adapters", "absent"], {
+        "model": ["--model"], "adapter": [], "output": ["--output"],
+    }),
+    "launch.evaluate_runs": (["--output", "o", "--judge", "same", "--claims", CLAIMS, "--runs", "absent"], {
+        "run": [], "claims": ["--claims"],
+    }),
     "launch.dashboard": (["--entity", "e", "absent"], {"run": []}),
     "train.demo.belief": ([], {"adapter": ["--adapter"]}),
     "train.demo.excerpts": ([str(DEMO), MODEL, "o"], {}),
