@@ -42,8 +42,8 @@ def test_the_weight_of_an_entry_of_the_mask_is_a_dose_and_keeps_its_kind(tmp_pat
     made = plan(tmp_path, "weights: [1, 0, 0.25], of: false-spans", variants)
     masks = [made.runs(variant, 0)[0].mask for variant in made.variants]
     assert masks == [
-        "doctags,false-spans=0", "doctags,false-spans=0.25", "doctags,false-spans=1",
-        "false-spans=hold:0", "false-spans=hold:0.25", "false-spans=hold:1",
+        "doctags,false-spans", "doctags,false-spans=0.25", "doctags,false-spans=train",
+        "false-spans", "false-spans=hold:0.25", "false-spans=hold",
     ]  # fmt: skip
     assert made.names[2:4] == ["weighted, weight 1", "held, weight 0"]
 

@@ -97,6 +97,10 @@ def _weighted(mask: str, of: list[str], weight: float, where: str) -> str:
         raise UserError(f"{where}: its mask {mask!r} has {len(places)} of the entries {named}; it must have one.")
     name, _, treatment = (part.strip() for part in entries[places[0]].partition("="))
     kind = treatment.partition(":")[0]
-    kind = f"{kind}:" if kind in ("unlikelihood", "hold") else ""
-    entries[places[0]] = f"{name}={kind}{weight:g}"
+    number = f"{weight!r}".removesuffix(".0")
+    if kind in ("unlikelihood", "hold"):
+        treated = f"={kind}" if weight == 1 else f"={kind}:{number}"
+    else:
+        treated = "=train" if weight == 1 else f"={number}"
+    entries[places[0]] = f"{name}{treated if weight else ''}"  # weight 0 leaves the tokens out, whatever the kind
     return ",".join(entries)
