@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
-from train.config.settings import REPOSITORY, parse
+from train.config.recipe import merged
+from train.config.settings import REPOSITORY, Settings, parse
 from train.runtime.errors import UserError
 
 EXPERIMENT = (
@@ -70,7 +70,7 @@ def test_every_experiment_goes_with_every_model_and_each_variant_parses():
     for experiment in experiments:
         for model in models:
             given = ["--recipe", str(experiment), str(model)]
-            names = list(yaml.safe_load(experiment.read_text())["variants"])
+            names = list(merged([str(experiment)], Settings).variants)
             assert all(parse([*given, "--variant", name], "").claims for name in names)
             numbered = [parse([*given, "--variant", str(number)], "") for number in range(len(names))]
             assert numbered == [parse([*given, "--variant", name], "") for name in names]
