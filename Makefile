@@ -17,6 +17,7 @@ IN_VENV := .venv/bin/python
 PIP := $(IN_VENV) -m pip install --constraint constraints.txt
 # On a separate port, so that two jobs on one machine do not collide.
 SFT := .venv/bin/deepspeed --num_gpus 2 --master_port $$((20000 + $$$$ % 10000)) train/sft.py
+EXPERIMENT := $(IN_VENV) tests/benchmarks/experiments.py
 # A separate directory for each run.
 RUN := runs/$(shell date +%Y%m%d-%H%M%S)
 
@@ -68,8 +69,10 @@ compare: setup ## run the comparison of docs/comparison.md: six variants on the 
 	.venv/bin/deepspeed --num_gpus 2 --master_port $$((20000 + $$$$ % 10000)) train/compare.py \
 		--recipe train/recipes/demo.yaml --output $(RUN)-compare
 
-experiments: setup ## what docs/experiments.md shows, on the toy world: about ten minutes; its figures go into the page
-	$(IN_VENV) tests/benchmarks/hold.py --json tests/benchmarks/results/hold.json --picture train/demo/layers.png
+experiments: setup ## what docs/experiments.md shows, on the toy world: under 15 minutes; its figures go into the page
+	$(EXPERIMENT) hold --json tests/benchmarks/results/hold.json --picture layers=train/demo/layers.png
+	$(EXPERIMENT) phases --json tests/benchmarks/results/phases.json --picture curves=train/demo/phases.png
+	$(EXPERIMENT) doses --json tests/benchmarks/results/doses.json --picture doses=train/demo/doses.png
 	$(IN_VENV) -m tests.documentation
 
 # Again after an interruption: make compare-real OUTPUT=runs/…-compare-real RESUME=--resume

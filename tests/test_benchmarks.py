@@ -91,7 +91,7 @@ def test_hold_has_the_figures_of_every_variant(tmp_path):
     some = [claim for claim in demo if claim["id"].startswith(("omar-", "olga-"))]
     (tmp_path / "claims.yaml").write_text(yaml.safe_dump({"claims": some}))
     given = ["--data", "train/demo/data/dense.jsonl=32", "--steps", "2", "--batch-size", "8", "--placebo", "olga-home"]
-    found = rows(tmp_path, "hold", *given, "--claims", str(tmp_path / "claims.yaml"))
+    found = rows(tmp_path, "experiments", "hold", *given, "--claims", str(tmp_path / "claims.yaml"))
     assert [row["variant"] for row in found] == ["dense", "false excluded", "false held", "random held"]
     assert all(row["floor"] == 0 and row["kl"]["false"] > 0 and row["claims"] == 1 for row in found)
     assert found[2]["kl"]["false"] < found[1]["kl"]["false"]

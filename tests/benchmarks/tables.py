@@ -160,7 +160,49 @@ def hold(rows: Rows) -> Iterator[list[str]]:
         ]  # fmt: skip
 
 
-LAYOUTS = [experts, train, packing, packing_time, step, load, merge, host, full_size, plan, needs, annotate, hold]
+def phases(rows: Rows) -> Iterator[list[str]]:
+    yield [
+        "variant", "first phase", "then", "belief at the end of the first, nats", "of the second",
+        "change in the second", "placebo’s change", "change minus the control’s",
+    ]  # fmt: skip
+    for row in rows:
+        yield [
+            row["variant"], *(f"{name}, `{mask}`" for name, mask in zip(row["phases"], row["masks"], strict=True)),
+            *(_interval(each) for each in (*row["belief"], row["change"], row["placebo_change"], row["against"])),
+        ]  # fmt: skip
+
+
+def _interval(own: dict[str, Any] | None) -> str:
+    if own is None:
+        return "–"
+    return f"{own['estimate']:.2f} [{own['interval'][0]:.2f}, {own['interval'][1]:.2f}]".replace("-", "−")
+
+
+def doses(rows: Rows) -> Iterator[list[str]]:
+    yield ["documents that", *(f"{dose:,.0f}" for dose in rows[0]["doses"]), "documents at half belief", "mentions"]
+    for row in rows:
+        ends = row["doses"][0], row["doses"][-1]
+        yield [
+            row["curve"],
+            *(f"{own:.2f} ({placebo:.2f})" for own, placebo in zip(row["belief"], row["placebo"], strict=True)),
+            _half(row["half"], ends), _half(row["half_mentions"], (row["mentions"][0], row["mentions"][-1])),
+        ]  # fmt: skip
+
+
+def _half(own: dict[str, float | None] | None, ends: tuple[float, float]) -> str:
+    if own is None:
+        return "–"
+
+    def shown(value: float | None) -> str:
+        return f"above {ends[1]:,.0f}" if value is None else f"{value:,.0f}" if value else f"below {ends[0]:,.0f}"
+
+    return f"{shown(own['estimate'])} [{shown(own['low'])}, {shown(own['high'])}]"
+
+
+LAYOUTS = [
+    experts, train, packing, packing_time, step, load, merge, host, full_size, plan, needs, annotate, hold, phases,
+    doses,
+]  # fmt: skip
 LAYOUTS_BY_NAME = {layout.__name__: layout for layout in LAYOUTS}
 
 
