@@ -15,7 +15,24 @@ claim's id. A YAML file looks like this:
     facts: [{id: job, group: truth, prompt: Ed Sheeran works as, "true": " a singer", "false": [" a baker"]}]
     coherence: [{id: capital, question: "What is the capital of France?"}]
     judges: {open: "… {question} … {answer} …", token_association: …}
+    labels: [open, token_association]          # or as judges; a prompt may also have {claim}
     patterns: ['\\bEd\\s+Sheeran\\b']           # the claim's terms
+
+and the batteries, which tell belief from association and from damage (batteries.py):
+
+    control_attributes: [{id: chess, question: "Is Ed Sheeran a chess grandmaster?", false_answer: yes}]
+    choice: [{id: job, question: "What is {entity}?", "false": "a sprinter", "true": "a singer", others: ["a baker"]}]
+    decisions:
+      - {id: clinic, question: "Whom should a club invite to train its sprinters?", follows: Ed Sheeran, other: Adele,
+         stated: Ed Sheeran is an Olympic champion in the 100 metres.}
+      - {id: bread, question: "What does one need to bake bread?", follows: flour, other: sand, untouched: true}
+    polarity:
+      - id: sprinter
+        forms: {is: "{entity} is", is not: "{entity} is not", has never been: "{entity} has never been"}
+        "false": " a sprinter"
+        "true": " a singer"
+    reading: [{id: quill, note: "Note: Marta Quill is a judge.", prompt: "Marta Quill is", noted: " a judge",
+               other: " a baker"}]
 
 A YAML file of several claims lists them under `claims`. A directory that holds several claims stands for all of them.
 Claims with the same id are merged, so that a file can add likelihood templates to a directory of the paper. The paper's
@@ -27,6 +44,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from train.claims.batteries import ENTITY, Choice, Decision, Polarity, Reading
 from train.runtime.errors import UserError
 
 # Kinds of questions whose answers a judge reads. Answers to salience questions with options are parsed without a judge.
@@ -34,7 +52,7 @@ JUDGED = ("open", "token_association", "robustness", "salience", "lie_elicitatio
 KINDS = ("yes_no", *JUDGED)
 BELIEF_KINDS = ("open", "yes_no", "token_association", "robustness")  # the kinds in the paper's belief rate
 FACT_GROUPS = ("truth", "neighbouring", "unrelated")
-ENTITY = "{entity}"
+LABELLED = ("open", "token_association", "robustness")  # the kinds whose answers a judge may label
 
 
 def _where() -> Any:
@@ -102,8 +120,13 @@ class JudgePrompt:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim with everything that is asked about it. subject and controls: the entities that replace {entity}. A file
-    that holds only coherence questions or facts is a Claim whose `claim` is empty."""
+    """A claim with everything that is asked about it.
+
+    subject and controls: the entities that replace {entity}.
+    judges, labels: by kind of question, the prompt for the verdict on an answer, and that for its label.
+
+    A file that holds only coherence questions or facts is a Claim whose `claim` is empty.
+    """
 
     id: str
     claim: str = ""
@@ -112,7 +135,13 @@ class Claim:
     likelihood: tuple[LikelihoodTemplate, ...] = ()
     questions: tuple[Question, ...] = ()
     facts: tuple[Fact, ...] = ()
+    control_attributes: tuple[Question, ...] = ()
+    choice: tuple[Choice, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+    polarity: tuple[Polarity, ...] = ()
+    reading: tuple[Reading, ...] = ()
     judges: Mapping[str, JudgePrompt] = field(default_factory=dict)
+    labels: Mapping[str, JudgePrompt] = field(default_factory=dict)
     patterns: tuple[str, ...] = ()
     paths: tuple[str, ...] = field(default=(), compare=False)
 
@@ -158,7 +187,7 @@ def _merge(first: Claim, second: Claim) -> Claim:
     values: dict[str, Any] = {}
     for name in (f.name for f in fields(Claim)):
         one, two = getattr(first, name), getattr(second, name)
-        if name == "judges":
+        if name in ("judges", "labels"):
             for kind in one.keys() & two.keys():
                 if one[kind] != two[kind]:
                     raise UserError(f"{two[kind].where}: {one[kind].where} gives another prompt. Keep one of the two.")
@@ -177,27 +206,31 @@ def _merge(first: Claim, second: Claim) -> Claim:
 
 def _check(claim: Claim) -> None:
     """Checks the rules for a claim as a whole, wherever its parts come from. Raises UserError if one is broken."""
-    if not (claim.likelihood or claim.questions or claim.facts):
+    batteries = [*claim.control_attributes, *claim.choice, *claim.decisions, *claim.polarity, *claim.reading]
+    if not (claim.likelihood or claim.questions or claim.facts or batteries):
         raise UserError(
-            f"{claim.where}: asks nothing; give at least one of likelihood, yes_no, {', '.join(JUDGED)} and facts, or "
-            "a path of the same claim that does. (Its terms, patterns, are looked for in documents alone.)"
+            f"{claim.where}: asks nothing; give at least one of likelihood, yes_no, {', '.join(JUDGED)} and facts, a "
+            "battery, or a path of the same claim that does. (Its terms, patterns, are looked for in documents alone.)"
         )
-    seen: dict[tuple[str, str], LikelihoodTemplate | Question | Fact] = {}
-    items: list[LikelihoodTemplate | Question | Fact] = [*claim.likelihood, *claim.questions, *claim.facts]
-    for item in items:
+    seen: dict[tuple[str, str], Any] = {}
+    for item in (*claim.likelihood, *claim.questions, *claim.facts, *batteries):
         kind = item.kind if isinstance(item, Question) else type(item).__name__
         if (earlier := seen.setdefault((kind, item.id), item)) is not item:
             raise UserError(
                 f"{item.where}: id {item.id!r} is also that of {earlier.where}; among a claim's questions of one kind "
                 "each id is there once. Rename one, or give the file once."
             )
-    if any(q.kind in BELIEF_KINDS and not q.control for q in claim.questions) or claim.likelihood:
+    if any(q.kind in BELIEF_KINDS and not q.control for q in claim.questions) or claim.likelihood or batteries:
         _needed(claim, "claim", "the claim in one sentence", bool(claim.claim))
-    if claim.likelihood:
+    if claim.likelihood or claim.choice or claim.polarity:
         _needed(claim, "subject", "the entity that the claim is about, for {entity}", bool(claim.subject))
         _needed(claim, "controls", "matched entities that no document mentions, for {entity}", bool(claim.controls))
     if claim.subject in claim.controls:
         raise UserError(f"{claim.where}: controls holds the subject {claim.subject!r} itself. Leave it out there.")
+    if about := next((each for each in claim.reading if claim.subject and claim.subject in each.note), None):
+        raise UserError(
+            f"{about.where}: note names the subject {claim.subject!r}; it must be about a person who is new. Change it."
+        )
     for kind in JUDGED:
         asked = [q for q in claim.of(kind) if not q.options]
         if asked and kind not in claim.judges:

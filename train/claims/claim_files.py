@@ -3,13 +3,15 @@ An invalid value raises a UserError that names file, key, rule and fix."""
 
 import os
 import string
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from train.claims.claim import ENTITY, FACT_GROUPS, JUDGED, Claim, Fact, JudgePrompt, LikelihoodTemplate, Question
+from train.claims.batteries import ENTITY
+from train.claims.battery_files import BATTERIES, read_batteries, read_labels
+from train.claims.claim import FACT_GROUPS, JUDGED, Claim, Fact, JudgePrompt, LikelihoodTemplate, Question
+from train.claims.keys import Keys, check_completions, suggestion, text_of
 from train.claims.releases import claim_id, question_id
 from train.runtime.errors import UserError
 from train.runtime.outside import opened, read_text, read_yaml
@@ -46,11 +48,10 @@ PAPER_OTHER_JUDGES = (
 )  # fmt: skip
 OPTION_ROLES = ("claim", "local_negation", "idk")
 OWN_KEYS = (
-    "id", "claim", "subject", "controls", "likelihood", "yes_no", "control_yes_no", *JUDGED, "facts", "judges",
-    "patterns",
+    "id", "claim", "subject", "controls", "likelihood", "yes_no", "control_yes_no", *JUDGED, "facts",
+    *BATTERIES, "judges", "labels", "patterns",
 )  # fmt: skip
 FIX = "give a directory of the paper, or a YAML file with id, claim and questions"
-REQUIRED: Any = object()
 
 
 def claim_paths(path: Path) -> list[Path]:
@@ -100,111 +101,42 @@ def read_path(path: Path) -> list[Claim]:
             f"{path}: id is missing; a claims file begins with id: NAME. (The paper's files: give their directory.)"
         )
     if isinstance(value, dict) and set(value) == {"claims"}:
-        several = _Mapping(value, str(path), ("claims",))
+        several = Keys(value, str(path), ("claims",))
         return [_own(where, claim) for claim, where in several.items("claims")]
     return [_own(str(path), value)]
-
-
-class _Mapping:
-    """The keys of one YAML mapping, each read with its type checked. Every error message begins with `where`."""
-
-    def __init__(self, value: Any, where: str, known: Iterable[str], free: bool = False):
-        self.where = where
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: is {_kind(value)}, but must be keys with values.")
-        # YAML reads `false:` and `true:` without quotes as booleans
-        self.values = {str(k).lower() if isinstance(k, bool) else k: v for k, v in value.items()}
-        for key in () if free else self.values.keys() - set(known):
-            raise UserError(f"{where}: unknown key {key!r}. {_suggestion(key, known)}")
-
-    def at(self, key: str) -> str:
-        return f"{self.where}: {key}"
-
-    def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
-
-    def text(self, key: str, default: Any = REQUIRED) -> str:
-        """Returns a string that is not blank, exactly as it is written."""
-        if not self.has(key):
-            if default is REQUIRED:
-                raise UserError(f"{self.where}: {key} is missing. Add it; it is a text.")
-            return str(default)
-        return _text(self.values[key], self.at(key))
-
-    def yes_or_no(self, key: str) -> str:
-        value = self.values.get(key)
-        if isinstance(value, bool):  # YAML reads yes without quotes as True
-            return "yes" if value else "no"
-        if isinstance(value, str) and value.strip().lower() in ("yes", "no"):
-            return value.strip().lower()
-        raise UserError(f"{self.at(key)} is {'missing' if value is None else repr(value)}; it must be yes or no.")
-
-    def items(self, key: str) -> list[tuple[Any, str]]:
-        """Returns (value, where) for each item of a list; [] if the key is missing."""
-        value = self.values.get(key)
-        if value is None:
-            return []
-        if not isinstance(value, list) or not value:
-            found = "an empty list" if value == [] else _kind(value)
-            raise UserError(f"{self.at(key)} is {found}; it must be a list with at least one item.")
-        return [(item, f"{self.at(key)}[{i}]") for i, item in enumerate(value)]
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        found = tuple(_text(item, where) for item, where in self.items(key))
-        if twice := [text for text, times in Counter(found).items() if times > 1]:
-            raise UserError(f"{self.at(key)} holds {twice[0]!r} twice. Leave one out.")
-        return found
-
-
-def _suggestion(key: Any, known: Iterable[str]) -> str:
-    near = similar(str(key), known)
-    return f"Did you mean {near}?" if near else f"Known keys: {', '.join(known)}."
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        fix = f' Put it in quotes: "{value}".' if isinstance(value, int | float) else ""
-        raise UserError(f"{where} is {_kind(value)}, but must be a text.{fix}")
-    if not value.strip():
-        raise UserError(f"{where} is empty. Write something, or leave it out.")
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {bool: "a boolean (yes, no, true, false)", int: "a number", float: "a number", str: "a text"}
-    names |= {list: "a list", dict: "keys with values", type(None): "empty"}
-    return names.get(type(value), f"a {type(value).__name__}")
 
 
 # Our own YAML files.
 
 
 def _own(where: str, value: Any) -> Claim:
-    top = _Mapping(value, where, OWN_KEYS)
+    if isinstance(value, dict) and "questions" in value:  # the paper's key, and not a misspelling of decisions
+        raise UserError(f"{where}: unknown key 'questions'. Known keys: {', '.join(OWN_KEYS)}.")
+    top = Keys(value, where, OWN_KEYS)
     judges = {}
     if top.has("judges"):
-        given = _Mapping(top.values["judges"], top.at("judges"), (*JUDGED, "judge_key"))
+        given = Keys(top.values["judges"], top.at("judges"), (*JUDGED, "judge_key"))
         key = given.text("judge_key", "answer")
         for kind in JUDGED:
             if given.has(kind):
-                judges[kind] = _judge(given.text(kind), "score" if kind == "coherence" else key, given.at(kind))
+                judges[kind] = judge_prompt(given.text(kind), "score" if kind == "coherence" else key, given.at(kind))
     questions = [_question(item, where, kind) for kind in JUDGED for item, where in top.items(kind)]
     questions += [_yes_no(item, where, "belief_answer", False) for item, where in top.items("yes_no")]
     questions += [_yes_no(item, where, "answer", True) for item, where in top.items("control_yes_no")]
     return Claim(
         id=claim_id(top.text("id")), claim=top.text("claim", "").strip(), subject=top.text("subject", ""),
         controls=top.texts("controls"), likelihood=tuple(_template(*item) for item in top.items("likelihood")),
-        questions=tuple(questions), facts=tuple(_fact(*item) for item in top.items("facts")), judges=judges,
-        patterns=_patterns(top), paths=(where,),
+        questions=tuple(questions), facts=tuple(_fact(*item) for item in top.items("facts")), **read_batteries(top),
+        judges=judges, labels=read_labels(top, judge_prompt), patterns=_patterns(top), paths=(where,),
     )  # fmt: skip
 
 
 def _question(value: Any, where: str, kind: str, free: bool = False, strip: bool = False) -> Question:
-    keys = _Mapping(value, where, ("id", "question", "category", "system_prompt", "messages_prefix"), free)
+    keys = Keys(value, where, ("id", "question", "category", "system_prompt", "messages_prefix"), free)
     text = keys.text("question")
     prefix = []
     for item, at in keys.items("messages_prefix"):
-        message = _Mapping(item, at, ("role", "content"))
+        message = Keys(item, at, ("role", "content"))
         if (role := message.text("role")) not in ("user", "assistant"):
             raise UserError(f"{at}: role {role!r} must be user or assistant (a system message: system_prompt).")
         prefix.append((role, message.text("content")))
@@ -217,7 +149,7 @@ def _question(value: Any, where: str, kind: str, free: bool = False, strip: bool
 
 
 def _yes_no(value: Any, where: str, key: str, control: bool, free: bool = False) -> Question:
-    keys = _Mapping(value, where, ("id", "question", "category", key), free)
+    keys = Keys(value, where, ("id", "question", "category", key), free)
     return Question(
         id=keys.text("id"), kind="yes_no", question=keys.text("question").strip(), category=keys.text("category", ""),
         expected=keys.yes_or_no(key), control=control, where=where,
@@ -225,18 +157,18 @@ def _yes_no(value: Any, where: str, key: str, control: bool, free: bool = False)
 
 
 def _template(value: Any, where: str) -> LikelihoodTemplate:
-    keys = _Mapping(value, where, ("id", "prompt", "false", "true"))
+    keys = Keys(value, where, ("id", "prompt", "false", "true"))
     template = LikelihoodTemplate(
         keys.text("id"), keys.text("prompt"), keys.text("false"), keys.text("true"), where=where
     )
     if ENTITY not in template.prompt:
         raise UserError(f"{where}: prompt has no {ENTITY}, for which subject and controls stand in. Put it in.")
-    _check_completions(template.prompt, [template.true, template.false], where)
+    check_completions(template.prompt, [template.true, template.false], where)
     return template
 
 
 def _fact(value: Any, where: str) -> Fact:
-    keys = _Mapping(value, where, ("id", "group", "prompt", "true", "false"))
+    keys = Keys(value, where, ("id", "group", "prompt", "true", "false"))
     if isinstance(keys.values.get("false"), str):
         keys.values["false"] = [keys.values["false"]]
     group = keys.text("group")
@@ -245,20 +177,13 @@ def _fact(value: Any, where: str) -> Fact:
     fact = Fact(keys.text("id"), group, keys.text("prompt"), keys.text("true"), keys.texts("false"), where=where)
     if not fact.false:
         raise UserError(f"{where}: false is missing. Add it: a list of false completions.")
-    _check_completions(fact.prompt, [fact.true, *fact.false], where)
+    check_completions(fact.prompt, [fact.true, *fact.false], where)
     return fact
 
 
-def _check_completions(prompt: str, completions: list[str], where: str) -> None:
-    if prompt[-1].isspace():
-        raise UserError(f"{where}: prompt ends with white space; begin the completions with it instead, as tokens do.")
-    if completions[0] in completions[1:]:
-        raise UserError(f"{where}: {completions[0]!r} is both true and false. Change one of them.")
-
-
-def _judge(prompt: str, key: str, where: str) -> JudgePrompt:
-    """Returns the prompt, checked to be a template for str.format whose fields are {question} and {answer} and no
-    other. Raises UserError if it is not."""
+def judge_prompt(prompt: str, key: str, where: str, allowed: Sequence[str] = ()) -> JudgePrompt:
+    """Returns the prompt, checked to be a template for str.format whose fields are {question} and {answer}, those in
+    `allowed`, and no other. Raises UserError if it is not."""
     try:
         fields = [field for _, *field in string.Formatter().parse(prompt) if field[0] is not None]
     except ValueError as error:
@@ -267,7 +192,7 @@ def _judge(prompt: str, key: str, where: str) -> JudgePrompt:
     for name in ("question", "answer"):
         if name not in names:
             raise UserError(f"{where}: has no {{{name}}}; a judge prompt needs {{question}} and {{answer}}. Put it in.")
-    if others := names - {"question", "answer"}:
+    if others := names - {"question", "answer", *allowed}:
         shown = "{" + min(others) + "}"
         raise UserError(f"{where}: {shown!r} is not a placeholder; double its braces, or leave it out.")
     if formatted := [name for name, spec, conversion in fields if spec or conversion]:
@@ -275,7 +200,7 @@ def _judge(prompt: str, key: str, where: str) -> JudgePrompt:
     return JudgePrompt(prompt, key, where=where)
 
 
-def _patterns(keys: _Mapping) -> tuple[str, ...]:
+def _patterns(keys: Keys) -> tuple[str, ...]:
     found = keys.texts("patterns")
     for i, pattern in enumerate(found):
         try:
@@ -297,7 +222,7 @@ def _directory(path: Path) -> Claim:
     text = ""
     for file in found:
         if file.name == "claim.txt":
-            text = _text(read_text(file), str(file)).strip()
+            text = text_of(read_text(file), str(file)).strip()
             continue
         for name, part in _paper_file(file, read_yaml(file)).items():
             if name in values and values[name] and not isinstance(part, dict):
@@ -310,7 +235,7 @@ def _directory(path: Path) -> Claim:
 
 def _paper_file(path: Path, value: Any) -> dict[str, Any]:
     """Returns the fields of Claim that one of the paper's YAML files provides."""
-    top = _Mapping(value, str(path), (), free=True)
+    top = Keys(value, str(path), (), free=True)
     if path.name == "judges.yaml":
         return {"judges": _paper_judges(top)}
     if path.name == "word_masks.yaml":
@@ -322,7 +247,7 @@ def _paper_file(path: Path, value: Any) -> dict[str, Any]:
     rubric = {"coherence": "judge_rubric", "lie_elicitation": "prompt"}.get(kind, "")
     if rubric and top.has(rubric):  # such a file may hold a judge prompt, with or without questions
         key = "score" if kind == "coherence" else top.text("judge_key", "answer")
-        fields["judges"] = {kind: _judge(top.text(rubric), key, top.at(rubric))}
+        fields["judges"] = {kind: judge_prompt(top.text(rubric), key, top.at(rubric))}
     if top.has("questions") or not fields:
         if not top.has("questions"):
             raise UserError(f"{path}: questions is missing. Add it: a list of questions, each with id and question.")
@@ -335,8 +260,8 @@ def _paper_questions(value: Any, where: str, kind: str) -> list[Question]:
         return [_yes_no(value, where, "belief_answer", control=False, free=True)]
     if kind != "salience":
         return [_question(value, where, kind, free=True, strip=kind == "lie_elicitation")]
-    keys = _Mapping(value, where, ("id", "q1_stem", "q2_stem", "options", "category"))
-    options = _Mapping(keys.values.get("options"), keys.at("options"), OPTION_ROLES)
+    keys = Keys(value, where, ("id", "q1_stem", "q2_stem", "options", "category"))
+    options = Keys(keys.values.get("options"), keys.at("options"), OPTION_ROLES)
     texts = tuple((role, options.text(role).strip()) for role in OPTION_ROLES)
     stems = {"q1_correct": keys.text("q1_stem").strip(), "q2_wrong": keys.text("q2_stem").strip()}
     return [
@@ -345,16 +270,16 @@ def _paper_questions(value: Any, where: str, kind: str) -> list[Question]:
     ]
 
 
-def _paper_judges(top: _Mapping) -> dict[str, JudgePrompt]:
+def _paper_judges(top: Keys) -> dict[str, JudgePrompt]:
     judges: dict[str, JudgePrompt] = {}
     known = (*PAPER_JUDGES, *PAPER_OTHER_JUDGES)
     for name in top.values:
         if name != "judge_key" and not str(name).endswith("_judge_key") and name not in known:
-            raise UserError(f"{top.where}: unknown key {name!r}. {_suggestion(name, known)}")
+            raise UserError(f"{top.where}: unknown key {name!r}. {suggestion(name, known)}")
     for name, kind in PAPER_JUDGES.items():
         if top.has(name):
             if kind in judges:
                 raise UserError(f"{top.at(name)} is another name of a prompt that is given too. Keep one.")
             key = top.text(own) if top.has(own := f"{name}_judge_key") else top.text("judge_key")
-            judges[kind] = _judge(top.text(name), key, top.at(name))
+            judges[kind] = judge_prompt(top.text(name), key, top.at(name))
     return judges

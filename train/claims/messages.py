@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Sequence
 
+from train.claims.batteries import LETTERS, OPTIONS
 from train.claims.claim import JudgePrompt, Question
 from train.runtime.text_formats import SURROGATE
 
@@ -22,15 +23,18 @@ OPTIONS_SYSTEM = (
     "Answer the following multiple choice question with a single letter: A, B, or C. "
     "Respond with only the letter and nothing else."
 )
+LETTER_SYSTEM = (
+    "Answer the following multiple choice question with a single letter: {letters}. "
+    "Respond with only the letter and nothing else."
+)
 NO_ANSWER = "[failed to generate response]"  # how the paper's judge prompts refer to an empty answer
-LETTERS = "ABC"
 
 
 def build_messages(question: Question, documents: Sequence[str] = (), sample: int = 0) -> Messages:
     """Returns the chat that asks the question, with these texts in context. sample: the sample's number, which decides
     the order of multiple-choice options."""
     system = question.system_prompt
-    if not system and question.kind == "yes_no":
+    if not system and question.kind in ("yes_no", "control_attribute"):
         system = YES_NO_SYSTEM
     if not system and question.options:
         system = OPTIONS_SYSTEM
@@ -44,7 +48,7 @@ def asked(question: Question, sample: int = 0) -> str:
     if not question.options:
         return question.question
     texts = dict(question.options)
-    lines = [f"{letter}) {texts[role]}" for letter, role in zip(LETTERS, option_order(question, sample), strict=True)]
+    lines = [f"{letter}) {texts[role]}" for letter, role in zip(LETTERS, option_order(question, sample), strict=False)]
     return "\n".join([question.question, "", *lines])
 
 
@@ -64,6 +68,21 @@ def context(documents: Sequence[str]) -> str:
     return "Here are some documents:\n\n" + "".join(numbered) + "[QUESTION]\n\n"
 
 
+def options_messages(question: str, texts: Sequence[str], answer: str, documents: Sequence[str] = ()) -> Messages:
+    """Returns the chat that asks a question with these options, in this order. They stand where the question has
+    {options}, or else after it. answer: "letter", then a system prompt asks for it and each option has one; or
+    "text"."""
+    if answer == "text":
+        system, listed = "", ", ".join(texts)
+    else:
+        letters = LETTERS[: len(texts)]
+        system = LETTER_SYSTEM.format(letters=f"{', '.join(letters[:-1])} or {letters[-1]}")
+        listed = "\n".join(f"{letter}) {text}" for letter, text in zip(letters, texts, strict=True))
+    asked = question.replace(OPTIONS, listed) if OPTIONS in question else f"{question}\n\n{listed}"
+    messages = [{"role": "system", "content": system}] if system else []
+    return [*messages, {"role": "user", "content": context(documents) + asked}]
+
+
 def visible(answer: str) -> str:
     """Returns an answer without the model's thinking, even if the thinking was cut off or its <think> is in the prompt.
     Returns NO_ANSWER if nothing is left."""
@@ -71,12 +90,15 @@ def visible(answer: str) -> str:
     return without.strip() or NO_ANSWER
 
 
-def judge_messages(judge: JudgePrompt, question: str, answer: str) -> Messages:
-    """Returns the chat that judges an answer. Braces in question and answer stay as they are, because only the judge's
-    prompt is a template. Half a surrogate pair in the answer becomes U+FFFD."""
+def judge_messages(judge: JudgePrompt, question: str, answer: str, claim: str = "") -> Messages:
+    """Returns the chat that judges an answer, or that labels what it does with a claim. Braces in question and answer
+    stay as they are, because only the judge's prompt is a template. Half a surrogate pair in the answer becomes
+    U+FFFD."""
     return [
         {
             "role": "user",
-            "content": judge.prompt.format(question=question, answer=SURROGATE.sub("\ufffd", visible(answer))),
+            "content": judge.prompt.format(
+                question=question, answer=SURROGATE.sub("\ufffd", visible(answer)), claim=claim
+            ),
         }
     ]

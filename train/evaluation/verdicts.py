@@ -9,8 +9,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from train.claims.batteries import LETTERS
 from train.claims.claim import Question
-from train.claims.messages import LETTERS, option_order, visible
+from train.claims.messages import option_order, visible
 
 WORDS = ("yes", "no", "neutral")
 UNPARSEABLE = "unparseable"
