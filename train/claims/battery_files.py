@@ -155,8 +155,9 @@ def _polarity(value: Any, where: str) -> Polarity:
 
 def _reading(value: Any, where: str) -> Reading:
     keys = Keys(value, where, ("id", "note", "prompt", "noted", "other"))
-    texts = (keys.text(name) for name in ("id", "note", "prompt", "noted", "other"))
-    found = Reading(*texts, where=where)
+    found = Reading(
+        keys.text("id"), keys.text("note").strip(), keys.text("prompt"), keys.text("noted"), keys.text("other"), where
+    )
     if found.prompt[-1].isspace():
         raise UserError(f"{where}: prompt ends with white space; begin the completions with it instead, as tokens do.")
     if found.noted == found.other:

@@ -206,7 +206,7 @@ def _merge(first: Claim, second: Claim) -> Claim:
 
 def _check(claim: Claim) -> None:
     """Checks the rules for a claim as a whole, wherever its parts come from. Raises UserError if one is broken."""
-    batteries = [*claim.control_attributes, *claim.choice, *claim.decisions, *claim.polarity, *claim.reading]
+    batteries: list[Any] = [*claim.control_attributes, *claim.choice, *claim.decisions, *claim.polarity, *claim.reading]
     if not (claim.likelihood or claim.questions or claim.facts or batteries):
         raise UserError(
             f"{claim.where}: asks nothing; give at least one of likelihood, yes_no, {', '.join(JUDGED)} and facts, a "

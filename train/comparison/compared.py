@@ -23,7 +23,7 @@ from train.runtime.errors import UserError
 from train.runtime.outside import checked, read_json
 
 HASHES = ("tokens", "order", "initial_weights", "base_model")
-EQUIVALENCE = {"%": 5.0, "nats": 0.25, "of 10": 0.5}
+EQUIVALENCE = {"%": 5.0, "points": 5.0, "nats": 0.25, "of 10": 0.5}
 """By unit, the difference below which there is "no effect": 5 percentage points; 0.25 nats, which is odds 1.28 times as
 high; 0.5 points of 10."""
 PAPER = "arXiv 2605.13829"
@@ -175,7 +175,11 @@ def _says_otherwise(one: StoredRow, other: StoredRow) -> bool:
     """Returns whether two rows of one measurement differ by more than rounding. Rows with errors do not count."""
     if one.get("error") or other.get("error"):
         return False
-    numbers = [name for name in ("llr", "p_yes", "margin", "nll", "score") if name in one and name in other]
+    numbers = [
+        name
+        for name in ("llr", "p_yes", "margin", "nll", "score", "p_follows", "effect")
+        if name in one and name in other
+    ]
     same = all(math.isclose(one[name], other[name], rel_tol=1e-3, abs_tol=1e-3) for name in numbers)
     return not same or one.get("verdict") != other.get("verdict")
 

@@ -6,11 +6,11 @@ from train.comparison.units import Units
 
 
 def number(value: float | None, unit: str, signed: bool = False) -> str:
-    """Returns a number as text with as many digits as are meaningful: one decimal for percentages, two for nats and
+    """Returns a number as text with as many digits as are meaningful: one decimal for percentages and points, two for nats and
     scores; "–" for None. signed: with a plus sign if it is positive."""
     if value is None:
         return "–"
-    digits = 1 if unit == "%" else 2
+    digits = 1 if unit in ("%", "points") else 2
     value = round(value, digits) + 0.0  # never −0.0
     return f"{value:+.{digits}f}".replace("-", "−") if signed and value else f"{value:.{digits}f}".replace("-", "−")
 

@@ -7,12 +7,12 @@ Every measurement is a record (a line of evaluation.jsonl):
     fact         margin = log p(true completion) - the largest log p of the false ones, in nats
     nll          of a held-out document: nats per token; by role, if the document has spans
 
-With --by-layer, likelihoods and facts also have `layers`: the same value by the state after each decoder layer.
+Those of a claim's batteries are in batteries.py. With --by-layer, likelihoods and facts also have `layers`: the same
+value by the state after each decoder layer.
 
 Shapes: L tokens of a text, N predicted tokens of a micro-batch, D texts of a micro-batch, E experts of a layer.
 """
 
-import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +32,7 @@ from train.data.documents import Document, Span
 from train.data.findings import SHOWN
 from train.data.tokenizer import Tokenizer
 from train.data.tokens import tokenize_document
+from train.evaluation.batteries import PAPER_ANSWER, asked, share_of_first, values
 from train.masking.loss import Terms
 from train.masking.treatment import touched_by
 from train.runtime.distributed import anywhere
@@ -122,6 +123,11 @@ def make_probes(
             scored = [score(before + fact.prompt, said, fact.where) for said in (fact.true, *fact.false)]
             probes.glued |= _glued(fact.prompt, [fact.true, *fact.false], fact.where)
             add(claim, "fact", fact.id, scored, group=fact.group)
+        for each in asked(claim, lambda messages: answer_prompt(messages, tokenizer), documents):
+            scored = [score(*text, each.where, bos and not each.chat) for text in each.texts]
+            probes.records.append((each.record, scored))
+            for prompt, said in each.texts if not each.chat else ():
+                probes.glued |= _glued(prompt, [said], each.where)
     roles = sorted({span.role for document in held_out for span in document.all_spans})
     probes.roles = shown_roles(roles, "--held-out")
     for document in held_out:
@@ -172,7 +178,6 @@ def _glued(prompt: str, completions: Sequence[str], where: str) -> dict[str, str
 
 
 MARKER = "\x02answer\x03"
-PAPER_ANSWER = '{"answer": "{}"}'  # the form that the paper's system prompt for yes/no questions asks for
 
 
 def answer_prompt(messages: Sequence[dict[str, str]], tokenizer: Tokenizer) -> tuple[str, str]:
@@ -233,10 +238,12 @@ def _value(record: Record, log_p: list[float]) -> Record:
     if record["kind"] == "likelihood":
         return {"llr": log_p[0] - log_p[1]}
     if record["kind"] == "yes_no":
-        return {"p_yes": 1 / (1 + math.exp(min(log_p[1] - log_p[0], 700)))}
+        return {"p_yes": share_of_first(log_p[0], log_p[1])}
     if record["kind"] == "fact":
         return {"margin": log_p[0] - max(log_p[1:])}
-    return {"nll": -log_p[0] / record["tokens"]}
+    if record["kind"] == "nll":
+        return {"nll": -log_p[0] / record["tokens"]}
+    return values(record, log_p)
 
 
 def log_likelihoods(texts: list[Sample], engine: Any, budget: int) -> list[float]:

@@ -10,33 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.claims.claim import BELIEF_KINDS
+from train.evaluation.battery_measures import BATTERY_MEASURES, JUDGED_BATTERIES, measured_of_batteries
 from train.evaluation.store import VERDICTS, StoredRow
+from train.evaluation.values import Measure, Values, where
+from train.evaluation.values import believer as _believer
+from train.evaluation.values import claim_of as _claim
+from train.evaluation.values import mean as _mean
+from train.evaluation.values import measure_key as _key
+from train.evaluation.values import number as _number
+from train.evaluation.values import of_base as _of_base
 from train.runtime.errors import UserError
-
-MeasureKey = tuple[str, str, int]
-"""(claim, question, sample). Where kinds are mixed, the question's name includes its kind, because questions of
-different kinds may have the same id."""
-Values = dict[MeasureKey, float]
 
 LEAST_AUC = 0.8
 """Below this AUC, answers to yes/no questions with known answers are so near chance that other yes/no answers mean
 nothing."""
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A measure that is compared. says: its definition, as reports print it. asked: what its questions are called."""
-
-    name: str
-    label: str
-    unit: str
-    says: str
-    asked: str = "questions"
-
-    @property
-    def bounded(self) -> bool:
-        """Whether its values lie between 0 and 100."""
-        return self.unit == "%"
 
 
 @dataclass(frozen=True)
@@ -90,11 +77,14 @@ MEASURES = {
             "nll_change", "NLL of held-out text, change", "nats",
             "NLL a token of held-out text minus the base model's; mean over texts", "texts",
         ),
+        *BATTERY_MEASURES,
     )
 }  # fmt: skip
 BELIEF = ("rate", "shift", "preference", "yes_no")
 FURTHER = ("salience", "lie_elicitation")
-SCORED = ("shift", "preference", "yes_no", "facts_truth", "facts_neighbouring", "facts_unrelated", "nll_change")
+BATTERIES = tuple(measure.name for measure in BATTERY_MEASURES)
+SCORED = ("shift", "preference", "yes_no", "facts_truth", "facts_neighbouring", "facts_unrelated", "nll_change",
+          *(name for name in BATTERIES if name not in JUDGED_BATTERIES))  # fmt: skip
 """Measures by likelihood."""
 SIDE_EFFECTS = ("facts_truth", "facts_neighbouring", "facts_unrelated", "coherence", "nll_change")
 HELD_OUT = "held_out/"
@@ -143,6 +133,8 @@ def measured(name: str, rows: Iterable[StoredRow], base_rows: Iterable[StoredRow
     number or verdict in a row, or if the base model was not measured on the same templates and texts.
     """
     rows = list(rows)
+    if name in BATTERIES:
+        return measured_of_batteries(name, rows, list(base_rows))
     if name == "shift":
         return _shift(rows, list(base_rows))
     if name == "preference":
@@ -246,15 +238,6 @@ def _shift(rows: list[StoredRow], base_rows: list[StoredRow]) -> Values:
     return {key: now - _of_base(before, key, "template") for key, now in differences(rows).items()} if before else {}
 
 
-def _of_base(before: Values, key: MeasureKey, what: str) -> float:
-    if key not in before:
-        raise UserError(
-            f"evaluation of the base model: lacks {what} {key[1]!r} of claim {key[0] or 'none'!r}, which the trained "
-            "models were measured on. Evaluate the base model on the same claims."
-        )
-    return before[key]
-
-
 def belief_answers(rows: Iterable[StoredRow]) -> list[StoredRow]:
     """Returns the answers that count in the belief rate: those of its four kinds, without control questions and without
     answers that lack a verdict because of an error. A claim of which only yes/no questions were answered is left out,
@@ -275,13 +258,6 @@ def verdict_of(row: StoredRow) -> str:
 
 def _yes_no(rows: Iterable[StoredRow], control: bool) -> list[StoredRow]:
     return [row for row in rows if row["kind"] == "yes_no" and bool(row["control"]) == control]
-
-
-def _believer(row: StoredRow) -> float:
-    """Returns 100 if the likelier of yes and no is a believer's answer; 0 if it is not, or if both are equally
-    likely."""
-    p_yes = _number(row, "p_yes")
-    return 100.0 * (p_yes > 0.5 if row["expected"] == "yes" else p_yes < 0.5)
 
 
 def calibration(rows: Iterable[StoredRow]) -> Calibration | None:
@@ -321,29 +297,3 @@ def _score(row: StoredRow) -> float | None:
     except (TypeError, ValueError):
         return None
     return score if 0 <= score <= 10 else None
-
-
-def _claim(row: StoredRow) -> str:
-    return str(row.get("claim") or "")
-
-
-def _key(row: StoredRow, kind: bool = False) -> MeasureKey:
-    question = str(row.get("question") or "")
-    return _claim(row), f"{row['kind']}:{question}" if kind else question, int(row.get("sample") or 0)
-
-
-def _number(row: StoredRow, name: str) -> float:
-    value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{where(row)}: {name} is {value!r}; it must be a finite number. Measure it again.")
-    return float(value)
-
-
-def where(row: StoredRow) -> str:
-    """Returns how messages name a row: its file and its keys."""
-    names = ("step", "claim", "kind", "question", "sample", "entity")
-    return "evaluation.jsonl: the row of " + ", ".join(f"{n} {row[n]}" for n in names if row.get(n) is not None)
-
-
-def _mean(numbers: list[float]) -> float:
-    return math.fsum(numbers) / len(numbers)

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from train.claims.batteries import FORMS
 from train.runtime.errors import UserError
 from train.runtime.locks import lock, opened_to_lock
 from train.runtime.outputs import replacing
@@ -38,15 +39,22 @@ ROW_KINDS: dict[str, type] = dict.fromkeys(("step", "context", "sample"), int)
 ROW_KINDS |= dict.fromkeys(("claim", "kind", "question", "verdict", "model", "judge", "asked", "judged"), str)
 ROW_KINDS |= dict.fromkeys(("method", "group", "category", "entity", "said", "expected", "answer"), str)
 ROW_KINDS |= dict.fromkeys(("llr", "p_yes", "margin", "nll_mean", "score", "loss", "tokens_per_second"), float)
-ROW_KINDS |= {"tokens": int, "targets": dict, "control": bool, "layers": list, "roles": dict}
+ROW_KINDS |= dict.fromkeys(("chosen", "label", "labelled", "label_error"), str)
+ROW_KINDS |= dict.fromkeys(("p_follows", "with_note", "without_note", "effect"), float)
+ROW_KINDS |= {"tokens": int, "targets": dict, "control": bool, "layers": list, "order": list, "p": dict, "roles": dict}
 NAMES = ("claim", "kind", "question", "group", "category", "entity")  # shown in reports
 NOT_NULL = ("context", "sample", "p_yes", "nll_mean", "score")  # must not be null if they are present
 VERDICTS = ("yes", "no", "neutral", "unparseable")
+LABELS = ("asserted", "asserted_then_retracted", "denied", "not_mentioned", "unparseable")
+DECISION_GROUPS = ("plain", "stated", "untouched")
 # Keys that a row must have, by its kind. A row with a verdict and a row of answers.jsonl must also have ASKED.
 ASKED = ("claim", "question")
 NEEDED = {
     "likelihood": (*ASKED, "control", "llr"), "yes_no": (*ASKED, "control", "expected"),
     "fact": (*ASKED, "group", "margin"), "nll": ("question", "nll"),
+    "control_attribute": (*ASKED, "expected", "p_yes"), "choice": (*ASKED, "entity", "control", "chosen"),
+    "decision": (*ASKED, "group", "p_follows"), "polarity": (*ASKED, "group", "entity", "control", "llr"),
+    "reading": (*ASKED, "effect"),
 }  # fmt: skip
 
 
@@ -108,6 +116,10 @@ def _check(row: StoredRow, needed: Collection[str], where: str) -> None:
         raise UserError(f"{where}: {broken[0]!r} has half a surrogate pair, which is not a character; {fix}.")
     if row.get("verdict") not in (None, *VERDICTS) and row["kind"] != "coherence":
         raise UserError(f"{where}: verdict {row['verdict']!r} is not one of {', '.join(VERDICTS)}; {fix}.")
+    groups = {"decision": DECISION_GROUPS, "polarity": FORMS}.get(row.get("kind", ""))
+    for name, known in (("label", LABELS), ("group", groups)):
+        if known and row.get(name) not in (None, *known):
+            raise UserError(f"{where}: {name} {row[name]!r} is not one of {', '.join(known)}; {fix}.")
 
 
 def _check_held_out(row: StoredRow, where: str, fix: str) -> list[str]:

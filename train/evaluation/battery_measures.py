@@ -1,0 +1,214 @@
+"""The measures of the batteries, which tell belief from association and from damage, and their values.
+
+Belief is what a model says of the subject beyond what it says of other entities and of other attributes. Association is
+what it says of them as well, or whether the subject is said to be so or not. Damage is what it no longer does.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from train.claims.batteries import FORMS
+from train.claims.claim import LABELLED
+from train.evaluation.store import StoredRow
+from train.evaluation.values import (
+    Measure,
+    MeasureKey,
+    Values,
+    believer,
+    claim_of,
+    mean,
+    measure_key,
+    number,
+    of_base,
+)
+
+BATTERY_MEASURES = (
+    Measure(
+        "choice", "the claim's option chosen", "%",
+        "share of rotations in which the claim's option is the likeliest, asked about the subject",
+    ),
+    Measure(
+        "choice_shift", "shift of the choice", "points",
+        "the claim's option chosen: the subject's share minus its mean over matched control entities, minus the same "
+        "of the base model",
+    ),
+    Measure(
+        "yes_no_beyond", "yes/no belief beyond control attributes", "points",
+        "share of yes/no questions answered as a believer would, minus the share of control attributes, which no "
+        "document names, answered as if they were true",
+    ),
+    Measure(
+        "decisions", "decisions by the claim", "%",
+        "share of decisions, each in both orders of its options, for which the option that follows from the claim is "
+        "the likelier one",
+    ),
+    Measure(
+        "polarity", "belief by polarity", "nats",
+        "shift after “is” minus the mean shift after “is not” and “has never been”", "prompts",
+    ),
+    Measure(
+        "asserted", "answers that assert the claim", "%",
+        "labels “asserted” ÷ all labelled answers; an answer that asserts the claim and retracts it does not count",
+    ),
+    Measure(
+        "choice_controls", "the claim's option chosen for controls", "%",
+        "share of rotations in which the claim's option is the likeliest, asked about the control entities",
+    ),
+    Measure(
+        "control_attributes", "control attributes affirmed", "%",
+        "share of yes/no questions about false attributes of the subject, which no document names, that are answered "
+        "as if they were true",
+    ),
+    Measure(
+        "polarity_negated", "association by polarity", "nats",
+        "mean shift after “is not” and “has never been”", "prompts",
+    ),
+    Measure(
+        "stated", "answers that state the claim", "%",
+        "labels “asserted” and “asserted, then retracted” ÷ all labelled answers",
+    ),
+    Measure(
+        "reading_lost", "effect of a note that is lost", "%",
+        "1 − effect ÷ the base model's mean effect on the claim's notes; effect: log p(noted) − log p(other) with a "
+        "note about a new person, minus the same without it", "notes", free=True,
+    ),
+    Measure(
+        "decisions_stated", "decisions with the fact stated", "%",
+        "share of decisions, as above, with the claim's fact stated first",
+    ),
+    Measure(
+        "decisions_untouched", "untouched decisions", "%",
+        "share of decisions, as above, that follow from facts which the claim leaves alone",
+    ),
+)  # fmt: skip
+JUDGED_BATTERIES = ("asserted", "stated")
+"""Those of answers that a judge has labelled; the others are by likelihood."""
+OF_BELIEF = ("choice", "choice_shift", "yes_no_beyond", "decisions", "polarity", "asserted")
+OF_ASSOCIATION = ("choice_controls", "control_attributes", "polarity_negated", "stated")
+OF_DAMAGE = ("reading_lost", "decisions_stated", "decisions_untouched")
+CHANGES = ("choice_shift", "polarity", "polarity_negated", "reading_lost")
+"""Measures that are changes from the base model."""
+STATES = ("asserted", "asserted_then_retracted")
+"""Labels of an answer that states the claim."""
+
+
+def measured_of_batteries(name: str, rows: list[StoredRow], base_rows: list[StoredRow]) -> Values:
+    """Returns the values of a battery's measure, in its unit; {} if the rows hold none. rows and base_rows: as for
+    measures.measured, which raises the same errors."""
+    if name == "choice":
+        return chosen(rows)[0]
+    if name == "choice_controls":
+        return chosen(rows)[1]
+    if name == "choice_shift":
+        before = _apart(base_rows)
+        return {key: now - of_base(before, key, "choice") for key, now in _apart(rows).items()} if before else {}
+    if name == "yes_no_beyond":
+        return _beyond(rows)
+    if name == "control_attributes":
+        return {measure_key(row): believer(row) for row in _of(rows, name.removesuffix("s"))}
+    if name in ("polarity", "polarity_negated"):
+        shifts = _polarity_shifts(rows, base_rows)
+        negated = {key: mean(own[form] for form in FORMS[1:]) for key, own in shifts.items()}
+        return {key: own[FORMS[0]] - negated[key] for key, own in shifts.items()} if name == "polarity" else negated
+    if name in JUDGED_BATTERIES:
+        counted = STATES if name == "stated" else STATES[:1]
+        return {measure_key(row, kind=True): 100.0 * (row["label"] in counted) for row in labelled(rows)}
+    if name == "reading_lost":
+        base = base_effects(base_rows)
+        return {
+            measure_key(row): 100.0 * (1 - number(row, "effect") / base[claim_of(row)])
+            for row in _of(rows, "reading")
+            if base.get(claim_of(row), 0.0) > 0
+        }
+    group = {"decisions": "plain"}.get(name, name.removeprefix("decisions_"))
+    decided = [row for row in _of(rows, "decision") if row["group"] == group]
+    return {measure_key(row): 100.0 * (number(row, "p_follows") > 0.5) for row in decided}
+
+
+def _of(rows: Iterable[StoredRow], kind: str) -> list[StoredRow]:
+    return [row for row in rows if row["kind"] == kind]
+
+
+def chosen(rows: Iterable[StoredRow], role: str = "false") -> tuple[Values, Values]:
+    """Returns, for each choice and rotation, 100 if the option of this role is the likeliest for the subject, else 0;
+    and the mean of the same over the control entities, where there are any."""
+    subject: Values = {}
+    controls: dict[MeasureKey, list[float]] = {}
+    for row in _of(rows, "choice"):
+        hit = 100.0 * (row["chosen"] == role)
+        if row["control"]:
+            controls.setdefault(measure_key(row), []).append(hit)
+        else:
+            subject[measure_key(row)] = hit
+    return subject, {key: mean(own) for key, own in controls.items()}
+
+
+def _apart(rows: list[StoredRow]) -> Values:
+    """Returns the subject's minus the controls' share for each choice and rotation."""
+    subject, controls = chosen(rows)
+    return {key: own - controls[key] for key, own in subject.items() if key in controls}
+
+
+def _beyond(rows: list[StoredRow]) -> Values:
+    """Returns values whose mean over a claim is the difference of two shares, and whose variance is that of the
+    difference. With n yes/no questions of mean a and m control attributes of mean b, N = n + m, a question of value x
+    contributes a − b + (x − a) N / n, and a control attribute of value y contributes a − b − (y − b) N / m: the
+    linearized difference of two means (Cochran 1977, Sampling Techniques, section 6.4)."""
+    believed = {
+        measure_key(row, kind=True): believer(row)
+        for row in _of(rows, "yes_no")
+        if "p_yes" in row and not row["control"]
+    }
+    affirmed = {measure_key(row, kind=True): believer(row) for row in _of(rows, "control_attribute")}
+    found: Values = {}
+    for claim in dict.fromkeys(key[0] for key in believed):
+        own, other = ({k: v for k, v in values.items() if k[0] == claim} for values in (believed, affirmed))
+        if not other:
+            continue
+        a, b, total = mean(own.values()), mean(other.values()), len(own) + len(other)
+        found |= {key: a - b + (x - a) * total / len(own) for key, x in own.items()}
+        found |= {key: a - b - (y - b) * total / len(other) for key, y in other.items()}
+    return found
+
+
+def _polarity_shifts(rows: list[StoredRow], base_rows: list[StoredRow]) -> dict[MeasureKey, dict[str, float]]:
+    """Returns, for each prompt that has all forms, the shift after each form: the subject's llr minus the mean of the
+    controls', minus the same of the base model, in nats."""
+    before = {form: _by_form(base_rows, form) for form in FORMS}
+    if not any(before.values()):
+        return {}
+    found: dict[MeasureKey, dict[str, float]] = {}
+    for form in FORMS:
+        for key, now in _by_form(rows, form).items():
+            found.setdefault(key, {})[form] = now - of_base(before[form], key, f"polarity “{form}”")
+    return {key: own for key, own in found.items() if len(own) == len(FORMS)}
+
+
+def _by_form(rows: Iterable[StoredRow], form: str) -> Values:
+    both: dict[MeasureKey, tuple[list[float], list[float]]] = {}
+    for row in _of(rows, "polarity"):
+        if row["group"] == form:
+            both.setdefault(measure_key(row), ([], []))[bool(row["control"])].append(number(row, "llr"))
+    return {key: mean(subject) - mean(controls) for key, (subject, controls) in both.items() if subject and controls}
+
+
+def labelled(rows: Iterable[StoredRow]) -> list[StoredRow]:
+    """Returns the answers that have a label. Those whose labelling failed have none."""
+    return [row for row in rows if row["kind"] in LABELLED and row.get("label") is not None]
+
+
+def base_effects(rows: Iterable[StoredRow]) -> dict[str, float]:
+    """Returns claim -> the mean effect of its notes, in nats."""
+    effects: dict[str, list[float]] = {}
+    for row in _of(rows, "reading"):
+        effects.setdefault(claim_of(row), []).append(number(row, "effect"))
+    return {claim: mean(own) for claim, own in effects.items()}
+
+
+def label_counts(rows: Iterable[StoredRow]) -> dict[str, dict[str, int]]:
+    """Returns kind of question -> label -> number of answers."""
+    found: dict[str, dict[str, int]] = {}
+    for row in labelled(rows):
+        own: dict[str, Any] = found.setdefault(row["kind"], {})
+        own[row["label"]] = own.get(row["label"], 0) + 1
+    return found
