@@ -26,7 +26,7 @@ from train.comparison.variants import runs_of
 from train.config.command_line import Parser
 from train.config.provenance import held_settings
 from train.config.settings import FREE_ON_RESUME
-from train.evaluation.measures import BELIEF, SIDE_EFFECTS
+from train.evaluation.measures import BATTERIES, BELIEF, SIDE_EFFECTS
 from train.evaluation.store import read_measured, read_rows
 from train.runtime.command import command
 from train.runtime.errors import UserError
@@ -54,6 +54,7 @@ class Curves:
 
 SECTIONS: dict[str, tuple[Curves, ...]] = {
     "Belief per claim": (Curves(rf"belief/({'|'.join(BELIEF)})/.+"),),
+    "Belief, association or damage": (Curves(rf"belief/({'|'.join(BATTERIES)})/.+"),),
     "Side effects": (Curves(rf"belief/({'|'.join(SIDE_EFFECTS)})/.+"), Curves("belief/(held_out|controls)/.+")),
     "Loss": (Curves("loss"), Curves("cross_entropy"), Curves("unlikelihood"), Curves("held"), Curves("grad_norm"),
              Curves("learning_rate")),

@@ -210,7 +210,7 @@ def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination:
             endpoint.check()
             if proof := prove_served(s, endpoint):
                 print(proof_line(proof), flush=True)
-        if judge and any(item.judged for item in missing):
+        if judge and (any(item.judged for item in missing) or any(item.lacks_label(records) for item in items)):
             judge.check()
         try:
             evaluate(items, endpoint, judge, records, asking)

@@ -9,6 +9,7 @@ from train.comparison.dose_response import dose_response
 from train.comparison.layers import by_layer
 from train.comparison.over_phases import over_phases
 from train.comparison.over_steps import curves, rows_by_step
+from train.comparison.panel import panel
 from train.comparison.result import (
     BASE,
     BaseBelief,
@@ -31,7 +32,9 @@ from train.comparison.significance import (
 )
 from train.comparison.units import Design, lay_out
 from train.data.kinds import COUNTS
+from train.evaluation.battery_measures import OF_BELIEF
 from train.evaluation.measures import (
+    BATTERIES,
     BELIEF,
     FURTHER,
     HELD_OUT,
@@ -50,6 +53,11 @@ from train.evaluation.measures import (
 from train.evaluation.verdict_counts import Counts, count_by_kind
 from train.runtime.errors import UserError
 
+CHANGES = {
+    "shift": "likelihood", "nll_change": "nll", "choice_shift": "choice", "polarity": "polarity",
+    "polarity_negated": "polarity", "reading_lost": "reading",
+}  # fmt: skip
+"""Measures that are changes from the base model, and the kind of their rows."""
 Finals = dict[str, dict[int, list[StoredRow]]]
 """{variant: {seed: the rows of the run's last step}}."""
 
@@ -94,6 +102,7 @@ def analyse(comparison: Comparison) -> ComparisonResult:
         remarks=comparison.remarks,
         match_trained_tokens=comparison.match_trained_tokens,
         by_layer=by_layer(comparison, base),
+        panel=panel(comparison, finals, base, measures),
         notes=[],
         phases=over_phases(comparison, main, base),
         doses=dose_response(comparison, main, finals, base),
@@ -109,7 +118,7 @@ def _measures(
     incomplete: dict[str, str] = {}
     every = [row for by_seed in finals.values() for rows in by_seed.values() for row in rows]
     held_out = held_out_measures(every)
-    for name in (*BELIEF, *FURTHER, *SIDE_EFFECTS, *held_out):
+    for name in (*BELIEF, *FURTHER, *BATTERIES, *SIDE_EFFECTS, *held_out):
         values = {v: {s: measured(name, rows, base) for s, rows in by_seed.items()} for v, by_seed in finals.items()}
         counts = [bool(run) for by_seed in values.values() for run in by_seed.values()]
         main = name == comparison.measure or not (comparison.measure or measures)  # if none is given, the first one
@@ -118,7 +127,7 @@ def _measures(
             measures[name] = found
         elif any(counts):
             incomplete[name] = f"measured in {sum(counts)} of {len(counts)} runs only"
-    for name, kind in (("shift", "likelihood"), ("nll_change", "nll")):
+    for name, kind in CHANGES.items():
         if any(row["kind"] == kind for row in every) and not any(row["kind"] == kind for row in base):
             incomplete[name] = "it is a change from the base model, which was not measured"
     if len(held_out) > 1 and len(held_out_measures(base)) == 1:
@@ -146,7 +155,7 @@ def _main_measure(comparison: Comparison, measures: dict[str, MeasureResult]) ->
                 f"{', '.join(measures) or 'none'}."
             )
         return comparison.measure
-    for name in BELIEF:
+    for name in (*BELIEF, *OF_BELIEF):
         if name in measures:
             return name
     raise UserError(
@@ -157,7 +166,7 @@ def _main_measure(comparison: Comparison, measures: dict[str, MeasureResult]) ->
 
 def _of_base(name: str, base: list[StoredRow]) -> Values:
     """Returns the base model's own values; {} for measures that are changes from them."""
-    return {} if name in ("shift", "nll_change") or name.startswith(HELD_OUT) else measured(name, base)
+    return {} if name in CHANGES or name.startswith(HELD_OUT) else measured(name, base)
 
 
 def _measure(

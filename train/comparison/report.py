@@ -7,6 +7,8 @@ from train.comparison import (
     belief_sections,
     held_out_sections,
     layer_sections,
+    panel_plot,
+    panel_sections,
     phase_and_dose_sections,
     plots,
     training_sections,
@@ -22,6 +24,7 @@ from train.runtime.outputs import write_whole
 PICTURES = {
     "belief": (plots.belief, "Belief per variant and claim, with intervals and placebo claims"),
     "differences": (plots.paired_differences, "Differences to the baseline, with intervals and the bound of no effect"),
+    "panel": (panel_plot.panel, "Belief, association and damage per variant, with intervals"),
     "curves": (plots.over_steps, "Belief over training, with intervals and placebo claims"),
     "doses": (phase_and_dose_sections.picture, "Belief over the dose, with intervals, placebo claims and half belief"),
     "targets": (plots.targets, "Targets trained, with unlikelihood and excluded, per role"),
@@ -74,6 +77,7 @@ def sections(result: ComparisonResult, drawn: set[str]) -> list[Section]:
     every: list[tuple[str, list[Block]]] = [
         ("Result", [Text(_summary(result)), belief_sections.main_table(result), *picture("belief")]),
         ("Caveats", [Bullets(result.notes)] if result.notes else []),
+        ("Belief, association or damage", [*picture("panel"), *panel_sections.section(result)]),
         (f"Differences to {result.baseline}", [*picture("differences"), *belief_sections.difference_tables(result)]),
         ("Published values", belief_sections.published(result)),
         ("Dose and response", [*picture("doses"), *phase_and_dose_sections.doses(result)]),

@@ -5,7 +5,7 @@ in which variants are shown; "base model" stands for the model before training.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.comparison.compared import Mentions, Published, SearchedDocuments
 from train.comparison.dose_response import DoseResponse
@@ -15,6 +15,9 @@ from train.comparison.significance import LEVEL, Difference, Interval
 from train.comparison.units import Units
 from train.evaluation.measures import BELIEF, HELD_OUT, Calibration, Measure
 from train.evaluation.verdict_counts import Counts
+
+if TYPE_CHECKING:  # it imports these classes
+    from train.comparison.panel import Panel
 
 BASE = "base model"
 
@@ -176,6 +179,7 @@ class ComparisonResult:
     nll: variant -> role -> curve.
     leak, contamination, published, remarks, match_trained_tokens: as given in the Comparison.
     by_layer: belief by decoder layer; None if not all runs were measured so.
+    panel: belief, association and damage by the batteries; None if none was measured.
     phases: variant -> what each of its phases changed in the main measure; {} if no variant has several.
     doses: dose–response curves in the main measure; None if the variants are not doses.
     notes: the caveats, which a reader must know before believing the figures, the most important first.
@@ -201,6 +205,7 @@ class ComparisonResult:
     remarks: list[str]
     match_trained_tokens: bool
     by_layer: ByLayer | None
+    panel: "Panel | None"
     notes: list[str]
     phases: dict[str, list[PhaseBelief]] = field(default_factory=dict)
     doses: DoseResponse | None = None
@@ -274,10 +279,11 @@ def as_json(result: ComparisonResult) -> dict[str, Any]:
 
 def _further(result: ComparisonResult) -> dict[str, Any]:
     """Returns what only some comparisons have."""
-    found: dict[str, Any] = {"by_layer": result.by_layer.as_json()} if result.by_layer else {}
+    shown = (("by_layer", result.by_layer), ("panel", result.panel), ("doses", result.doses))
+    found: dict[str, Any] = {name: each.as_json() for name, each in shown if each}
     if result.phases:
         found["phases"] = {name: [_phase(each) for each in own] for name, own in result.phases.items()}
-    return found | ({"doses": result.doses.as_json()} if result.doses else {})
+    return found
 
 
 def _phase(own: PhaseBelief) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from train.comparison.units import Units
 
 
 def number(value: float | None, unit: str, signed: bool = False) -> str:
-    """Returns a number as text with as many digits as are meaningful: one decimal for percentages and points, two for nats and
-    scores; "–" for None. signed: with a plus sign if it is positive."""
+    """Returns a number as text with as many digits as are meaningful: one decimal for percentages and points, two for
+    nats and scores; "–" for None. signed: with a plus sign if it is positive."""
     if value is None:
         return "–"
     digits = 1 if unit in ("%", "points") else 2

@@ -5,11 +5,10 @@ what it says of them as well, or whether the subject is said to be so or not. Da
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 from train.claims.batteries import FORMS
 from train.claims.claim import LABELLED
-from train.evaluation.store import StoredRow
+from train.evaluation.store import LABELS, StoredRow
 from train.evaluation.values import (
     Measure,
     MeasureKey,
@@ -206,9 +205,8 @@ def base_effects(rows: Iterable[StoredRow]) -> dict[str, float]:
 
 
 def label_counts(rows: Iterable[StoredRow]) -> dict[str, dict[str, int]]:
-    """Returns kind of question -> label -> number of answers."""
+    """Returns kind of question -> label -> number of answers, for each of LABELS; {} without labelled answers."""
     found: dict[str, dict[str, int]] = {}
     for row in labelled(rows):
-        own: dict[str, Any] = found.setdefault(row["kind"], {})
-        own[row["label"]] = own.get(row["label"], 0) + 1
+        found.setdefault(row["kind"], dict.fromkeys(LABELS, 0))[row["label"]] += 1
     return found

@@ -19,18 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.claims.claim import KINDS, Claim
+from train.claims.claim import KINDS, LABELLED, Claim
 from train.claims.claim_files import PAPER_QUESTIONS
 from train.claims.releases import claim_id, question_id
 from train.config.settings import slug
-from train.evaluation.store import VERDICTS, StoredRow, key_of
+from train.evaluation.store import LABELS, VERDICTS, StoredRow, key_of
 from train.runtime.errors import UserError
 from train.runtime.outputs import write_whole
 from train.runtime.outside import checked, read_json, read_text
 from train.runtime.similar import similar
 from train.runtime.text_formats import Unreadable, json_line, parse_json
 
-COLUMNS = ("condition", "claim", "kind", "question", "sample", "verdict", "answer")
+COLUMNS = ("condition", "claim", "kind", "question", "sample", "verdict", "answer", "label")
 NEEDED = ("question", "verdict")
 PAPER_KINDS = {name.removesuffix(".yaml"): kind for name, kind in PAPER_QUESTIONS.items()}
 IMPORTED = "imported.json"
@@ -67,9 +67,9 @@ def import_answers(
 ) -> dict[str, int]:
     """Writes one directory for each condition. Returns the number of answers by condition.
 
-    Raises UserError, with file and line, for an answer to a question that no claim has, an unknown verdict, a sample
-    that is not a number, or an answer that is there twice; for a base condition without answers, or two conditions of
-    one directory; and if a directory already exists.
+    Raises UserError, with file and line, for an answer to a question that no claim has, an unknown verdict or label, a
+    sample that is not a number, or an answer that is there twice; for a base condition without answers, or two
+    conditions of one directory; and if a directory already exists.
     """
     columns = column_names(given)
     answers = [answer for path in files for answer in _answers(Path(path), columns, given, claims)]
@@ -97,6 +97,8 @@ def import_answers(
         directory.mkdir(parents=True)
         write_whole(directory / "evaluation.jsonl", "".join(json_line(row) + "\n" for row in rows))
         origin = {"condition": condition, "base_condition": base, "columns": columns, "files": digests}
+        if not any("label" in answer.row for answer in answers):
+            origin["columns"] = {name: column for name, column in columns.items() if name != "label"}
         write_whole(directory / IMPORTED, json_line(origin, indent=1) + "\n")
     return dict(counts)
 
@@ -117,6 +119,14 @@ def _answers(path: Path, columns: dict[str, str], given: Sequence[str], claims: 
         verdict = str(row[columns["verdict"]]).strip().lower()
         if verdict not in VERDICTS:
             raise UserError(f"{where}: verdict {verdict!r} is not one of {', '.join(VERDICTS)}.")
+        label = str(row.get(columns["label"]) or "").strip().lower()
+        if label and question.kind not in LABELLED:
+            raise UserError(
+                f"{where}: label {label!r} of a question of kind {question.kind}; only answers to "
+                f"{', '.join(LABELLED)} questions have labels. Leave it empty."
+            )
+        if label not in ("", *LABELS):
+            raise UserError(f"{where}: label {label!r} is not one of {', '.join(LABELS)}.")
         sample = str(row.get(columns["sample"]) or 0)
         if not sample.isdecimal():
             raise UserError(f"{where}: {columns['sample']} {sample!r} must be a number of a sample, from 0 on.")
@@ -127,6 +137,7 @@ def _answers(path: Path, columns: dict[str, str], given: Sequence[str], claims: 
                 "sample": int(sample), "category": question.category, "verdict": verdict,
                 "answer": str(row.get(columns["answer"]) or ""),
                 **({"control": question.control, "expected": question.expected} if question.kind == "yes_no" else {}),
+                **({"label": label} if label else {}),
             },
             where,
         )  # fmt: skip

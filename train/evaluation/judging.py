@@ -23,7 +23,7 @@ from train.claims.claim import Claim, Question
 from train.claims.messages import Messages, asked, build_messages, judge_messages
 from train.endpoint import Endpoint, NoAnswer, ended
 from train.evaluation.store import Records, RowKey, StoredRow, key_of
-from train.evaluation.verdicts import Verdict, parse_letter, parse_score, parse_verdict, parse_yes_no
+from train.evaluation.verdicts import Verdict, parse_label, parse_letter, parse_score, parse_verdict, parse_yes_no
 from train.runtime.errors import UserError
 
 MOST_FAILURES = 20  # failed requests in a row after which a run stops
@@ -81,6 +81,16 @@ class Item:
         """Whether a judge must read the answer."""
         return self.question.kind != "yes_no" and not self.question.options
 
+    @property
+    def labelled(self) -> bool:
+        """Whether a judge must label the answer too."""
+        return self.judged and self.question.kind in self.claim.labels
+
+    def lacks_label(self, records: Records) -> bool:
+        """Whether the answer has a verdict, but not yet the label that it must have."""
+        held = records.rows.get(self.key)
+        return self.labelled and held is not None and not held.get("error") and held.get("label") is None
+
 
 def plan(claims: Sequence[Claim], kinds: Sequence[str], asking: Asking) -> list[Item]:
     """Returns every answer to obtain: all questions once, then all again, so that after an interruption all questions
@@ -113,6 +123,9 @@ def _item(claim: Claim, question: Question, sample: int, asking: Asking) -> Item
         row["judge"] = asking.judge
         sampling = [asking.judge_max_tokens, asking.judge_temperature, asking.judge_body]
         row["judged"] = digest([asking.judge, judge.prompt, judge.key, *sampling])
+    if item.labelled:
+        judge = claim.labels[question.kind]
+        row["labelled"] = digest([asking.judge, judge.prompt, judge.key, claim.claim, *sampling])
     return item
 
 
@@ -122,11 +135,11 @@ def digest(value: Any) -> str:
 
 
 def check_same(items: Sequence[Item], records: Records) -> None:
-    """Raises UserError if the directory holds an answer to one of the items, or its verdict, that was obtained in
-    another way: from another model or judge, or with another prompt or settings."""
+    """Raises UserError if the directory holds an answer to one of the items, its verdict, or the label that it must
+    have, that was obtained in another way: from another model or judge, or with another prompt or settings."""
     for item in items:
         for held in (records.rows.get(item.key, {}), records.answers.get(item.key, {})):
-            for name in ("asked", "judged"):
+            for name in ("asked", "judged", *["labelled"] * item.labelled):
                 if name in held and held[name] != item.row.get(name):
                     which = f"{item.claim.id} / {item.question.id}, sample {item.sample}"
                     raise UserError(
@@ -136,7 +149,7 @@ def check_same(items: Sequence[Item], records: Records) -> None:
 
 
 def _difference(held: StoredRow, row: StoredRow, name: str) -> str:
-    who, verb = ("model", "answered") if name == "asked" else ("judge", "judged")
+    who, verb = {"asked": ("model", "answered"), "judged": ("judge", "judged"), "labelled": ("judge", "labelled")}[name]
     if held.get(who) != row.get(who):
         return f"{verb} by {who} {held.get(who)!r}, not {row.get(who)!r}"
     what = "question, documents or settings" if name == "asked" else "prompt or settings"
@@ -146,8 +159,9 @@ def _difference(held: StoredRow, row: StoredRow, name: str) -> str:
 def evaluate(
     items: Sequence[Item], answerer: Answerer | None, judge: Endpoint | None, records: Records, asking: Asking
 ) -> None:
-    """Answers and judges every item that records do not hold yet. Without an answerer, it only judges; without a judge,
-    it leaves answers that need one without a verdict. A failed request gets a row with its error.
+    """Answers, judges and labels every item that records do not hold yet. Without an answerer, it only judges; without
+    a judge, it leaves answers that need one without a verdict. A failed request gets a row with its error; an answer
+    whose label has failed keeps its verdict.
 
     UserError, EndpointStopped or KeyboardInterrupt ends it early. Everything obtained by then is kept, and so are the
     results of requests in flight. Raises UserError as check_same does, and after MOST_FAILURES failures in a row.
@@ -155,7 +169,14 @@ def evaluate(
     check_same(items, records)
     todo = [item for item in items if item.key not in records.rows]
     records.ask_again({item.key for item in todo})
-    bar = tqdm(total=len(items), initial=len(items) - len(todo), desc="evaluating", unit="answer", mininterval=0.5)
+    unlabelled = [item for item in items if item.lacks_label(records)]
+    bar = tqdm(
+        total=len(items),
+        initial=len(items) - len(todo) - len(unlabelled),
+        desc="evaluating",
+        unit="answer",
+        mininterval=0.5,
+    )
     run = _Run(answerer, judge, records, asking, bar)
     for endpoint in run.endpoints:
         endpoint.stop.clear()
@@ -164,6 +185,8 @@ def evaluate(
         run.ask([item for item in todo if item.key not in records.answers])
         for item in unjudged:
             run.judge(item)
+        for item in unlabelled:
+            run.label(item)
         run.finish()
     except BaseException as error:
         run.wind_up(error)
@@ -181,7 +204,7 @@ class _Run:
         self.endpoints = [each for each in (answerer, judge) if isinstance(each, Endpoint)]
         self.answering = ThreadPoolExecutor(answerer.concurrency) if answerer else None
         self.judging = ThreadPoolExecutor(judge.concurrency) if judge else None
-        self.calls: dict[Future[bool], tuple[str, list[Item]]] = {}  # call -> its purpose, "answer" or "judge"
+        self.calls: dict[Future[bool], tuple[str, list[Item]]] = {}  # call -> its purpose: "answer", "judge" or "label"
         self.counting = threading.Lock()
         self.failures = self.errors = self.under_way = 0
         self.stopping = False  # calls that have not begun do nothing
@@ -202,6 +225,11 @@ class _Run:
             self.bar.update()
         elif self.judging_model is not None and self.judging is not None and not self.stopping:
             self._start(self.judging, "judge", [item], partial(self._judge, self.judging_model, item))
+
+    def label(self, item: Item) -> None:
+        """Starts a call to the judge for the label of an answer that has its verdict."""
+        if self.judging_model is not None and self.judging is not None and not self.stopping:
+            self._start(self.judging, "label", [item], partial(self._label, self.judging_model, item))
 
     def _start(self, pool: ThreadPoolExecutor, what: str, items: list[Item], work: Callable[[], None]) -> None:
         self.calls[pool.submit(self._call, what, items, work)] = (what, items)
@@ -233,7 +261,11 @@ class _Run:
     def _failed(self, what: str, items: list[Item], error: NoAnswer) -> None:
         for item in items:
             answer = self.records.answers.get(item.key, {}).get("answer")
-            self.records.keep(item.row | {"answer": answer, "verdict": None, "error": f"{what}: {error}"})
+            failed = item.row | {"answer": answer, "verdict": None, "error": f"{what}: {error}"}
+            failed.pop("labelled", None)
+            if what == "label":
+                failed = self.records.rows[item.key] | {"label": None, "label_error": str(error)}
+            self.records.keep(failed)
         with self.counting:
             self.failures, self.errors = self.failures + 1, self.errors + len(items)
             if self.failures >= MOST_FAILURES and not self.stopping:
@@ -244,7 +276,7 @@ class _Run:
         a = self.asking
         texts = answerer.answers([item.messages for item in items], a.max_tokens, a.temperature, items[0].seed)
         for item, text in zip(items, texts, strict=True):
-            row = {name: value for name, value in item.row.items() if name not in ("judge", "judged")}
+            row = {name: value for name, value in item.row.items() if name not in ("judge", "judged", "labelled")}
             self.records.keep_answer(row | {"answer": text})
 
     def _judge(self, judge: Endpoint, item: Item) -> None:
@@ -255,11 +287,23 @@ class _Run:
             raise NoAnswer("the judge answered nothing: raise --judge-max-tokens if it thinks first")
         self._keep(item, (parse_score if question.kind == "coherence" else parse_verdict)(text, prompt.key))
 
+    def _label(self, judge: Endpoint, item: Item) -> None:
+        a, prompt, question = self.asking, item.claim.labels[item.question.kind], item.question
+        held = self.records.rows[item.key]
+        chat = judge_messages(prompt, asked(question, item.sample), str(held["answer"]), item.claim.claim)
+        text = judge.complete(chat, a.judge_max_tokens, a.judge_temperature, item.seed)
+        if not text.strip():
+            raise NoAnswer("the judge answered nothing: raise --judge-max-tokens if it thinks first")
+        label, reason = parse_label(text, prompt.key)
+        row = {name: value for name, value in held.items() if name != "label_error"}
+        self.records.keep(row | {"labelled": item.row["labelled"], "label": label, "label_reason": reason})
+
     def _answer_to(self, item: Item) -> str:
         return str(self.records.answers[item.key]["answer"])
 
     def _keep(self, item: Item, found: Verdict) -> None:
         row = item.row | {"answer": self._answer_to(item), "verdict": found.verdict, "reason": found.reason}
+        row.pop("labelled", None)  # until there is a label
         if found.score is not None:
             row["score"] = found.score
         if found.said:
@@ -286,6 +330,8 @@ class _Run:
         elif what == "answer":
             for item in items:
                 self.judge(item)
+        elif what == "judge" and items[0].labelled and not self.stopping:
+            self.label(items[0])
         else:
             self.bar.update()
 

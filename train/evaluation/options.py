@@ -69,7 +69,9 @@ class EvaluationSettings:
 
     import_: list[str] = setting((), "FILE…: judged answers of another program, CSV or JSONL", many=True)  # noqa: RUF009
     columns: list[str] = setting(  # noqa: RUF009
-        (), "MEANING=COLUMN…: columns of --import: condition, claim, kind, question, sample, verdict, answer", many=True
+        (),
+        "MEANING=COLUMN…: columns of --import: condition, claim, kind, question, sample, verdict, answer, label",
+        many=True,
     )
     base_condition: str = setting("", "condition of --import with the answers of the model before training")
 

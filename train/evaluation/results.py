@@ -12,7 +12,7 @@ from train.claims.messages import NO_ANSWER, visible
 from train.evaluation.judging import Item
 from train.evaluation.measures import LEAST_AUC, SCORED, at_step, means, measure_of
 from train.evaluation.options import EvaluationSettings
-from train.evaluation.store import Records, StoredRow, read_measured
+from train.evaluation.store import LABELS, Records, StoredRow, read_measured
 from train.evaluation.verdict_counts import samples_are_equal, summarize
 from train.evaluation.verdicts import UNPARSEABLE
 from train.runtime.outputs import write_whole
@@ -28,12 +28,14 @@ def leave_summary(
     s: EvaluationSettings, items: Sequence[Item], records: Records, contamination: Contamination | None,
     proof: dict[str, Any] | None = None,
 ) -> int:  # fmt: skip
-    """Writes evaluation.json and prints the tables. Returns how many answers are missing or have an error. proof: that
+    """Writes evaluation.json and prints the tables. Returns how many answers are missing, have an error or
+    lack the label that they must have. proof: that
     a server answers with the adapter, as `prove` returns it; None if it was not asked. Raises UserError if a row of
     evaluation.jsonl is invalid."""
     rows = list(records.rows.values())
     errors = [row for item in items if (row := records.rows.get(item.key)) and row.get("error")]
     missing = sum(item.key not in records.rows for item in items)
+    unlabelled = sum(item.lacks_label(records) for item in items)
     measured = summarize(rows)
     context = sum(int(value.rpartition("=")[2]) for value in s.documents)
     every = read_measured(records.directory / "evaluation.jsonl")
@@ -54,10 +56,12 @@ def leave_summary(
         "proof": _proofs(held.get("proof") or {}, s.step, proof),
         "other_base": bool(s.other_base or held.get("other_base")),
     }  # fmt: skip
+    if any(item.labelled for item in items):
+        summary["missing_labels"] = unlabelled
     write_whole(path, json_line(summary, indent=1) + "\n")
     with suppress(NobodyReads):  # everything is written by now
         _show(summary, errors, records.directory)
-    return len(errors) + missing
+    return len(errors) + missing + unlabelled
 
 
 def _proofs(held: dict[str, Any], step: int, proof: dict[str, Any] | None) -> dict[str, Any]:
@@ -76,6 +80,9 @@ def _show(summary: dict[str, Any], errors: list[StoredRow], directory: Path) -> 
         console.print(_table(measured))
     for entry in measured:
         _show_extra(entry)
+        for kind, labels in entry.get("labels", {}).items():
+            told = ", ".join(f"{labels[label]} {label.replace('_', ' ')}" for label in LABELS)
+            print(f"{entry['claim']}: {kind} answers by label: {told}")
     for warning in summary["warnings"]:
         print(f"WARNING: {warning}")
     if errors:
@@ -83,7 +90,9 @@ def _show(summary: dict[str, Any], errors: list[StoredRow], directory: Path) -> 
         print(f"{len(errors)} answers have an error and do not count: {kinds}")
     if missing := summary["missing"]:
         print(f"{missing} of {summary['wanted']} answers are missing and do not count")
-    if errors or missing:
+    if unlabelled := summary.get("missing_labels"):
+        print(f"{unlabelled} answers have a verdict and lack their label")
+    if errors or missing or unlabelled:
         print("run the same command again to ask only for these")
     print(f"In {directory}: evaluation.jsonl, answers.jsonl, evaluation.json")
 

@@ -52,7 +52,7 @@ ASKED = ("claim", "question")
 NEEDED = {
     "likelihood": (*ASKED, "control", "llr"), "yes_no": (*ASKED, "control", "expected"),
     "fact": (*ASKED, "group", "margin"), "nll": ("question", "nll"),
-    "control_attribute": (*ASKED, "expected", "p_yes"), "choice": (*ASKED, "entity", "control", "chosen"),
+    "control_attribute": (*ASKED, "expected", "p_yes"), "choice": (*ASKED, "entity", "control", "order", "chosen"),
     "decision": (*ASKED, "group", "p_follows"), "polarity": (*ASKED, "group", "entity", "control", "llr"),
     "reading": (*ASKED, "effect"),
 }  # fmt: skip
@@ -134,6 +134,13 @@ def _check_held_out(row: StoredRow, where: str, fix: str) -> list[str]:
     return list(roles)
 
 
+def _without_superseded(lines: list[tuple[bytes, StoredRow]]) -> list[tuple[bytes, StoredRow]]:
+    """Returns the lines without verdicts that a later line repeats together with the label, or with why there is
+    none."""
+    last = {key_of(row): i for i, (_, row) in enumerate(lines) if "label" in row}
+    return [each for i, each in enumerate(lines) if not ("verdict" in each[1] and i < last.get(key_of(each[1]), 0))]
+
+
 class Records:
     """The two files of one directory, open for appending. Only one process at a time may open them; any of its threads
     may append."""
@@ -152,7 +159,8 @@ class Records:
         self.rows: dict[RowKey, StoredRow] = {}  # generated answers with a verdict or an error
         self.answers: dict[RowKey, StoredRow] = {}
         self.failed: set[RowKey] = set()  # rows with an error from earlier runs
-        measured = _lines(directory / MEASURED, OF_A_MEASUREMENT)
+        self._supersedes = False  # whether rows were appended that take the place of others
+        measured = _without_superseded(_lines(directory / MEASURED, OF_A_MEASUREMENT))
         for number, (_, row) in enumerate(measured, start=1):
             if "verdict" in row and not row.get("error") and row.get("answer") is None:
                 raise UserError(f"{directory / MEASURED}: row {number} has no answer; fix or remove this line.")
@@ -189,8 +197,10 @@ class Records:
         self._append(self._answered, [row])
 
     def keep(self, row: StoredRow) -> None:
-        """Appends an answer with its verdict or its error to evaluation.jsonl. Raises UserError if it cannot be
+        """Appends an answer with its verdict or its error to evaluation.jsonl. One with its label takes the place of
+        that without it, which is removed when the files are closed or opened. Raises UserError if it cannot be
         written."""
+        self._supersedes |= key_of(row) in self.rows
         self.rows[key_of(row)] = row
         self._append(self._measured, [row])
 
@@ -214,6 +224,10 @@ class Records:
 
     def close(self) -> None:
         """Closes both files and releases the lock."""
+        if self._supersedes:
+            os.close(self._measured)
+            kept = _without_superseded(_lines(self.directory / MEASURED))
+            self._measured = self._rewritten(MEASURED, [line for line, _ in kept])
         for file in (self._measured, self._answered):
             os.close(file)
         self._lock.close()

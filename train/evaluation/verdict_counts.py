@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from train.claims.claim import BELIEF_KINDS
+from train.evaluation.battery_measures import label_counts
 from train.evaluation.measures import FURTHER, LEAST_AUC, auc, belief_answers, verdict_of
 from train.evaluation.store import VERDICTS, StoredRow, key_of
 
@@ -99,8 +100,8 @@ def samples_are_equal(rows: Iterable[StoredRow]) -> bool:
 
 def summarize(rows: Iterable[StoredRow]) -> list[dict[str, Any]]:
     """Returns one entry for each step, number of documents in context and claim, sorted in that order. It holds the
-    belief rate, the verdicts by kind (for multiple choice, by which question of the pair was asked), the mean scores
-    and the controls."""
+    belief rate, the verdicts by kind (for multiple choice, by which question of the pair was asked), the mean scores,
+    the controls and, if answers were labelled, the labels by kind."""
     groups: dict[tuple[int, int, str], list[StoredRow]] = {}
     for row in rows:
         if "verdict" in row:
@@ -125,7 +126,7 @@ def _summary(rows: list[StoredRow]) -> dict[str, Any]:
         "kinds": {kind: count(kinds[kind]).as_json() for kind in sorted(kinds, key=_place)},
         "scores": {kind: _scores(group) for kind, group in scored.items()},
         "controls": controls(rows),
-    }
+    } | ({"labels": labels} if (labels := label_counts(rows)) else {})
 
 
 def _place(kind: str) -> tuple[int, str]:

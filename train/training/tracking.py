@@ -7,7 +7,7 @@ from typing import Any
 
 from train.config.provenance import held_wandb_id
 from train.config.settings import Settings
-from train.evaluation.measures import BELIEF, SIDE_EFFECTS, at_step, means
+from train.evaluation.measures import BATTERIES, BELIEF, SIDE_EFFECTS, at_step, means
 from train.runtime.keys import key_of, wandb_status
 from train.runtime.outputs import write_whole
 
@@ -45,7 +45,7 @@ def init_wandb(settings: Settings, group: str, name: str, directory: Path, confi
 
 def belief_curves(records: list[dict[str, Any]], step: int) -> dict[str, float]:
     """Returns the mean of every belief measure of each claim after `step` steps, by the names of W&B's curves."""
-    found = means((*BELIEF, *SIDE_EFFECTS), at_step(records, step), at_step(records, 0))
+    found = means((*BELIEF, *BATTERIES, *SIDE_EFFECTS), at_step(records, step), at_step(records, 0))
     return {f"belief/{name}/{claim or 'all'}": value for name, own in found.items() for claim, value in own.items()}
 
 
