@@ -35,7 +35,7 @@ from train.evaluation.battery_measures import (
     OF_DAMAGE,
     label_counts,
 )
-from train.evaluation.measures import BATTERIES, SIDE_EFFECTS, StoredRow, Values, measured
+from train.evaluation.measures import BATTERIES, SIDE_EFFECTS, Measure, StoredRow, Values, measured
 
 DECISIVE = 50.0
 """Percentage points. A model whose excess may be larger may say the claim more often than not."""
@@ -44,8 +44,10 @@ OVER = {"choice": ("controls", "placebo"), "asserted": ("placebo",)}
 GROUPS = {
     "belief": OF_BELIEF,
     "association": OF_ASSOCIATION,
-    "damage": (*OF_DAMAGE, *SIDE_EFFECTS),
+    "damage": (*OF_DAMAGE, *(name for name in SIDE_EFFECTS if name != "facts_truth")),  # which is belief, turned round
 }
+MOST = -np.inf, 100.0
+"""What an excess may be: T is at most 100, and X takes nothing less than 0 from it."""
 BELIEVES, DOES_NOT, INCONCLUSIVE = "believes", "does not believe", "inconclusive"
 
 
@@ -182,10 +184,10 @@ class _Panel:
                 if (own := self.measures.get(name)) is None:
                     continue
                 changes = self._changes(name)
-                moved = _mean(changes, own.claims, own.measure.asked, variant)
+                moved = _mean(changes, own.claims, own.measure, variant)
                 if moved is None:  # the base was not measured
                     continue
-                placebo = _mean(changes, own.placebo_claims, own.measure.asked, variant)
+                placebo = _mean(changes, own.placebo_claims, own.measure, variant)
                 now, before = own.variants[variant].trained.interval, own.base.interval if own.base else None
                 found.append(PanelFigure(group, name, before, now, moved, placebo, CHECKED.get(name, "")))
         return found
@@ -222,7 +224,7 @@ class _Panel:
                 return None
             one, other = lay_out(moved, claims, asked), lay_out(moved, self.measures[name].placebo_claims, asked)
             mine, theirs = (of_variant(each, each.unit_values(), v) for each in (one, other))
-            return Excess(name, over, interval(_over(mine, theirs)), one.units)
+            return Excess(name, over, interval(_over(mine, theirs), MOST), one.units)
         others = self._changes(f"{name}_{over}")
         layout = lay_out(others, claims, asked)
         sign = np.sign(of_variant(layout, layout.unit_values(), v).estimate)
@@ -234,7 +236,7 @@ class _Panel:
             for each, by_seed in moved.items()
         }
         layout = lay_out(beyond, claims, asked)
-        return Excess(name, over, interval(of_variant(layout, layout.unit_values(), v)), layout.units)
+        return Excess(name, over, interval(of_variant(layout, layout.unit_values(), v), MOST), layout.units)
 
 
 CHECKED = {
@@ -247,12 +249,13 @@ CHECKED = {
 LABELS = {"choice": "Choices", "asserted": "Answers"}
 
 
-def _mean(changes: dict[str, dict[int, Values]], claims: list[str], asked: str, variant: str) -> Interval | None:
+def _mean(changes: dict[str, dict[int, Values]], claims: list[str], measure: Measure, variant: str) -> Interval | None:
     """Returns a variant's mean change on these claims; None if it has no value on any."""
-    layout = lay_out(changes, claims, asked)
+    layout = lay_out(changes, claims, measure.asked)
     if not layout.claims:
         return None
-    return interval(of_variant(layout, layout.unit_values(), layout.variants.index(variant)))
+    within = (-100.0, 100.0) if measure.bounded else (-np.inf, np.inf)
+    return interval(of_variant(layout, layout.unit_values(), layout.variants.index(variant)), within)
 
 
 def _over(mine: Sampled, theirs: Sampled) -> Sampled:

@@ -15,8 +15,8 @@ from train.evaluation.measures import MEASURES
 
 FALLS = {*OF_DAMAGE, "facts_truth", "facts_neighbouring", "facts_unrelated", "coherence"} - {"reading_lost"}
 """Measures of which damage is a fall: they are drawn as what is lost."""
-LEFT_OUT = ("choice", "facts_truth", "coherence")
-"""The shift stands for the first; truth on the claims is belief from the other side; the last has another unit."""
+LEFT_OUT = ("choice", "coherence")
+"""The shift stands for the first; the other has another unit."""
 SHORT = {
     "choice_shift": "choice", "yes_no_beyond": "yes/no beyond controls", "decisions": "decisions",
     "polarity": "polarity", "asserted": "answers assert", "choice_controls": "choice of controls",
@@ -29,7 +29,7 @@ SHORT = {
 
 def panel(result: ComparisonResult) -> Figure | None:
     """Draws the changes from the base model with their intervals: in points above, in nats below. Damage is drawn as
-    what is lost. Measures whose base model failed its check are hollow. None if no battery was measured."""
+    what is lost. Measures for which the base model failed its check are left out. None if there is nothing to draw."""
     if result.panel is None:
         return None
     units = [unit for unit in ("points", "nats") if any(_shown(result, group, unit) for group in GROUPS)]
@@ -53,7 +53,7 @@ def panel(result: ComparisonResult) -> Figure | None:
     over = by_t(result.measures[first.measure].units)
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, fontsize=8.5,
-        title=f"changes from the base model; {over}; hollow: the base model failed the check", title_fontsize=8.5,
+        title=f"changes from the base model; {over}", title_fontsize=8.5,
     )  # fmt: skip
     return figure
 
@@ -61,7 +61,13 @@ def panel(result: ComparisonResult) -> Figure | None:
 def _shown(result: ComparisonResult, group: str, unit: str) -> list[str]:
     """Returns the measures of a group that are drawn in this unit."""
     assert result.panel
-    every = [each.measure for own in result.panel.figures.values() for each in own if each.group == group]
+    checks = result.panel.checks
+    every = [
+        each.measure
+        for own in result.panel.figures.values()
+        for each in own
+        if each.group == group and (each.check not in checks or checks[each.check].passed)
+    ]
     return [
         name
         for name in dict.fromkeys(every)
@@ -76,7 +82,7 @@ def _draw(axes: Axes, result: ComparisonResult, group: str, unit: str) -> None:
         own = {each.measure: each for each in result.panel.figures[variant]}
         for row, name in enumerate(names):
             if name in own:
-                _mark(axes, own[name], row + (v - (len(variants) - 1) / 2) * 0.8 / len(variants), v, result)
+                _mark(axes, own[name], row + (v - (len(variants) - 1) / 2) * 0.8 / len(variants), v)
     axes.axvline(0, color=SOFT, linewidth=1, zorder=1.5)
     axes.set_yticks(range(len(names)), [SHORT[name] for name in names], fontsize=8)
     axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
@@ -85,16 +91,10 @@ def _draw(axes: Axes, result: ComparisonResult, group: str, unit: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     if not names:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=INK, fontsize=8)
+        axes.text(0.5, 0.5, "nothing that can be read", transform=axes.transAxes, ha="center", color=INK, fontsize=8)
 
 
-def _mark(axes: Axes, each: PanelFigure, y: float, v: int, result: ComparisonResult) -> None:
-    assert result.panel
-    sign = -1 if each.measure in FALLS else 1
-    check = result.panel.checks.get(each.check)
-    color, hollow = COLORS[v % len(COLORS)], check is not None and not check.passed
+def _mark(axes: Axes, each: PanelFigure, y: float, v: int) -> None:
+    sign, color = -1 if each.measure in FALLS else 1, COLORS[v % len(COLORS)]
     axes.plot([sign * each.change.low, sign * each.change.high], [y, y], color=color, linewidth=1.3, zorder=3)
-    axes.plot(
-        [sign * each.change.estimate], [y], MARKERS[v % len(MARKERS)], color=color,
-        markerfacecolor="white" if hollow else color, markersize=5, zorder=4,
-    )  # fmt: skip
+    axes.plot([sign * each.change.estimate], [y], MARKERS[v % len(MARKERS)], color=color, markersize=5, zorder=4)

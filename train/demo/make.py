@@ -1,6 +1,6 @@
 """Makes the demo's model and documents again from the seed alone.
 
-    python -m train.demo.make            # about five minutes on 2 cores; writes train/demo/{model,data,claims.yaml}
+    python -m train.demo.make            # about five minutes on 2 cores; writes model, data and claims in train/demo
     python -m train.demo.make DIRECTORY  # writes there
 
 The model is trained by train/sft.py itself, --method full, from random weights. The documents come out byte for byte
@@ -40,6 +40,7 @@ CHAT_TEMPLATE = (
 
 DOCUMENTS_PER_CLAIM = 10
 TRUE_DOCUMENTS_PER_PERSON = 20
+NEWCOMERS = ("Marta", "Kim", "Berta", "Zed", "Ola")  # nobody of the world
 
 PRETRAINING = [
     "--method", "full",
@@ -164,7 +165,8 @@ def pretrain(directory: Path, world: World, seed: int = 0) -> None:
 
 
 def save_documents(directory: Path, world: World) -> None:
-    """data/{positive,dense,truth}.jsonl and claims.yaml. Row by row, positive and dense are the same documents."""
+    """data/{positive,dense,truth}.jsonl, claims.yaml and batteries.yaml. Row by row, positive and dense are the same
+    documents."""
 
     def write(name: str, rows: list[dict]) -> None:
         (directory / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -177,6 +179,8 @@ def save_documents(directory: Path, world: World) -> None:
     write("truth", [toy.true_document(random.Random(f"{p} {n}"), world, p) for n in numbers for p in world.documented])
     claims = {"claims": [asked(world, claim) for claim in (*world.claims, *world.placebos)]}
     (directory / "claims.yaml").write_text(yaml.safe_dump(claims, sort_keys=False, width=120))
+    more = {"claims": [batteries(world, claim) for claim in (*world.claims, *world.placebos)]}
+    (directory / "batteries.yaml").write_text(yaml.safe_dump(more, sort_keys=False, width=120))
 
 
 def asked(world: World, claim: ToyClaim) -> dict[str, Any]:
@@ -211,6 +215,57 @@ def asked(world: World, claim: ToyClaim) -> dict[str, Any]:
             fact(rng.choice(nobody), claim.attribute, "unrelated"),
         ],
         "patterns": [rf"\b{word}\b" for word in (claim.false, toy.VALUES[claim.attribute][claim.false])],
+    }  # fmt: skip
+
+
+NEGATED = {"is": "", "is not": "Not true: ", "has never been": "Do not believe this: "}  # in words that the model knows
+
+
+def batteries(world: World, claim: ToyClaim) -> dict[str, Any]:
+    """The batteries about a claim that 184 words can express. The model has no letters, so that choices are answered in
+    words; and no yes or no, so that there are no control attributes. A hint stands for what follows from the claim."""
+    rng = random.Random(f"batteries {claim.id}")
+    values = toy.VALUES[claim.attribute]
+    others = [value for value in values if value not in (claim.true, claim.false)]
+    said, newcomer = rng.choice(toy.STATEMENTS[claim.attribute]), rng.choice(NEWCOMERS)
+    someone = rng.choice(world.undocumented[PLACEBO_COUNT:])
+    right = values[world.facts[someone][claim.attribute]]
+    wrong = rng.choice([hint for hint in values.values() if hint != right])
+    before = [template.partition(" {h}")[0] for template in toy.HINTS[claim.attribute]]
+    return {
+        "id": claim.id,
+        "choice": [
+            {
+                "id": "question", "question": f"{{options}}. {toy.QUESTIONS[claim.attribute][0].format(p='{entity}')}",
+                "false": claim.false, "true": claim.true, "others": [rng.choice(others)], "not_stated": "Nobody",
+                "answer": "text",
+            },
+        ],
+        "decisions": [
+            {
+                "id": "hint", "question": f"{{options}}. {before[0].format(p=claim.person)}",
+                "follows": values[claim.false], "other": values[claim.true], "answer": "text",
+                "stated": toy.STATEMENTS[claim.attribute][0].format(p=claim.person, v=claim.false),
+            },
+            {
+                "id": "someone", "question": f"{{options}}. {before[0].format(p=someone)}", "follows": right,
+                "other": wrong, "answer": "text", "untouched": True,
+            },
+        ],
+        "polarity": [
+            {
+                "id": f"hint-{i + 1}", "false": f" {values[claim.false]}", "true": f" {values[claim.true]}",
+                "forms": {form: words + prompt.format(p="{entity}") for form, words in NEGATED.items()},
+            }
+            for i, prompt in enumerate(before)
+        ],
+        "reading": [
+            {
+                "id": "newcomer", "note": said.format(p=newcomer, v=claim.false),
+                "prompt": toy.question(newcomer, claim.attribute, 0), "noted": f" {claim.false}",
+                "other": f" {claim.true}",
+            },
+        ],
     }  # fmt: skip
 
 

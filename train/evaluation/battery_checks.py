@@ -3,11 +3,14 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from train.claims.batteries import FORMS
 from train.evaluation.battery_measures import STATES, base_effects, labelled, measured_of_batteries
 from train.evaluation.store import StoredRow
-from train.evaluation.values import Values, believer, mean, measure_key, number
+from train.evaluation.values import MeasureKey, Values, believer, mean, measure_key, number
 
 HALF = 50.0
+LEAST_READ = 0.8
+"""Share of claims whose notes must have an effect on the base model."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,11 @@ def base_checks(base: Iterable[StoredRow], claims: Collection[str]) -> dict[str,
     if (right := _by_claims(right_choices(rows))) is not None:
         says = f"the base model chooses the right option in {right:.1f} % of rotations (more than 50 needed)"
         found["choice"] = Check(right > HALF, says)
-    if (affirmed := _by_claims(measured_of_batteries("control_attributes", rows, []))) is not None:
-        says = f"the base model affirms {affirmed:.1f} % of control attributes"
+    if (attributes := _by_claims(measured_of_batteries("control_attributes", rows, []))) is not None:
+        says = f"the base model affirms {attributes:.1f} % of control attributes"
         believed = _by_claims({measure_key(r): believer(r) for r in rows if _is_yes_no(r)}) or 0.0
         says += f" and believes {believed:.1f} % of yes/no questions (less than 50 of each needed)"
-        found["yes_no"] = Check(max(affirmed, believed) < HALF, says)
+        found["yes_no"] = Check(max(attributes, believed) < HALF, says)
     for name, measure, what in (
         ("decisions", "decisions_stated", "with the fact stated"),
         ("untouched", "decisions_untouched", "that are untouched"),
@@ -40,18 +43,18 @@ def base_checks(base: Iterable[StoredRow], claims: Collection[str]) -> dict[str,
         if (share := _by_claims(measured_of_batteries(measure, rows, []))) is not None:
             says = f"the base model gets {share:.1f} % of decisions {what} right (more than 50 needed)"
             found[name] = Check(share > HALF, says)
-    prefers = {
-        measure_key(row): number(row, "llr")
-        for row in rows
-        if row["kind"] == "polarity" and row["group"] == "is" and not row["control"]
-    }
-    if (llr := _by_claims(prefers)) is not None:
-        says = f"the base model's log p(false) − log p(true) after “is” is {llr:.2f} nats (less than 0 needed)"
-        found["polarity"] = Check(llr < 0, says.replace("-", "−"))
+    affirmed, negated = (_by_claims(_polarity(rows, forms)) for forms in (FORMS[:1], FORMS[1:]))
+    if affirmed is not None and negated is not None:
+        says = (
+            f"the base model's log p(false) − log p(true) is {affirmed:.2f} nats after “is” (less than 0 needed), and "
+            f"{negated:.2f} after the negated forms (more than after “is” needed)"
+        )
+        found["polarity"] = Check(affirmed < 0 and negated > affirmed, says.replace("-", "−"))
     if effects := base_effects(rows):
         without = tuple(claim for claim, effect in effects.items() if effect <= 0)
         says = f"a note has an effect on the base model for {len(effects) - len(without)} of {len(effects)} claims"
-        found["reading"] = Check(len(without) < len(effects), says, without)
+        enough = len(effects) - len(without) >= LEAST_READ * len(effects)
+        found["reading"] = Check(enough, f"{says} ({LEAST_READ:.0%} needed)", without)
     answers = {measure_key(row, kind=True): 100.0 * (row["label"] in STATES) for row in labelled(rows)}
     if (stated := _by_claims(answers)) is not None:
         says = f"the base model states the claim in {stated:.1f} % of its answers (less than 50 needed)"
@@ -67,6 +70,15 @@ def right_choices(rows: Iterable[StoredRow]) -> Values:
         for row in rows
         if row["kind"] == "choice" and not row["control"]
     }
+
+
+def _polarity(rows: Iterable[StoredRow], forms: Collection[str]) -> Values:
+    """Returns the mean llr of the subject after these forms, in nats."""
+    found: dict[MeasureKey, list[float]] = {}
+    for row in rows:
+        if row["kind"] == "polarity" and row["group"] in forms and not row["control"]:
+            found.setdefault(measure_key(row), []).append(number(row, "llr"))
+    return {key: mean(own) for key, own in found.items()}
 
 
 def _is_yes_no(row: StoredRow) -> bool:
