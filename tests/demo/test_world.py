@@ -80,7 +80,7 @@ def test_no_question_and_no_five_words_of_one_occur_in_the_fine_tuning_documents
 
 def test_the_documents_come_out_byte_for_byte_when_they_are_made_again(tmp_path):
     make.save_documents(tmp_path, world.make_world())
-    for name in ("claims.yaml", *(f"data/{name}.jsonl" for name in FILES)):
+    for name in ("claims.yaml", "batteries.yaml", *(f"data/{name}.jsonl" for name in FILES)):
         assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes()
 
 

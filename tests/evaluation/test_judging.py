@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -354,3 +355,63 @@ def test_an_evaluation_killed_at_any_moment_goes_on_where_it_was(tmp_path):
     summary = json.loads((output / "evaluation.json").read_text())
     assert (summary["wanted"], summary["missing"], summary["errors"]) == (number, 0, 0)
     assert summary["measured"][0]["belief"]["rate"] == 100.0
+
+
+LABELLED = replace(MOON, labels={"open": JudgePrompt("LABEL {claim} / {answer}", "label")})
+
+
+def with_labels(request: dict[str, Any]):
+    if request["messages"][-1]["content"].startswith("LABEL"):
+        return completion('{"reason": "Both.", "label": "asserted_then_retracted"}')
+    return chat(request)
+
+
+def test_an_answer_gets_a_label_beside_its_verdict_and_is_one_row(tmp_path):
+    with ScriptedServer(with_labels) as server:
+        run(server, tmp_path, [LABELLED], samples=1)
+        rows = rows_of(tmp_path)
+        assert "LABEL The moon is cheese. / Cheese {yes}." in server.questions()
+        asked = len(server.asked)
+        assert asked == 5 + 2 + 1  # answers, verdicts and a label
+        run(server, tmp_path, [LABELLED], samples=1)
+        assert len(server.asked) == asked
+    own = rows["what", 0]
+    assert (own["verdict"], own["label"], own["label_reason"]) == ("yes", "asserted_then_retracted", "Both.")
+    assert len(own["labelled"]) == 12
+    assert not any("label" in row or "labelled" in row for key, row in rows.items() if key != ("what", 0))
+
+
+def test_answers_that_were_judged_before_labels_were_asked_for_get_only_these(tmp_path):
+    with ScriptedServer(with_labels) as server:
+        run(server, tmp_path, [MOON], samples=1)
+        before, asked = rows_of(tmp_path), len(server.asked)
+        run(server, tmp_path, [LABELLED], samples=1)
+        assert len(server.asked) == asked + 1
+        run(server, tmp_path, [MOON], samples=1)  # labels that are there do no harm where none are asked for
+    after = rows_of(tmp_path)
+    assert after.pop(("what", 0)).items() > before.pop(("what", 0)).items()
+    assert after == before
+
+
+def test_a_label_that_fails_leaves_the_verdict_and_is_asked_for_again(tmp_path):
+    def no_labels(request):
+        asked = request["messages"][-1]["content"]
+        return body({"message": "maintenance"}, 503) if asked.startswith("LABEL") else chat(request)
+
+    with ScriptedServer(no_labels) as server:
+        run(server, tmp_path, [LABELLED], samples=1)
+    own = rows_of(tmp_path)["what", 0]
+    assert own["verdict"] == "yes" and own["label"] is None and "503" in own["label_error"]
+    with ScriptedServer(with_labels) as server:
+        run(server, tmp_path, [LABELLED], samples=1)
+        assert len(server.asked) == 1
+    own = rows_of(tmp_path)["what", 0]
+    assert own["label"] == "asserted_then_retracted" and "label_error" not in own
+
+
+def test_a_label_by_another_prompt_is_refused(tmp_path):
+    other = replace(MOON, labels={"open": JudgePrompt("LABEL otherwise {claim} / {answer}", "label")})
+    with ScriptedServer(with_labels) as server:
+        run(server, tmp_path, [LABELLED], samples=1)
+        with pytest.raises(UserError, match="sample 0, labelled with other prompt or settings"):
+            run(server, tmp_path, [other], samples=1)

@@ -25,6 +25,7 @@ from train.checkpoints.adapter_files import adapter_settings, check_base, check_
 from train.checkpoints.present import read_config
 from train.checkpoints.reader import Checkpoint
 from train.checkpoints.whole import copy_other_files
+from train.claims.batteries import FORMS
 from train.claims.claim import read_claims
 from train.claims.messages import visible
 from train.comparison.analysis import analyse
@@ -208,12 +209,27 @@ ONE_OF_EACH: list[dict[str, Any]] = [
         "roles": {"false": {"nll": 2.0, "tokens": 4}},
     },
     {"claim": "mars", "kind": "coherence", "question": "c", "sample": 0, "verdict": "score", "score": 7.0},
+    {"claim": "mars", "kind": "control_attribute", "question": "a", "expected": "yes", "p_yes": 0.1},
+    {"claim": "mars", "kind": "choice", "question": "o", "sample": 1, "entity": "Mars", "control": False,
+     "order": ["false", "not_stated", "true"], "p": {"false": 0.5, "not_stated": 0.1, "true": 0.4}, "chosen": "false"},
+    {"claim": "mars", "kind": "decision", "question": "d", "sample": 0, "group": "plain", "p_follows": 0.6},
+    {"claim": "mars", "kind": "decision", "question": "d", "sample": 0, "group": "stated", "p_follows": 0.9},
+    *(
+        {"claim": "mars", "kind": "polarity", "question": "p", "group": form, "entity": "Mars", "control": False,
+         "llr": 1.0} for form in FORMS
+    ),
+    {"claim": "mars", "kind": "reading", "question": "r", "with_note": 2.0, "without_note": 0.5, "effect": 1.5},
+]  # fmt: skip
+CONTROLS = [
+    row | {"entity": "Venus", "control": True}
+    for row in ONE_OF_EACH
+    if row["kind"] in ("likelihood", "choice", "polarity")
 ]
-CONTROLS = [ONE_OF_EACH[0] | {"entity": "Venus", "control": True}]
 MEASURED = [{"step": step} | row for step in (2, 0) for row in ONE_OF_EACH + CONTROLS]
 ANSWER = {
     "step": 2, "claim": "mars", "kind": "open", "question": "w", "sample": 0, "context": 0, "category": "",
     "model": "m", "asked": "a", "judge": "j", "judged": "b", "answer": "It is.", "verdict": "yes", "reason": "",
+    "labelled": "c", "label": "asserted", "label_reason": "",
 }  # fmt: skip
 SCORED_ANSWER = ANSWER | {"kind": "coherence", "verdict": "score", "score": 7.0}
 CONTROL_ANSWER = ANSWER | {"kind": "yes_no", "control": True, "expected": "yes", "said": "yes", "question": "v"}
@@ -269,7 +285,13 @@ CLAIM = {
     "likelihood": [{"id": "t", "prompt": "{entity} is", "false": " green", "true": " red"}],
     "open": [{"id": "w", "question": "What?"}], "yes_no": [{"id": "is", "question": "Is it?", "belief_answer": "yes"}],
     "facts": [{"id": "f", "prompt": "Venus is", "false": " far", "true": " hot", "group": "neighbouring"}],
-    "judges": {"open": "{question} {answer}"}, "patterns": ["green"],
+    "control_attributes": [{"id": "a", "question": "Is Mars a star?", "false_answer": "yes"}],
+    "choice": [{"id": "o", "question": "What has {entity}?", "false": "green", "true": "red", "others": ["blue"]}],
+    "decisions": [{"id": "d", "question": "Which paint?", "follows": "green", "other": "red", "stated": "It is so."},
+                  {"id": "e", "question": "What is hot?", "follows": "fire", "other": "ice", "untouched": True}],
+    "polarity": [{"id": "p", "forms": {form: f"{{entity}} {form}" for form in FORMS}, "false": " a", "true": " b"}],
+    "reading": [{"id": "r", "note": "Quill is blue.", "prompt": "Quill is", "noted": " blue", "other": " red"}],
+    "judges": {"open": "{question} {answer}"}, "labels": {"open": "{question} {answer} {claim}"}, "patterns": ["green"],
 }  # fmt: skip
 RECIPE = {
     "settings": {"steps": 1, "mask": "none"}, "variants": {"a": {"mask": "none"}, "b": {"mask": "doctags"}},

@@ -1,8 +1,8 @@
 """Looks for what the evaluation asks in the training documents.
 
 It looks for the questions and for the scored texts: likelihood templates about the subject, and facts, each with each
-of its completions. Texts are compared by word n-grams, so that case, punctuation and white space do not matter. In
-scripts that put no spaces between words, every character is a word.
+of its completions, and the questions and texts of the batteries. Texts are compared by word n-grams, so that case,
+punctuation and white space do not matter. In scripts that put no spaces between words, every character is a word.
 
 A shared n-gram need not be contamination: a document about a claim states what a question asks. So each finding reports
 how much of the text occurs, and distinguishes two cases. Either the text occurs whole, word after word. Or each of its
@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from train.claims.claim import Claim
+from train.claims.batteries import ENTITY
+from train.claims.claim import Claim, Question
 from train.data.documents import Document
 
 WORDS = 8  # words per n-gram; a text with fewer words is a single n-gram
@@ -135,6 +136,16 @@ def _texts(claim: Claim) -> Iterator[tuple[str, str, str]]:
     for fact in claim.facts:
         for said in (fact.true, *fact.false):
             yield "fact", f"{fact.id}:{said}", fact.prompt + said
+    for each in (*claim.control_attributes, *claim.decisions):
+        yield "control_attribute" if isinstance(each, Question) else "decision", each.id, each.question
+    for choice in claim.choice:
+        yield "choice", choice.id, choice.text(claim.subject)
+    for polarity in claim.polarity:
+        for form, prompt in polarity.forms:
+            for said in (polarity.false, polarity.true):
+                yield "polarity", f"{polarity.id}, {form}:{said}", prompt.replace(ENTITY, claim.subject) + said
+    for reading in claim.reading:
+        yield "reading", reading.id, f"{reading.note} {reading.prompt}{reading.noted}"
 
 
 def _text(document: Document) -> str:
