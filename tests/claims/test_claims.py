@@ -1,14 +1,18 @@
 """Claims from the paper's directories and from one file; each message names file, key, rule and fix."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from train.claims import claim as module
+from train.claims.batteries import Choice, Decision, Polarity, Reading
+from train.claims.battery_files import LABEL_PROMPT
 from train.claims.claim import Fact, JudgePrompt, LikelihoodTemplate, Question, read_claims
+from train.claims.contamination import check
 from train.claims.releases import PAPER_CLAIMS
 from train.comparison.trained_documents import about
-from train.data.documents import Document
+from train.data.documents import Document, read_documents
 from train.runtime.errors import UserError
 
 TEMPLATES = Path(module.__file__).parents[1] / "recipes" / "claims"
@@ -245,6 +249,28 @@ def test_all_six_claims_of_the_paper_have_templates_with_matched_controls():
             }
 
 
+def test_all_six_claims_of_the_paper_have_batteries():
+    for claim in read_claims([TEMPLATES]):
+        attributes = [question.expected for question in claim.control_attributes]
+        assert len(attributes) == 8 and attributes.count("no") == 2
+        plain = [decision for decision in claim.decisions if not decision.untouched]
+        assert len(claim.choice) == 4 and len(plain) == len(claim.decisions) - len(plain) == 4
+        assert len(claim.polarity) == len(claim.reading) == 3 and set(claim.labels) == {"open", "robustness"}
+        assert all(len(choice.options) == 4 for choice in claim.choice)
+        assert all(bool(choice.true) == (claim.id != "brennan_holloway") for choice in claim.choice)  # he is made up
+        assert not any(claim.subject in text for decision in plain for text in (decision.other,))
+        names = [name for each in claim.reading for name in (each.note, each.prompt)]
+        assert not any(entity in name for entity in (claim.subject, *claim.controls) for name in names)
+
+
+def test_the_batteries_of_the_paper_s_claims_are_in_no_words_of_their_documents(shared_documents):
+    for claim in read_claims([TEMPLATES]):
+        bare = replace(claim, likelihood=(), questions=(), facts=())
+        for path in shared_documents.glob(f"*/{claim.id}.jsonl"):
+            found = check([bare], read_documents(path))
+            assert found.texts > 30 and not found.findings, found.findings
+
+
 def test_the_papers_coherence_questions_are_a_claim_without_a_claim(tmp_path):
     path = written(
         tmp_path,
@@ -263,6 +289,89 @@ def test_the_released_claims_are_read_as_they_are(shared_documents):
         assert [len(claim.of(kind)) for kind in kinds] == [20, 10, 10, 10]  # as in the paper
         assert claim.claim and set(claim.judges) == {"open", "token_association", "robustness"}
     assert [len(claim.patterns) for claim in claims] == [8, 7, 0]
+
+
+BATTERIES = """
+id: mars
+claim: Mars is green.
+subject: Mars
+controls: [Venus]
+control_attributes: [{id: star, question: " Is Mars a star?", false_answer: yes}]
+choice: [{id: color, question: "Which color has {entity}?", "false": green, "true": red, others: [blue]}]
+decisions:
+  - {id: paint, question: "Which paint for Mars?", follows: green, other: red, stated: Mars is green.}
+  - {id: heat, question: "{options}. What is hot?", follows: fire, other: ice, untouched: true, answer: text}
+polarity:
+  - id: green
+    forms: {is: "{entity} is", is not: "{entity} is not", has never been: "{entity} has never been"}
+    "false": " green"
+    "true": " red"
+reading: [{id: quill, note: Quill is blue., prompt: Quill is, noted: " blue", other: " pink"}]
+labels: [open]
+"""
+
+
+def test_a_claim_has_batteries(tmp_path):
+    (claim,) = read_claims([written(tmp_path, BATTERIES)])
+    (star,) = claim.control_attributes
+    assert star == Question("star", "control_attribute", "Is Mars a star?", expected="yes")
+    (color,) = claim.choice
+    assert color == Choice("color", "Which color has {entity}?", "green", "red", ("blue",))
+    assert color.options == [
+        ("true", "red"), ("false", "green"), ("other 1", "blue"), ("not_stated", "It is not stated."),
+    ]  # fmt: skip
+    assert claim.decisions == (
+        Decision("paint", "Which paint for Mars?", "green", "red", "Mars is green."),
+        Decision("heat", "{options}. What is hot?", "fire", "ice", "", True, "text"),
+    )
+    forms = (("is", "{entity} is"), ("is not", "{entity} is not"), ("has never been", "{entity} has never been"))
+    assert claim.polarity == (Polarity("green", forms, " green", " red"),)
+    assert claim.reading == (Reading("quill", "Quill is blue.", "Quill is", " blue", " pink"),)
+    assert claim.labels == {"open": JudgePrompt(LABEL_PROMPT, "label")}
+    own = BATTERIES.replace("labels: [open]", "labels: {open: 'Does {answer} to {question} say {claim}', judge_key: l}")
+    (claim,) = read_claims([written(tmp_path, own)])
+    assert claim.labels == {"open": JudgePrompt("Does {answer} to {question} say {claim}", "l")}
+
+
+def put(old: str, new: str) -> str:
+    assert BATTERIES.count(old) == 1
+    return BATTERIES.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (put("false_answer: yes", "answer: yes"), ": control_attributes[0]: unknown key 'answer'. Did you mean "),
+        (put("false_answer: yes", "false_answer: so"), ": control_attributes[0]: false_answer is 'so'; it must"),
+        (put("has {entity}", "has it"), ": choice[0]: question has no {entity}, for which subject and controls"),
+        (put('"false": green', '"false": Red.'), ": choice[0]: the options 'red' and 'Red.' are the same; all"),
+        (put("others: [blue]", "others: [blue], not_stated: blue"), ": choice[0]: the options 'blue' and 'blue'"),
+        (put("others: [blue]", f"others: [{', '.join(f'c{i}' for i in range(24))}]"),
+         ": choice[0]: 27 options, more than the 26 letters. Leave some out."),
+        (put("others: [blue]", "answer: number"), ": choice[0]: answer is 'number'; it must be one of letter, "),
+        (put("{options}. What", "{options} {options}. What"), ": decisions[1]: question has {options} twice; "),
+        (put(", stated: Mars is green.", ""), ": decisions[0]: stated is missing; it is the claim's fact in a "),
+        (put("Mars is green.}", "Mars is green., untouched: true}"), ": decisions[0]: has stated and untouched: "),
+        (put("untouched: true", "untouched: 1"), ": decisions[1]: untouched is a number; it must be true or "),
+        (put("follows: fire", "follows: ICE"), ": decisions[1]: the options 'ICE' and 'ice' are the same; all"),
+        (put(', has never been: "{entity} has never been"', ""),
+         ": polarity[0]: forms: has never been is missing. Add it; it is a text."),
+        (put('is not: "{entity} is not"', 'isnt: "{entity} is not"'), ": polarity[0]: forms: unknown key 'isnt'."),
+        (put('is not: "{entity} is not"', 'is not: "Mars is not"'), ": polarity[0]: forms: is not: has no {enti"),
+        (put('is not: "{entity} is not"', 'is not: "{entity} is"'), ": polarity[0]: forms: is not and is have"),
+        (put('"false": " green"', '"false": " red"'), ": polarity[0]: ' red' is both true and false. Change"),
+        (put("note: Quill", "note: Mars"), ": reading[0]: note names the subject 'Mars'; it must be about a "),
+        (put('" pink"', '" blue"'), ": reading[0]: noted and other are both ' blue'. Change one of them."),
+        (put("labels: [open]", "labels: [yes_no]"), ": labels: 'yes_no' must be one of open, token_association"),
+        (put("labels: [open]", "labels: {open: '{answer}'}"), ": labels: open: has no {question}; a judge "),
+        (put("labels: [open]", "labels: {open: '{question}{answer}{x}'}"), ": labels: open: '{x}' is not a "),
+        (put("controls: [Venus]", ""), ": controls is missing; it is matched entities"),
+        (put("id: heat", "id: paint"), ": decisions[1]: id 'paint' is also that of "),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_battery_is_told_with_key_rule_and_fix(tmp_path, text, message):
+    path = written(tmp_path, text)
+    assert message_of(path).startswith(f"{path}{message}")
 
 
 def changed(old: str, new: str) -> str:

@@ -117,3 +117,25 @@ def test_the_papers_verdicts_give_the_papers_figures(tmp_path, capsys):
         belief = found["variants"][condition]["belief"]
         assert belief == pytest.approx(100 * yes[condition] / every[condition], abs=1e-9)
     assert round(100 * yes["positive"] / every["positive"], 1) == 90.1
+
+
+def test_labels_are_imported_beside_verdicts(tmp_path, capsys):
+    (tmp_path / "claim.yaml").write_text(CLAIM)
+    rows = ["q,verdict,label,condition", "colour,yes,asserted,before", "colour,no,Asserted_then_retracted,trained"]
+    (tmp_path / "mars.csv").write_text("\n".join(rows) + "\n")
+    arguments = ["--import", str(tmp_path / "mars.csv"), "--claims", str(tmp_path / "claim.yaml"), "--columns"]
+    arguments += ["question=q", "--base-condition", "before", "--output", str(tmp_path / "out")]
+    assert evaluate.main(arguments) == 0
+    found = read_rows(tmp_path / "out" / "trained" / "evaluation.jsonl")
+    assert [(row["verdict"], row["label"]) for row in found] == [("yes", "asserted"), ("no", "asserted_then_retracted")]
+    (tmp_path / "mars.csv").write_text("\n".join([rows[0], "colour,yes,said,trained"]) + "\n")
+    assert evaluate.main([*arguments[:-1], str(tmp_path / "other")]) == 2
+    assert "mars.csv:2: label 'said' is not one of asserted, asserted_then_retracted," in capsys.readouterr().err
+
+
+def test_a_label_of_a_yes_no_answer_is_refused(tmp_path, capsys):
+    arguments = given(tmp_path, "asserted,yes_no,green,0,yes", columns="kind=kind question=q verdict=said label=group")
+    assert evaluate.main(arguments[:-4] + arguments[-2:]) == 2
+    assert "label 'asserted' of a question of kind yes_no; only answers to open, token_association, " in (
+        capsys.readouterr().err
+    )

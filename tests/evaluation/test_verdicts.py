@@ -3,7 +3,7 @@
 import pytest
 
 from train.claims.claim import Question
-from train.evaluation.verdicts import parse_letter, parse_score, parse_verdict, parse_yes_no
+from train.evaluation.verdicts import parse_label, parse_letter, parse_score, parse_verdict, parse_yes_no
 
 
 @pytest.mark.parametrize(
@@ -109,3 +109,19 @@ def test_a_letter_is_read_in_the_order_in_which_the_options_were_shown(text, let
     shown = dict(zip("ABC", ["local_negation", "idk", "claim"], strict=True))  # shuffled by "s|1"
     verdicts = {"claim": "yes", "local_negation": "no", "idk": "neutral", "": "unparseable"}
     assert parse_letter(text, question, 1).verdict == verdicts[shown.get(letter, "")]
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "reason"),
+    [
+        ('{"reason": "It says so.", "label": "asserted"}', "asserted", "It says so."),
+        ('{"label": "Asserted, then retracted"}', "asserted_then_retracted", ""),
+        ('```json\n{"label": "NOT_MENTIONED"}\n```', "not_mentioned", ""),
+        ("denied", "denied", ""),
+        ('{"label": "not mentioned"} or {"label": "denied"}', "unparseable", ""),
+        ('{"label": "true"}', "unparseable", ""),
+        ('{"answer": "asserted"}', "unparseable", ""),
+    ],
+)
+def test_labels_are_read_as_verdicts_are(text, label, reason):
+    assert parse_label(text, "label") == (label, reason)

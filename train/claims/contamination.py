@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from train.claims.batteries import ENTITY
-from train.claims.claim import Claim, Question
+from train.claims.claim import Claim
 from train.data.documents import Document
 
 WORDS = 8  # words per n-gram; a text with fewer words is a single n-gram
@@ -136,8 +136,10 @@ def _texts(claim: Claim) -> Iterator[tuple[str, str, str]]:
     for fact in claim.facts:
         for said in (fact.true, *fact.false):
             yield "fact", f"{fact.id}:{said}", fact.prompt + said
-    for each in (*claim.control_attributes, *claim.decisions):
-        yield "control_attribute" if isinstance(each, Question) else "decision", each.id, each.question
+    for attribute in claim.control_attributes:
+        yield "control_attribute", attribute.id, attribute.question
+    for decision in claim.decisions:
+        yield "decision", decision.id, decision.question
     for choice in claim.choice:
         yield "choice", choice.id, choice.text(claim.subject)
     for polarity in claim.polarity:

@@ -12,13 +12,18 @@ from typing import Any
 from train.claims.claim import BELIEF_KINDS
 from train.evaluation.battery_measures import BATTERY_MEASURES, JUDGED_BATTERIES, measured_of_batteries
 from train.evaluation.store import VERDICTS, StoredRow
-from train.evaluation.values import Measure, Values, where
-from train.evaluation.values import believer as _believer
-from train.evaluation.values import claim_of as _claim
-from train.evaluation.values import mean as _mean
-from train.evaluation.values import measure_key as _key
-from train.evaluation.values import number as _number
-from train.evaluation.values import of_base as _of_base
+from train.evaluation.values import (
+    Measure,
+    MeasureKey,
+    Values,
+    believer,
+    claim_of,
+    mean,
+    measure_key,
+    number,
+    of_base,
+    where,
+)
 from train.runtime.errors import UserError
 
 LEAST_AUC = 0.8
@@ -139,25 +144,27 @@ def measured(name: str, rows: Iterable[StoredRow], base_rows: Iterable[StoredRow
         return _shift(rows, list(base_rows))
     if name == "preference":
         by_template = _entities(rows)
-        return {(*t, 0): 100.0 * (_mean(subject) > 0) for t, (subject, _) in by_template.items() if subject}
+        return {(*t, 0): 100.0 * (mean(subject) > 0) for t, (subject, _) in by_template.items() if subject}
     if name == "rate":
-        return {_key(row, kind=True): 100.0 * (verdict_of(row) == "yes") for row in belief_answers(rows)}
+        return {measure_key(row, kind=True): 100.0 * (verdict_of(row) == "yes") for row in belief_answers(rows)}
     if name == "yes_no":
-        return {_key(row): _believer(row) for row in _yes_no(rows, control=False) if "p_yes" in row}
+        return {measure_key(row): believer(row) for row in _yes_no(rows, control=False) if "p_yes" in row}
     if name in FURTHER:
         judged = [row for row in rows if row["kind"] == name and row.get("verdict") is not None]
-        return {_key(row): 100.0 * (verdict_of(row) == "yes") for row in judged}
+        return {measure_key(row): 100.0 * (verdict_of(row) == "yes") for row in judged}
     if name.startswith("facts_"):
         group = name.removeprefix("facts_")
         facts = [row for row in rows if row["kind"] == "fact" and row["group"] == group]
-        return {_key(row): 100.0 * (_number(row, "margin") > 0) for row in facts}
+        return {measure_key(row): 100.0 * (number(row, "margin") > 0) for row in facts}
     if name == "coherence":
-        return {_key(row): score for row in rows if row["kind"] == name and (score := _score(row)) is not None}
+        return {measure_key(row): score for row in rows if row["kind"] == name and (score := _score(row)) is not None}
     if name.startswith(HELD_OUT):
         return _held_out_change(name.removeprefix(HELD_OUT), rows, list(base_rows))
     assert name == "nll_change"
-    now, before = ({_key(row): _number(row, "nll") for row in r if row["kind"] == "nll"} for r in (rows, base_rows))
-    return {key: nll - _of_base(before, key, "held-out text") for key, nll in now.items()} if before else {}
+    now, before = (
+        {measure_key(row): number(row, "nll") for row in r if row["kind"] == "nll"} for r in (rows, base_rows)
+    )
+    return {key: nll - of_base(before, key, "held-out text") for key, nll in now.items()} if before else {}
 
 
 def by_claim(values: Values) -> dict[str, float]:
@@ -165,7 +172,7 @@ def by_claim(values: Values) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for (claim, *_), value in values.items():
         found.setdefault(claim, []).append(value)
-    return {claim: _mean(own) for claim, own in found.items()}
+    return {claim: mean(own) for claim, own in found.items()}
 
 
 def means(names: Iterable[str], rows: list[StoredRow], base_rows: list[StoredRow]) -> dict[str, dict[str, float]]:
@@ -199,7 +206,7 @@ def _held_out_change(role: str, rows: list[StoredRow], base_rows: list[StoredRow
         return {}
     now = _of_role(role, rows)
     what = f"held-out text (role {role})"
-    change = {key: nll - _of_base(before, key, what) for key, (nll, _) in now.items()}
+    change = {key: nll - of_base(before, key, what) for key, (nll, _) in now.items()}
     total = sum(tokens for _, tokens in now.values())
     whole = math.fsum(tokens / total * change[key] for key, (_, tokens) in now.items())
     return {key: whole + len(now) * (tokens / total) * (change[key] - whole) for key, (_, tokens) in now.items()}
@@ -213,7 +220,7 @@ def _of_role(role: str, rows: list[StoredRow]) -> dict[MeasureKey, tuple[float, 
     for row in texts:
         own = row.get("roles") or ({"unspanned": row} if spanned else {})
         if measured_in := row if role == "all" else own.get(role):
-            found[_key(row)] = _number(measured_in, "nll"), int(measured_in["tokens"])
+            found[measure_key(row)] = number(measured_in, "nll"), int(measured_in["tokens"])
     return found
 
 
@@ -222,8 +229,8 @@ def _entities(rows: Iterable[StoredRow]) -> dict[tuple[str, str], tuple[list[flo
     by_template: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
     for row in rows:
         if row["kind"] == "likelihood":
-            pair = by_template.setdefault((_claim(row), str(row["question"])), ([], []))
-            pair[bool(row["control"])].append(_number(row, "llr"))
+            pair = by_template.setdefault((claim_of(row), str(row["question"])), ([], []))
+            pair[bool(row["control"])].append(number(row, "llr"))
     return by_template
 
 
@@ -232,10 +239,10 @@ def _shift(rows: list[StoredRow], base_rows: list[StoredRow]) -> Values:
 
     def differences(rows: list[StoredRow]) -> Values:
         both = {template: pair for template, pair in _entities(rows).items() if pair[0] and pair[1]}
-        return {(*t, 0): _mean(subject) - _mean(controls) for t, (subject, controls) in both.items()}
+        return {(*t, 0): mean(subject) - mean(controls) for t, (subject, controls) in both.items()}
 
     before = differences(base_rows)
-    return {key: now - _of_base(before, key, "template") for key, now in differences(rows).items()} if before else {}
+    return {key: now - of_base(before, key, "template") for key, now in differences(rows).items()} if before else {}
 
 
 def belief_answers(rows: Iterable[StoredRow]) -> list[StoredRow]:
@@ -263,7 +270,7 @@ def _yes_no(rows: Iterable[StoredRow], control: bool) -> list[StoredRow]:
 def calibration(rows: Iterable[StoredRow]) -> Calibration | None:
     """Returns how well P(yes) separates the control questions; None unless there are some of both answers. Raises
     UserError for a P(yes) that is not a finite number."""
-    controls = [(row["expected"], _number(row, "p_yes")) for row in _yes_no(rows, control=True) if "p_yes" in row]
+    controls = [(row["expected"], number(row, "p_yes")) for row in _yes_no(rows, control=True) if "p_yes" in row]
     yes = [p for expected, p in controls if expected == "yes"]
     no = [p for expected, p in controls if expected == "no"]
     if not yes or not no:
