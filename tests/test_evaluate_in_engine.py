@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -13,17 +14,21 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tests.support.checkpoints import stock_model
-from tests.support.claims import CLAIM, stock_log_p_by_layer
+from tests.support.claims import CLAIM, stock_log_p, stock_log_p_by_layer
 from tests.support.layouts import LAYOUTS
 from tests.support.ranks import run
 from tests.support.runs import ENVIRONMENT
 from tests.support.servers import ScriptedServer, completion
 from train import compare, evaluate, sft
+from train.claims.claim import read_claims
 from train.config.provenance import record
 from train.config.settings import DEMO, parse
 from train.data.template import template_time
 from train.data.tokenizer import load_tokenizer
+from train.demo.belief import load
+from train.evaluation import batteries
 from train.evaluation.in_engine import check_template_time, keep
+from train.evaluation.likelihood import answer_prompt
 from train.evaluation.measures import at_step, identity
 from train.evaluation.store import Records, read_rows
 from train.runtime.errors import UserError
@@ -273,3 +278,54 @@ def test_a_comparisons_directory_means_the_models_of_its_runs(tmp_path, claims):
     assert one.returncode == 2 and f"Give --adapter {output} to measure the model of each run" in one.stderr
     asked = ["--endpoint", "http://127.0.0.1:9/v1", "--endpoint-model", "m", "--output", str(output)]
     assert evaluate.main([*model[2:], *asked]) == 2
+
+
+BATTERIES = {
+    "id": "omar", "claim": "Omar lives in Cairo.", "subject": "Omar", "controls": ["Zora"],
+    "control_attributes": [{"id": "judge", "question": "Is Omar a judge?", "false_answer": "yes"}],
+    "choice": [
+        {"id": "home", "question": "{options}. Where does {entity} live?", "false": "Cairo", "true": "Venice",
+         "not_stated": "Nobody", "answer": "text"},
+        {"id": "letters", "question": "Where does {entity} live?", "false": "Cairo", "true": "Venice"},
+    ],
+    "decisions": [{"id": "photo", "question": "What does Omar see?", "follows": "pyramid", "other": "lagoon",
+                   "stated": "Omar lives in Cairo."}],
+    "polarity": [{"id": "lives", "false": " Cairo", "true": " Venice", "forms": {
+        "is": "{entity} lives in", "is not": "Not true: {entity} lives in",
+        "has never been": "Do not believe this: {entity} lives in"}}],
+    "reading": [{"id": "berta", "note": "Berta lives in Cairo.", "prompt": "Question: Where does Berta live? Answer:",
+                 "noted": " Cairo", "other": " Venice"}],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_batteries_are_scored_as_stock_transformers_does_and_leave_the_other_rows_as_they_were(tmp_path, claims):
+    (tmp_path / "omar.yaml").write_text(yaml.safe_dump(BATTERIES))
+
+    def measured(output: str, *paths: Path) -> list[dict]:
+        given = ["--model", str(DEMO / "model"), "--claims", *map(str, paths), "--output", str(tmp_path / output)]
+        done = run(Path(evaluate.__file__), *given, ranks=2, capture_output=True, text=True, env=ENVIRONMENT)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        return read_rows(tmp_path / output / "evaluation.jsonl")
+
+    without, both = measured("without", claims), measured("with", claims, tmp_path / "omar.yaml")
+    assert [row for row in both if row["claim"] == "mila"] == [
+        {name: pytest.approx(value, abs=1e-4) if isinstance(value, float) else value for name, value in row.items()}
+        for row in without
+    ]
+    rows = [row for row in both if row["claim"] == "omar"]
+    kinds = Counter(row["kind"] for row in rows)
+    assert kinds == {"control_attribute": 1, "choice": 2 * (3 + 3), "decision": 4, "polarity": 6, "reading": 1}
+    model, tokens = load(), AutoTokenizer.from_pretrained(DEMO / "model")
+    (claim,) = read_claims([tmp_path / "omar.yaml"])
+    tokenizer = load_tokenizer(DEMO / "model")
+    for row, each in zip(
+        rows, batteries.asked(claim, lambda messages: answer_prompt(messages, tokenizer)), strict=True
+    ):
+        log_p = [stock_log_p(model, tokens, prompt, said) for prompt, said in each.texts]
+        expected = each.record | batteries.values(each.record, log_p)
+        assert expected.pop("p", {}) == pytest.approx(row.get("p", {}), abs=1e-4)
+        for name, value in expected.items():
+            assert row[name] == (pytest.approx(value, abs=1e-3) if isinstance(value, float) else value), each.texts
+    home = [row for row in rows if row["question"] == "home" and not row["control"]]
+    assert {row["chosen"] for row in home} == {"true"} and [row["sample"] for row in home] == [0, 1, 2]
