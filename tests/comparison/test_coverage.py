@@ -66,7 +66,8 @@ def test_below_8_units_there_is_no_verdict_whatever_the_difference():
         for one_claim in (False, True):
             of = "questions" if one_claim or units == 1 else "claims"
             here = " on this claim" if of == "questions" else ""
-            few = f"too few {of}" if units < 8 else "too few seeds" if seeds < 8 else f"differs{here}"
+            lacking = [*[of] * (units < 8), *["seeds"] * (seeds < 8)]
+            few = f"too few {' and '.join(lacking)}" if lacking else f"differs{here}"
             verdict, p = verdicts(table_SU, one_claim)
             assert verdict == few
             assert p >= max(

@@ -99,7 +99,7 @@ def test_comparison_json_has_by_variant_what_the_runs_rows_and_summaries_say(dir
             assert own["runs"][0]["hashes"][key] == summary["hashes"][key]
     gap = found["variants"][MASKS[1]]["belief"] - found["variants"][MASKS[0]]["belief"]
     difference = found["variants"][MASKS[1]]["difference"]
-    assert difference["estimate"] == pytest.approx(gap) and difference["verdict"] == "too few questions"
+    assert difference["estimate"] == pytest.approx(gap) and difference["verdict"] == "too few questions and seeds"
     assert (difference["units"]["number"], difference["units"]["seeds"], difference["p"]) == (2, 1, 0.5)
     files = {path.name for path in (directory / "out").iterdir()}
     assert files >= {"comparison.html", "comparison.md", "belief.png", "differences.png", "targets.png", "nll.png"}

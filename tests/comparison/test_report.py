@@ -249,7 +249,7 @@ def test_too_few_claims_are_said_to_be_too_few(result):
     assert any(note.startswith("2 seeds: fewer than 8") and "a p below 0.5" in note for note in result["notes"])
     own = result["variants"][NAMES[1]]["difference"]
     assert own["units"] == {"of": "claims", "number": 3, "seeds": 2, "smallest_p": 0.5} and own["p"] >= 0.5
-    assert own["verdict"] == "too few claims" and set(own["by_claim"]) == set(CLAIMS)
+    assert own["verdict"] == "too few claims and seeds" and set(own["by_claim"]) == set(CLAIMS)
 
 
 def test_variants_that_are_too_many_for_their_units_are_said_to_be():
@@ -410,14 +410,14 @@ def test_of_yes_no_belief_no_difference_is_told_where_control_questions_do_not_s
 ):
     given = comparison(measure="yes_no")
     before = [own.verdict for own in analyse(given).measures["yes_no"].differences.values()]
-    assert before == ["too few claims"] * 2  # three
+    assert before == ["too few claims and seeds"] * 2  # three
     for run in given.variants[1].runs:
         run.rows = [row for row in run.rows if not row.get("control") or row["kind"] != "yes_no"]
         asked = {"claim": "pluto", "kind": "yes_no", "control": True, "step": 10}
         run.rows += [asked | {"question": e, "expected": e, "p_yes": p} for e, p in controls]
     result = as_json(write_report(given, tmp_path))
     assert result["variants"][NAMES[1]]["difference"]["verdict"] == "uninformative"
-    assert result["variants"][NAMES[2]]["difference"]["verdict"] == "too few claims"
+    assert result["variants"][NAMES[2]]["difference"]["verdict"] == "too few claims and seeds"
     text = (tmp_path / "comparison.md").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {NAMES[1]} |") and line.endswith("| 70 |")]
     assert "| uninformative | 70 |" in line and "“Uninformative”: the figures have no meaning" in text

@@ -74,7 +74,7 @@ def test_over_claims_alone_the_interval_is_students():
 def test_the_three_questions_of_one_claim_that_were_once_said_to_differ_are_too_few():
     values = {"x": seeds_of_one_claim(np.array([[-0.39, -2.28, -2.71]])), "y": seeds_of_one_claim(np.zeros((1, 3)))}
     (found,) = differences(lay_out(values, ["a"]), "y", bound=0.25, bounded=False)
-    assert found.verdict == "too few questions" and found.units == Units("questions", 3, 1)
+    assert found.verdict == "too few questions and seeds" and found.units == Units("questions", 3, 1)
     assert found.p == pytest.approx(0.25) and found.units.smallest_p == 0.25  # t alone would say .13
     # mean −1.793, standard deviation 1.234, t of 2 degrees of freedom 4.303: −1.793 ± 4.303 × 1.234 / √3
     assert (found.interval.low, found.interval.high) == pytest.approx((-4.860, 1.273), abs=0.002)
@@ -188,7 +188,9 @@ def test_no_p_is_below_what_the_exact_tests_can_give_however_well_units_agree(cl
         floor = 2 / 2 ** (claims if seeds == 1 else min(claims, seeds))
         assert found.units == Units("claims", claims, seeds) and found.units.smallest_p == floor
         assert found.p == pytest.approx(floor) and found.p_holm == pytest.approx(min(1, 2 * floor))
-        few = "too few claims" if claims < 8 else "too few seeds" if seeds < 8 else ""
+        few = "too few seeds" if seeds < 8 else ""
+        if claims < 8:
+            few = "too few claims and seeds" if seeds < 8 else "too few claims"
         assert found.verdict == (few or ("differs" if found.variant == "x" else "differs, but by less than the bound"))
 
 
@@ -256,7 +258,7 @@ def test_all_against_nothing_has_exact_limits_and_the_p_of_a_sign_test():
     lowest = 100 * 0.025 ** (1 / 3)  # 29.2 of the one, 70.8 of the other
     assert (all_.interval.estimate, all_.p, all_.smallest_detectable) == (100.0, 0.25, None)
     assert (all_.interval.low, all_.interval.high) == pytest.approx((lowest - (100 - lowest), 100.0))
-    assert (nothing.p, nothing.equivalent, nothing.verdict) == (1.0, False, "too few claims")
+    assert (nothing.p, nothing.equivalent, nothing.verdict) == (1.0, False, "too few claims and seeds")
     assert (nothing.interval.low, nothing.interval.high) == pytest.approx((lowest - 100, 100 - lowest))
 
 
@@ -264,4 +266,4 @@ def test_one_question_of_one_claim_with_one_seed_tells_nothing():
     values = {"x": one_level(np.array([3.0])), "y": one_level(np.array([1.0]))}
     (found,) = differences(lay_out(values, CLAIMS), "y", bound=0.25, bounded=False)
     assert (found.interval.estimate, found.interval.method, found.p, found.equivalent) == (2.0, "none", 1.0, None)
-    assert found.verdict == "too few questions"
+    assert found.verdict == "too few questions and seeds"

@@ -35,9 +35,9 @@ class Units:
 
     @property
     def too_few(self) -> str:
-        """The verdict "too few …" if there are too few units or seeds for any other; else "", for none."""
-        few = self.of if self.number < LEAST_UNITS else "seeds" if self.seeds < LEAST_UNITS else ""
-        return few and f"too few {few}"
+        """The verdict "too few …", with all that there are too few of, if this allows no other; else "", for none."""
+        few = [what for what, number in ((self.of, self.number), ("seeds", self.seeds)) if number < LEAST_UNITS]
+        return f"too few {' and '.join(few)}" if few else ""
 
     @property
     def smallest_p(self) -> float:
