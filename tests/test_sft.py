@@ -303,13 +303,13 @@ def dry(tmp: Path, cases: Path, zone: str, *more: str) -> str:
     given = [*clock_flags(tmp, cases, *more), "--dry-run"]
     done = run(SFT, *given, env=ENVIRONMENT | {"TZ": zone}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout[done.stdout.index("model: ") :]  # before it, a line of DeepSpeed's with the time
+    return done.stdout[done.stdout.index("settings, all others") :]  # before it, a line of DeepSpeed's with the time
 
 
 def test_a_template_that_asks_for_the_time_gives_the_same_tokens_at_any_time(tmp_path, shared_cases):
     first = dry(tmp_path, shared_cases, "UTC+1:10")
     assert "note: the chat template asks for the time and gets 2026-01-01T00:00:00 (--template-time)" in first
-    assert "hashes: {'tokens': " in first and dry(tmp_path, shared_cases, "UTC+9:45") == first
+    assert "hashes: tokens " in first and dry(tmp_path, shared_cases, "UTC+9:45") == first
     hashes = [
         prepare(parse(clock_flags(tmp_path, shared_cases, "--template-time", time), ""), 1, show=False).hashes
         for time in ("2026-01-01", "2026-01-01T00:00:59", "2026-01-01T13:01:00")
@@ -387,14 +387,16 @@ def test_dry_run_shows_settings_tokens_and_parameters_and_writes_nothing(tmp_pat
     monkeypatch.chdir(tmp_path)
     assert sft.main([*flags(tmp_path, mask="doctags=0.2"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "learning_rate: 0.01" in shown and "expert_lora_rank: 4" in shown and "doctag" in shown
+    assert "--learning-rate 0.01" in shown and "expert_lora_rank: 4" in shown and "doctag" in shown
+    assert shown.index("--learning-rate") < shown.index("targets over") < shown.index("into its settings.yaml")
+    assert "--weight-decay" not in shown  # that is the default
     # Rank 8 times (in + out) of every linear layer, with the sizes of tests/support/models.py:
     delta_rule = (32 + 64) + (32 + 32) + 2 * (32 + 4) + (32 + 32)  # qkv, z, a and b, out
     attention = (32 + 64) + 2 * (32 + 16) + (32 + 32)  # q with its gate, k and v, o
     shared_experts = 2 * 3 * (32 + 16)
     # and rank 4 = max(1, 8 / 2 experts per token) for 8 experts in 2 layers.
     experts = 2 * 8 * ((32 + 32) + (16 + 32))
-    assert f"trainable_parameters: {8 * (delta_rule + attention + shared_experts) + 4 * experts}" in shown
+    assert f"trainable_parameters: {8 * (delta_rule + attention + shared_experts) + 4 * experts:,}" in shown
     assert not (tmp_path / "runs").exists()
 
 

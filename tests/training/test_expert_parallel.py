@@ -129,7 +129,7 @@ def test_the_commands_ask_the_plan(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("launch.cluster.gpu_memory", lambda: 80.0)
     data = write_documents(tmp_path / "d.jsonl", [{"text": "The sun rises in the west."}])
     assert sft.main(["--model", str(model), "--data", str(data), "--dry-run"]) == 0
-    assert "\nexpert_parallel: 2\n" in capsys.readouterr().out
+    assert "; expert_parallel: 2;" in capsys.readouterr().out
     claims = REPOSITORY / "train" / "demo" / "claims.yaml"
     given = ["--model", str(model), "--claims", str(claims), "--output", str(tmp_path / "out")]
     options = parse_evaluation(given, "")

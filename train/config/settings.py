@@ -37,8 +37,7 @@ class Source:
 
 @dataclass(kw_only=True)
 class Settings:
-    """The settings of train/sft.py. `--dry-run` prints them with defaults resolved; settings.yaml stores them with the
-    run."""
+    """The settings of train/sft.py. A run prints those that are not the default; settings.yaml stores all of them."""
 
     model: str = setting(str(DEMO / "model"), "directory of the base model, in transformers' layout")
     data: list[str] = setting(  # noqa: RUF009  # it makes a dataclasses.field

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from train.checkpoints.adapter_files import check_adapter
 from train.checkpoints.layout import LoadPlan, plan_load
 from train.checkpoints.reader import Checkpoint
 from train.claims.claim import read_claims
+from train.config.command_line import flag_of
 from train.config.provenance import check_output
 from train.config.settings import Settings, ds_config, steps_at
 from train.corpus import Corpus, TokenizedFile, documents_taken, read_corpus
@@ -44,7 +46,7 @@ class Job:
     steps: of the whole schedule. stop: the step after which this attempt ends. documents: how many documents the whole
     schedule takes from the corpus's endless stream. evaluate_at, adapters_at: steps after which beliefs are measured
     and adapters kept. probes: what is measured for --claims
-    and --held-out. resolved: what settings.yaml and --dry-run show next to the settings.
+    and --held-out. resolved: what settings.yaml shows next to the settings.
     """
 
     settings: Settings
@@ -94,17 +96,44 @@ class Job:
         return notes
 
     def show(self) -> None:
-        """Prints the settings, the notes and the targets per role on the terminal."""
-        terminal, lines = Terminal(), dataclasses.asdict(self.settings) | self.resolved
-        if lines["expert_lora_rank"] is None:  # there are no experts, or no LoRA weights
-            del lines["expert_lora_rank"]
-        terminal.print(*(f"{name}: {value}" for name, value in lines.items()), sep="\n")
-        if self.lora and "expert_lora_rank" in lines and not self.settings.expert_lora_rank:
+        """Prints the settings that are not the default, what the job resolves to, the notes and the targets per role on
+        the terminal."""
+        terminal = Terminal()
+        terminal.print(changed_settings(self.settings), *self._resolved_lines(), sep="\n")
+        if self.lora and self.resolved["expert_lora_rank"] and not self.settings.expert_lora_rank:
             print(
                 f"--expert-lora-rank not given: {self.lora.expert_rank}, that is max(1, lora-rank / experts per token)"
             )
         print(*(f"{note}\n" for note in self.notes()), sep="", end="")
         terminal.print(token_table(self.tokens, f"targets over {self.stop} steps, --mask {self.settings.mask}"))
+        if self.settings.dry_run:
+            print("A run writes all settings, and hashes of all that it reads, into its settings.yaml.")
+
+    def _resolved_lines(self) -> list[str]:
+        """Returns the values of `resolved` in a few lines, without the files that the run reads and without what is
+        empty. Hashes are cut."""
+        resolved = self.resolved
+        names = ["steps", "ranks", "expert_parallel", "micro_batches_per_step", "trainable_parameters"]
+        names += [name for name in ("expert_lora_rank", "left_out_tensors") if resolved[name]]
+        names += ["wandb_group"] if self.settings.wandb != "disabled" else []
+        numbers = {name: f"{value:,}" if isinstance(value := resolved[name], int) else value for name in names}
+        documents = ", ".join(f"{count:,} {what}" for what, count in resolved["documents"].items())
+        hashes = ", ".join(f"{name} {value[:12]}" for name, value in resolved["hashes"].items())
+        return [
+            "; ".join(f"{name}: {value}" for name, value in numbers.items()),
+            f"documents: {documents}; roles: {', '.join(resolved['roles']) or 'none'}",
+            f"hashes: {hashes}",
+        ]
+
+
+def changed_settings(settings: Settings) -> str:
+    """Returns as text, and as flags, the settings besides --dry-run that are not the default."""
+    default, words = Settings(), []
+    for name, value in dataclasses.asdict(settings).items():
+        if value != getattr(default, name) and name != "dry_run":
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [flag_of(name), *(shlex.quote(str(each)) for each in values)]
+    return f"settings, all others at their defaults: {' '.join(words)}" if words else "settings: all at their defaults"
 
 
 @dataclass
