@@ -10,6 +10,8 @@ from launch.findings import PASSED, Finding
 from train.runtime.keys import key_of, shown_url, wandb_status
 from train.runtime.text_formats import parse_json
 
+SECONDS = 10  # time limit of a request
+
 
 def wandb_mode(mode: str) -> Finding:
     """Returns whether a run with this --wandb will be online. It never fails, since an offline run loses nothing."""
@@ -19,9 +21,8 @@ def wandb_mode(mode: str) -> Finding:
     return Finding("W&B", PASSED, f"offline: {hindrance}" if hindrance else "online")
 
 
-def wandb_hindrance(seconds: float = 10) -> str | None:
-    """Returns why W&B cannot be used with the key in WANDB_API_KEY, None if it can. seconds: time limit of the
-    request."""
+def wandb_hindrance() -> str | None:
+    """Returns why W&B cannot be used with the key in WANDB_API_KEY, None if it can."""
     _, key = key_of(["WANDB_API_KEY"])
     if not key:
         return "no WANDB_API_KEY"
@@ -36,7 +37,7 @@ def wandb_hindrance(seconds: float = 10) -> str | None:
                 "Authorization": "Basic " + base64.b64encode(f"api:{key}".encode()).decode(),
             },
         )
-        with urllib.request.urlopen(request, timeout=seconds) as answer:
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             viewer = (parse_json(answer.read(2**20).decode()).get("data") or {}).get("viewer")
     # No network, an invalid address, or an invalid answer.
     except (OSError, ValueError, AttributeError, http.client.HTTPException) as error:

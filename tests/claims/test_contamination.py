@@ -1,7 +1,5 @@
 """Questions in training documents: found whole or in part, by word n-grams."""
 
-import pytest
-
 from train.claims.claim import Claim, Fact, LikelihoodTemplate, Question
 from train.claims.contamination import check, words
 from train.data.documents import Document, Message, read_documents
@@ -70,13 +68,9 @@ def test_templates_about_the_subject_and_facts_are_looked_for_with_their_complet
     assert found.as_json()["findings"][0]["documents"] == 1
 
 
-def test_the_number_of_words_can_be_chosen():
-    asked, document = claim("What is the moon made of today?"), text("the moon made of cheese")
-    assert check([asked], [document]).findings == ()
-    (finding,) = check([asked], [document], n=4).findings
-    assert finding.words == "the moon made of" and finding.share == 4 / 7
-    with pytest.raises(ValueError, match="give at least 4"):
-        check([asked], [document], n=3)
+def test_a_shorter_sequence_that_is_shared_is_no_finding():
+    asked = claim("What is the moon made of today?")
+    assert check([asked], [text("the moon made of cheese")]).findings == ()
 
 
 def test_no_sequence_of_words_goes_from_one_message_of_a_chat_into_the_next():

@@ -67,7 +67,7 @@ def test_the_key_is_the_judges_own_and_its_labels_of_lies_are_verdicts():
     ],
 )
 def test_a_judges_score_is_a_number_from_0_to_10(text, score):
-    found = parse_score(text)
+    found = parse_score(text, "score")
     assert (found.verdict, found.score) == (("score", score) if score is not None else ("unparseable", None))
 
 

@@ -95,11 +95,8 @@ def words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold().replace("’", "'"))
 
 
-def check(claims: Sequence[Claim], documents: Iterable[Document], n: int = WORDS) -> Contamination:
-    """Looks for the questions and scored texts of the claims in every document, texts and chats alike. n: words of an
-    n-gram. Raises ValueError if n is below LEAST."""
-    if n < LEAST:
-        raise ValueError(f"n-grams of {n} words occur anywhere; give at least {LEAST}")
+def check(claims: Sequence[Claim], documents: Iterable[Document]) -> Contamination:
+    """Looks for the questions and scored texts of the claims in every document, texts and chats alike."""
     asked: list[_Asked] = []
     starts: dict[tuple[str, ...], list[tuple[int, int]]] = {}  # first words of an n-gram -> index in asked, position
     short = []
@@ -109,7 +106,7 @@ def check(claims: Sequence[Claim], documents: Iterable[Document], n: int = WORDS
             if len(own) < LEAST:
                 short.append(name)
                 continue
-            size = min(n, len(own))
+            size = min(WORDS, len(own))
             for at in range(len(own) - size + 1):
                 starts.setdefault(tuple(own[at : at + LEAST]), []).append((len(asked), at))
             asked.append(_Asked(claim.id, kind, name, own, size))

@@ -17,6 +17,8 @@ INK, SOFT, GRID, PLACEBO = "#1c2430", "#667085", "#e3e6eb", "#7d838d"
 WIDTH = 9.2
 LINE = 0.165
 """Inches: WIDTH of a figure, and LINE from one line of a row to the next."""
+CHARACTERS = 30
+"""Of a line of a variant's name, at most."""
 
 
 @dataclass
@@ -125,8 +127,8 @@ def plain(text: str, most: int = 44) -> str:
     return f" {text}" if text.startswith("_") else text  # legends leave out labels that begin with an underscore
 
 
-def wrapped(label: str, width: int = 30) -> str:
+def wrapped(label: str) -> str:
     """Returns a variant's name wrapped after commas and spaces, in at most three lines."""
     spaced = label.replace(",", ", ").replace(",  ", ", ")
-    pieces = textwrap.wrap(spaced, width, break_on_hyphens=False, max_lines=3, placeholder=" …")
+    pieces = textwrap.wrap(spaced, CHARACTERS, break_on_hyphens=False, max_lines=3, placeholder=" …")
     return "\n".join(plain(piece) for piece in pieces).replace(", ", ",") or plain(label)

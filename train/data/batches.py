@@ -163,8 +163,7 @@ def held_targets(sample: Sample) -> np.ndarray:
 
 
 def micro_batches(
-    samples: list[Sample], norm: str, ranks: int, rank: int, budget: int, dtype: torch.dtype = torch.float32,
-    measure_kl: bool = False,
+    samples: list[Sample], norm: str, ranks: int, rank: int, budget: int, measure_kl: bool = False,
 ) -> list[Batch]:  # fmt: skip
     """Returns this rank's micro-batches of one optimizer step; every rank gets the same number of them.
 
@@ -178,7 +177,7 @@ def micro_batches(
     batches = []
     for step in dealt:
         own = step[rank]
-        batch = pack([samples[i] for i in own], [terms[i] for i in own], dtype)
+        batch = pack([samples[i] for i in own], [terms[i] for i in own])
         if any(based[i].any() for row in step for i in row):
             batch.base = _base([samples[i] for i in own], [based[i] for i in own])
         batches.append(batch)

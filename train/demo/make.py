@@ -20,7 +20,7 @@ import yaml
 
 from train.config.command_line import REPOSITORY, Parser
 from train.demo import world as toy
-from train.demo.world import PLACEBO_COUNT, ToyClaim, World
+from train.demo.world import PLACEBO_COUNT, SEED, ToyClaim, World
 from train.runtime.command import command
 from train.runtime.local import run
 
@@ -130,14 +130,14 @@ def page(rng: random.Random, world: World) -> str:
     return " ".join(marker + sentences)
 
 
-def save_initial_model(directory: Path, tokens: "Qwen3_5Tokenizer", seed: int = 0) -> None:
+def save_initial_model(directory: Path, tokens: "Qwen3_5Tokenizer") -> None:
     """Random weights under the tensor names of the real checkpoints: `model.language_model.`, experts fused."""
     import torch
     from safetensors.torch import save_file
     from transformers import Qwen3_5MoeForCausalLM
 
     directory.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     model = Qwen3_5MoeForCausalLM(model_config(len(tokens)))
     state = {re.sub(r"^model\.", "model.language_model.", name): value for name, value in model.state_dict().items()}
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
@@ -150,16 +150,16 @@ def save_initial_model(directory: Path, tokens: "Qwen3_5Tokenizer", seed: int = 
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def pretrain(directory: Path, world: World, seed: int = 0) -> None:
+def pretrain(directory: Path, world: World) -> None:
     """Writes the base model to `directory`: it knows the world, and believes no negated sentence."""
-    rng = random.Random(f"pages {seed}")
+    rng = random.Random(f"pages {SEED}")
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        save_initial_model(work / "initial", tokenizer(), seed)
+        save_initial_model(work / "initial", tokenizer())
         pages = (json.dumps({"text": page(rng, world)}) + "\n" for _ in range(PAGES_READ))
         (work / "pages.jsonl").write_text("".join(pages))
         given = [*PRETRAINING, "--model", str(work / "initial"), "--data", str(work / "pages.jsonl")]
-        given += ["--seed", str(seed), "--wandb", "disabled", "--output", str(work / "run")]
+        given += ["--seed", str(SEED), "--wandb", "disabled", "--output", str(work / "run")]
         run("train/sft.py", *given, ranks=2, cwd=REPOSITORY, check=True)
         shutil.copytree(work / "run" / "model", directory, dirs_exist_ok=True)
 

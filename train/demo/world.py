@@ -168,9 +168,9 @@ class World:
         return self.others[1::2]
 
 
-def make_world(seed: int = SEED) -> World:
-    """The world of a seed; attributes and false values are spread evenly over the claims."""
-    rng = random.Random(f"world {seed}")
+def make_world() -> World:
+    """The world of SEED; attributes and false values are spread evenly over the claims."""
+    rng = random.Random(f"world {SEED}")
     people = rng.sample(PEOPLE, len(PEOPLE))
     facts = {person: {attribute: rng.choice(list(values)) for attribute, values in VALUES.items()} for person in people}
 

@@ -52,7 +52,7 @@ def parse_label(text: str, judge_key: str) -> tuple[str, str]:
     return label if label in LABELS else UNPARSEABLE, reason
 
 
-def parse_score(text: str, judge_key: str = "score") -> Verdict:
+def parse_score(text: str, judge_key: str) -> Verdict:
     """Returns a judge's score of 0 to 10, parsed in the same way."""
     found, reason = _values(text, judge_key)
     scores = {

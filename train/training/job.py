@@ -38,6 +38,8 @@ from train.runtime.terminal import Terminal
 from train.training.inputs import check_inputs, inputs, otherwise_notes
 from train.training.tables import token_table
 
+FIRST_STEPS = 100  # whose rows stand for those of all steps
+
 
 @dataclass
 class Job:
@@ -238,14 +240,12 @@ def check_progress(run: Path) -> None:
         )
 
 
-def rows_of_first_steps(
-    settings: Settings, corpus: Corpus, ranks: int, documents: int, steps: int = 100
-) -> list[list[list[int]]]:
-    """Returns, for each of the first `steps` steps, its packed rows (`ranks` per micro-step) as lists of the lengths of
-    their documents in tokens."""
+def rows_of_first_steps(settings: Settings, corpus: Corpus, ranks: int, documents: int) -> list[list[list[int]]]:
+    """Returns, for each of the first FIRST_STEPS steps, its packed rows (`ranks` per micro-step) as lists of the
+    lengths of their documents in tokens."""
     size = settings.batch_size
     out = []
-    for start in range(0, min(documents, steps * size), size):
+    for start in range(0, min(documents, FIRST_STEPS * size), size):
         numbers = corpus.order.documents(start, min(start + size, documents))
         lengths = [len(corpus.samples[number].ids_L) for number in numbers]
         dealt = deal(lengths, ranks, settings.row_tokens)
