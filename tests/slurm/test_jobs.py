@@ -152,7 +152,7 @@ def test_what_the_user_must_mend_or_cancels_is_not_tried_again_and_what_fails_ag
     wrong = cluster.sbatch("--nodes=1", KIMI, *DEMO, "--mask", "nonsense", "--output", str(tmp_path / "wrong"))
     ended = cluster.end(wrong)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
-    assert "settings: FAILED: n1: --mask 'nonsense'" in cluster.said(wrong)
+    assert "error: n1: --mask 'nonsense'" in cluster.said(wrong)
     long = tmp_path / "long"
     limited = cluster.sbatch(
         "--nodes=1", "--time=2", "--signal=B:CONT", KIMI, *DEMO, "--steps", "10000", "--output", str(long)
