@@ -73,6 +73,7 @@ experiments: setup ## what docs/experiments.md shows, on the toy world: under 15
 	$(EXPERIMENT) hold --json tests/benchmarks/results/hold.json --picture layers=train/demo/layers.png
 	$(EXPERIMENT) phases --json tests/benchmarks/results/phases.json --picture curves=train/demo/phases.png
 	$(EXPERIMENT) doses --json tests/benchmarks/results/doses.json --picture doses=train/demo/doses.png
+	$(EXPERIMENT) panel --json tests/benchmarks/results/panel.json --picture panel=train/demo/panel.png
 	$(IN_VENV) -m tests.documentation
 
 # Again after an interruption: make compare-real OUTPUT=runs/…-compare-real RESUME=--resume

@@ -199,9 +199,28 @@ def _half(own: dict[str, float | None] | None, ends: tuple[float, float]) -> str
     return f"{shown(own['estimate'])} [{shown(own['low'])}, {shown(own['high'])}]"
 
 
+def panel(rows: Rows) -> Iterator[list[str]]:
+    yield [
+        "variant", "`--mask`", "choice beyond controls", "choice beyond placebo", "polarity: belief, nats",
+        "polarity: association, nats", "untouched decisions", "does it believe?",
+    ]  # fmt: skip
+
+    def shown(own: list[float], digits: int) -> str:
+        value, low, high = (f"{each:+.{digits}f}".replace("-", "−") for each in own)
+        return f"{value} [{low}, {high}]" if low != high else value
+
+    for row in rows:
+        excess, changes = row["excess"], row["changes"]
+        yield [
+            row["variant"], f"`{row['mask']}`", *(shown(excess[over], 1) for over in ("controls", "placebo")),
+            *(shown(changes[name], 2) for name in ("polarity", "polarity_negated")),
+            shown(changes["decisions_untouched"], 1), row["verdict"],
+        ]  # fmt: skip
+
+
 LAYOUTS = [
     experts, train, packing, packing_time, step, load, merge, host, full_size, plan, needs, annotate, hold, phases,
-    doses,
+    doses, panel,
 ]  # fmt: skip
 LAYOUTS_BY_NAME = {layout.__name__: layout for layout in LAYOUTS}
 
