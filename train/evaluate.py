@@ -4,10 +4,11 @@ r"""Measures what a model believes: in the training engine, or through OpenAI-co
     python train/evaluate.py --claims PATH… --output DIR \
         --endpoint URL --endpoint-model NAME --judge URL --judge-model NAME
 
-In the engine, completions, yes/no questions and facts are scored by their likelihood; with --judge, the engine also
-answers questions. An endpoint answers all questions, and a judge reads the answers. After an interruption, the same
-command asks only for missing answers. The sampling defaults are the paper's. Keys come from the environment:
-OPENAI_API_KEY, and JUDGE_API_KEY if the judge needs another. A claim in YAML (train/claims/claim.py shows all keys):
+In the engine, completions, yes/no questions, facts and batteries are scored by their likelihood; with --judge, the
+engine also answers questions. An endpoint answers all questions, and a judge reads the answers. After an interruption,
+the same command asks only for missing answers. The sampling defaults are the paper's. Keys come from the environment:
+OPENAI_API_KEY, and JUDGE_API_KEY if the judge needs another. A claim in YAML (train/claims/claim.py shows all keys,
+those of the batteries among them):
 
     id: green_mars
     claim: Mars is green.

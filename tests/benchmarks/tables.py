@@ -205,8 +205,11 @@ def panel(rows: Rows) -> Iterator[list[str]]:
         "polarity: association, nats", "untouched decisions", "does it believe?",
     ]  # fmt: skip
 
+    def number(value: float, digits: int) -> str:
+        return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−") if round(value, digits) else "0"
+
     def shown(own: list[float], digits: int) -> str:
-        value, low, high = (f"{each:+.{digits}f}".replace("-", "−") for each in own)
+        value, low, high = (number(each, digits) for each in own)
         return f"{value} [{low}, {high}]" if low != high else value
 
     for row in rows:
