@@ -1,4 +1,4 @@
-"""What the experiments on the toy world find: hold, phases or doses, each a comparison of train/recipes/NAME.yaml.
+"""What the experiments on the toy world find: hold, phases, doses or panel, each a comparison of train/recipes/NAME.yaml.
 
     make experiments
 
@@ -71,7 +71,25 @@ def doses(found: Found) -> Rows:
     return rows
 
 
-EXPERIMENTS = {each.__name__: each for each in (hold, phases, doses)}
+def panel(found: Found) -> Rows:
+    """Each row is a variant: the excess of its choices over those of the control entities and of the placebo claims
+    (points), its polarity, belief and association (nats), the untouched decisions that it has lost (points), and its
+    verdict."""
+    rows = []
+    for name, own in found["panel"]["variants"].items():
+        changes = {measure: figure["change"] for measure, figure in own["figures"].items()}
+        rows.append({
+            "variant": name, "mask": found["variants"][name]["mask"], "seeds": len(found["variants"][name]["seeds"]),
+            "verdict": own["verdict"],
+            "excess": {each["over"]: [each["estimate"], *each["interval"]] for each in own["excess"]},
+            "changes": {measure: [changes[measure]["estimate"], *changes[measure]["interval"]] for measure in SHOWN},
+            "checks": {check: own["passed"] for check, own in found["panel"]["checks"].items()},
+        })  # fmt: skip
+    return rows
+
+
+SHOWN = ("choice", "choice_controls", "polarity", "polarity_negated", "decisions_untouched")
+EXPERIMENTS = {each.__name__: each for each in (hold, phases, doses, panel)}
 
 
 def main() -> None:

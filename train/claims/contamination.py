@@ -134,7 +134,7 @@ def _texts(claim: Claim) -> Iterator[tuple[str, str, str]]:
         for said in (fact.true, *fact.false):
             yield "fact", f"{fact.id}:{said}", fact.prompt + said
     for attribute in claim.control_attributes:
-        yield "control_attribute", attribute.id, attribute.question
+        yield attribute.kind, attribute.id, attribute.question
     for decision in claim.decisions:
         yield "decision", decision.id, decision.question
     for choice in claim.choice:
