@@ -1,4 +1,4 @@
-"""What the experiments on the toy world find: hold, phases, doses or panel, each a comparison of train/recipes/NAME.yaml.
+"""What the experiments on the toy world find (hold, phases, doses, panel): each is a comparison of a recipe by its name.
 
     make experiments
 
