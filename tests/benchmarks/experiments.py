@@ -1,4 +1,4 @@
-"""What the experiments on the toy world find (hold, phases, doses, panel): each is a comparison of a recipe by its name.
+"""What the experiments on the toy world find (hold, phases, doses, panel), each a comparison of a recipe of its name.
 
     make experiments
 
