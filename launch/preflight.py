@@ -21,15 +21,17 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.place import NUMBER_OF_NODES, NodePlace, whole_number
 from train.config.command_line import MOST, Parser, given, setting
-from train.config.settings import Recipe, Settings, parse
+from train.config.phases import parse_phases, runs_of
+from train.config.settings import Recipe, Settings
 from train.runtime.command import command, leave
 from train.runtime.errors import UserError
 from train.runtime.terminal import complain
-from train.training.early import check_early
+from train.training.early import check_early, continued
 
 if TYPE_CHECKING:  # torch and what needs it are imported once the command line is checked
     from launch.findings import Finding
@@ -86,7 +88,8 @@ def check(place: NodePlace, options: PreflightOptions, settings: Settings) -> in
 
 
 def parse_options(argv: list[str]) -> tuple[PreflightOptions, Settings]:
-    """Parses the command line. Raises UserError, which names the setting, its value, the rule and the fix."""
+    """Parses the command line; of a variant with phases, for the phase that is next. Raises UserError, which names the
+    setting, its value, the rule and the fix."""
     parser = Parser(__doc__ or "", beside=(Settings, Recipe))
     parser.add_settings(PreflightOptions)
     values, rest = parser.parse_known_args(argv)
@@ -95,7 +98,10 @@ def parse_options(argv: list[str]) -> tuple[PreflightOptions, Settings]:
     )
     if limit < 1:
         raise UserError(f"--time-limit or PREFLIGHT_TIME_LIMIT {limit}: must be ≥ 1 second.")
-    return PreflightOptions(time_limit=limit), parse(rest, "")
+    runs = runs_of(parse_phases(rest, "")[1])
+    # Of a variant with phases, the first one that is not finished: what this attempt of the job begins with.
+    settings = next((each for each in runs if not (Path(each.output) / "summary.json").exists()), runs[-1])
+    return PreflightOptions(time_limit=limit), continued(settings)
 
 
 def own_findings(place: NodePlace, options: PreflightOptions, settings: Settings) -> "list[Finding]":

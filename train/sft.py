@@ -13,15 +13,13 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
     interruption.listen()
 
-import os
 import shlex
 import sys
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from pathlib import Path
 
-from train.config.phases import Phases, parse_phases, phase_directory, placed
+from train.config.phases import Phases, parse_phases, runs_of
 from train.config.settings import Settings, slug
 from train.runtime.command import command, launched_as, leave
 from train.runtime.interruption import interruption
@@ -34,7 +32,7 @@ def main(argv: list[str]) -> None:
     """Runs the whole job, or only its checks with --dry-run. Raises UserError if a setting, a document or the model is
     wrong."""
     variant, phases = parse_phases(argv, __doc__ or "")
-    for number, settings in enumerate(runs_of(phases, next(iter(phases.values())).output)):
+    for number, settings in enumerate(runs_of(phases)):
         check_early(continued(settings, later=number > 0))
     if len(phases) > 1:
         train_phases(variant, phases)
@@ -67,20 +65,6 @@ def train(settings: Settings) -> None:
     finish(job, run, engine, loaded.plan, start, started - spent, planned_memory)
 
 
-def runs_of(phases: Phases, output: str) -> list[Settings]:
-    """Returns the runs of the phases: of the last one in `output`, of the others in its phases/. With --resume, that
-    holds for those that have begun; for the first one if none has. Raises UserError for a wrong value."""
-    if len(phases) == 1:
-        return [*phases.values()]
-    if not output:  # not known yet
-        return [*phases.values()]
-    seed = next(iter(phases.values())).seed
-    runs = placed(phases, Path(output), lambda names: phase_directory(Path(output), names, seed))
-    begun = [os.path.exists(Path(each.output) / "settings.yaml") for each in runs]
-    resumed = [runs[0].resume and (own or not any(begun)) for own in begun]
-    return [replace(each, resume=own) for each, own in zip(runs, resumed, strict=True)]
-
-
 def train_phases(variant: str, phases: Phases) -> None:
     """Checks all phases of the variant, and trains those that are not finished, one after the other."""
     from launch.planning import expert_parallel, planned_memory
@@ -94,7 +78,7 @@ def train_phases(variant: str, phases: Phases) -> None:
     if not first.dry_run:
         device = start_distributed(first.timeout)
         output = output or from_first_rank(f"runs/{slug(variant)}-{time.strftime('%Y%m%d-%H%M%S')}")
-    runs = runs_of(phases, output)
+    runs = runs_of({name: replace(each, output=output) for name, each in phases.items()})
     for number, (name, settings) in enumerate(zip(phases, runs, strict=True)):
         job = prepare(continued(settings, later=number > 0), ranks, rank == 0, known)
         if rank == 0:

@@ -199,12 +199,16 @@ def test_an_array_trains_the_variants_of_a_recipe_and_a_job_after_it_compares_th
             "model": "train/demo/model", "data": ["train/demo/data/dense.jsonl=64"], "steps": 20, "batch_size": 8,
             "claims": ["train/demo/claims.yaml"], "wandb": "disabled",
         },
-        "variants": {"with doctags": {"mask": "none"}, "without": {"mask": "doctags"}},
+        "variants": {"with doctags": {"mask": "none"}, "without": {"mask": "doctags", "phases": {
+            "first": {"steps": 12}, "then": {"steps": 8, "optimizer": "carry", "schedule": "continue"},
+        }}},
         "baseline": "without", "placebo": ["olga-home"],
     }))  # fmt: skip
     array = cluster.sbatch("--array=0-1", COMPARE, "--recipe", str(recipe), "--output", str(output))
-    # The last task has the array's number for its own.
-    cluster.until(lambda: steps(output / "variant-1"))
+    # The last task has the array's number for its own. It is in the first of its variant's two phases.
+    first = output / "variant-1" / "phases" / "first-seed0"
+    cluster.until(lambda: steps(first))
+    assert not (output / "variant-1" / "settings.yaml").exists()
     rank = rank_of(output / "variant-1", 0)
     assert rank is not None
     task = rank.parent()
@@ -217,6 +221,8 @@ def test_an_array_trains_the_variants_of_a_recipe_and_a_job_after_it_compares_th
     cluster.until(lambda: "without" in (output / "report.log").read_text())
     told = json.loads(report.read_text())
     assert told["baseline"] == "without", cluster.said(array)
+    assert (steps(first), steps(output / "variant-1")) == (12, 8) and told["variants"]["without"]["steps"] == [20]
+    assert [each["last"] for each in told["phases"]["without"]] == [12, 20]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Resolves the phases of a variant into runs, of which each continues the one before it (--after)."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,20 @@ def placed(phases: Phases, last: Path, earlier: Callable[[tuple[str, ...]], Path
 def phase_directory(within: Path, names: tuple[str, ...], seed: int) -> Path:
     """Returns the directory of a phase that is not its variant's last, from its name and those of the phases before."""
     return within / "phases" / f"{'-'.join(map(slug, names))}-seed{seed}"
+
+
+def runs_of(phases: Phases) -> list[Settings]:
+    """Returns the runs of the phases: of the last one in --output, of the others in its phases/. Without --output,
+    which is then not known yet, the settings as they are. --resume holds for the runs that have begun, and for the
+    first one if none has. Raises UserError for a wrong value."""
+    first = next(iter(phases.values()))
+    if len(phases) == 1 or not first.output:
+        return [*phases.values()]
+    output = Path(first.output)
+    runs = placed(phases, output, lambda names: phase_directory(output, names, first.seed))
+    begun = [os.path.exists(Path(each.output) / "settings.yaml") for each in runs]
+    resumed = [first.resume and (own or not any(begun)) for own in begun]
+    return [dataclasses.replace(each, resume=own) for each, own in zip(runs, resumed, strict=True)]
 
 
 def parse_phases(argv: list[str], usage: str) -> tuple[str, Phases]:
