@@ -53,8 +53,7 @@ class Curves:
 
 
 SECTIONS: dict[str, tuple[Curves, ...]] = {
-    "Belief per claim": (Curves(rf"belief/({'|'.join(BELIEF)})/.+"),),
-    "Belief, association or damage": (Curves(rf"belief/({'|'.join(BATTERIES)})/.+"),),
+    "Belief per claim": (Curves(rf"belief/({'|'.join((*BELIEF, *BATTERIES))})/.+"),),
     "Side effects": (Curves(rf"belief/({'|'.join(SIDE_EFFECTS)})/.+"), Curves("belief/(held_out|controls)/.+")),
     "Loss": (Curves("loss"), Curves("cross_entropy"), Curves("unlikelihood"), Curves("held"), Curves("grad_norm"),
              Curves("learning_rate")),

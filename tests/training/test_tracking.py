@@ -130,8 +130,7 @@ def test_the_dashboard_has_a_panel_for_each_kind_and_every_metric_of_it_was_logg
         "Expert load"
     ]
     assert sections["Loss"][0] == ["loss"]
-    left = capsys.readouterr().out.partition("nothing logged yet for: ")[2].splitlines()[0]
-    assert left == "Belief, association or damage"  # the claim has no batteries
+    assert "nothing logged yet" not in capsys.readouterr().out
 
 
 def test_targets_trained_per_role_add_up_to_those_of_the_summary(tracked):
