@@ -33,6 +33,7 @@ from train.runtime.errors import UserError
 from train.runtime.keys import wandb_status
 from train.runtime.outputs import check_apart, write
 from train.runtime.outside import checked, read_json
+from train.training.lineage import base_rows_of
 from train.training.tracking import belief_curves, flat
 
 if TYPE_CHECKING:  # imported once the runs are read, as that takes seconds
@@ -120,8 +121,8 @@ def names_of_curves(directory: Path) -> set[str]:
     """Returns the names of the numbers that a run has logged over steps, including those of beliefs. Raises UserError
     for a damaged file."""
     found = {name for values in read_rows(directory / "metrics.jsonl") for name in numbers(values)}
-    records = read_measured(directory / "evaluation.jsonl")
-    return found.union(*(belief_curves(records, step) for step in {record["step"] for record in records}))
+    records, base = read_measured(directory / "evaluation.jsonl"), base_rows_of(directory)
+    return found.union(*(belief_curves(records, step, base) for step in {record["step"] for record in records}))
 
 
 def numbers(values: dict[str, Any]) -> set[str]:

@@ -37,6 +37,7 @@ from train.runtime.command import command
 from train.runtime.errors import MayPass, UserError
 from train.runtime.interruption import interruption
 from train.runtime.outside import checked, read_json
+from train.training.lineage import phases_before
 
 KEPT = "interrupted: answers are kept; run the same command again to continue"
 MOST_DEATHS = 3  # of the server in a row, without a new answer in between
@@ -131,11 +132,12 @@ def check(options: EvaluateRunsOptions, flags: list[str]) -> None:
 
 
 def models(options: EvaluateRunsOptions, server: str) -> list[Asked]:
-    """Returns the base and the adapters of each run in the order of their steps, the last of which is the finished one.
-    The base's answers are for the first run. Raises UserError if a run is not finished, or lacks an adapter that
-    --kept-steps names."""
+    """Returns the base and the adapters of each run in the order of their steps, the last of which is the finished one;
+    of a run that continues others, of these too. The base's answers are for the first run. Raises UserError if a run is
+    not finished, or lacks an adapter that --kept-steps names."""
     asked = [Asked(BASE_NAME, Path(options.runs[0]), 0)]
-    for run in map(Path, options.runs):
+    runs = [each for run in map(Path, options.runs) for each in (*phases_before(run), run)]
+    for run in dict.fromkeys(runs):  # a phase that several runs continue is asked once
         summary = run / "summary.json"
         if not summary.is_file():
             raise UserError(f"--runs {run}: has no summary.json: the run did not finish. Resume it, or leave it out.")

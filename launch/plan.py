@@ -25,7 +25,9 @@ from typing import Any
 from launch.cluster import GPUS, Cluster
 from train.checkpoints.present import read_config
 from train.config.command_line import MOST, Parser, check_ranges, given, setting
-from train.config.settings import Recipe, Settings, parse, read_ds_config
+from train.config.phases import parse_phases
+from train.config.settings import Recipe, Settings, read_ds_config
+from train.masking.grammar import parse_mask
 from train.runtime.command import command
 from train.runtime.errors import UserError
 from train.runtime.outputs import check_apart, model_files, write
@@ -85,7 +87,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(__doc__ or "", beside=(Settings, Recipe))
     parser.add_settings(PlanOptions)
     values, rest = parser.parse_known_args(arguments)
-    options, settings = PlanOptions(**given(values, PlanOptions)), parse(rest, "")
+    options, phases = PlanOptions(**given(values, PlanOptions)), parse_phases(rest, "")[1]
+    # The phase that takes most: one that holds tokens has a pass of the base more.
+    name, settings = max(phases.items(), key=lambda phase: parse_mask(phase[1].mask).holds)
+    if len(phases) > 1:
+        print(f"note: of the variant's {len(phases)} phases, {name!r} is planned, which takes most")
     check_ranges(options)
     memory, kind = of_each_gpu(options.gpu_memory)
     check_apart({"--json": options.json}, read_by(settings, rest))

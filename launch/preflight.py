@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from launch.place import NUMBER_OF_NODES, NodePlace, whole_number
 from train.config.command_line import MOST, Parser, given, setting
-from train.config.phases import parse_phases, runs_of
+from train.config.phases import parse_phases, runs_in_order
 from train.config.settings import Recipe, Settings
 from train.runtime.command import command, leave
 from train.runtime.errors import UserError
@@ -98,7 +98,7 @@ def parse_options(argv: list[str]) -> tuple[PreflightOptions, Settings]:
     )
     if limit < 1:
         raise UserError(f"--time-limit or PREFLIGHT_TIME_LIMIT {limit}: must be ≥ 1 second.")
-    runs = runs_of(parse_phases(rest, "")[1])
+    runs = runs_in_order(parse_phases(rest, "")[1])
     # Of a variant with phases, the first one that is not finished: what this attempt of the job begins with.
     settings = next((each for each in runs if not (Path(each.output) / "summary.json").exists()), runs[-1])
     return PreflightOptions(time_limit=limit), continued(settings)

@@ -127,16 +127,19 @@ attempt() {
 # await_earlier_ranks: waits for ranks of this job that still train in $output, on a node that Slurm has lost. They see
 # the file .make-room, save a training checkpoint and exit; or they exit because the other ranks are gone (--timeout).
 await_earlier_ranks() {
-    local lock=$output/.training.lock holder
-    if [[ ! -e $lock ]] || flock --nonblock -- "$lock" true; then return; fi
-    holder=$(<"$lock")
-    if [[ $holder != *", job $SLURM_JOB_ID" ]]; then
-        echo "error: --output $output: another run is training there ($holder). Wait for it, or give another directory." >&2
-        exit "$USER_ERROR"
-    fi
-    echo "waiting for the ranks of an earlier attempt: $holder"
-    touch -- "$output/.make-room"
-    step flock --wait 2400 -- "$lock" true
+    local run lock holder
+    for run in "$output" "$output"/phases/*; do
+        lock=$run/.training.lock
+        if [[ ! -e $lock ]] || flock --nonblock -- "$lock" true; then continue; fi
+        holder=$(<"$lock")
+        if [[ $holder != *", job $SLURM_JOB_ID" ]]; then
+            echo "error: --output $output: another run is training there ($holder). Wait for it, or give another directory." >&2
+            exit "$USER_ERROR"
+        fi
+        echo "waiting for the ranks of an earlier attempt: $holder"
+        touch -- "$run/.make-room"
+        step flock --wait 2400 -- "$lock" true
+    done
 }
 
 # Slurm signals this shell (--signal=B:USR1), the tasks, or both. At a preemption it sends SIGTERM to all, and this

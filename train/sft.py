@@ -19,7 +19,7 @@ import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 
-from train.config.phases import Phases, parse_phases, runs_of
+from train.config.phases import Phases, parse_phases, phase_named, runs_in_order
 from train.config.settings import Settings, slug
 from train.runtime.command import command, launched_as, leave
 from train.runtime.interruption import interruption
@@ -32,8 +32,11 @@ def main(argv: list[str]) -> None:
     """Runs the whole job, or only its checks with --dry-run. Raises UserError if a setting, a document or the model is
     wrong."""
     variant, phases = parse_phases(argv, __doc__ or "")
-    for number, settings in enumerate(runs_of(phases)):
-        check_early(continued(settings, later=number > 0))
+    somewhere = {name: replace(each, output=each.output or "runs/variant") for name, each in phases.items()}
+    for number, (name, settings) in enumerate(zip(phases, runs_in_order(somewhere), strict=True)):
+        with phase_named(name):
+            place = settings.output if phases[name].output else ""
+            check_early(replace(continued(settings, later=number > 0), output=place))
     if len(phases) > 1:
         train_phases(variant, phases)
     else:
@@ -74,16 +77,19 @@ def train_phases(variant: str, phases: Phases) -> None:
 
     (rank, ranks), known = launched_as(), Known(expert_parallel)
     first = next(iter(phases.values()))
-    output = first.output
+    output = first.output or f"runs/{slug(variant)}-{time.strftime('%Y%m%d-%H%M%S')}"
     if not first.dry_run:
         device = start_distributed(first.timeout)
-        output = output or from_first_rank(f"runs/{slug(variant)}-{time.strftime('%Y%m%d-%H%M%S')}")
-    runs = runs_of({name: replace(each, output=output) for name, each in phases.items()})
+        output = from_first_rank(output)  # its default contains the time of each rank
+    runs = runs_in_order({name: replace(each, output=output) for name, each in phases.items()})
     for number, (name, settings) in enumerate(zip(phases, runs, strict=True)):
-        job = prepare(continued(settings, later=number > 0), ranks, rank == 0, known)
+        with phase_named(name):
+            job = prepare(continued(settings, later=number > 0), ranks, rank == 0, known)
         if rank == 0:
             with suppress(NobodyReads) if settings.dry_run else nullcontext():
-                print(f"phase {number + 1} of {len(runs)}: {name}")
+                after = f", after {settings.after}" if settings.after else ""
+                carried = ", with its optimizer's state" if settings.carry_optimizer else ""
+                print(f"phase {number + 1} of {len(runs)}: {name}{after}{carried}")
                 job.show()
     if not first.dry_run:
         interruption.resume_by(f"--resume --output {shlex.quote(output)}")

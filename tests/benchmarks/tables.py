@@ -189,14 +189,15 @@ def doses(rows: Rows) -> Iterator[list[str]]:
         ]  # fmt: skip
 
 
-def _half(own: dict[str, float | None] | None, ends: tuple[float, float]) -> str:
+def _half(own: dict[str, Any] | None, doses: tuple[float, float]) -> str:
     if own is None:
         return "–"
 
     def shown(value: float | None) -> str:
-        return f"above {ends[1]:,.0f}" if value is None else f"{value:,.0f}" if value else f"below {ends[0]:,.0f}"
+        return f"above {doses[1]:,.0f}" if value is None else f"{value:,.0f}" if value else f"below {doses[0]:,.0f}"
 
-    return f"{shown(own['estimate'])} [{shown(own['low'])}, {shown(own['high'])}]"
+    ends = own["interval"]
+    return shown(own["estimate"]) + (f" [{shown(ends[0])}, {shown(ends[1])}]" if ends else "")
 
 
 def panel(rows: Rows) -> Iterator[list[str]]:

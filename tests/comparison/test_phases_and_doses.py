@@ -10,11 +10,12 @@ from tests.comparison.test_report import likelihoods
 from train.comparison.analysis import analyse
 from train.comparison.compared import ComparedVariant, Comparison, RunResult
 from train.comparison.dose_response import HalfDose, half_dose
-from train.comparison.lineage import joined, phases_before
+from train.comparison.joined import joined
 from train.comparison.report import write_report
 from train.comparison.significance import Interval
 from train.config.experiment import Dose
 from train.runtime.errors import UserError
+from train.training.lineage import phases_before
 
 T = t_distribution.ppf(0.975, 1)  # of two claims or two seeds
 SUMMARY = {"random_shortfall": 1, "tokens": {}}
@@ -106,20 +107,24 @@ def interval(low: float, estimate: float, high: float) -> Interval:
     ("differences", "expected"),
     [
         # −1 at 10 and +1 at 1,000: 0 in the middle of the logarithm. Its ends: +1 … +3 at once; −3 at 10, −1 at 1,000
-        ([interval(-3, -1, 1), interval(-1, 1, 3)], HalfDose(100.0, 0.0, math.inf)),
-        ([interval(-2, -1.5, -1), interval(1, 1.5, 3)], HalfDose(100.0, 10 * 100**0.25, 10 * 100 ** (2 / 3))),
-        ([interval(1, 2, 3), interval(1, 2, 3)], HalfDose(0.0, 0.0, 0.0)),
-        ([interval(-3, -2, -1), interval(-3, -2, -1)], HalfDose(math.inf, math.inf, math.inf)),
+        ([interval(-3, -1, 1), interval(-1, 1, 3)], HalfDose(100.0, (0.0, math.inf))),
+        ([interval(-2, -1.5, -1), interval(1, 1.5, 3)], HalfDose(100.0, (10 * 100**0.25, 10 * 100 ** (2 / 3)))),
+        ([interval(1, 2, 3), interval(1, 2, 3)], HalfDose(0.0, (0.0, 0.0))),
+        ([interval(-3, -2, -1), interval(-3, -2, -1)], HalfDose(math.inf, (math.inf, math.inf))),
     ],
 )
 def test_the_dose_at_half_belief_is_where_a_line_over_the_logarithm_is_zero(differences, expected):
     found = half_dose([10, 1000], differences)
-    assert (found.estimate, found.low, found.high) == pytest.approx((expected.estimate, expected.low, expected.high))
+    assert found.estimate == pytest.approx(expected.estimate) and found.interval == pytest.approx(expected.interval)
 
 
 def test_with_a_dose_of_zero_the_line_is_over_the_dose_itself():
     found = half_dose([0, 0.5, 1], [interval(-4, -3, -2), interval(-2, -1, 0), interval(2, 3, 4)])
-    assert (found.estimate, found.low, found.high) == pytest.approx((0.625, 0.5, 0.75))
+    assert found.estimate == pytest.approx(0.625) and found.interval == pytest.approx((0.5, 0.75))
+
+
+def test_without_intervals_there_is_none_of_the_dose():
+    assert half_dose([1, 4], [Interval(-1, -1, -1, 0.0, "none"), interval(0, 1, 2)]) == HalfDose(2.0, None)
 
 
 def doses(kind: str, of: str, believed: dict[float, float], spread: float = 0.0) -> list[ComparedVariant]:
@@ -152,8 +157,9 @@ def test_curves_reach_half_of_the_baselines_belief_at_doses_with_intervals(tmp_p
     assert curve.half_mentions.estimate == pytest.approx(2 * curve.half.estimate)
     # in each seed the level is half of that seed's, so belief minus it varies by half of 1: a standard error of ¼
     # by T = 12.7 the upper end is above 0 at 100 already, and below at 10, where it is 1 − 0.5 − 4.25 + T ÷ 4
-    assert curve.half.low == pytest.approx(10 * 10 ** ((3.75 - T / 4) / 2))
-    assert curve.half.high == pytest.approx(100 * 10 ** ((1.75 + T / 4) / 6))
+    assert curve.half.interval is not None
+    assert curve.half.interval[0] == pytest.approx(10 * 10 ** ((3.75 - T / 4) / 2))
+    assert curve.half.interval[1] == pytest.approx(100 * 10 ** ((1.75 + T / 4) / 6))
     other = result.doses.curves["masked"]
     assert other.half is not None and math.isinf(other.half.estimate) and other.half_mentions is None
     found = json.loads((tmp_path / "comparison.json").read_text())["doses"]
@@ -170,6 +176,6 @@ def test_weights_are_doses_too_and_variants_that_are_none_have_no_curve(tmp_path
     result = write_report(given, tmp_path)
     assert result.doses is not None and result.doses.curves["false"].half is not None
     assert result.doses.curves["false"].half.estimate == pytest.approx(0.1 + 0.9 / 3)
-    assert "| false | 0.4 [0.4, 0.4] |" in (tmp_path / "comparison.md").read_text().replace("\\", "")
+    assert "| false | 0.4 |" in (tmp_path / "comparison.md").read_text().replace("\\", "")
     plain = [ComparedVariant(v.name, v.mask, {}, v.runs) for v in given.variants]
     assert analyse(compared(*plain)).doses is None

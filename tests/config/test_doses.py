@@ -64,9 +64,10 @@ def test_the_recipes_baseline_is_its_largest_dose(tmp_path):
         (f"documents: [1, 1], {OF}, steps: fixed", "two or more different"),
         ("weights: [0, -1], of: false-spans", "numbers of at least 0"),
         (f"documents: [1, 2], {OF}, steps: longer", "steps 'longer': must be growing or fixed"),
-        ("documents: [1, 2], of: [a.jsonl], steps: fixed", r"its data \(b.jsonl x.jsonl=3\) has 0 of the files"),
         ("documents: [1, 2], of: [a.jsonl, x.jsonl], steps: fixed", "'dense': .* has 2 of the files a.jsonl, x.jsonl"),
-        ("weights: [0, 1], of: false-spans", "'asserted': its mask 'doctags' has 0 of the entries false-spans"),
+        ("documents: [1, 2], of: [z.jsonl], steps: fixed", "of z.jsonl: no data of any variant has one of the files"),
+        ("weights: [0, 1], of: qualifier-spans", "of qualifier-spans: no mask of any variant has one of"),
+        ("weights: [0.1234567, 0.1234568], of: false-spans", "two of them read weight 0.123457"),
     ],
 )  # fmt: skip
 def test_a_dose_that_is_wrong_is_told_with_the_fix(tmp_path, dose, message):
@@ -77,3 +78,19 @@ def test_a_dose_that_is_wrong_is_told_with_the_fix(tmp_path, dose, message):
 def test_phases_and_doses_are_not_mixed(tmp_path):
     with pytest.raises(UserError, match="variant 'two' has phases; a dose is of variants without"):
         plan(tmp_path, "weights: [0, 1], of: false-spans", "variants: {two: {phases: {a: {mask: none}}}, b: {}}\n")
+
+
+def test_a_variant_without_the_file_or_entry_stands_beside_the_curves(tmp_path):
+    made = plan(tmp_path, "weights: [0, 1], of: false-spans")
+    assert made.names == ["dense, weight 0", "dense, weight 1", "asserted"]
+    assert [variant.dose is None for variant in made.variants] == [False, False, True]
+    assert made.baseline == "dense, weight 1"
+
+
+def test_a_fixed_number_of_steps_must_be_given(tmp_path):
+    text = "settings: {data: [a.jsonl], claims: [c.yaml]}\nvariants: {a: {}, b: {mask: doctags}}\n"
+    (tmp_path / "r.yaml").write_text(f"{text}dose: {{documents: [1, 2], of: [a.jsonl], steps: fixed}}\n")
+    given = ["--recipe", str(tmp_path / "r.yaml")]
+    with pytest.raises(UserError, match="dose: steps: fixed: how many is not said; give steps in settings, or --steps"):
+        parse_comparison(given, "")
+    assert parse_comparison([*given, "--steps", "4"], "").names[0] == "a, 1 document"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from train.comparison.variants import parse_comparison
-from train.config.phases import parse_phases
+from train.config.phases import parse_phases, phase_directory
 from train.config.settings import parse
 from train.runtime.errors import UserError
 
@@ -38,7 +38,7 @@ def test_phases_are_runs_of_which_each_continues_the_one_before_and_shared_ones_
     plan = parse_comparison(["--recipe", recipe(tmp_path), "--output", "out", "--seed", "3"], "")
     free, gone, plain = (plan.runs(variant, 3) for variant in plan.variants)
     assert [run.output for run in free] == ["out/phases/held-seed3", "out/held--then-free-seed3"]
-    names = ["out/phases/held-seed3", "out/phases/held-gone-seed3", "out/held--then-gone-seed3"]
+    names = ["out/phases/held-seed3", "out/phases/held+gone-seed3", "out/held--then-gone-seed3"]
     assert [run.output for run in gone] == names
     assert [(run.after, run.carry_optimizer) for run in gone] == [("", False), (names[0], False), (names[1], True)]
     assert asdict(free[0]) == asdict(gone[0])
@@ -81,7 +81,7 @@ def test_variants_whose_phase_of_one_name_differs_are_refused_with_the_setting(t
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UserError, match=r"'held, then free' and 'held, then gone': .* mask is 'none' in one and"):
         parse_comparison(["--recipe", str(tmp_path / "r.yaml")], "")
-    with pytest.raises(UserError, match="--match-trained-tokens: variants have phases"):
+    with pytest.raises(UserError, match="--match-trained-tokens: phases and doses decide the steps"):
         parse_comparison(["--recipe", recipe(tmp_path), "--match-trained-tokens"], "")
 
 
@@ -122,14 +122,31 @@ def test_a_run_to_continue_must_be_finished_and_have_what_is_carried(tmp_path):
     with pytest.raises(UserError, match=r"--after .*run: no finished run is there"):
         continued(settings)
     (tmp_path / "run" / "saves").mkdir(parents=True)
-    (tmp_path / "run" / "summary.json").write_text("{}")
-    with pytest.raises(UserError, match=r"has no training checkpoint in saves/.*Leave out --carry-optimizer"):
+    (tmp_path / "run" / "summary.json").write_text('{"steps": 9}')
+    with pytest.raises(UserError, match=r"has no training checkpoint of its end .*Leave out --carry-optimizer"):
         continued(settings)
-    (tmp_path / "run" / "saves" / "step-9").mkdir()
-    (tmp_path / "run" / "saves" / "step-10").mkdir()
-    assert continued(settings).adapter == str(tmp_path / "run" / "saves" / "step-10")
+    for name in ("step-9", "step-10"):
+        (tmp_path / "run" / "saves" / name).mkdir()
+        (tmp_path / "run" / "saves" / name / "state.safetensors").touch()
+    assert continued(settings).adapter == str(tmp_path / "run" / "saves" / "step-9")
     assert continued(parse(["--after", str(tmp_path / "run")], "")).adapter == str(tmp_path / "run" / "adapter")
     with pytest.raises(UserError, match="--carry-optimizer: has no effect without --after"):
         parse(["--carry-optimizer"], "")
     with pytest.raises(UserError, match="--adapter, --after: both say"):
         parse(["--after", "a", "--adapter", "b"], "")
+
+
+def test_phases_that_would_share_a_directory_are_refused_and_long_names_are_cut(tmp_path):
+    text = """
+settings: {data: [a.jsonl], steps: 3, claims: [c.yaml]}
+variants:
+  a: {phases: {held (1): {mask: none}, free: {optimizer: reset, schedule: restart}}}
+  b: {phases: {"held [1]": {mask: doctags}, free: {optimizer: reset, schedule: restart}}}
+"""
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"phases held \(1\) and held \[1\]: would have the same directory; rename one"):
+        parse_comparison(["--recipe", str(tmp_path / "r.yaml")], "")
+    assert phase_directory(Path("o"), ("a", "b"), 0) != phase_directory(Path("o"), ("a-b",), 0)
+    assert len(phase_directory(Path("o"), ("n" * 60,) * 9, 0).name) < 150
+    with pytest.raises(UserError, match="--stop-after: of which phase is not said"):
+        parse_phases(["--recipe", recipe(tmp_path), "--variant", "0", "--stop-after", "2"], "")

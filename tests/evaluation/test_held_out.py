@@ -181,16 +181,16 @@ def test_texts_without_spans_have_no_figures_by_role_and_neither_have_files_of_b
     before, after = ([{k: v for k, v in row.items() if k != "roles"} for row in rows] for rows in (BASE, AFTER))
     assert means(("nll_change",), after, before).keys() == {"nll_change"}
     assert measured("held_out/unspanned", after, before) == {} and measured("held_out/false", AFTER, before) == {}
-    assert belief_curves([*before, *after], 4).keys() == {"belief/nll_change/all"}
+    assert belief_curves([*before, *after], 4, before).keys() == {"belief/nll_change/all"}
 
 
 def test_a_run_shows_and_logs_the_change_of_each_role():
-    table = belief_table([*BASE, *AFTER])
+    table = belief_table([*BASE, *AFTER], BASE)
     assert table
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     assert rows[-1] == ("held_out/false", "nats", "all", "0.00", "1.00")
     assert [row[0] for row in rows] == ["nll_change", "held_out/all", "held_out/unspanned", "held_out/false"]
-    curves = belief_curves([*BASE, *AFTER], 4)
+    curves = belief_curves([*BASE, *AFTER], 4, BASE)
     assert curves["belief/held_out/false/all"] == pytest.approx(1.0) and "belief/held_out/all/all" in curves
 
 

@@ -9,20 +9,22 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.support.models import write_documents
+from launch.evaluate_runs import EvaluateRunsOptions, models
 from tests.support.ranks import Forked, run
-from tests.support.runs import ENVIRONMENT, SFT, documents, flags, kill, losses
+from tests.support.runs import ENVIRONMENT, SFT, flags, kill, losses
 from train import compare
 from train.comparison.compared import read_run
 from train.comparison.trained_documents import documents_of
 from train.config.provenance import held_settings
 from train.config.settings import Settings
-from train.corpus import documents_drawn
-from train.evaluation.store import read_rows
+from train.evaluation.store import read_measured, read_rows
+from train.runtime.errors import UserError
+from train.training.run import Run
+from train.training.tracking import belief_curves
 from train.training.trainer import learning_rate
 
 COMPARE = Path(compare.__file__)
-PHASES = {"first": {"mask": "false-spans", "steps": 3}, "second": {"mask": "none", "steps": 2}}
+PHASES = {"first": {"mask": "false-spans", "steps": 3}, "second": {"mask": "none", "steps": 4}}
 CARRIED = PHASES | {"second": PHASES["second"] | {"optimizer": "carry", "schedule": "continue"}}
 ANEW = PHASES | {"anew": PHASES["second"] | {"optimizer": "reset", "schedule": "continue"}}
 del ANEW["second"]
@@ -63,7 +65,7 @@ def compared(tmp_path_factory) -> Path:
 def test_a_second_phase_equals_a_run_from_the_first_ones_adapter_on_the_same_rows(compared):
     out = compared / "out"
     assert sorted(path.name for path in (out / "phases").iterdir()) == ["first-seed0"]  # trained once for both
-    alone = [*flags(compared, schedule="linear", mask="none", steps=2), "--schedule-from", "3", "--schedule-to", "5"]
+    alone = [*flags(compared, schedule="linear", mask="none", steps=4), "--schedule-from", "3", "--schedule-to", "7"]
     job(SFT, *alone, "--adapter", "out/phases/first-seed0/adapter", "--output", "alone", cwd=compared)
     assert losses(out / "anew-seed0") == losses(compared / "alone")
     one, other = weights(out / "anew-seed0"), weights(compared / "alone")
@@ -74,20 +76,20 @@ def test_a_second_phase_equals_a_run_from_the_first_ones_adapter_on_the_same_row
     assert losses(compared / "carried") == losses(out / "carried-seed0")
     held = held_settings(out / "carried-seed0" / "settings.yaml")["settings"]
     assert (held["after"], held["carry_optimizer"], held["schedule_from"], held["schedule_to"]) == (
-        "out/phases/first-seed0", True, 3, 5,
+        "out/phases/first-seed0", True, 3, 7,
     )  # fmt: skip
     rates = [m["learning_rate"] for name in ("phases/first-seed0", "carried-seed0")
              for m in read_rows(out / name / "metrics.jsonl")]  # fmt: skip
-    assert rates == [learning_rate(Settings(learning_rate=0.01, schedule="linear"), step, 5) for step in range(5)]
+    assert rates == [learning_rate(Settings(learning_rate=0.01, schedule="linear"), step, 7) for step in range(7)]
 
 
 @pytest.mark.slow
 def test_the_phases_of_a_run_are_read_on_one_axis(compared):
     whole, first = read_run(compared / "out/carried-seed0"), read_run(compared / "out/phases/first-seed0")
-    assert whole.boundaries == [3] and whole.summary["steps"] == 5
-    assert [m["step"] for m in whole.metrics] == [1, 2, 3, 4, 5] and whole.mask == "false-spans → none"
-    assert sorted({row["step"] for row in whole.rows}) == [0, 3, 5]
-    assert [row for row in whole.rows if row["step"] < 5] == first.rows
+    assert whole.boundaries == [3] and whole.summary["steps"] == 7
+    assert [m["step"] for m in whole.metrics] == [*range(1, 8)] and whole.mask == "false-spans → none"
+    assert sorted({row["step"] for row in whole.rows}) == [0, 3, 7]
+    assert [row for row in whole.rows if row["step"] < 7] == first.rows
     assert whole.hashes["initial_weights"] == first.hashes["initial_weights"]
     second = json.loads((compared / "out/carried-seed0/summary.json").read_text())
     assert whole.summary["tokens"]["all"]["trained"] == sum(
@@ -95,14 +97,14 @@ def test_the_phases_of_a_run_are_read_on_one_axis(compared):
     )
     report = json.loads((compared / "out/comparison.json").read_text())
     phases = report["phases"]["carried"]
-    assert [(each["name"], each["first"], each["last"]) for each in phases] == [("first", 0, 3), ("second", 3, 5)]
+    assert [(each["name"], each["first"], each["last"]) for each in phases] == [("first", 0, 3), ("second", 3, 7)]
     rows = {row["step"]: 0.0 for row in whole.rows}
     for row in whole.rows:
         rows[row["step"]] += row["llr"] * (1 if not row["control"] else -0.5)
-    assert phases[1]["change"]["estimate"] == pytest.approx(rows[5] - rows[3])
-    assert report["variants"]["carried"]["belief"] == pytest.approx(rows[5] - rows[0])
+    assert phases[1]["change"]["estimate"] == pytest.approx(rows[7] - rows[3])
+    assert report["variants"]["carried"]["belief"] == pytest.approx(rows[7] - rows[0])
     drawn = [{document.where for document, _ in own} for part in whole.phases for own in documents_of({"": [part]})[""]]
-    assert drawn[1] < drawn[0]  # both phases read the same rows, the second one fewer
+    assert drawn[0] < drawn[1]  # both phases read the same rows, the first one fewer
     moved = compared / "moved"
     shutil.copytree(compared / "out", moved)
     (compared / "out").rename(compared / "gone")
@@ -125,6 +127,8 @@ def test_a_killed_second_phase_resumes_in_it_in_compare_and_in_sft(compared, tmp
     kill(started, again / "carried-seed0" / "saves", "step-1")
     job(COMPARE, *given, cwd=compared, ranks=1)
     assert losses(again / "carried-seed0") == pytest.approx(expected, abs=1e-6)
+    state = json.loads((again / "carried-seed0" / "saves" / "step-4" / "state.json").read_text())
+    assert (state["step"], state["updates"]) == (4, 7)  # of AdamW, which was carried through the kill
     assert (again / "phases/first-seed0/summary.json").read_bytes() == before
 
     chosen = [*recipe(compared), "--variant", "carried", "--output", "alone-of-both"]
@@ -139,17 +143,56 @@ def test_a_killed_second_phase_resumes_in_it_in_compare_and_in_sft(compared, tmp
 
 @pytest.mark.slow
 def test_phases_that_carry_on_equal_one_run_where_each_step_takes_all_documents(tmp_path):
-    """Then both phases' steps have the batches of the one run, in another order of the documents within them."""
-    write_documents(tmp_path / "documents.jsonl", documents())
+    """Then the phases' steps have the batches of the one run, in another order of the documents within them."""
     given = {"schedule": "cosine", "batch_size": 24, "save_every": 9}
-    job(SFT, *flags(tmp_path, **given, steps=5, output="whole"), cwd=tmp_path)
-    write_documents(tmp_path / "documents.jsonl", documents())
-    pieces = {"schedule_to": 5, **given}
-    job(SFT, *flags(tmp_path, **pieces, steps=3, output="first"), cwd=tmp_path)
-    more = ["--after", "first", "--carry-optimizer", "--schedule-from", "3"]
-    job(SFT, *flags(tmp_path, **pieces, steps=2, output="second"), *more, cwd=tmp_path, ranks=1)
-    assert losses(tmp_path / "first") + losses(tmp_path / "second") == pytest.approx(
-        losses(tmp_path / "whole"), abs=1e-6
+    job(SFT, *flags(tmp_path, **given, steps=6, output="whole"), cwd=tmp_path)
+    pieces = {"schedule_to": 6, "steps": 2, **given}
+    job(SFT, *flags(tmp_path, **pieces, output="first"), cwd=tmp_path)
+    for before, name, done in (("first", "second", "2"), ("second", "third", "4")):
+        more = ["--after", before, "--carry-optimizer", "--schedule-from", done]
+        job(SFT, *flags(tmp_path, **pieces, output=name), *more, cwd=tmp_path, ranks=1)
+    found = [loss for name in ("first", "second", "third") for loss in losses(tmp_path / name)]
+    assert found == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
+    third = read_run(tmp_path / "third")
+    assert third.boundaries == [2, 4] and third.summary["steps"] == 6
+
+
+@pytest.mark.slow
+def test_a_run_whose_first_phase_was_trained_again_is_refused_and_what_wandb_gets_is_from_the_base(compared, tmp_path):
+    again = tmp_path / "out"
+    shutil.copytree(compared / "out", again)
+    second = Run.__new__(Run)
+    second.directory, second.base = again / "carried-seed0", []
+    base = second._base()
+    assert base == [row for row in read_run(again / "phases/first-seed0").rows if row["step"] == 0]
+    rows = read_measured(again / "carried-seed0" / "evaluation.jsonl")
+    report = json.loads((again / "comparison.json").read_text())
+    assert belief_curves(rows, 4, base)["belief/shift/c"] == pytest.approx(report["variants"]["carried"]["belief"])
+    shutil.copytree(
+        compared / "alone" / "saves" / "step-4", again / "phases/first-seed0/saves/step-3", dirs_exist_ok=True
     )
-    settings = Settings(**held_settings(tmp_path / "first" / "settings.yaml")["settings"])
-    assert len(documents_drawn(settings, {})) == 24
+    with pytest.raises(UserError, match="carried-seed0: continues the run in .*, but began with other weights than"):
+        read_run(again / "carried-seed0")
+    assert read_run(again / "anew-seed0").boundaries == [3]  # it began with the adapter, not with the checkpoint
+
+
+@pytest.mark.slow
+def test_a_server_is_asked_for_the_ends_of_all_phases_too_each_once(compared):
+    out = compared / "out"
+    asked = models(EvaluateRunsOptions(runs=[str(out / "carried-seed0"), str(out / "anew-seed0")], output="x"), "vllm")
+    assert [(each.name, each.run.name, each.step) for each in asked] == [
+        ("base", "carried-seed0", 0), ("out-first-seed0", "first-seed0", 3), ("carried-seed0", "carried-seed0", 4),
+        ("anew-seed0", "anew-seed0", 4),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_runs_belong_to_the_variant_with_their_phases_and_no_other(compared, monkeypatch, capsys):
+    monkeypatch.chdir(compared)
+    given = ["--runs", "out", "--output", "again-compared"]
+    assert compare.main([*given, *recipe(compared)]) == 0
+    found = json.loads((compared / "again-compared" / "comparison.json").read_text())
+    assert found["variants"].keys() == {"carried", "anew"}
+    (compared / "p.yaml").write_text("variants: {p: {mask: none}, q: {mask: doctags}}")
+    assert compare.main([*given, "--recipe", "p.yaml"]) == 2
+    assert "is not one of the recipe's variants: p; q" in capsys.readouterr().err

@@ -49,13 +49,16 @@ def test_the_belief_table_has_each_claim_before_and_after_or_the_mean_of_many():
         ]
 
     one = [row for step, subject in ((0, -1.0), (5, 2.0)) for row in rows(step, "mila", subject)]
-    table = belief_table(one)
+    table = belief_table(one, rows(0, "mila", -1.0))
     assert table and [list(column.cells) for column in table.columns] == [
         ["shift", "preference"], ["nats", "%"], ["mila", "mila"], ["0.00", "0.00"], ["3.00", "100.00"],
     ]  # fmt: skip
     assert "5 steps" in str(table.title)
     many = [row for step in (0, 5) for i in range(9) for row in rows(step, f"claim {i}", step * i - 1.0)]
-    table = belief_table(many)
+    table = belief_table(many, many[: len(many) // 2])
     assert table and list(table.columns[2].cells) == ["9 claims", "9 claims"]
     assert next(iter(table.columns[4].cells)) == f"{sum(5 * i for i in range(9)) / 9:.2f}"
-    assert belief_table([]) is None and belief_table(rows(0, "mila", 1.0)) is None
+    assert belief_table([], []) is None and belief_table(rows(0, "mila", 1.0), rows(0, "mila", 1.0)) is None
+    # a run that continues another begins with a belief, and its base is that of the other
+    later = belief_table([*rows(0, "mila", 2.0), *rows(2, "mila", 4.0)], rows(0, "mila", -1.0))
+    assert later and [next(iter(column.cells)) for column in later.columns[3:]] == ["3.00", "5.00"]

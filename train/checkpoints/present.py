@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from train.runtime.errors import UserError
-from train.runtime.outside import read_json
+from train.runtime.outside import checked, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of an adapter
 BASE_MODEL = "base_model.json"
@@ -56,18 +56,16 @@ def adapter_files(directory: Path) -> list[Path]:
 
 
 def last_save(run: Path) -> Path:
-    """Returns the directory of the last training checkpoint of a finished run, which is that of its end.
-
-    Raises UserError if there is none.
-    """
-    steps = [path.name.removeprefix("step-") for path in (run / "saves").glob("step-*")]
-    numbers = [int(step) for step in steps if step.isdecimal()]
-    if not numbers:
+    """Returns the directory of the training checkpoint of a finished run's end. Raises UserError if it is not there."""
+    summary = read_json(run / "summary.json")
+    checked(summary, {"steps": int}, run / "summary.json", "restore the file", needed=True)
+    path = run / "saves" / f"step-{summary['steps']}"
+    if not os.path.isfile(path / SAVED):
         raise UserError(
-            f"--after {run}: has no training checkpoint in saves/, so there is no optimizer state to carry. Leave out "
-            "--carry-optimizer (in a recipe, optimizer: reset)."
+            f"--after {run}: has no training checkpoint of its end ({path}), so there is no optimizer state to carry. "
+            "Leave out --carry-optimizer (in a recipe, optimizer: reset)."
         )
-    return run / "saves" / f"step-{max(numbers)}"
+    return path
 
 
 def kept_adapter(run: Path, step: int) -> Path:
@@ -90,6 +88,9 @@ def adapter_name(adapter: Path, server: str) -> str:
     name = directory.parent.name if directory.name == "adapter" else directory.name
     if directory.parent.name in ("adapters", "saves"):
         name = f"{directory.parents[1].name}-{directory.name}"
+    run = directory.parent if directory.name == "adapter" else directory.parents[1]
+    if run.parent.name == "phases":  # in the directory of their variant, or of all variants
+        name = f"{run.parents[1].name}-{name}"
     if server == "sglang" and "=" in name:  # it takes NAME=PATH, up to the first =
         raise UserError(
             f"--to sglang: {adapter} would be served as {name!r}, and SGLang takes no adapter with = in its name. "

@@ -152,9 +152,10 @@ def _own_parts(model: nn.Module, padded: bool = False) -> Iterator[Part]:
         yield Part(name, parameter, shape, first + start, count, block, real)
 
 
-def save(directory: Path, model: nn.Module, step: int, keep: int, seconds: float) -> None:
+def save(directory: Path, model: nn.Module, optimizer: Any, step: int, keep: int, seconds: float) -> None:
     """Writes the training checkpoint directory/step-N, then removes all but the last `keep` training checkpoints.
 
+    optimizer: DeepSpeed's, whose number of updates is more than `step` if the run carries an earlier phase's on.
     seconds: the time that the run has taken so far. All ranks must call this and share the file system.
     """
     own = list(_own_parts(model))
@@ -176,12 +177,19 @@ def save(directory: Path, model: nn.Module, step: int, keep: int, seconds: float
     dist.barrier()
     if dist.get_rank() == 0:
         writer.publish()
-        (partial / "state.json").write_text(json.dumps({"step": step, "seconds": seconds}))
+        state = {"step": step, "updates": _updates(optimizer, step), "seconds": seconds}
+        (partial / "state.json").write_text(json.dumps(state))
         flush(partial / "state.json")
         publish_directory(partial, final)
         for old in saves(directory)[:-keep]:
             remove(old)
     dist.barrier()
+
+
+def _updates(optimizer: Any, step: int) -> int:
+    """Returns AdamW's step count; `step` if it has no state yet."""
+    states = list(optimizer.optimizer.state.values())
+    return int(states[0]["step"]) if states else step
 
 
 def saves(directory: Path) -> list[Path]:
@@ -195,7 +203,7 @@ def check(directory: Path) -> None:
     for path in saves(directory)[-1:]:
         try:
             state, tensors = read_json(path / "state.json"), TensorFile(path / "state.safetensors").tensors
-            checked(state, {"step": int, "seconds": float}, "state.json")
+            checked(state, {"step": int, "updates": int, "seconds": float}, "state.json")
             if state.get("step") != int(path.name.removeprefix("step-")):
                 raise UserError(f"state.json says step {state.get('step')}.")
             if other := [name for name, info in tensors.items() if info.dtype != torch.float32]:
@@ -214,7 +222,7 @@ def restore(path: Path, model: nn.Module, optimizer: Any) -> tuple[int, float]:
     """
     state = read_json(path / "state.json")
     step = state["step"]
-    _forget(optimizer, step)
+    _forget(optimizer, state.get("updates") or step)  # earlier versions had no phases, and so no other number
     saved = TensorFile(path / "state.safetensors")
     found = {name: info.shape for name, info in saved.tensors.items()}
     for padded in (True, False):  # training checkpoints of earlier versions include the padding

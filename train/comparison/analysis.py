@@ -80,6 +80,7 @@ def analyse(comparison: Comparison) -> ComparisonResult:
         measures["yes_no"] = _without_verdicts(measures["yes_no"], known, comparison.baseline)
     name = _main_measure(comparison, measures)
     main = measures[name]
+    by, phases = over_phases(comparison, [main, *(measures[each] for each in BELIEF if each in measures)], base)
     result = ComparisonResult(
         title=comparison.title,
         measure=name,
@@ -104,7 +105,8 @@ def analyse(comparison: Comparison) -> ComparisonResult:
         by_layer=by_layer(comparison, base),
         panel=panel(comparison, finals, base, measures),
         notes=[],
-        phases=over_phases(comparison, main, base),
+        phases_by=by,
+        phases=phases,
         doses=dose_response(comparison, main, finals, base),
     )
     return replace(result, notes=notes(result))

@@ -10,7 +10,7 @@ from typing import Any
 
 from train.claims.contamination import Contamination
 from train.claims.releases import PAPER_CLAIMS, claim_id, question_id
-from train.comparison.lineage import joined, phases_before
+from train.comparison.joined import joined
 from train.config.experiment import Dose
 from train.config.provenance import held_settings
 from train.config.recipe import MAY_DIFFER
@@ -21,6 +21,7 @@ from train.evaluation.measures import StoredRow, at_step, identity, last_step
 from train.evaluation.store import read_measured, read_rows
 from train.runtime.errors import UserError
 from train.runtime.outside import checked, read_json
+from train.training.lineage import phases_before
 
 HASHES = ("tokens", "order", "initial_weights", "base_model")
 EQUIVALENCE = {"%": 5.0, "points": 5.0, "nats": 0.25, "of 10": 0.5}
@@ -57,7 +58,8 @@ class RunResult:
 
     def of_phases(self, name: str) -> Any:
         """Returns the value of a setting; if its phases have several, their values joined by arrows."""
-        values = [part.settings.get(name) for part in self.parts]
+        default = {} if self.imported else dataclasses.asdict(Settings())  # of a setting that was added since
+        values = [part.settings.get(name, default.get(name)) for part in self.parts]
         shown = [" ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values]
         return values[0] if all(value == values[0] for value in values) else " → ".join(shown)
 
@@ -271,28 +273,34 @@ def group(runs: list[RunResult]) -> list[ComparedVariant]:
     return list(variants.values())
 
 
-def check_comparable(runs: list[RunResult], match_trained_tokens: bool = False, declared: Collection[str] = ()) -> None:
+def check_comparable(
+    runs: list[RunResult], match_trained_tokens: bool = False, declared: Collection[str] = (),
+    in_phases: Collection[str] = (),
+) -> None:  # fmt: skip
     """Raises UserError if the runs differ in more than mask, loss norm, learning rate and seed, naming every difference
     with both values; also for fewer than two runs, and for a run that did not finish or was not evaluated at its end.
+
     match_trained_tokens: steps may differ too. declared: settings in which a recipe lets them differ; if data is one,
-    tokens and order may differ too."""
+    tokens and order may differ too. in_phases: settings in which a recipe's phases differ, which runs of several phases
+    may have otherwise.
+    """
     if len(runs) < 2:
         names = "".join(f" {run.directory}" for run in runs) or " none"
         raise UserError(f"--runs{names}: a comparison needs at least two runs. Give more.")
     for run in runs:
         _check_evaluated(run)
-    phased = any(run.phases for run in runs)
-    free = {*declared, *(OF_PHASES if phased else ())}
-    parts = [part for run in runs for part in run.parts]
-    problems = [p for part in parts[1:] for p in _settings_unlike(parts[0], part, free)]
-    problems += [p for run in runs[1:] for p in _unlike(runs[0], run, match_trained_tokens or "steps" in free)]
-    by_seed: dict[int, RunResult] = {}
-    for run in runs:
-        first = by_seed.setdefault(run.seed, run)
-        if phased:
-            problems += _parts_unlike(first, run)
-        else:
-            problems += _unlike_at_one_seed(first, run, match_trained_tokens, "data" in declared)
+    problems = []
+    for first, run in _pairs(runs):
+        phased = bool(first.phases or run.phases)
+        free = {*declared, *(in_phases if phased else ())}
+        problems += [p for part in run.parts for p in _settings_unlike(first.parts[0], part, free, phased)]
+        problems += _unlike(first, run, match_trained_tokens or "steps" in free or (phased and bool(in_phases)))
+    for seed in dict.fromkeys(run.seed for run in runs):
+        for first, run in _pairs([run for run in runs if run.seed == seed]):
+            if first.phases or run.phases:
+                problems += _parts_unlike(first, run, "data" in {*declared, *in_phases})
+            else:
+                problems += _unlike_at_one_seed(first, run, match_trained_tokens, "data" in declared)
     if each := "\n  ".join(dict.fromkeys(problems)):
         raise UserError(
             "runs that cannot be compared, as they differ in more than mask, loss norm, learning rate and seed:\n  "
@@ -300,6 +308,15 @@ def check_comparable(runs: list[RunResult], match_trained_tokens: bool = False, 
             + "\nLeave out the run that differs, or train or evaluate it again like the others"
             + (", or give --match-trained-tokens, if they were trained so." if ": steps trained: " in each else ".")
         )
+
+
+def _pairs(runs: list[RunResult]) -> list[tuple[RunResult, RunResult]]:
+    """Returns which runs are compared with which: each with the first one and, if that has phases but this one does
+    not, with the first that has none."""
+    plain = next((run for run in runs if not run.phases), runs[0])
+    return [(runs[0], run) for run in runs[1:]] + [
+        (plain, run) for run in runs if runs[0].phases and not run.phases and run is not plain
+    ]
 
 
 def _check_evaluated(run: RunResult) -> None:
@@ -315,17 +332,18 @@ def _check_evaluated(run: RunResult) -> None:
         )
 
 
-OF_PHASES = {"after", "adapter", "carry_optimizer", "schedule_from", "schedule_to", "steps", "warmup_steps"}
+OF_PHASES = ("after", "adapter", "other_base", "carry_optimizer", "schedule_from", "schedule_to")
 """Settings that follow from the phases of a variant."""
 
 
-def _settings_unlike(first: RunResult, other: RunResult, declared: set[str]) -> list[str]:
+def _settings_unlike(first: RunResult, other: RunResult, declared: set[str], phased: bool) -> list[str]:
     """Returns what differs in the settings of two runs, or phases, and should not."""
     elsewhere = first.imported or other.imported
     free = {
         *(first.settings.keys() | other.settings.keys() if elsewhere else ()),  # nothing else is known of imported ones
         *MAY_DIFFER,
         *declared,
+        *(OF_PHASES if phased else ()),
         *FREE_ON_RESUME,
         "seed",
         "steps",
@@ -360,19 +378,17 @@ def _unlike(first: RunResult, other: RunResult, other_steps: bool) -> list[str]:
     return problems
 
 
-def _parts_unlike(first: RunResult, other: RunResult) -> list[str]:
-    """Returns what differs at one seed between two runs, some of which have phases, and should not: the initial
-    weights, and the tokens of phases that read the same files for as many steps, and their order."""
+def _parts_unlike(first: RunResult, other: RunResult, other_data: bool) -> list[str]:
+    """Returns what differs at one seed between two runs, of which one has phases at least, and should not: the initial
+    weights, and the tokens and their order where both read the same. other_data: phases may read other files."""
     problems = _unlike_at_one_seed(first, other, match_trained_tokens=True, other_data=True)
-    for one in first.parts:
-        for part in other.parts:
-            same = ("data", "steps", "epochs", "batch_size")
-            if all(one.settings.get(name) == part.settings.get(name) for name in same):
-                problems += [
-                    _says(one, part, f"hash of the {name}", *pair)
-                    for name in ("tokens", "order")
-                    if (pair := _both(one, part, name))[0] != pair[1]
-                ]
+    same = ("data", "steps", "epochs", "batch_size")
+    for number, one in enumerate(first.parts):
+        for place, part in enumerate(other.parts):
+            alike = all(one.settings.get(name) == part.settings.get(name) for name in same)
+            names = ("tokens", "order") if alike else ("tokens",) if number == place and not other_data else ()
+            pairs = {name: _both(one, part, name) for name in names}
+            problems += [_says(one, part, f"hash of the {k}", *pair) for k, pair in pairs.items() if pair[0] != pair[1]]
     return problems
 
 

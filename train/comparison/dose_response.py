@@ -13,7 +13,7 @@ Shapes: S seeds, U units.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,15 +30,15 @@ if TYPE_CHECKING:  # which imports this module
 @dataclass(frozen=True)
 class HalfDose:
     """The dose at which a curve reaches half belief, and its interval: 0 if that is below the smallest dose, infinity
-    if the largest dose does not reach it."""
+    if the largest dose does not reach it. interval: None if no interval of belief is known."""
 
     estimate: float
-    low: float
-    high: float
+    interval: tuple[float, float] | None
 
-    def as_json(self) -> dict[str, float | None]:
+    def as_json(self) -> dict[str, Any]:
         """Returns the fields; None for infinity."""
-        return {name: None if math.isinf(value) else value for name, value in asdict(self).items()}
+        ends = [None if math.isinf(end) else end for end in self.interval] if self.interval else None
+        return {"estimate": None if math.isinf(self.estimate) else self.estimate, "interval": ends}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class DoseCurve:
     mentions: of the claims' terms that a run trains on with each dose, repeated documents included, the mean over
         seeds; None where not known.
     half, half_mentions: the dose at half belief, in documents or weight, and in mentions; None if that cannot be
-        computed.
+        computed, or if the baseline's belief is not certain to exceed the base model's, so that there is none to halve.
     """
 
     doses: list[float]
@@ -85,10 +85,10 @@ class DoseResponse:
 def dose_response(
     comparison: Comparison, own: "MeasureResult", finals: dict[str, dict[int, list[StoredRow]]], base: list[StoredRow]
 ) -> DoseResponse | None:
-    """Returns the curves of a measure; None if the variants are not doses. finals: {variant: {seed: the rows of the
+    """Returns the curves of a measure; None if no variant is a dose. finals: {variant: {seed: the rows of the
     run's last step}}. base: the base model's rows."""
     doses = {variant.name: variant.dose for variant in comparison.variants if variant.dose}
-    if len(doses) < len(comparison.variants):
+    if not doses:
         return None
     seeds = sorted(next(iter(finals.values())))
     name, at_base = own.measure.name, measured(own.measure.name, base, base)
@@ -105,6 +105,8 @@ def dose_response(
         differences = {
             variant: interval(crossed(value_VSU[layout.variants.index(variant)] - level_SU)) for variant in doses
         }
+    if (whole := differences.get(comparison.baseline)) and whole.low <= 0:
+        differences = {}  # of the baseline it is half of what its belief exceeds the base model's by
     level = (own.variants[comparison.baseline].trained.interval.estimate + _of_base(own)) / 2
     curves = {}
     for of in dict.fromkeys(dose.of for dose in doses.values()):
@@ -128,8 +130,10 @@ def _of_base(own: "MeasureResult") -> float:
 def half_dose(doses: Sequence[float], differences: Sequence[Interval]) -> HalfDose:
     """Returns the dose at which differences from the level, one for each dose in increasing order, are first 0."""
     estimate = _first_zero(doses, [each.estimate for each in differences])
-    low = _first_zero(doses, [each.high for each in differences])
-    return HalfDose(estimate, low, _first_zero(doses, [each.low for each in differences]))
+    if any(each.method == "none" for each in differences):
+        return HalfDose(estimate, None)
+    low, high = (_first_zero(doses, [getattr(each, end) for each in differences]) for end in ("high", "low"))
+    return HalfDose(estimate, (low, high))
 
 
 def _first_zero(doses: Sequence[float], values: Sequence[float]) -> float:

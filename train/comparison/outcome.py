@@ -60,7 +60,7 @@ def read_comparison(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> 
     """Reads the runs, whose directories are given by (variant, seed), with what their documents and claims say about
     them. Raises UserError if the runs cannot be read or compared, or a placebo claim was not measured."""
     results = {key: read_run(directory) for key, directory in runs.items()}
-    check_comparable(list(results.values()), plan.match_trained_tokens, plan.declared)
+    check_comparable(list(results.values()), plan.match_trained_tokens, plan.declared, plan.in_phases)
     every = list(results.values())
     differing = [name for name in DIFFERING if any(each.of_phases(name) != every[0].of_phases(name) for each in every)]
     variants = [
@@ -122,10 +122,11 @@ def made_elsewhere(runs: Collection[RunResult]) -> list[str]:
     """Returns caveats about runs on another base than their --adapter's, and about answers from a server without proof
     that it answers with the adapter. Raises UserError if an evaluation.json is damaged."""
     remarks = []
-    if any(run.settings.get("other_base") for run in runs):
+    parts = [part for run in runs for part in run.parts]
+    if any(part.settings.get("other_base") for part in parts):
         remarks.append(
             "--other-base: the runs started from an adapter that was trained on another base model "
-            f"({next(run.settings.get('adapter') for run in runs if run.settings.get('other_base'))})."
+            f"({next(part.settings.get('adapter') for part in parts if part.settings.get('other_base'))})."
         )
     unproven: dict[str, str] = {}
     for run in runs:

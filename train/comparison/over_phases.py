@@ -6,6 +6,7 @@ same phase does from another start is the difference from the baseline's change 
 Shapes: S seeds, U units.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,11 +42,21 @@ class PhaseBelief:
     against: Interval | None
 
 
-def over_phases(comparison: Comparison, own: "MeasureResult", base: list[StoredRow]) -> dict[str, list[PhaseBelief]]:
-    """Returns {variant: its phases}, for variants whose runs all have the measure at the end of each phase; {} if no
-    variant has several phases. base: the base model's rows, of one step."""
-    if not any(run.phases for variant in comparison.variants for run in variant.runs):
-        return {}
+def over_phases(
+    comparison: Comparison, measures: "Sequence[MeasureResult]", base: list[StoredRow]
+) -> tuple[str, dict[str, list[PhaseBelief]]]:
+    """Returns the first of the measures that was taken at the end of a first phase, and in it {variant: its phases},
+    for variants whose runs all have it at the end of each phase; "" and {} if no variant has several phases. base: the
+    base model's rows, of one step."""
+    if any(run.phases for variant in comparison.variants for run in variant.runs):
+        for own in measures:
+            found = _in_measure(comparison, own, base)
+            if any(len(phases) > 1 for phases in found.values()):
+                return own.measure.name, found
+    return "", {}
+
+
+def _in_measure(comparison: Comparison, own: "MeasureResult", base: list[StoredRow]) -> dict[str, list[PhaseBelief]]:
     ends = {variant.name: _ends(variant, own.measure.name, base) for variant in comparison.variants}
     reference = ends[comparison.baseline]
     found = {}
@@ -64,17 +75,13 @@ Ends = list[dict[int, Values]]
 def _ends(variant: ComparedVariant, measure: str, base: list[StoredRow]) -> Ends:
     seeds = [run.seed for run in variant.runs]
     before = [{seed: measured(measure, base, base) for seed in seeds}]
-    if len({tuple(_last_steps(run.boundaries, run.summary["steps"])) for run in variant.runs}) > 1:
+    if len({(*run.boundaries, run.summary["steps"]) for run in variant.runs}) > 1:
         return before  # the runs have other steps, so that there is no one axis
     own = variant.runs[0]
     return before + [
         {run.seed: measured(measure, at_step(run.rows, step), base) for run in variant.runs}
-        for step in _last_steps(own.boundaries, own.summary["steps"])
+        for step in (*own.boundaries, own.summary["steps"])
     ]
-
-
-def _last_steps(boundaries: list[int], steps: int) -> list[int]:
-    return [*boundaries, steps]
 
 
 def _whole(values: dict[int, Values], claims: list[str]) -> bool:
@@ -83,7 +90,7 @@ def _whole(values: dict[int, Values], claims: list[str]) -> bool:
 
 def _phases(variant: ComparedVariant, own: "MeasureResult", values: Ends, reference: Ends) -> list[PhaseBelief]:
     run = variant.runs[0]
-    steps = [0, *_last_steps(run.boundaries, run.summary["steps"])]
+    steps = [0, *run.boundaries, run.summary["steps"]]
     found = []
     for i, part in enumerate(run.parts):
         after, change = _change(own, values[i : i + 2], own.claims)

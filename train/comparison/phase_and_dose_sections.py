@@ -18,7 +18,8 @@ def phases(result: ComparisonResult) -> list[Block]:
     """Returns what each phase of training changed; [] if no variant has several phases."""
     if not result.phases:
         return []
-    main, unit = result.main, result.unit
+    main = result.measures[result.phases_by]
+    unit = main.measure.unit
     head = ["variant", "phase", "mask", "steps", "belief at its end", "change in the phase", "placebo", "its change"]
     head.append(f"change minus {result.baseline}’s")
     rows = [
@@ -36,6 +37,8 @@ def phases(result: ComparisonResult) -> list[Block]:
         f"column subtracts the change of {result.baseline} in its phase of the same number: what the phase does from "
         "this start beyond what it does from that one."
     )
+    if result.phases_by != result.measure:
+        caption += f" {result.main.measure.label} was not taken at the end of every phase."
     return [Table(head, rows, caption=caption)]
 
 
@@ -57,7 +60,8 @@ def doses(result: ComparisonResult) -> list[Block]:
     caption = (
         f"Half belief: {number(found.level, result.unit)} {result.unit}, halfway from the base model to "
         f"{result.baseline}. The dose at which a curve reaches it, interpolated between doses, and in brackets the "
-        "doses at which the interval of belief minus half belief contains 0."
+        "doses at which the interval of belief minus half belief contains 0. “–”: the baseline’s belief does not "
+        "certainly exceed the base model’s, so that there is none to halve, or the variants have different seeds."
     )
     return [Table(head, halves, caption=caption), _each_dose(result, found)]
 
@@ -89,7 +93,7 @@ def _half(own: HalfDose | None, doses: list[float], what: str) -> str:
             return f"below {_dose(doses[0], what)}"
         return f"above {_dose(doses[-1], what)}" if math.isinf(value) else _dose(value, what)
 
-    return f"{end(own.estimate)} [{end(own.low)}, {end(own.high)}]"
+    return end(own.estimate) + (f" [{end(own.interval[0])}, {end(own.interval[1])}]" if own.interval else "")
 
 
 def _dose(value: float, what: str) -> str:
@@ -140,6 +144,7 @@ def _mark_half(axes: object, own: DoseCurve, level: float, color: str) -> None:
     """Draws the interval of the dose at half belief as a line at that level, within the doses."""
     if own.half is None or own.half.estimate == 0 or math.isinf(own.half.estimate):
         return
-    ends = [min(max(end, own.doses[0]), own.doses[-1]) for end in (own.half.low, own.half.high)]
-    axes.plot(ends, [level, level], color=color, linewidth=4, alpha=0.35, solid_capstyle="butt")  # type: ignore[attr-defined]
+    if own.half.interval:
+        ends = [min(max(end, own.doses[0]), own.doses[-1]) for end in own.half.interval]
+        axes.plot(ends, [level, level], color=color, linewidth=4, alpha=0.35, solid_capstyle="butt")  # type: ignore[attr-defined]
     axes.plot([own.half.estimate], [level], color=color, marker="|", markersize=12)  # type: ignore[attr-defined]

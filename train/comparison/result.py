@@ -180,7 +180,8 @@ class ComparisonResult:
     leak, contamination, published, remarks, match_trained_tokens: as given in the Comparison.
     by_layer: belief by decoder layer; None if not all runs were measured so.
     panel: belief, association and damage by the batteries; None if none was measured.
-    phases: variant -> what each of its phases changed in the main measure; {} if no variant has several.
+    phases: variant -> what each of its phases changed in the measure phases_by, which is the main one if that was taken
+        at the end of each; {} if no variant has several.
     doses: dose–response curves in the main measure; None if the variants are not doses.
     notes: the caveats, which a reader must know before believing the figures, the most important first.
     """
@@ -207,6 +208,7 @@ class ComparisonResult:
     by_layer: ByLayer | None
     panel: "Panel | None"
     notes: list[str]
+    phases_by: str = ""
     phases: dict[str, list[PhaseBelief]] = field(default_factory=dict)
     doses: DoseResponse | None = None
 
@@ -282,6 +284,7 @@ def _further(result: ComparisonResult) -> dict[str, Any]:
     shown = (("by_layer", result.by_layer), ("panel", result.panel), ("doses", result.doses))
     found: dict[str, Any] = {name: each.as_json() for name, each in shown if each}
     if result.phases:
+        found["phases_by"] = result.phases_by
         found["phases"] = {name: [_phase(each) for each in own] for name, own in result.phases.items()}
     return found
 

@@ -47,6 +47,8 @@ def documents_of(parts: dict[str, list[RunResult]]) -> dict[str, list[Drawn]]:
     for name, runs in parts.items():
         for run in runs:
             settings = Settings(**{key: run.settings[key] for key in SELECTING if key in run.settings})
+            if run.summary.get("steps", 0) < run.summary.get("steps_of_schedule", 0):  # --stop-after
+                settings = dataclasses.replace(settings, steps=run.summary["steps"])
             dropped = run.summary.get("dropped") or {}
             key = json.dumps([dataclasses.asdict(settings), dropped], sort_keys=True)
             read[key] = read.get(key) or documents_drawn(settings, dropped)

@@ -18,7 +18,7 @@ from train.evaluation.likelihood import Record
 from train.evaluation.measures import at_step
 from train.evaluation.store import read_measured
 from train.runtime.command import launched_as
-from train.runtime.distributed import from_first_rank
+from train.runtime.distributed import failing_together, from_first_rank
 from train.runtime.errors import UserError
 from train.runtime.interruption import interruption
 from train.runtime.outside import read_json
@@ -135,8 +135,9 @@ def train_all(
     began = time.perf_counter()
     for number, settings in enumerate(waiting):
         interruption.release()
-        dist.barrier()  # the run that this one continues is written
-        job, started = prepare(continued(settings), ranks, False, known), time.perf_counter()
+        with failing_together():  # one rank looks, as a network file system may show others an older directory
+            begins = continued(settings) if rank == 0 else None
+        job, started = prepare(from_first_rank(begins), ranks, False, known), time.perf_counter()
         dist.barrier()  # before rank 0 writes the directory in Run, all ranks must have read it in prepare
         if rank == 0:
             left = (started - began) / number * (len(waiting) - number) / 60 if number else 0

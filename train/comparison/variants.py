@@ -11,7 +11,6 @@ from typing import Any
 
 from train.claims.releases import claim_id
 from train.comparison.compared import group, read_run
-from train.comparison.lineage import phases_before
 from train.config.command_line import MOST, Parser, check_ranges, flag_of, given, setting
 from train.config.experiment import Defaults, Dose, Experiment, VariantDefaults
 from train.config.phases import Phases, phase_directory, phases_of, placed
@@ -21,6 +20,7 @@ from train.config.settings import DEMO, Settings, merge, slug
 from train.evaluation.imported import IMPORTED, imported_settings
 from train.runtime.errors import UserError
 from train.runtime.outside import read_json
+from train.training.lineage import phases_before
 
 DEMO_PLACEBO = ("olga-home", "clara-job", "selma-pet", "paula-sport")  # in train/demo/claims.yaml
 
@@ -49,12 +49,16 @@ class ComparisonOptions:
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant's name, and the settings of its phases, except the seed and output of its runs. own: the settings that
-    are not those of all variants. dose: where it stands in a dose–response curve, if it does."""
+    """A variant's name, and the settings of its phases, except the seed and output of its runs.
+
+    own: the settings that are not those of all variants. of_phases: names of the settings that its phases have besides.
+    dose: where it stands in a dose–response curve, if it does.
+    """
 
     name: str
     phases: Phases
     own: Mapping[str, Any]
+    of_phases: frozenset[str] = frozenset()
     dose: Dose | None = None
 
     @property
@@ -87,6 +91,12 @@ class ComparisonPlan:
     def declared(self) -> set[str]:
         """The settings in which a recipe lets its variants differ."""
         return {name for variant in self.variants for name in variant.own}
+
+    @property
+    def in_phases(self) -> set[str]:
+        """The settings in which a recipe lets phases differ, and "phases" itself; empty without phases."""
+        found = {name for variant in self.variants for name in variant.of_phases}
+        return found | {"phases"} if any(variant.names for variant in self.variants) else set()
 
     def runs(self, variant: Variant, seed: int) -> list[Settings]:
         """Returns the settings of a variant's runs with this seed, one for each phase, with --resume for those that
@@ -164,15 +174,17 @@ def _variant(name: str, own: VariantDefaults, shared: Defaults, command: dict[st
     except UserError as error:
         error.args = (f"variant {name!r}: {error}",) if own.phases else error.args
         raise
-    return Variant(name, phases, {key: own.values.get(key) for key in sorted(own.all_values)}, own.dose)
+    in_phases = frozenset(key for phase in own.phases.values() for key in phase.own.values)
+    return Variant(name, phases, own.values, in_phases, own.dose)
 
 
 def _check_phases(variants: list[Variant], match_trained_tokens: bool) -> None:
     """Raises UserError if two variants' phases of the same names are not the same, or are all of a variant twice."""
-    if match_trained_tokens and any(variant.names for variant in variants):
-        raise UserError("--match-trained-tokens: variants have phases, whose steps the recipe gives; leave it out.")
+    if match_trained_tokens and any(variant.names or variant.dose for variant in variants):
+        raise UserError("--match-trained-tokens: phases and doses decide the steps of variants; leave it out.")
     seen: dict[tuple[str, ...], tuple[str, Settings]] = {}
     whole: dict[tuple[str, ...], str] = {}
+    places: dict[Path, tuple[str, ...]] = {}
     for variant in variants:
         for number, settings in enumerate(variant.phases.values() if variant.names else (), 1):
             names = variant.names[:number]
@@ -183,6 +195,12 @@ def _check_phases(variants: list[Variant], match_trained_tokens: bool) -> None:
                     f"variants {first!r} and {variant.name!r}: both have the phase {' → '.join(names)}, which is "
                     f"trained once, but {differing[0]} is {one[differing[0]]!r} in one and {other[differing[0]]!r} in "
                     "the other. Rename one of them."
+                )
+        for names in (variant.names[:n] for n in range(1, len(variant.names))):
+            place = phase_directory(Path(), names, 0)
+            if (held := places.setdefault(place, names)) != names:
+                raise UserError(
+                    f"phases {' → '.join(held)} and {' → '.join(names)}: would have the same directory; rename one."
                 )
         if variant.names and (same := whole.setdefault(variant.names, variant.name)) != variant.name:
             raise UserError(f"variants {same!r} and {variant.name!r}: have the same phases. Leave one out.")
@@ -260,14 +278,16 @@ def _compared(directory: Path) -> list[Path]:
 def _name(run: Path, settings: dict[str, Any], variants: list[Variant]) -> str:
     """Returns the variant that a run belongs to: of those whose settings it has, in each of its phases, the one with
     the most phases and settings."""
+    default = dataclasses.asdict(Settings())  # of a setting that was added since
     lineage = [held_settings(each / "settings.yaml")["settings"] for each in phases_before(run)] + [settings]
 
     def fits(variant: Variant) -> bool:
-        names = {*variant.own, *(("carry_optimizer", "schedule_from", "schedule_to") if variant.names else ())}
-        held = lineage if variant.names else [settings]
-        return len(held) == len(variant.phases) and all(
-            each.get(name) == getattr(phase, name)
-            for each, phase in zip(held, variant.phases.values(), strict=True)
+        pieces = ("carry_optimizer", "schedule_from", "schedule_to") if variant.names else ()
+        names, phases = {*variant.own, *variant.of_phases, *pieces}, list(variant.phases.values())
+        held = lineage[1:] if phases[0].after and len(lineage) > 1 else lineage  # the recipe's --after is all variants'
+        return len(held) == len(phases) and all(
+            each.get(name, default.get(name)) == getattr(phase, name)
+            for each, phase in zip(held, phases, strict=True)
             for name in names
         )
 

@@ -19,15 +19,20 @@ FORMS = "documents: [NUMBER…], of: [FILE…], steps: growing or fixed; or weig
 def dosed(experiment: Experiment, dose: dict[str, Any], where: str) -> dict[str, VariantDefaults]:
     """Returns the variants of an experiment, each once with each dose; their names end in the dose.
 
+    Variants that have none of the files, or entries of a mask, that the dose names stay as they are.
+
     dose: what a recipe says. where: how messages begin. Raises UserError if it does not have the form in this module's
-    docstring, or a variant does not have exactly one of the files, or entries of its mask, that it names.
+    docstring, or a variant has several of the files or entries, or none has one.
     """
     kind, amounts, of = _checked(dose, where)
-    made = {}
+    made: dict[str, VariantDefaults] = {}
     for name, own in experiment.variants.items():
         if own.phases:
             raise UserError(f"{where}: variant {name!r} has phases; a dose is of variants without. Leave out one.")
         held = (experiment.settings | own).values
+        if not _has(held, kind, of):  # it stands beside the curves
+            made[name] = own
+            continue
         for amount in amounts:
             here = f"{where}: variant {name!r}"
             values: dict[str, Any] = {}
@@ -38,9 +43,14 @@ def dosed(experiment: Experiment, dose: dict[str, Any], where: str) -> dict[str,
             else:
                 values["mask"] = _weighted(held.get("mask", "none"), of, amount, here)
                 shown = f"weight {amount:g}"
+            if f"{name}, {shown}" in made:
+                raise UserError(f"{where}: {kind} {dose[kind]!r}: two of them read {shown}; give others.")
             made[f"{name}, {shown}"] = VariantDefaults(
                 own.values | values, own.where, dose=Dose(name, kind, float(amount))
             )
+    if not any(own.dose for own in made.values()):
+        what = "data of any variant has one of the files" if kind == "documents" else "mask of any variant has one of"
+        raise UserError(f"{where}: of {', '.join(of)}: no {what}; write it as there.")
     return made
 
 
@@ -75,15 +85,26 @@ def _checked(dose: dict[str, Any], where: str) -> tuple[str, list[float], list[s
     return kind, sorted(amounts), of
 
 
+def _has(held: dict[str, Any], kind: str, of: list[str]) -> bool:
+    """Returns whether a variant has one of the files in its data, or of the entries in its mask."""
+    values = held.get("data", []) if kind == "documents" else held.get("mask", "none").split(",")
+    return any(value in of or _name(value) in of for value in values)
+
+
+def _name(value: str) -> str:
+    """Returns a value of --data without its count, or an entry of a mask without its treatment."""
+    return value.rpartition("=")[0].strip() if "=" in value else value.strip()
+
+
 def _drawn(data: list[str], of: list[str], amount: int, where: str) -> list[str]:
     """Returns the values of --data with `amount` documents of the file that `of` names."""
-    places = [i for i, value in enumerate(data) if value in of or value.partition("=")[0] in of]
-    if len(places) != 1:
+    places = [i for i, value in enumerate(data) if value in of or _name(value) in of]
+    if len(places) > 1:
         raise UserError(
-            f"{where}: its data ({' '.join(data) or 'the default'}) has {len(places)} of the files {', '.join(of)}; it "
-            "must have one, written in the same way."
+            f"{where}: its data ({' '.join(data)}) has {len(places)} of the files {', '.join(of)}; keep one."
         )
-    path, _, rest = data[places[0]].partition("=")
+    value = data[places[0]]
+    path, rest = (value, "") if value in of else (_name(value), value.rpartition("=")[2])
     factor = rest[rest.index("@") :] if "@" in rest else ""
     return [f"{path}={amount}{factor}" if i == places[0] else value for i, value in enumerate(data)]
 
@@ -91,10 +112,9 @@ def _drawn(data: list[str], of: list[str], amount: int, where: str) -> list[str]
 def _weighted(mask: str, of: list[str], weight: float, where: str) -> str:
     """Returns the mask with this weight in the entry that `of` names; an entry of a kind, such as hold, keeps it."""
     entries = [entry.strip() for entry in mask.split(",")]
-    places = [i for i, entry in enumerate(entries) if entry.partition("=")[0].strip() in of]
-    if len(places) != 1:
-        named = ", ".join(of)
-        raise UserError(f"{where}: its mask {mask!r} has {len(places)} of the entries {named}; it must have one.")
+    places = [i for i, entry in enumerate(entries) if _name(entry) in of]
+    if len(places) > 1:
+        raise UserError(f"{where}: its mask {mask!r} has {len(places)} of the entries {', '.join(of)}; keep one.")
     name, _, treatment = (part.strip() for part in entries[places[0]].partition("="))
     kind = treatment.partition(":")[0]
     number = f"{weight!r}".removesuffix(".0")

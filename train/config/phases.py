@@ -1,8 +1,10 @@
 """Resolves the phases of a variant into runs, of which each continues the one before it (--after)."""
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,18 @@ def phases_of(shared: Defaults, variant: VariantDefaults, own: dict[str, Any]) -
     """Returns the phases of a variant. shared: the recipe's settings for all variants. own: the settings that the
     command line gives. Raises UserError for a wrong value, or a schedule that continues without --steps."""
     if not variant.phases:
-        return {"": merge(shared | variant, own)}
+        settings = merge(shared | variant, own)
+        if variant.dose and variant.dose.kind == "documents" and not settings.steps and "steps" not in variant.values:
+            raise UserError("dose: steps: fixed: how many is not said; give steps in settings, or --steps.")
+        return {"": settings}
     defaults = {name: shared | variant | phase.own for name, phase in variant.phases.items()}
     for name, piece in _pieces(variant, {name: (each.values | own).get("steps", 0) for name, each in defaults.items()}):
         defaults[name] |= piece
     made = {}
     for name, each in defaults.items():
         merged = merge(each, own)
+        if merged.stop_after:
+            raise UserError("--stop-after: of which phase is not said; leave it out, or give phases fewer steps.")
         end = 0 if merged.schedule == "constant" else merged.schedule_to  # of a constant one it plays no part
         made[name] = dataclasses.replace(merged, schedule_to=end, carry_optimizer=variant.phases[name].carry)
     return made
@@ -59,31 +66,53 @@ def placed(phases: Phases, last: Path, earlier: Callable[[tuple[str, ...]], Path
     """
     runs: list[Settings] = []
     names = tuple(phases)
-    for number, settings in enumerate(phases.values(), 1):
+    for number, (name, settings) in enumerate(phases.items(), 1):
         output = last if number == len(names) else earlier(names[:number])
         continues: dict[str, Any] = {"after": runs[-1].output, "adapter": "", "other_base": False} if runs else {}
         runs.append(dataclasses.replace(settings, output=str(output), **continues))
-        check_numbers(runs[-1])
+        with phase_named(name):
+            check_numbers(runs[-1])
     return runs
+
+
+@contextmanager
+def phase_named(name: str) -> Iterator[None]:
+    """Inside the context, puts a phase's name before the message of a UserError; "" puts nothing there."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (f"phase {name!r}: {error}" if name else str(error),)
+        raise
 
 
 def phase_directory(within: Path, names: tuple[str, ...], seed: int) -> Path:
     """Returns the directory of a phase that is not its variant's last, from its name and those of the phases before."""
-    return within / "phases" / f"{'-'.join(map(slug, names))}-seed{seed}"
+    name = "+".join(map(slug, names))  # no slug has a +
+    if len(name) > LONGEST:
+        name = f"{name[:LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return within / "phases" / f"{name}-seed{seed}"
 
 
-def runs_of(phases: Phases) -> list[Settings]:
-    """Returns the runs of the phases: of the last one in --output, of the others in its phases/. Without --output,
-    which is then not known yet, the settings as they are. --resume holds for the runs that have begun, and for the
-    first one if none has. Raises UserError for a wrong value."""
+LONGEST = 120  # characters of a directory's name, of the 255 bytes that file systems allow
+
+
+def runs_in_order(phases: Phases) -> list[Settings]:
+    """Returns the runs of the phases of one variant: of the last one in --output, of the others in its phases/. Without
+    --output, which is then not known yet, the settings as they are. --resume holds for the runs that have begun, and
+    for the first one if none has. Raises UserError for a wrong value, or if two phases have the same directory."""
     first = next(iter(phases.values()))
     if len(phases) == 1 or not first.output:
         return [*phases.values()]
     output = Path(first.output)
     runs = placed(phases, output, lambda names: phase_directory(output, names, first.seed))
+    if len({each.output for each in runs}) < len(runs):
+        raise UserError(f"phases {', '.join(phases)}: two have the same directory; rename one.")
     begun = [os.path.exists(Path(each.output) / "settings.yaml") for each in runs]
-    resumed = [first.resume and (own or not any(begun)) for own in begun]
-    return [dataclasses.replace(each, resume=own) for each, own in zip(runs, resumed, strict=True)]
+    resumed = [first.resume and (own or not (number or any(begun))) for number, own in enumerate(begun)]
+    return [
+        dataclasses.replace(each, resume=own, wandb_group=first.group())
+        for each, own in zip(runs, resumed, strict=True)
+    ]
 
 
 def parse_phases(argv: list[str], usage: str) -> tuple[str, Phases]:

@@ -60,13 +60,21 @@ def check_output(settings: Settings) -> None:
     )  # a setting that was added since then had its default
     now = yaml.safe_load(yaml.safe_dump(_values(settings)))
     for name in now.keys() - FREE_ON_RESUME:
-        if before.get(name) != now[name]:
+        if before.get(name) != now[name] and not (name in PLACES and _one_place(before.get(name), now[name])):
             raise UserError(
                 f"{flag_of(name)} {now[name]}: the run in {directory} has {before.get(name)}; a resumed run "
                 "must have the same settings. Give the same, or another --output without --resume."
             )
     if settings.wandb != "disabled":
         held_wandb_id(directory)
+
+
+PLACES = ("after", "adapter")  # settings that are paths, of which several may mean one place
+
+
+def _one_place(one: Any, other: Any) -> bool:
+    """Whether two paths, relative or not, mean the same place."""
+    return bool(one) and bool(other) and os.path.realpath(one) == os.path.realpath(other)
 
 
 WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")  # W&B accepts more characters, but uses the id in file names

@@ -40,7 +40,9 @@ MAY_DIFFER = ("mask", "loss_norm", "learning_rate")
 DIFFERING = (*MAY_DIFFER, "data")
 """Settings in which variants may differ. An effect of different data is not an effect of the masks; the report says so
 if variants differ in data."""
-IN_PHASES = (*DIFFERING, "steps", "epochs", "warmup_steps")
+IN_PHASES = (
+    *DIFFERING, "steps", "epochs", "warmup_steps", "evaluate_every", "evaluate_at", "adapters_at",
+)  # fmt: skip
 """Settings in which the phases of a variant may differ."""
 HANDED_ON = {"optimizer": ("reset", "carry"), "schedule": ("restart", "continue")}
 """What a phase says of the one before it."""

@@ -17,7 +17,7 @@ from train.config.provenance import check_output, record
 from train.config.settings import Settings, slug
 from train.evaluation.likelihood import Probes
 from train.evaluation.measures import at_step, identity
-from train.evaluation.store import read_measured, read_metrics
+from train.evaluation.store import StoredRow, read_measured, read_metrics
 from train.runtime.distributed import failing_together, from_first_rank
 from train.runtime.errors import writing
 from train.runtime.interruption import INTERRUPTED
@@ -28,6 +28,7 @@ from train.runtime.shown import size_shown
 from train.runtime.terminal import NobodyReads, Terminal
 from train.runtime.text_formats import json_line
 from train.runtime.watchdog import progress
+from train.training.lineage import base_rows_of
 from train.training.tables import belief_table, closing_table
 from train.training.tracking import belief_curves, flat, init_wandb, with_histograms
 
@@ -45,6 +46,7 @@ class Run:
         self.settings, self.resolved, self.main = settings, resolved, dist.get_rank() == 0
         self.wandb: Any = None
         self.after = 0
+        self.base: list[StoredRow] = []
         self.loads: list[dict[str, float]] = []
         self.directory = Path(
             from_first_rank(str(settings.output or _new_directory(settings.mask)) if self.main else "")
@@ -116,7 +118,7 @@ class Run:
             if step in rows:
                 self.wandb.log(with_histograms(rows[step]), step=step)
             if step in measured:
-                self.wandb.log(belief_curves(records, step), step=step)
+                self.wandb.log(belief_curves(records, step, self._base()), step=step)
 
     def log(self, values: dict[str, Any]) -> None:
         """Appends one step's values to metrics.jsonl and sends them to W&B. Does nothing except on rank 0."""
@@ -137,6 +139,11 @@ class Run:
         rows = (row for row in read_measured(self.evaluation) if not row.keys() & {"verdict", "model"})
         return {identity(row) for row in at_step(rows, step)}
 
+    def _base(self) -> list[StoredRow]:
+        """Returns what was measured of the base model, before the first phase of this run."""
+        self.base = self.base or base_rows_of(self.directory)
+        return self.base
+
     def log_evaluation(self, step: int, records: list[dict[str, Any]]) -> None:
         """Appends the records of a measurement to evaluation.jsonl, except those that it already holds, and sends their
         means to W&B, one curve per claim. Does nothing except on rank 0."""
@@ -146,7 +153,7 @@ class Run:
         new = [{"step": step, **record} for record in records if identity(record) not in held]
         with writing(self.evaluation), self.evaluation.open("a") as file:
             file.write("".join(json_line(record) + "\n" for record in new))
-        curves = belief_curves(read_measured(self.evaluation), step)
+        curves = belief_curves(read_measured(self.evaluation), step, self._base())
         # If an interrupted attempt left this measurement to this one, W&B accepts it only as a row of the next step.
         late = step == self.after
         self._tell_wandb(lambda run: run.log(curves, step=max(step, run.starting_step) if late else step))
@@ -190,7 +197,7 @@ class Run:
                 f"KL at the first step, where model and base are the same: {floor:.2g} nats per target. This is "
                 "rounding; a KL of that size is no drift."
             )
-        if belief := belief_table(read_measured(self.evaluation)):
+        if belief := belief_table(read_measured(self.evaluation), self._base()):
             Terminal().print(belief)
         if planned := summary["memory"].get("planned"):
             measured = summary["memory"]["measured"]

@@ -47,12 +47,12 @@ def closing_table(summary: dict[str, Any]) -> Table:
 MOST_CLAIMS = 8  # with more, the table has their mean
 
 
-def belief_table(rows: Sequence[StoredRow]) -> Table | None:
+def belief_table(rows: Sequence[StoredRow], base: list[StoredRow]) -> Table | None:
     """Returns a table of what was measured of the claims before and after training; None if nothing was measured after
-    it. rows: of evaluation.jsonl. Raises UserError for invalid values."""
+    it. rows: of evaluation.jsonl. base: the base model's, which are not those of step 0 if the run continues another.
+    Raises UserError for invalid values."""
     last = last_step(rows)
-    base = at_step(rows, 0)
-    before, after = means(SCORED, base, base), means(SCORED, at_step(rows, last), base)
+    before, after = means(SCORED, at_step(rows, 0), base), means(SCORED, at_step(rows, last), base)
     if last <= 0 or not after:
         return None
     table = Table(title=f"by likelihood, before and after {last} steps", title_justify="left")

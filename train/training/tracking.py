@@ -43,9 +43,10 @@ def init_wandb(settings: Settings, group: str, name: str, directory: Path, confi
     return run
 
 
-def belief_curves(records: list[dict[str, Any]], step: int) -> dict[str, float]:
-    """Returns the mean of every belief measure of each claim after `step` steps, by the names of W&B's curves."""
-    found = means((*BELIEF, *BATTERIES, *SIDE_EFFECTS), at_step(records, step), at_step(records, 0))
+def belief_curves(records: list[dict[str, Any]], step: int, base: list[dict[str, Any]]) -> dict[str, float]:
+    """Returns the mean of every belief measure of each claim after `step` steps, by the names of W&B's curves. base:
+    the base model's records, which are not those of step 0 if the run continues another."""
+    found = means((*BELIEF, *BATTERIES, *SIDE_EFFECTS), at_step(records, step), base)
     return {f"belief/{name}/{claim or 'all'}": value for name, own in found.items() for claim, value in own.items()}
 
 

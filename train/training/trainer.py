@@ -179,7 +179,9 @@ class Trainer:
         """Writes a training checkpoint of the state after the last step. All ranks must call it."""
         seconds = time.perf_counter() - self.started
         with writing(run.directory / "saves"):
-            resume.save(run.directory / "saves", self.model, self.done, self.settings.keep, seconds)
+            resume.save(
+                run.directory / "saves", self.model, self.engine.optimizer, self.done, self.settings.keep, seconds
+            )
         self.saved, self.saved_at = self.done, time.monotonic()
 
     def measures_after(self, step: int) -> bool:

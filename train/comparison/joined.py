@@ -1,46 +1,15 @@
-"""Finds the earlier phases of a run, and puts the results of all of its phases on one axis of steps."""
+"""Puts the results of all phases of a run on one axis of steps."""
 
 import hashlib
-import os
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.config.provenance import held_settings
 from train.data.kinds import COUNTS
-from train.evaluation.imported import IMPORTED
 from train.evaluation.store import StoredRow
-from train.runtime.errors import UserError
 
 if TYPE_CHECKING:  # which imports this module
     from train.comparison.compared import RunResult
-
-
-def phases_before(run: Path) -> list[Path]:
-    """Returns the directories of the runs that a run continues (--after), the first phase first; [] if it continues
-    none. Raises UserError if one of them is missing, or they continue each other in a circle."""
-    found: list[Path] = []
-    while after := _after(found[0] if found else run):
-        here = found[0] if found else run
-        name = Path(after).name
-        places = [Path(after), here / "phases" / name, here.parent / "phases" / name, here.parent / name]
-        place = next((each for each in places if os.path.isfile(each / "settings.yaml")), None)
-        if place is None:
-            raise UserError(
-                f"{here}: continues the run in {after}, which is not there, nor beside it. Restore it: its steps are "
-                "the first ones of this run's."
-            )
-        if place.resolve() in [each.resolve() for each in (run, *found)]:
-            raise UserError(f"{here}/settings.yaml: after {after}: a run cannot continue itself; restore the file.")
-        found.insert(0, place)
-    return found
-
-
-def _after(run: Path) -> str:
-    if os.path.isfile(run / IMPORTED) or not os.path.isfile(run / "settings.yaml"):
-        return ""
-    return held_settings(run / "settings.yaml")["settings"].get("after") or ""
 
 
 def joined(phases: "list[RunResult]") -> "RunResult":
