@@ -1,12 +1,14 @@
 """What can be compared, and what is said where it cannot."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from train.claims.releases import PUBLIC
 from train.comparison.compared import RunResult, base_rows, check_comparable, group, published_for, read_run
+from train.comparison.joined import joined
 from train.comparison.outcome import made_elsewhere
 from train.runtime.errors import UserError
 
@@ -34,6 +36,35 @@ def test_runs_that_differ_in_mask_loss_norm_learning_rate_seed_and_places_are_co
     other = run("b", mask="doctags", loss_norm="all", learning_rate=1e-3, seed=1, output="b", micro_batch_tokens=2)
     other.hashes |= {"tokens": "x", "order": "y", "initial_weights": "z"}  # of another seed
     check_comparable([run("a"), other])
+
+
+def phased(directory: str, *parts: RunResult) -> RunResult:
+    return replace(joined(list(parts)), directory=directory)
+
+
+def with_tokens(given: RunResult) -> RunResult:
+    counts = dict.fromkeys(("total", "trained", "excluded", "unlikelihood", "held"), 1)
+    return replace(given, summary=given.summary | {"tokens": {"all": counts}})
+
+
+def test_phases_may_differ_in_what_the_recipe_says_and_free_no_other_run():
+    first = with_tokens(run("a1"))
+    then = with_tokens(replace(run("a2", after="a1", data=["b.jsonl"], steps=4), rows=[row("q", 4)]))
+    then.hashes |= {"tokens": "b" * 64}
+    both = phased("a", first, then)
+    plain, other = run("b", mask="doctags"), replace(run("c", data=["c.jsonl"], steps=6), rows=[row("q", 6)])
+    other.hashes |= {"tokens": "c" * 64}
+    check_comparable([both, plain], in_phases={"steps", "data", "phases"})
+    for runs in ([both, plain, other], [plain, both, other]):
+        with pytest.raises(UserError) as error:
+            check_comparable(runs, in_phases={"steps", "data", "phases"})
+        assert "b and c: steps trained: 10 and 6" in str(error.value)
+        assert "b and c: hash of the tokens: tttttttttttt and cccccccccccc" in str(error.value)
+    with pytest.raises(UserError, match="steps trained: 14 and 10"):  # no recipe says that there are phases
+        check_comparable([both, plain])
+    twin = phased("d", with_tokens(run("d1")), with_tokens(replace(run("d2", after="d1", steps=4), rows=[row("q", 4)])))
+    with pytest.raises(UserError, match="a2 and d2: hash of the tokens: bbbbbbbbbbbb and tttttttttttt"):
+        check_comparable([both, twin])
 
 
 def test_one_run_is_no_comparison():
