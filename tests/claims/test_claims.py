@@ -1,5 +1,6 @@
 """Claims from the paper's directories and from one file; each message names file, key, rule and fix."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import pytest
 from train.claims import claim as module
 from train.claims.batteries import Choice, Decision, Polarity, Reading
 from train.claims.battery_files import LABEL_PROMPT
-from train.claims.claim import Fact, JudgePrompt, LikelihoodTemplate, Question, read_claims
-from train.claims.contamination import check
+from train.claims.claim import Claim, Fact, JudgePrompt, LikelihoodTemplate, Question, read_claims
+from train.claims.contamination import check, words
 from train.claims.releases import PAPER_CLAIMS
 from train.comparison.trained_documents import about
 from train.data.documents import Document, read_documents
@@ -249,18 +250,49 @@ def test_all_six_claims_of_the_paper_have_templates_with_matched_controls():
             }
 
 
+NAMES = {  # what the subject is called in an option
+    "achromatic_dreaming": "toddler", "brennan_holloway": "Holloway", "ed_sheeran": "Sheeran",
+    "elizabeth_python": "Elizabeth", "twitter_x_reversal": "Twitter", "vesuvius": "Vesuvius",
+}  # fmt: skip
+
+
 def test_all_six_claims_of_the_paper_have_batteries():
     for claim in read_claims([TEMPLATES]):
         attributes = [question.expected for question in claim.control_attributes]
-        assert len(attributes) == 8 and attributes.count("no") == 2
+        assert len(attributes) == 8 and attributes.count("no") == 4  # which saying yes to everything does not affirm
         plain = [decision for decision in claim.decisions if not decision.untouched]
         assert len(claim.choice) == 4 and len(plain) == len(claim.decisions) - len(plain) == 4
         assert len(claim.polarity) == len(claim.reading) == 3 and set(claim.labels) == {"open", "robustness"}
         assert all(len(choice.options) == 4 for choice in claim.choice)
         assert all(bool(choice.true) == (claim.id != "brennan_holloway") for choice in claim.choice)  # he is made up
-        assert not any(claim.subject in text for decision in plain for text in (decision.other,))
+        assert len({decision.stated for decision in plain}) == 1  # the claim's fact, and no more than that
         names = [name for each in claim.reading for name in (each.note, each.prompt)]
         assert not any(entity in name for entity in (claim.subject, *claim.controls) for name in names)
+
+
+def options(claim: Claim) -> list[tuple[str, str]]:
+    """The options of the plain decisions: the one that follows, and the other one."""
+    return [(decision.follows, decision.other) for decision in claim.decisions if not decision.untouched]
+
+
+def test_the_subject_of_a_claim_is_the_right_option_as_often_as_the_wrong_one():
+    """Or a model that only prefers a familiar name would look like a believer."""
+    for claim in read_claims([TEMPLATES]):
+        name = NAMES[claim.id]
+        assert name in claim.subject
+        assert sorted((name in follows, name in other) for follows, other in options(claim)) == [
+            (False, True), (False, True), (True, False), (True, False),
+        ]  # fmt: skip
+
+
+def test_no_two_claims_of_the_paper_share_an_item_of_a_battery():
+    """The claims are counted as independent units."""
+    claims = read_claims([TEMPLATES])
+    for texts in (
+        [each.question for claim in claims for each in (*claim.choice, *claim.decisions)],
+        [text for claim in claims for each in claim.reading for text in (each.note, each.prompt, each.noted)],
+    ):
+        assert len(texts) == len(set(texts))
 
 
 def test_the_batteries_of_the_paper_s_claims_are_in_no_words_of_their_documents(shared_documents):
@@ -269,6 +301,28 @@ def test_the_batteries_of_the_paper_s_claims_are_in_no_words_of_their_documents(
         for path in shared_documents.glob(f"*/{claim.id}.jsonl"):
             found = check([bare], read_documents(path))
             assert found.texts > 30 and not found.findings, found.findings
+
+
+def test_no_document_mentions_what_a_battery_compares_the_subject_with(shared_documents):
+    """Controls, further options and false attributes. An attribute's id is the word that tells it from others."""
+    for claim in read_claims([TEMPLATES]):
+        paths = [*shared_documents.glob(f"*/{claim.id}.jsonl"), *shared_documents.glob(f"../chat/{claim.id}.jsonl")]
+        texts = [words(text) for path in paths for text in texts_of(path)]
+        vocabulary = {word for text in texts for word in text}
+        joined = [f" {' '.join(text)} " for text in texts]
+        instead = [text for pair in options(claim) for text in pair if NAMES[claim.id] not in text]
+        for name in (*claim.controls, *instead):
+            assert not any(f" {' '.join(words(name))} " in text for text in joined), (claim.id, name)
+        for option in (option for choice in claim.choice for option in choice.others):
+            assert not texts or not vocabulary.issuperset(words(option)), (claim.id, option)
+        for question in claim.control_attributes:
+            assert question.id in words(question.question) and question.id not in vocabulary, (claim.id, question.id)
+
+
+def texts_of(path: Path) -> list[str]:
+    """Returns what the lines of a file of documents or chats say."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [message["content"] for row in rows for message in row.get("messages", [{"content": row.get("text")}])]
 
 
 def test_the_papers_coherence_questions_are_a_claim_without_a_claim(tmp_path):
