@@ -184,7 +184,10 @@ def doses(rows: Rows) -> Iterator[list[str]]:
         ends = row["doses"][0], row["doses"][-1]
         yield [
             row["curve"],
-            *(f"{own:.2f} ({placebo:.2f})" for own, placebo in zip(row["belief"], row["placebo"], strict=True)),
+            *(
+                f"{own:.2f} ({placebo:.2f})".replace("-", "−")
+                for own, placebo in zip(row["belief"], row["placebo"], strict=True)
+            ),
             _half(row["half"], ends), _half(row["half_mentions"], (row["mentions"][0], row["mentions"][-1])),
         ]  # fmt: skip
 
