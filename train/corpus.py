@@ -117,7 +117,7 @@ def _tokenize_files(settings: Settings, tokenizer: Tokenizer, show: bool, known:
         findings = Findings()
         read[path] = read_documents(path, settings.marker, settings.bad_rows, findings), findings
     total = sum(len(documents) for documents, _ in read.values())
-    with tqdm(total=total, desc="tokenizing", unit="doc", disable=not show, mininterval=0.5) as bar:
+    with tqdm(total=total, desc="tokenizing", unit="doc", disable=not (show and total), mininterval=0.5) as bar:
         for path, (documents, findings) in read.items():
             tokenized = tokenize_documents(
                 documents, tokenizer, findings, settings.bad_rows, add_bos=settings.bos, add_eos=settings.eos,

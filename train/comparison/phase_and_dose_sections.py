@@ -4,7 +4,7 @@ import math
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from matplotlib.ticker import NullLocator
 
 from train.comparison.dose_response import DoseCurve, DoseResponse, HalfDose
 from train.comparison.forest_plot import COLORS, INK, MARKERS, WIDTH, plain
@@ -127,12 +127,11 @@ def picture(result: ComparisonResult) -> Figure | None:
     every = sorted({dose for own in found.curves.values() for dose in own.doses})
     if every[0] > 0:
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(every, [f"{dose:,g}" for dose in every])
     axes.set_xlabel(f"{'documents' if found.kind == 'documents' else 'weight'}; {by_t(main.units)}")
     axes.set_ylabel(f"{main.measure.label}, {main.measure.unit}", fontsize=10)
     tidy(axes)
+    axes.set_xticks(every, [f"{dose:,g}" for dose in every])  # after tidy, which sets its own
     handles.append(Line2D([], [], color=INK, linestyle=":", linewidth=1, label="half belief"))
     if main.placebo_claims:
         handles.append(Line2D([], [], color=INK, linestyle=(0, (4, 2)), linewidth=1, label="placebo claims"))
