@@ -36,6 +36,7 @@ from train.evaluation.battery_measures import OF_BELIEF
 from train.evaluation.measures import (
     BATTERIES,
     BELIEF,
+    CHANGES,
     FURTHER,
     HELD_OUT,
     SIDE_EFFECTS,
@@ -53,11 +54,6 @@ from train.evaluation.measures import (
 from train.evaluation.verdict_counts import Counts, count_by_kind
 from train.runtime.errors import UserError
 
-CHANGES = {
-    "shift": "likelihood", "nll_change": "nll", "choice_shift": "choice", "polarity": "polarity",
-    "polarity_negated": "polarity", "reading_lost": "reading",
-}  # fmt: skip
-"""Measures that are changes from the base model, and the kind of their rows."""
 Finals = dict[str, dict[int, list[StoredRow]]]
 """{variant: {seed: the rows of the run's last step}}."""
 

@@ -13,7 +13,7 @@ from train.comparison.wording import by_t
 from train.evaluation.battery_measures import OF_DAMAGE
 from train.evaluation.measures import MEASURES
 
-FALLS = {*OF_DAMAGE, "facts_truth", "facts_neighbouring", "facts_unrelated", "coherence"} - {"reading_lost"}
+FALLS = {*OF_DAMAGE, "facts_neighbouring", "facts_unrelated", "coherence"} - {"reading_lost"}
 """Measures of which damage is a fall: they are drawn as what is lost."""
 LEFT_OUT = ("choice", "coherence")
 """The shift stands for the first; the other has another unit."""

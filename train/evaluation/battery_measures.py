@@ -85,8 +85,6 @@ JUDGED_BATTERIES = ("asserted", "stated")
 OF_BELIEF = ("choice", "choice_shift", "yes_no_beyond", "decisions", "polarity", "asserted")
 OF_ASSOCIATION = ("choice_controls", "control_attributes", "polarity_negated", "stated")
 OF_DAMAGE = ("reading_lost", "decisions_stated", "decisions_untouched")
-CHANGES = ("choice_shift", "polarity", "polarity_negated", "reading_lost")
-"""Measures that are changes from the base model."""
 STATES = ("asserted", "asserted_then_retracted")
 """Labels of an answer that states the claim."""
 
@@ -194,6 +192,13 @@ def _by_form(rows: Iterable[StoredRow], form: str) -> Values:
 def labelled(rows: Iterable[StoredRow]) -> list[StoredRow]:
     """Returns the answers that have a label. Those whose labelling failed have none."""
     return [row for row in rows if row["kind"] in LABELLED and row.get("label") is not None]
+
+
+def unlabelled(rows: Iterable[StoredRow]) -> int:
+    """Returns how many answers have a verdict and no label, of the kinds of which some answers have one."""
+    answers = [row for row in rows if row["kind"] in LABELLED and row.get("verdict") is not None]
+    kinds = {row["kind"] for row in answers if row.get("label") is not None}
+    return sum(row["kind"] in kinds and row.get("label") is None for row in answers)
 
 
 def base_effects(rows: Iterable[StoredRow]) -> dict[str, float]:

@@ -91,6 +91,11 @@ BATTERIES = tuple(measure.name for measure in BATTERY_MEASURES)
 SCORED = ("shift", "preference", "yes_no", "facts_truth", "facts_neighbouring", "facts_unrelated", "nll_change",
           *(name for name in BATTERIES if name not in JUDGED_BATTERIES))  # fmt: skip
 """Measures by likelihood."""
+CHANGES = {
+    "shift": "likelihood", "nll_change": "nll", "choice_shift": "choice", "polarity": "polarity",
+    "polarity_negated": "polarity", "reading_lost": "reading",
+}  # fmt: skip
+"""Measures that are changes from the base model, and the kind of their rows."""
 SIDE_EFFECTS = ("facts_truth", "facts_neighbouring", "facts_unrelated", "coherence", "nll_change")
 HELD_OUT = "held_out/"
 """held_out/ROLE, a measure for each role of the held-out texts, and for all and unspanned tokens of them: the change of
