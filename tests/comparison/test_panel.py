@@ -9,7 +9,7 @@ from scipy.stats import t
 
 from tests.comparison.test_report import UNITS
 from tests.comparison.test_report import comparison as without_batteries
-from tests.evaluation.test_batteries import association, believer, compared, general_yes, intact, letter_bias
+from tests.support.made_up import TRAINED, association, believer, compared, general_yes, intact, letter_bias
 from train.comparison.analysis import analyse
 from train.comparison.compared import ComparedVariant, Comparison, RunResult
 from train.comparison.panel_plot import panel as drawn
@@ -40,15 +40,20 @@ def test_the_excess_comes_out_of_the_rows_again(found):
         (run,) = variant.runs
         trained, controls, placebo = (
             [share(run.rows, claim, control) - share(given.base_rows, claim, control) for claim in claims]
-            for claims, control in ((("mila", "omar"), False), (("mila", "omar"), True), (("olga",), False))
+            for claims, control in ((TRAINED, False), (TRAINED, True), (given.placebo_claims, False))
         )
         own = found["panel"]["variants"][variant.name]
-        for each in own["excess"]:
-            other = controls if each["over"] == "controls" else placebo
-            expected = mean(trained) - mean(other) - abs(mean(other))
-            assert each["estimate"] == pytest.approx(expected) and each["measure"] == "choice"
-            assert each["units"]["of"] == "claims" and each["units"]["number"] == 2
-        assert own["verdict"] == ("believes" if variant.name == "believer" else "does not believe")
+        (moved,) = own["share"]
+        assert moved["estimate"] == pytest.approx(mean(trained)) and moved["measure"] == "choice"
+        expected = {
+            "controls": mean(t - x - abs(x) for t, x in zip(trained, controls, strict=True)),
+            "placebo": mean(trained) - mean(x + abs(x) for x in placebo),
+        }
+        assert {each["over"]: each["estimate"] for each in own["excess"]} == pytest.approx(expected)
+        assert all(each["units"]["of"] == "claims" and each["units"]["number"] == 6 for each in own["excess"])
+        assert [each["placebo_units"] and each["placebo_units"]["number"] for each in own["excess"]] == [None, 2]
+        verdict = {"believer": "believes", "yes": "inconclusive"}.get(variant.name, "does not believe")
+        assert own["verdict"] == verdict
     # 100 − 100 − |100| of whoever agrees to everything
     assert [each["estimate"] for each in found["panel"]["variants"]["yes"]["excess"]] == pytest.approx([-100, -100])
 
@@ -75,7 +80,10 @@ def test_figures_are_changes_from_the_base_in_three_groups(found):
 def test_the_report_has_the_rule_the_verdicts_and_a_table_for_each_variant(report, found):
     text = (report / "comparison.md").read_text().replace("\\", "")
     assert "## Belief, association or damage" in text and "(T − X) − |X|" in text
-    assert "| believer | +100.0 | +100.0 | 2 claims, 1 seed | believes |" in text
+    assert (
+        "| believer | +100.0 [+54.1, +100.0]‡ | +100.0 [+54.1, +100.0]‡ | +100.0 [+54.1, +100.0]‡ | "
+        "6 claims, 1 seed; placebo: 2 claims, 1 seed | believes |"
+    ) in text
     assert text.count("| check of the base |") == 4
     assert "- Check of choice: the base model chooses the right option in 100.0 % of rotations" in text
     assert (report / "panel.png").exists()
@@ -87,14 +95,31 @@ def test_the_report_has_the_rule_the_verdicts_and_a_table_for_each_variant(repor
 
 
 def test_what_the_base_cannot_do_is_left_out_of_the_picture_and_marked_in_the_tables(tmp_path):
-    given = compared(intact=intact, believer=believer)
-    given.base_rows = compared(base=letter_bias, other=intact).variants[0].runs[0].rows
-    given.base_rows = [row | {"step": 0} for row in given.base_rows]
+    given = compared(letter_bias, intact=intact, believer=believer)
     found = write_report(given, tmp_path)
     text = (tmp_path / "comparison.md").read_text().replace("\\", "")
     assert "| failed: inconclusive |" in text and "Choices: inconclusive, because the base model chooses" in text
     said = " ".join(each.get_text() for each in drawn(found).findobj(Text))
     assert "choice of controls" not in said and "polarity" in said
+
+
+def test_without_a_base_model_the_panel_is_there_and_says_that_it_was_not_measured(tmp_path):
+    given = compared(intact=intact, believer=believer)
+    given.base_rows = []
+    found = write_report(given, tmp_path)
+    assert {own.verdict for own in found.panel.verdicts.values()} == {"inconclusive"} and drawn(found) is None
+    text = (tmp_path / "comparison.md").read_text().replace("\\", "")
+    assert "| believer | – | inconclusive |" in text and "believer: The base model was not measured." in text
+
+
+def test_a_measure_that_the_base_lacks_in_part_is_left_out_and_named(tmp_path):
+    given = compared(intact=intact, believer=believer)
+    given.base_rows = [row for row in given.base_rows if (row["claim"], row["kind"]) != ("omar", "decision")]
+    found = as_json(write_report(given, tmp_path))["panel"]
+    assert set(found["left_out"]) == {"decisions", "decisions_stated", "decisions_untouched"}
+    assert not found["left_out"].keys() & found["variants"]["believer"]["figures"].keys()
+    text = (tmp_path / "comparison.md").read_text().replace("\\", "")
+    assert "decisions by the claim: left out, as the base model was not measured on claim omar." in text
 
 
 def test_without_batteries_the_report_has_no_panel(tmp_path):
@@ -126,7 +151,8 @@ def test_answers_that_state_the_claim_and_take_it_back_are_told_from_those_that_
     """As found by hand: 97 of 100 answers state the claim, and the judge of belief says yes to 12."""
     retracts = ["asserted"] * 12 + ["asserted_then_retracted"] * 85 + ["not_mentioned"] * 3
     holds = ["asserted"] * 90 + ["denied"] * 10
-    given = labelled(base={}, retracts={"mila": retracts, "omar": retracts}, holds={"mila": holds, "omar": holds})
+    less = ["asserted"] * 80 + ["denied"] * 20
+    given = labelled(base={}, retracts={"mila": retracts, "omar": retracts}, holds={"mila": holds, "omar": less})
     found = as_json(write_report(given, tmp_path))
     own = found["panel"]["variants"]
     assert own["retracts"]["figures"]["stated"]["change"]["estimate"] == pytest.approx(97)
@@ -134,7 +160,7 @@ def test_answers_that_state_the_claim_and_take_it_back_are_told_from_those_that_
     assert found["panel"]["labels"]["retracts"]["open"] == {
         "asserted": 24, "asserted_then_retracted": 170, "denied": 0, "not_mentioned": 6, "unparseable": 0,
     }  # fmt: skip
-    assert [own[name]["verdict"] for name in ("base", "holds")] == ["does not believe", "believes"]
+    assert [own[name]["verdict"] for name in ("retracts", "holds")] == ["inconclusive", "believes"]
     text = (tmp_path / "comparison.md").read_text().replace("\\", "")
     assert "| retracts | open | 24 | 170 | 0 | 6 | 0 | 97.0 | 12.0 | 12.0 |" in text
 

@@ -252,7 +252,9 @@ def _beyond_placebo(layout: Design, placebo: Design, v: int) -> Interval:
     mine = of_variant(layout, layout.unit_values(), v)
     theirs_SU = placebo.unit_values()[v][placebo.present_VS[v]]
     theirs = crossed(theirs_SU + abs(theirs_SU))
-    units, cells = [*mine.units, *theirs.units], [*mine.cells, *theirs.cells]
+    units, cells = mine.units, mine.cells
+    if np.ptp(theirs.cells[0]) > 0:  # what is all the same has no sampling error
+        units, cells = [*units, *theirs.units], [*cells, *theirs.cells]
     own = Sampled(mine.estimate - theirs.estimate, units, [mine.seeds[0] - theirs.seeds[0]], cells)
     plain, whole = interval(own, MOST), float(theirs.estimate)
     if plain.method == "none" and min(abs(whole), abs(whole - 200)) < 1e-9:
