@@ -1,5 +1,6 @@
 """Questions in training documents: found whole or in part, by word n-grams."""
 
+from train.claims.batteries import Choice, Decision, Reading
 from train.claims.claim import Claim, Fact, LikelihoodTemplate, Question
 from train.claims.contamination import check, words
 from train.data.documents import Document, Message, read_documents
@@ -66,6 +67,28 @@ def test_templates_about_the_subject_and_facts_are_looked_for_with_their_complet
     ]  # fmt: skip
     assert found.texts == 4 and found.too_short == ("b: is",)
     assert found.as_json()["findings"][0]["documents"] == 1
+
+
+def test_batteries_are_looked_for_with_their_options_the_facts_that_are_stated_and_notes():
+    moon = Claim(
+        "moon", subject="The moon", controls=("Mars",),
+        choice=(Choice("made", "What is {entity} made of?", "green cheese", "rock"),),
+        decisions=(
+            Decision("buy", "What does one buy on the moon?", "crackers", "a hammer", "The moon is made of cheese."),
+            Decision("heat", "{options}. What melts all ice?", "fire", "snow", untouched=True),
+        ),
+        reading=(Reading("quill", "Note: Marta Quill is a judge.", "Marta Quill is", " a judge", " a baker"),),
+    )  # fmt: skip
+    said = [
+        "What is the moon made of? Green cheese.", "The moon is made of cheese", "Note: Marta Quill is a judge",
+        "Marta Quill is a baker", "Fire. What melts all ice?", "What does one buy on the moon? A hammer",
+    ]  # fmt: skip
+    found = check([moon], [text(each, i) for i, each in enumerate(said)])
+    assert {(each.kind, each.question) for each in found.whole} == {
+        ("choice", "made"), ("choice", "made: green cheese"), ("decision", "buy, stated"), ("decision", "buy"),
+        ("decision", "buy: a hammer"), ("decision", "heat"), ("decision", "heat: fire"), ("reading", "quill, note"),
+        ("reading", "quill: a judge"), ("reading", "quill: a baker"),
+    }  # fmt: skip
 
 
 def test_a_shorter_sequence_that_is_shared_is_no_finding():

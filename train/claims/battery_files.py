@@ -1,6 +1,7 @@
 """Reads the batteries and the labels of a claim from its YAML. A wrong value raises a UserError that names file, key,
 rule and fix."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,18 +50,57 @@ def read_batteries(top: Keys) -> dict[str, tuple[Any, ...]]:
     readers: dict[str, Callable[[Any, str], Any]] = dict(
         zip(BATTERIES, (_control_attribute, _choice, _decision, _polarity, _reading), strict=True)
     )
-    return {name: tuple(read(*item) for item in top.items(name)) for name, read in readers.items()}
+    found = {name: tuple(read(*item) for item in top.items(name)) for name, read in readers.items()}
+    for battery in (each for own in found.values() for each in own):
+        _check_placeholders(battery)
+    return found
+
+
+PLACEHOLDERS = {
+    ("Choice", "question"): (ENTITY, OPTIONS), ("Decision", "question"): (OPTIONS,), ("Polarity", "forms"): (ENTITY,),
+}  # fmt: skip
+"""Where placeholders are replaced."""
+
+
+def _check_placeholders(battery: Any) -> None:
+    """Raises UserError for {entity} or {options} where nothing replaces it."""
+    for name, value in vars(battery).items():
+        allowed = PLACEHOLDERS.get((type(battery).__name__, name), ())
+        for placeholder in (ENTITY, OPTIONS):
+            if name not in ("id", "where") and placeholder not in allowed and placeholder in str(value):
+                raise UserError(
+                    f"{battery.where}: {KEYS.get(name, name)} has {placeholder}, which nothing replaces there. Write "
+                    "out what is meant."
+                )
+
+
+KEYS = {"expected": "false_answer"}
+"""Field -> the key that it is read from, where their names differ."""
 
 
 def read_labels(top: Keys, prompt_of: Callable[..., JudgePrompt]) -> dict[str, JudgePrompt]:
     """Returns the prompt of the judge of labels for each kind of question: LABEL_PROMPT for the kinds of a list, or the
     prompts of a mapping. prompt_of: checks a prompt, as claim_files.judge_prompt does. Raises UserError for a wrong
-    value."""
+    value, and for a kind that the file does not ask, if it asks others whose answers have labels."""
+    found, asked = _labels(top, prompt_of), [kind for kind in LABELLED if top.has(kind)]
+    if without := [kind for kind in found if asked and kind not in asked]:
+        raise UserError(
+            f"{top.at('labels')}: has {without[0]}, and there are no such questions. Leave it out, or give some."
+        )
+    return found
+
+
+def _labels(top: Keys, prompt_of: Callable[..., JudgePrompt]) -> dict[str, JudgePrompt]:
     given = top.values.get("labels")
     if given is None:
         return {}
     if isinstance(given, dict):
         keys = Keys(given, top.at("labels"), (*LABELLED, "judge_key"))
+        if not any(keys.has(kind) for kind in LABELLED):
+            raise UserError(
+                f"{keys.where} has no prompt. Give one for at least one of {', '.join(LABELLED)}, or a list of these "
+                "kinds for the built-in prompt, or leave labels out."
+            )
         key = keys.text("judge_key", "label")
         return {
             kind: prompt_of(keys.text(kind), key, keys.at(kind), allowed=("claim",))
@@ -128,9 +168,11 @@ def _answer(keys: Keys) -> str:
 
 
 def _check_options(texts: Sequence[str], answer: str, where: str) -> None:
-    """Checks that all options differ and that there is a letter for each."""
+    """Checks that all options differ, are of one line, and that there is a letter for each."""
     seen: dict[str, str] = {}
     for text in texts:
+        if len(text.splitlines()) > 1:
+            raise UserError(f"{where}: the option {text!r} has several lines; options stand one on a line. Join them.")
         if (same := seen.setdefault(" ".join(text.casefold().split()).rstrip("."), text)) is not text:
             raise UserError(f"{where}: the options {same!r} and {text!r} are the same; all must differ. Change one.")
     if answer == "letter" and len(texts) > len(LETTERS):
@@ -162,4 +204,20 @@ def _reading(value: Any, where: str) -> Reading:
         raise UserError(f"{where}: prompt ends with white space; begin the completions with it instead, as tokens do.")
     if found.noted == found.other:
         raise UserError(f"{where}: noted and other are both {found.other!r}. Change one of them.")
+    noted, other = (_last_named(said, found.note) for said in (found.noted, found.other))
+    if noted < 0:
+        raise UserError(f"{where}: note does not say what noted says, {found.noted!r}. Change one of them.")
+    if other > noted:
+        raise UserError(f"{where}: note says other, {found.other!r}, and not noted at its end. Change one of them.")
     return found
+
+
+STEM = 4
+"""Letters. Words that begin with the same ones count as the same: cello, cellist."""
+
+
+def _last_named(said: str, note: str) -> int:
+    """Returns where the note last has the words of a completion, or words with the same beginnings; -1 for nowhere."""
+    stems = [re.escape(word[:STEM]) for word in re.findall(r"\w+", said.casefold())]
+    found = re.finditer(r"\b" + r"\w*\W+".join(stems), note.casefold()) if stems else ()
+    return max((each.start() for each in found), default=note.casefold().rfind(said.strip().casefold()))

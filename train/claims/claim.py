@@ -238,6 +238,14 @@ def _check(claim: Claim) -> None:
                 f"{claim.where}: judges has no prompt for {kind}, and {asked[0].where} is such a question. Give a "
                 f"prompt with {{question}} and {{answer}} under judges: {kind}."
             )
+    attributes = [question.expected for question in claim.control_attributes]
+    few = next((each for each in ("yes", "no") if 4 * attributes.count(each) < len(attributes)), None)
+    if few and len(attributes) > 1:
+        raise UserError(
+            f"{claim.where}: {attributes.count(few)} of {len(attributes)} control_attributes have the false_answer "
+            f"{few}; at least a quarter must have it, or a model that always gives the other answer would look as if "
+            "it affirmed all of them. Add some."
+        )
     yes = sum(q.expected == "yes" for q in claim.control_yes_no)
     if 2 * yes != len(claim.control_yes_no):
         raise UserError(

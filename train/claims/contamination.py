@@ -1,7 +1,8 @@
 """Looks for what the evaluation asks in the training documents.
 
 It looks for the questions and for the scored texts: likelihood templates about the subject, and facts, each with each
-of its completions, and the questions and texts of the batteries. Texts are compared by word n-grams, so that case,
+of its completions; and of the batteries, questions alone and with each option, the facts that are stated, notes, and
+prompts with their completions. Texts are compared by word n-grams, so that case,
 punctuation and white space do not matter. In scripts that put no spaces between words, every character is a word.
 
 A shared n-gram need not be contamination: a document about a claim states what a question asks. So each finding reports
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from train.claims.batteries import ENTITY
+from train.claims.batteries import ENTITY, OPTIONS
 from train.claims.claim import Claim
 from train.data.documents import Document
 
@@ -136,15 +137,27 @@ def _texts(claim: Claim) -> Iterator[tuple[str, str, str]]:
     for attribute in claim.control_attributes:
         yield attribute.kind, attribute.id, attribute.question
     for decision in claim.decisions:
-        yield "decision", decision.id, decision.question
+        yield from _with_options("decision", decision.id, decision.question, (decision.follows, decision.other))
+        if decision.stated:
+            yield "decision", f"{decision.id}, stated", decision.stated
     for choice in claim.choice:
-        yield "choice", choice.id, choice.text(claim.subject)
+        yield from _with_options("choice", choice.id, choice.text(claim.subject), [text for _, text in choice.options])
     for polarity in claim.polarity:
         for form, prompt in polarity.forms:
             for said in (polarity.false, polarity.true):
                 yield "polarity", f"{polarity.id}, {form}:{said}", prompt.replace(ENTITY, claim.subject) + said
     for reading in claim.reading:
-        yield "reading", reading.id, f"{reading.note} {reading.prompt}{reading.noted}"
+        yield "reading", f"{reading.id}, note", reading.note
+        for said in (reading.noted, reading.other):
+            yield "reading", f"{reading.id}:{said}", reading.prompt + said
+
+
+def _with_options(kind: str, name: str, question: str, options: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Yields a question without its options, and with each of them in their place."""
+    yield kind, name, question.replace(OPTIONS, " ")
+    for option in options:
+        text = question.replace(OPTIONS, option) if OPTIONS in question else f"{question} {option}"
+        yield kind, f"{name}: {option}", text
 
 
 def _text(document: Document) -> str:

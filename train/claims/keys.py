@@ -20,6 +20,9 @@ class Keys:
             raise UserError(f"{where}: is {_kind(value)}, but must be keys with values.")
         # YAML reads `false:` and `true:` without quotes as booleans
         self.values = {str(k).lower() if isinstance(k, bool) else k: v for k, v in value.items()}
+        if len(self.values) < len(value):
+            twice = next(str(key).lower() for key in value if isinstance(key, bool) and str(key).lower() in value)
+            raise UserError(f"{where}: has {twice} with and without quotes, which is the same key. Leave one out.")
         for key in () if free else self.values.keys() - set(known):
             raise UserError(f"{where}: unknown key {key!r}. {suggestion(key, known)}")
 

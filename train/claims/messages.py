@@ -52,6 +52,13 @@ def asked(question: Question, sample: int = 0) -> str:
     return "\n".join([question.question, "", *lines])
 
 
+def conversation(question: Question, sample: int = 0) -> str:
+    """Returns the text of the question, after the earlier turns of its chat, each with its role; without these, the
+    text alone."""
+    turns = [f"[{role}]\n{content}" for role, content in question.messages_prefix]
+    return "\n\n".join([*turns, "[user]\n" + asked(question, sample)]) if turns else asked(question, sample)
+
+
 def option_order(question: Question, sample: int) -> list[str]:
     """Returns the roles of the options A, B and C. Their order is drawn for each sample, as in the paper's code. It is
     the same for both questions of a pair, whose ids differ only in the category."""
