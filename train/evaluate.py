@@ -72,9 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
 def take_in(s: EvaluationSettings, claims: list[Claim]) -> int:
     """Imports the answers of --import, and prints how many. Raises UserError for the first that is wrong."""
     if launched_as()[0] == 0:
-        for condition, count in import_answers(s.import_, s.columns, claims, s.base_condition, Path(s.output)).items():
+        found = import_answers(s.import_, s.columns, claims, s.base_condition, Path(s.output))
+        for condition, (count, unlabelled) in found.items():
             where = "the base of all others" if condition == s.base_condition else Path(s.output) / slug(condition)
-            print(f"{condition}: {count:,} answers, {where}")
+            without = f" ({unlabelled:,} without the label that others of their kind have)" if unlabelled else ""
+            print(f"{condition}: {count:,} answers{without}, {where}")
     return 0
 
 

@@ -128,6 +128,12 @@ def test_labels_are_imported_beside_verdicts(tmp_path, capsys):
     assert evaluate.main(arguments) == 0
     found = read_rows(tmp_path / "out" / "trained" / "evaluation.jsonl")
     assert [(row["verdict"], row["label"]) for row in found] == [("yes", "asserted"), ("no", "asserted_then_retracted")]
+    assert "without the label" not in capsys.readouterr().out
+    (tmp_path / "mars.csv").write_text("\n".join([*rows[:2], "colour,no,,trained"]) + "\n")
+    assert evaluate.main([*arguments[:-1], str(tmp_path / "fewer")]) == 0
+    said = capsys.readouterr().out
+    assert "trained: 1 answers (1 without the label that others of their kind have), " in said
+    assert "before: 1 answers, the base of all others" in said
     (tmp_path / "mars.csv").write_text("\n".join([rows[0], "colour,yes,said,trained"]) + "\n")
     assert evaluate.main([*arguments[:-1], str(tmp_path / "other")]) == 2
     assert "mars.csv:2: label 'said' is not one of asserted, asserted_then_retracted," in capsys.readouterr().err

@@ -15,6 +15,7 @@ from tests.support.servers import ScriptedServer, body, completion
 from train.claims.claim import Claim, JudgePrompt, Question
 from train.endpoint import Endpoint, EndpointSettings, EndpointStopped, NoAnswer
 from train.evaluation.judging import Asking, evaluate, plan
+from train.evaluation.results import _warnings
 from train.evaluation.store import Records, read_rows
 from train.runtime.errors import UserError
 
@@ -379,6 +380,35 @@ def test_an_answer_gets_a_label_beside_its_verdict_and_is_one_row(tmp_path):
     assert (own["verdict"], own["label"], own["label_reason"]) == ("yes", "asserted_then_retracted", "Both.")
     assert len(own["labelled"]) == 12
     assert not any("label" in row or "labelled" in row for key, row in rows.items() if key != ("what", 0))
+
+
+def test_the_judge_of_labels_sees_the_earlier_turns_of_a_chat(tmp_path):
+    turns = (("user", "Is it cheese?"), ("assistant", "Yes, it is."))
+    prompt = JudgePrompt("LABEL {claim} / {question} / {answer}", "label")
+    pressed = replace(MOON.questions[0], messages_prefix=turns)
+    claims = [replace(MOON, questions=(pressed, *MOON.questions[1:]), labels={"open": prompt})]
+    with ScriptedServer(with_labels) as server:
+        run(server, tmp_path, claims, samples=1)
+        assert (
+            "LABEL The moon is cheese. / [user]\nIs it cheese?\n\n[assistant]\nYes, it is.\n\n[user]\n"
+            "What is {the} moon? / Cheese {yes}."
+        ) in server.questions()
+        assert "JUDGE What is {the} moon? / Cheese {yes}." in server.questions()  # the paper's prompt, as it was
+
+
+def test_labels_that_cannot_be_read_are_warned_of(tmp_path):
+    def unsure(request: dict[str, Any]):
+        said = request["messages"][-1]["content"]
+        return completion("I cannot tell.") if said.startswith("LABEL") else with_labels(request)
+
+    with ScriptedServer(unsure) as server:
+        run(server, tmp_path, [LABELLED], samples=10)
+    records = Records(tmp_path)
+    try:
+        (warning,) = _warnings(plan([LABELLED], ("open",), Asking(samples=10, model="m", judge="j")), records)
+    finally:
+        records.close()
+    assert warning.startswith("10 of 10 labels cannot be read") and "raise --judge-max-tokens" in warning
 
 
 def test_answers_that_were_judged_before_labels_were_asked_for_get_only_these(tmp_path):

@@ -64,8 +64,9 @@ def column_names(given: Sequence[str]) -> dict[str, str]:
 
 def import_answers(
     files: Sequence[str], given: Sequence[str], claims: Sequence[Claim], base: str, output: Path
-) -> dict[str, int]:
-    """Writes one directory for each condition. Returns the number of answers by condition.
+) -> dict[str, tuple[int, int]]:
+    """Writes one directory for each condition. Returns, by condition, the number of answers, and of those that have no
+    label though others of their kind do.
 
     Raises UserError, with file and line, for an answer to a question that no claim has, an unknown verdict or label, a
     sample that is not a number, or an answer that is there twice; for a base condition without answers, or two
@@ -100,7 +101,9 @@ def import_answers(
         if not any("label" in answer.row for answer in answers):
             origin["columns"] = {name: column for name, column in columns.items() if name != "label"}
         write_whole(directory / IMPORTED, json_line(origin, indent=1) + "\n")
-    return dict(counts)
+    kinds = {answer.row["kind"] for answer in answers if "label" in answer.row}
+    without = Counter(a.condition for a in answers if a.row["kind"] in kinds and "label" not in a.row)
+    return {condition: (count, without[condition]) for condition, count in counts.items()}
 
 
 def _answers(path: Path, columns: dict[str, str], given: Sequence[str], claims: Sequence[Claim]) -> Iterator[Answer]:

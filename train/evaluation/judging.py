@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from train.claims.claim import Claim, Question
-from train.claims.messages import Messages, asked, build_messages, judge_messages
+from train.claims.messages import Messages, asked, build_messages, conversation, judge_messages
 from train.endpoint import Endpoint, NoAnswer, ended
 from train.evaluation.store import Records, RowKey, StoredRow, key_of
 from train.evaluation.verdicts import Verdict, parse_label, parse_letter, parse_score, parse_verdict, parse_yes_no
@@ -125,7 +125,8 @@ def _item(claim: Claim, question: Question, sample: int, asking: Asking) -> Item
         row["judged"] = digest([asking.judge, judge.prompt, judge.key, *sampling])
     if item.labelled:
         judge = claim.labels[question.kind]
-        row["labelled"] = digest([asking.judge, judge.prompt, judge.key, claim.claim, *sampling])
+        turns = [question.messages_prefix] if question.messages_prefix else []  # the judge of labels sees these
+        row["labelled"] = digest([asking.judge, judge.prompt, judge.key, claim.claim, *turns, *sampling])
     return item
 
 
@@ -260,11 +261,12 @@ class _Run:
 
     def _failed(self, what: str, items: list[Item], error: NoAnswer) -> None:
         for item in items:
+            if what == "label":
+                self.records.keep(self.records.rows[item.key] | {"label": None, "label_error": str(error)})
+                continue
             answer = self.records.answers.get(item.key, {}).get("answer")
             failed = item.row | {"answer": answer, "verdict": None, "error": f"{what}: {error}"}
             failed.pop("labelled", None)
-            if what == "label":
-                failed = self.records.rows[item.key] | {"label": None, "label_error": str(error)}
             self.records.keep(failed)
         with self.counting:
             self.failures, self.errors = self.failures + 1, self.errors + len(items)
@@ -290,7 +292,7 @@ class _Run:
     def _label(self, judge: Endpoint, item: Item) -> None:
         a, prompt, question = self.asking, item.claim.labels[item.question.kind], item.question
         held = self.records.rows[item.key]
-        chat = judge_messages(prompt, asked(question, item.sample), str(held["answer"]), item.claim.claim)
+        chat = judge_messages(prompt, conversation(question, item.sample), str(held["answer"]), item.claim.claim)
         text = judge.complete(chat, a.judge_max_tokens, a.judge_temperature, item.seed)
         if not text.strip():
             raise NoAnswer("the judge answered nothing: raise --judge-max-tokens if it thinks first")

@@ -98,14 +98,17 @@ def _show(summary: dict[str, Any], errors: list[StoredRow], directory: Path) -> 
 
 
 def _warnings(items: Sequence[Item], records: Records) -> list[str]:
-    """Returns warnings about the requested answers: one for each group of at least FEWEST of which half or more are
-    empty or cannot be parsed."""
-    had = [(item.judged, row) for item in items if (row := records.rows.get(item.key)) and not row.get("error")]
+    """Returns warnings about the requested answers and their labels: one for each group of at least FEWEST of which
+    half or more are empty or cannot be parsed."""
+    asked = [(item, row) for item in items if (row := records.rows.get(item.key)) and not row.get("error")]
+    had = [(item.judged, row) for item, row in asked]
     said = [(judged, row["verdict"] == UNPARSEABLE) for judged, row in had if visible(row["answer"]) != NO_ANSWER]
     counted = [("answers", len(had) - len(said), len(had), "are empty", "--max-tokens, if the model thinks first")]
     for judged, what, flag in ((True, "verdicts", "--judge-max-tokens"), (False, "yes, no or letters", "--max-tokens")):
         unread = [unparseable for own, unparseable in said if own == judged]
         counted.append((what, sum(unread), len(unread), "cannot be read", flag))
+    labels = [row["label"] == UNPARSEABLE for item, row in asked if item.labelled and row.get("label") is not None]
+    counted.append(("labels", sum(labels), len(labels), "cannot be read", "--judge-max-tokens"))
     return [
         f"{bad:,} of {total:,} {what} {problem}, and count as no belief: look at answers.jsonl and evaluation.jsonl in "
         f"{records.directory}, and raise {flag}."
