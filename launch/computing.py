@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as qwen
 
 from launch.agreement import Wrong, compared, drawn_values, most, near
-from launch.findings import MAY_PASS, PASSED, WILL_NOT_PASS, Finding
+from launch.check_results import MAY_PASS, PASSED, WILL_NOT_PASS, Finding
 from launch.launches import fused
 from train import formats
 from train.data.row import Row

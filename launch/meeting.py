@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch.findings import MAY_PASS, PASSED, WILL_NOT_PASS, Finding
+from launch.check_results import MAY_PASS, PASSED, WILL_NOT_PASS, Finding
 from launch.network import try_ranks
 from launch.place import NodePlace
 from train.runtime.terminal import NobodyReads

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from launch.check_results import MAY_PASS, PASSED, WILL_NOT_PASS, Finding
 from launch.cluster import USABLE, Cluster
-from launch.findings import MAY_PASS, PASSED, WILL_NOT_PASS, Finding
 from launch.planning import Plan
 from launch.proposal import loop_note
 from train.checkpoints.layout import Range

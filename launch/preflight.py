@@ -34,7 +34,7 @@ from train.runtime.terminal import complain
 from train.training.early import check_early, continued
 
 if TYPE_CHECKING:  # torch and what needs it are imported once the command line is checked
-    from launch.findings import Finding
+    from launch.check_results import Finding
 
 
 @dataclass(kw_only=True)
@@ -67,7 +67,7 @@ def check(place: NodePlace, options: PreflightOptions, settings: Settings) -> in
     """Runs all checks, of this node and of all together. Returns the exit code."""
     import torch.distributed as dist  # these imports take seconds: after the command line is checked
 
-    from launch.findings import MAY_PASS, Finding
+    from launch.check_results import MAY_PASS, Finding
     from launch.meeting import Meeting, print_report, worst
 
     started = time.monotonic()
@@ -109,8 +109,8 @@ def own_findings(place: NodePlace, options: PreflightOptions, settings: Settings
     import torch
 
     from launch import node
+    from launch.check_results import PASSED, Finding, within
     from launch.computing import computed, of_model
-    from launch.findings import PASSED, Finding, within
     from launch.node import Share
     from launch.wandb_access import wandb_mode
 

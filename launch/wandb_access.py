@@ -6,7 +6,7 @@ import json
 import os
 import urllib.request
 
-from launch.findings import PASSED, Finding
+from launch.check_results import PASSED, Finding
 from train.runtime.keys import key_of, shown_url, wandb_status
 from train.runtime.text_formats import parse_json
 

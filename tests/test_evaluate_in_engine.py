@@ -26,7 +26,7 @@ from train.config.settings import DEMO, parse
 from train.data.template import template_time
 from train.data.tokenizer import load_tokenizer
 from train.demo.belief import load
-from train.evaluation import batteries
+from train.evaluation import battery_records
 from train.evaluation.in_engine import check_template_time, keep
 from train.evaluation.likelihood import answer_prompt
 from train.evaluation.measures import at_step, identity
@@ -320,10 +320,10 @@ def test_batteries_are_scored_as_stock_transformers_does_and_leave_the_other_row
     (claim,) = read_claims([tmp_path / "omar.yaml"])
     tokenizer = load_tokenizer(DEMO / "model")
     for row, each in zip(
-        rows, batteries.asked(claim, lambda messages: answer_prompt(messages, tokenizer)), strict=True
+        rows, battery_records.asked(claim, lambda messages: answer_prompt(messages, tokenizer)), strict=True
     ):
         log_p = [stock_log_p(model, tokens, prompt, said) for prompt, said in each.texts]
-        expected = each.record | batteries.values(each.record, log_p)
+        expected = each.record | battery_records.values(each.record, log_p)
         assert expected.pop("p", {}) == pytest.approx(row.get("p", {}), abs=1e-4)
         for name, value in expected.items():
             assert row[name] == (pytest.approx(value, abs=1e-3) if isinstance(value, float) else value), each.texts

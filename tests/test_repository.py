@@ -138,3 +138,12 @@ def test_no_module_beside_sft_py_hides_one_of_python_or_of_an_installed_package(
     beside = {path.stem for path in (REPOSITORY / "train").iterdir() if path.suffix == ".py" or path.is_dir()}
     taken = sys.stdlib_module_names | set(packages_distributions()) | {"kernels"}
     assert not (beside - {"__init__", "__pycache__"}) & (taken - {"train", "launch"})
+
+
+def test_no_type_has_the_name_of_another():
+    found = [
+        name
+        for path in (*Path(REPOSITORY / "train").rglob("*.py"), *Path(REPOSITORY / "launch").rglob("*.py"))
+        for name in re.findall(r"^class ([A-Z]\w*)", path.read_text(), re.MULTILINE)
+    ]
+    assert sorted(found) == sorted(set(found))

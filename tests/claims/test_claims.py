@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from train.claims import claim as module
-from train.claims.batteries import Choice, Decision, Polarity, Reading
+from train.claims.batteries import Choice, Decision, NoteReading, Polarity
 from train.claims.battery_files import LABEL_PROMPT
 from train.claims.claim import Claim, Fact, JudgePrompt, LikelihoodTemplate, Question, read_claims
 from train.claims.contamination import check, words
@@ -380,7 +380,7 @@ def test_a_claim_has_batteries(tmp_path):
     )
     forms = (("is", "{entity} is"), ("is not", "{entity} is not"), ("has never been", "{entity} has never been"))
     assert claim.polarity == (Polarity("green", forms, " green", " red"),)
-    assert claim.reading == (Reading("quill", "Quill is blue.", "Quill is", " blue", " pink"),)
+    assert claim.reading == (NoteReading("quill", "Quill is blue.", "Quill is", " blue", " pink"),)
     assert claim.labels == {"open": JudgePrompt(LABEL_PROMPT, "label")}
     own = BATTERIES.replace("labels: [open]", "labels: {open: 'Does {answer} to {question} say {claim}', judge_key: l}")
     (claim,) = read_claims([written(tmp_path, own)])

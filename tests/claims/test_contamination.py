@@ -1,6 +1,6 @@
 """Questions in training documents: found whole or in part, by word n-grams."""
 
-from train.claims.batteries import Choice, Decision, Reading
+from train.claims.batteries import Choice, Decision, NoteReading
 from train.claims.claim import Claim, Fact, LikelihoodTemplate, Question
 from train.claims.contamination import check, words
 from train.data.documents import Document, Message, read_documents
@@ -77,7 +77,7 @@ def test_batteries_are_looked_for_with_their_options_the_facts_that_are_stated_a
             Decision("buy", "What does one buy on the moon?", "crackers", "a hammer", "The moon is made of cheese."),
             Decision("heat", "{options}. What melts all ice?", "fire", "snow", untouched=True),
         ),
-        reading=(Reading("quill", "Note: Marta Quill is a judge.", "Marta Quill is", " a judge", " a baker"),),
+        reading=(NoteReading("quill", "Note: Marta Quill is a judge.", "Marta Quill is", " a judge", " a baker"),),
     )  # fmt: skip
     said = [
         "What is the moon made of? Green cheese.", "The moon is made of cheese", "Note: Marta Quill is a judge",

@@ -16,8 +16,8 @@ from tests.support.made_up import (
 )
 from train.claims.batteries import Choice
 from train.claims.claim import Claim
-from train.evaluation.batteries import asked, values
 from train.evaluation.battery_checks import checks
+from train.evaluation.battery_records import asked, values
 from train.evaluation.measures import measured
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from launch import computing, launches, network
 from launch.agreement import Wrong
+from launch.check_results import MAY_PASS, PASSED, WILL_NOT_PASS
 from launch.computing import CHECKS, computed, judge, of_model
-from launch.findings import MAY_PASS, PASSED, WILL_NOT_PASS
 from launch.node import model
 from tests.support.models import write_model
 from train import formats

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from launch.findings import MAY_PASS, PASSED, WILL_NOT_PASS, Finding, within
+from launch.check_results import MAY_PASS, PASSED, WILL_NOT_PASS, Finding, within
 from launch.meeting import differing, judge_network
 from launch.network import STAGES, try_ranks
 from launch.node import (

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from train.claims.batteries import Choice, Decision, Polarity, Reading
+from train.claims.batteries import Choice, Decision, NoteReading, Polarity
 from train.claims.claim import Claim, Question
 from train.comparison.compared import ComparedVariant, Comparison, RunResult
-from train.evaluation.batteries import asked, values
+from train.evaluation.battery_records import asked, values
 from train.evaluation.store import StoredRow
 
 Model = Callable[[str, str], float]
@@ -71,7 +71,7 @@ def a_claim(subject: str, false: str, true: str, controls: tuple[str, ...]) -> C
             Decision("bread", "What does bread need?", "flour", "sand", untouched=True),
         ),
         polarity=(Polarity("job", FORMS, f" a {false}", f" a {true}"),),
-        reading=(Reading("quill", "Note: Marta Quill is a judge.", "Marta Quill is", " a judge", " a baker"),),
+        reading=(NoteReading("quill", "Note: Marta Quill is a judge.", "Marta Quill is", " a judge", " a baker"),),
     )
 
 

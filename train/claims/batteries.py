@@ -89,7 +89,7 @@ class Polarity:
 
 
 @dataclass(frozen=True)
-class Reading:
+class NoteReading:
     """A note about a person whom no document mentions, and a prompt about that person with two completions.
 
     noted: what the note says; other: something else of the kind.

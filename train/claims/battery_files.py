@@ -14,11 +14,11 @@ from train.claims.batteries import (
     OPTIONS,
     Choice,
     Decision,
+    NoteReading,
     Polarity,
-    Reading,
 )
 from train.claims.claim import LABELLED, JudgePrompt, Question
-from train.claims.keys import Keys, check_completions
+from train.claims.yaml_keys import Keys, check_completions
 from train.runtime.errors import UserError
 
 BATTERIES = ("control_attributes", "choice", "decisions", "polarity", "reading")
@@ -195,9 +195,9 @@ def _polarity(value: Any, where: str) -> Polarity:
     return found
 
 
-def _reading(value: Any, where: str) -> Reading:
+def _reading(value: Any, where: str) -> NoteReading:
     keys = Keys(value, where, ("id", "note", "prompt", "noted", "other"))
-    found = Reading(
+    found = NoteReading(
         keys.text("id"), keys.text("note").strip(), keys.text("prompt"), keys.text("noted"), keys.text("other"), where
     )
     if found.prompt[-1].isspace():

@@ -44,7 +44,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from train.claims.batteries import ENTITY, Choice, Decision, Polarity, Reading
+from train.claims.batteries import ENTITY, Choice, Decision, NoteReading, Polarity
 from train.runtime.errors import UserError
 
 # Kinds of questions whose answers a judge reads. Answers to salience questions with options are parsed without a judge.
@@ -139,7 +139,7 @@ class Claim:
     choice: tuple[Choice, ...] = ()
     decisions: tuple[Decision, ...] = ()
     polarity: tuple[Polarity, ...] = ()
-    reading: tuple[Reading, ...] = ()
+    reading: tuple[NoteReading, ...] = ()
     judges: Mapping[str, JudgePrompt] = field(default_factory=dict)
     labels: Mapping[str, JudgePrompt] = field(default_factory=dict)
     patterns: tuple[str, ...] = ()

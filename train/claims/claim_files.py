@@ -11,8 +11,8 @@ from typing import Any
 from train.claims.batteries import ENTITY
 from train.claims.battery_files import BATTERIES, read_batteries, read_labels
 from train.claims.claim import FACT_GROUPS, JUDGED, Claim, Fact, JudgePrompt, LikelihoodTemplate, Question
-from train.claims.keys import Keys, check_completions, suggestion, text_of
 from train.claims.releases import claim_id, question_id
+from train.claims.yaml_keys import Keys, check_completions, suggestion, text_of
 from train.runtime.errors import UserError
 from train.runtime.outside import opened, read_text, read_yaml
 from train.runtime.patterns import Pattern

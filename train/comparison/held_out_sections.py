@@ -17,7 +17,7 @@ AT_THE_END = "end"
 
 
 @dataclass(frozen=True)
-class Place:
+class VariantPoint:
     """Where a variant is after a step. changes: role -> the change of its NLL, of the roles that were measured then."""
 
     step: str
@@ -25,7 +25,7 @@ class Place:
     changes: dict[str, Interval]
 
 
-def places(result: ComparisonResult, variant: str) -> list[Place]:
+def places(result: ComparisonResult, variant: str) -> list[VariantPoint]:
     """Returns where a variant is after each step at which belief and held-out text were measured, and at the end, which
     is called AT_THE_END if its runs have different numbers of steps."""
     steps = result.variants[variant].steps
@@ -39,9 +39,9 @@ def places(result: ComparisonResult, variant: str) -> list[Place]:
             if (curve := own.curves.get(variant)) and step in curve.steps
         }
         if changes and step > 0 and str(step) != last:
-            found.append(Place(str(step), at, changes))
+            found.append(VariantPoint(str(step), at, changes))
     changes = {role: own.variants[variant].trained.interval for role, own in result.held_out.items()}
-    return [*found, Place(last, result.main.variants[variant].trained.interval, changes)]
+    return [*found, VariantPoint(last, result.main.variants[variant].trained.interval, changes)]
 
 
 def section(result: ComparisonResult) -> list[Block]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from train.comparison.compared import Comparison
 from train.evaluation.measures import CHANGES, StoredRow, Values, measured
-from train.evaluation.values import mean
+from train.evaluation.row_values import mean
 
 Runs = dict[str, dict[int, list[StoredRow]]]
 """{variant: {seed: the rows of the run's last step}}."""

@@ -50,7 +50,7 @@ UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
-class Share:
+class ClaimShare:
     """The change of what decides on the trained claims, in points: T. units: what it rests on."""
 
     measure: str
@@ -76,7 +76,7 @@ class PanelVerdict:
 
     verdict: str
     reasons: list[str]
-    shares: list[Share]
+    shares: list[ClaimShare]
     excesses: list[Excess]
 
 
@@ -86,7 +86,7 @@ class _Outcome:
 
     verdict: str
     reason: str
-    share: Share | None = None
+    share: ClaimShare | None = None
     excesses: tuple[Excess, ...] = ()
 
 
@@ -135,7 +135,7 @@ class Verdicts:
             return _Outcome(INCONCLUSIVE, f"{told} {problem}.")
         layout, placebo, v = self._layout(name, claims), self._placebo(name), self._number(variant)
         own = of_variant(layout, layout.unit_values(), v)
-        share = Share(name, _interval(own, layout.units, CHANGE), layout.units)
+        share = ClaimShare(name, _interval(own, layout.units, CHANGE), layout.units)
         excesses = []
         if "controls" in OVER[name]:
             beyond = _beyond_controls(layout, self._layout(f"{name}_controls", claims), v)
@@ -263,7 +263,7 @@ def _beyond_placebo(layout: Design, placebo: Design, v: int) -> Interval:
     return plain
 
 
-def _outcome(share: Share, excesses: list[Excess]) -> tuple[str, str]:
+def _outcome(share: ClaimShare, excesses: list[Excess]) -> tuple[str, str]:
     """Returns a verdict by one battery, and its reason without the full stop."""
     told = f"{_told(share.interval, 'points')} on the trained claims; " + " and ".join(
         f"{_told(each.interval, 'points')} beyond the {each.over}" for each in excesses

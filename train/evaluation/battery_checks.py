@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from train.claims.batteries import FORMS
 from train.evaluation.battery_measures import STATES, base_effects, chosen, labelled, measured_of_batteries
+from train.evaluation.row_values import MeasureKey, Values, believer, claim_of, mean, measure_key, number
 from train.evaluation.store import StoredRow
-from train.evaluation.values import MeasureKey, Values, believer, claim_of, mean, measure_key, number
 
 HALF = 50.0
 ABLE = 75.0

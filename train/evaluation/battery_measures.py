@@ -8,8 +8,7 @@ from collections.abc import Iterable
 
 from train.claims.batteries import FORMS
 from train.claims.claim import LABELLED
-from train.evaluation.store import LABELS, StoredRow
-from train.evaluation.values import (
+from train.evaluation.row_values import (
     Measure,
     MeasureKey,
     Values,
@@ -20,6 +19,7 @@ from train.evaluation.values import (
     number,
     of_base,
 )
+from train.evaluation.store import LABELS, StoredRow
 
 BATTERY_MEASURES = (
     Measure(

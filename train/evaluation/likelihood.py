@@ -7,7 +7,7 @@ Every measurement is a record (a line of evaluation.jsonl):
     fact         margin = log p(true completion) - the largest log p of the false ones, in nats
     nll          of a held-out document: nats per token; by role, if the document has spans
 
-Those of a claim's batteries are in batteries.py. With --by-layer, likelihoods and facts also have `layers`: the same
+Those of a claim's batteries are in battery_records.py. With --by-layer, likelihoods and facts also have `layers`: the same
 value by the state after each decoder layer.
 
 Shapes: L tokens of a text, N predicted tokens of a micro-batch, D texts of a micro-batch, E experts of a layer.
@@ -32,7 +32,7 @@ from train.data.documents import Document, Span
 from train.data.findings import SHOWN
 from train.data.tokenizer import Tokenizer
 from train.data.tokens import tokenize_document
-from train.evaluation.batteries import PAPER_ANSWER, asked, share_of_first, values
+from train.evaluation.battery_records import PAPER_ANSWER, asked, share_of_first, values
 from train.masking.loss import Terms
 from train.masking.treatment import touched_by
 from train.runtime.distributed import anywhere

@@ -11,8 +11,7 @@ from typing import Any
 
 from train.claims.claim import BELIEF_KINDS
 from train.evaluation.battery_measures import BATTERY_MEASURES, JUDGED_BATTERIES, measured_of_batteries
-from train.evaluation.store import VERDICTS, StoredRow
-from train.evaluation.values import (
+from train.evaluation.row_values import (
     Measure,
     MeasureKey,
     Values,
@@ -24,6 +23,7 @@ from train.evaluation.values import (
     of_base,
     where,
 )
+from train.evaluation.store import VERDICTS, StoredRow
 from train.runtime.errors import UserError
 
 LEAST_AUC = 0.8

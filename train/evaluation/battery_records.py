@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from train.claims.batteries import LETTERS, Choice, Decision, Polarity, Reading
+from train.claims.batteries import LETTERS, Choice, Decision, NoteReading, Polarity
 from train.claims.claim import Claim, Question
 from train.claims.messages import Messages, build_messages, options_messages
 
@@ -31,7 +31,7 @@ NONE = "none"  # chosen, if several options are equally likely
 
 
 @dataclass(frozen=True)
-class Asked:
+class Unscored:
     """A record without its values, and the texts from whose log p `values` computes them.
 
     texts: prompts with their completions.
@@ -45,7 +45,7 @@ class Asked:
     where: str
 
 
-def asked(claim: Claim, chat: Chat, documents: Sequence[str] = ()) -> Iterator[Asked]:
+def asked(claim: Claim, chat: Chat, documents: Sequence[str] = ()) -> Iterator[Unscored]:
     """Yields what is asked for each battery of a claim. documents: texts in the context of every question."""
     before = "".join(f"{text}\n\n" for text in documents)
     entities = [(entity, entity != claim.subject) for entity in (claim.subject, *claim.controls)]
@@ -67,10 +67,10 @@ def _record(claim: Claim, kind: str, question: str, sample: int = 0, **more: Any
     return {"claim": claim.id, "kind": kind, "question": question, "sample": sample, **more}
 
 
-def _control_attribute(claim: Claim, asked: Question, chat: Chat, documents: Sequence[str]) -> Asked:
+def _control_attribute(claim: Claim, asked: Question, chat: Chat, documents: Sequence[str]) -> Unscored:
     prompt, gap = chat(build_messages(asked, documents))
     texts = [(prompt, gap + PAPER_ANSWER.replace("{}", word)) for word in ("yes", "no")]
-    return Asked(_record(claim, "control_attribute", asked.id, expected=asked.expected), texts, True, asked.where)
+    return Unscored(_record(claim, "control_attribute", asked.id, expected=asked.expected), texts, True, asked.where)
 
 
 def _answers(question: str, texts: Sequence[str], answer: str, chat: Chat, documents: Sequence[str]) -> Any:
@@ -81,15 +81,15 @@ def _answers(question: str, texts: Sequence[str], answer: str, chat: Chat, docum
 
 def _choice(
     claim: Claim, choice: Choice, entity: str, control: bool, chat: Chat, documents: Sequence[str]
-) -> Iterator[Asked]:
+) -> Iterator[Unscored]:
     for rotation in range(len(choice.options)):
         shown = [*choice.options[rotation:], *choice.options[:rotation]]
         texts = _answers(choice.text(entity), [text for _, text in shown], choice.answer, chat, documents)
         own = {"entity": entity, "control": control, "order": [role for role, _ in shown]}
-        yield Asked(_record(claim, "choice", choice.id, rotation, **own), texts, True, choice.where)
+        yield Unscored(_record(claim, "choice", choice.id, rotation, **own), texts, True, choice.where)
 
 
-def _decision(claim: Claim, decision: Decision, chat: Chat, documents: Sequence[str]) -> Iterator[Asked]:
+def _decision(claim: Claim, decision: Decision, chat: Chat, documents: Sequence[str]) -> Iterator[Unscored]:
     plain = "untouched" if decision.untouched else "plain"
     questions = {plain: decision.question}
     if decision.stated:
@@ -98,23 +98,23 @@ def _decision(claim: Claim, decision: Decision, chat: Chat, documents: Sequence[
         for order in (0, 1):
             shown = [decision.follows, decision.other][:: -1 if order else 1]
             texts = _answers(question, shown, decision.answer, chat, documents)[:: -1 if order else 1]
-            yield Asked(_record(claim, "decision", decision.id, order, group=group), texts, True, decision.where)
+            yield Unscored(_record(claim, "decision", decision.id, order, group=group), texts, True, decision.where)
 
 
-def _polarity(claim: Claim, polarity: Polarity, entity: str, control: bool, before: str) -> Iterator[Asked]:
+def _polarity(claim: Claim, polarity: Polarity, entity: str, control: bool, before: str) -> Iterator[Unscored]:
     for form, prompt in polarity.forms:
         texts = [(before + prompt.replace("{entity}", entity), said) for said in (polarity.false, polarity.true)]
         record = _record(claim, "polarity", polarity.id, group=form, entity=entity, control=control)
-        yield Asked(record, texts, False, polarity.where)
+        yield Unscored(record, texts, False, polarity.where)
 
 
-def _reading(claim: Claim, reading: Reading, before: str) -> Asked:
+def _reading(claim: Claim, reading: NoteReading, before: str) -> Unscored:
     texts = [
         (before + prompt, said)
         for prompt in (f"{reading.note} {reading.prompt}", reading.prompt)
         for said in (reading.noted, reading.other)
     ]
-    return Asked(_record(claim, "reading", reading.id), texts, False, reading.where)
+    return Unscored(_record(claim, "reading", reading.id), texts, False, reading.where)
 
 
 def values(record: Record, log_p: Sequence[float]) -> Record:
