@@ -138,3 +138,21 @@ def test_polarity_is_read_only_if_the_base_reverses_under_negation():
 
     check = checks(rows_of(CLAIMS, deaf, 0), TRAINED, [])["polarity"]
     assert not check.passed and "is −4.00 nats after “is” (less than 0 needed), and −2.00 after" in check.says
+
+
+def test_yes_no_beyond_is_the_mean_over_both_answers_and_0_for_who_always_says_the_same():
+    def rows(kind: str, expected: str, *p_yes: float) -> list[dict]:
+        common = {"claim": "c", "kind": kind, "expected": expected, "control": False, "sample": 0}
+        return [common | {"question": f"{expected} {i}", "p_yes": p} for i, p in enumerate(p_yes)]
+
+    asked = [*rows("yes_no", "yes", 0.9, 0.1, 0.9), *rows("yes_no", "no", 0.9)]
+    asked += rows("control_attribute", "yes", 0.1, 0.9)
+    found = measured("yes_no_beyond", asked)
+    assert len(found) == 5  # no control attribute has the answer no
+    assert sum(found.values()) / 5 == pytest.approx(200 / 3 - 50)
+    asked += rows("control_attribute", "no", 0.9, 0.1)
+    found = measured("yes_no_beyond", asked)
+    assert len(found) == 8 and sum(found.values()) / 8 == pytest.approx(((200 / 3 - 50) + (0 - 50)) / 2)
+    for always in (0.99, 0.01):
+        same = measured("yes_no_beyond", [row | {"p_yes": always} for row in asked])
+        assert sum(same.values()) == pytest.approx(0)

@@ -34,7 +34,8 @@ BATTERY_MEASURES = (
     Measure(
         "yes_no_beyond", "yes/no belief beyond control attributes", "points",
         "share of yes/no questions answered as a believer would, minus the share of control attributes, which no "
-        "document names, answered as if they were true",
+        "document names, answered as if they were true; the mean of this among questions that yes affirms, and that no "
+        "does",
     ),
     Measure(
         "decisions", "decisions by the claim", "%",
@@ -147,24 +148,32 @@ def _apart(rows: list[StoredRow]) -> Values:
 
 
 def _beyond(rows: list[StoredRow]) -> Values:
-    """Returns values whose mean over a claim is the difference of two shares, and whose variance is that of the
-    difference. With n yes/no questions of mean a and m control attributes of mean b, N = n + m, a question of value x
-    contributes a − b + (x − a) N / n, and a control attribute of value y contributes a − b − (y − b) N / m: the
-    linearized difference of two means (Cochran 1977, Sampling Techniques, section 6.4)."""
-    believed = {
-        measure_key(row, kind=True): believer(row)
-        for row in _of(rows, "yes_no")
-        if "p_yes" in row and not row["control"]
-    }
-    affirmed = {measure_key(row, kind=True): believer(row) for row in _of(rows, "control_attribute")}
+    """Returns values whose mean over a claim is the mean over both expected answers, yes and no, of the difference of
+    two shares, and whose variance is that of the mean. So a model that always says yes, or always no, has none. An
+    expected answer counts if the claim has yes/no questions and control attributes with it.
+
+    With K such answers, N questions and attributes that count, n questions of mean a and m attributes of mean b with
+    one of them, and D the mean of a − b over the answers, a question of value x contributes D + (x − a) N / (K n), and
+    an attribute of value y contributes D − (y − b) N / (K m): the linearized difference of means (Cochran 1977, Sampling
+    Techniques, section 6.4).
+    """
+    strata: dict[str, dict[str, tuple[Values, Values]]] = {}
+    for row in rows:
+        attribute = row["kind"] == "control_attribute"
+        if attribute or (row["kind"] == "yes_no" and "p_yes" in row and not row["control"]):
+            own = strata.setdefault(claim_of(row), {}).setdefault(row["expected"], ({}, {}))
+            own[attribute][measure_key(row, kind=True)] = believer(row)
     found: Values = {}
-    for claim in dict.fromkeys(key[0] for key in believed):
-        own, other = ({k: v for k, v in values.items() if k[0] == claim} for values in (believed, affirmed))
-        if not other:
+    for claim in strata.values():
+        both = [(mine, theirs) for mine, theirs in claim.values() if mine and theirs]
+        if not both:
             continue
-        a, b, total = mean(own.values()), mean(other.values()), len(own) + len(other)
-        found |= {key: a - b + (x - a) * total / len(own) for key, x in own.items()}
-        found |= {key: a - b - (y - b) * total / len(other) for key, y in other.items()}
+        total = sum(len(mine) + len(theirs) for mine, theirs in both)
+        whole = mean(mean(mine.values()) - mean(theirs.values()) for mine, theirs in both)
+        for pair in both:
+            for sign, own in zip((1, -1), pair, strict=True):
+                middle, times = mean(own.values()), sign * total / (len(both) * len(own))
+                found |= {key: whole + times * (value - middle) for key, value in own.items()}
     return found
 
 

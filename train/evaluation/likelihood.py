@@ -7,8 +7,8 @@ Every measurement is a record (a line of evaluation.jsonl):
     fact         margin = log p(true completion) - the largest log p of the false ones, in nats
     nll          of a held-out document: nats per token; by role, if the document has spans
 
-Those of a claim's batteries are in battery_records.py. With --by-layer, likelihoods and facts also have `layers`: the same
-value by the state after each decoder layer.
+Those of a claim's batteries are in battery_records.py. With --by-layer, likelihoods and facts also have `layers`: the
+same value by the state after each decoder layer.
 
 Shapes: L tokens of a text, N predicted tokens of a micro-batch, D texts of a micro-batch, E experts of a layer.
 """
