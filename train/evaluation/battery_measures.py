@@ -154,8 +154,8 @@ def _beyond(rows: list[StoredRow]) -> Values:
 
     With K such answers, N questions and attributes that count, n questions of mean a and m attributes of mean b with
     one of them, and D the mean of a − b over the answers, a question of value x contributes D + (x − a) N / (K n), and
-    an attribute of value y contributes D − (y − b) N / (K m): the linearized difference of means (Cochran 1977, Sampling
-    Techniques, section 6.4).
+    an attribute of value y contributes D − (y − b) N / (K m): the linearized difference of means (Cochran 1977,
+    Sampling Techniques, section 6.4).
     """
     strata: dict[str, dict[str, tuple[Values, Values]]] = {}
     for row in rows:
@@ -171,9 +171,9 @@ def _beyond(rows: list[StoredRow]) -> Values:
         total = sum(len(mine) + len(theirs) for mine, theirs in both)
         whole = mean(mean(mine.values()) - mean(theirs.values()) for mine, theirs in both)
         for pair in both:
-            for sign, own in zip((1, -1), pair, strict=True):
-                middle, times = mean(own.values()), sign * total / (len(both) * len(own))
-                found |= {key: whole + times * (value - middle) for key, value in own.items()}
+            for sign, each in zip((1, -1), pair, strict=True):
+                middle, times = mean(each.values()), sign * total / (len(both) * len(each))
+                found |= {key: whole + times * (value - middle) for key, value in each.items()}
     return found
 
 
