@@ -219,7 +219,8 @@ def panel(rows: Rows) -> Iterator[list[str]]:
     for row in rows:
         excess, changes = row["excess"], row["changes"]
         yield [
-            row["variant"], f"`{row['mask']}`", *(shown(excess[over], 1) for over in ("controls", "placebo")),
+            row["variant"], f"`{row['mask']}`",
+            *(shown(excess[over], 1) if over in excess else "–" for over in ("controls", "placebo")),
             *(shown(changes[name], 2) for name in ("polarity", "polarity_negated")),
             shown(changes["decisions_untouched"], 1), row["verdict"],
         ]  # fmt: skip
