@@ -152,6 +152,8 @@ class Verdicts:
     def _problem(self, name: str, variant: str, claims: list[str]) -> str:
         """Returns why there is no verdict by this battery, apart from the base model's check; "" for nothing."""
         placebo = self.measures[name].placebo_claims
+        if not claims:
+            return "the base model itself gives every trained claim that was measured"
         if not placebo:
             return "no placebo claim was measured, so that drift cannot be distinguished from belief"
         names = [name, *[f"{name}_controls"] * ("controls" in OVER[name])]
@@ -174,8 +176,8 @@ class Verdicts:
         return ", ".join(dict.fromkeys(claim for claim, _ in sorted(asked - controls) if claim in claims))
 
     def _unread(self, variant: str) -> str:
-        """Returns that at least half of a model's labels cannot be read; "" if they can. The variant is asked about
-        first."""
+        """Returns that at least half of a model's labels on the trained or on the placebo claims cannot be read; "" if
+        they can."""
         for who, rows in (("the variant", self._rows(variant)), ("the base model", self.changes.base)):
             for claims in (self.comparison.trained_claims, self.comparison.placebo_claims):
                 own = [row["label"] == UNPARSEABLE for row in labelled(rows) if row["claim"] in claims]
