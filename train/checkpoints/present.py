@@ -85,11 +85,11 @@ def adapter_name(adapter: Path, server: str) -> str:
     Raises UserError if the server cannot have it under that name.
     """
     directory = Path(os.path.abspath(adapter))
-    name = directory.parent.name if directory.name == "adapter" else directory.name
-    if directory.parent.name in ("adapters", "saves"):
-        name = f"{directory.parents[1].name}-{directory.name}"
-    run = directory.parent if directory.name == "adapter" else directory.parents[1]
-    if run.parent.name == "phases":  # in the directory of their variant, or of all variants
+    own = directory.parent if directory.name == "adapter" else directory
+    several = own.parent.name in ("adapters", "saves")
+    run = own.parents[1] if several else own
+    name = f"{run.name}-{own.name}" if several else run.name
+    if run.parent.name == "phases":  # of a variant, or of all variants, whose directory holds them
         name = f"{run.parents[1].name}-{name}"
     if server == "sglang" and "=" in name:  # it takes NAME=PATH, up to the first =
         raise UserError(
