@@ -69,7 +69,7 @@ compare: setup ## run the comparison of docs/comparison.md: six variants on the 
 	.venv/bin/deepspeed --num_gpus 2 --master_port $$((20000 + $$$$ % 10000)) train/compare.py \
 		--recipe train/recipes/demo.yaml --output $(RUN)-compare
 
-experiments: setup ## what docs/experiments.md shows, on the toy world: under 15 minutes; its figures go into the page
+experiments: setup ## what docs/experiments.md shows, on the toy world: about ten minutes; its figures go into the page
 	$(EXPERIMENT) hold --json tests/benchmarks/results/hold.json --picture layers=train/demo/layers.png
 	$(EXPERIMENT) phases --json tests/benchmarks/results/phases.json --picture curves=train/demo/phases.png
 	$(EXPERIMENT) doses --json tests/benchmarks/results/doses.json --picture doses=train/demo/doses.png
