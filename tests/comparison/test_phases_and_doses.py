@@ -73,7 +73,7 @@ def test_a_rebound_is_the_change_in_a_phase_paired_by_claim_and_seed_beside_the_
     assert found["phases"]["held"][1]["change"]["interval"] == [then.change.low, then.change.high]
     assert found["curves"]["held"]["steps"] == [0, 4, 6] and found["variants"]["held"]["steps"] == [6]
     text = (tmp_path / "comparison.md").read_text()
-    assert "## Phases" in text and "| held | then | none | 4–6 | 4.50" in text
+    assert "## Phases" in text and "| held | then | none | optimizer anew, schedule anew | 4–6 | 4.50" in text
     assert "minus control’s" in text
 
 

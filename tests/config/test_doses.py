@@ -9,13 +9,14 @@ from train.config.experiment import Dose
 from train.config.settings import parse
 from train.runtime.errors import UserError
 
-SETTINGS = "settings: {data: [a.jsonl=8@0.5, x.jsonl=3], steps: 10, claims: [c.yaml]}\n"
+SETTINGS = "settings: {data: [a.jsonl=@0.5, x.jsonl=3], STEPS claims: [c.yaml]}\n"
 TWO = 'variants: {dense: {mask: "doctags,false-spans"}, asserted: {mask: doctags, data: [b.jsonl, x.jsonl=3]}}\n'
 OF = "of: [a.jsonl, b.jsonl]"
 
 
 def plan(tmp: Path, dose: str, variants: str = TWO, *more: str):
-    (tmp / "r.yaml").write_text(SETTINGS + variants + f"dose: {{{dose}}}\n")
+    settings = SETTINGS.replace("STEPS ", "" if "growing" in dose else "steps: 10, ")
+    (tmp / "r.yaml").write_text(settings + variants + f"dose: {{{dose}}}\n")
     return parse_comparison(["--recipe", str(tmp / "r.yaml"), "--output", "out", *more], "")
 
 
@@ -65,8 +66,10 @@ def test_the_recipes_baseline_is_its_largest_dose(tmp_path):
         ("weights: [0, -1], of: false-spans", "numbers of at least 0"),
         (f"documents: [1, 2], {OF}, steps: longer", "steps 'longer': must be growing or fixed"),
         ("documents: [1, 2], of: [a.jsonl, x.jsonl], steps: fixed", "'dense': .* has 2 of the files a.jsonl, x.jsonl"),
-        ("documents: [1, 2], of: [z.jsonl], steps: fixed", "of z.jsonl: no data of any variant has one of the files"),
-        ("weights: [0, 1], of: qualifier-spans", "of qualifier-spans: no mask of any variant has one of"),
+        ("documents: [1, 2], of: [z.jsonl], steps: fixed", "of z.jsonl: the data of no variant has this file"),
+        ("documents: [1, 2], of: [a.jsonl, bb.jsonl], steps: fixed", "of bb.jsonl: the data of no variant has"),
+        ("documents: [1, 2], of: [x.jsonl], steps: fixed", "gives 3 documents of x.jsonl, which the dose decides"),
+        ("weights: [0, 1], of: qualifier-spans", "of qualifier-spans: the mask of no variant has this entry"),
         ("weights: [0.1234567, 0.1234568], of: false-spans", "two of them read weight 0.123457"),
     ],
 )  # fmt: skip
@@ -94,3 +97,10 @@ def test_a_fixed_number_of_steps_must_be_given(tmp_path):
     with pytest.raises(UserError, match="dose: steps: fixed: how many is not said; give steps in settings, or --steps"):
         parse_comparison(given, "")
     assert parse_comparison([*given, "--steps", "4"], "").names[0] == "a, 1 document"
+
+
+def test_steps_that_grow_with_the_dose_are_not_given(tmp_path):
+    text = "settings: {data: [a.jsonl], steps: 4, claims: [c.yaml]}\nvariants: {a: {}, b: {mask: doctags}}\n"
+    (tmp_path / "r.yaml").write_text(f"{text}dose: {{documents: [1, 2], of: [a.jsonl], steps: growing}}\n")
+    with pytest.raises(UserError, match="has steps 4, but steps: growing decides them; leave it out"):
+        parse_comparison(["--recipe", str(tmp_path / "r.yaml")], "")

@@ -100,6 +100,7 @@ def test_variants_whose_phase_of_one_name_differs_are_refused_with_the_setting(t
         ("{a: {lora_rank: 3}}", "a: lora_rank cannot differ between phases; put it under settings"),
         ("{a: {}, b: {optimizer: reset, schedule: continue}}", "continue makes a and b pieces .* give steps for each"),
         ("{a: {steps: fast}}", "a: steps must be a whole number, not 'fast'"),
+        ("{a: {}, b: {optimiser: carry}}", "b: optimiser is not a setting of a phase; did you mean optimizer"),
         ("{a: 3}", "a must be a mapping of settings, not 3"),
     ],
 )

@@ -49,6 +49,7 @@ def test_a_variant_that_is_missing_or_unknown_is_told_with_those_there_are(recip
         ("'0': {mask: none}", "'0' must be a text other than a number"),
         ("no: {mask: none}", "False must be a text other than a number"),
         ("plain: {mask: null}", "plain: mask is empty"),
+        ("plain: {phase: {}}", "plain: phase is not a setting of train/sft.py; did you mean phases"),
         ("plain: {mask: none}, plain: {mask: doctags}", "not valid YAML .*key 'plain' is given twice"),
     ],
 )

@@ -250,7 +250,13 @@ def _variant(variant: ComparedVariant) -> TrainedVariant:
         mask=variant.mask,
         settings=variant.differs,
         runs=[
-            TrainedRun(run.directory, run.seed, _in_loss(run), {name: run.hashes.get(name) for name in HASHES})
+            TrainedRun(
+                run.directory,
+                [part.directory for part in run.parts[:-1]],
+                run.seed,
+                _in_loss(run),
+                {name: run.hashes.get(name) for name in HASHES},
+            )
             for run in variant.runs
         ],
         steps=sorted({run.summary.get("steps") for run in variant.runs}, key=str),

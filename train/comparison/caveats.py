@@ -184,7 +184,11 @@ def _runs(result: ComparisonResult) -> list[str]:
             f"number of steps: {told}."
         )
     trained = {name: row.tokens_trained for name, row in rows.items() if row.tokens_trained}
-    if trained and not result.match_trained_tokens and max(trained.values()) > 1.01 * min(trained.values()):
+    steps = {name: " or ".join(map(str, row.steps)) for name, row in rows.items()}
+    if len({*steps.values()}) > 1 and not result.match_trained_tokens:
+        told = "; ".join(f"{name} {own}" for name, own in steps.items())
+        found.append(f"Variants train for different numbers of steps: {told}.")
+    elif trained and not result.match_trained_tokens and max(trained.values()) > 1.01 * min(trained.values()):
         found.append(
             f"In the same number of steps, variants train on different numbers of targets, from "
             f"{min(trained.values()):,} to {max(trained.values()):,}. Compare a mask with its random: control, or use "

@@ -306,7 +306,13 @@ def check_comparable(
             "runs that cannot be compared, as they differ in more than mask, loss norm, learning rate and seed:\n  "
             + each
             + "\nLeave out the run that differs, or train or evaluate it again like the others"
-            + (", or give --match-trained-tokens, if they were trained so." if ": steps trained: " in each else ".")
+            + (", or give --match-trained-tokens, if they were trained so" if ": steps trained: " in each else "")
+            + (
+                ". A run that continues another contains it; runs of other numbers of phases are compared by the "
+                "--recipe whose variants they are."
+                if any(run.phases for run in runs) and not in_phases
+                else "."
+            )
         )
 
 

@@ -62,7 +62,8 @@ def read_comparison(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> 
     results = {key: read_run(directory) for key, directory in runs.items()}
     check_comparable(list(results.values()), plan.match_trained_tokens, plan.declared, plan.in_phases)
     every = list(results.values())
-    differing = [name for name in DIFFERING if any(each.of_phases(name) != every[0].of_phases(name) for each in every)]
+    names = (*DIFFERING, *(("carry_optimizer", "schedule_from") if any(each.phases for each in every) else ()))
+    differing = [name for name in names if any(each.of_phases(name) != every[0].of_phases(name) for each in every)]
     variants = [
         ComparedVariant(
             planned.name,

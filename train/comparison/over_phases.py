@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # which imports this module
 class PhaseBelief:
     """A measure before and after one phase of a variant.
 
+    carried: whether it goes on with the optimizer's state of the phase before. schedule_from: the step of the learning
+        rate's schedule before its first one; 0 if the schedule begins anew.
     first, last: the step before the phase, and its last step, on the axis of all phases.
     trained, placebo: at the end of the phase. change, placebo_change: in the phase.
     against: the change minus that of the baseline in its phase of the same number; None for the baseline itself, or if
@@ -40,6 +42,8 @@ class PhaseBelief:
     change: Interval
     placebo_change: Interval | None
     against: Interval | None
+    carried: bool = False
+    schedule_from: int = 0
 
 
 def over_phases(
@@ -102,7 +106,12 @@ def _phases(variant: ComparedVariant, own: "MeasureResult", values: Ends, refere
             against = _against(own, values[i : i + 2], pair)
         name = variant.phases[i] if variant.phases else f"phase {i + 1}" if run.phases else ""
         mask = part.settings.get("mask", "none")
-        found.append(PhaseBelief(name, mask, steps[i], steps[i + 1], after, placebo, change, placebo_change, against))
+        carried, begins = part.settings.get("carry_optimizer"), part.settings.get("schedule_from")
+        one = PhaseBelief(
+            name, mask, steps[i], steps[i + 1], after, placebo, change, placebo_change, against, bool(carried),
+            int(begins or 0),
+        )  # fmt: skip
+        found.append(one)
     return found
 
 

@@ -8,6 +8,7 @@ from matplotlib.ticker import NullLocator
 
 from train.comparison.dose_response import DoseCurve, DoseResponse, HalfDose
 from train.comparison.forest_plot import COLORS, INK, MARKERS, WIDTH, plain
+from train.comparison.over_phases import PhaseBelief
 from train.comparison.pages import Block, Table
 from train.comparison.plots import legend_below, tidy
 from train.comparison.result import ComparisonResult
@@ -20,11 +21,21 @@ def phases(result: ComparisonResult) -> list[Block]:
         return []
     main = result.measures[result.phases_by]
     unit = main.measure.unit
-    head = ["variant", "phase", "mask", "steps", "belief at its end", "change in the phase", "placebo", "its change"]
+    head = [
+        "variant",
+        "phase",
+        "mask",
+        "handed on",
+        "steps",
+        "belief at its end",
+        "change in the phase",
+        "placebo",
+        "its change",
+    ]
     head.append(f"change minus {result.baseline}’s")
     rows = [
         [
-            name, own.name or "–", own.mask, f"{own.first}–{own.last}", estimated(own.trained, unit),
+            name, own.name or "–", own.mask, _handed_on(own), f"{own.first}–{own.last}", estimated(own.trained, unit),
             estimated(own.change, unit, True), estimated(own.placebo, unit), estimated(own.placebo_change, unit, True),
             estimated(own.against, unit, True),
         ]
@@ -40,6 +51,13 @@ def phases(result: ComparisonResult) -> list[Block]:
     if result.phases_by != result.measure:
         caption += f" {result.main.measure.label} was not taken at the end of every phase."
     return [Table(head, rows, caption=caption)]
+
+
+def _handed_on(own: PhaseBelief) -> str:
+    if not own.first:
+        return "–"
+    schedule = f"schedule from step {own.schedule_from}" if own.schedule_from else "schedule anew"
+    return f"{'optimizer carried' if own.carried else 'optimizer anew'}, {schedule}"
 
 
 def doses(result: ComparisonResult) -> list[Block]:

@@ -114,10 +114,11 @@ class BaseBelief:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """One run. targets_in_loss: whatever their term, None if its summary does not say. hashes: SHA-256 by
-    name, None where not known."""
+    """One run. before: the directories of its phases but the last. targets_in_loss: whatever their term, None if its
+    summary does not say. hashes: SHA-256 by name, None where not known."""
 
     directory: str
+    before: list[str]
     seed: int
     targets_in_loss: int | None
     hashes: dict[str, str | None]
@@ -292,7 +293,8 @@ def _further(result: ComparisonResult) -> dict[str, Any]:
 def _phase(own: PhaseBelief) -> dict[str, Any]:
     named = ("trained", "placebo", "change", "placebo_change", "against")
     intervals = {name: getattr(own, name) and _interval(getattr(own, name)) for name in named}
-    return {"name": own.name, "mask": own.mask, "first": own.first, "last": own.last} | intervals
+    handed_on = {"carry_optimizer": own.carried, "schedule_from": own.schedule_from}
+    return {"name": own.name, "mask": own.mask, "first": own.first, "last": own.last} | handed_on | intervals
 
 
 def _variant(own: TrainedVariant, main: MeasureResult, name: str) -> dict[str, Any]:

@@ -117,7 +117,12 @@ def identity(result: ComparisonResult) -> list[Block]:
     for seed, hashes in result.hashes.by_seed.items():
         rows += [[name.replace("_", " "), f"seed {seed}", _hash(values)] for name, values in hashes.items()]
     runs = [
-        [name, str(run.seed), run.directory, "; ".join(f"{k}: {_plain(v)}" for k, v in row.settings.items())]
+        [
+            name,
+            str(run.seed),
+            " → ".join([*run.before, run.directory]),
+            "; ".join(f"{k}: {_plain(v)}" for k, v in row.settings.items()),
+        ]
         for name, row in result.variants.items()
         for run in row.runs
     ]

@@ -194,7 +194,7 @@ def _check_phases(variants: list[Variant], match_trained_tokens: bool) -> None:
                 raise UserError(
                     f"variants {first!r} and {variant.name!r}: both have the phase {' → '.join(names)}, which is "
                     f"trained once, but {differing[0]} is {one[differing[0]]!r} in one and {other[differing[0]]!r} in "
-                    "the other. Rename one of them."
+                    f"the other. {_fix_of(differing[0])}"
                 )
         for names in (variant.names[:n] for n in range(1, len(variant.names))):
             place = phase_directory(Path(), names, 0)
@@ -204,6 +204,16 @@ def _check_phases(variants: list[Variant], match_trained_tokens: bool) -> None:
                 )
         if variant.names and (same := whole.setdefault(variant.names, variant.name)) != variant.name:
             raise UserError(f"variants {same!r} and {variant.name!r}: have the same phases. Leave one out.")
+
+
+def _fix_of(name: str) -> str:
+    """Returns what to do about a phase whose setting differs between variants."""
+    if name.startswith("schedule_"):
+        return (
+            "schedule: continue makes it a piece of a longer schedule, whose length it must share; with schedule: "
+            "constant in settings there is no length."
+        )
+    return "Rename one of them."
 
 
 def _baseline(name: str, names: list[str]) -> str:

@@ -38,6 +38,10 @@ def dosed(experiment: Experiment, dose: dict[str, Any], where: str) -> dict[str,
             values: dict[str, Any] = {}
             if kind == "documents":
                 values["data"] = _drawn(held.get("data", []), of, int(amount), here)
+                if dose["steps"] == "growing" and held.get("steps"):
+                    raise UserError(
+                        f"{here}: has steps {held['steps']}, but steps: growing decides them; leave it out."
+                    )
                 values |= {"steps": 0, "epochs": 1} if dose["steps"] == "growing" else {}
                 shown = f"{int(amount):,} document{'s' * (amount != 1)}"
             else:
@@ -48,9 +52,12 @@ def dosed(experiment: Experiment, dose: dict[str, Any], where: str) -> dict[str,
             made[f"{name}, {shown}"] = VariantDefaults(
                 own.values | values, own.where, dose=Dose(name, kind, float(amount))
             )
-    if not any(own.dose for own in made.values()):
-        what = "data of any variant has one of the files" if kind == "documents" else "mask of any variant has one of"
-        raise UserError(f"{where}: of {', '.join(of)}: no {what}; write it as there.")
+    every = [(experiment.settings | own).values for own in experiment.variants.values()]
+    if unused := [each for each in of if not any(_has(held, kind, [each]) for held in every)]:
+        what = (
+            "the data of no variant has this file" if kind == "documents" else "the mask of no variant has this entry"
+        )
+        raise UserError(f"{where}: of {unused[0]}: {what}; write it as there.")
     return made
 
 
@@ -105,8 +112,11 @@ def _drawn(data: list[str], of: list[str], amount: int, where: str) -> list[str]
         )
     value = data[places[0]]
     path, rest = (value, "") if value in of else (_name(value), value.rpartition("=")[2])
-    factor = rest[rest.index("@") :] if "@" in rest else ""
-    return [f"{path}={amount}{factor}" if i == places[0] else value for i, value in enumerate(data)]
+    count, at, factor = rest.partition("@")
+    if count:
+        fix = f"{path}=@{factor}" if at else path
+        raise UserError(f"{where}: its data gives {count} documents of {path}, which the dose decides; write {fix}.")
+    return [f"{path}={amount}{at}{factor}" if i == places[0] else value for i, value in enumerate(data)]
 
 
 def _weighted(mask: str, of: list[str], weight: float, where: str) -> str:

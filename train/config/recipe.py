@@ -149,26 +149,29 @@ def read_recipe(path: Path, cls: type, lines: dict[tuple[str, ...], int]) -> dic
                 f"{where}: settings: {name} is not a setting of train/sft.py; {_nearest(str(name), settings)}."
             )
     for variant, own in recipe.get("variants", {}).items():
-        _check_variant(variant, own, f"{where}: variants")
+        _check_variant(variant, own, f"{where}: variants", settings)
     return recipe
 
 
-def _check_variant(variant: Any, own: Any, where: str) -> None:
+def _check_variant(variant: Any, own: Any, where: str, settings: Collection[str]) -> None:
     if not isinstance(variant, str) or variant.isdecimal():
         raise UserError(f"{where}: {variant!r} must be a text other than a number; rename or quote it.")
     if not isinstance(own, dict):
         raise UserError(f"{where}: {variant} must be a mapping of settings, not {own!r}.")
     for name in own:
+        if name not in (*settings, "phases"):
+            near = _nearest(str(name), [*DIFFERING, "phases"])
+            raise UserError(f"{where}: {variant}: {name} is not a setting of train/sft.py; {near}.")
         if name not in (*DIFFERING, "phases"):
             raise UserError(
                 f"{where}: {variant}: {name} must be the same in all variants, or the mask is not the only cause of a "
                 f"difference; put it under settings. Variants may differ in {', '.join(DIFFERING)} and phases."
             )
     if "phases" in own:
-        _check_phases(own["phases"], f"{where}: {variant}: phases")
+        _check_phases(own["phases"], f"{where}: {variant}: phases", settings)
 
 
-def _check_phases(phases: Any, where: str) -> None:
+def _check_phases(phases: Any, where: str, settings: Collection[str]) -> None:
     if not isinstance(phases, dict) or not phases:
         raise UserError(f"{where}: must be a mapping of names to settings, in the order of training; not {phases!r}.")
     for number, (name, own) in enumerate(phases.items()):
@@ -178,6 +181,9 @@ def _check_phases(phases: Any, where: str) -> None:
         if not isinstance(own, dict):
             raise UserError(f"{here} must be a mapping of settings, not {own!r}.")
         for key in own:
+            if key not in (*settings, *HANDED_ON):
+                near = _nearest(str(key), [*IN_PHASES, *HANDED_ON])
+                raise UserError(f"{here}: {key} is not a setting of a phase; {near}.")
             if key not in (*IN_PHASES, *HANDED_ON):
                 raise UserError(
                     f"{here}: {key} cannot differ between phases; put it under settings. Phases may differ in "
