@@ -130,6 +130,8 @@ def train_all(
     as in `finish`."""
     rank = launched_as()[0]
     waiting = from_first_rank([settings for settings in runs if not _finished(settings)])
+    if rank == 0 and not waiting:
+        print("all runs are finished: there is nothing to train")
     engine: Any = None
     loads: list[dict[str, float]] = []
     began = time.perf_counter()

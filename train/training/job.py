@@ -129,8 +129,10 @@ class Job:
 
 
 def changed_settings(settings: Settings) -> str:
-    """Returns as text, and as flags, the settings besides --dry-run that are not the default."""
+    """Returns as text, and as flags, the settings besides --dry-run that are not the default. --after stands for the
+    --adapter that it gives."""
     default, words = Settings(), []
+    settings = dataclasses.replace(settings, adapter="") if settings.after else settings
     for name, value in dataclasses.asdict(settings).items():
         if value != getattr(default, name) and name != "dry_run":
             values = value if isinstance(value, list) else [] if value is True else [value]
