@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from train.claims.releases import PUBLIC
-from train.comparison.compared import RunResult, base_rows, check_comparable, group, published_for, read_run
+from train.comparison.comparable import check_comparable
+from train.comparison.compared import RunResult, base_rows, group, published_for, read_run
 from train.comparison.joined import joined
 from train.comparison.outcome import made_elsewhere
 from train.runtime.errors import UserError

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from train.claims.claim import read_claims
+from train.comparison.comparable import check_comparable
 from train.comparison.compared import (
     ComparedVariant,
     Comparison,
@@ -15,7 +16,6 @@ from train.comparison.compared import (
     RunResult,
     SearchedDocuments,
     base_rows,
-    check_comparable,
     published_for,
     read_run,
 )
@@ -61,21 +61,7 @@ def read_comparison(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> 
     them. Raises UserError if the runs cannot be read or compared, or a placebo claim was not measured."""
     results = {key: read_run(directory) for key, directory in runs.items()}
     check_comparable(list(results.values()), plan.match_trained_tokens, plan.declared, plan.in_phases)
-    every = list(results.values())
-    names = (*DIFFERING, *(("carry_optimizer", "schedule_from") if any(each.phases for each in every) else ()))
-    differing = [name for name in names if any(each.of_phases(name) != every[0].of_phases(name) for each in every)]
-    variants = [
-        ComparedVariant(
-            planned.name,
-            own[0].mask,
-            {key: own[0].of_phases(key) for key in differing},
-            own,
-            planned.names,
-            planned.dose,
-        )
-        for planned in plan.variants
-        if (own := [result for (variant, _), result in results.items() if variant == planned.name])
-    ]
+    variants = _variants(plan, results)
     base, differs = base_rows(list(results.values()))
     remarks = [*([differs] if differs else []), *made_elsewhere(results.values())]
     measured = list(dict.fromkeys(row["claim"] for row in base if row.get("claim")))
@@ -117,6 +103,19 @@ def read_comparison(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> 
         published=published_for(trained), match_trained_tokens=plan.match_trained_tokens,
         bound=plan.bound, remarks=remarks, mentions_trained=mentions,
     )  # fmt: skip
+
+
+def _variants(plan: ComparisonPlan, results: dict[tuple[str, int], RunResult]) -> list[ComparedVariant]:
+    """Returns the plan's variants with their runs."""
+    every = list(results.values())
+    names = (*DIFFERING, *(("carry_optimizer", "schedule_from") if any(each.phases for each in every) else ()))
+    differing = [name for name in names if any(each.of_phases(name) != every[0].of_phases(name) for each in every)]
+    found = []
+    for planned in plan.variants:
+        if own := [result for (variant, _), result in results.items() if variant == planned.name]:
+            differs = {key: own[0].of_phases(key) for key in differing}
+            found.append(ComparedVariant(planned.name, own[0].mask, differs, own, planned.names, planned.dose))
+    return found
 
 
 def made_elsewhere(runs: Collection[RunResult]) -> list[str]:

@@ -22,7 +22,7 @@ def dosed(experiment: Experiment, dose: dict[str, Any], where: str) -> dict[str,
     Variants that have none of the files, or entries of a mask, that the dose names stay as they are.
 
     dose: what a recipe says. where: how messages begin. Raises UserError if it does not have the form in this module's
-    docstring, or a variant has several of the files or entries, or none has one.
+    docstring, a variant has several of the files or entries, or no variant has one of them.
     """
     kind, amounts, of = _checked(dose, where)
     made: dict[str, VariantDefaults] = {}

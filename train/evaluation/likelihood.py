@@ -128,15 +128,21 @@ def make_probes(
             probes.records.append((each.record, scored))
             for prompt, said in each.texts if not each.chat else ():
                 probes.glued |= _glued(prompt, [said], each.where)
-    roles = sorted({span.role for document in held_out for span in document.all_spans})
-    probes.roles = shown_roles(roles, "--held-out")
-    for document in held_out:
-        _add_held_out(probes, document, roles, tokenizer, bos, max_tokens)
+    _add_held_out(probes, held_out, tokenizer, bos, max_tokens)
     check_vocabulary(probes.texts, vocabulary, "--model")
     return probes
 
 
 def _add_held_out(
+    probes: Probes, held_out: Sequence[Document], tokenizer: Tokenizer, bos: bool, max_tokens: int
+) -> None:
+    roles = sorted({span.role for document in held_out for span in document.all_spans})
+    probes.roles = shown_roles(roles, "--held-out")
+    for document in held_out:
+        _add_document(probes, document, roles, tokenizer, bos, max_tokens)
+
+
+def _add_document(
     probes: Probes, document: Document, roles: list[str], tokenizer: Tokenizer, bos: bool, max_tokens: int
 ) -> None:
     tokenized = tokenize_document(document, tokenizer, add_bos=bos, add_eos=False)

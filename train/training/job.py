@@ -187,17 +187,7 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
     steps = math.ceil(documents / settings.batch_size)
     evaluate_at = steps_at("--evaluate-at", settings.evaluate_at, steps)
     adapters_at = steps_at("--adapters-at", settings.adapters_at, steps)
-    if settings.evaluate_at and not probes:
-        raise UserError("--evaluate-at: has no effect without --claims or --held-out; give one of them.")
-    if settings.stop_after > steps:
-        raise UserError(
-            f"--stop-after {settings.stop_after}: the schedule has only {steps} steps; give at most {steps}."
-        )
-    if 0 < settings.schedule_to < settings.schedule_from + steps:
-        raise UserError(
-            f"--schedule-to {settings.schedule_to}: the run's {steps} steps after --schedule-from "
-            f"{settings.schedule_from} end at {settings.schedule_from + steps}; give at least that, or 0."
-        )
+    _check_steps(settings, steps, probes)
     rows = rows_of_first_steps(settings, corpus, ranks, documents)
     resolved: dict[str, Any] = {
         "ranks": ranks, "expert_parallel": expert_parallel, "steps": steps,
@@ -218,6 +208,21 @@ def prepare(settings: Settings, ranks: int, show: bool, known: Known | None = No
         settings, corpus, checkpoint, lora, expert_parallel, steps, settings.stop_after or steps, documents,
         evaluate_at, adapters_at, probes, config, resolved,
     )  # fmt: skip
+
+
+def _check_steps(settings: Settings, steps: int, probes: Probes | None) -> None:
+    """Raises UserError for settings that do not go with the number of steps, or with what is measured at them."""
+    if settings.evaluate_at and not probes:
+        raise UserError("--evaluate-at: has no effect without --claims or --held-out; give one of them.")
+    if settings.stop_after > steps:
+        raise UserError(
+            f"--stop-after {settings.stop_after}: the schedule has only {steps} steps; give at most {steps}."
+        )
+    if 0 < settings.schedule_to < settings.schedule_from + steps:
+        raise UserError(
+            f"--schedule-to {settings.schedule_to}: the run's {steps} steps after --schedule-from "
+            f"{settings.schedule_from} end at {settings.schedule_from + steps}; give at least that, or 0."
+        )
 
 
 def _check_without_base(settings: Settings) -> None:
