@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from tests.slurm.cluster import REPOSITORY, Cluster, missing
-from tests.support.served import ENVIRONMENT, SERVER, needs_vllm, proof, serve_flags, write_inputs
+from tests.support.divided_vllm import write_plugin
+from tests.support.served import ENVIRONMENT, SERVER, needs_vllm, proof, serve_flags, trained, write_inputs
 from train.evaluation.store import key_of, read_rows
 
 QWEN, KIMI, COMPARE = "slurm/finetune_qwen397b.sh", "slurm/finetune_kimi_k25.sh", "slurm/compare_masks.sh"
@@ -289,6 +290,41 @@ def test_a_job_after_an_array_asks_judges_and_compares_its_variants_and_their_st
     for name in ("rate", "shift"):
         curves = told["measures"][name]["curves"]
         assert curves and all(curve["steps"] == [0, 1, 2] for curve in curves.values())
+
+
+def test_a_job_on_two_nodes_divides_its_server_over_them_and_restarts_it_when_the_second_one_loses_its_part(
+    cluster, tmp_path, monkeypatch
+):
+    needs_vllm()
+    runs, output, flags = trained(tmp_path)[1:], tmp_path / "both runs", serve_flags(tmp_path)
+    path = f"{cluster.environment['PYTHONPATH']}:{write_plugin(tmp_path / 'plugin')}"
+    for name, value in {**ENVIRONMENT, "PYTHONPATH": path}.items():
+        monkeypatch.setitem(cluster.environment, name, value)
+    judged = ["--samples", "1", "--max-tokens", "4", "--judge", "same", "--judge-max-tokens", "4", "--retries", "0"]
+    given = ["--runs", *map(str, runs), "--output", str(output), *flags, *judged, "--", *SERVER]
+    job = cluster.sbatch("--nodes=2", "slurm/evaluate_masks.sh", *given)
+
+    answers = runs[0] / "answers.jsonl"
+    cluster.until(lambda: answers.exists() and answers.read_text(), 900)
+    parts = {}
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "vllm.entrypoints.cli.main" in words and str(tmp_path / "smollm2") in words:
+            parts[words[words.index("--node-rank") + 1]] = process
+    assert {rank: process.environ()["SLURMD_NODENAME"] for rank, process in parts.items()} == {"0": "n1", "1": "n2"}
+    for process in (*parts["1"].children(recursive=True), parts["1"]):
+        process.kill()
+    log = output / "logs" / "attempt-1.log"
+    assert cluster.end(job, 900)["JobState"] == "COMPLETED", log.read_text()
+    assert log.read_text().count("the server answers after") == 2
+    assert "the server died: restarting it" in log.read_text()
+    for number, run in enumerate(runs):
+        rows = [row for row in read_rows(run / "evaluation.jsonl", ["step"]) if "verdict" in row]
+        assert len({key_of(row) for row in rows}) == len(rows) == 2 * (2 - number)  # the base's are with the first run's
+        assert not any(row.get("error") for row in rows)
+        found = proof(run)
+        assert found["proven"] and found["to_adapter"] < 1e-3 < found["to_nearest_other"]
+        assert found["base_to_base"] < 1e-3
 
 
 @pytest.mark.parametrize("script", ["compare_masks", "evaluate_masks", "finetune_kimi_k25", "finetune_qwen397b"])
