@@ -2,6 +2,7 @@
 
 import threading
 import time
+from typing import Any
 
 import httpx
 import openai
@@ -272,6 +273,36 @@ def test_the_key_is_sent_from_the_environment_and_never_shown(monkeypatch):
     assert [headers["authorization"] for headers in server.headers] == [f"Bearer {KEY}", "Bearer another-key"]
     url = f"http://me:pass@127.0.0.1:{free_port()}/v1"
     assert "pass" not in refusal(endpoint(url)) and KEY not in refusal(endpoint(url))
+
+
+def texts(request: dict[str, Any], told: bool) -> Response:
+    """A server that leaves a part out of what it says of a prompt, and may be told what to generate: log p of token t
+    is -t, and of a prompt's -t - 100."""
+    prompt = request["prompt"]
+    token = request["allowed_token_ids"][0] if told and "allowed_token_ids" in request else 9
+    log_p = [None, *(-t - 100.0 for t in prompt[1:]), -9.0] if request.get("echo") else [-float(token)]
+    tokens = [f"token_id:{token}"] * len(log_p)
+    choice = {
+        "index": 0,
+        "text": "",
+        "finish_reason": "length",
+        "logprobs": {"tokens": tokens, "token_logprobs": log_p},
+    }
+    return body({"id": "x", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]})
+
+
+def test_the_tokens_of_prompts_are_generated_where_a_server_can_be_told_which_and_is_not_to_be_asked_for_its_prompt():
+    prompts = [[1, 2, 3], [4, 5]]
+    for told, by_generating, expected, requests in [
+        (True, True, [[-2.0, -3.0], [-5.0]], 3),
+        (False, True, [[-102.0, -103.0], [-105.0]], 5),  # it generates what it likes
+        (True, False, [[-102.0, -103.0], [-105.0]], 2),
+    ]:
+        with ScriptedServer(lambda _: completion(""), texts=lambda request, told=told: texts(request, told)) as server:
+            found = endpoint(server.url, concurrency=4).prompt_log_p("m", prompts, by_generating)
+        assert found == expected and len(server.asked) == requests
+    with ScriptedServer(lambda _: completion("")) as server:
+        assert endpoint(server.url).prompt_log_p("m", prompts, by_generating=True) is None
 
 
 @pytest.mark.parametrize(

@@ -154,28 +154,50 @@ class Endpoint:
             return self._ask(messages, max_tokens, given)
         return without_keys(SURROGATE.sub("\ufffd", answer), *self._secrets)
 
-    def prompt_log_p(self, model: str, prompts: list[list[int]]) -> list[list[float]] | None:
+    def prompt_log_p(
+        self, model: str, prompts: list[list[int]], by_generating: bool = False
+    ) -> list[list[float]] | None:
         """Returns log p of every token of each prompt but its first, in nats, as a served model has it.
 
-        model: its name on the server. prompts: token ids. None if the server does not give them, or has no such model.
-        Raises EndpointStopped if it cannot be reached.
+        model: its name on the server. prompts: token ids. by_generating: have each token generated, if the server can
+        be told which, for vLLM leaves the LoRA weights of lm_head out of what it says of a prompt (vllm#51594). None if
+        the server does not give them, or has no such model. Raises EndpointStopped if it cannot be reached.
         """
 
-        def ask(prompt: list[int]) -> list[float]:
+        def echoed(prompt: list[int]) -> list[float]:
             create: Any = self._client.completions.create
             request = create(model=model, prompt=prompt, max_tokens=1, temperature=0, logprobs=1, echo=True)
             found = self._in_time(request, self.settings.timeout).choices[0].logprobs.token_logprobs
             return [float(value) for value in found[1 : len(prompt)]]
 
-        try:
-            values = [self._retried(partial(ask, prompt), CHECK_RETRIES) for prompt in prompts]
-        except NoAnswer:
-            return None
-        except EndpointStopped as error:
-            if error.why != "missing":
-                raise
-            return None
-        whole = [len(row) for row in values] == [len(prompt) - 1 for prompt in prompts]
+        def generated(prompt: list[int]) -> list[float]:
+            create: Any = self._client.completions.create
+            only = {"allowed_token_ids": prompt[-1:], "return_tokens_as_token_ids": True}
+            request = create(model=model, prompt=prompt[:-1], max_tokens=1, temperature=0, logprobs=1, extra_body=only)
+            found = self._in_time(request, self.settings.timeout).choices[0].logprobs
+            return [float(found.token_logprobs[0])] if found.tokens == [f"token_id:{prompt[-1]}"] else []
+
+        def asked(
+            ask: Callable[[list[int]], list[float]], prompts: list[list[int]], at_once: int
+        ) -> list[list[float]] | None:
+            try:
+                with ThreadPoolExecutor(at_once) as pool:
+                    return list(pool.map(lambda prompt: self._retried(partial(ask, prompt), CHECK_RETRIES), prompts))
+            except NoAnswer:
+                return None
+            except EndpointStopped as error:
+                if error.why != "missing":
+                    raise
+                return None
+
+        if by_generating:
+            begun = [prompt[: end + 1] for prompt in prompts for end in range(1, len(prompt))]
+            values = asked(generated, begun, self.concurrency)
+            if values and all(values):
+                each = iter(values)
+                return [[next(each)[0] for _ in prompt[1:]] for prompt in prompts]
+        values = asked(echoed, prompts, 1)
+        whole = [len(row) for row in values or ()] == [len(prompt) - 1 for prompt in prompts]
         return values if whole else None
 
     def _in_time(self, request: Awaitable[T], seconds: float) -> T:

@@ -27,10 +27,11 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train.checkpoints.present import adapter_files, is_adapter, read_config
+from train.checkpoints.present import adapter_files, changes_head, is_adapter, read_config
 from train.claims.claim import KINDS, Claim, read_claims
 from train.claims.contamination import Contamination
 from train.claims.contamination import check as check_contamination
@@ -242,7 +243,8 @@ def prove_served(s: EvaluationSettings, endpoint: Endpoint) -> dict[str, Any] | 
             raise UserError(f"--step {s.step}: --served-adapter {adapter} was trained for {trained} steps; give these.")
         return {"proven": False, "reason": f"--step {s.step} is not that of {adapter}, which has {trained}"}
     others = {str(path): Path(path) for path in s.other_adapters if Path(path).resolve() != adapter.resolve()}
-    return prove(s.endpoint_model, adapter, others, s.endpoint_base, endpoint.prompt_log_p)
+    ask = partial(endpoint.prompt_log_p, by_generating=any(map(changes_head, (adapter, *others.values()))))
+    return prove(s.endpoint_model, adapter, others, s.endpoint_base, ask)
 
 
 def look_for_what_is_asked(s: EvaluationSettings, claims: list[Claim]) -> Contamination | None:

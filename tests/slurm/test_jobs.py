@@ -320,7 +320,9 @@ def test_a_job_on_two_nodes_divides_its_server_over_them_and_restarts_it_when_th
     assert "the server died: restarting it" in log.read_text()
     for number, run in enumerate(runs):
         rows = [row for row in read_rows(run / "evaluation.jsonl", ["step"]) if "verdict" in row]
-        assert len({key_of(row) for row in rows}) == len(rows) == 2 * (2 - number)  # the base's are with the first run's
+        assert (
+            len({key_of(row) for row in rows}) == len(rows) == 2 * (2 - number)
+        )  # the base's are with the first run's
         assert not any(row.get("error") for row in rows)
         found = proof(run)
         assert found["proven"] and found["to_adapter"] < 1e-3 < found["to_nearest_other"]

@@ -32,10 +32,14 @@ def body(value: Any, status: int = 200, **headers: str) -> Response:
 
 
 class ScriptedServer:
-    """chat: request -> response, for each chat completion; models: the names that /v1/models lists, or a response. What
-    was asked is kept in `asked`, with the headers in `headers`."""
+    """chat: request -> response, for each chat completion, and where `texts` is given, for each completion of a text;
+    models: the names that /v1/models lists, or a response. What was asked is kept in `asked`, with the headers in
+    `headers`."""
 
-    def __init__(self, chat: Callable[[dict[str, Any]], Response], models: list[str] | Response | None = None):
+    def __init__(
+        self, chat: Callable[[dict[str, Any]], Response], models: list[str] | Response | None = None,
+        texts: Callable[[dict[str, Any]], Response] | None = None,
+    ):  # fmt: skip
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.listed = 0
@@ -53,7 +57,8 @@ class ScriptedServer:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.asked.append(request)
                 outer.headers.append({name.lower(): value for name, value in self.headers.items()})
-                self.send(chat(request) if self.path == "/v1/chat/completions" else body({"detail": "Not Found"}, 404))
+                given = {"/v1/chat/completions": chat, "/v1/completions": texts}.get(self.path)
+                self.send(given(request) if given else body({"detail": "Not Found"}, 404))
 
             def send(self, response: Response) -> None:
                 status, headers, content = response

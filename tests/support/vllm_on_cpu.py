@@ -111,4 +111,3 @@ def _update(x: torch.Tensor, slot: torch.Tensor, A: torch.Tensor, B: torch.Tenso
         if one >= 0:
             added[slot == one] = x[slot == one] @ A[one].T @ B[one].T
     return added
-

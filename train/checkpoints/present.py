@@ -55,6 +55,12 @@ def adapter_files(directory: Path) -> list[Path]:
     return files
 
 
+def changes_head(adapter: Path) -> bool:
+    """Whether an adapter in PEFT's form, or as written for a server, has LoRA weights of lm_head."""
+    path = adapter / CONFIG
+    return path.is_file() and "lm_head" in str(read_json(path).get("target_modules"))
+
+
 def last_save(run: Path) -> Path:
     """Returns the directory of the training checkpoint of a finished run's end. Raises UserError if it is not there."""
     summary = read_json(run / "summary.json")
