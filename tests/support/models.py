@@ -53,11 +53,7 @@ def write_model(directory: Path, family: str, seed: int = 0, dtype: torch.dtype 
     config_class, defaults = FAMILIES[family]
     config = config_class(**(defaults | sizes))
     torch.manual_seed(seed)
-    return save_drawn(AutoModelForCausalLM.from_config(config).to(dtype), directory, router_bias)
-
-
-def save_drawn(model: Any, directory: Path, router_bias: list[float]) -> Path:
-    """Draws the weights of a model of transformers', and saves it with the tokenizer."""
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("e_score_correction_bias"):
