@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from tests.slurm.cluster import REPOSITORY, Cluster, missing
-from tests.support.divided_vllm import write_plugin
 from tests.support.served import ENVIRONMENT, SERVER, needs_vllm, proof, serve_flags, trained, write_inputs
+from tests.support.vllm_on_cpu import write_plugin
 from train.evaluation.store import key_of, read_rows
 
 QWEN, KIMI, COMPARE = "slurm/finetune_qwen397b.sh", "slurm/finetune_kimi_k25.sh", "slurm/compare_masks.sh"
