@@ -25,7 +25,7 @@ from pathlib import Path
 
 from launch.serve import ServeOptions, Serving, adapter_of, check_early, prepare, split
 from launch.server import Server
-from train.checkpoints.present import BASE_NAME, adapter_name, kept_adapter, kept_steps
+from train.checkpoints.present import BASE_NAME, adapter_name, kept_adapter, kept_steps, model_name
 from train.claims.claim_files import check_there
 from train.config.command_line import MOST, REPOSITORY, Parser, check_ranges, given, setting
 from train.config.provenance import held_settings
@@ -182,11 +182,11 @@ def ask(
     MOST_DEATHS times in a row without a new answer.
     """
     served = {other.name: str(Path(serving.options.output) / other.name) for other in every if other.step}
-    others = [path for name, path in served.items() if name != each.name]
-    own = [*_flags(options, each.name, serving.url), "--output", str(each.run), "--step", str(each.step), *flags]
-    if each.step:
-        own += ["--served-adapter", served[each.name], "--endpoint-base", BASE_NAME]
-        own += ["--other-adapters", *others] if others else []
+    adapter = served.pop(each.name if each.step else next(iter(served)))  # the base is told by one that it is without
+    name = model_name(each.name, serving.options.to)
+    own = [*_flags(options, name, serving.url), "--output", str(each.run), "--step", str(each.step), *flags]
+    own += ["--served-adapter", adapter, "--endpoint-base", BASE_NAME]
+    own += ["--other-adapters", *served.values()] if served else []
     print(f"{each.name}, {every.index(each) + 1} of {len(every)}: answers go to {each.run}", flush=True)
     evaluate = [sys.executable, str(REPOSITORY / "train" / "evaluate.py"), *own]
     if not server.alive() and _complete(each) and _run(evaluate) == 0:

@@ -222,6 +222,37 @@ def test_a_body_that_servers_would_refuse_or_read_differently_is_refused_at_the_
             parse_evaluation(["--output", "o", "--endpoint", "http://host/v1", flag, body], "")
 
 
+def test_that_a_server_is_unproven_is_kept_and_answers_of_other_weights_are_never_taken_for_its(tmp_path, capsys):
+    def written(**serve: Any) -> str:
+        adapter = tmp_path / "adapter"
+        adapter.mkdir(exist_ok=True)
+        (adapter / "adapter_config.json").write_text("{}")
+        (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+        own = {"adapter": {"sha256": "1"}, "base": {"fingerprint": "2"}, "not_served": [], "other_base": False} | serve
+        (adapter / "serve.json").write_text(json.dumps(own))
+        return str(adapter)
+
+    with ScriptedServer(chat, models=["m", "j"]) as server:
+        given = arguments(tmp_path, server.url, "--step", "3", "--served-adapter", written(not_served=["o_proj"]))
+        assert evaluate.main(given) == 0
+        assert "unproven that the server answers with the right model: " in capsys.readouterr().out
+        (proof,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["proof"].values()
+        assert not proof["proven"] and "no proof.json" in proof["reason"] and proof["not_served"] == ["o_proj"]
+        asked = len(server.asked)
+        assert evaluate.main(given) == 0 and len(server.asked) == asked
+        for serve in (
+            {}, {"not_served": ["o_proj"], "adapter": {"sha256": "3"}}, {"not_served": ["o_proj"], "other_base": True},
+        ):  # fmt: skip
+            written(**serve)
+            assert evaluate.main(given) == 2 and len(server.asked) == asked
+            assert "answered by other weights than 'm' has now" in capsys.readouterr().err
+        base = arguments(tmp_path, server.url, "--served-adapter", str(tmp_path / "adapter"))
+        written()
+        assert evaluate.main([*base, "--step", "0"]) == 0
+        written(other_base=True)
+        assert evaluate.main([*base, "--step", "0"]) == 2 and "other weights" in capsys.readouterr().err
+
+
 def test_into_a_runs_own_directory_an_endpoints_answers_need_the_steps_of_its_model(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "settings.yaml").write_text("settings: {mask: doctags}")

@@ -43,10 +43,10 @@ from train.data.findings import Findings
 from train.endpoint import Endpoint, EndpointSettings
 from train.evaluation.asking import context_documents, judge_of, sources_of_context
 from train.evaluation.imported import import_answers
-from train.evaluation.judging import Asking, Item, check_same, evaluate, plan
+from train.evaluation.judging import Asking, Item, check_same, digest, evaluate, plan
 from train.evaluation.options import EvaluationSettings, parse_evaluation
-from train.evaluation.proof import proof_line, prove
-from train.evaluation.results import leave_summary
+from train.evaluation.proof import proof_line, prove, prove_base, read_serve
+from train.evaluation.results import keep_proof, leave_summary
 from train.evaluation.store import Records
 from train.runtime.command import command, launched_as, leave
 from train.runtime.errors import UserError
@@ -192,7 +192,7 @@ def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination:
     asking = Asking(
         samples=s.samples, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=s.seed,
         step=max(s.step, 0), judge_max_tokens=s.judge_max_tokens, judge_temperature=s.judge_temperature,
-        model=s.endpoint_model, judge=s.judge_model, documents=context_documents(s),
+        model=s.endpoint_model, judge=s.judge_model, documents=context_documents(s), weights=served_weights(s),
         body=s.body("endpoint"), judge_body=s.body("judge"),
     )  # fmt: skip
     items = plan(claims, s.kinds or KINDS, asking)
@@ -209,41 +209,73 @@ def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination:
         check_same(items, records)
         _show_start(items, records)
         missing = [item for item in items if item.key not in records.rows]
-        proof = None
         if any(item.key not in records.answers for item in missing):
             endpoint.check()
             if proof := prove_served(s, endpoint):
+                keep_proof(records.directory, max(s.step, 0), proof)
                 print(proof_line(proof), flush=True)
         if judge and (any(item.judged for item in missing) or any(item.lacks_label(records) for item in items)):
             judge.check()
         try:
             evaluate(items, endpoint, judge, records, asking)
         finally:
-            incomplete = leave_summary(s, items, records, contamination, proof)
+            incomplete = leave_summary(s, items, records, contamination)
     finally:
         records.close()
     return 1 if incomplete else 0
 
 
-def prove_served(s: EvaluationSettings, endpoint: Endpoint) -> dict[str, Any] | None:
-    """Asks the server for what shows that it answers with --served-adapter, by default the adapter of the run in
-    --output. Returns what `prove` does; None for a base model. Raises UserError if it answers with something else."""
-    if s.step < 1 and not s.served_adapter:
-        return None
+def served_adapter(s: EvaluationSettings) -> Path | None:
+    """Returns the directory of --served-adapter, by default the adapter of the run in --output; None if there is none.
+    Raises UserError if --served-adapter is no adapter, or not that of --step."""
     from train.checkpoints.adapter_files import trained_steps  # imports torch, which the early checks do not need
 
-    own = Path(s.output) / "adapter"
-    adapter = Path(s.served_adapter) if s.served_adapter else own
+    adapter = Path(s.served_adapter or Path(s.output) / "adapter")
     if not is_adapter(adapter):
         if s.served_adapter:
             raise UserError(f"--served-adapter {adapter}: holds no adapter; give the directory of one.")
+        return None
+    if s.step > 0 and s.served_adapter and (trained := trained_steps(adapter)) is not None and trained != s.step:
+        raise UserError(f"--step {s.step}: --served-adapter {adapter} was trained for {trained} steps; give these.")
+    return adapter
+
+
+def served_weights(s: EvaluationSettings) -> str:
+    """Returns a digest of what identifies the served weights, as far as --served-adapter tells: of an adapter its own
+    weights and what is left out of them, and of another base than was trained on its fingerprint. "" for the base that
+    was trained on, and where nothing is known."""
+    from train.checkpoints.adapter_files import trained_steps, weights_hash
+
+    adapter = served_adapter(s)
+    if adapter is None or (s.step < 1 and not s.served_adapter):
+        return ""
+    serve = read_serve(adapter)
+    base = serve["base"]["fingerprint"] if serve.get("other_base") else None
+    if s.step < 1:
+        return digest(base) if base else ""
+    if trained_steps(adapter) not in (None, s.step):  # the run's last adapter, and an earlier one is asked
+        return ""
+    own = serve["adapter"]["sha256"] if serve else weights_hash(adapter)
+    return digest([own, serve.get("not_served") or [], base])
+
+
+def prove_served(s: EvaluationSettings, endpoint: Endpoint) -> dict[str, Any] | None:
+    """Asks the server for what shows that it answers with --served-adapter, by default the adapter of the run in
+    --output; of a base model, that it answers without it. Returns what `prove` and `prove_base` do; None for a base
+    model without --served-adapter. Raises UserError if the server answers with something else."""
+    from train.checkpoints.adapter_files import trained_steps
+
+    if s.step < 1 and not s.served_adapter:
+        return None
+    adapter = served_adapter(s)
+    if adapter is None:
         return {"proven": False, "reason": "no --served-adapter was given"}
-    if (trained := trained_steps(adapter)) is not None and trained != s.step:
-        if s.served_adapter:
-            raise UserError(f"--step {s.step}: --served-adapter {adapter} was trained for {trained} steps; give these.")
-        return {"proven": False, "reason": f"--step {s.step} is not that of {adapter}, which has {trained}"}
     others = {str(path): Path(path) for path in s.other_adapters if Path(path).resolve() != adapter.resolve()}
     ask = partial(endpoint.prompt_log_p, by_generating=any(map(changes_head, (adapter, *others.values()))))
+    if s.step < 1:
+        return prove_base(s.endpoint_model, {str(adapter): adapter, **others}, ask)
+    if (trained := trained_steps(adapter)) is not None and trained != s.step:
+        return {"proven": False, "reason": f"--step {s.step} is not that of {adapter}, which has {trained}"}
     return prove(s.endpoint_model, adapter, others, s.endpoint_base, ask)
 
 

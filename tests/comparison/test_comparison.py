@@ -258,7 +258,7 @@ def test_another_base_what_was_left_out_and_unproven_servers_are_said(tmp_path):
     assert said[1] == f"The server of {tmp_path}/cut left out the LoRA weights of kv_b_proj."
     assert said[2] == f"--other-base: {tmp_path}/moved was evaluated on a base model that it was not trained on."
     assert said[3] == (
-        "For 3 evaluations, it is not proven that the server answered with the adapter (first: "
+        "For 3 evaluations, it is not proven that the server answered with the right model (first: "
         f"{tmp_path}/bad, step 4: no log-probabilities)."
     )
     assert len(said) == 4

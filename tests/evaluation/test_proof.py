@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from train.evaluation.options import EvaluationSettings
-from train.evaluation.proof import distance, prove, read_proof
-from train.evaluation.results import leave_summary
+from train.evaluation.proof import distance, proof_line, prove, prove_base, read_proof
+from train.evaluation.results import keep_proof, leave_summary
 from train.evaluation.store import Records
 from train.runtime.errors import UserError
 
@@ -33,12 +33,70 @@ def test_a_server_is_proven_and_one_with_the_base_or_another_variant_behind_the_
     assert found["proven"] and found["to_adapter"] == pytest.approx(0.005) and found["noise"] == 0
     assert found["to_base"] == pytest.approx((0.5 + 0.99) / 2) and found["base_to_base"] == 0
     assert found["nearest_other"] == "second" and found["to_nearest_other"] == pytest.approx((0.5 + 0.01) / 2)
-    with pytest.raises(UserError, match="from its base: the server answers without the adapter"):
-        prove("first", first, {}, "base", lambda name, tokens: BASE)
+    for base_name, said in ("", "from its base"), ("base", "from the server's own base, from which the adapter is 0.75"):
+        with pytest.raises(UserError, match=rf"{said}.*: the server answers without the adapter"):
+            prove("first", first, {}, base_name, lambda name, tokens: BASE)
     with pytest.raises(UserError, match="from that of second: the server has another variant under this name"):
         prove("first", first, {"second": second}, "", lambda name, tokens: SECOND)
-    other = kept(tmp_path / "other prompts", SECOND, [[1, 2, 3]])
-    assert "nearest_other" not in prove("first", first, {"o": other}, "", lambda name, tokens: FIRST)
+
+
+def test_a_variant_with_other_prompts_is_told_by_these(tmp_path):
+    first, other = kept(tmp_path / "first", FIRST), kept(tmp_path / "other", SECOND, [[1, 2, 3]])
+    asked = []
+
+    def right(name: str, tokens: list[list[int]]) -> list[list[float]]:
+        asked.append(tokens)
+        return FIRST if tokens == [[5, 6, 7]] else [[-1.0, -3.0]]
+
+    third = kept(tmp_path / "third", BASE, [[1, 2, 3]])  # as its base: nothing to tell it by
+    found = prove("first", first, {"other": other, "third": third}, "", right)
+    assert found["proven"] and (found["nearest_other"], found["to_nearest_other"]) == ("other", 1.0)
+    assert len(asked) == 3  # the others' prompts once
+    with pytest.raises(UserError, match="0 from that of other: the server has another variant under this name"):
+        prove("first", first, {"other": other}, "", lambda _, tokens: SECOND if tokens != [[5, 6, 7]] else [[-1.5, -1.5]])
+
+
+def test_an_adapter_is_told_by_what_it_changes_of_a_base_in_another_precision(tmp_path):
+    small, quantized = kept(tmp_path / "small", [[-1.0, -1.9]]), [[-1.0, -2.2]]
+    with pytest.raises(UserError, match="0 from the server's own base, from which the adapter is 0.05 away"):
+        prove("small", small, {}, "base", lambda name, tokens: quantized)
+    served = {"base": quantized, "small": [[-1.0, -2.1]]}
+    found = prove("small", small, {}, "base", lambda name, tokens: served[name])
+    assert not found["proven"] and found["to_served_base"] == pytest.approx(0.05)
+    assert found["reason"].endswith("the noise of the server, whose base is 0.1 from the one that was trained on")
+
+
+def test_an_adapter_of_which_only_a_part_is_applied_is_not_proven(tmp_path):
+    first = kept(tmp_path / "first", FIRST)
+    with pytest.raises(UserError, match="and 0.125 from the server's own base, from which the adapter is 0.75 away"):
+        prove("first", first, {}, "base", lambda name, _: BASE if name == "base" else [[-1.25, -2.0]])
+    found = prove("first", first, {}, "base", lambda name, _: BASE if name == "base" else [[-1.3, -1.45]])
+    assert found["proven"] and found["to_adapter"] == pytest.approx(0.325)
+    found = prove("first", first, {}, "base", lambda name, _: BASE if name == "base" else [[-1.9, -1.4]])
+    assert not found["proven"] and "which is only 0.75 from its base: the server does not apply all of it" in str(found)
+
+
+def test_the_base_is_told_from_the_adapters_without_which_it_is_asked(tmp_path):
+    first, second = kept(tmp_path / "first", FIRST), kept(tmp_path / "second", SECOND)
+    adapters = {"first": first, "second": second}
+    found = prove_base("base", adapters, lambda name, tokens: [[-1.0, -2.1]])
+    assert found["proven"] and found["to_base"] == pytest.approx(0.05) and found["nearest_other"] == "second"
+    assert proof_line(found).startswith("the server answers with the base: 0.05 nats per token from it, 0.55 from second")
+    with pytest.raises(UserError, match="0.75 nats per token from the base, and 0 from the adapter of first: the server"):
+        prove_base("base", adapters, lambda name, tokens: FIRST)
+    found = prove_base("base", adapters, lambda name, tokens: [[-1.0, -3.0]])
+    assert not found["proven"] and "the server's base is 0.5 nats per token from the one" in found["reason"]
+    (first / "serve.json").write_text('{"other_base": true}')
+    found = prove_base("base", adapters, lambda name, tokens: BASE)
+    assert not found["proven"] and found["other_base"]
+    assert "no log-probabilities" in prove_base("base", {"second": second}, lambda name, tokens: None)["reason"]
+    assert "has a proof.json" in prove_base("base", {"none": tmp_path}, lambda name, tokens: BASE)["reason"]
+
+
+def test_what_was_once_unproven_stays_so(tmp_path):
+    for step, proven, expected in (1, True, True), (1, False, False), (1, True, False), (2, True, True):
+        keep_proof(tmp_path, step, {"proven": proven})
+        assert json.loads((tmp_path / "evaluation.json").read_text())["proof"][str(step)]["proven"] == expected
 
 
 def test_what_cannot_be_told_is_unproven_with_the_reason(tmp_path):
@@ -67,7 +125,7 @@ def test_variants_no_further_apart_than_the_noise_are_unproven(tmp_path):
     first, twin = kept(tmp_path / "first", FIRST), kept(tmp_path / "twin", [[-1.5, -1.01]])
     answers = iter([[[-1.5, -1.02]], [[-1.5, -0.98]]])  # 0.02 a token from itself; the adapters are 0.005 apart
     found = prove("first", first, {"twin": twin}, "", lambda name, tokens: next(answers))
-    assert not found["proven"] and "from that of twin, no more than the server's noise" in found["reason"]
+    assert not found["proven"] and "from that of twin, within the server's noise" in found["reason"]
 
 
 def test_a_damaged_proof_is_refused(tmp_path):

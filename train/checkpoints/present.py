@@ -97,9 +97,16 @@ def adapter_name(adapter: Path, server: str) -> str:
     name = f"{run.name}-{own.name}" if several else run.name
     if run.parent.name == "phases":  # of a variant, or of all variants, whose directory holds them
         name = f"{run.parents[1].name}-{name}"
-    if server == "sglang" and "=" in name:  # it takes NAME=PATH, up to the first =
+    # SGLang is started with NAME=PATH, up to the first =, and asked for BASE:NAME.
+    if server == "sglang" and (sign := next((sign for sign in "=:" if sign in name), "")):
         raise UserError(
-            f"--to sglang: {adapter} would be served as {name!r}, and SGLang takes no adapter with = in its name. "
+            f"--to sglang: {adapter} would be served as {name!r}, and SGLang takes no adapter with {sign} in its name. "
             "Rename the directory, or serve it by vLLM (--to vllm)."
         )
     return name
+
+
+def model_name(name: str, server: str) -> str:
+    """Returns the name by which a server is asked for the base, or for an adapter that it has under `name`. SGLang
+    answers with the base to an adapter's bare name."""
+    return f"{BASE_NAME}:{name}" if server == "sglang" and name != BASE_NAME else name

@@ -148,7 +148,7 @@ def made_elsewhere(runs: Collection[RunResult]) -> list[str]:
     if unproven:
         where, reason = next(iter(unproven.items()))
         remarks.append(
-            f"For {len(unproven)} evaluations, it is not proven that the server answered with the adapter (first: "
+            f"For {len(unproven)} evaluations, it is not proven that the server answered with the right model (first: "
             f"{where}: {reason})."
         )
     return list(dict.fromkeys(remarks))  # what is left out is so at every step

@@ -54,6 +54,7 @@ class Asking:
     documents: tuple[str, ...] = ()  # in context, before each question
     step: int = 0  # optimizer steps that the model was trained for
     model: str = ""  # the model that answers, as rows name it
+    weights: str = ""  # a digest of the weights that a server has under this name, as far as it is known
     judge: str = ""  # the model that judges
     top_p: float | None = None
     body: dict[str, Any] | None = None  # further keys of each request to the model
@@ -115,7 +116,10 @@ def _item(claim: Claim, question: Question, sample: int, asking: Asking) -> Item
     if question.kind == "yes_no":
         row |= {"control": question.control, "expected": question.expected}
     row["model"] = asking.model
-    sampling = [asking.max_tokens, asking.temperature, asking.top_p, seed, asking.body]
+    sampling: list[Any] = [asking.max_tokens, asking.temperature, asking.top_p, seed, asking.body]
+    if asking.weights:
+        row["weights"] = asking.weights
+        sampling.append(asking.weights)
     row["asked"] = digest([asking.model, messages, *sampling])
     item = Item(claim, question, sample, row, messages, seed)
     if item.judged:
@@ -153,6 +157,8 @@ def _difference(held: StoredRow, row: StoredRow, name: str) -> str:
     who, verb = {"asked": ("model", "answered"), "judged": ("judge", "judged"), "labelled": ("judge", "labelled")}[name]
     if held.get(who) != row.get(who):
         return f"{verb} by {who} {held.get(who)!r}, not {row.get(who)!r}"
+    if name == "asked" and held.get("weights", "") != row.get("weights", ""):
+        return f"answered by other weights than {row['model']!r} has now (another base or adapter, or other --drop)"
     what = "question, documents or settings" if name == "asked" else "prompt or settings"
     return f"{verb} with other {what}"
 

@@ -24,6 +24,11 @@ Asked = Callable[[str, list[list[int]]], LogP | None]
 """Asks a server: the model's name and the prompts' token ids -> their log p, or None if it does not give them."""
 
 
+NO_LOG_P = "the server gives no log-probabilities of prompts"
+APPLIED = 4  # of a server's base, an adapter that is applied is at least this part of its distance from the base away
+LEAST_EFFECT = 0.05  # nats per token that an adapter must be from its base to be told from others on its own prompts
+
+
 @dataclass(frozen=True)
 class Proof:
     """The content of proof.json."""
@@ -63,58 +68,144 @@ def prove(name: str, adapter: Path, others: Mapping[str, Path], base_name: str, 
     under which it has the base, "" if that is not known.
 
     The result has `proven`, or a `reason` why it is unproven, and the distances in nats: `to_adapter`, `to_base`,
-    `to_nearest_other` and its name, `noise` (the server against itself) and `base_to_base` (the server's base against
-    the engine's); also `not_served`, modules that were left out on purpose, and `other_base`, if there are any.
+    `to_nearest_other` and its name, `noise` (the server against itself), `base_to_base` (the server's base against
+    the engine's) and `to_served_base`; also `not_served`, modules that were left out on purpose, and `other_base`, if
+    there are any.
 
-    Raises UserError if what answers is nearer to the base or to another variant than to the adapter.
+    Raises UserError if what answers is nearer to the base or to another variant than to the adapter, or is the server's
+    own base.
     """
-    proof = read_proof(adapter)
-    serve = read_json(adapter / SERVE) if (adapter / SERVE).is_file() else {}
+    serve, proof = read_serve(adapter), read_proof(adapter)
+    left_out = {"not_served": serve["not_served"]} if serve.get("not_served") else {}
     if serve.get("other_base"):
-        return {"proven": False, "reason": "it is served on another base than it was trained on", "other_base": True}
+        reason = "it is served on another base than it was trained on"
+        return {"proven": False, "reason": reason, "other_base": True, **left_out}
     if proof is None:
-        return {"proven": False, "reason": f"{adapter} has no {PROOF}: it was not made by train/sft.py"}
+        return {"proven": False, "reason": f"{adapter} has no {PROOF}: it was not made by train/sft.py", **left_out}
     first, second = (ask(name, proof.tokens) for _ in range(2))
     if first is None or second is None:
-        return {"proven": False, "reason": "the server gives no log-probabilities of prompts"}
+        return {"proven": False, "reason": NO_LOG_P, **left_out}
     base = ask(base_name, proof.tokens) if base_name else None
     found: dict[str, Any] = {
         "proven": True, "to_adapter": distance(first, proof.adapter), "to_base": distance(first, proof.base),
-        "noise": distance(first, second), "base_to_base": distance(base, proof.base) if base else None,
+        "noise": distance(first, second), "base_to_base": distance(base, proof.base) if base else None, **left_out,
     }  # fmt: skip
-    if serve.get("not_served"):
-        found["not_served"] = serve["not_served"]
     rivals = {other: held for other, path in others.items() if (held := read_proof(path))}
-    apart = {other: distance(first, held.adapter) for other, held in rivals.items() if held.tokens == proof.tokens}
-    if apart:
-        nearest = min(apart, key=lambda other: apart[other])
+    apart = _to_rivals(name, first, proof, rivals, ask)
+    nearest = min(apart, key=lambda other: apart[other]) if apart else ""
+    if nearest:
         found |= {"nearest_other": nearest, "to_nearest_other": apart[nearest]}
     noise = max(found["noise"], found["base_to_base"] or 0.0)
-    if (effect := distance(proof.base, proof.adapter)) <= noise:
-        reason = f"adapter and base are {effect:.3g} nats per token apart, no more than the noise of the server"
-        return found | {"proven": False, "reason": reason}
+    effect = distance(proof.base, proof.adapter)
     where = f"--endpoint-model {name}: the answering model is {found['to_adapter']:.3g} nats per token from {adapter}"
+    check = "Check that it was loaded under this name, in the form that the server takes (train/export.py --adapter …)."
+    if base:
+        found["to_served_base"] = moved = distance(first, base)
+        if moved < effect / APPLIED and effect > APPLIED * found["noise"]:
+            raise UserError(
+                f"{where}, and {moved:.3g} from the server's own {base_name}, from which the adapter is {effect:.3g} "
+                f"away: the server answers without the adapter. {check}"
+            )
+    if effect <= noise:
+        reason = f"adapter and base are {effect:.3g} nats per token apart, no more than the noise of the server"
+        if noise > found["noise"]:
+            reason += f", whose base is {noise:.3g} from the one that was trained on"
+        return found | {"proven": False, "reason": reason}
     if found["to_base"] <= found["to_adapter"]:
         raise UserError(
-            f"{where}, and {found['to_base']:.3g} from its base: the server answers without the adapter. Check that it "
-            "was loaded under this name, in the form that the server takes (train/export.py --adapter … --to …)."
+            f"{where}, and {found['to_base']:.3g} from its base: the server answers without the adapter. {check}"
         )
-    if apart and (between := distance(proof.adapter, rivals[nearest].adapter)) <= noise:
-        reason = f"the adapter is {between:.3g} nats per token from that of {nearest}, no more than the server's noise"
+    if nearest:
+        rival = rivals[nearest]
+        between = distance(proof.adapter, rival.adapter) if rival.tokens == proof.tokens else None
+        if between is not None and between <= noise:
+            reason = f"the adapter is {between:.3g} nats per token from that of {nearest}, within the server's noise"
+            return found | {"proven": False, "reason": reason}
+        # On other prompts than the adapter's, a small difference says nothing.
+        if apart[nearest] + (noise if between is None else 0.0) < found["to_adapter"]:
+            raise UserError(
+                f"{where}, and {apart[nearest]:.3g} from that of {nearest}: the server has another variant under this "
+                "name. Start it again with the right --lora-modules."
+            )
+    if found["to_adapter"] > max(2 * noise, effect / 2):
+        reason = (
+            f"it is {found['to_adapter']:.3g} nats per token from the adapter, which is only {effect:.3g} from its "
+            "base: the server does not apply all of it"
+        )
         return found | {"proven": False, "reason": reason}
-    if apart and apart[nearest] < found["to_adapter"]:
+    return found
+
+
+def prove_base(name: str, adapters: Mapping[str, Path], ask: Asked) -> dict[str, Any]:
+    """Asks a server for the prompts of the first of some adapters, and returns what evaluation.json keeps of the base.
+
+    name: under which the server has the base. adapters: name -> adapter of the variants, as for `prove`. The result has
+    `proven` or a `reason`, `to_base`, `noise`, and `to_nearest_other` and its name. Raises UserError if what answers is
+    nearer to an adapter than to the base.
+    """
+    if any(read_serve(path).get("other_base") for path in adapters.values()):
+        return {"proven": False, "reason": "it is another base than the adapters were trained on", "other_base": True}
+    proofs = {other: held for other, path in adapters.items() if (held := read_proof(path))}
+    if not proofs:
+        return {"proven": False, "reason": f"no adapter has a {PROOF}"}
+    proof = next(iter(proofs.values()))
+    first, second = (ask(name, proof.tokens) for _ in range(2))
+    if first is None or second is None:
+        return {"proven": False, "reason": NO_LOG_P}
+    same = {other: held for other, held in proofs.items() if held.tokens == proof.tokens}
+    apart = {other: distance(first, held.adapter) for other, held in same.items()}
+    nearest = min(apart, key=lambda other: apart[other])
+    found: dict[str, Any] = {
+        "proven": True, "to_base": distance(first, proof.base), "noise": distance(first, second),
+        "nearest_other": nearest, "to_nearest_other": apart[nearest],
+    }  # fmt: skip
+    effect = distance(proof.base, same[nearest].adapter)
+    if effect <= found["noise"] or (found["to_base"] < apart[nearest] and found["to_base"] > effect / 2):
+        reason = (
+            f"the server's base is {found['to_base']:.3g} nats per token from the one that was trained on, and the "
+            f"adapter of {nearest} {effect:.3g}"
+        )
+        return found | {"proven": False, "reason": reason}
+    if apart[nearest] <= found["to_base"]:
         raise UserError(
-            f"{where}, and {apart[nearest]:.3g} from that of {nearest}: the server has another variant under this "
-            "name. Start it again with the right --lora-modules."
+            f"--endpoint-model {name}: the answering model is {found['to_base']:.3g} nats per token from the base, and "
+            f"{apart[nearest]:.3g} from the adapter of {nearest}: the server does not answer with the base. Start it "
+            "again with the right model."
         )
     return found
 
 
+def _to_rivals(name: str, first: LogP, proof: Proof, rivals: Mapping[str, Proof], ask: Asked) -> dict[str, float]:
+    """Returns the distance of the answering model to each other variant, on that variant's own prompts. Variants that
+    were trained on the same documents have the same prompts. One that its base hardly differs from is left out, if its
+    prompts are others."""
+    answers = [(proof.tokens, first)]
+    apart = {}
+    for other, held in rivals.items():
+        given = next((found for tokens, found in answers if tokens == held.tokens), None)
+        if given is None:
+            given = ask(name, held.tokens) or []
+            answers.append((held.tokens, given))
+        if given and (held.tokens == proof.tokens or distance(held.base, held.adapter) > LEAST_EFFECT):
+            apart[other] = distance(given, held.adapter)
+    return apart
+
+
+def read_serve(adapter: Path) -> dict[str, Any]:
+    """Returns the serve.json of an adapter as it was written for a server; {} for another adapter."""
+    return read_json(adapter / SERVE) if (adapter / SERVE).is_file() else {}
+
+
 def proof_line(proof: Mapping[str, Any]) -> str:
-    """Returns a sentence that says what `prove` found."""
+    """Returns a sentence that says what `prove` or `prove_base` found."""
     if not proof["proven"]:
-        return f"unproven that the server answers with the adapter: {proof['reason']}"
+        return f"unproven that the server answers with the right model: {proof['reason']}"
     noise = f"the server is {proof['noise']:.3g} from itself"
+    if "to_adapter" not in proof:
+        return (
+            f"the server answers with the base: {proof['to_base']:.3g} nats per token from it, "
+            f"{proof['to_nearest_other']:.3g} from {proof['nearest_other']} ({noise})"
+        )
     return (
         f"the server answers with the adapter: {proof['to_adapter']:.3g} nats per token from it, "
         f"{proof['to_base']:.3g} from the base ({noise})"

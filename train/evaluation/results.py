@@ -25,13 +25,10 @@ FEWEST = 10  # answers; with fewer, the share of useless ones is not reported
 
 
 def leave_summary(
-    s: EvaluationSettings, items: Sequence[Item], records: Records, contamination: Contamination | None,
-    proof: dict[str, Any] | None = None,
-) -> int:  # fmt: skip
-    """Writes evaluation.json and prints the tables. Returns how many answers are missing, have an error or
-    lack the label that they must have. proof: that
-    a server answers with the adapter, as `prove` returns it; None if it was not asked. Raises UserError if a row of
-    evaluation.jsonl is invalid."""
+    s: EvaluationSettings, items: Sequence[Item], records: Records, contamination: Contamination | None
+) -> int:
+    """Writes evaluation.json, with the proofs that it has, and prints the tables. Returns how many answers are missing,
+    have an error or lack the label that they must have. Raises UserError if a row of evaluation.jsonl is invalid."""
     rows = list(records.rows.values())
     errors = [row for item in items if (row := records.rows.get(item.key)) and row.get("error")]
     missing = sum(item.key not in records.rows for item in items)
@@ -53,7 +50,7 @@ def leave_summary(
         "settings": s.as_json(), "wanted": len(items), "missing": missing, "errors": len(errors),
         "warnings": warnings, "measured": measured, "likelihood": scored,
         "contamination": contamination.as_json() if contamination else None,
-        "proof": _proofs(held.get("proof") or {}, s.step, proof),
+        "proof": held.get("proof") or {},
         "other_base": bool(s.other_base or held.get("other_base")),
     }  # fmt: skip
     if any(item.labelled for item in items):
@@ -64,12 +61,15 @@ def leave_summary(
     return len(errors) + missing + unlabelled
 
 
-def _proofs(held: dict[str, Any], step: int, proof: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns the proofs by step: those held in evaluation.json, and that of this attempt. What is unproven stays so,
-    since some answers were given without proof."""
-    if proof and held.get(str(step), proof).get("proven"):
-        held[str(step)] = proof
-    return held
+def keep_proof(directory: Path, step: int, proof: dict[str, Any]) -> None:
+    """Writes into evaluation.json, before any question is asked, whether a server is proven to answer with the model of
+    a step, as `prove` or `prove_base` returns it. What is unproven stays so, since some answers were given without
+    proof."""
+    path = directory / SUMMARY
+    held = read_json(path) if path.is_file() else {}
+    proofs = held.get("proof") or {}
+    if proofs.get(str(step), {"proven": True}).get("proven"):
+        write_whole(path, json_line(held | {"proof": proofs | {str(step): proof}}, indent=1) + "\n")
 
 
 def _show(summary: dict[str, Any], errors: list[StoredRow], directory: Path) -> None:

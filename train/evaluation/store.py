@@ -37,7 +37,7 @@ STEP = ("step",)
 # The types of values that rows may have. A row with a value of another type holds something else.
 ROW_KINDS: dict[str, type] = dict.fromkeys(("step", "context", "sample"), int)
 ROW_KINDS |= dict.fromkeys(("claim", "kind", "question", "verdict", "model", "judge", "asked", "judged"), str)
-ROW_KINDS |= dict.fromkeys(("method", "group", "category", "entity", "said", "expected", "answer"), str)
+ROW_KINDS |= dict.fromkeys(("weights", "method", "group", "category", "entity", "said", "expected", "answer"), str)
 ROW_KINDS |= dict.fromkeys(("llr", "p_yes", "margin", "nll_mean", "score", "loss", "tokens_per_second"), float)
 ROW_KINDS |= dict.fromkeys(("chosen", "label", "labelled", "label_error"), str)
 ROW_KINDS |= dict.fromkeys(("p_follows", "with_note", "without_note", "effect"), float)
