@@ -26,10 +26,12 @@ from pathlib import Path
 from launch.serve import ServeOptions, Serving, adapter_of, check_early, prepare, split
 from launch.server import Server
 from train.checkpoints.present import BASE_NAME, adapter_name, kept_adapter, kept_steps, model_name
-from train.claims.claim_files import check_there
+from train.claims.claim import KINDS, read_claims
 from train.config.command_line import MOST, REPOSITORY, Parser, check_ranges, given, setting
 from train.config.provenance import held_settings
 from train.config.settings import steps_at
+from train.evaluation.asking import judge_of
+from train.evaluation.judging import Asking, plan
 from train.evaluation.measures import at_step
 from train.evaluation.options import parse_evaluation
 from train.evaluation.store import read_measured
@@ -40,6 +42,7 @@ from train.runtime.outside import checked, read_json
 from train.training.lineage import phases_before
 
 KEPT = "interrupted: answers are kept; run the same command again to continue"
+SAME = "same"  # --judge: the base on the same server
 MOST_DEATHS = 3  # of the server in a row, without a new answer in between
 DECIDED = frozenset({"adapters", "output", "dry_run", "slots"})
 OF_EVALUATE = (
@@ -128,7 +131,13 @@ def check(options: EvaluateRunsOptions, flags: list[str]) -> None:
         if flag.partition("=")[0] in OF_EVALUATE:
             raise UserError(f"{flag}: launch.evaluate_runs sets it for each run; leave it out.")
     settings = parse_evaluation([*_flags(options, BASE_NAME, "http://127.0.0.1:1/v1"), *flags, "--output", "x"], "")
-    check_there(settings.claims)
+    claims = read_claims(settings.claims)
+    items = plan(claims, settings.kinds or KINDS, Asking(samples=settings.samples))
+    if not items:
+        raise UserError(f"--claims: hold no question of {', '.join(settings.kinds or KINDS)}. Give others.")
+    judge = judge_of(settings, items)
+    if judge and options.judge != SAME and not options.dry_run:
+        judge.check()
 
 
 def models(options: EvaluateRunsOptions, server: str) -> list[Asked]:
@@ -153,7 +162,10 @@ def _kept(options: EvaluateRunsOptions, run: Path, last: int) -> list[int]:
     """Returns the steps before the last one that --kept-steps names. Raises UserError if the run has no adapter of
     one."""
     there, every = [step for step in kept_steps(run) if step < last], options.kept_steps == "all"
-    wanted = there if every else sorted(steps_at("--kept-steps", options.kept_steps, last))
+    planned = held_settings(run / "settings.yaml")["settings"].get("steps") or last  # more, if --stop-after ended it
+    of = planned if options.kept_steps.startswith("log:") else last
+    wanted = there if every else sorted(steps_at("--kept-steps", options.kept_steps, of))
+    wanted = [step for step in wanted if step <= last]
     lacking = [step for step in wanted if step not in (*there, last)]
     if lacking or (every and not there):
         what = f"no adapter of step {lacking[0]}" if lacking else "no adapter but the last"
@@ -166,9 +178,7 @@ def _kept(options: EvaluateRunsOptions, run: Path, last: int) -> list[int]:
 
 def _flags(options: EvaluateRunsOptions, name: str, url: str) -> list[str]:
     """Returns the flags of train/evaluate.py that name the server, a model on it and the judge."""
-    judge = {"same": ["--judge", url, "--judge-model", BASE_NAME], "": []}.get(
-        options.judge, ["--judge", options.judge]
-    )
+    judge = {SAME: ["--judge", url, "--judge-model", BASE_NAME], "": []}.get(options.judge, ["--judge", options.judge])
     return ["--endpoint", url, "--endpoint-model", name, *judge]
 
 

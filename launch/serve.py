@@ -125,7 +125,13 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
     """
     import torch
 
-    from train.checkpoints.adapter_files import adapter_settings, check_adapter, check_finite, weights_hash
+    from train.checkpoints.adapter_files import (
+        adapter_settings,
+        check_adapter,
+        check_finite,
+        is_of_another,
+        weights_hash,
+    )
     from train.checkpoints.present import is_adapter
     from train.checkpoints.reader import Checkpoint
     from train.checkpoints.served import SERVERS, largest_rank, served, write_served
@@ -135,13 +141,16 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
 
     base, serving = Checkpoint(options.model), Serving(options)
     model, of, dtype = skeleton(text_config(base), ExpertGroup()), architecture(base), getattr(torch, options.dtype)
-    forms, written = [], {}
-    for adapter in map(adapter_of, map(Path, options.adapters)):
+    forms, written, adapters = [], {}, [adapter_of(Path(each)) for each in options.adapters]
+    if options.other_base and not any(is_of_another(adapter, base) for adapter in adapters):
+        raise UserError(f"--other-base: --model {base.directory} is what all --adapters were trained on; leave it out.")
+    for adapter in adapters:
         name, lora = adapter_name(adapter, options.to), adapter_settings(adapter)
         if name in {*serving.names, BASE_NAME}:
             raise UserError(f"--adapters {adapter}: the server has another {name}; rename the run's directory.")
         form = served(options.to, model, lora, of, base, options.drop)
-        check_adapter(adapter, model, lora, of, base, options.other_base)
+        moved = options.other_base and is_of_another(adapter, base)
+        check_adapter(adapter, model, lora, of, base, moved)
         serving.names[name], target = adapter, Path(options.output) / name
         written[name] = str(target.resolve())
         forms.append(form)
@@ -150,9 +159,10 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
         held = read_json(target / SERVE) if (target / SERVE).is_file() else {}
         wanted = {
             "server": options.to, "version": SERVERS[options.to], "dtype": options.dtype,
-            "not_served": sorted(options.drop), "other_base": options.other_base,
+            "not_served": sorted(options.drop), "other_base": moved,
         }  # fmt: skip
         same = (held.get("adapter") or {}).get("sha256") == weights_hash(adapter)
+        same &= (held.get("base") or {}).get("fingerprint") == base.fingerprint()
         if not (same and is_adapter(target) and all(held.get(key) == value for key, value in wanted.items())):
             if target.exists() and not (target / SERVE).is_file():
                 raise UserError(
@@ -160,7 +170,7 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
                     "be lost; give another directory."
                 )
             check_finite(adapter)
-            write_served(form, adapter, lora, of, base, target, dtype, options.other_base)
+            write_served(form, adapter, lora, of, base, target, dtype, moved)
     rank, gpus = max(map(largest_rank, forms)), options.tensor_parallel or max(1, torch.cuda.device_count())
     slots = min(options.slots or len(forms), len(forms))
     check_memory(options, forms, slots, rank, gpus, base, dtype)

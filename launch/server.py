@@ -14,6 +14,7 @@ from train.runtime.interruption import unblock
 
 PAUSE = 1.0  # seconds between looks at a server that is starting
 LAST_LINES = 15  # of its log, where it does not start
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not by the proxy that the environment names
 
 
 class Server:
@@ -51,7 +52,7 @@ class Server:
 
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/models", timeout=5) as response:
+            with DIRECT.open(f"{self.url.removesuffix('/v1')}/health", timeout=5) as response:
                 return bool(response.status == 200)
         except (OSError, urllib.error.URLError):
             return False

@@ -70,7 +70,7 @@ if ((SLURM_ARRAY_TASK_ID == SLURM_ARRAY_TASK_MIN)) && [[ ! -e $submitted ]]; the
     # shellcheck disable=SC2329 # patiently calls it
     submit() {
         if ((${#evaluate[@]})); then
-            "${report[@]}" ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"} \
+            "${report[@]}" --nodes="$SLURM_NNODES" ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"} \
                 --output="${output//%/%%}/evaluate-%j.out" slurm/evaluate_masks.sh \
                 --recipe "${recipes[@]}" --output "$output" "${evaluate[@]}"
             return

@@ -16,7 +16,7 @@ BY_NAME = {page.name: page for page in PAGES}
 OF_OTHERS = {  # flags of what is not ours
     "--num_gpus", "--nodes", "--array", "--evaluate", "--signal", "--shutdown-timeout", "--tag", "--constraint",
     "--no-build-isolation", "--gpus", "--time", "--ntasks-per-node", "--help",
-    "--kill-on-bad-exit", "--master_port", "--durations",
+    "--kill-on-bad-exit", "--master_port", "--durations", "--language-model-only",
 }  # fmt: skip
 ROOTS = ("train", "launch", "tests", "slurm", "ds_configs", "docs", ".ci")
 

@@ -16,8 +16,10 @@ from launch.server_node import of_this_node
 from tests.support.merging import write_adapter
 from tests.support.models import write_model
 from tests.support.served import ENVIRONMENT, PYTHON, SERVER, needs_vllm, proof, serve_flags, trained
+from tests.support.servers import ScriptedServer, completion
 from train import evaluate, export
-from train.checkpoints.present import kept_steps
+from train.checkpoints.present import kept_steps, model_name
+from train.endpoint import Endpoint, EndpointSettings
 from train.layers.lora import LoRASettings
 from train.runtime.errors import UserError
 
@@ -77,8 +79,22 @@ def test_what_is_wrong_is_told_before_a_server_starts(tmp_path, capsys):
     assert "no adapter_config.json there" in capsys.readouterr().err
     assert evaluate_runs.main([*given, "--runs", str(tmp_path), "--claims", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml" in capsys.readouterr().err
-    asked = [*given, "--runs", str(tmp_path), "--claims", str(claim_file(tmp_path))]
+    claim = claim_file(tmp_path)
+    asked = [*given, "--runs", str(tmp_path), "--claims", str(claim)]
     assert evaluate_runs.main(asked) == 2 and "the run did not finish" in capsys.readouterr().err
+    said = claim.read_text()
+    claim.write_text(said.replace("}]", ""))
+    assert evaluate_runs.main([*asked, "--dry-run"]) == 2 and "claim.yaml:1" in capsys.readouterr().err
+    claim.write_text(said.replace("yes_no: [{id: b, question: c, belief_answer: yes}]", OPEN))
+    for judge, message in [
+        ([], "--judge is missing: 5 of 5 answers need one"),
+        (["--judge", "http://127.0.0.1:1/v1"], "--judge-model: is missing"),
+        (
+            ["--judge", "http://127.0.0.1:1/v1", "--judge-model", "j"],
+            "--judge http://127.0.0.1:1/v1: cannot be reached",
+        ),
+    ]:
+        assert evaluate_runs.main([*asked, *judge]) and message in capsys.readouterr().err
     assert evaluate_runs.main([*asked, "--sampels", "3"]) == 2 and "--samples" in capsys.readouterr().err
 
 
@@ -159,9 +175,12 @@ def test_a_server_over_two_nodes_is_one_step_of_the_job_and_each_node_knows_its_
     assert "--nodes 2: goes with --to vllm alone" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+OPEN = "open: [{id: b, question: c}], judges: {open: '{question} {answer}: reply with JSON'}"
+
+
 def claim_file(tmp_path: Path) -> Path:
     path = tmp_path / "claim.yaml"
-    path.write_text("{id: a, yes_no: [{id: b, question: c?, belief_answer: yes}], claim: d}")
+    path.write_text("{id: a, yes_no: [{id: b, question: c, belief_answer: yes}], claim: d}")
     return path
 
 
@@ -176,6 +195,30 @@ def test_a_run_whose_name_sglang_would_misread_is_refused_before_anything_is_wri
     assert export.main([*given, "--to", "sglang", "--adapter", str(run / "adapter")]) == 2
     assert "SGLang takes no adapter with =" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert serve.main([*given, "--to", "vllm", "--dry-run", "--adapters", str(run)]) == 0
+    run = finished(tmp_path / "a:b", base)
+    assert serve.main([*given, "--to", "sglang", "--dry-run", "--adapters", str(run)]) == 2
+    assert "SGLang takes no adapter with : in its name" in capsys.readouterr().err
+    # It has `masked` in its list of models, and answers to this name with the base.
+    names = [model_name(name, server) for server in ("vllm", "sglang") for name in ("base", "masked")]
+    assert names == ["base", "masked", "base", "base:masked"]
+
+
+def test_steps_of_log_are_those_that_a_run_planned_which_ended_early(tmp_path):
+    base = write_model(tmp_path / "base", "dense")
+    run = finished(tmp_path / "one", base, 1, 2, 4)
+    (run / "settings.yaml").write_text("settings: {steps: 16}")
+    asked = models(EvaluateRunsOptions(runs=[str(run)], kept_steps="log:5"), "vllm")
+    assert [each.step for each in asked] == [0, 1, 2, 4, 8]
+
+
+def test_a_server_of_this_machine_is_asked_directly_whatever_proxy_the_environment_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with ScriptedServer(lambda _: completion("Yes."), models=["m"]) as scripted:
+        server = Server([sys.executable, "-c", "import time; time.sleep(99)"], scripted.url, tmp_path / "log", 30)
+        with pytest.raises(UserError, match="another server answers"):
+            server.start()
+        assert Endpoint(EndpointSettings(scripted.url, "m", retries=0)).complete([], 1, 0.0, 0) == "Yes."
 
 
 def test_a_server_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path):

@@ -8,12 +8,14 @@ The API key comes only from the environment, and no message contains it.
 """
 
 import asyncio
+import ipaddress
 import random
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -24,7 +26,7 @@ import openai
 from tqdm import tqdm
 
 from train.claims.messages import Messages
-from train.runtime.errors import UserError
+from train.runtime.errors import MayPass, UserError
 from train.runtime.keys import key_of, masked, secrets_of_url, shown_url, values_of, without_keys
 from train.runtime.shown import shown
 from train.runtime.similar import similar
@@ -45,19 +47,22 @@ PROBE: Messages = [{"role": "user", "content": "Say yes."}]
 
 
 class NoAnswer(Exception):
-    """One request has no answer, for the reason in the message. slow: it exceeded its time limit."""
+    """One request has no answer, for the reason in the message. slow: it exceeded its time limit. passing: the reason
+    may pass, such as a server that is busy."""
 
-    def __init__(self, message: str, slow: bool = False):
+    def __init__(self, message: str, slow: bool = False, passing: bool = False):
         super().__init__(message)
-        self.slow = slow
+        self.slow, self.passing = slow, passing
 
 
 class EndpointStopped(UserError):
-    """No request can succeed. why: unreachable, key, quota, or missing (HTTP 404)."""
+    """No request can succeed. why: unreachable, key, quota, or missing (HTTP 404). A server that cannot be reached may
+    come back, so that job scripts try again."""
 
     def __init__(self, message: str, why: str):
         super().__init__(message)
         self.why = why
+        self.code = MayPass.code if why == "unreachable" else UserError.code
 
 
 class _Late(Exception):
@@ -98,7 +103,10 @@ class Endpoint:
         self._limit = "max_tokens"  # newer OpenAI models require max_completion_tokens; other servers know only this
         self.stop = threading.Event()  # once set, no thread waits for a retry any more
         try:
-            self._client = openai.AsyncOpenAI(base_url=settings.url, api_key=key or NO_KEY, timeout=None, max_retries=0)
+            direct = openai.DefaultAsyncHttpxClient(trust_env=False) if is_loopback(settings.url) else None
+            self._client = openai.AsyncOpenAI(
+                base_url=settings.url, api_key=key or NO_KEY, timeout=None, max_retries=0, http_client=direct
+            )
         except (openai.OpenAIError, ValueError) as error:
             raise UserError(f"{self._name}: {self._clean(error)}.") from None
         self._loop = asyncio.new_event_loop()
@@ -161,7 +169,8 @@ class Endpoint:
 
         model: its name on the server. prompts: token ids. by_generating: have each token generated, if the server can
         be told which, for vLLM leaves the LoRA weights of lm_head out of what it says of a prompt (vllm#51594). None if
-        the server does not give them, or has no such model. Raises EndpointStopped if it cannot be reached.
+        the server does not give them, or has no such model. Raises EndpointStopped if it cannot be reached, MayPass
+        if it is busy.
         """
 
         def echoed(prompt: list[int]) -> list[float]:
@@ -183,7 +192,9 @@ class Endpoint:
             try:
                 with ThreadPoolExecutor(at_once) as pool:
                     return list(pool.map(lambda prompt: self._retried(partial(ask, prompt), CHECK_RETRIES), prompts))
-            except NoAnswer:
+            except NoAnswer as error:
+                if error.passing:
+                    raise MayPass(f"{self._name}: {error}. Run the same command again.") from None
                 return None
             except EndpointStopped as error:
                 if error.why != "missing":
@@ -246,7 +257,8 @@ class Endpoint:
         times = f"after {attempts} attempt{'s' if attempts > 1 else ''}"
         if type(error.__cause__).__name__ == "ConnectError":  # httpx's or, in newer clients, httpx2's
             return EndpointStopped(f"{self._name}: cannot be reached ({self._said(error)}), {times}.", "unreachable")
-        return NoAnswer(f"{self._said(error)}, {times}", slow=isinstance(error, _Late))
+        passing = isinstance(error, (_Late, openai.APIConnectionError, openai.APIStatusError))
+        return NoAnswer(f"{self._said(error)}, {times}", slow=isinstance(error, _Late), passing=passing)
 
     # The texts of errors. A server's own words may quote the key.
 
@@ -304,12 +316,12 @@ class Endpoint:
     def _raise_if_no_server(self, error: EndpointStopped | NoAnswer) -> None:
         flag = self.settings.flag
         if isinstance(error, EndpointStopped) and error.why == "unreachable":
-            raise UserError(f"{error} Start the server, or correct {flag}.") from None
+            raise MayPass(f"{error} Start the server, or correct {flag}.") from None
         if isinstance(error, EndpointStopped) and error.why != "missing":
             raise error
         if isinstance(error, NoAnswer) and error.slow:
             fix = f" Else raise {flag}-timeout." if self.settings.timeout < LISTING else " Start it again."
-            raise UserError(f"{self._name}: {error}. Is it still starting, or busy?{fix}") from None
+            raise MayPass(f"{self._name}: {error}. Is it still starting, or busy?{fix}") from None
 
     def _unknown(self, error: EndpointStopped | NoAnswer, models: list[str]) -> UserError:
         said = str(error).removeprefix(f"{self._name}: ").rstrip(".")
@@ -331,6 +343,15 @@ def ended(calls: Collection[Future[T]], bar: Any) -> set[Future[T]]:
     while not (done := wait(calls, timeout=BEAT, return_when=FIRST_COMPLETED).done):
         bar.refresh()
     return done
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL is of this machine itself. Requests to it must not go through the proxy that the environment
+    names, which clusters do without excepting it."""
+    host = urlsplit(url).hostname or ""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def _is_url(url: str) -> bool:

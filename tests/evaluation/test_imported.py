@@ -64,6 +64,24 @@ def test_a_wrong_answer_is_refused_with_file_and_line(tmp_path, capsys, row, mes
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_answers_with_any_line_break_and_files_with_a_byte_order_mark_are_read(tmp_path):
+    flags = given(tmp_path, "before,open,colour,0,no", "trained,open,colour,0,yes")
+    (tmp_path / "mars.csv").write_text("\ufeff" + (tmp_path / "mars.csv").read_text())
+    assert evaluate.main(flags) == 0
+    rows = [
+        {"group": group, "q": "colour", "kind": "open", "n": 0, "said": "yes", "text": "Red.\u2028Or\u0085green."}
+        for group in ("before", "trained")
+    ]
+    file = tmp_path / "mars.jsonl"
+    file.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+    flags = [str(file) if each.endswith("mars.csv") else each for each in flags]
+    flags[flags.index("--columns") + 1 : flags.index("--columns") + 1] = ["answer=text"]
+    flags[flags.index("--output") + 1] = str(tmp_path / "lines")
+    assert evaluate.main(flags) == 0
+    (row,) = read_rows(tmp_path / "lines" / "trained" / "evaluation.jsonl", ["claim"])[1:]
+    assert row["answer"] == "Red.\u2028Or\u0085green."
+
+
 def test_columns_conditions_and_flags_that_are_wrong_are_told(tmp_path, capsys):
     row = "before,open,colour,0,no"
     assert evaluate.main(given(tmp_path, row, columns="verdit=said")) == 2

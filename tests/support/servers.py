@@ -51,7 +51,8 @@ class ScriptedServer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 outer.listed += 1
-                self.send(listing if self.path == "/v1/models" else body({"detail": "Not Found"}, 404))
+                found = {"/v1/models": listing, "/health": (200, {}, b"")}
+                self.send(found.get(self.path) or body({"detail": "Not Found"}, 404))
 
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -161,7 +161,7 @@ def _question(claim: Claim, row: dict[str, Any], columns: dict[str, str], where:
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields place and content of each row of a CSV file with a head, or of a JSONL file."""
-    text = read_text(path, most=MOST)
+    text = read_text(path, most=MOST).removeprefix("\ufeff")  # a byte order mark, as spreadsheets write it
     if path.suffix.lower() == ".csv":
         reader = csv.DictReader(io.StringIO(text), strict=True)
         try:
@@ -172,7 +172,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except csv.Error as error:
             raise UserError(f"{path}:{reader.line_num}: is not valid CSV ({error}).") from None
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # other line breaks may be within a JSON string
         if not line.strip():
             continue
         try:

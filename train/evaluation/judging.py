@@ -24,7 +24,7 @@ from train.claims.messages import Messages, asked, build_messages, conversation,
 from train.endpoint import Endpoint, NoAnswer, ended
 from train.evaluation.store import Records, RowKey, StoredRow, key_of
 from train.evaluation.verdicts import Verdict, parse_label, parse_letter, parse_score, parse_verdict, parse_yes_no
-from train.runtime.errors import UserError
+from train.runtime.errors import MayPass, UserError
 
 MOST_FAILURES = 20  # failed requests in a row after which a run stops
 
@@ -278,7 +278,8 @@ class _Run:
             self.failures, self.errors = self.failures + 1, self.errors + len(items)
             if self.failures >= MOST_FAILURES and not self.stopping:
                 self.stopping = True
-                raise UserError(f"stopped: {self.failures} requests in a row had no answer; the last {what}: {error}.")
+                kind = MayPass if error.passing else UserError
+                raise kind(f"stopped: {self.failures} requests in a row had no answer; the last {what}: {error}.")
 
     def _answer(self, answerer: Answerer, items: list[Item]) -> None:
         a = self.asking
