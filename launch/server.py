@@ -14,6 +14,7 @@ from train.runtime.interruption import unblock
 
 PAUSE = 1.0  # seconds between looks at a server that is starting
 LAST_LINES = 15  # of its log, where it does not start
+ENDING = 60.0  # seconds that a server has to end; Slurm gives the processes of a step 30, and kills them then
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not by the proxy that the environment names
 
 
@@ -68,7 +69,7 @@ class Server:
         with suppress(ProcessLookupError):
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                self.process.wait(30)
+                self.process.wait(ENDING)
         with suppress(ProcessLookupError):  # also of a server that died, whose workers may hold a GPU's memory
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

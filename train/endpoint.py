@@ -203,7 +203,8 @@ class Endpoint:
 
         if by_generating:
             begun = [prompt[: end + 1] for prompt in prompts for end in range(1, len(prompt))]
-            values = asked(generated, begun, self.concurrency)
+            tried = asked(generated, begun[:1], 1)  # whether this server generates what it is told to
+            values = asked(generated, begun, self.concurrency) if tried and all(tried) else None
             if values and all(values):
                 each = iter(values)
                 return [[next(each)[0] for _ in prompt[1:]] for prompt in prompts]
