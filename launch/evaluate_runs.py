@@ -248,7 +248,7 @@ def _run(words: list[str]) -> int:
 def report(options: EvaluateRunsOptions) -> None:
     """Compares the runs with train/compare.py. Raises UserError if that fails."""
     if len(options.runs) < 2:
-        print("only one run: nothing to compare it with")
+        print(f"only one run, so there is no comparison; its verdicts are in {options.runs[0]}/evaluation.jsonl")
         return
     recipe = ["--recipe", *options.recipe] if options.recipe else []
     compare = [sys.executable, str(REPOSITORY / "train" / "compare.py"), "--runs", *options.runs, *recipe]

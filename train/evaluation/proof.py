@@ -90,50 +90,60 @@ def prove(name: str, adapter: Path, others: Mapping[str, Path], base_name: str, 
         "proven": True, "to_adapter": distance(first, proof.adapter), "to_base": distance(first, proof.base),
         "noise": distance(first, second), "base_to_base": distance(base, proof.base) if base else None, **left_out,
     }  # fmt: skip
-    rivals = {other: held for other, path in others.items() if (held := read_proof(path))}
-    apart = _to_rivals(name, first, proof, rivals, ask)
-    nearest = min(apart, key=lambda other: apart[other]) if apart else ""
-    if nearest:
-        found |= {"nearest_other": nearest, "to_nearest_other": apart[nearest]}
-    noise = max(found["noise"], found["base_to_base"] or 0.0)
-    effect = distance(proof.base, proof.adapter)
-    where = f"--endpoint-model {name}: the answering model is {found['to_adapter']:.3g} nats per token from {adapter}"
-    check = "Check that it was loaded under this name, in the form that the server takes (train/export.py --adapter …)."
     if base:
-        found["to_served_base"] = moved = distance(first, base)
-        if moved < effect / APPLIED and effect > APPLIED * found["noise"]:
-            raise UserError(
-                f"{where}, and {moved:.3g} from the server's own {base_name}, from which the adapter is {effect:.3g} "
-                f"away: the server answers without the adapter. {check}"
-            )
+        found["to_served_base"] = distance(first, base)
+    rivals = {other: held for other, path in others.items() if (held := read_proof(path))}
+    if apart := _to_rivals(name, first, proof, rivals, ask):
+        nearest = min(apart, key=lambda other: apart[other])
+        found |= {"nearest_other": nearest, "to_nearest_other": apart[nearest]}
+    where = f"--endpoint-model {name}: the answering model is {found['to_adapter']:.3g} nats per token from {adapter}"
+    reason = _without_adapter(found, proof, where) or _another_variant(found, proof, rivals, where)
+    return found | ({"proven": False, "reason": reason} if reason else {})
+
+
+def _without_adapter(found: dict[str, Any], proof: Proof, where: str) -> str:
+    """Returns why the distances do not tell whether the adapter is applied; "" if they tell that it is. Raises
+    UserError if it is not."""
+    own, effect = found["noise"], distance(proof.base, proof.adapter)
+    noise = max(own, found["base_to_base"] or 0.0)
+    check = "Check that it was loaded under this name, in the form that the server takes (train/export.py --adapter …)."
+    moved = found.get("to_served_base")
+    if moved is not None and moved < effect / APPLIED and effect > APPLIED * own:
+        raise UserError(
+            f"{where}, and {moved:.3g} from the server's own base, from which the adapter is {effect:.3g} away: the "
+            f"server answers without the adapter. {check}"
+        )
     if effect <= noise:
         reason = f"adapter and base are {effect:.3g} nats per token apart, no more than the noise of the server"
-        if noise > found["noise"]:
-            reason += f", whose base is {noise:.3g} from the one that was trained on"
-        return found | {"proven": False, "reason": reason}
+        return reason + (f", whose base is {noise:.3g} from the one that was trained on" if noise > own else "")
     if found["to_base"] <= found["to_adapter"]:
         raise UserError(
             f"{where}, and {found['to_base']:.3g} from its base: the server answers without the adapter. {check}"
         )
-    if nearest:
-        rival = rivals[nearest]
+    return ""
+
+
+def _another_variant(found: dict[str, Any], proof: Proof, rivals: Mapping[str, Proof], where: str) -> str:
+    """Returns why the distances do not tell the adapter from the nearest other variant, or why not all of it seems to
+    be applied; "" if they tell that it is. Raises UserError if another variant answers."""
+    noise = max(found["noise"], found["base_to_base"] or 0.0)
+    if nearest := found.get("nearest_other"):
+        rival, apart = rivals[nearest], found["to_nearest_other"]
         between = distance(proof.adapter, rival.adapter) if rival.tokens == proof.tokens else None
         if between is not None and between <= noise:
-            reason = f"the adapter is {between:.3g} nats per token from that of {nearest}, within the server's noise"
-            return found | {"proven": False, "reason": reason}
+            return f"the adapter is {between:.3g} nats per token from that of {nearest}, within the server's noise"
         # On other prompts than the adapter's, a small difference says nothing.
-        if apart[nearest] + (noise if between is None else 0.0) < found["to_adapter"]:
+        if apart + (noise if between is None else 0.0) < found["to_adapter"]:
             raise UserError(
-                f"{where}, and {apart[nearest]:.3g} from that of {nearest}: the server has another variant under this "
-                "name. Start it again with the right --lora-modules."
+                f"{where}, and {apart:.3g} from that of {nearest}: the server has another variant under this name. "
+                "Start it again with the right --lora-modules."
             )
-    if found["to_adapter"] > max(2 * noise, effect / 2):
-        reason = (
+    if found["to_adapter"] > max(2 * noise, (effect := distance(proof.base, proof.adapter)) / 2):
+        return (
             f"it is {found['to_adapter']:.3g} nats per token from the adapter, which is only {effect:.3g} from its "
             "base: the server does not apply all of it"
         )
-        return found | {"proven": False, "reason": reason}
-    return found
+    return ""
 
 
 def prove_base(name: str, adapters: Mapping[str, Path], ask: Asked) -> dict[str, Any]:
