@@ -59,6 +59,10 @@ class EvaluateRunsOptions:
     output: str = setting("", "DIR for the report, the exported adapters and the server's log")
     judge: str = setting("", "base URL of the server with the judge, or same: the base on the same server")
     recipe: list[str] = setting((), "FILE…: recipe that names the variants, for train/compare.py", many=True)  # noqa: RUF009
+    placebo: list[str] = setting(  # noqa: RUF009
+        (), "ID…: claims that no training document is about; default: those of the runs' comparison", many=True
+    )
+    baseline: str = setting("", "variant that others are compared with; default: that of the runs' comparison")
     kept_steps: str = setting("", "steps of which each run's kept adapter is asked, too: 1,2,4 or log:15, or all")
     start_timeout: float = setting(3600, "seconds until the server must answer", between=(1, MOST))
     dry_run: bool = setting(False, "check everything, and print the server's command")
@@ -250,8 +254,10 @@ def report(options: EvaluateRunsOptions) -> None:
     if len(options.runs) < 2:
         print(f"only one run, so there is no comparison; its verdicts are in {options.runs[0]}/evaluation.jsonl")
         return
-    recipe = ["--recipe", *options.recipe] if options.recipe else []
-    compare = [sys.executable, str(REPOSITORY / "train" / "compare.py"), "--runs", *options.runs, *recipe]
+    own = ["--recipe", *options.recipe] if options.recipe else []
+    own += ["--placebo", *options.placebo] if options.placebo else []
+    own += ["--baseline", options.baseline] if options.baseline else []
+    compare = [sys.executable, str(REPOSITORY / "train" / "compare.py"), "--runs", *options.runs, *own]
     if code := _run([*compare, "--output", options.output]):
         raise UserError(f"train/compare.py exited with code {code}; its message is above.")
 

@@ -6,6 +6,8 @@ from train.comparison.units import LEAST_UNITS, Units
 from train.comparison.wording import by_t, estimated, in_context, number, p_value, rests_on, tested
 from train.evaluation.measures import BELIEF, FURTHER, LEAST_AUC, SIDE_EFFECTS
 
+MOST_CLAIMS = 12  # that a table of each claim has columns for
+
 
 def main_table(result: ComparisonResult) -> Table:
     """Returns belief by variant, with the base model's, and each difference to the baseline."""
@@ -49,7 +51,7 @@ def difference_tables(result: ComparisonResult) -> list[Block]:
         ),
         Table([*head, "placebo's difference", "by seed"], rows, f"{by_t(main.units, main.placebo_units)}."),
     ]
-    return [*blocks, *_claim_table(result)]
+    return [*blocks, *_claim_tables(result)]
 
 
 def _uninformative(result: ComparisonResult) -> str:
@@ -61,20 +63,27 @@ def _uninformative(result: ComparisonResult) -> str:
     )
 
 
-def _claim_table(result: ComparisonResult) -> list[Block]:
-    """Returns a table of each claim's own difference, if claims are too few for a verdict."""
+def _claim_tables(result: ComparisonResult) -> list[Block]:
+    """Returns a table of each claim's own belief and, if claims are too few for a verdict, of its own differences;
+    [] if there is one claim, or more than a table can show."""
     main, unit = result.main, result.unit
     claims = main.claims
-    if not 1 < len(claims) < LEAST_UNITS:
+    if not 1 < len(claims) <= MOST_CLAIMS:
         return []
-    rows = [
-        [name, *(estimated(own.by_claim[claim], unit, True) for claim in claims)]
-        for name, own in main.differences.items()
-    ]
     units = [Units("questions", main.questions[claim], main.units.seeds) for claim in claims]
-    head = [f"{claim}: {rests_on(own)}" for claim, own in zip(claims, units, strict=True)]
-    caption = "Each claim's difference; 95 % t intervals over its own questions and, where there are several, seeds."
-    return [Table(["variant", *head], rows, caption=caption)]
+    head = ["variant", *(f"{claim}: {rests_on(own)}" for claim, own in zip(claims, units, strict=True))]
+    over = "95 % t intervals over its own questions and, where there are several, seeds."
+    models = {BASE: main.base} if main.base else {}
+    models |= {name: own.trained for name, own in main.variants.items()}
+    rows = [[name, *(estimated(own.by_claim[claim], unit) for claim in claims)] for name, own in models.items()]
+    tables: list[Block] = [Table(head, rows, caption=f"Each claim's {main.measure.label}; {over}")]
+    if len(claims) < LEAST_UNITS:
+        rows = [
+            [name, *(estimated(own.by_claim[claim], unit, True) for claim in claims)]
+            for name, own in main.differences.items()
+        ]
+        tables.append(Table(head, rows, caption=f"Each claim's difference; {over}"))
+    return tables
 
 
 def published(result: ComparisonResult) -> list[Block]:
@@ -82,7 +91,10 @@ def published(result: ComparisonResult) -> list[Block]:
     rows = [[row.condition, row.claim or "average", f"{row.value:.1f}", row.source] for row in result.published]
     if not rows:
         return []
-    warning = "These are from another model, other training and another judge: for orientation, not for comparison."
+    warning = (
+        "These are of the paper's own models, training and judge: for orientation, and for comparison with the paper's "
+        "own answers alone."
+    )
     if result.measure != "rate":
         warning += f" They also use another measure: belief rates; here, belief is the {result.main.measure.label}."
     return [Table(["condition", "claim", "belief rate, %", "source"], rows), Text(warning)]

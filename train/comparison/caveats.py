@@ -184,7 +184,7 @@ def _runs(result: ComparisonResult) -> list[str]:
             f"number of steps: {told}."
         )
     trained = {name: row.tokens_trained for name, row in rows.items() if row.tokens_trained}
-    steps = {name: " or ".join(map(str, row.steps)) for name, row in rows.items()}
+    steps = {name: " or ".join(map(str, row.steps)) for name, row in rows.items() if row.tokens_trained is not None}
     if len({*steps.values()}) > 1 and not result.match_trained_tokens:
         told = "; ".join(f"{name} {own}" for name, own in steps.items())
         found.append(f"Variants train for different numbers of steps: {told}.")

@@ -258,10 +258,11 @@ def group(runs: list[RunResult]) -> list[ComparedVariant]:
     """Groups runs by mask and, if they differ in these, loss norm and learning rate; in the order of the runs. Raises
     UserError for two runs of one variant and seed."""
     names = (*MAY_DIFFER, *(("carry_optimizer", "schedule_from") if any(run.phases for run in runs) else ()))
-    differing = [name for name in names if len({run.of_phases(name) for run in runs}) > 1]
+    trained = [run for run in runs if not run.imported]  # of imported ones only the name is known, which is the mask
+    differing = [name for name in names if len({run.of_phases(name) for run in trained or runs}) > 1]
     variants: dict[str, ComparedVariant] = {}
     for run in runs:
-        differs = {name: run.of_phases(name) for name in differing}
+        differs = {name: run.of_phases(name) for name in differing if not run.imported or name == "mask"}
         mask = run.mask
         name = ", ".join([mask, *(f"{k.replace('_', '-')} {v}" for k, v in differs.items() if k != "mask")])
         variant = variants.setdefault(name, ComparedVariant(name, mask, differs, []))

@@ -20,7 +20,7 @@ from train.comparison.compared import (
     read_run,
 )
 from train.comparison.report import write_report
-from train.comparison.result import ComparisonResult
+from train.comparison.result import BASE, ComparisonResult
 from train.comparison.significance import Interval
 from train.comparison.trained_documents import (
     by_part,
@@ -107,13 +107,13 @@ def read_comparison(plan: ComparisonPlan, runs: dict[tuple[str, int], Path]) -> 
 
 def _variants(plan: ComparisonPlan, results: dict[tuple[str, int], RunResult]) -> list[ComparedVariant]:
     """Returns the plan's variants with their runs."""
-    every = list(results.values())
+    every = [each for each in results.values() if not each.imported] or list(results.values())
     names = (*DIFFERING, *(("carry_optimizer", "schedule_from") if any(each.phases for each in every) else ()))
     differing = [name for name in names if any(each.of_phases(name) != every[0].of_phases(name) for each in every)]
     found = []
     for planned in plan.variants:
         if own := [result for (variant, _), result in results.items() if variant == planned.name]:
-            differs = {key: own[0].of_phases(key) for key in differing}
+            differs = {key: own[0].of_phases(key) for key in differing if not own[0].imported}
             found.append(ComparedVariant(planned.name, own[0].mask, differs, own, planned.names, planned.dose))
     return found
 
@@ -174,7 +174,10 @@ def show(outcome: ComparisonResult, directory: Path) -> None:
     title = f"{outcome.title}: {main.measure.label}, {unit}; {by_t(main.units)}"
     table = Table(title=title, title_justify="left")
     for column in ("variant", "belief", f"minus {outcome.baseline}", "p (Holm)", "verdict", "targets trained"):
-        table.add_column(column, justify="left" if column in ("variant", "verdict") else "right")
+        justify: Any = "left" if column in ("variant", "verdict") else "right"
+        table.add_column(column, justify=justify, overflow="fold")  # no name may be cut: two could look the same
+    if main.base:
+        table.add_row(BASE, _with_interval(main.base.interval, unit), *["–"] * 3, "–")
     for name, own in outcome.variants.items():
         cells = ["–", "–", "baseline"]
         if gap := main.differences.get(name):

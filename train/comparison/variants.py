@@ -5,6 +5,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,7 @@ def _plan_of_runs(options: ComparisonOptions, own: dict[str, Any]) -> Comparison
     """Returns the plan for finished runs. Their variants are those of the recipe or, without one, follow from the
     settings in which the runs differ. own: the settings of train/sft.py that the command line gives."""
     output = own.pop("output", "") or f"runs/comparison-{time.strftime('%Y%m%d-%H%M%S')}"
+    tracked = {"wandb": own.pop("wandb")} if "wandb" in own else {}
     if others := [name for name in ("masks", "seeds") if getattr(options, name)] + [*own]:
         raise UserError(
             f"--runs: compares finished runs; leave out the training settings {', '.join(map(flag_of, others))}."
@@ -237,7 +239,8 @@ def _plan_of_runs(options: ComparisonOptions, own: dict[str, Any]) -> Comparison
     runs = [run for each in options.runs for run in runs_of(Path(each))]
     held = {run: run_settings(run) for run in runs}
     recipe = merged(options.recipe, Settings)
-    shared = Settings(**{k: v for k, v in next(iter(held.values())).items() if k in Settings.__dataclass_fields__})
+    first = {k: v for k, v in next(iter(held.values())).items() if k in Settings.__dataclass_fields__}
+    shared = Settings(**first | tracked)
     if recipe.variants:
         owned = [_variant(name, each, recipe.settings, {}) for name, each in recipe.variants.items()]
         finished: dict[tuple[str, int], Path] = {}
@@ -256,12 +259,31 @@ def _plan_of_runs(options: ComparisonOptions, own: dict[str, Any]) -> Comparison
         grouped = group([read_run(run) for run in runs])
         finished = {(variant.name, run.seed): Path(run.directory) for variant in grouped for run in variant.runs}
         variants = [Variant(variant.name, {"": shared}, {}) for variant in grouped]
+    names = [variant.name for variant in variants]
+    earlier, report = _earlier(runs) if not recipe.variants else ({}, None)
+    known = {claim for claim in earlier.get("placebo", []) if not options.placebo}
+    theirs = earlier.get("baseline", "")
+    baseline = options.baseline or recipe.baseline or (theirs if theirs in names else "")
+    taken = [f"the placebo claims {', '.join(sorted(known))}"] * bool(known)
+    taken += [f"the baseline {baseline}"] * (baseline not in ("", options.baseline, recipe.baseline))
+    if taken:
+        print(f"note: {' and '.join(taken)} are those of {report}; --placebo and --baseline give others")
     return ComparisonPlan(
-        variants, shared, Path(output),
-        _baseline(options.baseline or recipe.baseline, [variant.name for variant in variants]),
-        _placebo(options, recipe), sorted({seed for _, seed in finished}),
-        options.match_trained_tokens, options.bound, finished,
+        variants, shared, Path(output), _baseline(baseline, names), _placebo(options, recipe) or sorted(known),
+        sorted({seed for _, seed in finished}), options.match_trained_tokens, options.bound, finished,
     )  # fmt: skip
+
+
+def _earlier(runs: list[Path]) -> tuple[dict[str, Any], Path | None]:
+    """Returns baseline and placebo claims of the report that an earlier comparison of these runs has left in the
+    directory that holds them, and that report; ({}, None) without one."""
+    place = Path(os.path.commonpath([os.path.abspath(run.parent) for run in runs])) / "comparison.json"
+    with suppress(UserError, LookupError, TypeError, AttributeError, ValueError):
+        held = read_json(place) if place.is_file() else {}
+        within = {os.path.abspath(run["directory"]) for own in held["variants"].values() for run in own["runs"]}
+        if {os.path.abspath(run) for run in runs} <= within:
+            return {"baseline": str(held["baseline"]), "placebo": list(map(str, held["claims"]["placebo"]))}, place
+    return {}, None
 
 
 def runs_of(directory: Path) -> list[Path]:
