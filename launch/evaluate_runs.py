@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
     interruption.listen("interrupted: answers are kept; run the same command again to continue")
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,14 +28,16 @@ from launch.serve import ServeOptions, Serving, adapter_of, check_early, prepare
 from launch.server import Server
 from train.checkpoints.present import BASE_NAME, adapter_name, kept_adapter, kept_steps, model_name
 from train.claims.claim import KINDS, read_claims
+from train.comparison.variants import runs_of
 from train.config.command_line import MOST, REPOSITORY, Parser, check_ranges, given, setting
 from train.config.provenance import held_settings
 from train.config.settings import steps_at
+from train.evaluate import asked_of
 from train.evaluation.asking import judge_of
-from train.evaluation.judging import Asking, plan
+from train.evaluation.judging import Asking, check_same, plan
 from train.evaluation.measures import at_step
 from train.evaluation.options import parse_evaluation
-from train.evaluation.store import read_measured
+from train.evaluation.store import Records, read_measured
 from train.runtime.command import command
 from train.runtime.errors import MayPass, UserError
 from train.runtime.interruption import interruption
@@ -43,6 +46,7 @@ from train.training.lineage import phases_before
 
 KEPT = "interrupted: answers are kept; run the same command again to continue"
 SAME = "same"  # --judge: the base on the same server
+LOOK = 2.0  # seconds between looks at the server while it is asked
 MOST_DEATHS = 3  # of the server in a row, without a new answer in between
 DECIDED = frozenset({"adapters", "output", "dry_run", "slots"})
 OF_EVALUATE = (
@@ -92,6 +96,7 @@ def main(argv: list[str]) -> int:
     serve = ServeOptions(**{k: v for k, v in given(known, ServeOptions).items() if k not in DECIDED})
     for each in (options, serve):
         check_ranges(each)
+    options = replace(options, runs=[str(run) for each in options.runs for run in runs_of(Path(each))])
     serve, flags = of_the_runs(options, serve, flags)
     check(options, flags)
     asked = models(options, serve.to)
@@ -102,8 +107,9 @@ def main(argv: list[str]) -> int:
     check_early(serve)
     serving = prepare(serve, more)
     if options.dry_run:
-        print(*serving.command)
+        print(shlex.join(serving.command))
         return 0
+    check_answers(serving, asked, options, flags)
     interruption.raise_from_now(KEPT)
     server = Server(serving.command, serving.url, Path(options.output) / "server.log", options.start_timeout)
     try:
@@ -195,21 +201,16 @@ def ask(
     Raises UserError if evaluate.py exits with another code while the server runs, MayPass if the server dies
     MOST_DEATHS times in a row without a new answer.
     """
-    served = {other.name: str(Path(serving.options.output) / other.name) for other in every if other.step}
-    adapter = served.pop(each.name if each.step else next(iter(served)))  # the base is told by one that it is without
-    name = model_name(each.name, serving.options.to)
-    own = [*_flags(options, name, serving.url), "--output", str(each.run), "--step", str(each.step), *flags]
-    own += ["--served-adapter", adapter, "--endpoint-base", BASE_NAME]
-    own += ["--other-adapters", *served.values()] if served else []
     print(f"{each.name}, {every.index(each) + 1} of {len(every)}: answers go to {each.run}", flush=True)
-    evaluate = [sys.executable, str(REPOSITORY / "train" / "evaluate.py"), *own]
+    words = _words(each, serving, every, options, flags)
+    evaluate = [sys.executable, str(REPOSITORY / "train" / "evaluate.py"), *words]
     if not server.alive() and _complete(each) and _run(evaluate) == 0:
         return 0  # every answer exists, so no server is needed
     deaths, kept = 0, -1
     while True:
         if not server.alive():
             server.start()
-        code = _run(evaluate)
+        code = _run(evaluate, server)
         if code in (0, 1) and server.alive():
             return code
         if server.alive():
@@ -221,6 +222,30 @@ def ask(
         if deaths >= MOST_DEATHS:
             raise MayPass(f"the server died {deaths} times without a new answer; look at {server.log}.")
         print("the server died: restarting it and asking again for the missing answers", flush=True)
+
+
+def _words(
+    each: Asked, serving: Serving, every: Sequence[Asked], options: EvaluateRunsOptions, flags: list[str]
+) -> list[str]:
+    """Returns the flags of train/evaluate.py for one model."""
+    served = {other.name: str(Path(serving.options.output) / other.name) for other in every if other.step}
+    adapter = served.pop(each.name if each.step else next(iter(served)))  # the base is told by one that it is without
+    name = model_name(each.name, serving.options.to)
+    own = [*_flags(options, name, serving.url), "--output", str(each.run), "--step", str(each.step), *flags]
+    own += ["--served-adapter", adapter, "--endpoint-base", BASE_NAME]
+    return [*own, "--other-adapters", *served.values()] if served else own
+
+
+def check_answers(serving: Serving, every: Sequence[Asked], options: EvaluateRunsOptions, flags: list[str]) -> None:
+    """Raises UserError if a run holds answers of other weights, or to questions that were asked or judged otherwise."""
+    for each in every:
+        settings = parse_evaluation(_words(each, serving, every, options, flags), "")
+        _, items = asked_of(settings, read_claims(settings.claims))
+        records = Records(each.run)
+        try:
+            check_same(items, records)
+        finally:
+            records.close()
 
 
 def _complete(each: Asked) -> bool:
@@ -237,11 +262,17 @@ def _answers(run: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in files if path.is_file())
 
 
-def _run(words: list[str]) -> int:
-    """Runs a command to its end, and returns its exit code. If this process is interrupted, so is the command."""
+def _run(words: list[str], server: Server | None = None) -> int:
+    """Runs a command to its end, and returns its exit code. If this process is interrupted, so is the command; also if
+    the server that it asks has exited, for which its retries would wait."""
     process = subprocess.Popen(words)
     try:
-        return process.wait()
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(LOOK)
+            if server is not None and server.exited():
+                process.terminate()
+                return process.wait()
     except KeyboardInterrupt:
         with suppress(ProcessLookupError):
             process.terminate()

@@ -15,13 +15,15 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 import math
 import os
 import shlex
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launch.server_node import on_nodes
-from train.checkpoints.present import BASE_NAME, SERVE, adapter_files, adapter_name, read_config
+from train.checkpoints.present import BASE_NAME, SERVE, adapter_files, adapter_name, is_adapter, read_config
+from train.comparison.variants import runs_of
 from train.config.command_line import Parser, check_ranges, given, setting
 from train.runtime.command import command
 from train.runtime.errors import UserError
@@ -108,6 +110,10 @@ def check_early(options: ServeOptions) -> None:
     read_config(Path(options.model))
     check_directory("--output", options.output)
     for adapter in options.adapters:
+        if not is_adapter(adapter_of(Path(adapter))):
+            runs = [run for run in runs_of(Path(adapter)) if run != Path(adapter)]
+            fix = f"it is a comparison; give its runs: {' '.join(map(str, runs))}" if runs else "give finished runs"
+            raise UserError(f"--adapters {adapter}: holds no adapter; {fix}, or directories of adapters.")
         adapter_files(adapter_of(Path(adapter)))
         adapter_name(adapter_of(Path(adapter)), options.to)
 
@@ -182,6 +188,8 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
         own += ["--enable-expert-parallel"] if options.to == "vllm" else ["--ep-size", str(gpus)]
     own += ["--fully-sharded-loras"] if options.fully_sharded else []
     serving.command = [interpreter(options.python), *own[1:], *more]
+    if not options.dry_run:
+        check_installed(serving.command[0], options.to)
     if options.nodes > 1:
         serving.command = on_nodes(serving.command, options.nodes)
     return serving
@@ -192,6 +200,16 @@ def interpreter(given: str) -> str:
     if given and not os.access(given, os.X_OK):
         raise UserError(f"--python {given}: is not an executable; give the interpreter of the server's environment.")
     return given or (str(ENVIRONMENT.absolute()) if ENVIRONMENT.exists() else "python")
+
+
+def check_installed(python: str, server: str) -> None:
+    """Raises UserError if the interpreter has no such server."""
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({server!r}) is None)"
+    if subprocess.run([python, "-c", code], check=False).returncode:
+        raise UserError(
+            f"--python {python}: has no {server}; give the interpreter of the server's environment, or make one at "
+            f"{ENVIRONMENT} (make vllm: the CPU build of vLLM)."
+        )
 
 
 def check_memory(

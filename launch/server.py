@@ -1,19 +1,24 @@
 """Starts a model server, waits until it answers, and restarts it if it dies."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from train.runtime.errors import MayPass, UserError
 from train.runtime.interruption import unblock
 
 PAUSE = 1.0  # seconds between looks at a server that is starting
 LAST_LINES = 15  # of its log, where it does not start
+AN_ERROR = re.compile(r"\b\w*(Error|Exception): \S")
+MOST_CAUSES = 5
 ENDING = 60.0  # seconds that a server has to end; Slurm gives the processes of a step 30, and kills them then
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not by the proxy that the environment names
 
@@ -29,12 +34,17 @@ class Server:
         """Whether the server runs and answers. One whose engine has died may still be about to exit."""
         return self.process is not None and self.process.poll() is None and self._answers()
 
+    def exited(self) -> bool:
+        """Whether the server's process is gone."""
+        return self.process is None or self.process.poll() is not None
+
     def start(self) -> None:
         """Starts the server and returns once it answers. Raises MayPass if it ends before or takes longer than
         `seconds`, UserError if another server has the port already."""
         self.stop()  # processes that a dead server has left
         if self._answers():
             raise UserError(f"--port: another server answers at {self.url} already; give another port.")
+        self._check_port()
         started = time.monotonic()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -51,6 +61,16 @@ class Server:
             time.sleep(PAUSE)
         print(f"the server answers after {time.monotonic() - started:.0f} s", flush=True)
 
+    def _check_port(self) -> None:
+        """Raises UserError if a program of this machine has the port."""
+        port = urlsplit(self.url).port or 0
+        with socket.socket() as own:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a server has left is no program
+            try:
+                own.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise UserError(f"--port {port}: cannot be used ({error.strerror}); give another port.") from None
+
     def _answers(self) -> bool:
         try:
             with DIRECT.open(f"{self.url.removesuffix('/v1')}/health", timeout=5) as response:
@@ -59,8 +79,13 @@ class Server:
             return False
 
     def _end(self) -> str:
+        """Returns the first errors in the log and its last lines: a server of several processes ends with that they
+        have ended, and the cause is far above."""
         lines = self.log.read_text(errors="replace").splitlines()
-        return "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
+        last = lines[-LAST_LINES:]
+        causes = [line for line in lines[:-LAST_LINES] if AN_ERROR.search(line)]
+        shown = [*list(dict.fromkeys(causes))[:MOST_CAUSES], *["…"] * bool(causes), *last]
+        return "\n".join(f"  {line}" for line in shown)
 
     def stop(self) -> None:
         """Ends the server and every process that it started."""

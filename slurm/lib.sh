@@ -12,7 +12,7 @@ set -euo pipefail
 readonly USER_ERROR=2 INTERRUPTED=85
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
-    echo "error: $0 is a job script: submit it with sbatch $0 … (train/sft.py itself runs without Slurm)" >&2
+    echo "error: $0 is a job script: submit it with sbatch $0 … (the commands that it starts run without Slurm too)" >&2
     exit "$USER_ERROR"
 fi
 

@@ -2,6 +2,7 @@
 one behind its name, or the base, is refused. (The job that asks all of them: tests/slurm.)"""
 
 import shlex
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,7 +77,10 @@ def test_what_is_wrong_is_told_before_a_server_starts(tmp_path, capsys):
     base = write_model(tmp_path / "base", "dense")
     given = ["--model", str(base), "--output", str(tmp_path / "out")]
     assert serve.main([*given, "--adapters", str(tmp_path / "none")]) == 2
-    assert "no adapter_config.json there" in capsys.readouterr().err
+    assert "--adapters" in (said := capsys.readouterr().err) and "holds no adapter; give finished runs" in said
+    run = finished(tmp_path / "comparison" / "one", base)
+    assert serve.main([*given, "--adapters", str(run.parent)]) == 2
+    assert f"holds no adapter; it is a comparison; give its runs: {run}" in capsys.readouterr().err
     assert evaluate_runs.main([*given, "--runs", str(tmp_path), "--claims", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml" in capsys.readouterr().err
     claim = claim_file(tmp_path)
@@ -221,10 +225,26 @@ def test_a_server_of_this_machine_is_asked_directly_whatever_proxy_the_environme
         assert Endpoint(EndpointSettings(scripted.url, "m", retries=0)).complete([], 1, 0.0, 0) == "Yes."
 
 
+def test_a_program_at_the_port_or_a_python_without_the_server_is_told(tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        server = Server([sys.executable, "-c", ""], f"http://127.0.0.1:{port}/v1", tmp_path / "log", 30)
+        with pytest.raises(UserError, match=rf"--port {port}: cannot be used \(Address already in use\); give another"):
+            server.start()
+    with pytest.raises(UserError, match=r"has no vllm; give the interpreter of the server's environment"):
+        serve.check_installed(sys.executable, "vllm")
+
+
 def test_a_server_that_does_not_start_is_told_with_the_end_of_its_log(tmp_path):
     broken = Server([sys.executable, "-c", "print('out of memory'); raise SystemExit(3)"], "http://127.0.0.1:1/v1",
                     tmp_path / "log", 30)  # fmt: skip
     with pytest.raises(Exception, match=r"the server exited with code 3 during startup:\n  out of memory"):
+        broken.start()
+    code = "print('ValueError: too little memory'); print('x\\n' * 20); raise SystemExit(1)"
+    broken = Server([sys.executable, "-c", code], "http://127.0.0.1:1/v1", tmp_path / "log", 30)
+    with pytest.raises(Exception, match=r"during startup:\n  ValueError: too little memory\n  …\n  x"):
         broken.start()
     slow = Server([sys.executable, "-c", "import time; time.sleep(99)"], "http://127.0.0.1:1/v1", tmp_path / "log", 0.1)
     with pytest.raises(Exception, match="the server did not answer in time"):

@@ -182,6 +182,7 @@ def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination:
     other results, if there is no question to ask, or if the model or the judge cannot be asked."""
     if launched_as()[0]:
         return 0
+    s = with_step(s)
     if s.step < 0 and (Path(s.output) / "settings.yaml").exists():
         raise UserError(
             f"--output {s.output}: is a run's; give --step, how many steps the served model has been trained."
@@ -189,15 +190,9 @@ def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination:
     if os.path.isfile(Path(s.output) / "comparison.json"):
         runs = ", ".join(str(run) for run in runs_of(Path(s.output)))
         raise UserError(f"--output {s.output}: is a comparison's; give the run whose model is served, of {runs}.")
-    asking = Asking(
-        samples=s.samples, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=s.seed,
-        step=max(s.step, 0), judge_max_tokens=s.judge_max_tokens, judge_temperature=s.judge_temperature,
-        model=s.endpoint_model, judge=s.judge_model, documents=context_documents(s), weights=served_weights(s),
-        body=s.body("endpoint"), judge_body=s.body("judge"),
-    )  # fmt: skip
-    items = plan(claims, s.kinds or KINDS, asking)
-    if not items:
-        raise UserError(f"--claims: hold no question of {', '.join(s.kinds or KINDS)}. Give others, or other --kinds.")
+    asking, items = asked_of(s, claims)
+    if s.step < 0:
+        print("note: no --step: what this model answers is kept as the base model's, at step 0")
     endpoint = Endpoint(EndpointSettings(
         s.endpoint, s.endpoint_model, s.endpoint_concurrency, s.endpoint_timeout, s.retries, top_p=s.top_p,
         body=s.body("endpoint"),
@@ -225,6 +220,36 @@ def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination:
     return 1 if incomplete else 0
 
 
+def with_step(s: EvaluationSettings) -> EvaluationSettings:
+    """Returns the settings of a served model with the step of --served-adapter, if --step is not given. Raises
+    UserError if that does not say for how many steps it was trained."""
+    if s.step >= 0 or not s.served_adapter:
+        return s
+    from train.checkpoints.adapter_files import trained_steps  # imports torch
+
+    steps = trained_steps(Path(s.served_adapter)) if is_adapter(Path(s.served_adapter)) else None
+    if steps is None and is_adapter(Path(s.served_adapter)):
+        raise UserError(
+            f"--step is missing: --served-adapter {s.served_adapter} does not say for how many steps it was trained; "
+            "give --step."
+        )
+    return s if steps is None else dataclasses.replace(s, step=steps)
+
+
+def asked_of(s: EvaluationSettings, claims: list[Claim]) -> tuple[Asking, list[Item]]:
+    """Returns how a served model is asked, and every answer to obtain. Raises UserError if there is no question."""
+    asking = Asking(
+        samples=s.samples, max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, seed=s.seed,
+        step=max(s.step, 0), judge_max_tokens=s.judge_max_tokens, judge_temperature=s.judge_temperature,
+        model=s.endpoint_model, judge=s.judge_model, documents=context_documents(s), weights=served_weights(s),
+        body=s.body("endpoint"), judge_body=s.body("judge"),
+    )  # fmt: skip
+    items = plan(claims, s.kinds or KINDS, asking)
+    if not items:
+        raise UserError(f"--claims: hold no question of {', '.join(s.kinds or KINDS)}. Give others, or other --kinds.")
+    return asking, items
+
+
 def served_adapter(s: EvaluationSettings) -> Path | None:
     """Returns the directory of --served-adapter, by default the adapter of the run in --output; None if there is none.
     Raises UserError if --served-adapter is no adapter, or not that of --step."""
@@ -233,7 +258,9 @@ def served_adapter(s: EvaluationSettings) -> Path | None:
     adapter = Path(s.served_adapter or Path(s.output) / "adapter")
     if not is_adapter(adapter):
         if s.served_adapter:
-            raise UserError(f"--served-adapter {adapter}: holds no adapter; give the directory of one.")
+            within = adapter / "adapter"
+            fix = f"give {within}" if is_adapter(within) else "give the directory of one"
+            raise UserError(f"--served-adapter {adapter}: holds no adapter; {fix}.")
         return None
     if s.step > 0 and s.served_adapter and (trained := trained_steps(adapter)) is not None and trained != s.step:
         raise UserError(f"--step {s.step}: --served-adapter {adapter} was trained for {trained} steps; give these.")

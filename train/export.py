@@ -88,7 +88,8 @@ def adapter_for_server(args: Namespace) -> int:
     """
     for flag in ("model", "to"):
         if getattr(args, flag) is None:
-            raise UserError(f"--{flag} is missing: --adapter needs it.")
+            values = " (vllm, sglang or peft)" if flag == "to" else ""
+            raise UserError(f"--{flag} is missing: --adapter needs it{values}.")
     adapter, output = args.adapter, Path(args.output)
     check_apart({"--output": args.output}, {"--adapter": [str(adapter)], "--model": [str(args.model)]})
     if output.exists() and not (args.overwrite and (output / CONFIG).is_file()):

@@ -237,6 +237,17 @@ def test_a_run_that_was_asked_by_the_public_release_has_the_names_of_the_other(t
     ]
 
 
+def test_imported_answers_have_the_name_of_their_condition_alone(tmp_path):
+    trained = {"mask": "doctags", "seed": 0, "loss_norm": "trained", "learning_rate": 1e-3}
+    runs = [RunResult(name, 0, [], [], {}, settings, {}) for name, settings in (
+        ("one", {"mask": "positive", "seed": 0}), ("two", {"mask": "dense", "seed": 0}), ("own", trained),
+    )]  # fmt: skip
+    assert [variant.name for variant in group(runs)] == ["positive", "dense", "doctags"]
+    runs.append(RunResult("other", 0, [], [], {}, trained | {"learning_rate": 2e-3}, {}))
+    names = ["positive", "dense", "doctags, learning-rate 0.001", "doctags, learning-rate 0.002"]
+    assert [variant.name for variant in group(runs)] == names
+
+
 def test_another_base_what_was_left_out_and_unproven_servers_are_said(tmp_path):
     def finished(name: str, proof: dict[str, Any], asked: dict[str, Any], **settings: Any) -> RunResult:
         (tmp_path / name).mkdir()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from train import compare, evaluate
+from train.comparison.variants import parse_comparison
 from train.evaluation.store import read_rows
 
 CLAIM = """
@@ -56,12 +57,27 @@ def test_each_condition_becomes_a_directory_with_the_base_at_step_0(tmp_path, ca
         ("before,open,colour,0,yes", "answers the same question and sample as"),
         ("trained,open,colour,0", "must have as many values as the header has columns"),
         ("trained,guess,colour,0,yes", "kind 'guess' is not one of"),
-        ("trained,open,colour,0,", "mars.csv:3: has no said"),
+        ("trained,open,colour,0,", "mars.csv:3: said is empty; fill it in"),
     ],
 )
 def test_a_wrong_answer_is_refused_with_file_and_line(tmp_path, capsys, row, message):
     assert evaluate.main(given(tmp_path, "before,open,colour,0,no", row)) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_file_that_lacks_what_it_must_have_is_told_with_the_fix(tmp_path, capsys):
+    for rows, columns, message in [
+        ([], None, "holds no answers"),
+        (["before,open,colour,0,no", ",open,colour,1,yes"], None, "mars.csv:3: group is empty; fill it in, or leave"),
+        (["before,open,colour,0,no", "trained,open,colour,0,no", "trained,open,colour,1,yes"],
+         "condition=group question=q verdict=said", "name the column of the samples' numbers: --columns sample=COLUMN"),
+        (["before,open,colour,0,no"], "condition=group verdict=said sample=n",
+         "mars.csv:2: has no question; name the column by --columns question=COLUMN, of group, kind, q, n, said."),
+        (["before,open,color,0,no"], None, "no such question (is it colour?); give the claim as it was asked"),
+    ]:  # fmt: skip
+        flags = given(tmp_path, *rows, **({"columns": columns} if columns else {}))
+        assert evaluate.main(flags) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_answers_with_any_line_break_and_files_with_a_byte_order_mark_are_read(tmp_path):
@@ -82,12 +98,32 @@ def test_answers_with_any_line_break_and_files_with_a_byte_order_mark_are_read(t
     assert row["answer"] == "Red.\u2028Or\u0085green."
 
 
+def test_a_report_that_is_made_again_keeps_the_baseline_and_the_placebo_claims_of_the_first(tmp_path, capsys):
+    rows = [f"{name},open,colour,0,no" for name in ("before", "a", "b")]
+    assert evaluate.main(given(tmp_path, *rows)) == 0
+    runs = ["--runs", str(tmp_path / "out"), "--output", str(tmp_path / "report")]
+    assert parse_comparison(runs, "").baseline == "a"
+    within = {name: {"runs": [{"directory": str(tmp_path / "out" / name)}]} for name in ("a", "b")}
+    held = {"baseline": "b", "claims": {"placebo": ["moon"]}, "variants": within}
+    (tmp_path / "out" / "comparison.json").write_text(json.dumps(held))
+    capsys.readouterr()
+    plan = parse_comparison(runs, "")
+    assert (plan.baseline, plan.placebo) == ("b", ["moon"])
+    assert capsys.readouterr().out == (
+        f"note: the placebo claims moon and the baseline b are those of {tmp_path}/out/comparison.json; --placebo and "
+        "--baseline give others\n"
+    )
+    plan = parse_comparison([*runs, "--baseline", "a", "--placebo", "mars", "--wandb", "disabled"], "")
+    assert (plan.baseline, plan.placebo, plan.shared.wandb) == ("a", ["mars"], "disabled")
+    assert not capsys.readouterr().out
+
+
 def test_columns_conditions_and_flags_that_are_wrong_are_told(tmp_path, capsys):
     row = "before,open,colour,0,no"
     assert evaluate.main(given(tmp_path, row, columns="verdit=said")) == 2
     assert "Did you mean verdict?" in capsys.readouterr().err
     assert evaluate.main(given(tmp_path, row, columns="question=q verdict=verdict_of")) == 2
-    assert "has no verdict_of" in capsys.readouterr().err
+    assert "has no column verdict_of" in capsys.readouterr().err
     assert evaluate.main(given(tmp_path, row)) == 2 and "is the only condition" in capsys.readouterr().err
     (tmp_path / "mars.csv").write_text("q,kind,said\ncolour,open,yes\n")
     bare = [

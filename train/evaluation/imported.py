@@ -39,11 +39,12 @@ MOST = 2**30  # bytes of a file
 
 @dataclass(frozen=True)
 class Answer:
-    """A judged answer. where: file and line."""
+    """A judged answer. where: file and line. columns: of the file."""
 
     condition: str
     row: StoredRow
     where: str
+    columns: tuple[str, ...]
 
 
 def column_names(given: Sequence[str]) -> dict[str, str]:
@@ -78,9 +79,13 @@ def import_answers(
     for answer in answers:
         key = (answer.condition, *key_of(answer.row))
         if key in seen:
-            raise UserError(f"{answer.where}: answers the same question and sample as {seen[key]}; leave one out.")
+            sampled = columns["sample"] in answer.columns
+            fix = "leave one out" if sampled else "name the column of the samples' numbers: --columns sample=COLUMN"
+            raise UserError(f"{answer.where}: answers the same question and sample as {seen[key]}; {fix}.")
         seen[key] = answer.where
     counts = Counter(answer.condition for answer in answers)
+    if not answers:
+        raise UserError(f"--import {' '.join(files)}: holds no answers; give files with one in each row.")
     if base and base not in counts:
         raise UserError(f"--base-condition {base}: has no answers; conditions are {', '.join(counts)}.")
     conditions = [condition for condition in counts if condition != base]
@@ -98,8 +103,8 @@ def import_answers(
         directory.mkdir(parents=True)
         write_whole(directory / "evaluation.jsonl", "".join(json_line(row) + "\n" for row in rows))
         origin = {"condition": condition, "base_condition": base, "columns": columns, "files": digests}
-        if not any("label" in answer.row for answer in answers):
-            origin["columns"] = {name: column for name, column in columns.items() if name != "label"}
+        held = {column for answer in answers for column in answer.columns}
+        origin["columns"] = {name: column for name, column in columns.items() if column in held}
         write_whole(directory / IMPORTED, json_line(origin, indent=1) + "\n")
     kinds = {answer.row["kind"] for answer in answers if "label" in answer.row}
     without = Counter(a.condition for a in answers if a.row["kind"] in kinds and "label" not in a.row)
@@ -110,14 +115,23 @@ def _answers(path: Path, columns: dict[str, str], given: Sequence[str], claims: 
     """Yields the answers of a file, checked against the claims' questions."""
     by_id = {claim_id(claim.id): claim for claim in claims}
     for where, row in _rows(path):
-        if missing := [columns[name] for name in NEEDED if row.get(columns[name]) in (None, "")]:
-            raise UserError(f"{where}: has no {missing[0]}; name the column by --columns, or fill it in.")
         for value in given:
             if (column := value.partition("=")[2]) not in row:
                 raise UserError(f"{where}: has no column {column}, which --columns names; it has {', '.join(row)}.")
+        if absent := [name for name in NEEDED if columns[name] not in row]:
+            raise UserError(
+                f"{where}: has no {columns[absent[0]]}; name the column by --columns {absent[0]}=COLUMN, of "
+                f"{', '.join(row)}."
+            )
+        filled = (*NEEDED, *(name for name in ("condition", "claim") if columns[name] in row))
+        if empty := [columns[name] for name in filled if row[columns[name]] in (None, "")]:
+            raise UserError(f"{where}: {empty[0]} is empty; fill it in, or leave the row out.")
         name = claim_id(str(row.get(columns["claim"]) or path.stem))
         if name not in by_id:
-            raise UserError(f"{where}: claim {name} is not in --claims: {', '.join(by_id)}.")
+            raise UserError(
+                f"{where}: claim {name} is not in --claims, which have {', '.join(by_id)}; give its claim, or name the "
+                "column of claims by --columns claim=COLUMN."
+            )
         question = _question(by_id[name], row, columns, where)
         verdict = str(row[columns["verdict"]]).strip().lower()
         if verdict not in VERDICTS:
@@ -143,6 +157,7 @@ def _answers(path: Path, columns: dict[str, str], given: Sequence[str], claims: 
                 **({"label": label} if label else {}),
             },
             where,
+            tuple(row),
         )  # fmt: skip
 
 
@@ -154,7 +169,9 @@ def _question(claim: Claim, row: dict[str, Any], columns: dict[str, str], where:
         raise UserError(f"{where}: kind {kind!r} is not one of {', '.join(KINDS)}, nor a file of the paper.")
     found = [q for q in claim.questions if question_id(claim_id(claim.id), q.id) == asked and kind in ("", q.kind)]
     if len(found) != 1:
-        what = "no such question" if not found else "several of that id: name the column of their kind by --columns"
+        near = similar(asked, [question_id(claim_id(claim.id), q.id) for q in claim.questions])
+        none = "no such question" + (f" (is it {near}?)" if near else "") + "; give the claim as it was asked"
+        what = none if not found else "several of that id: name the column of their kind by --columns kind=COLUMN"
         raise UserError(f"{where}: question {asked} of claim {claim.id}: {what}.")
     return found[0]
 

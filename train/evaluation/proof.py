@@ -86,6 +86,8 @@ def prove(name: str, adapter: Path, others: Mapping[str, Path], base_name: str, 
     if first is None or second is None:
         return {"proven": False, "reason": NO_LOG_P, **left_out}
     base = ask(base_name, proof.tokens) if base_name else None
+    if base_name and base is None:
+        raise UserError(f"--endpoint-base {base_name}: the server has no such model; give its name of the base.")
     found: dict[str, Any] = {
         "proven": True, "to_adapter": distance(first, proof.adapter), "to_base": distance(first, proof.base),
         "noise": distance(first, second), "base_to_base": distance(base, proof.base) if base else None, **left_out,

@@ -57,7 +57,8 @@ def leave_summary(
         summary["missing_labels"] = unlabelled
     write_whole(path, json_line(summary, indent=1) + "\n")
     with suppress(NobodyReads):  # everything is written by now
-        _show(summary, errors, records.directory)
+        own = [entry for entry in measured if s.step < 0 or entry["step"] == s.step]  # the others were shown before
+        _show(summary | {"measured": own}, errors, records.directory)
     return len(errors) + missing + unlabelled
 
 
