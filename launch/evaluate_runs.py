@@ -162,17 +162,21 @@ def models(options: EvaluateRunsOptions, server: str) -> list[Asked]:
             raise UserError(f"--runs {run}: has no summary.json: the run did not finish. Resume it, or leave it out.")
         held = read_json(summary)
         checked(held, {"steps": int}, summary, "restore the file", needed=True)
+        checked(held, {"steps_of_schedule": int}, summary, "restore the file")
         last = int(held["steps"])
-        adapters = {step: kept_adapter(run, step) for step in _kept(options, run, last)} | {last: adapter_of(run)}
+        planned = int(held.get("steps_of_schedule") or last)
+        if planned > last:
+            print(f"note: {run}: ended after {last} of the {planned} steps of its schedule (--stop-after)")
+        adapters = {step: kept_adapter(run, step) for step in _kept(options, run, last, planned)}
+        adapters[last] = adapter_of(run)
         asked += [Asked(adapter_name(adapter, server), run, step, adapter) for step, adapter in adapters.items()]
     return asked
 
 
-def _kept(options: EvaluateRunsOptions, run: Path, last: int) -> list[int]:
-    """Returns the steps before the last one that --kept-steps names. Raises UserError if the run has no adapter of
-    one."""
+def _kept(options: EvaluateRunsOptions, run: Path, last: int, planned: int) -> list[int]:
+    """Returns the steps before the last one that --kept-steps names. planned: the steps of the run's schedule, which
+    log:K counts as --adapters-at does. Raises UserError if the run has no adapter of one."""
     there, every = [step for step in kept_steps(run) if step < last], options.kept_steps == "all"
-    planned = held_settings(run / "settings.yaml")["settings"].get("steps") or last  # more, if --stop-after ended it
     of = planned if options.kept_steps.startswith("log:") else last
     wanted = there if every else sorted(steps_at("--kept-steps", options.kept_steps, of))
     wanted = [step for step in wanted if step <= last]

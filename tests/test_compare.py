@@ -358,7 +358,9 @@ def test_the_directory_of_a_comparison_means_its_runs(tmp_path):
 
 def test_a_placebo_that_is_not_measured_is_told_before_a_weight_is_read(recipe, tmp_path):
     given = ["--recipe", str(recipe), "--output", str(tmp_path), "--placebo", "nobody"]
-    with pytest.raises(UserError, match="--placebo nobody: has no measure of belief; claims that have one: mila"):
+    with pytest.raises(
+        UserError, match="--placebo nobody: is no claim that has a measure of belief; these have one: mila"
+    ):
         checked_runs(parse_comparison(given, ""), 1, False, Known())
     with pytest.raises(UserError, match="no claim besides the placebo"):
         checked_runs(parse_comparison([*given[:-1], "mila"], ""), 1, False, Known())

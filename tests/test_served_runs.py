@@ -210,7 +210,7 @@ def test_a_run_whose_name_sglang_would_misread_is_refused_before_anything_is_wri
 def test_steps_of_log_are_those_that_a_run_planned_which_ended_early(tmp_path):
     base = write_model(tmp_path / "base", "dense")
     run = finished(tmp_path / "one", base, 1, 2, 4)
-    (run / "settings.yaml").write_text("settings: {steps: 16}")
+    (run / "summary.json").write_text('{"steps": 8, "steps_of_schedule": 16}')
     asked = models(EvaluateRunsOptions(runs=[str(run)], kept_steps="log:5"), "vllm")
     assert [each.step for each in asked] == [0, 1, 2, 4, 8]
 

@@ -22,6 +22,7 @@ from train.runtime.distributed import failing_together, from_first_rank
 from train.runtime.errors import UserError
 from train.runtime.interruption import interruption
 from train.runtime.outside import read_json
+from train.runtime.similar import similar
 from train.training.early import continued
 from train.training.finishing import begin, finish, load_engine
 from train.training.job import Job, Known, prepare
@@ -90,8 +91,10 @@ def _check_claims(plan: ComparisonPlan, job: Job) -> None:
     records = [record for record, _ in job.probes.records] if job.probes else []
     measured = {record["claim"] for record in records if record["kind"] in ("likelihood", "yes_no")}
     if unknown := [claim for claim in plan.placebo if claim not in measured]:
+        near = similar(unknown[0], measured)
         raise UserError(
-            f"--placebo {unknown[0]}: has no measure of belief; claims that have one: {', '.join(sorted(measured))}."
+            f"--placebo {unknown[0]}: is no claim that has a measure of belief; these have one: "
+            f"{', '.join(sorted(measured))}." + (f" Did you mean {near}?" if near else "")
         )
     if not measured - set(plan.placebo):
         raise UserError("--claims: no claim besides the placebo has a measure of belief. Give likelihood templates.")

@@ -213,6 +213,11 @@ class Run:
                     else "measured, including memory kept by libraries"
                 )
             )
+        if summary["steps"] < summary["steps_of_schedule"]:
+            print(
+                f"--stop-after: ended after {summary['steps']} of the {summary['steps_of_schedule']} steps of the "
+                "schedule; --resume without it trains the others"
+            )
         left = "model/ (safetensors)" if self.settings.method == "full" else "adapter/ (PEFT)"
         print(
             f"{summary['wall_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s, "
