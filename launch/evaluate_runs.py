@@ -242,12 +242,13 @@ def _words(
 
 def check_answers(serving: Serving, every: Sequence[Asked], options: EvaluateRunsOptions, flags: list[str]) -> None:
     """Raises UserError if a run holds answers of other weights, or to questions that were asked or judged otherwise."""
-    for each in every:
-        settings = parse_evaluation(_words(each, serving, every, options, flags), "")
-        _, items = asked_of(settings, read_claims(settings.claims))
-        records = Records(each.run)
+    for run in dict.fromkeys(each.run for each in every):
+        records = Records(run)
         try:
-            check_same(items, records)
+            for each in every:
+                if each.run == run:
+                    settings = parse_evaluation(_words(each, serving, every, options, flags), "")
+                    check_same(asked_of(settings, read_claims(settings.claims))[1], records)
         finally:
             records.close()
 

@@ -34,7 +34,8 @@ fi
 newest_save() {
     local run lines=0 count
     for run in "${runs[@]}"; do
-        count=$(cat -- "$run"/answers.jsonl "$run"/evaluation.jsonl 2>/dev/null | wc --lines) || count=0
+        # Of a run and its phases, or of a comparison's runs.
+        count=$({ cat -- "$run"/{,*/}{answers,evaluation}.jsonl 2>/dev/null || true; } | wc --lines)
         lines=$((lines + count))
     done
     echo "$lines"
