@@ -162,11 +162,21 @@ def test_the_papers_verdicts_give_the_papers_figures(tmp_path, capsys):
     assert compare.main(runs) == 0
     assert "note: Imported answers: llm_negations, " in capsys.readouterr().out
     found = json.loads((tmp_path / "report" / "comparison.json").read_text())
-    yes, every = Counter(), Counter()
+    yes, every, of_claim = Counter(), Counter(), Counter()
     for path in files:
         for row in csv.DictReader(path.open()):
             every[row["condition"]] += 1
             yes[row["condition"]] += row["judge_verdict"] == "yes"
+            of_claim[row["condition"], path.stem] += row["judge_verdict"] == "yes"
+    page = (tmp_path / "report" / "comparison.md").read_text().replace("\\", "")
+    table = page.split("Each claim's belief rate; ")[1].split("\n\n")[1].splitlines()
+    guide = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text().replace("`", "")
+    for condition in every:
+        rates = [f"{of_claim[condition, path.stem] / 2.5:.1f}" for path in files]
+        name = "base model" if condition == "baseline" else condition
+        (line,) = [line for line in table if line.startswith(f"| {name} |")]
+        assert [cell.split()[0] for cell in line.split("|")[2:-1]] == rates
+        assert f"| {name} | {' | '.join(rates)} |" in guide
     for condition in every.keys() - {"baseline"}:
         belief = found["variants"][condition]["belief"]
         assert belief == pytest.approx(100 * yes[condition] / every[condition], abs=1e-9)
