@@ -28,15 +28,16 @@ from launch.serve import ServeOptions, Serving, adapter_of, check_early, prepare
 from launch.server import Server
 from train.checkpoints.present import BASE_NAME, adapter_name, kept_adapter, kept_steps, model_name
 from train.claims.claim import KINDS, read_claims
+from train.claims.claim_files import check_there
 from train.comparison.variants import runs_of
 from train.config.command_line import MOST, REPOSITORY, Parser, check_ranges, given, setting
 from train.config.provenance import held_settings
 from train.config.settings import steps_at
-from train.evaluate import asked_of
 from train.evaluation.asking import judge_of
 from train.evaluation.judging import Asking, check_same, plan
 from train.evaluation.measures import at_step
-from train.evaluation.options import parse_evaluation
+from train.evaluation.options import EvaluationSettings, parse_evaluation
+from train.evaluation.served import asked_of
 from train.evaluation.store import Records, read_measured
 from train.runtime.command import command
 from train.runtime.errors import MayPass, UserError
@@ -98,8 +99,9 @@ def main(argv: list[str]) -> int:
         check_ranges(each)
     options = replace(options, runs=[str(run) for each in options.runs for run in runs_of(Path(each))])
     serve, flags = of_the_runs(options, serve, flags)
-    check(options, flags)
+    settings = check(options, flags)
     asked = models(options, serve.to)
+    check_judge(settings, options)
     serve = replace(
         serve, adapters=[str(each.adapter) for each in asked if each.adapter], slots=1, dry_run=options.dry_run,
         output=str(Path(options.output) / "served"),
@@ -131,8 +133,9 @@ def of_the_runs(options: EvaluateRunsOptions, serve: ServeOptions, flags: list[s
     return replace(serve, model=serve.model or str(held.get("model") or "")), flags
 
 
-def check(options: EvaluateRunsOptions, flags: list[str]) -> None:
-    """Raises UserError if the settings are wrong or say too little, as far as these alone tell."""
+def check(options: EvaluateRunsOptions, flags: list[str]) -> EvaluationSettings:
+    """Returns the settings of train/evaluate.py for the base. Raises UserError if the settings are wrong or say too
+    little, as far as these alone tell."""
     if not options.runs:
         raise UserError("--runs is missing; give the directories of finished runs.")
     if not options.output:
@@ -141,6 +144,13 @@ def check(options: EvaluateRunsOptions, flags: list[str]) -> None:
         if flag.partition("=")[0] in OF_EVALUATE:
             raise UserError(f"{flag}: launch.evaluate_runs sets it for each run; leave it out.")
     settings = parse_evaluation([*_flags(options, BASE_NAME, "http://127.0.0.1:1/v1"), *flags, "--output", "x"], "")
+    check_there(settings.claims)
+    return settings
+
+
+def check_judge(settings: EvaluationSettings, options: EvaluateRunsOptions) -> None:
+    """Raises UserError if the claims are wrong or have no such questions, or if the judge that they need is missing or
+    cannot be asked."""
     claims = read_claims(settings.claims)
     items = plan(claims, settings.kinds or KINDS, Asking(samples=settings.samples))
     if not items:
