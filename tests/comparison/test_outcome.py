@@ -171,7 +171,13 @@ def test_finished_runs_are_compared_with_the_same_result_and_refused_where_more_
     assert not any(OLGA in note for note in again["notes"])
     del given[3:5]  # --placebo
     assert compare.main([*given, "--match-trained-tokens"]) == 0  # in the same directory, for it is of the same runs
-    (note,) = (note for note in outcome(tmp_path / "again")["notes"] if note.startswith("Counted as trained, although"))
+    assert f"note: the placebo claims {OLGA}" in capsys.readouterr().out  # as the report beside the runs has it
+    assert outcome(tmp_path / "again")["claims"] == first["claims"]
+    given[1:3] = [str(shutil.copytree(run, tmp_path / "apart" / Path(run).name)) for run in pair]
+    given[-1] = str(tmp_path / "apart" / "report")
+    assert compare.main([*given, "--match-trained-tokens"]) == 0
+    notes = outcome(tmp_path / "apart" / "report")["notes"]
+    (note,) = (note for note in notes if note.startswith("Counted as trained, although"))
     assert f"no training document mentions it: {OLGA}." in note
     assert again["hashes"] == first["hashes"] and again["contamination"] == first["contamination"]
 
