@@ -195,8 +195,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = parse_json(line, strictly=True)
         except Unreadable as error:
-            fix = "give JSONL, or CSV with a header"
-            raise UserError(f"{path}:{number}: is not valid JSON ({error}); {fix}.") from None
+            raise UserError(f"{path}:{number}: {error}, give JSONL, or CSV with a header (.csv).") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: is not an object; give one of keys and values on each line.")
         yield f"{path}:{number}", row

@@ -150,7 +150,10 @@ def parse_evaluation(argv: list[str] | None, usage: str) -> EvaluationSettings:
         settings.body(whose)
     if not settings.output:
         raise UserError("--output is missing; give a directory for the measurements, such as that of the run.")
-    if sum(map(bool, (settings.endpoint, settings.model, settings.import_))) != 1:
+    ways = {"--model": settings.model, "--endpoint": settings.endpoint, "--import": settings.import_}
+    if len(chosen := [flag for flag, value in ways.items() if value]) > 1:
+        raise UserError(f"{' and '.join(chosen)}: exclude each other; give one of them.")
+    if not chosen:
         raise UserError(
             "give --model DIR, to measure in the training engine, --endpoint URL, a server that has the model, or "
             "--import FILE…, answers of another program."
