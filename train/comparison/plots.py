@@ -234,7 +234,10 @@ def over_steps(result: ComparisonResult) -> Figure | None:
         for i, curve in enumerate(own.curves.values()):
             color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
             belief = [each.estimate for each in curve.trained]
-            low, high = ([getattr(each, end) for each in curve.trained] for end in ("low", "high"))
+            known = [each if each.method != "none" else None for each in curve.trained]  # of equal claims there is none
+            low, high = (
+                _with_gaps([getattr(each, end) if each else None for each in known]) for end in ("low", "high")
+            )
             axes.fill_between(curve.steps, low, high, color=color, alpha=0.1, linewidth=0)
             axes.plot(curve.steps, belief, color=color, marker=marker, markersize=4, linewidth=1.6)
             if any(curve.placebo):
