@@ -16,11 +16,12 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 
     interruption.listen("interrupted: answers are kept; run the same command again to continue")
 
+import io
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,10 +30,12 @@ from launch.server import Server
 from train.checkpoints.present import BASE_NAME, adapter_name, kept_adapter, kept_steps, model_name
 from train.claims.claim import KINDS, read_claims
 from train.claims.claim_files import check_there
-from train.comparison.variants import runs_of
+from train.claims.releases import claim_id
+from train.comparison.variants import parse_comparison, runs_of
 from train.config.command_line import MOST, REPOSITORY, Parser, check_ranges, given, setting
 from train.config.provenance import held_settings
 from train.config.settings import steps_at
+from train.endpoint import Endpoint
 from train.evaluation.asking import judge_of
 from train.evaluation.judging import Asking, check_same, plan
 from train.evaluation.measures import at_step
@@ -101,7 +104,8 @@ def main(argv: list[str]) -> int:
     serve, flags = of_the_runs(options, serve, flags)
     settings = check(options, flags)
     asked = models(options, serve.to)
-    check_judge(settings, options)
+    judge = needed_judge(settings, options)
+    check_report(options)
     serve = replace(
         serve, adapters=[str(each.adapter) for each in asked if each.adapter], slots=1, dry_run=options.dry_run,
         output=str(Path(options.output) / "served"),
@@ -112,13 +116,15 @@ def main(argv: list[str]) -> int:
         print(shlex.join(serving.command))
         return 0
     check_answers(serving, asked, options, flags)
+    if judge and options.judge != SAME and not all(map(_complete, asked)):
+        judge.check()
     interruption.raise_from_now(KEPT)
     server = Server(serving.command, serving.url, Path(options.output) / "server.log", options.start_timeout)
     try:
         codes = [ask(server, each, serving, asked, options, flags) for each in asked]
     finally:
         server.stop()
-    report(options)
+    report(options, any(codes))
     return int(any(codes))
 
 
@@ -148,16 +154,39 @@ def check(options: EvaluateRunsOptions, flags: list[str]) -> EvaluationSettings:
     return settings
 
 
-def check_judge(settings: EvaluationSettings, options: EvaluateRunsOptions) -> None:
-    """Raises UserError if the claims are wrong or have no such questions, or if the judge that they need is missing or
-    cannot be asked."""
+def needed_judge(settings: EvaluationSettings, options: EvaluateRunsOptions) -> Endpoint | None:
+    """Returns the judge that the claims need. Raises UserError if it is missing, or if the claims are wrong, have no
+    such questions, or none of those that --placebo names."""
     claims = read_claims(settings.claims)
     items = plan(claims, settings.kinds or KINDS, Asking(samples=settings.samples))
     if not items:
         raise UserError(f"--claims: hold no question of {', '.join(settings.kinds or KINDS)}. Give others.")
-    judge = judge_of(settings, items)
-    if judge and options.judge != SAME and not options.dry_run:
-        judge.check()
+    known = {claim_id(claim.id) for claim in claims}
+    if unknown := [each for each in options.placebo if claim_id(each) not in known]:
+        raise UserError(f"--placebo {unknown[0]}: is no claim of --claims, which have {', '.join(sorted(known))}.")
+    return judge_of(settings, items)
+
+
+def check_report(options: EvaluateRunsOptions) -> None:
+    """Raises UserError if the report could not be written at the end: for a wrong --baseline or --recipe, or an
+    --output that holds another comparison. Runs that have measured nothing yet are not looked into."""
+    from train.comparison.outcome import check_free  # imports what takes long
+
+    runs = [Path(run) for run in options.runs]
+    if len(runs) < 2:
+        return
+    check_free(Path(options.output), runs)
+    if all((run / "evaluation.jsonl").is_file() for run in runs):
+        with redirect_stdout(io.StringIO()):  # its notes come with the report
+            parse_comparison([*_report_flags(options), "--output", options.output], "")
+
+
+def _report_flags(options: EvaluateRunsOptions) -> list[str]:
+    """Returns the flags of train/compare.py, but for --output."""
+    own = ["--recipe", *options.recipe] if options.recipe else []
+    own += ["--placebo", *options.placebo] if options.placebo else []
+    own += ["--baseline", options.baseline] if options.baseline else []
+    return ["--runs", *options.runs, *own]
 
 
 def models(options: EvaluateRunsOptions, server: str) -> list[Asked]:
@@ -295,17 +324,16 @@ def _run(words: list[str], server: Server | None = None) -> int:
         raise
 
 
-def report(options: EvaluateRunsOptions) -> None:
-    """Compares the runs with train/compare.py. Raises UserError if that fails."""
+def report(options: EvaluateRunsOptions, incomplete: bool) -> None:
+    """Compares the runs with train/compare.py. Raises UserError if that fails; MayPass if answers are missing, since
+    runs with different answers cannot be compared."""
     if len(options.runs) < 2:
         print(f"only one run, so there is no comparison; its verdicts are in {options.runs[0]}/evaluation.jsonl")
         return
-    own = ["--recipe", *options.recipe] if options.recipe else []
-    own += ["--placebo", *options.placebo] if options.placebo else []
-    own += ["--baseline", options.baseline] if options.baseline else []
-    compare = [sys.executable, str(REPOSITORY / "train" / "compare.py"), "--runs", *options.runs, *own]
+    compare = [sys.executable, str(REPOSITORY / "train" / "compare.py"), *_report_flags(options)]
     if code := _run([*compare, "--output", options.output]):
-        raise UserError(f"train/compare.py exited with code {code}; its message is above.")
+        kind, why = (MayPass, ", and some answers are missing") if incomplete else (UserError, "")
+        raise kind(f"train/compare.py exited with code {code}{why}; its message is above.")
 
 
 if __name__ == "__main__":

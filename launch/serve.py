@@ -116,6 +116,8 @@ def check_early(options: ServeOptions) -> None:
             raise UserError(f"--adapters {adapter}: holds no adapter; {fix}, or directories of adapters.")
         adapter_files(adapter_of(Path(adapter)))
         adapter_name(adapter_of(Path(adapter)), options.to)
+    if not options.dry_run:
+        check_installed(interpreter(options.python), options.to)
 
 
 def adapter_of(path: Path) -> Path:
@@ -135,7 +137,7 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
         adapter_settings,
         check_adapter,
         check_finite,
-        is_of_another,
+        is_of,
         weights_hash,
     )
     from train.checkpoints.present import is_adapter
@@ -148,14 +150,14 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
     base, serving = Checkpoint(options.model), Serving(options)
     model, of, dtype = skeleton(text_config(base), ExpertGroup()), architecture(base), getattr(torch, options.dtype)
     forms, written, adapters = [], {}, [adapter_of(Path(each)) for each in options.adapters]
-    if options.other_base and not any(is_of_another(adapter, base) for adapter in adapters):
+    if options.other_base and all(is_of(adapter, base) for adapter in adapters):
         raise UserError(f"--other-base: --model {base.directory} is what all --adapters were trained on; leave it out.")
     for adapter in adapters:
         name, lora = adapter_name(adapter, options.to), adapter_settings(adapter)
         if name in {*serving.names, BASE_NAME}:
             raise UserError(f"--adapters {adapter}: the server has another {name}; rename the run's directory.")
         form = served(options.to, model, lora, of, base, options.drop)
-        moved = options.other_base and is_of_another(adapter, base)
+        moved = options.other_base and not is_of(adapter, base)
         check_adapter(adapter, model, lora, of, base, moved)
         serving.names[name], target = adapter, Path(options.output) / name
         written[name] = str(target.resolve())
@@ -188,8 +190,6 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
         own += ["--enable-expert-parallel"] if options.to == "vllm" else ["--ep-size", str(gpus)]
     own += ["--fully-sharded-loras"] if options.fully_sharded else []
     serving.command = [interpreter(options.python), *own[1:], *more]
-    if not options.dry_run:
-        check_installed(serving.command[0], options.to)
     if options.nodes > 1:
         serving.command = on_nodes(serving.command, options.nodes)
     return serving
@@ -205,7 +205,11 @@ def interpreter(given: str) -> str:
 def check_installed(python: str, server: str) -> None:
     """Raises UserError if the interpreter has no such server."""
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({server!r}) is None)"
-    if subprocess.run([python, "-c", code], check=False).returncode:
+    try:
+        found = subprocess.run([python, "-c", code], check=False, capture_output=True).returncode == 0
+    except OSError:
+        found = False
+    if not found:
         raise UserError(
             f"--python {python}: has no {server}; give the interpreter of the server's environment, or make one at "
             f"{ENVIRONMENT} (make vllm: the CPU build of vLLM)."

@@ -1,5 +1,6 @@
 """Starts a model server, waits until it answers, and restarts it if it dies."""
 
+import http.client
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ PAUSE = 1.0  # seconds between looks at a server that is starting
 LAST_LINES = 15  # of its log, where it does not start
 AN_ERROR = re.compile(r"\b\w*(Error|Exception): \S")
 MOST_CAUSES = 5
+MOST_OF_LOG = 2**24  # bytes of it that are searched
 ENDING = 60.0  # seconds that a server has to end; Slurm gives the processes of a step 30, and kills them then
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not by the proxy that the environment names
 
@@ -29,6 +31,7 @@ class Server:
     def __init__(self, command: list[str], url: str, log: Path, seconds: float):
         self.command, self.url, self.log, self.seconds = command, url, log, seconds
         self.process: subprocess.Popen[bytes] | None = None
+        self._begun = 0  # bytes of the log before the latest start
 
     def alive(self) -> bool:
         """Whether the server runs and answers. One whose engine has died may still be about to exit."""
@@ -42,9 +45,9 @@ class Server:
         """Starts the server and returns once it answers. Raises MayPass if it ends before or takes longer than
         `seconds`, UserError if another server has the port already."""
         self.stop()  # processes that a dead server has left
-        if self._answers():
-            raise UserError(f"--port: another server answers at {self.url} already; give another port.")
-        self._check_port()
+        if self.process is None:  # on a restart, what the server has left of itself will go
+            self._check_port()
+        self._begun = self.log.stat().st_size if self.log.exists() else 0
         started = time.monotonic()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -62,7 +65,7 @@ class Server:
         print(f"the server answers after {time.monotonic() - started:.0f} s", flush=True)
 
     def _check_port(self) -> None:
-        """Raises UserError if a program of this machine has the port."""
+        """Raises UserError if a program of this machine, such as another server, has the port."""
         port = urlsplit(self.url).port or 0
         with socket.socket() as own:
             own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a server has left is no program
@@ -75,13 +78,15 @@ class Server:
         try:
             with DIRECT.open(f"{self.url.removesuffix('/v1')}/health", timeout=5) as response:
                 return bool(response.status == 200)
-        except (OSError, urllib.error.URLError):
+        except (OSError, urllib.error.URLError, http.client.HTTPException):
             return False
 
     def _end(self) -> str:
         """Returns the first errors in the log and its last lines: a server of several processes ends with that they
         have ended, and the cause is far above."""
-        lines = self.log.read_text(errors="replace").splitlines()
+        with self.log.open("rb") as log:
+            log.seek(self._begun)  # what is before is of earlier starts
+            lines = log.read(MOST_OF_LOG).decode(errors="replace").splitlines()
         last = lines[-LAST_LINES:]
         causes = [line for line in lines[:-LAST_LINES] if AN_ERROR.search(line)]
         shown = [*list(dict.fromkeys(causes))[:MOST_CAUSES], *["…"] * bool(causes), *last]

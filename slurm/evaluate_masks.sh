@@ -35,7 +35,7 @@ newest_save() {
     local run lines=0 count
     for run in "${runs[@]}"; do
         # Of a run and its phases, or of a comparison's runs.
-        count=$({ cat -- "$run"/{,*/}{answers,evaluation}.jsonl 2>/dev/null || true; } | wc --lines)
+        count=$({ cat -- "$run"/{,*/,phases/*/,*/phases/*/}{answers,evaluation}.jsonl 2>/dev/null || true; } | wc --lines)
         lines=$((lines + count))
     done
     echo "$lines"

@@ -245,12 +245,12 @@ def test_that_a_server_is_unproven_is_kept_and_answers_of_other_weights_are_neve
         ):  # fmt: skip
             written(**serve)
             assert evaluate.main(given) == 2 and len(server.asked) == asked
-            assert "answered by other weights than 'm' has now" in capsys.readouterr().err
+            assert "answered by weights that are not known to be those of 'm' now" in capsys.readouterr().err
         base = arguments(tmp_path, server.url, "--served-adapter", str(tmp_path / "adapter"))
         written()
         assert evaluate.main([*base, "--step", "0"]) == 0
         written(other_base=True)
-        assert evaluate.main([*base, "--step", "0"]) == 2 and "other weights" in capsys.readouterr().err
+        assert evaluate.main([*base, "--step", "0"]) == 2 and "not known to be" in capsys.readouterr().err
 
 
 def test_into_a_runs_own_directory_an_endpoints_answers_need_the_steps_of_its_model(tmp_path, capsys):

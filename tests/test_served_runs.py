@@ -1,8 +1,12 @@
 """A real vLLM on a CPU with SmolLM2 and three adapters on one server: each is shown to answer as trained, and another
 one behind its name, or the base, is refused. (The job that asks all of them: tests/slurm.)"""
 
+import dataclasses
+import json
 import shlex
+import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +24,7 @@ from tests.support.served import ENVIRONMENT, PYTHON, SERVER, needs_vllm, proof,
 from tests.support.servers import ScriptedServer, completion
 from train import evaluate, export
 from train.checkpoints.present import kept_steps, model_name
+from train.checkpoints.reader import Checkpoint
 from train.endpoint import Endpoint, EndpointSettings
 from train.layers.lora import LoRASettings
 from train.runtime.errors import UserError
@@ -208,6 +213,76 @@ def test_a_run_whose_name_sglang_would_misread_is_refused_before_anything_is_wri
     assert names == ["base", "masked", "base", "base:masked"]
 
 
+def test_each_model_is_asked_by_its_name_on_the_server_beside_all_others(tmp_path):
+    base = write_model(tmp_path / "base", "dense")
+    runs = [str(finished(tmp_path / name, base)) for name in ("one", "other")]
+    options = EvaluateRunsOptions(runs=runs, judge="same")
+    every = models(options, "sglang")
+    serving = Serving(ServeOptions(output="served", to="sglang", port=7))
+    words = [evaluate_runs._words(each, serving, every, options, []) for each in every]
+    flags = [dict(zip(own[::2], own[1::2], strict=True)) for own in words]  # each has one value here
+    assert [own["--endpoint-model"] for own in flags] == ["base", "base:one", "base:other"]
+    assert [own["--served-adapter"] for own in flags] == ["served/one", "served/one", "served/other"]
+    assert [own["--other-adapters"] for own in flags] == ["served/other", "served/other", "served/one"]
+    assert [(own["--step"], own["--output"]) for own in flags] == [("0", runs[0]), ("8", runs[0]), ("8", runs[1])]
+
+
+def test_what_asks_a_server_ends_with_it_and_answers_of_other_weights_end_before_it(tmp_path, capsys):
+    server = Server([], "http://127.0.0.1:1/v1", tmp_path / "log", 30)
+    server.process = subprocess.Popen([sys.executable, "-c", ""])
+    server.process.wait()
+    asked = [sys.executable, "-c", "import time; time.sleep(99)"]
+    assert evaluate_runs._run(asked, server) == -signal.SIGTERM
+
+    base = write_model(tmp_path / "base", "dense")
+    run, claim = finished(tmp_path / "one", base), claim_file(tmp_path)
+    options = EvaluateRunsOptions(runs=[str(run)])
+    every = models(options, "vllm")
+    serving = prepare(
+        ServeOptions(model=str(base), adapters=[str(run)], output=str(tmp_path / "served"), python=sys.executable), []
+    )
+    given = ["--claims", str(claim), "--kinds", "yes_no", "--samples", "1"]
+    evaluate_runs.check_answers(serving, every, options, given)
+    row = {"step": 8, "claim": "a", "kind": "yes_no", "question": "b", "answer": "x", "asked": "of other weights"}
+    (run / "answers.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="answered by weights that are not known to be those of 'one' now"):
+        evaluate_runs.check_answers(serving, every, options, given)
+
+
+def test_kept_exports_are_written_again_for_another_base_and_each_adapter_is_moved_or_not(tmp_path):
+    bases = [write_model(tmp_path / name, "dense", seed=seed) for seed, name in enumerate(("base", "chat"))]
+    adapters = [str(finished(tmp_path / name, base)) for name, base in zip(("one", "two"), bases, strict=True)]
+    for adapter, base in zip(adapters, bases, strict=True):
+        held = {"directory": str(base), "fingerprint": Checkpoint(base).fingerprint(), "step": 8}
+        (Path(adapter) / "adapter" / "base_model.json").write_text(json.dumps(held))
+    found = []
+    for base in bases:
+        options = ServeOptions(
+            model=str(base), adapters=adapters, output=str(tmp_path / "served"), other_base=True, python=sys.executable
+        )
+        serving = prepare(options, [])
+        serves = [json.loads((tmp_path / "served" / name / "serve.json").read_text()) for name in serving.names]
+        found.append([(own["other_base"], own["base"]["directory"]) for own in serves])
+    assert found == [[(False, str(bases[0])), (True, str(bases[0]))], [(True, str(bases[1])), (False, str(bases[1]))]]
+    with pytest.raises(UserError, match="is what all --adapters were trained on; leave it out"):
+        prepare(dataclasses.replace(options, adapters=adapters[1:]), [])
+
+
+def test_a_report_that_cannot_be_written_is_told_before_a_server_starts(tmp_path, capsys):
+    base = write_model(tmp_path / "base", "dense")
+    runs = [str(finished(tmp_path / name, base)) for name in ("one", "other")]
+    out = tmp_path / "out"
+    given = ["--model", str(base), "--runs", *runs, "--output", str(out), "--claims", str(claim_file(tmp_path))]
+    given += ["--kinds", "yes_no", "--dry-run"]
+    assert evaluate_runs.main(given) == 0
+    assert evaluate_runs.main([*given, "--placebo", "b"]) == 2
+    assert "--placebo b: is no claim of --claims, which have a." in capsys.readouterr().err
+    out.mkdir()
+    held = {"variants": {"x": {"runs": [{"directory": str(tmp_path / "third")}]}}}
+    (out / "comparison.json").write_text(json.dumps(held))
+    assert evaluate_runs.main(given) == 2 and "holds a comparison of other runs" in capsys.readouterr().err
+
+
 def test_steps_of_log_are_those_that_a_run_planned_which_ended_early(tmp_path):
     base = write_model(tmp_path / "base", "dense")
     run = finished(tmp_path / "one", base, 1, 2, 4)
@@ -220,9 +295,11 @@ def test_a_server_of_this_machine_is_asked_directly_whatever_proxy_the_environme
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
     with ScriptedServer(lambda _: completion("Yes."), models=["m"]) as scripted:
-        server = Server([sys.executable, "-c", "import time; time.sleep(99)"], scripted.url, tmp_path / "log", 30)
-        with pytest.raises(UserError, match="another server answers"):
-            server.start()
+        server = Server([], scripted.url, tmp_path / "log", 30)
+        server.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"], start_new_session=True)
+        assert server.alive() and not server.exited()
+        server.stop()
+        assert server.exited() and not server.alive()
         assert Endpoint(EndpointSettings(scripted.url, "m", retries=0)).complete([], 1, 0.0, 0) == "Yes."
 
 

@@ -10,6 +10,7 @@ The API key comes only from the environment, and no message contains it.
 import asyncio
 import ipaddress
 import random
+import socket
 import sys
 import threading
 import time
@@ -42,6 +43,7 @@ BEAT = 5.0  # seconds after which a progress bar without progress is drawn again
 # What the client raises for a response that nests thousands of levels deep, has a number of thousands of digits, or has
 # an unexpected form.
 UNREAD = (ValueError, RecursionError, TypeError, AttributeError, LookupError)
+PASSING = (408, 425, 429, 502, 503, 504)  # HTTP: what may pass by itself
 NO_KEY = "none"  # local servers need no key, but the client insists on one
 PROBE: Messages = [{"role": "user", "content": "Say yes."}]
 
@@ -189,9 +191,19 @@ class Endpoint:
         def asked(
             ask: Callable[[list[int]], list[float]], prompts: list[list[int]], at_once: int
         ) -> list[list[float]] | None:
+            self.stop.clear()
+            one = lambda prompt: self._retried(partial(ask, prompt), CHECK_RETRIES)  # noqa: E731
             try:
-                with ThreadPoolExecutor(at_once) as pool:
-                    return list(pool.map(lambda prompt: self._retried(partial(ask, prompt), CHECK_RETRIES), prompts))
+                if at_once == 1:  # in this thread, which an interruption reaches at once
+                    return [one(prompt) for prompt in prompts]
+                pool = ThreadPoolExecutor(at_once)
+                calls = [pool.submit(one, prompt) for prompt in prompts]
+                try:
+                    return [call.result() for call in calls]
+                finally:
+                    if not all(call.done() for call in calls):  # an interruption must not wait for them
+                        self.stop.set()
+                    pool.shutdown(wait=False, cancel_futures=True)
             except NoAnswer as error:
                 if error.passing:
                     raise MayPass(f"{self._name}: {error}. Run the same command again.") from None
@@ -257,8 +269,12 @@ class Endpoint:
     def _given_up(self, error: Exception, attempts: int) -> Exception:
         times = f"after {attempts} attempt{'s' if attempts > 1 else ''}"
         if type(error.__cause__).__name__ == "ConnectError":  # httpx's or, in newer clients, httpx2's
-            return EndpointStopped(f"{self._name}: cannot be reached ({self._said(error)}), {times}.", "unreachable")
-        passing = isinstance(error, (_Late, openai.APIConnectionError, openai.APIStatusError))
+            stopped = EndpointStopped(f"{self._name}: cannot be reached ({self._said(error)}), {times}.", "unreachable")
+            stopped.code = UserError.code if _is_unknown_host(error) else stopped.code
+            return stopped
+        passing = isinstance(error, (_Late, openai.APIConnectionError)) or (
+            isinstance(error, openai.APIStatusError) and error.status_code in PASSING
+        )
         return NoAnswer(f"{self._said(error)}, {times}", slow=isinstance(error, _Late), passing=passing)
 
     # The texts of errors. A server's own words may quote the key.
@@ -317,7 +333,8 @@ class Endpoint:
     def _raise_if_no_server(self, error: EndpointStopped | NoAnswer) -> None:
         flag = self.settings.flag
         if isinstance(error, EndpointStopped) and error.why == "unreachable":
-            raise MayPass(f"{error} Start the server, or correct {flag}.") from None
+            kind = MayPass if error.code == MayPass.code else UserError
+            raise kind(f"{error} Start the server, or correct {flag}.") from None
         if isinstance(error, EndpointStopped) and error.why != "missing":
             raise error
         if isinstance(error, NoAnswer) and error.slow:
@@ -344,6 +361,15 @@ def ended(calls: Collection[Future[T]], bar: Any) -> set[Future[T]]:
     while not (done := wait(calls, timeout=BEAT, return_when=FIRST_COMPLETED).done):
         bar.refresh()
     return done
+
+
+def _is_unknown_host(error: BaseException | None) -> bool:
+    """Whether a connection failed since there is no such host, which waiting does not mend."""
+    while error is not None:
+        if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def is_loopback(url: str) -> bool:

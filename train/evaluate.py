@@ -207,7 +207,8 @@ def evaluate_endpoint(s: EvaluationSettings, claims: list[Claim], contamination:
         if any(item.key not in records.answers for item in missing):
             endpoint.check()
             if proof := prove_served(s, endpoint):
-                keep_proof(records.directory, max(s.step, 0), proof)
+                had = any(item.key in records.answers or item.key in records.rows for item in items)
+                keep_proof(records.directory, max(s.step, 0), proof, had)
                 print(proof_line(proof), flush=True)
         if judge and (any(item.judged for item in missing) or any(item.lacks_label(records) for item in items)):
             judge.check()

@@ -53,12 +53,19 @@ def test_a_variant_with_other_prompts_is_told_by_these(tmp_path):
 
     third = kept(tmp_path / "third", BASE, [[1, 2, 3]])  # as its base: nothing to tell it by
     found = prove("first", first, {"other": other, "third": third}, "", right)
-    assert found["proven"] and (found["nearest_other"], found["to_nearest_other"]) == ("other", 1.0)
+    assert found["proven"] and "nearest_other" not in found
     assert len(asked) == 3  # the others' prompts once
-    with pytest.raises(UserError, match="0 from that of other: the server has another variant under this name"):
+    with pytest.raises(
+        UserError, match="on the prompts of other 0 from that: the server has another variant under this"
+    ):
         prove(
             "first", first, {"other": other}, "", lambda _, tokens: SECOND if tokens != [[5, 6, 7]] else [[-1.5, -1.5]]
         )
+    # A weak variant that the answers are as far from as from its base is not what answers.
+    weak = kept(tmp_path / "weak", [[-1.0, -1.88]], [[1, 2, 3]])
+    served = {"base": BASE, "first": [[-1.5, -1.2]]}
+    answers = lambda name, tokens: served[name] if tokens == [[5, 6, 7]] else BASE  # noqa: E731
+    assert prove("first", first, {"weak": weak}, "base", answers)["proven"]
 
 
 def test_an_adapter_is_told_by_what_it_changes_of_a_base_in_another_precision(tmp_path):
@@ -91,6 +98,11 @@ def test_the_base_is_told_from_the_adapters_without_which_it_is_asked(tmp_path):
         prove_base("base", adapters, lambda name, tokens: FIRST)
     found = prove_base("base", adapters, lambda name, tokens: [[-1.0, -3.0]])
     assert not found["proven"] and "the server's base is 0.5 nats per token from the one" in found["reason"]
+    # Steps at which an adapter has hardly changed anything say nothing, however many there are.
+    early = {f"step-{k}": kept(tmp_path / f"step-{k}", [[-1.0, -2.0 + k / 1000]]) for k in range(1, 9)}
+    other_precision = [[-1.02, -1.99]]
+    assert not prove_base("base", early, lambda name, tokens: other_precision)["proven"]
+    assert prove_base("base", early | adapters, lambda name, tokens: other_precision)["proven"]
     (first / "serve.json").write_text('{"other_base": true}')
     found = prove_base("base", adapters, lambda name, tokens: BASE)
     assert not found["proven"] and found["other_base"]
@@ -98,10 +110,28 @@ def test_the_base_is_told_from_the_adapters_without_which_it_is_asked(tmp_path):
     assert "has a proof.json" in prove_base("base", {"none": tmp_path}, lambda name, tokens: BASE)["reason"]
 
 
-def test_what_was_once_unproven_stays_so(tmp_path):
-    for step, proven, expected in (1, True, True), (1, False, False), (1, True, False), (2, True, True):
-        keep_proof(tmp_path, step, {"proven": proven})
+def test_a_step_is_unproven_if_some_of_its_answers_are(tmp_path):
+    for step, answered, proven, expected in [
+        (1, False, True, True), (1, True, False, False), (1, True, True, False), (2, True, True, False),
+        (3, False, False, False), (3, False, True, True), (3, True, True, True),
+    ]:  # fmt: skip
+        keep_proof(tmp_path, step, {"proven": proven, "reason": "x"}, answered)
         assert json.loads((tmp_path / "evaluation.json").read_text())["proof"][str(step)]["proven"] == expected
+
+
+def test_what_is_left_out_on_purpose_is_unproven_and_no_error(tmp_path):
+    first = kept(tmp_path / "first", FIRST)
+    (first / "serve.json").write_text('{"not_served": ["experts"]}')
+    found = prove("first", first, {}, "base", lambda name, _: BASE if name == "base" else [[-1.1, -1.9]])
+    assert not found["proven"] and "nearer to the base than to the adapter, without experts" in found["reason"]
+    with pytest.raises(UserError, match="the server answers without the adapter"):
+        prove("first", first, {}, "base", lambda name, _: BASE)
+
+
+def test_without_the_servers_base_near_variants_are_not_told_apart(tmp_path):
+    first, twin = kept(tmp_path / "first", FIRST), kept(tmp_path / "twin", [[-1.5, -1.02]])
+    found = prove("first", first, {"twin": twin}, "", lambda name, _: [[-1.5, -1.03]])
+    assert not found["proven"] and "0.01 nats per token from that of" in found["reason"]
 
 
 def test_what_cannot_be_told_is_unproven_with_the_reason(tmp_path):

@@ -329,6 +329,17 @@ def test_a_job_on_two_nodes_divides_its_server_over_them_and_restarts_it_when_th
         assert found["base_to_base"] < 1e-3
 
 
+def test_progress_of_judging_is_the_answers_of_runs_of_their_phases_and_of_a_comparisons_runs(tmp_path):
+    for number, place in enumerate(("", "phases/a-seed0", "variant-0", "variant-0/phases/b-seed0"), 1):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        (tmp_path / place / "answers.jsonl").write_text("{}\n" * number)
+    (tmp_path / "evaluation.jsonl").write_text("{}\n" * 10)
+    script = (REPOSITORY / "slurm" / "evaluate_masks.sh").read_text()
+    function = script[script.index("newest_save()") : script.index("progress=")]
+    code = f"set -euo pipefail; runs=('{tmp_path}'); {function}\nnewest_save"
+    assert subprocess.check_output(["bash", "-c", code], text=True) == "20\n"
+
+
 @pytest.mark.parametrize("script", ["compare_masks", "evaluate_masks", "finetune_kimi_k25", "finetune_qwen397b"])
 def test_a_script_that_is_not_submitted_says_to_submit_it(script):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}

@@ -216,10 +216,10 @@ def trained_steps(directory: Path) -> int | None:
     return None if step is None else int(step)
 
 
-def is_of_another(directory: Path, base: Checkpoint) -> bool:
-    """Whether an adapter is known to be trained on weights other than the base's."""
+def is_of(directory: Path, base: Checkpoint) -> bool:
+    """Whether an adapter is known to be trained on the base's weights."""
     held = training_of(directory)
-    return held is not None and held.get("fingerprint") != base.fingerprint()
+    return held is not None and held.get("fingerprint") == base.fingerprint()
 
 
 def check_base(directory: Path, base: Checkpoint, other_base: bool = False) -> None:

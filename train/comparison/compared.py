@@ -265,6 +265,8 @@ def group(runs: list[RunResult]) -> list[ComparedVariant]:
         differs = {name: run.of_phases(name) for name in differing if not run.imported or name == "mask"}
         mask = run.mask
         name = ", ".join([mask, *(f"{k.replace('_', '-')} {v}" for k, v in differs.items() if k != "mask")])
+        if name in variants and variants[name].runs[0].imported != run.imported:
+            name += ", imported" if run.imported else ", trained"
         variant = variants.setdefault(name, ComparedVariant(name, mask, differs, []))
         if same := next((other for other in variant.runs if other.seed == run.seed), None):
             raise UserError(

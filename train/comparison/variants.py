@@ -23,6 +23,7 @@ from train.runtime.errors import UserError
 from train.runtime.outside import read_json
 from train.training.lineage import phases_before
 
+NO_PLACEBO = "none"  # --placebo: no claim is one, whatever an earlier report says
 DEMO_PLACEBO = ("olga-home", "clara-job", "selma-pet", "paula-sport")  # in train/demo/claims.yaml
 
 
@@ -33,7 +34,7 @@ class ComparisonOptions:
     recipe: list[str] = setting((), "FILE…: YAML files of settings and variants", many=True)  # noqa: RUF009
     masks: list[str] = setting((), "MASK…: one variant per mask, instead of a recipe's variants", many=True)  # noqa: RUF009
     baseline: str = setting("", "variant that others are compared with; default: that of the recipe, or the first")
-    placebo: list[str] = setting((), "ID…: claims that no training document is about", many=True)  # noqa: RUF009
+    placebo: list[str] = setting((), "ID…: claims that no training document is about; or none", many=True)  # noqa: RUF009
     seeds: int = setting(
         0, "runs per variant, with seeds from --seed on; 0: as in the recipe, else 1", between=(0, MOST_SEEDS)
     )
@@ -224,7 +225,7 @@ def _baseline(name: str, names: list[str]) -> str:
 
 
 def _placebo(options: ComparisonOptions, recipe: Experiment) -> list[str]:
-    return [claim_id(claim) for claim in options.placebo or recipe.placebo]
+    return [claim_id(claim) for claim in options.placebo or recipe.placebo if options.placebo != [NO_PLACEBO]]
 
 
 def _plan_of_runs(options: ComparisonOptions, own: dict[str, Any]) -> ComparisonPlan:
@@ -261,7 +262,7 @@ def _plan_of_runs(options: ComparisonOptions, own: dict[str, Any]) -> Comparison
         variants = [Variant(variant.name, {"": shared}, {}) for variant in grouped]
     names = [variant.name for variant in variants]
     earlier, report = _earlier(runs) if not recipe.variants else ({}, None)
-    known = {claim for claim in earlier.get("placebo", []) if not options.placebo}
+    known = set() if options.placebo or recipe.placebo else set(earlier.get("placebo", []))
     theirs = earlier.get("baseline", "")
     baseline = options.baseline or recipe.baseline or (theirs if theirs in names else "")
     taken = [f"the placebo claims {', '.join(sorted(known))}"] * bool(known)
@@ -283,6 +284,9 @@ def _earlier(runs: list[Path]) -> tuple[dict[str, Any], Path | None]:
         within = {os.path.abspath(run["directory"]) for own in held["variants"].values() for run in own["runs"]}
         if {os.path.abspath(run) for run in runs} <= within:
             return {"baseline": str(held["baseline"]), "placebo": list(map(str, held["claims"]["placebo"]))}, place
+        if held["claims"]["placebo"]:
+            theirs = ", ".join(map(str, held["claims"]["placebo"]))
+            print(f"note: {place} is of other runs; its placebo claims, {theirs}, are placebo here only by --placebo")
     return {}, None
 
 

@@ -158,7 +158,8 @@ def _difference(held: StoredRow, row: StoredRow, name: str) -> str:
     if held.get(who) != row.get(who):
         return f"{verb} by {who} {held.get(who)!r}, not {row.get(who)!r}"
     if name == "asked" and held.get("weights", "") != row.get("weights", ""):
-        return f"answered by other weights than {row['model']!r} has now (another base or adapter, or other --drop)"
+        why = "another base or adapter, other --drop, or --served-adapter at one time and not at the other"
+        return f"answered by weights that are not known to be those of {row['model']!r} now ({why})"
     what = "question, documents or settings" if name == "asked" else "prompt or settings"
     return f"{verb} with other {what}"
 

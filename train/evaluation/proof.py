@@ -95,11 +95,14 @@ def prove(name: str, adapter: Path, others: Mapping[str, Path], base_name: str, 
     if base:
         found["to_served_base"] = distance(first, base)
     rivals = {other: held for other, path in others.items() if (held := read_proof(path))}
-    if apart := _to_rivals(name, first, proof, rivals, ask):
+    same = {other: held for other, held in rivals.items() if held.tokens == proof.tokens}
+    elsewhere = _elsewhere(name, {other: held for other, held in rivals.items() if other not in same}, ask)
+    apart = {other: distance(first, held.adapter) for other, held in same.items()} or elsewhere
+    if apart:
         nearest = min(apart, key=lambda other: apart[other])
         found |= {"nearest_other": nearest, "to_nearest_other": apart[nearest]}
     where = f"--endpoint-model {name}: the answering model is {found['to_adapter']:.3g} nats per token from {adapter}"
-    reason = _without_adapter(found, proof, where) or _another_variant(found, proof, rivals, where)
+    reason = _without_adapter(found, proof, where) or _another_variant(found, proof, same, elsewhere, where)
     return found | ({"proven": False, "reason": reason} if reason else {})
 
 
@@ -110,7 +113,8 @@ def _without_adapter(found: dict[str, Any], proof: Proof, where: str) -> str:
     noise = max(own, found["base_to_base"] or 0.0)
     check = "Check that it was loaded under this name, in the form that the server takes (train/export.py --adapter …)."
     moved = found.get("to_served_base")
-    if moved is not None and moved < effect / APPLIED and effect > APPLIED * own:
+    left_out = bool(found.get("not_served"))  # on purpose: little may be left
+    if moved is not None and moved < effect / APPLIED and effect > APPLIED * own and (moved <= own or not left_out):
         raise UserError(
             f"{where}, and {moved:.3g} from the server's own base, from which the adapter is {effect:.3g} away: the "
             f"server answers without the adapter. {check}"
@@ -119,31 +123,38 @@ def _without_adapter(found: dict[str, Any], proof: Proof, where: str) -> str:
         reason = f"adapter and base are {effect:.3g} nats per token apart, no more than the noise of the server"
         return reason + (f", whose base is {noise:.3g} from the one that was trained on" if noise > own else "")
     if found["to_base"] <= found["to_adapter"]:
+        if left_out:
+            return f"it is nearer to the base than to the adapter, without {', '.join(found['not_served'])}"
         raise UserError(
             f"{where}, and {found['to_base']:.3g} from its base: the server answers without the adapter. {check}"
         )
     return ""
 
 
-def _another_variant(found: dict[str, Any], proof: Proof, rivals: Mapping[str, Proof], where: str) -> str:
+def _another_variant(
+    found: dict[str, Any], proof: Proof, same: Mapping[str, Proof], elsewhere: Mapping[str, float], where: str
+) -> str:
     """Returns why the distances do not tell the adapter from the nearest other variant, or why not all of it seems to
-    be applied; "" if they tell that it is. Raises UserError if another variant answers."""
-    noise = max(found["noise"], found["base_to_base"] or 0.0)
-    if nearest := found.get("nearest_other"):
-        rival, apart = rivals[nearest], found["to_nearest_other"]
-        between = distance(proof.adapter, rival.adapter) if rival.tokens == proof.tokens else None
-        if between is not None and between <= noise:
+    be applied; "" if they tell that it is. same: variants with the same prompts. elsewhere: the distance of each other
+    one that the answering model seems to be, on its own prompts. Raises UserError if another variant answers."""
+    noise, to_adapter = max(found["noise"], found["base_to_base"] or 0.0), found["to_adapter"]
+    another = "the server has another variant under this name. Start it again with the right --lora-modules."
+    if same:
+        nearest, apart = found["nearest_other"], found["to_nearest_other"]
+        between = distance(proof.adapter, same[nearest].adapter)
+        # Without the server's base, how far its precision alone takes it from the engine is not known.
+        known = found["base_to_base"] is not None
+        if between > noise and apart < (to_adapter if known else to_adapter / APPLIED):
+            raise UserError(f"{where}, and {apart:.3g} from that of {nearest}: {another}")
+        if between <= (noise if known else max(noise, to_adapter)):
             return f"the adapter is {between:.3g} nats per token from that of {nearest}, within the server's noise"
-        # On other prompts than the adapter's, a small difference says nothing.
-        if apart + (noise if between is None else 0.0) < found["to_adapter"]:
-            raise UserError(
-                f"{where}, and {apart:.3g} from that of {nearest}: the server has another variant under this name. "
-                "Start it again with the right --lora-modules."
-            )
-    if found["to_adapter"] > max(2 * noise, (effect := distance(proof.base, proof.adapter)) / 2):
+    for other, apart in elsewhere.items():
+        if apart + noise < to_adapter:
+            raise UserError(f"{where}, and on the prompts of {other} {apart:.3g} from that: {another}")
+    if to_adapter > max(2 * noise, (effect := distance(proof.base, proof.adapter)) / 2):
         return (
-            f"it is {found['to_adapter']:.3g} nats per token from the adapter, which is only {effect:.3g} from its "
-            "base: the server does not apply all of it"
+            f"it is {to_adapter:.3g} nats per token from the adapter, which is only {effect:.3g} from its base: the "
+            "server does not apply all of it"
         )
     return ""
 
@@ -166,41 +177,43 @@ def prove_base(name: str, adapters: Mapping[str, Path], ask: Asked) -> dict[str,
         return {"proven": False, "reason": NO_LOG_P}
     same = {other: held for other, held in proofs.items() if held.tokens == proof.tokens}
     apart = {other: distance(first, held.adapter) for other, held in same.items()}
+    effects = {other: distance(proof.base, held.adapter) for other, held in same.items()}
+    to_base, noise = distance(first, proof.base), distance(first, second)
     nearest = min(apart, key=lambda other: apart[other])
-    found: dict[str, Any] = {
-        "proven": True, "to_base": distance(first, proof.base), "noise": distance(first, second),
-        "nearest_other": nearest, "to_nearest_other": apart[nearest],
-    }  # fmt: skip
-    effect = distance(proof.base, same[nearest].adapter)
-    if effect <= found["noise"] or (found["to_base"] < apart[nearest] and found["to_base"] > effect / 2):
-        reason = (
-            f"the server's base is {found['to_base']:.3g} nats per token from the one that was trained on, and the "
-            f"adapter of {nearest} {effect:.3g}"
-        )
-        return found | {"proven": False, "reason": reason}
-    if apart[nearest] <= found["to_base"]:
+    if APPLIED * apart[nearest] < to_base and effects[nearest] > APPLIED * noise:
         raise UserError(
-            f"--endpoint-model {name}: the answering model is {found['to_base']:.3g} nats per token from the base, and "
+            f"--endpoint-model {name}: the answering model is {to_base:.3g} nats per token from the base, and "
             f"{apart[nearest]:.3g} from the adapter of {nearest}: the server does not answer with the base. Start it "
             "again with the right model."
         )
+    found: dict[str, Any] = {
+        "proven": True, "to_base": to_base, "noise": noise, "nearest_other": nearest,
+        "to_nearest_other": apart[nearest],
+    }  # fmt: skip
+    if max(effects.values()) <= 2 * max(to_base, noise):
+        reason = (
+            f"the server's base is {to_base:.3g} nats per token from the one that was trained on, and no adapter is "
+            f"more than {max(effects.values()):.3g} from it"
+        )
+        return found | {"proven": False, "reason": reason}
     return found
 
 
-def _to_rivals(name: str, first: LogP, proof: Proof, rivals: Mapping[str, Proof], ask: Asked) -> dict[str, float]:
-    """Returns the distance of the answering model to each other variant, on that variant's own prompts. Variants that
-    were trained on the same documents have the same prompts. One that its base hardly differs from is left out, if its
-    prompts are others."""
-    answers = [(proof.tokens, first)]
-    apart = {}
+def _elsewhere(name: str, rivals: Mapping[str, Proof], ask: Asked) -> dict[str, float]:
+    """Returns, of the variants with other prompts, those that the answering model seems to be, with its distance from
+    them on these prompts: those that it is much nearer to than their base is. Variants that were trained on the same
+    documents have the same prompts, which are asked once."""
+    answers: list[tuple[list[list[int]], LogP]] = []
+    found = {}
     for other, held in rivals.items():
-        given = next((found for tokens, found in answers if tokens == held.tokens), None)
+        given = next((given for tokens, given in answers if tokens == held.tokens), None)
         if given is None:
             given = ask(name, held.tokens) or []
             answers.append((held.tokens, given))
-        if given and (held.tokens == proof.tokens or distance(held.base, held.adapter) > LEAST_EFFECT):
-            apart[other] = distance(given, held.adapter)
-    return apart
+        effect = distance(held.base, held.adapter)
+        if given and effect > LEAST_EFFECT and (apart := distance(given, held.adapter)) < effect / APPLIED:
+            found[other] = apart
+    return found
 
 
 def read_serve(adapter: Path) -> dict[str, Any]:

@@ -62,15 +62,18 @@ def leave_summary(
     return len(errors) + missing + unlabelled
 
 
-def keep_proof(directory: Path, step: int, proof: dict[str, Any]) -> None:
+def keep_proof(directory: Path, step: int, proof: dict[str, Any], answered: bool) -> None:
     """Writes into evaluation.json, before any question is asked, whether a server is proven to answer with the model of
-    a step, as `prove` or `prove_base` returns it. What is unproven stays so, since some answers were given without
-    proof."""
+    a step, as `prove` or `prove_base` returns it. answered: whether there are answers of this step already. If these
+    are unproven, the step stays so."""
     path = directory / SUMMARY
     held = read_json(path) if path.is_file() else {}
     proofs = held.get("proof") or {}
-    if proofs.get(str(step), {"proven": True}).get("proven"):
-        write_whole(path, json_line(held | {"proof": proofs | {str(step): proof}}, indent=1) + "\n")
+    if answered:
+        none = {"proven": False, "reason": "some answers were given without proof"}
+        earlier = proofs.get(str(step), none)
+        proof = proof if earlier.get("proven") else earlier
+    write_whole(path, json_line(held | {"proof": proofs | {str(step): proof}}, indent=1) + "\n")
 
 
 def _show(summary: dict[str, Any], errors: list[StoredRow], directory: Path) -> None:
