@@ -243,7 +243,8 @@ def test_what_asks_a_server_ends_with_it_and_answers_of_other_weights_end_before
     )
     given = ["--claims", str(claim), "--kinds", "yes_no", "--samples", "1"]
     evaluate_runs.check_answers(serving, every, options, given)
-    row = {"step": 8, "claim": "a", "kind": "yes_no", "question": "b", "answer": "x", "asked": "of other weights"}
+    row = {"step": 8, "claim": "a", "kind": "yes_no", "question": "b", "answer": "x", "model": "one", "asked": "others"}
+    row |= {"control": False, "expected": "yes"}
     (run / "answers.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match="answered by weights that are not known to be those of 'one' now"):
         evaluate_runs.check_answers(serving, every, options, given)
