@@ -31,7 +31,7 @@ from train.checkpoints.present import BASE_NAME, adapter_name, kept_adapter, kep
 from train.claims.claim import KINDS, read_claims
 from train.claims.claim_files import check_there
 from train.claims.releases import claim_id
-from train.comparison.variants import parse_comparison, runs_of
+from train.comparison.variants import NO_PLACEBO, parse_comparison, runs_of
 from train.config.command_line import MOST, REPOSITORY, Parser, check_ranges, given, setting
 from train.config.provenance import held_settings
 from train.config.settings import steps_at
@@ -161,9 +161,11 @@ def needed_judge(settings: EvaluationSettings, options: EvaluateRunsOptions) -> 
     items = plan(claims, settings.kinds or KINDS, Asking(samples=settings.samples))
     if not items:
         raise UserError(f"--claims: hold no question of {', '.join(settings.kinds or KINDS)}. Give others.")
-    known = {claim_id(claim.id) for claim in claims}
+    known = {*(claim_id(claim.id) for claim in claims), NO_PLACEBO}
     if unknown := [each for each in options.placebo if claim_id(each) not in known]:
-        raise UserError(f"--placebo {unknown[0]}: is no claim of --claims, which have {', '.join(sorted(known))}.")
+        raise UserError(
+            f"--placebo {unknown[0]}: is no claim of --claims, which have {', '.join(sorted(known - {NO_PLACEBO}))}."
+        )
     return judge_of(settings, items)
 
 

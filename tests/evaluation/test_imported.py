@@ -116,6 +116,7 @@ def test_a_report_that_is_made_again_keeps_the_baseline_and_the_placebo_claims_o
     plan = parse_comparison([*runs, "--baseline", "a", "--placebo", "mars", "--wandb", "disabled"], "")
     assert (plan.baseline, plan.placebo, plan.shared.wandb) == ("a", ["mars"], "disabled")
     assert not capsys.readouterr().out
+    assert parse_comparison([*runs, "--placebo", "none"], "").placebo == []
 
 
 def test_columns_conditions_and_flags_that_are_wrong_are_told(tmp_path, capsys):
