@@ -28,7 +28,7 @@ from pathlib import Path
 from launch.serve import ServeOptions, Serving, adapter_of, check_early, prepare, split
 from launch.server import Server
 from train.checkpoints.present import BASE_NAME, adapter_name, kept_adapter, kept_steps, model_name
-from train.claims.claim import KINDS, read_claims
+from train.claims.claim import Claim, read_claims
 from train.claims.claim_files import check_there
 from train.claims.releases import claim_id
 from train.comparison.variants import NO_PLACEBO, parse_comparison, runs_of
@@ -37,7 +37,7 @@ from train.config.provenance import held_settings
 from train.config.settings import steps_at
 from train.endpoint import Endpoint
 from train.evaluation.asking import judge_of
-from train.evaluation.judging import Asking, check_same, plan
+from train.evaluation.judging import check_same
 from train.evaluation.measures import at_step
 from train.evaluation.options import EvaluationSettings, parse_evaluation
 from train.evaluation.served import asked_of
@@ -104,7 +104,8 @@ def main(argv: list[str]) -> int:
     serve, flags = of_the_runs(options, serve, flags)
     settings = check(options, flags)
     asked = models(options, serve.to)
-    judge = needed_judge(settings, options)
+    claims = read_claims(settings.claims)
+    judge = needed_judge(settings, options, claims)
     check_report(options)
     serve = replace(
         serve, adapters=[str(each.adapter) for each in asked if each.adapter], slots=1, dry_run=options.dry_run,
@@ -115,7 +116,7 @@ def main(argv: list[str]) -> int:
     if options.dry_run:
         print(shlex.join(serving.command))
         return 0
-    check_answers(serving, asked, options, flags)
+    check_answers(serving, asked, options, flags, claims)
     if judge and options.judge != SAME and not all(map(_complete, asked)):
         judge.check()
     interruption.raise_from_now(KEPT)
@@ -154,19 +155,15 @@ def check(options: EvaluateRunsOptions, flags: list[str]) -> EvaluationSettings:
     return settings
 
 
-def needed_judge(settings: EvaluationSettings, options: EvaluateRunsOptions) -> Endpoint | None:
-    """Returns the judge that the claims need. Raises UserError if it is missing, or if the claims are wrong, have no
-    such questions, or none of those that --placebo names."""
-    claims = read_claims(settings.claims)
-    items = plan(claims, settings.kinds or KINDS, Asking(samples=settings.samples))
-    if not items:
-        raise UserError(f"--claims: hold no question of {', '.join(settings.kinds or KINDS)}. Give others.")
+def needed_judge(settings: EvaluationSettings, options: EvaluateRunsOptions, claims: list[Claim]) -> Endpoint | None:
+    """Returns the judge that the claims need. Raises UserError if it is missing, or if the claims have no such
+    questions, or are none of those that --placebo names."""
     known = {*(claim_id(claim.id) for claim in claims), NO_PLACEBO}
     if unknown := [each for each in options.placebo if claim_id(each) not in known]:
         raise UserError(
             f"--placebo {unknown[0]}: is no claim of --claims, which have {', '.join(sorted(known - {NO_PLACEBO}))}."
         )
-    return judge_of(settings, items)
+    return judge_of(settings, asked_of(settings, claims)[1])
 
 
 def check_report(options: EvaluateRunsOptions) -> None:
@@ -281,7 +278,9 @@ def _words(
     return [*own, "--other-adapters", *served.values()] if served else own
 
 
-def check_answers(serving: Serving, every: Sequence[Asked], options: EvaluateRunsOptions, flags: list[str]) -> None:
+def check_answers(
+    serving: Serving, every: Sequence[Asked], options: EvaluateRunsOptions, flags: list[str], claims: list[Claim]
+) -> None:
     """Raises UserError if a run holds answers of other weights, or to questions that were asked or judged otherwise."""
     for run in dict.fromkeys(each.run for each in every):
         records = Records(run)
@@ -289,7 +288,7 @@ def check_answers(serving: Serving, every: Sequence[Asked], options: EvaluateRun
             for each in every:
                 if each.run == run:
                     settings = parse_evaluation(_words(each, serving, every, options, flags), "")
-                    check_same(asked_of(settings, read_claims(settings.claims))[1], records)
+                    check_same(asked_of(settings, claims)[1], records)
         finally:
             records.close()
 

@@ -133,17 +133,10 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
     """
     import torch
 
-    from train.checkpoints.adapter_files import (
-        adapter_settings,
-        check_adapter,
-        check_finite,
-        is_of,
-        weights_hash,
-    )
-    from train.checkpoints.present import is_adapter
+    from train.checkpoints.adapter_files import adapter_settings, check_adapter, is_of
     from train.checkpoints.reader import Checkpoint
-    from train.checkpoints.served import SERVERS, largest_rank, served, write_served
     from train.checkpoints.served import command as server_command
+    from train.checkpoints.served import largest_rank, served
     from train.experts.dispatch import ExpertGroup
     from train.model.text_model import architecture, skeleton, text_config
 
@@ -162,23 +155,8 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
         serving.names[name], target = adapter, Path(options.output) / name
         written[name] = str(target.resolve())
         forms.append(form)
-        if options.dry_run:
-            continue
-        held = read_json(target / SERVE) if (target / SERVE).is_file() else {}
-        wanted = {
-            "server": options.to, "version": SERVERS[options.to], "dtype": options.dtype,
-            "not_served": sorted(options.drop), "other_base": moved,
-        }  # fmt: skip
-        same = (held.get("adapter") or {}).get("sha256") == weights_hash(adapter)
-        same &= (held.get("base") or {}).get("fingerprint") == base.fingerprint()
-        if not (same and is_adapter(target) and all(held.get(key) == value for key, value in wanted.items())):
-            if target.exists() and not (target / SERVE).is_file():
-                raise UserError(
-                    f"--output {options.output}: holds {name}, which is not an adapter written for a server and would "
-                    "be lost; give another directory."
-                )
-            check_finite(adapter)
-            write_served(form, adapter, lora, of, base, target, dtype, moved)
+        if not options.dry_run:
+            _write(form, adapter, target, lora, of, base, options, moved)
     rank, gpus = max(map(largest_rank, forms)), options.tensor_parallel or max(1, torch.cuda.device_count())
     slots = min(options.slots or len(forms), len(forms))
     check_memory(options, forms, slots, rank, gpus, base, dtype)
@@ -193,6 +171,33 @@ def prepare(options: ServeOptions, more: list[str]) -> Serving:
     if options.nodes > 1:
         serving.command = on_nodes(serving.command, options.nodes)
     return serving
+
+
+def _write(
+    form: Any, adapter: Path, target: Path, lora: Any, of: str, base: Any, options: ServeOptions, moved: bool
+) -> None:
+    """Writes an adapter in the server's form, unless it is there already. moved: whether it is put on another base.
+    Raises UserError if the directory holds something else, or weights are not finite."""
+    import torch
+
+    from train.checkpoints.adapter_files import check_finite, weights_hash
+    from train.checkpoints.served import SERVERS, write_served
+
+    held = read_json(target / SERVE) if (target / SERVE).is_file() else {}
+    wanted = {
+        "server": options.to, "version": SERVERS[options.to], "dtype": options.dtype,
+        "not_served": sorted(options.drop), "other_base": moved,
+    }  # fmt: skip
+    same = (held.get("adapter") or {}).get("sha256") == weights_hash(adapter)
+    same &= (held.get("base") or {}).get("fingerprint") == base.fingerprint()
+    if not (same and is_adapter(target) and all(held.get(key) == value for key, value in wanted.items())):
+        if target.exists() and not (target / SERVE).is_file():
+            raise UserError(
+                f"--output {options.output}: holds {target.name}, which is not an adapter written for a server and "
+                "would be lost; give another directory."
+            )
+        check_finite(adapter)
+        write_served(form, adapter, lora, of, base, target, getattr(torch, options.dtype), moved)
 
 
 def interpreter(given: str) -> str:

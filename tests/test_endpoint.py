@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.servers import Response, ScriptedServer, body, completion, free_port
 from train.endpoint import Endpoint, EndpointSettings, EndpointStopped, NoAnswer, retry_after
+from train.evaluation.served_log_p import prompt_log_p
 from train.runtime.errors import MayPass, UserError
 
 CHAT = [{"role": "user", "content": "Why?"}]
@@ -299,18 +300,18 @@ def test_the_tokens_of_prompts_are_generated_where_a_server_can_be_told_which_an
         (True, False, [[-102.0, -103.0], [-105.0]], 2),
     ]:
         with ScriptedServer(lambda _: completion(""), texts=lambda request, told=told: texts(request, told)) as server:
-            found = endpoint(server.url, concurrency=4).prompt_log_p("m", prompts, by_generating)
+            found = prompt_log_p(endpoint(server.url, concurrency=4), "m", prompts, by_generating)
         assert found == expected and len(server.asked) == requests
     for response, passing in ((body({"detail": "no"}, 400), False), (body({"detail": "busy"}, 503), True)):
         with ScriptedServer(lambda _: completion(""), texts=lambda _, response=response: response) as server:
             asked = endpoint(server.url)
             if not passing:
-                assert asked.prompt_log_p("m", prompts, by_generating=True) is None
+                assert prompt_log_p(asked, "m", prompts, by_generating=True) is None
                 continue
             with pytest.raises(MayPass, match=r"HTTP 503: busy, after 3 attempts. Run the same command again."):
-                asked.prompt_log_p("m", prompts)
+                prompt_log_p(asked, "m", prompts)
     with ScriptedServer(lambda _: completion("")) as server:
-        assert endpoint(server.url).prompt_log_p("m", prompts, by_generating=True) is None
+        assert prompt_log_p(endpoint(server.url), "m", prompts, by_generating=True) is None
 
 
 @pytest.mark.parametrize(

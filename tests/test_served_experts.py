@@ -22,6 +22,7 @@ from tests.support.served import ENVIRONMENT, PYTHON, REPOSITORY, needs_vllm
 from tests.support.vllm_on_cpu import write_plugin
 from train.endpoint import Endpoint, EndpointSettings
 from train.evaluation.proof import LogP, distance
+from train.evaluation.served_log_p import prompt_log_p
 from train.layers.lora import LoRASettings
 from train.runtime.local import free_port
 
@@ -103,7 +104,7 @@ def test_adapters_of_experts_answer_on_one_server_as_stock_peft_has_them(
     server.start()
     try:
         endpoint = Endpoint(EndpointSettings(serving.url, "base", retries=0))
-        served = {name: endpoint.prompt_log_p(name, prompts, by_generating=head) for name in stock}
+        served = {name: prompt_log_p(endpoint, name, prompts, by_generating=head) for name in stock}
     finally:
         server.stop()
     distances = {(name, other): distance(served[name], expected) for name in stock for other, expected in stock.items()}

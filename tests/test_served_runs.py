@@ -25,6 +25,7 @@ from tests.support.servers import ScriptedServer, completion
 from train import evaluate, export
 from train.checkpoints.present import kept_steps, model_name
 from train.checkpoints.reader import Checkpoint
+from train.claims.claim import read_claims
 from train.endpoint import Endpoint, EndpointSettings
 from train.layers.lora import LoRASettings
 from train.runtime.errors import UserError
@@ -242,12 +243,13 @@ def test_what_asks_a_server_ends_with_it_and_answers_of_other_weights_end_before
         ServeOptions(model=str(base), adapters=[str(run)], output=str(tmp_path / "served"), python=sys.executable), []
     )
     given = ["--claims", str(claim), "--kinds", "yes_no", "--samples", "1"]
-    evaluate_runs.check_answers(serving, every, options, given)
+    claims = read_claims([str(claim)])
+    evaluate_runs.check_answers(serving, every, options, given, claims)
     row = {"step": 8, "claim": "a", "kind": "yes_no", "question": "b", "answer": "x", "model": "one", "asked": "others"}
     row |= {"control": False, "expected": "yes"}
     (run / "answers.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match="answered by weights that are not known to be those of 'one' now"):
-        evaluate_runs.check_answers(serving, every, options, given)
+        evaluate_runs.check_answers(serving, every, options, given, claims)
 
 
 def test_kept_exports_are_written_again_for_another_base_and_each_adapter_is_moved_or_not(tmp_path):

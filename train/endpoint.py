@@ -19,7 +19,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -110,7 +109,7 @@ class Endpoint:
                 base_url=settings.url, api_key=key or NO_KEY, timeout=None, max_retries=0, http_client=direct
             )
         except (openai.OpenAIError, ValueError) as error:
-            raise UserError(f"{self._name}: {self._clean(error)}.") from None
+            raise UserError(f"{self.name}: {self._clean(error)}.") from None
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True, name="requests").start()
 
@@ -127,7 +126,7 @@ class Endpoint:
             raise UserError(f"{s.flag}-model: is missing; give the name under which the server knows the model.")
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
         """The endpoint's name in messages."""
         return f"{self.settings.flag} {shown_url(self.settings.url)}"
 
@@ -164,65 +163,16 @@ class Endpoint:
             return self._ask(messages, max_tokens, given)
         return without_keys(SURROGATE.sub("\ufffd", answer), *self._secrets)
 
-    def prompt_log_p(
-        self, model: str, prompts: list[list[int]], by_generating: bool = False
-    ) -> list[list[float]] | None:
-        """Returns log p of every token of each prompt but its first, in nats, as a served model has it.
+    def complete_text(self, read: Callable[[Any], T], **request: Any) -> T:
+        """Returns what `read` makes of the log-probabilities of a text that the server continues by one token. Raises
+        NoAnswer if this request fails, EndpointStopped if none can succeed."""
 
-        model: its name on the server. prompts: token ids. by_generating: have each token generated, if the server can
-        be told which, for vLLM leaves the LoRA weights of lm_head out of what it says of a prompt (vllm#51594). None if
-        the server does not give them, or has no such model. Raises EndpointStopped if it cannot be reached, MayPass
-        if it is busy.
-        """
-
-        def echoed(prompt: list[int]) -> list[float]:
+        def ask() -> T:
             create: Any = self._client.completions.create
-            request = create(model=model, prompt=prompt, max_tokens=1, temperature=0, logprobs=1, echo=True)
-            found = self._in_time(request, self.settings.timeout).choices[0].logprobs.token_logprobs
-            return [float(value) for value in found[1 : len(prompt)]]
+            asked = create(max_tokens=1, temperature=0, logprobs=1, **request)
+            return read(self._in_time(asked, self.settings.timeout).choices[0].logprobs)
 
-        def generated(prompt: list[int]) -> list[float]:
-            create: Any = self._client.completions.create
-            only = {"allowed_token_ids": prompt[-1:], "return_tokens_as_token_ids": True}
-            request = create(model=model, prompt=prompt[:-1], max_tokens=1, temperature=0, logprobs=1, extra_body=only)
-            found = self._in_time(request, self.settings.timeout).choices[0].logprobs
-            return [float(found.token_logprobs[0])] if found.tokens == [f"token_id:{prompt[-1]}"] else []
-
-        def asked(
-            ask: Callable[[list[int]], list[float]], prompts: list[list[int]], at_once: int
-        ) -> list[list[float]] | None:
-            self.stop.clear()
-            one = lambda prompt: self._retried(partial(ask, prompt), CHECK_RETRIES)  # noqa: E731
-            try:
-                if at_once == 1:  # in this thread, which an interruption reaches at once
-                    return [one(prompt) for prompt in prompts]
-                pool = ThreadPoolExecutor(at_once)
-                calls = [pool.submit(one, prompt) for prompt in prompts]
-                try:
-                    return [call.result() for call in calls]
-                finally:
-                    if not all(call.done() for call in calls):  # an interruption must not wait for them
-                        self.stop.set()
-                    pool.shutdown(wait=False, cancel_futures=True)
-            except NoAnswer as error:
-                if error.passing:
-                    raise MayPass(f"{self._name}: {error}. Run the same command again.") from None
-                return None
-            except EndpointStopped as error:
-                if error.why != "missing":
-                    raise
-                return None
-
-        if by_generating:
-            begun = [prompt[: end + 1] for prompt in prompts for end in range(1, len(prompt))]
-            tried = asked(generated, begun[:1], 1)  # whether this server generates what it is told to
-            values = asked(generated, begun, self.concurrency) if tried and all(tried) else None
-            if values and all(values):
-                each = iter(values)
-                return [[next(each)[0] for _ in prompt[1:]] for prompt in prompts]
-        values = asked(echoed, prompts, 1)
-        whole = [len(row) for row in values or ()] == [len(prompt) - 1 for prompt in prompts]
-        return values if whole else None
+        return self._retried(ask, CHECK_RETRIES)
 
     def _in_time(self, request: Awaitable[T], seconds: float) -> T:
         """Returns the result of a request. Cancels it and raises _Late if it takes longer than `seconds`. The client's
@@ -246,7 +196,7 @@ class Endpoint:
                 pause = self._pause_before_retry(error, attempt)
                 if attempt < retries:
                     again = f"attempt {attempt + 2} of {retries + 1} in {pause:.0f} s"
-                    tqdm.write(f"{self._name}: {self._said(error)}; {again}", file=sys.stderr)
+                    tqdm.write(f"{self.name}: {self._said(error)}; {again}", file=sys.stderr)
                 if attempt == retries or self.stop.wait(pause):
                     raise self._given_up(error, attempt + 1) from None
         raise AssertionError
@@ -261,7 +211,7 @@ class Endpoint:
             raise EndpointStopped(self._key_problem(status), "key") from None
         if status == 404 or error.code == "insufficient_quota":
             why = "missing" if status == 404 else "quota"
-            raise EndpointStopped(f"{self._name}: {self._said(error)}.", why) from None
+            raise EndpointStopped(f"{self.name}: {self._said(error)}.", why) from None
         if status not in RETRIED and status < 500:
             raise NoAnswer(self._said(error)) from None
         return max(pause, min(LONGEST_ASKED, retry_after(error)))
@@ -269,7 +219,7 @@ class Endpoint:
     def _given_up(self, error: Exception, attempts: int) -> Exception:
         times = f"after {attempts} attempt{'s' if attempts > 1 else ''}"
         if type(error.__cause__).__name__ == "ConnectError":  # httpx's or, in newer clients, httpx2's
-            stopped = EndpointStopped(f"{self._name}: cannot be reached ({self._said(error)}), {times}.", "unreachable")
+            stopped = EndpointStopped(f"{self.name}: cannot be reached ({self._said(error)}), {times}.", "unreachable")
             stopped.code = UserError.code if _is_unknown_host(error) else stopped.code
             return stopped
         passing = isinstance(error, (_Late, openai.APIConnectionError)) or (
@@ -297,8 +247,8 @@ class Endpoint:
     def _key_problem(self, status: int) -> str:
         wanted = " or ".join(self.settings.key_variables)
         if self.key_variable is None:
-            return f"{self._name}: HTTP {status}: requires a key, and {wanted} is not set. Set it in the environment."
-        return f"{self._name}: HTTP {status}: refuses the key in {self.key_variable}. Set the right one there."
+            return f"{self.name}: HTTP {status}: requires a key, and {wanted} is not set. Set it in the environment."
+        return f"{self.name}: HTTP {status}: refuses the key in {self.key_variable}. Set the right one there."
 
     # The check before anything is spent.
 
@@ -314,7 +264,7 @@ class Endpoint:
         if self.settings.model in models:
             return
         tqdm.write(
-            f"{self._name}: does not list {self.settings.model!r}; requesting a few tokens from it, for "
+            f"{self.name}: does not list {self.settings.model!r}; requesting a few tokens from it, for "
             f"{self.settings.timeout:g} s at most", file=sys.stderr,
         )  # fmt: skip
         try:
@@ -339,11 +289,11 @@ class Endpoint:
             raise error
         if isinstance(error, NoAnswer) and error.slow:
             fix = f" Else raise {flag}-timeout." if self.settings.timeout < LISTING else " Start it again."
-            raise MayPass(f"{self._name}: {error}. Is it still starting, or busy?{fix}") from None
+            raise MayPass(f"{self.name}: {error}. Is it still starting, or busy?{fix}") from None
 
     def _unknown(self, error: EndpointStopped | NoAnswer, models: list[str]) -> UserError:
-        said = str(error).removeprefix(f"{self._name}: ").rstrip(".")
-        text = f"{self.settings.flag}-model {self.settings.model!r}: {self._name} does not serve it ({said})."
+        said = str(error).removeprefix(f"{self.name}: ").rstrip(".")
+        text = f"{self.settings.flag}-model {self.settings.model!r}: {self.name} does not serve it ({said})."
         if models:
             near = similar(self.settings.model, models)
             listed = self._clean(", ".join(models[:20]) + (", …" if len(models) > 20 else ""))

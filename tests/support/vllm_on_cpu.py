@@ -63,63 +63,64 @@ def _receive_hidden_states() -> None:
     GPUModelRunner.sync_and_gather_intermediate_tensors = with_buffers
 
 
+class TorchExperts:
+    """Slots as for the Triton kernels: of each slot A [experts, r, in] and B [experts, out, r], for gate and up in
+    two tensors or in one. The weights are w13 [experts, 2 I, H] and w2 [experts, H, I]."""
+
+    _supports_current_device = staticmethod(lambda: True)
+    _supports_routing_method = staticmethod(lambda *_: True)
+    _supports_quant_scheme = staticmethod(lambda *_: True)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        pass
+
+    def moe_problem_size(self, a1: Any, w1: Any, w2: Any, topk_ids: Any) -> tuple[int, int, int, int, int]:
+        sizes = self.moe_config
+        return len(w1), len(a1), 2 * sizes.intermediate_size_per_partition, a1.shape[1], topk_ids.shape[1]
+
+    def dense(self, weight: Any, scale: Any, dtype: Any) -> Any:
+        """One expert's matrix."""
+        return weight
+
+    def apply(
+        self, output: Any, hidden_states: Any, w1: Any, w2: Any, topk_weights: Any, topk_ids: Any, activation: Any,
+        global_num_experts: int, expert_map: Any, *_: Any, **__: Any,
+    ) -> None:  # fmt: skip
+        context, dtype = self._lora_context, hidden_states.dtype
+        slots = context.punica_wrapper.token_lora_indices[: len(hidden_states)]
+        s1, s2 = self.w1_scale, self.w2_scale
+        output.zero_()
+        for expert in topk_ids.unique().tolist():
+            local = expert if expert_map is None else int(expert_map[expert])
+            if local < 0:  # another process has it
+                continue
+            rows, places = (topk_ids == expert).nonzero(as_tuple=True)
+            x, slot = hidden_states[rows], slots[rows]
+            added = torch.cat([
+                _update(x, slot, A[:, local], B[:, local])
+                for A, B in zip(context.w13_lora_a_stacked, context.w13_lora_b_stacked, strict=True)
+            ], 1)  # fmt: skip
+            w13 = self.dense(w1[local], None if s1 is None else s1[local], dtype)
+            gate, up = (x @ w13.T + added).chunk(2, 1)
+            x = F.silu(gate) * up
+            y = x @ self.dense(w2[local], None if s2 is None else s2[local], dtype).T
+            y = y + _update(x, slot, context.w2_lora_a_stacked[0][:, local], context.w2_lora_b_stacked[0][:, local])
+            output.index_add_(0, rows, (y * topk_weights[rows, places, None]).to(output.dtype))
+
+
 def _experts_with_lora() -> None:
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
     from vllm.model_executor.layers.fused_moe.experts.lora_experts_mixin import LoRAExpertsMixin
     from vllm.model_executor.layers.fused_moe.oracle import unquantized
 
-    class TorchExperts(LoRAExpertsMixin):
-        """Slots as for the Triton kernels: of each slot A [experts, r, in] and B [experts, out, r], for gate and up in
-        two tensors or in one. The weights are w13 [experts, 2 I, H] and w2 [experts, H, I]."""
-
-        _supports_current_device = staticmethod(lambda: True)
-        _supports_routing_method = staticmethod(lambda *_: True)
-        _supports_quant_scheme = staticmethod(lambda *_: True)
-
-        def process_weights_after_loading(self, layer: Any) -> None:
-            pass
-
-        def moe_problem_size(self, a1: Any, w1: Any, w2: Any, topk_ids: Any) -> tuple[int, int, int, int, int]:
-            sizes = self.moe_config
-            return len(w1), len(a1), 2 * sizes.intermediate_size_per_partition, a1.shape[1], topk_ids.shape[1]
-
-        def dense(self, weight: Any, scale: Any, dtype: Any) -> Any:
-            """One expert's matrix."""
-            return weight
-
-        def apply(
-            self, output: Any, hidden_states: Any, w1: Any, w2: Any, topk_weights: Any, topk_ids: Any, activation: Any,
-            global_num_experts: int, expert_map: Any, *_: Any, **__: Any,
-        ) -> None:  # fmt: skip
-            context, dtype = self._lora_context, hidden_states.dtype
-            slots = context.punica_wrapper.token_lora_indices[: len(hidden_states)]
-            s1, s2 = self.w1_scale, self.w2_scale
-            output.zero_()
-            for expert in topk_ids.unique().tolist():
-                local = expert if expert_map is None else int(expert_map[expert])
-                if local < 0:  # another process has it
-                    continue
-                rows, places = (topk_ids == expert).nonzero(as_tuple=True)
-                x, slot = hidden_states[rows], slots[rows]
-                added = torch.cat([
-                    _update(x, slot, A[:, local], B[:, local])
-                    for A, B in zip(context.w13_lora_a_stacked, context.w13_lora_b_stacked, strict=True)
-                ], 1)  # fmt: skip
-                w13 = self.dense(w1[local], None if s1 is None else s1[local], dtype)
-                gate, up = (x @ w13.T + added).chunk(2, 1)
-                x = F.silu(gate) * up
-                y = x @ self.dense(w2[local], None if s2 is None else s2[local], dtype).T
-                y = y + _update(x, slot, context.w2_lora_a_stacked[0][:, local], context.w2_lora_b_stacked[0][:, local])
-                output.index_add_(0, rows, (y * topk_weights[rows, places, None]).to(output.dtype))
-
-    class Unquantized(TorchExperts, cpu_moe.CPUUnquantizedExperts):
+    class Unquantized(TorchExperts, LoRAExpertsMixin, cpu_moe.CPUUnquantizedExperts):
         pass
 
-    class FP8(TorchExperts, cpu_moe.CPUExpertsFp8):
+    class FP8(TorchExperts, LoRAExpertsMixin, cpu_moe.CPUExpertsFp8):
         def dense(self, weight: Any, scale: Any, dtype: Any) -> Any:
             return _in_bf16(_from_blocks(weight, scale), dtype)
 
-    class INT4(TorchExperts, cpu_moe.CPUExpertsInt4):
+    class INT4(TorchExperts, LoRAExpertsMixin, cpu_moe.CPUExpertsInt4):
         def dense(self, weight: Any, scale: Any, dtype: Any) -> Any:
             values = (weight[..., None] >> (4 * torch.arange(8, dtype=torch.int32)) & 15).flatten(-2).float() - 8
             grouped = values.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None].float()

@@ -12,6 +12,7 @@ from train.evaluation.asking import context_documents
 from train.evaluation.judging import Asking, Item, digest, plan
 from train.evaluation.options import EvaluationSettings
 from train.evaluation.proof import prove, prove_base, read_serve
+from train.evaluation.served_log_p import prompt_log_p
 from train.runtime.errors import UserError
 
 
@@ -66,10 +67,12 @@ def served_weights(s: EvaluationSettings) -> str:
     """Returns a digest of what identifies the served weights, as far as --served-adapter tells: of an adapter its own
     weights and what is left out of them, and of another base than was trained on its fingerprint. "" for the base that
     was trained on, and where nothing is known."""
-    from train.checkpoints.adapter_files import trained_steps, weights_hash
+    if s.step < 1 and not s.served_adapter:
+        return ""
+    from train.checkpoints.adapter_files import trained_steps, weights_hash  # imports torch
 
     adapter = served_adapter(s)
-    if adapter is None or (s.step < 1 and not s.served_adapter):
+    if adapter is None:
         return ""
     serve = read_serve(adapter)
     base = serve["base"]["fingerprint"] if serve.get("other_base") else None
@@ -93,7 +96,7 @@ def prove_served(s: EvaluationSettings, endpoint: Endpoint) -> dict[str, Any] | 
     if adapter is None:
         return {"proven": False, "reason": "no --served-adapter was given"}
     others = {str(path): Path(path) for path in s.other_adapters if Path(path).resolve() != adapter.resolve()}
-    ask = partial(endpoint.prompt_log_p, by_generating=any(map(changes_head, (adapter, *others.values()))))
+    ask = partial(prompt_log_p, endpoint, by_generating=any(map(changes_head, (adapter, *others.values()))))
     if s.step < 1:
         return prove_base(s.endpoint_model, {str(adapter): adapter, **others}, ask)
     if (trained := trained_steps(adapter)) is not None and trained != s.step:
