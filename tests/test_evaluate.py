@@ -240,6 +240,11 @@ def test_that_a_server_is_unproven_is_kept_and_answers_of_other_weights_are_neve
         assert not proof["proven"] and "no proof.json" in proof["reason"] and proof["not_served"] == ["o_proj"]
         asked = len(server.asked)
         assert evaluate.main(given) == 0 and len(server.asked) == asked
+        without = [word for word in given if word not in ("--step", "3")]
+        assert evaluate.main(without) == 2 and "--step is missing: --served-adapter" in capsys.readouterr().err
+        held = {"directory": "base", "fingerprint": "2", "step": 3}
+        (tmp_path / "adapter" / "base_model.json").write_text(json.dumps(held))
+        assert evaluate.main(without) == 0 and len(server.asked) == asked
         for serve in (
             {}, {"not_served": ["o_proj"], "adapter": {"sha256": "3"}}, {"not_served": ["o_proj"], "other_base": True},
         ):  # fmt: skip

@@ -25,7 +25,7 @@ Asked = Callable[[str, list[list[int]]], LogP | None]
 
 
 NO_LOG_P = "the server gives no log-probabilities of prompts"
-APPLIED = 4  # of a server's base, an adapter that is applied is at least this part of its distance from the base away
+APPLIED = 4  # one distance is clearly less than another if it is less than this part of it
 LEAST_EFFECT = 0.05  # nats per token that an adapter must be from its base to be told from others on its own prompts
 
 
@@ -164,7 +164,7 @@ def prove_base(name: str, adapters: Mapping[str, Path], ask: Asked) -> dict[str,
 
     name: under which the server has the base. adapters: name -> adapter of the variants, as for `prove`. The result has
     `proven` or a `reason`, `to_base`, `noise`, and `to_nearest_other` and its name. Raises UserError if what answers is
-    nearer to an adapter than to the base.
+    clearly nearer to an adapter than to the base.
     """
     if any(read_serve(path).get("other_base") for path in adapters.values()):
         return {"proven": False, "reason": "it is another base than the adapters were trained on", "other_base": True}

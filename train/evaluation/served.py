@@ -19,17 +19,16 @@ from train.runtime.errors import UserError
 def with_step(s: EvaluationSettings) -> EvaluationSettings:
     """Returns the settings of a served model with the step of --served-adapter, if --step is not given. Raises
     UserError if that does not say for how many steps it was trained."""
-    if s.step >= 0 or not s.served_adapter:
+    if s.step >= 0 or not s.served_adapter or not is_adapter(Path(s.served_adapter)):
         return s
     from train.checkpoints.adapter_files import trained_steps  # imports torch
 
-    steps = trained_steps(Path(s.served_adapter)) if is_adapter(Path(s.served_adapter)) else None
-    if steps is None and is_adapter(Path(s.served_adapter)):
+    if (steps := trained_steps(Path(s.served_adapter))) is None:
         raise UserError(
             f"--step is missing: --served-adapter {s.served_adapter} does not say for how many steps it was trained; "
             "give --step."
         )
-    return s if steps is None else dataclasses.replace(s, step=steps)
+    return dataclasses.replace(s, step=steps)
 
 
 def asked_of(s: EvaluationSettings, claims: list[Claim]) -> tuple[Asking, list[Item]]:
